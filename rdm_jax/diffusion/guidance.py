@@ -1,0 +1,27 @@
+"""Guidance: denoiser in, denoiser out. No sampler knows of it."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rdm_jax.diffusion.preconditioning import Denoiser
+
+Conditional = Callable[[Array, Array, Array], Array]  # (x, sigma, labels (b, classes)) -> denoised images
+
+
+def classifier_free(conditional: Conditional, labels: Float[Array, "b classes"], weight: float) -> Denoiser:
+    """D = w D(x | c) - (w - 1) D(x | null) (arXiv 2207.12598), both passes as one call on a batch of 2 b.
+
+    `weight` 1 is plain conditional denoising at the cost of one pass. The null label is the all-zero vector.
+    """
+    if weight == 1:
+        return lambda x, sigma: conditional(x, sigma, labels)
+    both = jnp.concatenate([labels, jnp.zeros_like(labels)])
+
+    def denoise(x: Float[Array, "b h w c"], sigma: Float[Array, "*b"]) -> Float[Array, "b h w c"]:
+        twice_sigma = jnp.tile(jnp.broadcast_to(sigma, x.shape[:1]), 2)
+        with_label, without = jnp.split(conditional(jnp.concatenate([x, x]), twice_sigma, both), 2)
+        return weight * with_label - (weight - 1) * without
+
+    return denoise

@@ -1,0 +1,125 @@
+"""The forward processes: clean images in, noised images with their level and loss weight out.
+
+A process draws its randomness for one image from that image's key (`draw_level`, `draw_noise`) and is otherwise
+deterministic (`noised`), so a test can hand it any draws, and an image's noise does not depend on its batch.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtr
+from jaxtyping import Array, Float, Key
+
+from rdm_jax.diffusion import blurring, schedules
+
+
+class Noised(NamedTuple):
+    """What a denoiser is trained on: its input, the noise level, and the weight of its squared error."""
+
+    images: Float[Array, "b h w c"]
+    sigma: Float[Array, " b"]
+    weight: Float[Array, " b"]
+
+
+def edm_weight(sigma: Float[Array, "*b"], sigma_data: float) -> Float[Array, "*b"]:
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2, EDM's weight (arXiv 2206.00364, table 1)."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """EDM's process: white noise with log sigma ~ N(p_mean, p_std^2) (arXiv 2206.00364, table 1)."""
+
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.5
+
+    def draw_level(self, key: Key[Array, ""]) -> Float[Array, ""]:
+        """The draw that `noised` turns into a level: N(0, 1)."""
+        return jax.random.normal(key)
+
+    def draw_noise(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "h w c"]:
+        """Unit noise of one image."""
+        return jax.random.normal(key, shape)
+
+    def noised(self, x: Float[Array, "b h w c"], level: Float[Array, " b"], noise: Float[Array, "b h w c"]) -> Noised:
+        """x + sigma noise, sigma = exp(p_mean + p_std level)."""
+        sigma = jnp.exp(self.p_mean + self.p_std * level)
+        return Noised(x + sigma[:, None, None, None] * noise, sigma, edm_weight(sigma, self.sigma_data))
+
+
+@dataclasses.dataclass(frozen=True)
+class Relay:
+    """Stage 2's process: patch-wise blur under block noise (arXiv 2309.03350, equation 8).
+
+    q(x_t | x_0) = N(V D_t V^T x_0, sigma_t^2 Cov(noise)) in every patch, noise = e + a Block[s](e').
+
+    Attributes:
+      patch: p, the factor by which this stage enlarges, also the size of its blur's patches.
+      clock: what t in [0, 1] means.
+      block_scale: a, strength of the block noise; 0 for white noise alone.
+      block_size: s; 0 for s = p.
+      normalize_noise: divide the noise by sqrt(1 + a^2), as the paper writes and the released code does not.
+      min_scale: floor of the blur's weights.
+      sigma_floor: the clock's draw is clipped from below near the time of this noise level.
+      exact_floor: clip exactly there; the released code multiplies the bound by the clock's length once more.
+      sigma_data, max_weight: EDM's weight of the loss, and its cap.
+    """
+
+    patch: int = 4
+    clock: schedules.Clock = schedules.Clock()
+    block_scale: float = 0.15
+    block_size: int = 0
+    normalize_noise: bool = False
+    min_scale: float = 1e-3
+    sigma_floor: float = 0.0075
+    exact_floor: bool = False
+    sigma_data: float = 0.5
+    max_weight: float = 1e5
+
+    def draw_level(self, key: Key[Array, ""]) -> Float[Array, ""]:
+        """The draw that `noised` turns into a time: U(0, 1)."""
+        return jax.random.uniform(key)
+
+    def draw_noise(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "h w c"]:
+        """The mixture of white and block noise of one image."""
+        white_key, block_key = jax.random.split(key)
+        white = jax.random.normal(white_key, shape)
+        return self.mixture(white, jax.random.normal(block_key, shape) if self.block_scale else None)
+
+    def mixture(
+        self, white: Float[Array, "*b h w c"], block_white: Float[Array, "*b h w c"] | None
+    ) -> Float[Array, "*b h w c"]:
+        """e + a Block[s](e') from two white arrays (the second may be None where a = 0)."""
+        if not self.block_scale:
+            return white
+        mixed = white + self.block_scale * blurring.block_noise(block_white, block=self.block_size or self.patch)
+        return mixed / (1 + self.block_scale**2) ** 0.5 if self.normalize_noise else mixed
+
+    def time(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
+        """The clock's time of a draw from U(0, 1), clipped from below."""
+        bound = ndtr((jnp.log(jnp.asarray(self.sigma_floor, level.dtype)) - self.clock.p_mean) / self.clock.p_std)
+        bound = bound / self.clock.length if self.exact_floor else bound * self.clock.length
+        return jnp.maximum(level, bound)
+
+    def blur_weights(self, t: Float[Array, " b"]) -> Float[Array, "b p p"]:
+        """D_t, what is left of each DCT coefficient at time t."""
+        return blurring.blur_weights(self.clock.blur_sigma(t), patch=self.patch, min_scale=self.min_scale)
+
+    def noised(self, x: Float[Array, "b h w c"], level: Float[Array, " b"], noise: Float[Array, "b h w c"]) -> Noised:
+        """Blurs and noises each image at the time of its `level`."""
+        t = self.time(level)
+        sigma = self.clock.sigma(t)
+        blurred = blurring.over_patches(blurring.blur_patch, self.patch)((x,), (self.blur_weights(t),))
+        weight = jnp.minimum(edm_weight(sigma, self.sigma_data), self.max_weight)
+        return Noised(blurred + sigma[:, None, None, None] * noise, sigma, weight)
+
+
+def diffuse(process: Gaussian | Relay, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Noised:
+    """Noises each image at a random level, both from its own key."""
+    level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    level = jax.vmap(process.draw_level)(level_keys)
+    noise = jax.vmap(lambda key: process.draw_noise(key, x.shape[1:]))(noise_keys)
+    return process.noised(x, level, noise)

@@ -1,0 +1,187 @@
+"""Samplers: a denoiser D(x, sigma), explicit levels and a state in; the state one level further out.
+
+Generating from noise and relaying from an enlarged image are the same walk from another state. A sampler is a frozen record
+of its settings with `levels`, `start`, `step` and `finish`; `walk` drives any of them. N levels take N - 1 second-order steps
+and one last evaluation, 2 N - 1 evaluations of the denoiser in all.
+
+Noise comes from a function `noise(k)`, the k-th unit noise of the whole batch: samplers hold no keys.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rdm_jax.diffusion import blurring, schedules
+from rdm_jax.diffusion.preconditioning import Denoiser
+from rdm_jax.diffusion.processes import Gaussian, Relay
+
+Noise = Callable[[Int[Array, ""] | int], Array]
+
+
+class Levels(NamedTuple):
+    """Rungs of the ladder (leading axis n), or one of them.
+
+    Attributes:
+      sigma: noise levels, decreasing.
+      blur: for a relay, the blur's weights D at each level; None where nothing is blurred.
+    """
+
+    sigma: Float[Array, "*n"]
+    blur: Float[Array, "*n p p"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Heun:
+    """EDM's second-order sampler (arXiv 2206.00364, algorithms 1 and 2): an ODE, or with churn a stochastic one.
+
+    Attributes:
+      steps: number of levels N.
+      sigma_min, sigma_max, rho: the ladder.
+      churn, churn_min, churn_max, churn_noise: S_churn, S_min, S_max and S_noise of algorithm 2; churn 0 is the ODE.
+    """
+
+    steps: int = 18
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = 1e9
+    churn_noise: float = 1.0
+
+    def levels(self, process: Gaussian) -> Levels:
+        """The N levels; a Gaussian process adds nothing to the ladder."""
+        return Levels(schedules.edm_ladder(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho))
+
+    def start(self, low: None, level: Levels, noise: Noise) -> Float[Array, "b h w c"]:
+        """The state at the first level: pure noise."""
+        return level.sigma * noise(0)
+
+    def step(
+        self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, to: Levels, noise: Noise
+    ) -> Float[Array, "b h w c"]:
+        """From level i to the next: churn, an Euler step, and Heun's correction of it."""
+        x, sigma = self._churned(x, level.sigma, noise(i + 1))
+        slope = (x - denoise(x, sigma)) / sigma
+        euler = x + (to.sigma - sigma) * slope
+        slope_there = (euler - denoise(euler, to.sigma)) / to.sigma
+        return x + (to.sigma - sigma) * (slope + slope_there) / 2
+
+    def finish(
+        self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, noise: Noise
+    ) -> Float[Array, "b h w c"]:
+        """From the last level to zero: an Euler step there is the denoised image itself."""
+        return denoise(*self._churned(x, level.sigma, noise(i + 1)))
+
+    def _churned(self, x: Array, sigma: Array, noise: Array) -> tuple[Array, Array]:
+        """Raises the noise level by adding noise (algorithm 2, lines 4 to 6)."""
+        if not self.churn:
+            return x, sigma
+        gamma = min(self.churn / self.steps, 2**0.5 - 1)
+        gamma = jnp.where((sigma >= self.churn_min) & (sigma <= self.churn_max), gamma, 0.0)
+        raised = sigma * (1 + gamma)
+        # sigma sqrt((1 + gamma)^2 - 1), written so that it is exactly 0 where gamma is
+        return x + sigma * jnp.sqrt(gamma * (2 + gamma)) * self.churn_noise * noise, raised
+
+
+@dataclasses.dataclass(frozen=True)
+class RelayHeun:
+    """The relay's sampler (arXiv 2309.03350, equations 12 to 14): from an enlarged image, patch by patch in DCT space.
+
+    Attributes:
+      steps: nominal number of levels; only those under `truncation_sigma` are walked.
+      sigma_min, sigma_max, rho: the ladder.
+      truncation_sigma: where the relay joins the ladder.
+      truncation_time: the clock's length in sampling; 0 for the one it was trained with.
+      eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
+      order: 2 for Heun, 1 for the plain update (half the evaluations).
+    """
+
+    steps: int = 18
+    sigma_min: float = 0.008
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    truncation_sigma: float = 0.9
+    truncation_time: float = 0.0
+    eta: float = 0.2
+    order: int = 2
+
+    def levels(self, process: Relay) -> Levels:
+        """The levels that are walked, with the blur that the process has at each."""
+        ladder = schedules.edm_ladder(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        sigma = schedules.truncate(ladder, self.truncation_sigma)
+        clock = process.clock
+        if self.truncation_time:
+            clock = dataclasses.replace(clock, length=self.truncation_time)
+        return Levels(sigma, process.blur_weights(clock.time(sigma)))
+
+    def start(self, low: Float[Array, "b h w c"], level: Levels, noise: Noise) -> Float[Array, "b h2 w2 c"]:
+        """The state at the first level: the small image, enlarged so that every patch is constant, plus noise."""
+        return blurring.enlarge(low, factor=level.blur.shape[-1]) + level.sigma * noise(0)
+
+    def step(
+        self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, to: Levels, noise: Noise
+    ) -> Float[Array, "b h w c"]:
+        """From level i to the next. The corrector draws fresh noise: with the predictor's, the marginal would be too narrow."""
+        update = lambda slope, n: self._update(x, slope, n, level, to)  # noqa: E731
+        slope = (x - denoise(x, level.sigma)) / level.sigma
+        predicted = update(slope, noise(2 * i + 1))
+        if self.order == 1:
+            return predicted
+        slope_there = (predicted - denoise(predicted, to.sigma)) / to.sigma
+        return update((slope + slope_there) / 2, noise(2 * i + 2))
+
+    def finish(
+        self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, noise: Noise
+    ) -> Float[Array, "b h w c"]:
+        """The last step returns the denoised image itself."""
+        return denoise(x, level.sigma)
+
+    def _update(self, x: Array, slope: Array, noise: Array, level: Levels, to: Levels) -> Array:
+        one_patch = functools.partial(relay_update, level=level, to=to, eta=self.eta)
+        moved = blurring.over_patches(one_patch, level.blur.shape[-1])((x, slope))
+        return moved + self.eta * to.sigma * noise if self.eta else moved
+
+
+def relay_update(
+    x: Float[Array, "p p"], slope: Float[Array, "p p"], level: Levels, to: Levels, eta: float
+) -> Float[Array, "p p"]:
+    """One patch, one level further, without the fresh noise (arXiv 2309.03350, equation 13).
+
+    With u and d the DCTs of the state and of its slope (u - u0) / sigma:
+
+    u' = (D' + g (1 - D)) u + sigma (g D - D') d,    g = sqrt(1 - eta^2) sigma' / sigma
+
+    which is g u + (D' - g D) u0 with u0 eliminated. Any eta keeps the marginals of the process.
+    """
+    g = (1 - eta**2) ** 0.5 * to.sigma / level.sigma
+    u, d = blurring.dct2(x), blurring.dct2(slope)
+    return blurring.idct2((to.blur + g * (1 - level.blur)) * u + level.sigma * (g * level.blur - to.blur) * d)
+
+
+def walk(step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: Levels, *, scan: bool) -> Float[Array, "b h w c"]:
+    """Takes the state x at levels[0] down all levels and finishes.
+
+    Args:
+      step: (x, i, level, to) -> x, a sampler's step with all else bound.
+      finish: (x, i, level) -> x.
+      x: the state at the first level.
+      levels: n of them.
+      scan: one `lax.scan` (on accelerators, inside `jit`), or a Python loop that calls `step` each time (on CPU, where XLA runs
+        convolutions inside of a loop several times slower; `step` should then be compiled).
+    """
+    n = levels.sigma.shape[0]
+    rung = lambda k: jax.tree.map(lambda a: a[k], levels)  # noqa: E731
+    if scan:
+        pairs = (jnp.arange(n - 1), rung(slice(None, -1)), rung(slice(1, None)))
+        x, _ = jax.lax.scan(lambda x, pair: (step(x, *pair), None), x, pairs)
+    else:
+        for i in range(n - 1):
+            x = step(x, np.int32(i), rung(i), rung(i + 1))
+    return finish(x, np.int32(n - 1), rung(n - 1))
