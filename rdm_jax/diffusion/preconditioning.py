@@ -11,6 +11,8 @@ Denoiser = Callable[[Array, Array], Array]  # (x (b, h, w, c), sigma () or (b,))
 
 
 class Coefficients(NamedTuple):
+    """The four coefficients at each image's noise level."""
+
     c_skip: Float[Array, " b"]
     c_out: Float[Array, " b"]
     c_in: Float[Array, " b"]
@@ -30,6 +32,7 @@ class EDM:
     noise_scale: float = 0.25
 
     def __call__(self, sigma: Float[Array, " b"]) -> Coefficients:
+        """The coefficients at noise levels `sigma`."""
         total = sigma**2 + self.sigma_data**2
         return Coefficients(
             c_skip=self.sigma_data**2 / total,

@@ -89,9 +89,7 @@ class Relay:
         white = jax.random.normal(white_key, shape)
         return self.mixture(white, jax.random.normal(block_key, shape) if self.block_scale else None)
 
-    def mixture(
-        self, white: Float[Array, "*b h w c"], block_white: Float[Array, "*b h w c"] | None
-    ) -> Float[Array, "*b h w c"]:
+    def mixture(self, white: Float[Array, "*b h w c"], block_white: Float[Array, "*b h w c"] | None) -> Float[Array, "*b h w c"]:
         """e + a Block[s](e') from two white arrays (the second may be None where a = 0)."""
         if not self.block_scale:
             return white

@@ -16,9 +16,11 @@ class Initializer:
     scale: float = 1.0
 
     def kernel(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+        """Draws a kernel, inputs before outputs in its shape."""
         return self._uniform(key, shape, math.prod(shape[:-1]), dtype)
 
     def bias(self, fan_in: int):
+        """The function that draws the bias of a layer with so many inputs an output."""
         return lambda key, shape, dtype=jnp.float32: self._uniform(key, shape, fan_in, dtype)
 
     def _uniform(self, key, shape, fan_in, dtype):
@@ -94,6 +96,7 @@ class Attention(nnx.Module):
         self.proj = conv(channels, channels, 1, init=ZERO, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Attends over all pixels of each image."""
         b, h, w, c = x.shape
         # The projection's channels are read as (head, channel in head, [q, k, v]), as in the published weights.
         qkv = self.qkv(self.norm(x)).reshape(b, h * w, self.heads, c // self.heads, 3)
@@ -137,6 +140,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
+        """Runs the block on x with the embedding of each image; `rngs` switches dropout on."""
         resample = RESAMPLE[self.resample]
         h = self.conv0(resample(nnx.silu(self.norm0(x))))
         scale, shift = jnp.split(self.affine(emb)[:, None, None, :], 2, axis=-1)

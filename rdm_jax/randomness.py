@@ -1,0 +1,25 @@
+"""Every random number follows from the seed by `fold_in`: (root, stage, stream, step or seed of the image)."""
+
+import enum
+
+import jax
+from jaxtyping import Array, Int, Key
+
+
+class Stream(enum.IntEnum):
+    """What a key is for. The values are part of the results: never renumber them."""
+
+    INIT = 0
+    TRAIN = 1
+    SAMPLE = 2
+    VALIDATE = 3
+
+
+def stream_key(seed: int, stage: int, stream: Stream) -> Key[Array, ""]:
+    """The key of one stream of one stage (0 is the first)."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stage), int(stream))
+
+
+def image_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
+    """One key an image, from its index in the global batch or its seed, so that neighbours and devices do not matter."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)

@@ -1,0 +1,125 @@
+"""A run from config to samples, part by part; what `main` does, for notebooks too."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rdm_jax import config as configs
+from rdm_jax.config import Config
+from rdm_jax.data.pipeline import PreparedImages, open_prepared
+from rdm_jax.data.prepare import prepare
+from rdm_jax.errors import InputError
+from rdm_jax.interrupt import StopOnSignal
+from rdm_jax.sampling import relay
+from rdm_jax.terminal import log
+from rdm_jax.training.loop import Trainer
+
+MODES = ("all", "prepare", "train", "sample")
+# What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
+FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "cache_gib", "keep_newest", "keep_best", "max_skipped")
+FREE_FIELDS += ("checkpoint_every", "preview_every", "log_every", "validation", "images")
+
+
+def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | None = None) -> None:
+    """Does one part of a run, or all of it; what is done already is left alone.
+
+    Args:
+      values: what a config file returns.
+      workdir: folder of the run; made if it is not there.
+      mode: one of MODES.
+      stage: with mode 'train', the only stage to train, from 1.
+
+    Raises:
+      InputError: something that the user gave cannot be used; nothing was changed.
+      Diverged, Interrupted: training stopped; what was done is saved.
+    """
+    config = configs.parse(values)
+    configs.check_devices(config, jax.device_count())
+    if stage is not None and stage > len(config.stages):
+        raise InputError(f"--stage={stage} is not in the config; 1 to {len(config.stages)} would do.")
+    folder = Path(workdir).expanduser()
+    with _owned(folder), StopOnSignal() as stop:
+        _remember(config, folder)
+        log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
+        source = open_data(config)
+        stop.check()
+        configs.check_classes(config, source.class_names)
+        for number in range(1, len(config.stages) + 1):
+            if mode in ("all", "train") and stage in (None, number):
+                _train(config, number, source, folder, stop)
+        if mode in ("all", "sample"):
+            relay.sample_to_files(config, source, folder, stop)
+    log.info("%s: done", mode)
+
+
+def open_data(config: Config) -> PreparedImages:
+    """Prepares the data if that has not been done, and opens it. Raises InputError."""
+    data, (height, width) = config.data, config.stages[-1].resolution
+    directory = prepare(
+        data.source,
+        data.directory,
+        height=height,
+        width=width,
+        channels=data.channels,
+        background=data.background,
+        skin_tones=data.skin_tones,
+    )
+    source = open_prepared(directory, cache_bytes=int(data.cache_gib * 2**30))
+    log.info("data: %s images of %d x %d x %d, %d classes", f"{len(source):,}", *source.image_shape, len(source.class_names))
+    return source
+
+
+def _train(config: Config, number: int, source: PreparedImages, workdir: Path, stop: StopOnSignal) -> None:
+    trainer = Trainer(config, number, source, workdir / f"stage{number}")
+    trainer.run(stop, lambda: relay.make_preview(config, number, source))
+
+
+@contextmanager
+def _owned(workdir: Path) -> Iterator[None]:
+    """Makes the workdir and keeps other runs out of it; the lock goes with the process, however it ends."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"--workdir={str(workdir)!r} cannot be written ({error.strerror}); another folder would do.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"--workdir={str(workdir)!r} is in use by another run; waiting for it would do.") from error
+        yield
+
+
+def _remember(config: Config, workdir: Path) -> None:
+    """Writes the config as it runs, or refuses one that another run of the workdir did not have."""
+    path, values = workdir / "config.json", configs.to_dict(config)
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is damaged ({error}); another workdir would do.") from error
+        changes = [c for c in _differences(before, json.loads(json.dumps(values)), "config") if not _is_free(c[0])]
+        if changes:
+            listed = ", ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in changes[:5])
+            raise InputError(f"--workdir={str(workdir)!r} was made with another config ({listed}); another workdir would do.")
+    partial = path.with_suffix(".incomplete")
+    partial.write_text(json.dumps(values, indent=2))
+    os.replace(partial, path)
+
+
+def _is_free(field: str) -> bool:
+    return any(part in FREE_FIELDS for part in field.split("."))
+
+
+def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}")]
+    return [] if old == new else [(path, old, new)]

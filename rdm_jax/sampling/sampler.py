@@ -1,0 +1,78 @@
+"""Sampling of one stage: parameters, labels and seeds in, images out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from rdm_jax import randomness
+from rdm_jax.config import Stage
+from rdm_jax.diffusion import guidance, preconditioning, samplers
+from rdm_jax.models.functional import Network
+from rdm_jax.randomness import Stream
+
+StageSampler = Callable[..., Float[Array, "b h w c"]]
+
+
+def evaluations(stage: Stage) -> int:
+    """How often the stage's network runs for an image, the two passes of guidance counted as one."""
+    levels = len(stage.sampler.levels(stage.process).sigma)
+    return levels if getattr(stage.sampler, "order", 2) == 1 else 2 * levels - 1
+
+
+def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int, classes: int, run_seed: int) -> StageSampler:
+    """Compiles what samples a stage.
+
+    Args:
+      stage: its process, sampler and guidance.
+      network: its network.
+      number: the stage's number from 1; part of the images' randomness.
+      channels, classes: of the images; 0 classes for an unconditional network.
+      run_seed: the config's seed.
+
+    Returns:
+      `sample(params, low, labels, seeds)`: parameters; for a relay the images of the stage before (b, h/p, w/p, c), else None;
+      int32 (b,) classes, -1 for the null label; uint32 (b,) seeds. It returns float32 (b, h, w, c) in [-1, 1]. Image i depends on
+      the parameters, low[i], labels[i] and seeds[i] alone.
+    """
+    shape = (*stage.resolution, channels)
+    levels = stage.sampler.levels(stage.process)
+    root = randomness.stream_key(run_seed, number - 1, Stream.SAMPLE)
+    first = jax.tree.map(lambda a: a[0], levels)
+
+    def noise_of(seeds: UInt32[Array, " b"]) -> samplers.Noise:
+        keys = randomness.image_keys(root, seeds)
+        return lambda k: jax.vmap(lambda key: stage.process.draw_noise(jax.random.fold_in(key, k), shape))(keys)
+
+    def denoiser(params: Any, labels: Int[Array, " b"]) -> preconditioning.Denoiser:
+        def conditional(x, sigma, one_hot):
+            net = lambda x, c_noise: network.apply(params, x, c_noise, one_hot if classes else None)  # noqa: E731
+            return preconditioning.denoiser(net, stage.precondition)(x, sigma)
+
+        return guidance.classifier_free(conditional, jax.nn.one_hot(labels, classes), stage.guidance)
+
+    @jax.jit
+    def start(low, seeds):
+        return stage.sampler.start(low, first, noise_of(seeds))
+
+    @jax.jit
+    def step(params, labels, seeds, x, i, level, to):
+        return stage.sampler.step(denoiser(params, labels), x, i, level, to, noise_of(seeds))
+
+    @jax.jit
+    def finish(params, labels, seeds, x, i, level):
+        return jnp.clip(stage.sampler.finish(denoiser(params, labels), x, i, level, noise_of(seeds)), -1, 1)
+
+    def sample(params, low, labels, seeds, *, scan):
+        bound = lambda f: lambda *args: f(params, labels, seeds, *args)  # noqa: E731
+        return samplers.walk(bound(step), bound(finish), start(low, seeds), levels, scan=scan)
+
+    scanned = jax.jit(lambda *args: sample(*args, scan=True))
+    return (lambda *args: sample(*args, scan=False)) if jax.default_backend() == "cpu" else scanned
+
+
+def to_uint8(images: Float[Array, "b h w c"]) -> Array:
+    """[-1, 1] to uint8, rounded."""
+    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)

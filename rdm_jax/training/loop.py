@@ -1,0 +1,249 @@
+"""The training of one stage: from a config and prepared images to checkpoints, metrics and previews."""
+
+import collections
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rdm_jax import randomness, sharding
+from rdm_jax.config import Config, Stage, Training, to_dict
+from rdm_jax.data.pipeline import PreparedImages, train_iterator
+from rdm_jax.interrupt import StopOnSignal
+from rdm_jax.models.functional import Network, functional
+from rdm_jax.randomness import Stream
+from rdm_jax.terminal import log, progress
+from rdm_jax.training import checkpoint, metrics
+from rdm_jax.training.step import Objective, TrainState, init_state, make_step
+
+Preview = Callable[[Any, Path], None]
+
+# Steps whose metrics are awaited: few, so that a run of bad steps is noticed at once, but not 0, so that devices never idle.
+STEPS_IN_FLIGHT = 2
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def build_network(stage: Stage, source: PreparedImages) -> Network:
+    """The stage's network for the images and classes of a prepared set."""
+    classes = len(source.class_names)
+    return functional(lambda rngs: stage.network.build(source.image_shape[-1], classes, 0, rngs=rngs))
+
+
+def build_objective(stage: Stage, source: PreparedImages) -> Objective:
+    """What the stage learns from a prepared set of the last stage's resolution."""
+    pool = source.image_shape[0] // stage.resolution[0]
+    dropout, classes = stage.training.label_dropout, len(source.class_names)
+    return Objective(build_network(stage, source), stage.process, stage.precondition, pool, classes, dropout)
+
+
+def build_optimizer(training: Training) -> optax.GradientTransformation:
+    """Adam with a linear warm-up."""
+    warmup = max(1, training.warmup // training.batch_size)
+    rate = optax.linear_schedule(0.0, training.learning_rate, warmup)
+    return optax.adam(rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon)
+
+
+class Trainer:
+    """One stage's training, ready to run: everything is built, checked and restored, and nothing is compiled yet.
+
+    Args:
+      config: of the run.
+      number: of the stage, from 1.
+      source: the prepared images.
+      directory: of the stage, for checkpoints, metrics and previews.
+
+    Attributes:
+      step: steps taken so far.
+      abstract: the state's shapes and shardings.
+    """
+
+    def __init__(self, config: Config, number: int, source: PreparedImages, directory: Path):
+        self.name, self.stage = f"stage{number}", config.stages[number - 1]
+        self.training, self.source, self.directory = self.stage.training, source, directory
+        self.objective, optimizer = build_objective(self.stage, source), build_optimizer(self.training)
+        self.mesh = sharding.data_mesh()
+        key = lambda stream: randomness.stream_key(config.seed, number - 1, stream)  # noqa: E731
+        self._step = make_step(
+            self.objective,
+            optimizer,
+            key(Stream.TRAIN),
+            batch_size=self.training.batch_size,
+            accumulate=self.training.accumulate,
+            ema_halflife=self.training.ema_halflife,
+            ema_rampup=self.training.ema_rampup,
+        )
+        self._init = lambda: init_state(self.objective.network, optimizer, key(Stream.INIT))
+        self.abstract = checkpoint.with_sharding(jax.eval_shape(self._init), sharding.replicated(self.mesh))
+        self._validation_key = key(Stream.VALIDATE)
+        self._about = {"stage": to_dict(config)[self.name], "classes": list(source.class_names), "seed": config.seed}
+        self._data_seed = config.seed + number
+
+    def run(self, stop: StopOnSignal, make_preview: Callable[[], Preview] | None = None) -> None:
+        """Trains to the configured number of images, from the newest checkpoint if there is one.
+
+        Args:
+          stop: looked at after every step; when a signal has come, the state is saved and `Interrupted` raised.
+          make_preview: makes a function (averaged parameters, path of a picture to draw), called every `preview_every` images.
+
+        Raises:
+          Diverged: after `max_skipped` steps in a row that were not finite; the last good state is saved.
+          InputError: the checkpoint cannot be used, or the disk is too small for more.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        copies = self.training.keep_newest + self.training.keep_best + 1
+        checkpoint.check_space(self.directory, self.abstract, copies)
+        checkpoints = checkpoint.Checkpoints(
+            self.directory / "checkpoints", keep_newest=self.training.keep_newest, keep_best=self.training.keep_best
+        )
+        try:
+            self._run(checkpoints, stop, make_preview)
+        finally:
+            checkpoints.close()  # waits for a save under way, also when something else went wrong
+
+    def _run(self, checkpoints: checkpoint.Checkpoints, stop: StopOnSignal, make_preview: Callable[[], Preview] | None):
+        iterator = self._iterator()
+        state, step = self._start(checkpoints, iterator)
+        if step >= self.training.steps:
+            log.info("%s: already trained on %s images", self.name, f"{step * self.training.batch_size:,}")
+            return
+        preview = make_preview() if make_preview and self.training.preview_every else None
+        compiled = self._compile(state, next(iter(self._iterator())))
+        validate = jax.jit(self._validation_loss)
+        held = self.source.batch(np.arange(min(self.training.validation, len(self.source))))
+        writer, bar = metrics.MetricWriter(self.directory, step), progress(*self._bar(step))
+
+        def save(state: TrainState) -> None:
+            window.pause()
+            loss = float(validate(state.ema, held))
+            writer.write(step, images=step * self.training.batch_size, validation_loss=loss)
+            about = {**self._about, "data": iterator.get_state(), "validation_loss": loss}
+            checkpoints.save(state, about)
+            metrics.draw_curves(self.directory)
+            window.go_on()
+
+        window = _Window(self.training, writer, bar)
+        try:
+            while step < self.training.steps:
+                state, values = compiled(state, sharding.put_batch(next(iterator), self.mesh))
+                step += 1
+                window.add(step, values)
+                due = functools.partial(_due, step, self.training.batch_size)
+                last = step == self.training.steps
+                if due(self.training.checkpoint_every) or last or stop.requested or window.diverged:
+                    save(state)
+                    stop.check()
+                if window.diverged:
+                    raise Diverged(window.diverged)
+                if preview and (due(self.training.preview_every) or last):
+                    window.pause()
+                    preview(state.ema, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
+                    window.go_on()
+        finally:
+            bar.close()
+            writer.close()
+        seconds = window.seconds or float("nan")
+        log.info("%s: trained, %.0f images/s, %d steps skipped", self.name, window.images / seconds, int(state.skipped))
+
+    def _iterator(self):
+        kwargs = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        return train_iterator(self.source, batch_size=self.training.batch_size, seed=self._data_seed, **kwargs)
+
+    def _bar(self, step: int) -> tuple[int, str, int]:
+        batch_size = self.training.batch_size
+        return self.training.steps * batch_size, f"training {self.name}", step * batch_size
+
+    def _start(self, checkpoints: checkpoint.Checkpoints, iterator) -> tuple[TrainState, int]:
+        steps = checkpoints.steps()
+        if not steps:
+            count = self.objective.network.count()
+            log.info("%s: %s parameters, %d x %d pixels", self.name, f"{count:,}", *self.stage.resolution)
+            shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+            # It runs once: optimising the drawing of some hundred small arrays takes longer than drawing them.
+            options = {"xla_backend_optimization_level": 0}
+            return jax.jit(self._init, out_shardings=shardings, compiler_options=options)(), 0
+        state, about = checkpoints.restore(steps[-1], self.abstract)
+        iterator.set_state(about["data"])
+        if steps[-1] < self.training.steps:
+            log.info("%s: going on from %s images", self.name, f"{steps[-1] * self.training.batch_size:,}")
+        return state, steps[-1]
+
+    def _compile(self, state: TrainState, batch: dict[str, np.ndarray]):
+        began = time.perf_counter()
+        step = jax.jit(self._step, donate_argnums=0)
+        compiled = step.lower(state, sharding.put_batch(batch, self.mesh)).compile()
+        log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
+        return compiled
+
+    def _validation_loss(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        """The loss of fixed images at fixed levels with fixed noise, labels dropped as in training."""
+        keys = randomness.image_keys(self._validation_key, jnp.arange(len(batch["label"])))
+        return self.objective.loss(params, batch, keys, None).mean()
+
+
+class _Window:
+    """Gathers the metrics of steps as they become known, writes their means, and watches for divergence.
+
+    Attributes:
+      images, seconds: trained so far, the time of pauses left out.
+      diverged: what to tell the user once too many steps in a row were not finite, else ''.
+    """
+
+    def __init__(self, training: Training, writer: metrics.MetricWriter, bar):
+        self._training, self._writer, self._bar = training, writer, bar
+        self._pending: collections.deque = collections.deque()
+        self._known: list[dict[str, float]] = []
+        self._seconds_written, self._resumed = 0.0, time.perf_counter()
+        self.images, self.seconds, self.diverged = 0, 0.0, ""
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Takes a step's metrics, which the device may still be computing."""
+        self._pending.append((step, values))
+        while len(self._pending) > STEPS_IN_FLIGHT:
+            self._settle(*self._pending.popleft())
+
+    def pause(self) -> None:
+        """Waits for all steps and stops the clock."""
+        while self._pending:
+            self._settle(*self._pending.popleft())
+
+    def go_on(self) -> None:
+        """Starts the clock again."""
+        self._resumed = time.perf_counter()
+
+    def _settle(self, step: int, values: dict[str, jax.Array]) -> None:
+        known = {k: float(v) for k, v in jax.device_get(values).items()}
+        self._known.append(known)
+        now, batch_size = time.perf_counter(), self._training.batch_size
+        self.images, self.seconds, self._resumed = self.images + batch_size, self.seconds + now - self._resumed, now
+        self._bar.update(batch_size)
+        if _due(step, batch_size, self._training.log_every):
+            self._write(step)
+        if known["skipped_in_a_row"] >= self._training.max_skipped:
+            self.diverged = (
+                f"training stopped at step {step}: {int(known['skipped_in_a_row'])} steps in a row had a loss or gradient that "
+                "is not finite (training.max_skipped); the last good state is saved, and a smaller training.learning_rate "
+                "would do."
+            )
+
+    def _write(self, step: int) -> None:
+        means = {k: float(np.mean([m[k] for m in self._known])) for k in ("loss", "grad_norm")}
+        images = len(self._known) * self._training.batch_size
+        rate = images / max(self.seconds - self._seconds_written, 1e-9)
+        skipped = sum(m["skipped_in_a_row"] > 0 for m in self._known)
+        self._writer.write(step, images=step * self._training.batch_size, images_per_second=rate, skipped=skipped, **means)
+        self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+        self._known, self._seconds_written = [], self.seconds
+
+
+def _due(step: int, batch_size: int, every: int) -> bool:
+    """Whether step `step` shows the first image of another `every` images; never for 0."""
+    return bool(every) and step * batch_size // every > (step - 1) * batch_size // every

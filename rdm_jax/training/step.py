@@ -1,0 +1,151 @@
+"""One training step as a pure function of (state, batch)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from rdm_jax import randomness
+from rdm_jax.diffusion import blurring, preconditioning, processes
+from rdm_jax.models.functional import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a stage learns: everything the loss needs besides parameters and images.
+
+    Attributes:
+      pool: the stage sees the means of pool x pool pixels of the records.
+      classes: number of classes; 0 for an unconditional network.
+      label_dropout: probability that an image is shown without its label.
+    """
+
+    network: Network
+    process: processes.Gaussian | processes.Relay
+    precondition: preconditioning.EDM
+    pool: int
+    classes: int
+    label_dropout: float
+
+    def loss(self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], dropout_key: Key[Array, ""] | None) -> Array:
+        """The weighted squared error of each image, mean over its values (EDM equation 8; RDM equation 11). Returns (b,)."""
+        images = to_float(batch["image"], self.pool)
+        process_keys, label_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        noised = processes.diffuse(self.process, images, process_keys)
+        labels = self.labels(batch["label"], label_keys) if self.classes else None
+
+        def network(x, c_noise):
+            return self.network.apply(params, x, c_noise, labels, None, dropout_key)
+
+        error = preconditioning.denoiser(network, self.precondition)(noised.images, noised.sigma) - images
+        return noised.weight * jnp.mean(error**2, (1, 2, 3))
+
+    def labels(self, label: Int[Array, " b"], keys: Key[Array, " b"]) -> Float[Array, "b classes"]:
+        """One-hot labels, dropped to all-zero ones at random."""
+        dropped = jax.vmap(jax.random.uniform)(keys) < self.label_dropout
+        return jax.nn.one_hot(jnp.where(dropped, -1, label), self.classes)
+
+
+def to_float(images: UInt8[Array, "b h w c"], pool: int) -> Float[Array, "b h2 w2 c"]:
+    """uint8 to [-1, 1], then the means of pool x pool pixels."""
+    return blurring.mean_pool(images.astype(jnp.float32) / 127.5 - 1, factor=pool)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run carries from step to step.
+
+    Attributes:
+      step: steps taken; the step's randomness follows from it.
+      params, ema: the network's parameters and their exponential moving average.
+      opt_state: optax's.
+      skipped, skipped_in_a_row: steps whose loss or gradient was not finite.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    ema: Any
+    opt_state: Any
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+def init_state(network: Network, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+    """The state before the first step. Pure: run it under `jit` with `out_shardings`, and parameters are born sharded."""
+    params, zero = network.init(key), jnp.zeros((), jnp.int32)
+    ema = jax.tree.map(jnp.array, params)  # a copy of its own, so that the state can be donated
+    return TrainState(zero, params, ema, optimizer.init(params), zero, zero)
+
+
+def ema_decay(images: Float[Array, ""], *, batch_size: int, halflife: float, rampup: float) -> Float[Array, ""]:
+    """Decay a step of an average with a half-life counted in images (EDM's rule).
+
+    The half-life is at most `rampup` times the images seen so far; 0 images give 0: the average starts as the parameters.
+    """
+    halflife = jnp.minimum(halflife, images * rampup) if rampup else jnp.asarray(halflife, jnp.float32)
+    return 0.5 ** (batch_size / jnp.maximum(halflife, 1e-8))
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    *,
+    batch_size: int,
+    accumulate: int,
+    ema_halflife: float,
+    ema_rampup: float,
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """Builds `step(state, batch) -> (state, metrics)`.
+
+    `batch` holds 'image' (b, h, w, c) uint8 and 'label' (b,) int32. Gradients of `accumulate` equal parts of it are averaged
+    one after the other. Where the loss or a gradient is not finite, parameters, moments and average stay as they are and the
+    step is counted as skipped.
+    """
+
+    def gradient(params, batch, keys, dropout_key):
+        loss = lambda p: objective.loss(p, batch, keys, dropout_key).mean()  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    def accumulated(params, batch, keys, dropout_key):
+        if accumulate == 1:
+            return gradient(params, batch, keys, dropout_key)
+        split = lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])  # noqa: E731
+        parts = (*jax.tree.map(split, (batch, keys)), jnp.arange(accumulate))
+
+        def add(total, part):
+            new = gradient(params, part[0], part[1], jax.random.fold_in(dropout_key, part[2]))
+            return jax.tree.map(jnp.add, total, new), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        keys_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
+        keys = randomness.image_keys(keys_key, jnp.arange(batch_size))
+        loss, grads = accumulated(state.params, batch, keys, dropout_key)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = ema_decay(state.step * float(batch_size), batch_size=batch_size, halflife=ema_halflife, rampup=ema_rampup)
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(ema, state.ema),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        return new_state, {"loss": loss, "grad_norm": norm, "skipped_in_a_row": new_state.skipped_in_a_row}
+
+    return step
