@@ -24,17 +24,20 @@ _MODE = flags.DEFINE_enum("mode", "all", run.MODES, "Which part to do.")
 _STAGE = flags.DEFINE_integer("stage", None, "With --mode train: the only stage to train, from 1.", lower_bound=1)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str]) -> None:
     """absl's parser, with what it raises for a wrong config turned into one sentence."""
     try:
-        return flags.FLAGS(argv)
+        flags.FLAGS(argv)
+        if _CONFIG.value is None or _WORKDIR.value is None:
+            raise InputError("--config and --workdir are needed, as in --config configs/digits.py --workdir runs/digits.")
+        _CONFIG.value.to_dict()  # a config that could not be loaded says so when it is used
     except flags.Error as error:
         raise InputError(f"{error}; --helpshort lists the flags.") from error
-    except FileNotFoundError as error:
-        raise InputError(f"--config={error.filename!r} does not exist; configs/digits.py would do.") from error
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        reason = " ".join(str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'").split())
-        raise InputError(f"the config cannot be used: {reason}") from error
+    except InputError:
+        raise
+    except Exception as error:  # the config file is code, and may fail in any way
+        reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
+        raise InputError(f"the config cannot be used ({reason}); one that loads, such as configs/digits.py, would do.") from error
 
 
 def main() -> int:
@@ -42,9 +45,7 @@ def main() -> int:
     show_log()
     logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
     try:
-        _parse_flags(sys.argv)
-        if _CONFIG.value is None or _WORKDIR.value is None:
-            raise InputError("--config and --workdir are needed, as in --config configs/digits.py --workdir runs/digits.")
+        _parse_flags(sys.argv)  # config_flags looks at sys.argv itself, so nothing else would do
         run.run(_CONFIG.value, _WORKDIR.value, mode=_MODE.value, stage=_STAGE.value)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

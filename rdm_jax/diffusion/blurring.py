@@ -45,8 +45,8 @@ def over_patches(function: Callable[..., Float[Array, "p p"]], patch: int) -> Ca
       patch: p; must divide height and width.
 
     Returns:
-      A function `(images, per_image)`: `images` a tuple of (b, h, w, c) arrays, `per_image` a tuple of arrays with leading axis b.
-      It returns (b, h, w, c).
+      A function `(images, per_image)`: `images` a tuple of (b, h, w, c) arrays, `per_image` a tuple of arrays with
+      leading axis b. It returns (b, h, w, c).
     """
 
     def lifted(images: tuple, per_image: tuple = ()):

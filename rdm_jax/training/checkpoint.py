@@ -18,6 +18,9 @@ class Checkpoints:
 
     'train' (parameters, moments, counters), 'ema' (the averaged parameters, all that sampling reads) and 'about' (JSON: the
     stage's config, classes, validation loss, and the data iterator's state).
+
+    Raises:
+      InputError: a checkpoint in `directory` is damaged.
     """
 
     def __init__(self, directory: Path, *, keep_newest: int = 1, keep_best: int = 0, read_only: bool = False):
@@ -29,12 +32,18 @@ class Checkpoints:
             keep.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+            best_fn=lambda m: m["validation_loss"],  # without it, Orbax does not write the metrics to disk
+            best_mode="min",
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
         arrays, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
         handlers = {"train": arrays(), "ema": arrays(), "about": json()}
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handlers)
+        try:  # it reads the metrics of every checkpoint
+            self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handlers)
+        except Exception as error:
+            remedy = "moving the damaged step's folder away"
+            raise InputError(f"a checkpoint in {directory} cannot be read ({_reason(error)}); {remedy} would do.") from error
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, oldest first."""
@@ -88,10 +97,9 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each report damage in their own way.
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             others = [s for s in self.steps() if s != step]
             remedy = f"the checkpoint of step {others[-1]}" if others else "training again in another workdir"
-            raise InputError(f"{where} cannot be read ({reason}); {remedy} would do.") from error
+            raise InputError(f"{where} cannot be read ({_reason(error)}); {remedy} would do.") from error
 
     def _same_network(self, step: int, name: str, abstract: Any, where: str) -> None:
         item = self._manager.item_metadata(step)["ema" if name == "ema" else "train"]
@@ -113,6 +121,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and lets go of the folder."""
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, cut to a length that fits a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

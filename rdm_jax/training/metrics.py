@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ class MetricWriter:
         self._events.close()
 
 
-def read(path: Path) -> list[dict[str, float]]:
+def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:

@@ -58,7 +58,7 @@ def to_float(images: UInt8[Array, "b h w c"], pool: int) -> Float[Array, "b h2 w
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run carries from step to step.
+    """All that a run carries from step to step; int32 scalars and trees of arrays, or their abstract shapes.
 
     Attributes:
       step: steps taken; the step's randomness follows from it.
@@ -67,12 +67,12 @@ class TrainState:
       skipped, skipped_in_a_row: steps whose loss or gradient was not finite.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     ema: Any
     opt_state: Any
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    skipped: Any
+    skipped_in_a_row: Any
 
 
 def init_state(network: Network, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
@@ -130,7 +130,7 @@ def make_step(
         keys_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         keys = randomness.image_keys(keys_key, jnp.arange(batch_size))
         loss, grads = accumulated(state.params, batch, keys, dropout_key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,0 +1,249 @@
+"""The command as a user runs it: from images to samples in small, stopped and continued, and refusing what cannot work."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from rdm_jax.config import parse
+from rdm_jax.main import main
+from rdm_jax.training import checkpoint, metrics
+from tests.tiny import tiny_config, write_images
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def command(images: Path, workdir: Path, *flags: str) -> list[str]:
+    config = f"--config={ROOT}/tests/tiny.py:{images}"
+    return [sys.executable, "-m", "rdm_jax.main", config, f"--workdir={workdir}", *flags]
+
+
+def run(images: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(images, workdir, *flags), env=ENVIRONMENT, cwd=ROOT, text=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "images"
+    write_images(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """An undisturbed run."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    done = run(images, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_everything_is_left_behind(finished, images):
+    workdir, done = finished
+    samples = np.load(workdir / "samples/samples.npz")
+    assert samples["images"].shape == (12, 8, 8, 3) and samples["images"].dtype == np.uint8
+    assert samples["stage1"].shape == (12, 4, 4, 3)
+    assert samples["seeds"].tolist() == list(range(12)) and samples["labels"].tolist() == [0, 1] * 6
+    for stage in ("stage1", "stage2"):
+        for picture in ("loss.png", "previews/0000000080.png", "previews/0000000160.png"):
+            assert np.asarray(Image.open(workdir / stage / picture)).std() > 0
+        assert list((workdir / stage / "tensorboard").glob("events.out.tfevents.*"))
+        lines = metrics.read(workdir / stage / "metrics.jsonl")
+        assert [line["images"] for line in lines if "loss" in line] == list(range(16, 161, 16))
+        assert [line["images"] for line in lines if "validation_loss" in line] == [40, 80, 120, 160]
+        assert {10, 15, 20} <= set(checkpoint.Checkpoints(workdir / stage / "checkpoints", read_only=True).steps())
+    assert np.asarray(Image.open(workdir / "samples/grid.png")).std() > 0
+    assert parse(json.loads((workdir / "config.json").read_text())) == tiny_config(images)
+    for said in ("24 images", "compiled in", "images/s", "left", "network evaluations", "done"):
+        assert said in done.stdout + done.stderr, said
+
+
+def test_again_does_nothing_but_say_so(finished, images):
+    workdir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.np*")}
+    again = run(images, workdir)
+    assert again.returncode == 0
+    for said in ("stage1: already trained", "stage2: already trained", "12 images are already in"):
+        assert said in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.np*")} == before
+
+
+def test_sampling_takes_seeds_classes_steps_and_guidance(finished, images):
+    """Image 9 of the run is made again alone, and again as the only one of another class."""
+    workdir, _ = finished
+    flags = ["--mode=sample", "--config.sampling.seeds=9", "--config.sampling.batch_size=1"]
+    alone = run(images, workdir, *flags, "--config.sampling.name=alone")
+    assert alone.returncode == 0, alone.stderr
+    old, new = np.load(workdir / "samples/samples.npz"), np.load(workdir / "alone/samples.npz")
+    # Another batch size is another program, whose sums may differ in float32's last bits: one level of uint8 at the most.
+    assert np.abs(old["images"][9].astype(int) - new["images"][0]).max() <= 1
+    flags += ["--config.sampling.classes=(0,)", "--config.stage1.guidance=2.0", "--config.stage1.sampler.steps=4"]
+    other = run(images, workdir, *flags, "--config.sampling.name=other", "--config.stage2.checkpoint=10")
+    assert other.returncode == 0, other.stderr
+    assert "stage2 from step 10" in other.stdout and "7 network evaluations" in other.stdout
+    assert np.load(workdir / "other/samples.npz")["labels"].tolist() == [0]
+
+
+def final_states(workdir: Path):
+    for stage in ("stage1", "stage2"):
+        folder = workdir / stage / "checkpoints" / "20"
+        for item in ("train", "ema"):
+            yield stage, item, read_arrays(folder / item)
+
+
+def read_arrays(item: Path) -> dict[str, np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(item)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def stop_when(process: subprocess.Popen, ready, signal_number: int) -> int:
+    """Sends a signal as soon as `ready()`, and returns the exit status."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal_number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def logged(workdir: Path, stage: str, images: int):
+    """Whether the metrics of so many images are on disk."""
+    return lambda: any(line["images"] >= images for line in metrics.read(workdir / stage / "metrics.jsonl"))
+
+
+def test_killed_and_continued_is_bit_equal(finished, images, tmp_path):
+    """kill -9 in the middle of each stage, off the checkpoints; SIGTERM in sampling's place is another test."""
+    workdir = tmp_path / "killed"
+    for stage in ("stage1", "stage2"):
+        process = subprocess.Popen(command(images, workdir), env=ENVIRONMENT, cwd=ROOT, stdout=-1, stderr=-1)
+        assert stop_when(process, logged(workdir, stage, 96), signal.SIGKILL) == -signal.SIGKILL
+    done = run(images, workdir)
+    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
+    for (stage, item, ours), (_, _, theirs) in zip(final_states(workdir), final_states(finished[0]), strict=True):
+        assert ours.keys() == theirs.keys() and len(ours) > 30
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {item} {name}")
+    left, right = np.load(workdir / "samples/samples.npz"), np.load(finished[0] / "samples/samples.npz")
+    np.testing.assert_array_equal(left["images"], right["images"])
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "CtrlC"])
+def test_stopping_loses_nothing(images, tmp_path, number, status):
+    workdir = tmp_path / "stopped"
+    flags = ["--mode=train", "--stage=1", "--config.stage1.training.checkpoint_every=100000"]
+    flags += ["--config.stage1.training.images=100000", "--config.stage1.training.preview_every=0"]
+    process = subprocess.Popen(command(images, workdir, *flags), env=ENVIRONMENT, cwd=ROOT, stdout=-1, stderr=-1)
+    assert stop_when(process, logged(workdir, "stage1", 160), number) == status
+    steps = checkpoint.Checkpoints(workdir / "stage1/checkpoints", read_only=True).steps()
+    last = max(line["step"] for line in metrics.read(workdir / "stage1/metrics.jsonl"))
+    assert steps == [last] and last >= 20  # saved at the very step at which it stopped, far from any checkpoint
+
+
+def test_diverged_run_stops_and_keeps_the_last_good_state(images, tmp_path):
+    flags = ["--mode=train", "--stage=1", "--config.stage1.training.learning_rate=1e30", "--config.stage1.training.max_skipped=3"]
+    done = run(images, tmp_path / "run", *flags)
+    assert done.returncode == 1
+    assert "3 steps in a row" in done.stderr and "learning_rate" in done.stderr and "Traceback" not in done.stderr
+    (step,) = checkpoint.Checkpoints(tmp_path / "run/stage1/checkpoints", read_only=True).steps()
+    arrays = read_arrays(tmp_path / f"run/stage1/checkpoints/{step}/train")
+    assert all(np.isfinite(value).all() for value in arrays.values())
+
+
+REFUSED = {
+    "unknown field": (["--config.stage1.network.chanels=8"], r"chanels.*channels"),
+    "unknown flag": (["--wordkir=x"], "wordkir"),
+    "wrong type": (["--config.stage1.training.images=many"], "images=many"),
+    "not divisible by p": (["--config.stage2.resolution=(9, 9)"], r"stage2.resolution=\(9, 9\).*divisible by 2"),
+    "not divisible by the stride": (["--config.stage1.network.patch=3"], r"stage1.resolution=\(4, 4\).*stride"),
+    "stages that do not fit": (["--config.stage1.resolution=(8, 8)"], r"stage2.resolution=\(8, 8\).*\(16, 16\)"),
+    "missing data": (["--config.data.source=folder:/nowhere", "--config.data.directory={tmp}/new"], "/nowhere"),
+    "prepared otherwise": (["--config.data.channels=1"], "channels"),
+    "missing config": (["--config=configs/nothing.py"], "nothing.py"),
+    "class out of range": (["--config.sampling.classes=(0, 2)"], r"classes=\(0, 2\).*0 to 1"),
+    "seed out of range": (["--config.sampling.seeds=0-4294967296"], "seeds='0-4294967296'"),
+    "no seeds": (["--config.sampling.seeds=a-b"], "seeds='a-b'"),
+    "stage that is not there": (["--mode=train", "--stage=3"], "--stage=3"),
+    "nothing to sample from": (["--mode=sample"], r"no checkpoint.*stage1"),
+    "guidance without dropout": (
+        ["--config.stage1.guidance=2.0", "--config.stage1.training.label_dropout=0.0"],
+        r"stage1.guidance=2.0.*label_dropout",
+    ),
+}
+
+
+def check_refused(status: int, stderr: str, pattern: str):
+    assert status == 2, stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(pattern, line) and "Traceback" not in stderr
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Runs the command in this process and checks that it is refused by one sentence."""
+
+    def call(arguments: list[str], pattern: str):
+        monkeypatch.setattr(sys, "argv", ["main", *arguments[3:]])
+        with flagsaver.flagsaver():
+            status = main()
+        check_refused(status, capsys.readouterr().err, pattern)
+
+    return call
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_sentence(finished, images, tmp_path, refused, case):
+    flags, pattern = REFUSED[case]
+    refused(command(images, tmp_path / "run", *[flag.replace("{tmp}", str(tmp_path)) for flag in flags]), pattern)
+    assert not list((tmp_path / "run").rglob("checkpoints"))
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished, images, refused):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_text()
+    refused(command(images, workdir, "--config.stage2.network.channels=16"), r"stage2.network.channels was 8 and is 16")
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_batch_that_devices_cannot_share_is_refused(images, tmp_path, refused):
+    flags = ["--config.stage2.training.batch_size=12"]
+    refused(command(images, tmp_path / "run", *flags), r"stage2.training.batch_size=12.*multiple of 8")
+
+
+def test_workdir_that_cannot_be_written_is_refused(images, tmp_path, refused):
+    (tmp_path / "file").write_text("in the way")
+    refused(command(images, tmp_path / "file" / "run"), "cannot be written")
+
+
+def test_workdir_in_use_is_refused(images, tmp_path, refused):
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(command(images, tmp_path / "run"), "in use by another run")
+
+
+def test_damaged_checkpoint_is_refused(finished, images, tmp_path, refused):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (largest,) = sorted((workdir / "stage2/checkpoints/20/ema/d").iterdir(), key=lambda p: p.stat().st_size)[-1:]
+    largest.write_bytes(largest.read_bytes()[:100])
+    flags = ["--mode=sample", "--config.sampling.name=again"]
+    refused(command(images, workdir, *flags), r"stage2/checkpoints/20 cannot be read.*step 15 would do")
+    assert not (workdir / "again").exists()

@@ -1,0 +1,156 @@
+"""The training step: what it learns from, what it leaves alone, and that devices and parts of a batch do not matter."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rdm_jax import randomness, sharding
+from rdm_jax.diffusion import preconditioning, processes
+from rdm_jax.models.adm import ADM
+from rdm_jax.models.functional import functional
+from rdm_jax.training.step import Objective, ema_decay, init_state, make_step, to_float
+
+BATCH, CLASSES = 16, 3
+OPTIMIZER = optax.adam(3e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoisonedWhereWhite(processes.Gaussian):
+    """Gaussian noise, but an image whose first value is 1 gets the level NaN."""
+
+    def noised(self, x, level, noise):
+        return super().noised(x, jnp.where(x[:, 0, 0, 0] == 1, jnp.nan, level), noise)
+
+
+def objective(dropout: float = 0.0, process=PoisonedWhereWhite(), pool: int = 1) -> Objective:
+    adm = ADM(8, (1,), 1, (), head_channels=8, dropout=dropout)
+    network = functional(lambda rngs: adm.build(3, CLASSES, 0, rngs=rngs))
+    return Objective(network, process, preconditioning.EDM(), pool, CLASSES, label_dropout=0.25)
+
+
+def batch(seed: int = 0, size: int = 8):
+    random = np.random.default_rng(seed)
+    label = random.integers(0, CLASSES, BATCH).astype(np.int32)
+    images = 80 * label[:, None, None, None] + random.integers(0, 40, (BATCH, size, size, 3))  # never 255, the poison
+    return {"image": images.astype(np.uint8), "label": label}
+
+
+def poisoned(data):
+    image = data["image"].copy()
+    image[5] = 255
+    return {**data, "image": image}
+
+
+@functools.cache
+def step_and_state(accumulate: int = 1, dropout: float = 0.0):
+    """A compiled step that may be traced once, and a state in which every parameter has a gradient."""
+    goal = objective(dropout)
+    chex.clear_trace_counter()  # it counts by the name of the function, which every step shares
+    kwargs = {"batch_size": BATCH, "accumulate": accumulate, "ema_halflife": 100.0, "ema_rampup": 0.05}
+    step = make_step(goal, OPTIMIZER, jax.random.key(1), **kwargs)
+    state = jax.jit(lambda: init_state(goal.network, OPTIMIZER, jax.random.key(0)))()
+    # The last convolutions start at zero; a nudge lets gradients reach all parameters from the first step.
+    nudge = lambda x: np.asarray(x) + 0.05 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
+    params = jax.device_put(jax.tree.map(nudge, state.params))
+    return jax.jit(chex.assert_max_traces(step, n=1)), state.replace(params=params, ema=params)
+
+
+def test_learns_and_is_traced_once():
+    step, state = step_and_state()
+    before, losses = state.params, []
+    for i in range(60):
+        state, metrics = step(state, batch(i % 2))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+    assert int(state.step) == 60 and int(state.skipped) == 0
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.params)
+    assert all(jax.tree.leaves(changed))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_parts_of_a_batch_give_the_same_step(accumulate):
+    step, state = step_and_state()
+    in_parts, _ = step_and_state(accumulate)
+    whole, parts = step(state, batch()), in_parts(state, batch())
+    # float32 sums in another order; Adam divides each gradient by its own size, so small ones show it most.
+    chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5)
+    chex.assert_trees_all_close(whole[0].opt_state[0].mu, parts[0].opt_state[0].mu, atol=1e-6)
+
+
+def test_eight_devices_equal_one():
+    assert jax.device_count() == 8
+    step, state = step_and_state()
+    shared, mesh = step_and_state.__wrapped__()[0], sharding.data_mesh()
+    here, there = state, jax.device_put(state, sharding.replicated(mesh))
+    for i in range(3):
+        here, one = step(here, batch(i))
+        there, eight = shared(there, sharding.put_batch(batch(i), mesh))
+        chex.assert_trees_all_close(one, eight, rtol=2e-5)  # float32 sums in another order
+    chex.assert_trees_all_close(here.opt_state[0].mu, jax.device_get(there.opt_state[0].mu), atol=1e-5)
+    assert there.params["stem"]["kernel"].sharding.is_fully_replicated
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counters():
+    step, state = step_and_state()
+    state, _ = step(state, batch())
+    after, metrics = step(state, poisoned(batch(1)))
+    assert not np.isfinite(metrics["loss"])
+    chex.assert_trees_all_equal((after.params, after.ema, after.opt_state), (state.params, state.ema, state.opt_state))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
+    good, _ = step(after, batch(2))
+    assert (int(good.skipped), int(good.skipped_in_a_row)) == (1, 0)
+    assert bool(jnp.any(good.params["stem"]["kernel"] != after.params["stem"]["kernel"]))
+
+
+def test_randomness_follows_from_the_step():
+    step, state = step_and_state(dropout=0.5)
+    first, again = step(state, batch())[1], step(state, batch())[1]
+    later = step(state.replace(step=state.step + 1), batch())[1]
+    chex.assert_trees_all_equal(first, again)
+    assert float(first["loss"]) != float(later["loss"])
+
+
+def test_noise_of_an_image_is_its_own():
+    goal, data = objective(), batch()
+    keys = randomness.image_keys(jax.random.key(3), jnp.arange(BATCH))
+    params, data = step_and_state()[1].params, jax.device_put(data)
+    whole = goal.loss(params, data, keys, None)
+    part = goal.loss(params, jax.tree.map(lambda x: x[4:7], data), keys[4:7], None)
+    chex.assert_trees_all_close(whole[4:7], part, rtol=1e-5)
+
+
+def test_label_dropout():
+    goal, keys = objective(), jax.random.split(jax.random.key(0), 4000)
+    labels = goal.labels(jnp.full(4000, 2), keys)
+    share = float(jnp.mean(labels.sum(-1) == 0))
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5  # four standard errors
+    chex.assert_trees_all_equal(labels[labels.sum(-1) > 0][:5], jnp.tile(jnp.array([0.0, 0.0, 1.0]), (5, 1)))
+
+
+def test_ema_decay_halves_in_a_halflife():
+    steps = 0.5 ** (1 / (1000 / 50))
+    np.testing.assert_allclose(ema_decay(jnp.float32(1e6), batch_size=50, halflife=1000.0, rampup=0.05), steps, rtol=1e-6)
+    assert float(ema_decay(jnp.float32(0), batch_size=50, halflife=1000.0, rampup=0.05)) == 0
+    # In the ramp-up the half-life is 5 % of the 2000 images seen.
+    np.testing.assert_allclose(ema_decay(jnp.float32(2000), batch_size=50, halflife=1e9, rampup=0.05), 0.5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(ema_decay(jnp.float32(0), batch_size=50, halflife=1000.0, rampup=0.0), steps, rtol=1e-6)
+
+
+def test_ema_is_the_average_of_the_parameters():
+    step, state = step_and_state()
+    before = state.replace(step=jnp.int32(1000))  # beyond the ramp-up: 16,000 images
+    after, _ = step(before, batch())
+    decay = 0.5 ** (BATCH / 100.0)
+    expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before.ema, after.params)
+    chex.assert_trees_all_close(after.ema, expected, atol=1e-6)
+
+
+def test_images_are_scaled_and_pooled():
+    image = jnp.zeros((1, 4, 4, 1), jnp.uint8).at[0, :2, :2, 0].set(jnp.array([[0, 255], [255, 255]], jnp.uint8))
+    chex.assert_trees_all_close(to_float(image, 2)[0, :, :, 0], jnp.array([[0.5, -1], [-1, -1]]))
