@@ -36,11 +36,9 @@ def get_config(size: str = "full"):
     width, blocks = (32, 1) if tiny else (128, 2)
     small = ADM(channels=width, channel_mult=(1, 2, 2, 2), blocks=blocks, attention_levels=(2, 3), dtype="bfloat16")
     large = ADM(channels=width, channel_mult=(1, 1, 2, 2, 2, 2), blocks=blocks, attention_levels=(4, 5), dtype="bfloat16")
-    if tiny:
-        small, large = (
-            dataclasses.replace(net, dtype="float32", patch=4, channel_mult=(1, 2), attention_levels=(1,))
-            for net in (small, large)
-        )
+    if tiny:  # pixels folded into channels: both networks work at 16 x 16 and 32 x 32
+        shrunk = {"dtype": "float32", "channel_mult": (1, 2), "attention_levels": (1,)}
+        small, large = dataclasses.replace(small, patch=4, **shrunk), dataclasses.replace(large, patch=8, **shrunk)
     return Config(
         data=Data(source="emoji:package/assets", directory="data/emoji_256", skin_tones="drop"),
         stages=(

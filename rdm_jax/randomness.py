@@ -3,7 +3,7 @@
 import enum
 
 import jax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Integer, Key
 
 
 class Stream(enum.IntEnum):
@@ -20,6 +20,6 @@ def stream_key(seed: int, stage: int, stream: Stream) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stage), int(stream))
 
 
-def image_keys(key: Key[Array, ""], index: Int[Array, " b"]) -> Key[Array, " b"]:
+def image_keys(key: Key[Array, ""], index: Integer[Array, " b"]) -> Key[Array, " b"]:
     """One key an image, from its index in the global batch or its seed, so that neighbours and devices do not matter."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)

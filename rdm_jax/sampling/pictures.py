@@ -43,8 +43,8 @@ def plain_grid(images: UInt8[np.ndarray, "b h w c"], columns: int) -> Image.Imag
 
 
 def relay_grid(
-    stages: list[UInt8[np.ndarray, "b h w c"]],
-    nearest: UInt8[np.ndarray, "b h w c"],
+    stages: list[UInt8[np.ndarray, "b _h _w c"]],
+    nearest: UInt8[np.ndarray, "b _h _w c"],
     rows: list[tuple[str, list[int]]],
 ) -> Image.Image:
     """The relay at work: every stage's image at its own size, its enlargement, ..., the final image, and the nearest real one.

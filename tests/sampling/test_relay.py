@@ -1,0 +1,129 @@
+"""Sampling: an image is its seed's alone, the walk's form does not matter, and an interrupted run goes on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rdm_jax import sharding
+from rdm_jax.data.pipeline import open_prepared
+from rdm_jax.data.prepare import prepare
+from rdm_jax.interrupt import Interrupted, StopOnSignal
+from rdm_jax.models.functional import functional
+from rdm_jax.sampling import pictures, relay, sampler
+from rdm_jax.training.step import to_float
+from tests.tiny import NETWORK, tiny_config, write_images
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "images"
+    write_images(folder)
+    return open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", height=8, width=8, channels=3))
+
+
+def stage_and_params(number: int, guidance: float = 1.0):
+    """A stage and parameters that are no longer the zero output of initialisation."""
+    stage = dataclasses.replace(tiny_config("images").stages[number - 1], guidance=guidance)
+    network = functional(lambda rngs: NETWORK.build(3, 2, 0, rngs=rngs))
+    params = jax.jit(network.init)(jax.random.key(0))
+    nudge = lambda x: np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
+    return stage, network, jax.tree.map(nudge, params)
+
+
+def make(number: int, guidance: float = 1.0):
+    stage, network, params = stage_and_params(number, guidance)
+    sample = sampler.stage_sampler(stage, network, number=number, channels=3, classes=2, run_seed=0)
+    low = np.random.default_rng(1).uniform(-1, 1, (BATCH, 4, 4, 3)).astype(np.float32) if number > 1 else None
+    return sample, params, low, jnp.arange(BATCH, dtype=jnp.int32) % 2, jnp.arange(BATCH, dtype=jnp.uint32)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_image_is_its_seeds_alone(number):
+    sample, params, low, labels, seeds = make(number, guidance=2.0)
+    whole = sample(params, low, labels, seeds)
+    order = np.array([3, 7, 0, 3, 1, 1, 5, 2])
+    mixed = sample(params, None if low is None else low[order], labels[order], seeds[order])
+    np.testing.assert_array_equal(mixed, whole[order])  # the same program: equal to the last bit
+    alone = sample(params, None if low is None else low[3:4], labels[3:4], seeds[3:4])
+    np.testing.assert_allclose(alone[0], whole[3], atol=1e-4)  # another program: equal up to the order of float32 sums
+    assert np.abs(whole[0] - whole[2]).max() > 0.1 and np.abs(whole).max() <= 1
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_scan_equals_loop(number, monkeypatch):
+    _, params, low, labels, seeds = make(number)
+    looped = make(number)[0](params, low, labels, seeds)
+    monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
+    scanned = make(number)[0](params, low, labels, seeds)
+    np.testing.assert_allclose(scanned, looped, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_devices_do_not_matter(number):
+    sample, params, low, labels, seeds = make(number)
+    mesh = sharding.data_mesh()
+    shared = sharding.put_batch(jax.device_get((low, labels, seeds)), mesh)
+    there = sample(jax.device_put(params, sharding.replicated(mesh)), *shared)
+    assert len(there.sharding.device_set) == 8
+    np.testing.assert_allclose(there, sample(params, low, labels, seeds), atol=1e-4)
+
+
+def test_run_seed_and_stage_change_the_noise():
+    stage, network, params = stage_and_params(1)
+    outputs = []
+    for run_seed, number in ((0, 1), (1, 1), (0, 2)):
+        sample = sampler.stage_sampler(stage, network, number=number, channels=3, classes=2, run_seed=run_seed)
+        outputs.append(np.asarray(sample(params, None, jnp.zeros(2, jnp.int32), jnp.arange(2, dtype=jnp.uint32))))
+    assert np.abs(outputs[0] - outputs[1]).max() > 0.1 and np.abs(outputs[0] - outputs[2]).max() > 0.1
+
+
+class FakeRelay(relay.Relay):
+    """Counts the batches that are sampled; 'images' are the seeds."""
+
+    def __init__(self, config):
+        self.config, self.made, self.after_each = config, [], lambda: None
+
+    def sample(self, seeds):
+        self.made.append(seeds.tolist())
+        self.after_each()
+        return [np.full((len(seeds), 4, 4, 3), 1, np.uint8), np.resize(seeds.astype(np.uint8), (len(seeds), 1, 1, 1))]
+
+
+def test_interrupted_sampling_goes_on(tmp_path):
+    fake, stop = FakeRelay(tiny_config("images")), StopOnSignal()
+    fake.after_each = lambda: setattr(stop, "requested", 15)
+    with pytest.raises(Interrupted):
+        relay._sample_in_parts(fake, np.arange(12), tmp_path, stop)
+    fake.after_each = lambda: None
+    stages = relay._sample_in_parts(fake, np.arange(12), tmp_path, StopOnSignal())
+    assert fake.made == [list(range(8)), list(range(8, 12))]  # the first batch was not made again
+    assert stages[1].ravel().tolist() == list(range(12))
+
+
+def test_to_uint8_inverts_the_scaling_of_training():
+    every = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+    np.testing.assert_array_equal(sampler.to_uint8(to_float(every, 1)), every)
+    assert sampler.to_uint8(jnp.full((1, 1, 1, 1), 1.5)).item() == 255
+
+
+def test_nearest_real(source):
+    wanted = source.batch([5, 17])["image"]
+    noisy = np.clip(wanted.astype(int) + 2, 0, 255).astype(np.uint8)
+    found, numbers = pictures.nearest_real(noisy, source, chunk=7)
+    assert numbers.tolist() == [5, 17]
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_grid_shows_every_stage(source):
+    images = source.batch(range(4))["image"]
+    grid = np.asarray(pictures.relay_grid([images[:, :4, :4], images], images, [("a", [0, 1]), ("b", [2, 3])]))
+    side = 96
+    first = grid[pictures.HEADER : pictures.HEADER + side, pictures.LABEL :]
+    for place, (image, size) in enumerate([(images[0, :4, :4], 24), (images[0], 12), (images[0], 12)], 1):
+        left = place * (side + pictures.MARGIN)
+        np.testing.assert_array_equal(first[::size, left : left + side : size], image)
