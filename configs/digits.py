@@ -18,7 +18,7 @@ def training(images: int) -> Training:
         batch_size=64,
         learning_rate=1.5e-3,
         warmup=1_000,
-        ema_halflife=3_000,
+        ema_halflife=3_000.0,
         checkpoint_every=6_400,
         preview_every=12_800,
         log_every=640,

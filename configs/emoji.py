@@ -23,7 +23,7 @@ def training(images: int, batch_size: int, every: int) -> Training:
         batch_size=batch_size,
         learning_rate=2e-4,
         warmup=min(10_000, images // 10),
-        ema_halflife=50_000,
+        ema_halflife=50_000.0,
         checkpoint_every=every,
         preview_every=every,
         log_every=max(batch_size, every // 20),

@@ -19,7 +19,7 @@ def training(images: int, batch_size: int) -> Training:
         batch_size=batch_size,
         learning_rate=5e-4,
         warmup=min(10_000, images // 10),
-        ema_halflife=20_000,
+        ema_halflife=20_000.0,
         checkpoint_every=images // 10,
         preview_every=images // 10,
         log_every=max(batch_size, images // 200),

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from rdm_jax import checks
 from rdm_jax import config as configs
 from rdm_jax.config import Config
 from rdm_jax.data.pipeline import PreparedImages, open_prepared
@@ -41,7 +42,8 @@ def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | Non
       Diverged, Interrupted: training stopped; what was done is saved.
     """
     config = configs.parse(values)
-    configs.check_devices(config, jax.device_count())
+    checks.check_config(config)
+    checks.check_devices(config, jax.device_count())
     if stage is not None and stage > len(config.stages):
         raise InputError(f"--stage={stage} is not in the config; 1 to {len(config.stages)} would do.")
     folder = Path(workdir).expanduser()
@@ -50,7 +52,7 @@ def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | Non
         log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
         source = open_data(config)
         stop.check()
-        configs.check_classes(config, source.class_names)
+        checks.check_classes(config, source.class_names)
         for number in range(1, len(config.stages) + 1):
             if mode in ("all", "train") and stage in (None, number):
                 _train(config, number, source, folder, stop)

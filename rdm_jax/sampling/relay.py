@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from rdm_jax import sharding
-from rdm_jax.config import Config, parse_seeds, to_dict
+from rdm_jax.checks import parse_seeds
+from rdm_jax.config import Config, to_dict
 from rdm_jax.data.pipeline import PreparedImages
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures

@@ -1,0 +1,122 @@
+"""The config: round trips, overrides, and refusals before any work."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from rdm_jax import checks
+from rdm_jax.config import Config, Stage, parse, to_dict
+from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.samplers import Heun, RelayHeun
+from rdm_jax.errors import InputError
+from rdm_jax.models.adm import ADM
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(path: Path, *args):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_passes_the_checks_and_says_how_to_run_it(path):
+    config = parse(load(path))
+    checks.check_config(config)
+    assert parse(json.loads(json.dumps(to_dict(config)))) == config
+    assert f"python -m rdm_jax.main --config configs/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji_small"])
+def test_tiny_configs_pass_the_checks(name):
+    full, tiny = (parse(load(CONFIGS[0].parent / f"{name}.py", *args)) for args in ((), ("tiny",)))
+    checks.check_config(tiny)
+    assert [s.resolution for s in full.stages] == [s.resolution for s in tiny.stages]
+
+
+def changed(**changes):
+    """The default config with fields set by their dotted path."""
+    values = Config().to_config_dict()
+    with values.ignore_type():
+        values.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return values
+
+
+def three_stages() -> Config:
+    relay = {"process": Relay(patch=2), "sampler": RelayHeun(), "network": ADM(channel_mult=(1, 2), attention_levels=(1,))}
+    sizes = ((24, 16), (48, 32), (96, 64))
+    first = Stage(sizes[0], network=relay["network"])
+    return Config(stages=(first, Stage(sizes[1], **relay), Stage(sizes[2], **relay)))
+
+
+def test_any_number_of_stages_of_any_shape():
+    config = parse(three_stages().to_config_dict())
+    checks.check_config(config)
+    assert config == three_stages() and len(config.stages) == 3
+
+
+@pytest.mark.parametrize(
+    "field, value, says",
+    [
+        ("stage1__resolution", (60, 60), "stage1.resolution=.60, 60.*divisible by 8"),
+        ("stage2__resolution", (128, 128), "stage2.resolution=.128, 128.*256, 256"),
+        ("stage2__process__patch", 1, "stage2.process.patch=1"),
+        ("stage2__process__kind", "heat", "stage2.process.kind='heat'.*'gaussian' or 'relay'"),
+        ("stage2__process__clock__length", 1.0, "clock.length=1.0"),
+        ("stage2__sampler__eta", 1.5, "stage2.sampler.eta=1.5"),
+        ("stage2__sampler__steps", 3, "stage2.sampler.steps=3.*more"),
+        ("stage1__sampler__sigma_min", 100.0, "stage1.sampler.sigma_min=100.0"),
+        ("stage1__network__dtype", "float16", "stage1.network.dtype='float16'.*bfloat16"),
+        ("stage1__network__channels", "many", "stage1.network.channels='many'.*whole number"),
+        ("stage1__network__attention_levels", (4,), "attention_levels=.4,.*0 to 3"),
+        ("stage1__network__head_channels", 100, "head_channels=100.*divisor of 384"),
+        ("stage1__training__accumulate", 3, "stage1.training.batch_size=256.*accumulate=3"),
+        ("stage1__training__images", 0, "stage1.training.images=0"),
+        ("stage1__training__beta1", 1.0, "stage1.training.beta1=1.0"),
+        ("data__channels", 4, "data.channels=4.*1 or 3"),
+        ("sampling__seeds", "5-1", "sampling.seeds='5-1'"),
+        ("sampling__name", "../x", "sampling.name"),
+        ("seed", -1, "seed=-1"),
+        ("stage4", {}, "stage1, stage2, stage4"),
+    ],
+)
+def test_refused(field, value, says):
+    with pytest.raises(InputError, match=says) as refusal:
+        checks.check_config(parse(changed(**{field: value})))
+    assert str(refusal.value).endswith("would do.") and "\n" not in str(refusal.value)
+
+
+def test_unknown_and_missing_fields_are_named():
+    values = Config().to_config_dict().to_dict()
+    values["stage1"]["network"]["chanels"] = 3
+    with pytest.raises(InputError, match="config.stage1.network.chanels=3.*channels would do"):
+        parse(values)
+    del values["stage1"]["network"]["chanels"], values["stage1"]["network"]["blocks"]
+    with pytest.raises(InputError, match="config.stage1.network has no field 'blocks'"):
+        parse(values)
+
+
+def test_batches_that_devices_cannot_share():
+    stage = dataclasses.replace(Stage(), training=dataclasses.replace(Stage().training, batch_size=12, accumulate=2))
+    with pytest.raises(InputError, match="stage1.training.batch_size=12.*multiple of 8 .4 devices, accumulate=2"):
+        checks.check_devices(Config(stages=(stage,)), 4)
+    checks.check_devices(Config(stages=(stage,)), 2)
+
+
+def test_guidance_needs_labels():
+    config = Config(stages=(dataclasses.replace(Stage(), guidance=2.0, sampler=Heun()),))
+    checks.check_classes(config, ("a", "b"))
+    with pytest.raises(InputError, match="stage1.guidance=2.0"):
+        checks.check_classes(config, ())
+
+
+def test_seeds():
+    assert checks.parse_seeds("0-3, 7") == (0, 1, 2, 3, 7)
+    for wrong in ("", "a", "3-1", "-1", "4294967296", "1.5"):
+        with pytest.raises(InputError, match="sampling.seeds"):
+            checks.parse_seeds(wrong)
