@@ -35,7 +35,7 @@ def get_config():
                 network=ADM(channels=32, channel_mult=(1, 2), blocks=1, attention_levels=(0,), head_channels=32, dropout=0.0),
                 precondition=EDM(noise_scale=1.0),  # 1/4 tells so small a network too little of the noise level
                 process=Gaussian(),
-                training=training(48_000),
+                training=training(44_800),
                 sampler=Heun(steps=12),
                 guidance=2.0,
             ),
@@ -45,9 +45,9 @@ def get_config():
                 network=ADM(channels=64, channel_mult=(1,), blocks=1, attention_levels=(0,), dropout=0.0, patch=4),
                 precondition=EDM(noise_scale=1.0),
                 process=Relay(patch=4, block_scale=0.15, clock=Clock(length=0.93, blur_sigma_max=3.0)),
-                training=training(48_000),
+                training=training(38_400),
                 sampler=RelayHeun(steps=10, rho=7.0, truncation_sigma=1.8, eta=0.2),
             ),
         ),
-        sampling=Sampling(seeds="0-499", batch_size=50),
+        sampling=Sampling(seeds="0-499", batch_size=64),
     ).to_config_dict()

@@ -57,5 +57,5 @@ def get_config(size: str = "full"):
                 sampler=RelayHeun(steps=18 if tiny else 60),
             ),
         ),
-        sampling=Sampling(seeds="0-29" if tiny else "0-255", batch_size=10 if tiny else 32),
+        sampling=Sampling(seeds="0-29" if tiny else "0-255", batch_size=16 if tiny else 32),
     ).to_config_dict()

@@ -47,5 +47,5 @@ def get_config(size: str = "full"):
                 sampler=RelayHeun(steps=18 if tiny else 40),
             ),
         ),
-        sampling=Sampling(seeds="0-49" if tiny else "0-255", batch_size=10 if tiny else 64),
+        sampling=Sampling(seeds="0-49" if tiny else "0-255", batch_size=16 if tiny else 64),
     ).to_config_dict()

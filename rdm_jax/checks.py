@@ -6,6 +6,8 @@ from rdm_jax.config import Config, Stage, kind_of
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
 
+MAX_SEEDS = 1_000_000  # what is kept in memory until it is written to one file
+
 
 def check_config(config: Config) -> None:
     """Refuses values that cannot work, alone or together.
@@ -13,7 +15,7 @@ def check_config(config: Config) -> None:
     Raises:
       InputError: names the first such field, its value and what would do.
     """
-    for rule in (_check_stage, _check_training, _check_sampler, _check_network):
+    for rule in (_check_network, _check_process, _check_stage, _check_training, _check_sampler):
         for number, stage in enumerate(config.stages, 1):
             rule(stage, f"config.stage{number}")
     for number, (before, stage) in enumerate(zip(config.stages, config.stages[1:], strict=False), 2):
@@ -30,7 +32,7 @@ def check_config(config: Config) -> None:
             isinstance(stage.process, wanted), f"config.stage{number}.process.kind", kind_of(type(stage.process)), kind_of(wanted)
         )
     _require(config.data.channels in (1, 3), "config.data.channels", config.data.channels, "1 or 3")
-    _require(config.seed >= 0, "config.seed", config.seed, "0 or more")
+    _require(0 <= config.seed < 2**32, "config.seed", config.seed, "0 to 4294967295")
     _require(config.sampling.batch_size > 0, "config.sampling.batch_size", config.sampling.batch_size, "a positive number")
     _require(config.sampling.name.isidentifier(), "config.sampling.name", config.sampling.name, "one word, such as 'samples',")
     parse_seeds(config.sampling.seeds)
@@ -65,9 +67,12 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         numbers = (first, last or first)
-        fine = all(n.isdigit() and int(n) < 2**32 for n in numbers) and int(first) <= int(numbers[1])
+        fine = all(n.isdecimal() and int(n) < 2**32 for n in numbers) and int(first) <= int(numbers[1])
         _require(fine, "config.sampling.seeds", text, "ranges of numbers from 0 to 4294967295, such as '0-99,200',")
-        seeds.extend(range(int(first), int(numbers[1]) + 1))
+        several = range(int(first), int(numbers[1]) + 1)
+        fine = len(seeds) + len(several) <= MAX_SEEDS
+        _require(fine, "config.sampling.seeds", text, f"at most {MAX_SEEDS} of them, in several runs with other names,")
+        seeds.extend(several)
     return tuple(seeds)
 
 
@@ -83,11 +88,21 @@ def _check_stage(stage: Stage, path: str) -> None:
         fits = all(side % divisor == 0 for side in h_w)
         _require(fits, f"{path}.resolution", h_w, f"a height and width divisible by {divisor} ({what})")
     _require(stage.guidance >= 0, f"{path}.guidance", stage.guidance, "0 or more")
-    if isinstance(stage.process, processes.Relay):
-        clock = stage.process.clock
-        _require(stage.process.patch >= 2, f"{path}.process.patch", stage.process.patch, "2 or more")
-        _require(stage.process.block_scale >= 0, f"{path}.process.block_scale", stage.process.block_scale, "0 or more")
-        _require(0 < clock.length < 1, f"{path}.process.clock.length", clock.length, "a number between 0 and 1")
+    fine = stage.checkpoint in ("newest", "best") or stage.checkpoint.isdecimal() or "/" in stage.checkpoint
+    _require(fine, f"{path}.checkpoint", stage.checkpoint, "'newest', 'best', a step, or the path of a step's folder")
+
+
+def _check_process(stage: Stage, path: str) -> None:
+    process, sigma_data = stage.process, stage.precondition.sigma_data
+    _require(sigma_data > 0, f"{path}.precondition.sigma_data", sigma_data, "a positive number")
+    agree = f"{sigma_data} (precondition.sigma_data)"
+    _require(process.sigma_data == sigma_data, f"{path}.process.sigma_data", process.sigma_data, agree)
+    if isinstance(process, processes.Relay):
+        _require(process.patch >= 2, f"{path}.process.patch", process.patch, "2 or more")
+        _require(process.block_scale >= 0, f"{path}.process.block_scale", process.block_scale, "0 or more")
+        _require(process.block_size >= 0, f"{path}.process.block_size", process.block_size, "0 (for p) or more")
+        _require(process.sigma_floor > 0, f"{path}.process.sigma_floor", process.sigma_floor, "a positive number")
+        _require(0 < process.clock.length < 1, f"{path}.process.clock.length", process.clock.length, "a number between 0 and 1")
 
 
 def _check_training(stage: Stage, path: str) -> None:
@@ -123,6 +138,7 @@ def _check_sampler(stage: Stage, path: str) -> None:
     _require(
         0 < sampler.sigma_min < sampler.sigma_max, f"{path}.sampler.sigma_min", sampler.sigma_min, "less than sigma_max, over 0,"
     )
+    _require(sampler.rho > 0, f"{path}.sampler.rho", sampler.rho, "a positive number")
     if relayed:
         _require(0 <= sampler.eta <= 1, f"{path}.sampler.eta", sampler.eta, "a number from 0 to 1")
         _require(sampler.order in (1, 2), f"{path}.sampler.order", sampler.order, "1 or 2")
@@ -139,11 +155,15 @@ def _check_network(stage: Stage, path: str) -> None:
     _require(
         network.channel_mult and min(network.channel_mult) > 0, f"{path}.network.channel_mult", network.channel_mult, "(1, 2)"
     )
-    _require(network.channels % 4 == 0, f"{path}.network.channels", network.channels, "a multiple of 4")
+    widths = [network.channels, *(network.channels * mult for mult in network.channel_mult)]
+    joined = {a + b for a in widths for b in widths}  # by the skip connections
+    fine = all(width % 4 == 0 and width % min(32, width // 4) == 0 for width in {*widths, *joined})
+    _require(fine, f"{path}.network.channels", network.channels, "a multiple of 32, for the groups of normalisation,")
     for level in network.attention_levels:
         count, field = len(network.channel_mult), f"{path}.network.attention_levels"
         _require(0 <= level < count, field, network.attention_levels, f"levels from 0 to {count - 1}")
-        width = network.channels * network.channel_mult[level]
-        _require(
-            width % network.head_channels == 0, f"{path}.network.head_channels", network.head_channels, f"a divisor of {width}"
-        )
+    attending = {*network.attention_levels, len(network.channel_mult) - 1}  # the deepest always attends, if it is wide enough
+    for level in sorted(attending):
+        width, head = network.channels * network.channel_mult[level], network.head_channels
+        fine = width % (width // head) == 0 if width >= head else level not in network.attention_levels
+        _require(fine, f"{path}.network.head_channels", head, f"a divisor of {width} (the width of level {level})")

@@ -56,7 +56,8 @@ class Training:
       checkpoint_every, keep_newest, keep_best: when to save, and how many of the newest and of the best to keep.
       preview_every: when to draw a grid of samples; 0 for never.
       log_every: when to write a line of metrics.
-      validation: images whose loss under the averaged parameters, with fixed noise, tells the best checkpoint.
+      validation: images, evenly from the training set, whose loss under the averaged parameters, with fixed noise, tells the
+        best checkpoint.
       max_skipped: steps in a row with a loss or gradient that is not finite, before the run stops.
     """
 
@@ -167,7 +168,7 @@ def parse(values: ConfigDict | dict[str, Any]) -> Config:
 def _stage_number(name: str) -> int:
     """3 for 'stage3', 0 for what is no stage's name."""
     number = name.removeprefix("stage")
-    return int(number) if number != name and number.isdigit() else 0
+    return int(number) if number != name and number.isdecimal() else 0
 
 
 def to_dict(config: Config) -> dict[str, Any]:

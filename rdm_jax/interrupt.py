@@ -3,7 +3,7 @@
 import signal
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except Exception` takes it for something else
     """Work was stopped by a signal after saving; `status` is the exit status by the shell's convention, 128 + signal."""
 
     def __init__(self, number: int):

@@ -9,7 +9,7 @@ import sys
 # Before anything imports TensorStore or XLA, whose C++ logging is decided at import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rdm_jax import run
@@ -27,7 +27,10 @@ _STAGE = flags.DEFINE_integer("stage", None, "With --mode train: the only stage 
 def _parse_flags(argv: list[str]) -> None:
     """absl's parser, with what it raises for a wrong config turned into one sentence."""
     try:
-        flags.FLAGS(argv)
+        app.define_help_flags()
+        strays = flags.FLAGS(argv)[1:]
+        if strays:
+            raise InputError(f"{strays[0]!r} is no flag; --{strays[0].lstrip('-')} would do.")
         if _CONFIG.value is None or _WORKDIR.value is None:
             raise InputError("--config and --workdir are needed, as in --config configs/digits.py --workdir runs/digits.")
         _CONFIG.value.to_dict()  # a config that could not be loaded says so when it is used
@@ -49,6 +52,10 @@ def main() -> int:
         run.run(_CONFIG.value, _WORKDIR.value, mode=_MODE.value, stage=_STAGE.value)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where, why = error.filename or _WORKDIR.value, error.strerror or error
+        print(f"error: {where} cannot be used ({why}); free space, or another --workdir, would do.", file=sys.stderr)
         return 2
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +19,13 @@ from rdm_jax.errors import InputError
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import relay
 from rdm_jax.terminal import log
+from rdm_jax.training import checkpoint
 from rdm_jax.training.loop import Trainer
 
 MODES = ("all", "prepare", "train", "sample")
 # What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
-FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "cache_gib", "keep_newest", "keep_best", "max_skipped")
-FREE_FIELDS += ("checkpoint_every", "preview_every", "log_every", "validation", "images")
+FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "images", "max_skipped")
+FREE_FIELDS += ("checkpoint_every", "preview_every", "log_every", "validation", "keep_newest", "keep_best")
 
 
 def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | None = None) -> None:
@@ -44,18 +44,22 @@ def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | Non
     config = configs.parse(values)
     checks.check_config(config)
     checks.check_devices(config, jax.device_count())
-    if stage is not None and stage > len(config.stages):
-        raise InputError(f"--stage={stage} is not in the config; 1 to {len(config.stages)} would do.")
+    if stage is not None and (stage > len(config.stages) or mode != "train"):
+        raise InputError(f"--stage={stage} with --mode={mode} is no stage; 1 to {len(config.stages)} with --mode=train would do.")
     folder = Path(workdir).expanduser()
     with _owned(folder), StopOnSignal() as stop:
-        _remember(config, folder)
+        _check_unchanged(config, folder)
         log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
         source = open_data(config)
         stop.check()
         checks.check_classes(config, source.class_names)
+        _check_named_checkpoints(config)
+        if mode in ("all", "train"):
+            _write_config(config, folder)
         for number in range(1, len(config.stages) + 1):
             if mode in ("all", "train") and stage in (None, number):
                 _train(config, number, source, folder, stop)
+                stop.check()
         if mode in ("all", "sample"):
             relay.sample_to_files(config, source, folder, stop)
     log.info("%s: done", mode)
@@ -99,21 +103,32 @@ def _owned(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _remember(config: Config, workdir: Path) -> None:
-    """Writes the config as it runs, or refuses one that another run of the workdir did not have."""
-    path, values = workdir / "config.json", configs.to_dict(config)
-    if path.exists():
-        try:
-            before = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is damaged ({error}); another workdir would do.") from error
-        changes = [c for c in _differences(before, json.loads(json.dumps(values)), "config") if not _is_free(c[0])]
-        if changes:
-            listed = ", ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in changes[:5])
-            raise InputError(f"--workdir={str(workdir)!r} was made with another config ({listed}); another workdir would do.")
-    partial = path.with_suffix(".incomplete")
-    partial.write_text(json.dumps(values, indent=2))
-    os.replace(partial, path)
+def _check_unchanged(config: Config, workdir: Path) -> None:
+    """Refuses a config that another run of the workdir did not train with."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); another workdir would do.") from error
+    changes = _differences(before, json.loads(json.dumps(configs.to_dict(config))), "config")
+    listed = ", ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in changes if not _is_free(field))
+    if listed:
+        raise InputError(f"--workdir={str(workdir)!r} was made with another config ({listed}); another workdir would do.")
+
+
+def _write_config(config: Config, workdir: Path) -> None:
+    partial = workdir / "config.incomplete"
+    partial.write_text(json.dumps(configs.to_dict(config), indent=2))
+    partial.replace(workdir / "config.json")
+
+
+def _check_named_checkpoints(config: Config) -> None:
+    """Refuses the path of a checkpoint that is not there before anything is trained."""
+    for stage in config.stages:
+        if "/" in stage.checkpoint:
+            checkpoint.find(stage.checkpoint, Path())
 
 
 def _is_free(field: str) -> bool:

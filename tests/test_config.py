@@ -74,7 +74,7 @@ def test_any_number_of_stages_of_any_shape():
         ("stage1__network__dtype", "float16", "stage1.network.dtype='float16'.*bfloat16"),
         ("stage1__network__channels", "many", "stage1.network.channels='many'.*whole number"),
         ("stage1__network__attention_levels", (4,), "attention_levels=.4,.*0 to 3"),
-        ("stage1__network__head_channels", 100, "head_channels=100.*divisor of 384"),
+        ("stage1__network__head_channels", 100, "head_channels=100.*divisor of 576"),
         ("stage1__training__accumulate", 3, "stage1.training.batch_size=256.*accumulate=3"),
         ("stage1__training__images", 0, "stage1.training.images=0"),
         ("stage1__training__beta1", 1.0, "stage1.training.beta1=1.0"),

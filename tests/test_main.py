@@ -97,11 +97,14 @@ def test_sampling_takes_seeds_classes_steps_and_guidance(finished, images):
     assert np.load(workdir / "other/samples.npz")["labels"].tolist() == [0]
 
 
-def final_states(workdir: Path):
-    for stage in ("stage1", "stage2"):
-        folder = workdir / stage / "checkpoints" / "20"
+def check_equal_states(one: Path, other: Path, *stages: str):
+    """The final parameters, moments, counters and averages of two workdirs are equal to the last bit."""
+    for stage in stages:
         for item in ("train", "ema"):
-            yield stage, item, read_arrays(folder / item)
+            ours, theirs = (read_arrays(workdir / stage / "checkpoints" / "20" / item) for workdir in (one, other))
+            assert ours.keys() == theirs.keys() and len(ours) > 30
+            for name in ours:
+                np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {item} {name}")
 
 
 def read_arrays(item: Path) -> dict[str, np.ndarray]:
@@ -137,24 +140,23 @@ def test_killed_and_continued_is_bit_equal(finished, images, tmp_path):
         assert stop_when(process, logged(workdir, stage, 96), signal.SIGKILL) == -signal.SIGKILL
     done = run(images, workdir)
     assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
-    for (stage, item, ours), (_, _, theirs) in zip(final_states(workdir), final_states(finished[0]), strict=True):
-        assert ours.keys() == theirs.keys() and len(ours) > 30
-        for name in ours:
-            np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {item} {name}")
+    check_equal_states(workdir, finished[0], "stage1", "stage2")
     left, right = np.load(workdir / "samples/samples.npz"), np.load(finished[0] / "samples/samples.npz")
     np.testing.assert_array_equal(left["images"], right["images"])
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "CtrlC"])
-def test_stopping_loses_nothing(images, tmp_path, number, status):
+def test_stopping_loses_nothing_and_goes_on_bit_equal(finished, images, tmp_path, number, status):
     workdir = tmp_path / "stopped"
     flags = ["--mode=train", "--stage=1", "--config.stage1.training.checkpoint_every=100000"]
-    flags += ["--config.stage1.training.images=100000", "--config.stage1.training.preview_every=0"]
     process = subprocess.Popen(command(images, workdir, *flags), env=ENVIRONMENT, cwd=ROOT, stdout=-1, stderr=-1)
-    assert stop_when(process, logged(workdir, "stage1", 160), number) == status
-    steps = checkpoint.Checkpoints(workdir / "stage1/checkpoints", read_only=True).steps()
-    last = max(line["step"] for line in metrics.read(workdir / "stage1/metrics.jsonl"))
-    assert steps == [last] and last >= 20  # saved at the very step at which it stopped, far from any checkpoint
+    assert stop_when(process, logged(workdir, "stage1", 48), number) == status
+    (step,) = checkpoint.Checkpoints(workdir / "stage1/checkpoints", read_only=True).steps()
+    assert 6 <= step < 20  # saved where it stopped, far from any checkpoint
+    assert max(line["step"] for line in metrics.read(workdir / "stage1/metrics.jsonl")) == step
+    done = run(images, workdir, *flags)
+    assert done.returncode == 0 and f"going on from {step * 8} images" in done.stdout, done.stderr
+    check_equal_states(workdir, finished[0], "stage1")
 
 
 def test_diverged_run_stops_and_keeps_the_last_good_state(images, tmp_path):
@@ -175,12 +177,16 @@ REFUSED = {
     "not divisible by the stride": (["--config.stage1.network.patch=3"], r"stage1.resolution=\(4, 4\).*stride"),
     "stages that do not fit": (["--config.stage1.resolution=(8, 8)"], r"stage2.resolution=\(8, 8\).*\(16, 16\)"),
     "missing data": (["--config.data.source=folder:/nowhere", "--config.data.directory={tmp}/new"], "/nowhere"),
-    "prepared otherwise": (["--config.data.channels=1"], "channels"),
+    "prepared otherwise": (["--config.data.channels=1"], r"images_prepared.*channels"),
     "missing config": (["--config=configs/nothing.py"], "nothing.py"),
     "class out of range": (["--config.sampling.classes=(0, 2)"], r"classes=\(0, 2\).*0 to 1"),
     "seed out of range": (["--config.sampling.seeds=0-4294967296"], "seeds='0-4294967296'"),
     "no seeds": (["--config.sampling.seeds=a-b"], "seeds='a-b'"),
     "stage that is not there": (["--mode=train", "--stage=3"], "--stage=3"),
+    "stage without its mode": (["--stage=1"], "--stage=1 with --mode=all"),
+    "stray word": (["config.seed=5"], "config.seed=5.*--config.seed=5 would do"),
+    "checkpoint that is not there": (["--config.stage2.checkpoint=/nowhere/9"], "/nowhere/9"),
+    "checkpoint of no kind": (["--config.stage2.checkpoint=bset"], "checkpoint='bset'"),
     "nothing to sample from": (["--mode=sample"], r"no checkpoint.*stage1"),
     "guidance without dropout": (
         ["--config.stage1.guidance=2.0", "--config.stage1.training.label_dropout=0.0"],
@@ -215,6 +221,19 @@ def test_refused_in_one_sentence(finished, images, tmp_path, refused, case):
     assert not list((tmp_path / "run").rglob("checkpoints"))
 
 
+def test_a_refused_run_leaves_the_workdir_as_it_was(images, tmp_path, refused):
+    wrong = ["--config.stage1.network.channels=16", "--config.sampling.classes=(7,)"]
+    refused(command(images, tmp_path / "run", *wrong), r"classes=\(7,\)")
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_checkpoint_of_a_network_of_the_same_shape_is_refused(finished, images, refused):
+    flags = ["--mode=sample", "--config.sampling.name=again"]
+    workdir = finished[0]
+    path = f"--config.stage1.checkpoint={workdir}/stage2/checkpoints/20"  # the same network, trained on another process
+    refused(command(images, workdir, *flags, path), r"stage1.process.*of another network")
+
+
 def test_another_config_in_the_same_workdir_is_refused(finished, images, refused):
     workdir, _ = finished
     before = (workdir / "config.json").read_text()
@@ -245,5 +264,5 @@ def test_damaged_checkpoint_is_refused(finished, images, tmp_path, refused):
     (largest,) = sorted((workdir / "stage2/checkpoints/20/ema/d").iterdir(), key=lambda p: p.stat().st_size)[-1:]
     largest.write_bytes(largest.read_bytes()[:100])
     flags = ["--mode=sample", "--config.sampling.name=again"]
-    refused(command(images, workdir, *flags), r"stage2/checkpoints/20 cannot be read.*step 15 would do")
+    refused(command(images, workdir, *flags), r"stage2/checkpoints/20 cannot be read.*moving it away.*step 15")
     assert not (workdir / "again").exists()

@@ -1,6 +1,6 @@
 """Compile times, training speed and sampling time of every stage of a config, as one Markdown table.
 
-    python experiments/benchmarks/speed.py --config configs/digits.py
+    python -m experiments.benchmarks.speed --config configs/digits.py
 
 Data is random, nothing is written but the table.
 """

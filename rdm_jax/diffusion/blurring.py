@@ -1,4 +1,4 @@
-"""Patch-wise blur and block noise, the two ideas of relay diffusion (arXiv 2309.03350, section 3).
+"""Patch-wise blur and block noise, the two ideas of relay diffusion (arXiv 2309.03350).
 
 Images are NHWC. The blur of stage 2 dissipates heat inside each p x p patch on its own, so that at full strength only the
 patch's mean is left: exactly what nearest-neighbour enlargement of a p times smaller image looks like. Everything here is
@@ -77,7 +77,7 @@ def patch_idct(u: Float[Array, "b h w c"], *, patch: int) -> Float[Array, "b h w
 
 @functools.partial(jax.jit, static_argnames=("patch", "min_scale"))
 def blur_weights(blur_sigma: Float[Array, "*b"], *, patch: int, min_scale: float = 1e-3) -> Float[Array, "*b p p"]:
-    """What the blur multiplies each DCT coefficient with (arXiv 2309.03350, equation 6, and the released code's floor).
+    """What the blur multiplies each DCT coefficient with (arXiv 2309.03350, and the released code's floor).
 
     D_ij = (1 - m) exp(-(f_i^2 + f_j^2) tau) + m with f_k = pi k / p and tau = blur_sigma^2 / 2.
 
@@ -107,7 +107,7 @@ def blur(
 
 @functools.partial(jax.jit, static_argnames="block")
 def block_noise(white: Float[Array, "*b h w c"], *, block: int) -> Float[Array, "*b h w c"]:
-    """White noise summed over block x block pixels and divided by `block` (arXiv 2309.03350, section 3.2).
+    """White noise summed over block x block pixels and divided by `block` (arXiv 2309.03350).
 
     Block[s](e)_{x,y} = (1/s) sum_{i<s} sum_{j<s} e_{x-i,y-j}, indices on a torus, so that every pixel keeps unit variance and
 

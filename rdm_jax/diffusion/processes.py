@@ -52,7 +52,7 @@ class Gaussian:
 
 @dataclasses.dataclass(frozen=True)
 class Relay:
-    """Stage 2's process: patch-wise blur under block noise (arXiv 2309.03350, equation 8).
+    """Stage 2's process: patch-wise blur under block noise (arXiv 2309.03350).
 
     q(x_t | x_0) = N(V D_t V^T x_0, sigma_t^2 Cov(noise)) in every patch, noise = e + a Block[s](e').
 
@@ -110,7 +110,7 @@ class Relay:
         """Blurs and noises each image at the time of its `level`."""
         t = self.time(level)
         sigma = self.clock.sigma(t)
-        blurred = blurring.over_patches(blurring.blur_patch, self.patch)((x,), (self.blur_weights(t),))
+        blurred = blurring.blur(x, self.clock.blur_sigma(t), patch=self.patch, min_scale=self.min_scale)
         weight = jnp.minimum(edm_weight(sigma, self.sigma_data), self.max_weight)
         return Noised(blurred + sigma[:, None, None, None] * noise, sigma, weight)
 

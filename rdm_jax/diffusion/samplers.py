@@ -92,7 +92,7 @@ class Heun:
 
 @dataclasses.dataclass(frozen=True)
 class RelayHeun:
-    """The relay's sampler (arXiv 2309.03350, equations 12 to 14): from an enlarged image, patch by patch in DCT space.
+    """The relay's sampler (arXiv 2309.03350): from an enlarged image, patch by patch in DCT space.
 
     Attributes:
       steps: nominal number of levels; only those under `truncation_sigma` are walked.
@@ -152,7 +152,7 @@ class RelayHeun:
 def relay_update(
     x: Float[Array, "p p"], slope: Float[Array, "p p"], level: Levels, to: Levels, eta: float
 ) -> Float[Array, "p p"]:
-    """One patch, one level further, without the fresh noise (arXiv 2309.03350, equation 13).
+    """One patch, one level further, without the fresh noise (arXiv 2309.03350).
 
     With u and d the DCTs of the state and of its slope (u - u0) / sigma:
 

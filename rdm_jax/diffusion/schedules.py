@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """The clock of the relay process (arXiv 2309.03350, section 3.3): t in [0, 1] sets the noise and the blur together.
+    """The clock of the relay process (arXiv 2309.03350): t in [0, 1] sets the noise and the blur together.
 
     Attributes:
       length: L, the share of the log-normal distribution of noise levels that the clock runs through ("prob_length").

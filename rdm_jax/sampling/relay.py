@@ -13,6 +13,7 @@ from rdm_jax import sharding
 from rdm_jax.checks import parse_seeds
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.pipeline import PreparedImages
+from rdm_jax.errors import InputError
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.sampler import StageSampler, evaluations, stage_sampler, to_uint8
@@ -64,7 +65,10 @@ class Relay:
             params, about = checkpoints.restore_ema(step, abstract)
             checkpoints.close()
             self.params.append(params)
-            self.checkpoints.append({"folder": str(folder), "step": step, "validation_loss": about["validation_loss"]})
+            _check_same_stage(config, number, source, folder / str(step), about)
+            self.checkpoints.append({"step": step, "validation_loss": about["validation_loss"]})
+            if "/" in stage.checkpoint:
+                self.checkpoints[-1]["folder"] = str(folder.resolve())
 
     def labels(self, seeds: np.ndarray) -> np.ndarray:
         """The classes of seeds, int32: the chosen classes in turn; -1 where the images have none."""
@@ -84,6 +88,19 @@ class Relay:
             low = sampler(params, low, seeds_and_labels[1], seeds_and_labels[0])
             images.append(np.asarray(to_uint8(low))[: len(seeds)])
         return images
+
+
+def _check_same_stage(config: Config, number: int, source: PreparedImages, path: Path, about: dict[str, Any]) -> None:
+    """Refuses a checkpoint that was trained to compute something else, though its arrays may have the right shapes."""
+    ours = json.loads(json.dumps(to_dict(config)[f"stage{number}"]))
+    for part in ("network", "precondition", "process"):
+        for field in sorted(ours[part].keys() | about["stage"][part].keys()):
+            was, now = about["stage"][part].get(field), ours[part].get(field)
+            if was != now and field not in ("dropout", "dtype"):
+                name = f"config.stage{number}.{part}.{field}"
+                raise InputError(f"{name}={now!r}, but checkpoint {path} is of another network ({was!r}); {was!r} would do.")
+    if about["classes"] != list(source.class_names):
+        raise InputError(f"checkpoint {path} knows the classes {about['classes']}; data with these would do.")
 
 
 def describe(config: Config, relay: Relay) -> dict[str, Any]:
@@ -120,9 +137,12 @@ def sample_to_files(config: Config, source: PreparedImages, workdir: Path, stop:
     seconds = time.perf_counter() - began
     arrays = {"images": stages[-1], "labels": relay.labels(seeds), "seeds": seeds}
     arrays.update({f"stage{i + 1}": images for i, images in enumerate(stages[:-1])})
+    (folder / "samples.json").unlink(missing_ok=True)  # it vouches for the others, so it comes last
     _save_npz(folder / "samples.npz", arrays)
     pictures.save_picture(_draw(stages, arrays["labels"], source), folder / "grid.png")
-    (folder / "samples.json").write_text(json.dumps(made_with, indent=2))
+    partial = folder / "samples.incomplete"
+    partial.write_text(json.dumps(made_with, indent=2))
+    partial.replace(folder / "samples.json")
     for part in folder.glob(".parts-*/*"):
         part.unlink()
     for parts in folder.glob(".parts-*"):
@@ -194,7 +214,7 @@ def make_preview(config: Config, number: int, source: PreparedImages):
     seeds = np.arange(batch_size)
     labels, low = (seeds % classes).astype(np.int32) if classes else np.full(batch_size, -1, np.int32), None
     if number > 1:
-        real = source.batch(seeds % len(source))
+        real = source.batch(np.linspace(0, len(source) - 1, batch_size).astype(int))  # of all classes, if it is sorted
         labels, pool = real["label"], source.image_shape[0] // config.stages[number - 2].resolution[0]
         low = sharding.put_batch(_means(real["image"], pool), mesh)
     seeds, labels = sharding.put_batch((seeds.astype(np.uint32), labels), mesh)

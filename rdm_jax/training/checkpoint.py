@@ -98,7 +98,9 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each report damage in their own way.
             others = [s for s in self.steps() if s != step]
-            remedy = f"the checkpoint of step {others[-1]}" if others else "training again in another workdir"
+            remedy = (
+                f"moving it away, so that step {others[-1]} is the newest," if others else "training again in another workdir"
+            )
             raise InputError(f"{where} cannot be read ({_reason(error)}); {remedy} would do.") from error
 
     def _same_network(self, step: int, name: str, abstract: Any, where: str) -> None:

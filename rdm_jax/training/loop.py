@@ -3,7 +3,7 @@
 import collections
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Trainer:
         self.abstract = checkpoint.with_sharding(jax.eval_shape(self._init), sharding.replicated(self.mesh))
         self._validation_key = key(Stream.VALIDATE)
         self._about = {"stage": to_dict(config)[self.name], "classes": list(source.class_names), "seed": config.seed}
-        self._data_seed = config.seed + number
+        self._data_seed = config.seed * 2**8 + number  # no stage of a run shares its order with another run's
 
     def run(self, stop: StopOnSignal, make_preview: Callable[[], Preview] | None = None) -> None:
         """Trains to the configured number of images, from the newest checkpoint if there is one.
@@ -99,8 +99,6 @@ class Trainer:
           InputError: the checkpoint cannot be used, or the disk is too small for more.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        copies = self.training.keep_newest + self.training.keep_best + 1
-        checkpoint.check_space(self.directory, self.abstract, copies)
         checkpoints = checkpoint.Checkpoints(
             self.directory / "checkpoints", keep_newest=self.training.keep_newest, keep_best=self.training.keep_best
         )
@@ -115,15 +113,15 @@ class Trainer:
         if step >= self.training.steps:
             log.info("%s: already trained on %s images", self.name, f"{step * self.training.batch_size:,}")
             return
+        copies = self.training.keep_newest + self.training.keep_best + 1 - len(checkpoints.steps())
+        checkpoint.check_space(self.directory, self.abstract, copies)
         preview = make_preview() if make_preview and self.training.preview_every else None
-        compiled = self._compile(state, next(iter(self._iterator())))
-        validate = jax.jit(self._validation_loss)
-        held = self.source.batch(np.arange(min(self.training.validation, len(self.source))))
+        compiled, validate = self._compile(state), jax.jit(self._validation_loss)
         writer, bar = metrics.MetricWriter(self.directory, step), progress(*self._bar(step))
 
         def save(state: TrainState) -> None:
             window.pause()
-            loss = float(validate(state.ema, held))
+            loss = float(np.mean([np.asarray(validate(state.ema, *part)) for part in self._held_images()]))
             writer.write(step, images=step * self.training.batch_size, validation_loss=loss)
             about = {**self._about, "data": iterator.get_state(), "validation_loss": loss}
             checkpoints.save(state, about)
@@ -138,16 +136,17 @@ class Trainer:
                 window.add(step, values)
                 due = functools.partial(_due, step, self.training.batch_size)
                 last = step == self.training.steps
+                if preview and (due(self.training.preview_every) or last):
+                    window.pause()
+                    preview(state.ema, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
+                    window.go_on()
                 if due(self.training.checkpoint_every) or last or stop.requested or window.diverged:
                     save(state)
                     stop.check()
                 if window.diverged:
                     raise Diverged(window.diverged)
-                if preview and (due(self.training.preview_every) or last):
-                    window.pause()
-                    preview(state.ema, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
-                    window.go_on()
         finally:
+            window.close()
             bar.close()
             writer.close()
         seconds = window.seconds or float("nan")
@@ -172,21 +171,33 @@ class Trainer:
             return jax.jit(self._init, out_shardings=shardings, compiler_options=options)(), 0
         state, about = checkpoints.restore(steps[-1], self.abstract)
         iterator.set_state(about["data"])
+        state = state.replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))  # a run that diverged gets another chance
         if steps[-1] < self.training.steps:
             log.info("%s: going on from %s images", self.name, f"{steps[-1] * self.training.batch_size:,}")
         return state, steps[-1]
 
-    def _compile(self, state: TrainState, batch: dict[str, np.ndarray]):
-        began = time.perf_counter()
-        step = jax.jit(self._step, donate_argnums=0)
-        compiled = step.lower(state, sharding.put_batch(batch, self.mesh)).compile()
+    def _compile(self, state: TrainState):
+        began, size = time.perf_counter(), self.training.batch_size
+        log.info("%s: compiling the training step", self.name)
+        batch = {
+            "image": jax.ShapeDtypeStruct((size, *self.source.image_shape), jnp.uint8, sharding=sharding.batched(self.mesh)),
+            "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding.batched(self.mesh)),
+        }
+        compiled = jax.jit(self._step, donate_argnums=0).lower(state, batch).compile()
         log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
         return compiled
 
-    def _validation_loss(self, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def _held_images(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
+        """The images that tell the best checkpoint, evenly from the whole set (which may be sorted), in batches."""
+        size, count = self.training.batch_size, jax.process_count()
+        images = np.linspace(0, len(self.source) - 1, -(-self.training.validation // size) * size).astype(int)
+        for first in range(0, len(images), size):
+            here = np.arange(first, first + size).reshape(count, -1)[jax.process_index()]
+            yield sharding.put_batch((self.source.batch(images[here]), here), self.mesh)
+
+    def _validation_loss(self, params: Any, batch: dict[str, jax.Array], number: jax.Array) -> jax.Array:
         """The loss of fixed images at fixed levels with fixed noise, labels dropped as in training."""
-        keys = randomness.image_keys(self._validation_key, jnp.arange(len(batch["label"])))
-        return self.objective.loss(params, batch, keys, None).mean()
+        return self.objective.loss(params, batch, randomness.image_keys(self._validation_key, number), None).mean()
 
 
 class _Window:
@@ -202,6 +213,7 @@ class _Window:
         self._pending: collections.deque = collections.deque()
         self._known: list[dict[str, float]] = []
         self._seconds_written, self._resumed = 0.0, time.perf_counter()
+        self._known_to = 0
         self.images, self.seconds, self.diverged = 0, 0.0, ""
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
@@ -219,9 +231,15 @@ class _Window:
         """Starts the clock again."""
         self._resumed = time.perf_counter()
 
+    def close(self) -> None:
+        """Writes what has not been written yet."""
+        if self._known:
+            self._write(self._known_to)
+
     def _settle(self, step: int, values: dict[str, jax.Array]) -> None:
         known = {k: float(v) for k, v in jax.device_get(values).items()}
         self._known.append(known)
+        self._known_to = step
         now, batch_size = time.perf_counter(), self._training.batch_size
         self.images, self.seconds, self._resumed = self.images + batch_size, self.seconds + now - self._resumed, now
         self._bar.update(batch_size)
@@ -230,8 +248,8 @@ class _Window:
         if known["skipped_in_a_row"] >= self._training.max_skipped:
             self.diverged = (
                 f"training stopped at step {step}: {int(known['skipped_in_a_row'])} steps in a row had a loss or gradient that "
-                "is not finite (training.max_skipped); the last good state is saved, and a smaller training.learning_rate "
-                "would do."
+                "is not finite (training.max_skipped); the last good state is saved, and another workdir with a smaller "
+                "training.learning_rate would do."
             )
 
     def _write(self, step: int) -> None:

@@ -23,7 +23,9 @@ class MetricWriter:
     def __init__(self, directory: Path, step: int):
         self._path = directory / "metrics.jsonl"
         kept = [line for line in read(self._path) if line["step"] <= step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial = self._path.with_suffix(".incomplete")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self._path)
         self._lines = self._path.open("a")
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 

@@ -115,7 +115,8 @@ def make_step(
     def accumulated(params, batch, keys, dropout_key):
         if accumulate == 1:
             return gradient(params, batch, keys, dropout_key)
-        split = lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])  # noqa: E731
+        # Every accumulate-th image makes a part, so that each part lies on all devices.
+        split = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
         parts = (*jax.tree.map(split, (batch, keys)), jnp.arange(accumulate))
 
         def add(total, part):

@@ -73,6 +73,16 @@ def test_learns_and_is_traced_once():
     assert all(jax.tree.leaves(changed))
 
 
+def test_parts_of_a_batch_lie_on_all_devices():
+    _, state = step_and_state()
+    in_parts, mesh = step_and_state.__wrapped__(accumulate=2)[0], sharding.data_mesh()
+    shared = jax.device_put(state, sharding.replicated(mesh)), sharding.put_batch(batch(), mesh)
+    text = in_parts.lower(*shared).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text
+    chex.clear_trace_counter()  # lowering was a trace too
+    chex.assert_trees_all_close(in_parts(*shared)[1], step_and_state()[0](state, batch())[1], rtol=2e-5)
+
+
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_parts_of_a_batch_give_the_same_step(accumulate):
     step, state = step_and_state()
