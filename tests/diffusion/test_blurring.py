@@ -1,0 +1,215 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.fft
+
+from rdm_jax.diffusion import blurring
+
+PATCHES = [2, 3, 4, 5, 8]
+# A p x p transform sums p^2 products of magnitude below 4 in float32 (6e-8 each).
+FLOAT32 = 2e-6
+
+
+def images(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def each_patch(x, patch):
+    """Every patch in a Python loop: (image, slice of rows, slice of columns, channel)."""
+    b, h, w, c = x.shape
+    for i in np.ndindex(b, h // patch, w // patch, c):
+        yield i[0], slice(i[1] * patch, (i[1] + 1) * patch), slice(i[2] * patch, (i[2] + 1) * patch), i[3]
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_dct_matrix_is_orthonormal(patch):
+    matrix = blurring.dct_matrix(patch)
+    chex.assert_shape(matrix, (patch, patch))
+    chex.assert_trees_all_close(matrix @ matrix.T, np.eye(patch), atol=1e-14)  # float64
+    chex.assert_trees_all_close(matrix, scipy.fft.dct(np.eye(patch), axis=0, norm="ortho"), atol=1e-14)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_dct_of_a_patch_is_scipys(patch):
+    x = images((patch, patch))
+    u = blurring.dct2(x)
+    chex.assert_trees_all_close(np.asarray(u), scipy.fft.dctn(np.asarray(x), norm="ortho"), atol=FLOAT32)
+    chex.assert_trees_all_close(blurring.idct2(u), x, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_patch_dct_keeps_the_norm_and_is_undone(patch):
+    x = images((2, 3 * patch, 2 * patch, 3))
+    u = blurring.patch_dct(x, patch=patch)
+    chex.assert_shape(u, x.shape)
+    squares = lambda a: np.sum(np.asarray(a, np.float64) ** 2)  # noqa: E731
+    chex.assert_trees_all_close(squares(u), squares(x), rtol=1e-6)  # float32 coefficients
+    chex.assert_trees_all_close(blurring.patch_idct(u, patch=patch), x, atol=FLOAT32)
+
+
+@pytest.mark.parametrize(("patch", "height", "width"), [(2, 4, 6), (3, 9, 3), (4, 4, 12), (5, 10, 5)])
+def test_over_patches_is_a_loop_over_patches(patch, height, width):
+    x, y = images((2, height, width, 3)), images((2, height, width, 3), seed=1)
+    weights, scale = images((2, patch, patch), seed=2), jnp.asarray([0.5, 3.0])
+    # Of rows and columns, arguments and images, none may be exchanged for another.
+    function = lambda x, y, w, s: x.cumsum(0) * w + s * y.T  # noqa: E731
+    expected = np.zeros(x.shape, np.float32)
+    for place in each_patch(x, patch):
+        arrays = (np.asarray(x)[place], np.asarray(y)[place], np.asarray(weights)[place[0]], np.asarray(scale)[place[0]])
+        expected[place] = function(*arrays)
+    chex.assert_trees_all_close(np.asarray(blurring.over_patches(function, patch)((x, y), (weights, scale))), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("patch", "height", "width"), [(4, 8, 6), (4, 6, 8), (3, 8, 8)])
+def test_sizes_that_do_not_divide_into_patches_are_refused(patch, height, width):
+    x = jnp.zeros((1, height, width, 1))
+    with pytest.raises(ValueError, match=f"{height} x {width} do not divide into patches of {patch} x {patch}"):
+        blurring.patch_dct(x, patch=patch)
+    with pytest.raises(ValueError, match="do not divide"):
+        blurring.blur(x, jnp.ones(1), patch=patch)
+
+
+@pytest.mark.parametrize("min_scale", [0.0, 1e-3, 0.1])
+def test_blur_weights_follow_their_formula(min_scale):
+    sigma = np.asarray([0.0, 0.3, 1.0, 3.0])
+    frequency = np.pi * np.arange(5) / 5
+    exponent = -(frequency[:, None] ** 2 + frequency**2) * sigma[:, None, None] ** 2 / 2
+    weights = blurring.blur_weights(jnp.asarray(sigma, jnp.float32), patch=5, min_scale=min_scale)
+    expected = (1 - min_scale) * np.exp(exponent) + min_scale
+    chex.assert_trees_all_close(np.asarray(weights), expected.astype(np.float32), atol=1e-6)  # float32 exponents up to 57
+    assert weights.min() >= min_scale
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_blur_ends_at_the_enlarged_means(patch):
+    x = images((2, 2 * patch, 3 * patch, 3))
+    blurred = blurring.blur(x, jnp.full(2, 20.0 * patch), patch=patch, min_scale=0.0)  # the slowest weight is exp(-1974)
+    means = blurring.enlarge(blurring.mean_pool(x, factor=patch), factor=patch)
+    chex.assert_trees_all_close(blurred, means, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_blur_of_nothing_is_the_identity(patch):
+    x = images((2, patch, 2 * patch, 3))
+    chex.assert_trees_all_close(blurring.blur(x, jnp.zeros(2), patch=patch), x, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("blur_sigma", [0.1, 0.7, 1.5, 3.0])
+def test_blur_keeps_the_patch_means_and_shrinks_the_rest(blur_sigma):
+    x = images((2, 9, 6, 2))
+    blurred = blurring.blur(x, jnp.full(2, blur_sigma), patch=3)
+    chex.assert_trees_all_close(blurring.mean_pool(blurred, factor=3), blurring.mean_pool(x, factor=3), atol=FLOAT32)
+    inside = lambda x: x - blurring.enlarge(blurring.mean_pool(x, factor=3), factor=3)  # noqa: E731
+    weights = blurring.blur_weights(jnp.asarray(blur_sigma), patch=3)
+    ratio = np.linalg.norm(inside(blurred)) / np.linalg.norm(inside(x))
+    assert weights[2, 2] < ratio < weights[0, 1]
+
+
+def test_blurs_compose_where_there_is_no_floor():
+    x = images((1, 8, 4, 1))
+    once = blurring.blur(x, jnp.full(1, 0.5), patch=4, min_scale=0.0)
+    twice = blurring.blur(once, jnp.full(1, 1.2), patch=4, min_scale=0.0)
+    # Gaussian blurs add their variances: 0.25 + 1.44 = 1.69.
+    chex.assert_trees_all_close(twice, blurring.blur(x, jnp.full(1, 1.3), patch=4, min_scale=0.0), atol=FLOAT32)
+
+
+def test_each_image_is_blurred_by_its_own_level():
+    x, levels = images((4, 6, 9, 2)), jnp.asarray([0.0, 0.4, 1.5, 9.0])
+    together = blurring.blur(x, levels, patch=3)
+    alone = jnp.concatenate([blurring.blur(x[i : i + 1], levels[i : i + 1], patch=3) for i in range(4)])
+    chex.assert_trees_all_close(together, alone, atol=FLOAT32)
+
+
+def test_a_patch_does_not_see_its_neighbours():
+    x = images((1, 8, 12, 2))
+    added = np.zeros(x.shape, np.float32)
+    added[:, 4:8, 4:8, 0] = 1
+    blur = functools.partial(blurring.blur, blur_sigma=jnp.full(1, 2.0), patch=4)
+    difference = np.asarray(blur(x + added)) - np.asarray(blur(x))
+    np.testing.assert_array_equal(difference != 0, added != 0)
+
+
+@pytest.mark.parametrize(("height", "width", "block"), [(6, 5, 2), (7, 8, 3), (8, 8, 4), (5, 4, 1)])
+def test_block_noise_has_the_covariance_of_its_formula(height, width, block):
+    draws = 4000
+    noise = np.asarray(blurring.block_noise(images((draws, height, width, 1)), block=block), np.float64)[..., 0]
+    # All offsets at once: the circular autocorrelation of each draw, averaged over pixels.
+    products = np.fft.ifft2(np.abs(np.fft.fft2(noise)) ** 2).real / (height * width)
+    torus = lambda n: np.minimum(np.arange(n), n - np.arange(n))  # noqa: E731
+    overlap = [np.maximum(0, block - torus(n)) / block for n in (height, width)]
+    error = products.mean(0) - np.outer(*overlap)
+    standard_error = products.std(0) / np.sqrt(draws)
+    # 5 standard errors for each of at most 64 offsets: a right covariance fails once in 25,000 seeds.
+    assert np.all(np.abs(error) < 5 * standard_error), np.max(np.abs(error) / standard_error)
+    assert np.max(standard_error) < 0.02, "too few draws to tell neighbouring values of the formula apart"
+
+
+def test_every_pixel_of_block_noise_has_unit_variance():
+    draws = 20_000
+    noise = blurring.block_noise(images((draws, 6, 7, 1)), block=3)
+    variance = np.var(np.asarray(noise, np.float64), axis=0)
+    chex.assert_trees_all_close(variance, np.ones_like(variance), atol=5 * np.sqrt(2 / draws))  # 5 standard errors
+
+
+@pytest.mark.parametrize("block", [2, 3, 4])
+def test_block_noise_of_one_pixel_is_a_block_that_wraps_around(block):
+    impulse, expected = np.zeros((2, 1, 7, 6, 2), np.float32)
+    impulse[0, 6, 4, 1] = 1
+    for i, j in np.ndindex(block, block):
+        expected[0, (6 + i) % 7, (4 + j) % 6, 1] = 1 / block
+    chex.assert_trees_all_close(np.asarray(blurring.block_noise(jnp.asarray(impulse), block=block)), expected, rtol=1e-6)
+
+
+def test_block_noise_does_not_mix_channels_or_images():
+    white = np.asarray(images((2, 3, 6, 8, 2)))
+    together = np.asarray(blurring.block_noise(jnp.asarray(white), block=3))
+    for i, j, c in np.ndindex(2, 3, 2):
+        alone = blurring.block_noise(jnp.asarray(white[i, j, ..., c : c + 1]), block=3)
+        chex.assert_trees_all_close(together[i, j, ..., c : c + 1], np.asarray(alone), atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_mean_pool_undoes_enlarge(factor):
+    small = images((2, 3, 5, 3))
+    large = blurring.enlarge(small, factor=factor)
+    chex.assert_shape(large, (2, 3 * factor, 5 * factor, 3))
+    chex.assert_trees_all_close(large, jnp.kron(small, jnp.ones((1, factor, factor, 1))))
+    chex.assert_trees_all_close(blurring.mean_pool(large, factor=factor), small, rtol=1e-6, atol=1e-7)
+
+
+def test_mean_pool_is_the_mean_of_each_patch():
+    x = images((2, 6, 9, 3))
+    expected = np.zeros((2, 2, 3, 3), np.float32)
+    for i, rows, columns, c in each_patch(x, 3):
+        expected[i, rows.start // 3, columns.start // 3, c] = np.asarray(x)[i, rows, columns, c].mean()
+    chex.assert_trees_all_close(np.asarray(blurring.mean_pool(x, factor=3)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "static", "levels"),
+    [
+        (blurring.patch_dct, {"patch": 4}, False),
+        (blurring.patch_idct, {"patch": 4}, False),
+        (blurring.blur, {"patch": 4, "min_scale": 0.0}, True),
+        (blurring.block_noise, {"block": 3}, False),
+        (blurring.mean_pool, {"factor": 2}, False),
+        (blurring.enlarge, {"factor": 2}, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_one_trace(function, static, levels):
+    once = chex.assert_max_traces(n=1)(function.__wrapped__)
+    compiled = jax.jit(once, static_argnames=tuple(static))
+    for seed in range(3):
+        args = (images((2, 8, 4, 3), seed), *([jnp.full(2, 0.5 + seed)] if levels else []))
+        chex.assert_trees_all_close(compiled(*args, **static), function(*args, **static), atol=1e-6)
+
+
+def test_one_trace_of_the_blur_weights():
+    compiled = jax.jit(functools.partial(chex.assert_max_traces(n=1)(blurring.blur_weights.__wrapped__), patch=3))
+    for value in (0.0, 0.5, 3.0):
+        chex.assert_shape(compiled(jnp.full(2, value)), (2, 3, 3))

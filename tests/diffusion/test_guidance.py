@@ -1,0 +1,79 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rdm_jax.diffusion import guidance
+
+LABELS = jax.nn.one_hot(jnp.asarray([2, 0, 1]), 4)
+
+
+def conditional(x, sigma, labels):
+    """Tells images, levels and labels apart, and the null label from all others."""
+    sigma = jnp.broadcast_to(sigma, x.shape[:1])[:, None, None, None]
+    return jnp.tanh(x) / (1 + sigma) + (labels @ jnp.asarray([1.0, -2.0, 3.0, 5.0]))[:, None, None, None] * jnp.cos(x + sigma)
+
+
+def counted(calls):
+    def network(x, sigma, labels):
+        calls.append((x, sigma, labels))
+        return conditional(x, sigma, labels)
+
+    return network
+
+
+@pytest.fixture
+def x():
+    return jax.random.normal(jax.random.key(0), (3, 4, 6, 2))
+
+
+LEVELS = pytest.mark.parametrize("sigma", [jnp.asarray(0.7), jnp.asarray([0.1, 0.7, 9.0])], ids=["one-level", "level-an-image"])
+
+
+@LEVELS
+def test_weight_one_is_one_conditional_pass(x, sigma):
+    calls = []
+    out = guidance.classifier_free(counted(calls), LABELS, 1.0)(x, sigma)
+    ((seen, _, labels),) = calls
+    chex.assert_shape(seen, x.shape)
+    chex.assert_trees_all_equal(labels, LABELS)
+    chex.assert_trees_all_equal(out, conditional(x, sigma, LABELS))
+
+
+@LEVELS
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0, 3.5])
+def test_guidance_leads_away_from_the_null_label(x, sigma, weight):
+    out = guidance.classifier_free(conditional, LABELS, weight)(x, sigma)
+    expected = weight * conditional(x, sigma, LABELS) - (weight - 1) * conditional(x, sigma, jnp.zeros_like(LABELS))
+    chex.assert_trees_all_close(out, expected, atol=5e-6)  # float32 roundings of numbers up to 20
+
+
+def test_weight_zero_is_the_null_label(x):
+    out = guidance.classifier_free(conditional, LABELS, 0.0)(x, jnp.asarray(0.7))
+    chex.assert_trees_all_close(out, conditional(x, jnp.asarray(0.7), jnp.zeros_like(LABELS)), atol=1e-6)
+
+
+def test_weights_near_one_tend_to_no_guidance(x):
+    near, one = (guidance.classifier_free(conditional, LABELS, w)(x, jnp.asarray(0.7)) for w in (1 + 1e-4, 1.0))
+    # The two passes differ by at most 3, so the outputs by at most 3e-4.
+    assert 0 < np.max(np.abs(near - one)) < 3.1e-4
+
+
+@LEVELS
+def test_both_passes_are_one_call(x, sigma):
+    calls = []
+    guidance.classifier_free(counted(calls), LABELS, 3.5)(x, sigma)
+    ((seen, levels, labels),) = calls
+    chex.assert_trees_all_equal(seen, jnp.concatenate([x, x]))
+    chex.assert_trees_all_equal(levels, jnp.tile(jnp.broadcast_to(sigma, (3,)), 2))
+    chex.assert_trees_all_equal(labels, jnp.concatenate([LABELS, jnp.zeros_like(LABELS)]))
+
+
+@pytest.mark.parametrize("weight", [1.0, 2.0])
+def test_one_trace(x, weight):
+    chex.clear_trace_counter()  # the counter knows a function by its source, which both cases share
+    denoise = guidance.classifier_free(conditional, LABELS, weight)
+    compiled = jax.jit(chex.assert_max_traces(n=1)(lambda x, sigma: denoise(x, sigma)))
+    for sigma in (0.1, 0.2, 0.3):
+        chex.assert_shape(compiled(x, jnp.float32(sigma)), x.shape)

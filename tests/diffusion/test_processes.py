@@ -1,0 +1,223 @@
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.fft
+import scipy.stats
+
+from rdm_jax.diffusion import blurring, preconditioning, processes, schedules
+
+# Bounds are 5 standard errors: a right process fails a single comparison in 2 million seeds, hundreds of them in thousands.
+ERRORS = 5
+
+
+def keys(n, seed=0):
+    return jax.random.split(jax.random.key(seed), n)
+
+
+def images(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+diffuse = jax.jit(processes.diffuse, static_argnums=0)
+noised_by = jax.jit(lambda process, x, level, noise: process.noised(x, level, noise), static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("process", "shape", "n"))
+def draw_noise(process, shape, n):
+    return jax.vmap(lambda key: process.draw_noise(key, shape))(keys(n))
+
+
+def mixture_covariance(height, width, block, block_scale):
+    """RELAY's formula: (h w, h w), the identity plus a^2 / s^2 max(0, s - dx) max(0, s - dy) on a torus."""
+
+    def overlap(n):
+        distance = np.abs(np.arange(n)[:, None] - np.arange(n))
+        return np.maximum(0, block - np.minimum(distance, n - distance)) / block
+
+    return np.eye(height * width) + block_scale**2 * np.kron(overlap(height), overlap(width))
+
+
+def blurred_by_hand(x, weights):
+    """The blur of (h, w) with SciPy's DCT, patch by patch."""
+    p, out = len(weights), np.zeros(x.shape)
+    for i, j in np.ndindex(x.shape[0] // p, x.shape[1] // p):
+        place = slice(i * p, (i + 1) * p), slice(j * p, (j + 1) * p)
+        out[place] = scipy.fft.idctn(weights * scipy.fft.dctn(x[place], norm="ortho"), norm="ortho")
+    return out
+
+
+# A large `block_scale`, so that its covariance stands far above the standard error.
+@pytest.mark.parametrize("normalize", [False, True], ids=["code", "paper"])
+@pytest.mark.parametrize(("patch", "height", "width"), [(2, 4, 6), (3, 6, 6)])
+def test_marginals_of_the_relay_process(patch, height, width, normalize):
+    n, level = 10_000, 0.7
+    process = processes.Relay(patch=patch, block_scale=0.8, normalize_noise=normalize)
+    x = images((1, height, width, 1))
+    noise = draw_noise(process, (height, width, 1), n)
+    noised = noised_by(process, jnp.broadcast_to(x, noise.shape), jnp.full(n, level), noise)
+
+    t = process.clock.time(noised.sigma[:1])
+    chex.assert_trees_all_close(t, jnp.full(1, level), rtol=1e-5)  # as the clock's round trip
+    sigma = float(noised.sigma[0])
+    blur_sigma = process.clock.blur_sigma_max * np.sin(np.pi * level / 2) ** 2
+    squares = (np.pi * np.arange(patch) / patch) ** 2
+    weights = (1 - 1e-3) * np.exp(-(squares[:, None] + squares) * blur_sigma**2 / 2) + 1e-3
+    mean = blurred_by_hand(np.asarray(x[0, :, :, 0], np.float64), weights).ravel()
+    covariance = sigma**2 * mixture_covariance(height, width, patch, 0.8) / (1.64 if normalize else 1)
+
+    samples = np.asarray(noised.images, np.float64).reshape(n, -1)
+    variance = np.diag(covariance)
+    assert np.all(np.abs(samples.mean(0) - mean) < ERRORS * np.sqrt(variance / n))
+    centred = samples - mean
+    standard_error = np.sqrt((np.outer(variance, variance) + covariance**2) / n)
+    z = np.abs(centred.T @ centred / n - covariance) / standard_error
+    assert np.max(z) < ERRORS, np.max(z)
+    neighbours = covariance[0, 1]
+    assert neighbours > 8 * standard_error[0, 1], "too few draws to see the block noise"
+
+
+@pytest.mark.parametrize(
+    ("settings", "variance"),
+    [
+        ({"block_scale": 0.15}, 1.0225),
+        ({"block_scale": 0.15, "normalize_noise": True}, 1.0),
+        ({"block_scale": 0.6, "block_size": 2, "normalize_noise": True}, 1.0),
+    ],
+)
+def test_variance_of_the_noise(settings, variance):
+    n = 5000
+    noise = np.asarray(draw_noise(processes.Relay(**settings), (8, 8, 1), n), np.float64)
+    of_each_draw = (noise**2).mean((1, 2, 3))
+    standard_error = of_each_draw.std() / np.sqrt(n)
+    assert abs(of_each_draw.mean() - variance) < ERRORS * standard_error
+    assert standard_error < 0.0225 / 6, "too few draws to tell 1 + 0.15^2 from 1"
+
+
+def test_block_size_zero_means_the_patch():
+    white, block_white = images((2, 8, 8, 1)), images((2, 8, 8, 1), seed=1)
+    mixture = lambda **settings: processes.Relay(block_scale=0.5, **settings).mixture(white, block_white)  # noqa: E731
+    by_hand = white + 0.5 * blurring.block_noise(block_white, block=2)
+    chex.assert_trees_all_close(mixture(patch=2), by_hand, atol=1e-6)
+    chex.assert_trees_all_close(mixture(patch=4, block_size=2), by_hand, atol=1e-6)
+    assert np.max(np.abs(mixture(patch=4) - by_hand)) > 0.1
+
+
+def test_white_and_block_noise_are_drawn_apart():
+    process = processes.Relay(block_scale=100.0)
+    n = 2000
+    with_block, white = (
+        np.asarray(draw_noise(p, (4, 4, 1), n)) for p in (process, dataclasses.replace(process, block_scale=1e-9))
+    )
+    block = (with_block - white) / 100
+    # Were e' = e, block noise would have a covariance of 1/4 with each of the white pixels that it sums.
+    products = (block * white).mean((1, 2, 3))
+    assert abs(products.mean()) < ERRORS * products.std() / np.sqrt(n)
+
+
+def test_gaussian_levels_are_lognormal():
+    n = 10_000
+    process = processes.Gaussian(p_mean=-0.4, p_std=1.7)
+    sigma = diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma
+    z = (np.log(np.asarray(sigma, np.float64)) + 0.4) / 1.7
+    assert abs(z.mean()) < ERRORS / np.sqrt(n)
+    assert abs(z.std() - 1) < ERRORS / np.sqrt(2 * n)
+    # Kolmogorov's distance of n right draws exceeds 2.6 / sqrt(n) once in 370,000 seeds (2 exp(-2 2.6^2)).
+    assert scipy.stats.kstest(z, "norm").statistic < 2.6 / np.sqrt(n)
+
+
+def test_marginals_of_the_gaussian_process():
+    n = 10_000
+    x = images((1, 2, 3, 2))
+    noised = diffuse(processes.Gaussian(), jnp.broadcast_to(x, (n, 2, 3, 2)), keys(n))
+    noise = np.asarray((noised.images - x) / noised.sigma[:, None, None, None], np.float64).reshape(n, -1)
+    assert np.all(np.abs(noise.mean(0)) < ERRORS / np.sqrt(n))
+    assert np.all(np.abs(np.cov(noise.T) - np.eye(12)) < ERRORS * np.sqrt((1 + np.eye(12)) / n))
+    # Nor may the noise tell the level: they come from one key.
+    level = np.log(np.asarray(noised.sigma, np.float64))
+    assert np.all(np.abs([np.corrcoef(level, noise[:, i])[0, 1] for i in range(12)]) < ERRORS / np.sqrt(n))
+
+
+def test_relay_levels_fill_the_clock():
+    n = 10_000
+    process = processes.Relay(patch=2, sigma_floor=0.1, exact_floor=True)
+    sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma)
+    bound = scipy.stats.norm.cdf((np.log(0.1) + 1.2) / 1.2) / 0.93
+    t = np.asarray(process.clock.time(jnp.asarray(sigma)), np.float64)
+    at_floor = t < bound + 1e-5
+    assert abs(at_floor.mean() - bound) < ERRORS * np.sqrt(bound * (1 - bound) / n)
+    uniform = scipy.stats.uniform(bound, 1 - bound)
+    above = t[~at_floor]
+    assert scipy.stats.kstest(above, uniform.cdf).statistic < 2.6 / np.sqrt(len(above))  # as for the Gaussian's levels
+    assert sigma.max() < process.clock.sigma(jnp.asarray(1.0))
+
+
+@pytest.mark.parametrize("sigma_floor", [0.0075, 0.05])
+def test_an_exact_floor_is_the_lowest_level(sigma_floor):
+    process = processes.Relay(patch=2, sigma_floor=sigma_floor, exact_floor=True)
+    noised = noised_by(process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-5, 0.5]), jnp.zeros((3, 2, 2, 1)))
+    chex.assert_trees_all_close(noised.sigma[:2], jnp.full(2, sigma_floor), rtol=1e-5)  # as the clock's round trip
+    assert noised.sigma[2] > 0.2
+
+
+@pytest.mark.parametrize("length", [0.93, 0.89])
+def test_the_published_floor_lies_lower_by_the_clocks_length_twice(length):
+    process = processes.Relay(patch=2, clock=schedules.Clock(length=length))
+    sigma = noised_by(process, jnp.zeros((1, 2, 2, 1)), jnp.zeros(1), jnp.zeros((1, 2, 2, 1))).sigma
+    share = scipy.stats.norm.cdf((np.log(0.0075) + 1.2) / 1.2)
+    expected = np.exp(-1.2 + 1.2 * scipy.stats.norm.ppf(share * length**2))
+    assert expected < 0.0075
+    chex.assert_trees_all_close(np.asarray(sigma), np.asarray([expected], np.float32), rtol=1e-5)
+
+
+def test_the_weight_is_capped():
+    process = processes.Relay(patch=2, sigma_floor=1e-4, max_weight=1e5, exact_floor=True)
+    noised = noised_by(process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-4, 0.5]), jnp.zeros((3, 2, 2, 1)))
+    sigma = np.asarray(noised.sigma, np.float64)
+    expected = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    assert expected[0] > 1e6 and expected[2] < 1e3
+    chex.assert_trees_all_close(np.asarray(noised.weight, np.float64), np.minimum(expected, 1e5), rtol=1e-6)
+
+
+def test_the_weight_undoes_the_scale_of_the_output():
+    process = processes.Gaussian(sigma_data=0.3)
+    noised = noised_by(
+        process, jnp.zeros((7, 2, 2, 1)), jnp.asarray(np.linspace(-3, 3, 7, dtype=np.float32)), jnp.zeros((7, 2, 2, 1))
+    )
+    c_out = preconditioning.EDM(sigma_data=0.3)(noised.sigma).c_out
+    chex.assert_trees_all_close(noised.weight * c_out**2, jnp.ones(7), rtol=1e-6)
+
+
+@pytest.mark.parametrize("process", [processes.Gaussian(), processes.Relay(patch=3)], ids=["gaussian", "relay"])
+def test_an_images_noise_does_not_depend_on_its_batch(process):
+    x, key = images((6, 6, 9, 2)), keys(6)
+    together = diffuse(process, x, key)
+    order = np.asarray([3, 0, 5])
+    some = diffuse(process, x[order], key[order])
+    # Whole batches may round differently from parts of them, by an ulp.
+    chex.assert_trees_all_close(some, jax.tree.map(lambda a: a[order], together), rtol=1e-6, atol=1e-6)
+    assert len(np.unique(together.sigma)) == 6
+    again = diffuse(process, x, keys(6, seed=1))
+    assert not np.any(np.isclose(again.sigma, together.sigma))
+
+
+def test_the_relay_process_ends_at_the_enlarged_image():
+    process = processes.Relay(patch=3, clock=schedules.Clock(blur_sigma_max=60.0), min_scale=0.0)
+    x, noise = images((2, 6, 9, 3)), images((2, 6, 9, 3), seed=1)
+    noised = noised_by(process, x, jnp.ones(2), noise)
+    means = blurring.enlarge(blurring.mean_pool(x, factor=3), factor=3)
+    chex.assert_trees_all_close(noised.images, means + noised.sigma[:, None, None, None] * noise, atol=2e-6)  # a DCT's rounding
+
+
+@pytest.mark.parametrize("process", [processes.Gaussian(), processes.Relay(patch=3)], ids=["gaussian", "relay"])
+def test_one_trace(process):
+    chex.clear_trace_counter()  # the counter knows a function by its source, which both cases share
+    compiled = jax.jit(chex.assert_max_traces(n=1)(lambda x, keys: processes.diffuse(process, x, keys)))
+    for seed in range(3):
+        noised = compiled(images((4, 6, 3, 2), seed), keys(4, seed))
+        chex.assert_shape(noised, [(4, 6, 3, 2), (4,), (4,)])
+        chex.assert_tree_all_finite(noised)

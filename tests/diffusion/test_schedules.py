@@ -1,0 +1,124 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from rdm_jax.diffusion import schedules
+
+# ImageNet; CelebA-HQ in training; CelebA-HQ in sampling, whose clock would end beyond every sigma: t L < 1 only up to 0.952.
+CLOCKS = {
+    "imagenet": (schedules.Clock(length=0.93, blur_sigma_max=3.0), 1.0),
+    "celeba": (schedules.Clock(length=0.89, blur_sigma_max=2.0), 1.0),
+    "celeba-sampling": (schedules.Clock(length=1.05, blur_sigma_max=2.0), 0.94),
+}
+clocks = pytest.mark.parametrize(("clock", "end"), CLOCKS.values(), ids=CLOCKS.keys())
+sigma_of = jax.jit(lambda clock, t: clock.sigma(t), static_argnums=0)
+time_of = jax.jit(lambda clock, sigma: clock.time(sigma), static_argnums=0)
+# Phi and its inverse in float32: relative errors of 6e-8, times 20 where the clock's distribution is thinnest.
+FLOAT32 = 1e-5
+
+
+@clocks
+def test_time_undoes_sigma(clock, end):
+    t = jnp.linspace(0.001, end, 200)
+    chex.assert_trees_all_close(time_of(clock, sigma_of(clock, t)), t, rtol=FLOAT32)
+
+
+@clocks
+def test_sigma_undoes_time(clock, end):
+    sigma = jnp.geomspace(0.008, float(sigma_of(clock, jnp.asarray(end))), 200)
+    chex.assert_trees_all_close(sigma_of(clock, time_of(clock, sigma)), sigma, rtol=FLOAT32)
+
+
+@clocks
+def test_round_trip_in_float64(clock, end):
+    with jax.enable_x64(True):
+        t = jnp.linspace(0.001, end, 200)
+        chex.assert_trees_all_close(time_of(clock, sigma_of(clock, t)), t, rtol=1e-12)
+
+
+@clocks
+def test_the_clock_is_a_lognormal_distribution(clock, end):
+    sigma = np.geomspace(0.008, float(sigma_of(clock, jnp.asarray(end))), 50)
+    share = scipy.stats.lognorm(s=1.2, scale=np.exp(-1.2)).cdf(sigma) / clock.length
+    chex.assert_trees_all_close(
+        np.asarray(time_of(clock, jnp.asarray(sigma, jnp.float32))), share.astype(np.float32), rtol=FLOAT32
+    )
+
+
+@clocks
+def test_noise_and_blur_rise_with_time(clock, end):
+    t = jnp.linspace(0.001, end, 200)
+    assert np.all(np.diff(sigma_of(clock, t)) > 0)
+    assert np.all(np.diff(clock.blur_sigma(t)) > 0)
+
+
+@pytest.mark.parametrize(("name", "sigma"), [("imagenet", 1.770), ("celeba", 1.312)])
+def test_published_ends_of_the_clock(name, sigma):
+    assert float(sigma_of(CLOCKS[name][0], jnp.asarray(1.0))) == pytest.approx(sigma, abs=5e-4)  # published to three places
+
+
+@clocks
+def test_blur_begins_at_nothing_and_ends_at_its_maximum(clock, end):
+    blur = clock.blur_sigma(jnp.asarray([0.0, 0.5, 1.0]))
+    chex.assert_trees_all_close(blur, clock.blur_sigma_max * jnp.asarray([0.0, 0.5, 1.0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "blur_sigma_max", "left"), [(0.93, 3.0, 0.06), (0.89, 2.0, 0.29)])
+def test_what_the_published_clocks_leave_of_the_slowest_wave(length, blur_sigma_max, left):
+    clock = schedules.Clock(length, blur_sigma_max)
+    weight = np.exp(-((np.pi / 4) ** 2) * float(clock.blur_sigma(jnp.asarray(1.0))) ** 2 / 2)
+    assert weight == pytest.approx(left, abs=5e-3)  # published to two places
+
+
+@pytest.mark.parametrize("rho", [1.0, 7.0, 100.0])
+@pytest.mark.parametrize(("steps", "sigma_min", "sigma_max"), [(2, 0.002, 80.0), (18, 0.002, 80.0), (256, 0.008, 80.0)])
+def test_ladder_is_the_formula_in_float64(steps, sigma_min, sigma_max, rho):
+    ramp = np.arange(steps) / (steps - 1)
+    expected = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    ladder = schedules.edm_ladder(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    chex.assert_shape(ladder, (steps,))
+    assert ladder.dtype == jnp.float32
+    # A logarithm of up to 10.6 is known to 6e-7 in float32; for rho = 1 the rungs are differences of numbers near 80.
+    tolerance = 2e-6 if rho > 1 else 80 * 1e-7 / sigma_min
+    chex.assert_trees_all_close(np.asarray(ladder, np.float64), expected, rtol=tolerance)
+    assert ladder[0] == jnp.float32(sigma_max)
+    assert np.all(np.diff(ladder) < 0)
+
+
+@pytest.mark.parametrize("rho", [7.0, 100.0])
+def test_the_ladder_ends_where_it_should(rho):
+    ladder = schedules.edm_ladder(200, sigma_min=0.008, sigma_max=80.0, rho=rho)
+    chex.assert_trees_all_close(ladder[-1], jnp.float32(0.008), rtol=2e-6)  # as above
+
+
+@pytest.mark.parametrize(
+    ("steps", "rho", "below", "kept", "first"),
+    [(200, 100.0, 0.9, 100, 0.8691), (150, 7.0, 0.95, 54, 0.9219)],
+    ids=["imagenet", "celeba"],
+)
+def test_published_truncations(steps, rho, below, kept, first):
+    ladder = schedules.edm_ladder(steps, sigma_min=0.008, sigma_max=80.0, rho=rho)
+    levels = schedules.truncate(ladder, below)
+    chex.assert_shape(levels, (kept,))
+    assert float(levels[0]) == pytest.approx(first, abs=5e-5)  # published to four places
+    chex.assert_trees_all_equal(levels, ladder[-kept:])
+
+
+def test_truncation_leaves_out_the_bound_itself():
+    chex.assert_trees_all_equal(schedules.truncate(jnp.asarray([3.0, 2.0, 1.0]), 2.0), jnp.asarray([1.0]))
+
+
+@pytest.mark.parametrize("steps", [1, 0, -3])
+def test_a_ladder_of_fewer_than_two_steps_is_refused(steps):
+    with pytest.raises(ValueError, match=f"at least 2 steps, not {steps}"):
+        schedules.edm_ladder(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0)
+
+
+def test_one_trace_of_the_clock():
+    clock = schedules.Clock()
+    there_and_back = jax.jit(chex.assert_max_traces(n=1)(lambda t: (clock.time(clock.sigma(t)), clock.blur_sigma(t))))
+    for end in (0.2, 0.5, 1.0):
+        chex.assert_tree_shape_prefix(there_and_back(jnp.linspace(0.1, end, 5)), (5,))

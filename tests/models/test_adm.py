@@ -1,0 +1,268 @@
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rdm_jax.models import layers
+from rdm_jax.models.adm import ADM
+from rdm_jax.models.functional import functional
+
+TINY = ADM(channels=8, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=8, dropout=0.3)
+ADM_64 = ADM()
+ADM_256 = ADM(channels=256, channel_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention_levels=(3, 4, 5))
+SMALLEST = ADM(channels=4, channel_mult=(1,), blocks=1, attention_levels=(), head_channels=4)
+CLASSES, AUGMENT, CHANNELS = 5, 3, 2
+# The network in float32, summed in another order: relative to outputs near 1.
+FLOAT32 = 2e-5
+
+
+@functools.cache
+def network(config):
+    return functional(lambda rngs: config.build(CHANNELS, CLASSES, AUGMENT, rngs=rngs))
+
+
+def parameters(net, seed=0):
+    """Parameters as after some training: no kernel is zero, outputs are near 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        z = rng.standard_normal(leaf.shape, np.float32)
+        name = path[-1].key
+        return jnp.asarray(z / np.sqrt(np.prod(leaf.shape[:-1])) if name == "kernel" else 0.1 * z + (name == "scale"))
+
+    return jax.tree.map_with_path(draw, jax.eval_shape(net.init, jax.random.key(0)))
+
+
+def inputs(batch=3, height=4, width=8, seed=0):
+    """Images, noise labels, class labels, augmentation labels."""
+    rng = np.random.default_rng(seed)
+    one_hot = np.eye(CLASSES)[rng.permutation(CLASSES)[:batch]]
+    arrays = (rng.standard_normal((batch, height, width, CHANNELS)), rng.standard_normal(batch), one_hot)
+    return tuple(jnp.asarray(a, jnp.float32) for a in (*arrays, rng.standard_normal((batch, AUGMENT))))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """(apply, compiled; its parameters)."""
+    net = network(TINY)
+    return jax.jit(net.apply), parameters(net)
+
+
+@pytest.fixture(scope="module")
+def smallest():
+    """The same, where one block of a kind will do."""
+    net = network(SMALLEST)
+    return jax.jit(net.apply), parameters(net)
+
+
+@pytest.fixture(scope="module")
+def init():
+    """Of the smallest network, compiled."""
+    return jax.jit(network(SMALLEST).init)
+
+
+@pytest.mark.parametrize(("config", "count"), [(ADM_64, 295_899_267), (ADM_256, 553_831_171)], ids=["adm-64", "adm-256"])
+def test_parameters_of_the_published_networks(config, count, monkeypatch):
+    # Shapes need no random keys, which take nnx most of the time when it is traced.
+    monkeypatch.setattr(nnx.RngStream, "__call__", lambda self: jax.random.key(0))
+    assert functional(lambda rngs: config.build(3, 1000, 0, rngs=rngs)).count() == count
+
+
+def test_output_is_zero_at_initialisation(init, smallest):
+    apply, _ = smallest
+    params = init(jax.random.key(0))
+    assert np.any(params["stem"]["kernel"]) and not np.any(params["out_conv"]["kernel"])
+    output = apply(params, *inputs())
+    chex.assert_trees_all_equal(output, jnp.zeros_like(output))
+
+
+@pytest.mark.parametrize(("patch", "batch", "height", "width"), [(1, 3, 5, 2), (2, 1, 2, 6), (4, 5, 16, 8)])
+def test_output_is_shaped_as_the_image(patch, batch, height, width):
+    config = dataclasses.replace(SMALLEST, patch=patch)
+    assert config.stride == patch and dataclasses.replace(TINY, patch=patch).stride == 2 * patch
+    net = network(config)
+    output = jax.jit(net.apply)(parameters(net), *inputs(batch, height, width))
+    chex.assert_shape(output, (batch, height, width, CHANNELS))
+    assert 0.1 < np.std(output) < 10
+    chex.assert_tree_all_finite(output)
+
+
+def test_blocks_begin_as_their_skips():
+    x, emb = (jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32) for shape in ((2, 4, 4, 8), (2, 16)))
+    block = lambda x, emb: layers.Block(8, 8, 16, heads=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))(x, emb)  # noqa: E731
+    chex.assert_trees_all_equal(jax.jit(block)(x, emb), x)
+
+
+def test_initial_kernels_are_uniform_with_the_variance_of_their_fan_in():
+    shape = (3, 3, 32, 64)
+    kernel, bias = (np.asarray(init(jax.random.key(0), shape)) for init in (layers.DEFAULT.kernel, layers.DEFAULT.bias(288)))
+    bound = 1 / np.sqrt(288)
+    for values in (kernel, bias):
+        assert np.max(np.abs(values)) <= bound
+        # The variance of U(-b, b) is b^2 / 3, and the standard error of n draws' b^2 sqrt(4 / 45 n).
+        assert abs(np.var(values) / bound**2 - 1 / 3) < 5 * np.sqrt(4 / 45 / values.size)
+
+
+def test_the_null_label_is_all_zero_or_none(smallest):
+    apply, params = smallest
+    x, noise, label, augment = inputs()
+    chex.assert_trees_all_equal(apply(params, x, noise, jnp.zeros_like(label), augment), apply(params, x, noise, None, augment))
+    chex.assert_trees_all_equal(apply(params, x, noise, label, jnp.zeros_like(augment)), apply(params, x, noise, label, None))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["image", "noise", "class", "augment"])
+def test_every_input_changes_its_own_image_alone(tiny, which):
+    apply, params = tiny
+    args = list(inputs())
+    before = apply(params, *args)
+    other = np.asarray(args[which]).copy()
+    other[1] = np.roll(other[1], 1) if which == 2 else other[1] + 0.5
+    args[which] = jnp.asarray(other)
+    change = np.max(np.abs(apply(params, *args) - before), axis=(1, 2, 3))
+    assert change[1] > 1e-3
+    np.testing.assert_array_less(change[[0, 2]], FLOAT32)
+
+
+def test_an_image_does_not_depend_on_its_batch(smallest):
+    apply, params = smallest
+    args = inputs()
+    alone = apply(params, *(a[1:2] for a in args))
+    chex.assert_trees_all_close(alone, apply(params, *args)[1:2], atol=FLOAT32)
+
+
+def test_dropout_is_off_without_a_key_and_follows_it(smallest):
+    apply, params = smallest
+    x, *labels = (jnp.asarray(np.repeat(a[:1], 3, axis=0)) for a in inputs())
+    off = apply(params, x, *labels)
+    chex.assert_trees_all_equal(off, apply(params, x, *labels))
+    first, again, second = (apply(params, x, *labels, jax.random.key(seed)) for seed in (0, 0, 1))
+    chex.assert_trees_all_equal(first, again)
+    for a, b in [(first, off), (first, second), (first[0], first[1])]:  # an image's mask is its own
+        assert np.max(np.abs(a - b)) > 1e-2
+
+
+def test_dropout_of_rate_zero_changes_nothing(smallest):
+    apply, params = smallest
+    without = network(dataclasses.replace(SMALLEST, dropout=0.0)).apply
+    chex.assert_trees_all_close(jax.jit(without)(params, *inputs(), jax.random.key(0)), apply(params, *inputs()), atol=FLOAT32)
+
+
+def test_gradients_reach_every_parameter(tiny):
+    apply, params = tiny
+    grads = jax.jit(jax.grad(lambda params: (apply(params, *inputs()) ** 2).mean()))(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    for path, gradient in jax.tree.leaves_with_path(grads):
+        assert np.max(np.abs(gradient)) > 1e-6, jax.tree_util.keystr(path)
+
+
+def computing(jaxpr, names):
+    """All equations of some primitives, those of inner jaxprs too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in names:
+            yield equation
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                yield from computing(getattr(inner, "jaxpr", inner), names)
+
+
+def test_every_product_is_computed_in_the_configured_dtype(tiny):
+    _, params = tiny
+    net = network(dataclasses.replace(TINY, dtype="bfloat16"))
+    jaxpr = jax.make_jaxpr(net.apply)(params, *inputs()).jaxpr
+    products = list(computing(jaxpr, ("conv_general_dilated", "dot_general")))
+    # Stem and output; two in each of 10 blocks, a third in the 5 that change the width; two in each of 4 attentions.
+    assert sum(e.primitive.name == "conv_general_dilated" for e in products) == 2 + 20 + 5 + 8
+    assert {v.aval.dtype for e in products for v in e.invars} == {jnp.dtype("bfloat16")}
+    assert {p.dtype for p in jax.tree.leaves(jax.eval_shape(net.init, jax.random.key(0)))} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_is_near_float32(tiny):
+    apply, params = tiny
+    half = jax.jit(network(dataclasses.replace(TINY, dtype="bfloat16")).apply)(params, *inputs())
+    full = np.asarray(apply(params, *inputs()))
+    assert half.dtype == jnp.float32
+    error = np.sqrt(np.mean((half - full) ** 2) / np.mean(full**2))
+    # bfloat16 rounds by up to 2^-9 = 0.002, here some 40 times in a row: 0.002 sqrt(40) = 0.013 where errors are independent.
+    assert 1e-4 < error < 0.05
+
+
+def test_statistics_of_normalisation_are_float32():
+    norm = layers.group_norm(8, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))
+    x = (20 + jax.random.normal(jax.random.key(0), (2, 8, 8, 8))).astype(jnp.bfloat16)
+    groups = np.asarray(x, np.float64).reshape(2, 64, 2, 4)
+    centred = groups - groups.mean((1, 3), keepdims=True)
+    expected = (centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
+    # The result is rounded to bfloat16, 2^-9 of numbers up to 4; sums in bfloat16 would be off by a whole standard deviation.
+    chex.assert_trees_all_close(np.asarray(norm(x), np.float64), expected, atol=0.02)
+
+
+@pytest.mark.parametrize(("factor", "height", "width"), [(1, 2, 3), (2, 4, 6), (4, 4, 8)])
+def test_depth_to_space_undoes_space_to_depth(factor, height, width):
+    x = jnp.arange(2.0 * height * width * 3).reshape(2, height, width, 3)
+    folded = layers.space_to_depth(x, factor)
+    chex.assert_shape(folded, (2, height // factor, width // factor, 3 * factor**2))
+    chex.assert_trees_all_equal(layers.depth_to_space(folded, factor), x)
+    chex.assert_trees_all_equal(folded[:, 0, 0].reshape(2, factor, factor, 3), x[:, :factor, :factor])
+
+
+def test_upsampling_undoes_nothing_but_means():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    chex.assert_trees_all_close(layers.downsample(layers.upsample(x)), x, rtol=1e-6)
+    means = layers.downsample(x)
+    chex.assert_trees_all_close(means[:, 1, 2], x[:, 2:4, 4:6].mean((1, 2)), rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_equal(layers.upsample(means)[:, 1::2, ::2], means)
+
+
+def test_functional_is_the_module_called(smallest):
+    apply, params = smallest
+    module = nnx.eval_shape(lambda: SMALLEST.build(CHANNELS, CLASSES, AUGMENT, rngs=nnx.Rngs(0)))
+    nnx.update(module, params)
+    expected = jax.jit(lambda *args: module(*args))(*inputs())
+    chex.assert_trees_all_close(apply(params, *inputs()), expected, atol=FLOAT32)
+
+
+def test_initialisation_follows_its_key(init):
+    one, again, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
+    chex.assert_trees_all_equal(one, again)
+    chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
+    # No two kernels of a network are born alike either.
+    kernels = [np.asarray(params[name]["conv0"]["kernel"]) for params in (one, other) for name in ("encoder0_0", "middle0")]
+    assert len({kernel.tobytes() for kernel in kernels}) == 4
+
+
+def test_apply_is_pure_and_traced_once(init, smallest):
+    _, trained = smallest
+    born = init(jax.random.key(0))
+    kept = jax.tree.map(np.array, trained)
+    chex.clear_trace_counter()
+    compiled = jax.jit(chex.assert_max_traces(n=1)(network(SMALLEST).apply))
+    first = compiled(trained, *inputs())
+    assert not np.any(compiled(born, *inputs(seed=1)))
+    chex.assert_trees_all_equal(compiled(trained, *inputs()), first)
+    chex.assert_trees_all_equal(trained, kept)
+
+
+def test_apply_keeps_nothing_of_what_it_was_traced_with(smallest):
+    _, params = smallest
+    with jax.checking_leaks():
+        jax.jit(network(SMALLEST).apply).lower(params, *inputs())
+
+
+def test_functional_refuses_parameters_of_another_network(smallest):
+    _, params = smallest
+    wider = network(dataclasses.replace(SMALLEST, channels=8))
+    with pytest.raises((ValueError, TypeError)):
+        jax.eval_shape(wider.apply, params, *inputs())
+
+
+def test_unconditional_networks_have_no_label_parameters():
+    net = functional(lambda rngs: SMALLEST.build(CHANNELS, 0, 0, rngs=rngs))
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    assert not {"map_label", "map_augment"} & set(params)
+    x, noise, *_ = inputs()
+    chex.assert_shape(jax.eval_shape(net.apply, params, x, noise), x.shape)
