@@ -1,6 +1,9 @@
 """5,000 MNIST digits, 8x8 -> 32x32: two stages trained and relayed on a laptop.
 
 python -m rdm_jax.main --config configs/digits.py --workdir runs/digits
+
+Two cores of an AMD EPYC: 6 minutes. Of 500 samples 96.6 % (k-NN) and 97.8 % (SVM) are named as asked, 82 % and 84 % without
+guidance (experiments/digits/README.md).
 """
 
 from rdm_jax.config import Config, Data, Sampling, Stage, Training

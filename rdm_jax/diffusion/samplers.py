@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rdm_jax.diffusion import blurring, schedules
@@ -183,5 +182,5 @@ def walk(step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: L
         x, _ = jax.lax.scan(lambda x, pair: (step(x, *pair), None), x, pairs)
     else:
         for i in range(n - 1):
-            x = step(x, np.int32(i), rung(i), rung(i + 1))
-    return finish(x, np.int32(n - 1), rung(n - 1))
+            x = step(x, jnp.int32(i), rung(i), rung(i + 1))
+    return finish(x, jnp.int32(n - 1), rung(n - 1))

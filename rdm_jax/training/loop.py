@@ -183,7 +183,9 @@ class Trainer:
             "image": jax.ShapeDtypeStruct((size, *self.source.image_shape), jnp.uint8, sharding=sharding.batched(self.mesh)),
             "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding.batched(self.mesh)),
         }
-        compiled = jax.jit(self._step, donate_argnums=0).lower(state, batch).compile()
+        whole = sharding.replicated(self.mesh)
+        shardings = jax.tree.map(lambda _: whole, self.abstract), whole
+        compiled = jax.jit(self._step, donate_argnums=0, out_shardings=shardings).lower(state, batch).compile()
         log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
         return compiled
 

@@ -48,7 +48,7 @@ def poisoned(data):
 
 
 @functools.cache
-def step_and_state(accumulate: int = 1, dropout: float = 0.0):
+def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = False):
     """A compiled step that may be traced once, and a state in which every parameter has a gradient."""
     goal = objective(dropout)
     chex.clear_trace_counter()  # it counts by the name of the function, which every step shares
@@ -58,7 +58,8 @@ def step_and_state(accumulate: int = 1, dropout: float = 0.0):
     # The last convolutions start at zero; a nudge lets gradients reach all parameters from the first step.
     nudge = lambda x: np.asarray(x) + 0.05 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
     params = jax.device_put(jax.tree.map(nudge, state.params))
-    return jax.jit(chex.assert_max_traces(step, n=1)), state.replace(params=params, ema=params)
+    out = sharding.replicated(sharding.data_mesh()) if shared else None
+    return jax.jit(chex.assert_max_traces(step, n=1), out_shardings=out), state.replace(params=params, ema=params)
 
 
 def test_learns_and_is_traced_once():
@@ -75,7 +76,7 @@ def test_learns_and_is_traced_once():
 
 def test_parts_of_a_batch_lie_on_all_devices():
     _, state = step_and_state()
-    in_parts, mesh = step_and_state.__wrapped__(accumulate=2)[0], sharding.data_mesh()
+    in_parts, mesh = step_and_state.__wrapped__(accumulate=2, shared=True)[0], sharding.data_mesh()
     shared = jax.device_put(state, sharding.replicated(mesh)), sharding.put_batch(batch(), mesh)
     text = in_parts.lower(*shared).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text
@@ -96,7 +97,7 @@ def test_parts_of_a_batch_give_the_same_step(accumulate):
 def test_eight_devices_equal_one():
     assert jax.device_count() == 8
     step, state = step_and_state()
-    shared, mesh = step_and_state.__wrapped__()[0], sharding.data_mesh()
+    shared, mesh = step_and_state.__wrapped__(shared=True)[0], sharding.data_mesh()
     here, there = state, jax.device_put(state, sharding.replicated(mesh))
     for i in range(3):
         here, one = step(here, batch(i))
