@@ -99,7 +99,8 @@ class RelayHeun:
       truncation_sigma: where the relay joins the ladder.
       truncation_time: the clock's length in sampling; 0 for the one it was trained with.
       eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
-      order: 2 for Heun, 1 for the plain update (half the evaluations).
+      order: 2 for Heun, 1 for the plain update (half the evaluations). The published corrector averages the slopes alone: it
+        is of second order in the patch means, and of first where the blur changes.
     """
 
     steps: int = 18
@@ -157,7 +158,8 @@ def relay_update(
 
     u' = (D' + g (1 - D)) u + sigma (g D - D') d,    g = sqrt(1 - eta^2) sigma' / sigma
 
-    which is g u + (D' - g D) u0 with u0 eliminated. Any eta keeps the marginals of the process.
+    which is g u + (D' - g D) u0 with u0 eliminated. With the true u0 any eta keeps the marginals of the process; with the
+    posterior mean in its place, as in sampling, eta > 0 costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
     """
     g = (1 - eta**2) ** 0.5 * to.sigma / level.sigma
     u, d = blurring.dct2(x), blurring.dct2(slope)
