@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rdm_jax import sharding
@@ -20,6 +21,7 @@ from rdm_jax.sampling.sampler import StageSampler, evaluations, stage_sampler, t
 from rdm_jax.terminal import log, progress
 from rdm_jax.training import checkpoint
 from rdm_jax.training.loop import build_network
+from rdm_jax.training.step import to_float
 
 COLUMNS = 3  # examples a row of the grid
 
@@ -216,7 +218,7 @@ def make_preview(config: Config, number: int, source: PreparedImages):
     if number > 1:
         real = source.batch(np.linspace(0, len(source) - 1, batch_size).astype(int))  # of all classes, if it is sorted
         labels, pool = real["label"], source.image_shape[0] // config.stages[number - 2].resolution[0]
-        low = sharding.put_batch(_means(real["image"], pool), mesh)
+        low = sharding.put_batch(np.asarray(to_float(jnp.asarray(real["image"]), pool)), mesh)
     seeds, labels = sharding.put_batch((seeds.astype(np.uint32), labels), mesh)
 
     def preview(params: Any, path: Path) -> None:
@@ -225,9 +227,3 @@ def make_preview(config: Config, number: int, source: PreparedImages):
 
     log.info("stage%d: previews of %d samples, %d network evaluations an image", number, batch_size, evaluations(stage))
     return preview
-
-
-def _means(images: np.ndarray, pool: int) -> np.ndarray:
-    b, h, w, c = images.shape
-    means = images.reshape(b, h // pool, pool, w // pool, pool, c).mean((2, 4))
-    return (means / 127.5 - 1).astype(np.float32)

@@ -53,7 +53,7 @@ def build_optimizer(training: Training) -> optax.GradientTransformation:
 
 
 class Trainer:
-    """One stage's training, ready to run: everything is built, checked and restored, and nothing is compiled yet.
+    """One stage's training, ready to run: everything is built, and nothing is read or compiled yet.
 
     Args:
       config: of the run.
@@ -62,7 +62,6 @@ class Trainer:
       directory: of the stage, for checkpoints, metrics and previews.
 
     Attributes:
-      step: steps taken so far.
       abstract: the state's shapes and shardings.
     """
 
