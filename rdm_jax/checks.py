@@ -1,10 +1,14 @@
 """What a config must be before any work starts; every refusal is an InputError that names field, value and remedy."""
 
+import functools
 from typing import Any
 
 from rdm_jax.config import Config, Stage, kind_of
+from rdm_jax.data import augment
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
+from rdm_jax.models.song import Song
+from rdm_jax.sampling import postprocess
 
 MAX_SEEDS = 1_000_000  # what is kept in memory until it is written to one file
 
@@ -27,14 +31,18 @@ def check_config(config: Config) -> None:
             f"{fitting} (stage {number - 1}'s {before.resolution} times process.patch={stage.factor})",
         )
     for number, stage in enumerate(config.stages, 1):
-        wanted = processes.Gaussian if number == 1 else processes.Relay
-        _require(
-            isinstance(stage.process, wanted), f"config.stage{number}.process.kind", kind_of(type(stage.process)), kind_of(wanted)
-        )
+        kind, would_do = kind_of(type(stage.process)), "'gaussian', 'vp' or 've'" if number == 1 else "'relay'"
+        _require(isinstance(stage.process, processes.Relay) == (number > 1), f"config.stage{number}.process.kind", kind, would_do)
     _require(config.data.channels in (1, 3), "config.data.channels", config.data.channels, "1 or 3")
     _require(0 <= config.seed < 2**32, "config.seed", config.seed, "0 to 4294967295")
     _require(config.sampling.batch_size > 0, "config.sampling.batch_size", config.sampling.batch_size, "a positive number")
     _require(config.sampling.name.isidentifier(), "config.sampling.name", config.sampling.name, "one word, such as 'samples',")
+    names = " or ".join(map(repr, postprocess.PRESETS))
+    _require(
+        config.sampling.postprocess in postprocess.PRESETS, "config.sampling.postprocess", config.sampling.postprocess, names
+    )
+    low = config.sampling.low
+    _require(not low or low.startswith("folder:"), "config.sampling.low", low, "'folder:PATH', or '' for none,")
     parse_seeds(config.sampling.seeds)
 
 
@@ -90,19 +98,38 @@ def _check_stage(stage: Stage, path: str) -> None:
     _require(stage.guidance >= 0, f"{path}.guidance", stage.guidance, "0 or more")
     fine = stage.checkpoint in ("newest", "best") or stage.checkpoint.isdecimal() or "/" in stage.checkpoint
     _require(fine, f"{path}.checkpoint", stage.checkpoint, "'newest', 'best', a step, or the path of a step's folder")
+    start = stage.training.start_from
+    _require(not start or "/" in start, f"{path}.training.start_from", start, "the path of a step's folder, or '' for none,")
 
 
 def _check_process(stage: Stage, path: str) -> None:
-    process, sigma_data = stage.process, stage.precondition.sigma_data
-    _require(sigma_data > 0, f"{path}.precondition.sigma_data", sigma_data, "a positive number")
-    agree = f"{sigma_data} (precondition.sigma_data)"
-    _require(process.sigma_data == sigma_data, f"{path}.process.sigma_data", process.sigma_data, agree)
+    process, sigma_data = stage.process, getattr(stage.precondition, "sigma_data", None)
+    if sigma_data is not None:
+        _require(sigma_data > 0, f"{path}.precondition.sigma_data", sigma_data, "a positive number")
+        agree = f"{sigma_data} (precondition.sigma_data)"
+        assumed = getattr(process, "sigma_data", sigma_data)
+        _require(assumed == sigma_data, f"{path}.process.sigma_data", assumed, agree)
+    for part, values in (("process", process), ("precondition", stage.precondition)):
+        _check_schedule(values, f"{path}.{part}")
     if isinstance(process, processes.Relay):
         _require(process.patch >= 2, f"{path}.process.patch", process.patch, "2 or more")
         _require(process.block_scale >= 0, f"{path}.process.block_scale", process.block_scale, "0 or more")
         _require(process.block_size >= 0, f"{path}.process.block_size", process.block_size, "0 (for p) or more")
         _require(process.sigma_floor > 0, f"{path}.process.sigma_floor", process.sigma_floor, "a positive number")
         _require(0 < process.clock.length < 1, f"{path}.process.clock.length", process.clock.length, "a number between 0 and 1")
+
+
+def _check_schedule(part: Any, path: str) -> None:
+    """The fields that VP, VE and iDDPM have in common."""
+    for field in ("schedule.beta_d", "schedule.beta_min", "sigma_min", "c1", "c2"):
+        value = functools.reduce(lambda owner, name: getattr(owner, name, None), field.split("."), part)
+        _require(value is None or value > 0, f"{path}.{field}", value, "a positive number")
+    if (epsilon := getattr(part, "epsilon", None)) is not None:
+        _require(0 < epsilon < 1, f"{path}.epsilon", epsilon, "a number between 0 and 1, such as 1e-5,")
+    if (times := getattr(part, "times", None)) is not None:
+        _require(times >= 2, f"{path}.times", times, "2 or more")
+    if (sigma_max := getattr(part, "sigma_max", None)) is not None:
+        _require(sigma_max > part.sigma_min, f"{path}.sigma_max", sigma_max, f"more than sigma_min={part.sigma_min}")
 
 
 def _check_training(stage: Stage, path: str) -> None:
@@ -122,10 +149,15 @@ def _check_training(stage: Stage, path: str) -> None:
         _require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
     for field in ("warmup", "preview_every", "keep_best", "ema_rampup"):
         _require(getattr(training, field) >= 0, f"{path}.training.{field}", getattr(training, field), "0 or more")
-    for field in ("label_dropout", "beta1", "beta2"):
+    for field in ("label_dropout", "augment", "beta1", "beta2"):
         _require(
             0 <= getattr(training, field) < 1, f"{path}.training.{field}", getattr(training, field), "a number from 0 to below 1"
         )
+    conditioned, field = stage.network.augment_labels, f"{path}.network.augment_labels"
+    wanted = (augment.LABELS,) if training.augment else (0, augment.LABELS)
+    _require(
+        conditioned in wanted, field, conditioned, f"{' or '.join(map(str, wanted))}, for training.augment={training.augment}"
+    )
     divides = training.batch_size % training.accumulate == 0
     _require(divides, f"{path}.training.batch_size", training.batch_size, f"a multiple of accumulate={training.accumulate}")
 
@@ -139,8 +171,13 @@ def _check_sampler(stage: Stage, path: str) -> None:
         0 < sampler.sigma_min < sampler.sigma_max, f"{path}.sampler.sigma_min", sampler.sigma_min, "less than sigma_max, over 0,"
     )
     _require(sampler.rho > 0, f"{path}.sampler.rho", sampler.rho, "a positive number")
+    _require(0 <= sampler.eta <= 1, f"{path}.sampler.eta", sampler.eta, "a number from 0 to 1")
+    least, most = stage.precondition.range
+    within = f"{least:.4g} or more, what the network knows by its preconditioning,"
+    _require(sampler.sigma_min >= least, f"{path}.sampler.sigma_min", sampler.sigma_min, within)
+    within = f"{most:.5g} or less, what the network knows by its preconditioning,"
+    _require(relayed or sampler.sigma_max <= most, f"{path}.sampler.sigma_max", sampler.sigma_max, within)
     if relayed:
-        _require(0 <= sampler.eta <= 1, f"{path}.sampler.eta", sampler.eta, "a number from 0 to 1")
         _require(sampler.order in (1, 2), f"{path}.sampler.order", sampler.order, "1 or 2")
         walked = len(sampler.levels(stage.process).sigma)
         _require(walked >= 2, f"{path}.sampler.steps", sampler.steps, f"more (only {walked} of them are under truncation_sigma)")
@@ -150,8 +187,9 @@ def _check_network(stage: Stage, path: str) -> None:
     network = stage.network
     _require(network.dtype in ("float32", "bfloat16"), f"{path}.network.dtype", network.dtype, "'float32' or 'bfloat16'")
     _require(0 <= network.dropout < 1, f"{path}.network.dropout", network.dropout, "a number from 0 to below 1")
-    for field in ("channels", "blocks", "head_channels", "emb_mult", "patch"):
-        _require(getattr(network, field) > 0, f"{path}.network.{field}", getattr(network, field), "a positive number")
+    for field in ("channels", "blocks", "head_channels", "noise_mult", "emb_mult", "patch"):
+        value = getattr(network, field, 1)  # not every family has every field
+        _require(value > 0, f"{path}.network.{field}", value, "a positive number")
     _require(
         network.channel_mult and min(network.channel_mult) > 0, f"{path}.network.channel_mult", network.channel_mult, "(1, 2)"
     )
@@ -162,6 +200,11 @@ def _check_network(stage: Stage, path: str) -> None:
     for level in network.attention_levels:
         count, field = len(network.channel_mult), f"{path}.network.attention_levels"
         _require(0 <= level < count, field, network.attention_levels, f"levels from 0 to {count - 1}")
+    if isinstance(network, Song):
+        _require(network.embedding in ("positional", "fourier"), f"{path}.network.embedding", network.embedding, "'positional'")
+        fine = len(network.filter) % 2 == 0 and len(network.filter) > 0 and sum(network.filter)
+        _require(fine, f"{path}.network.filter", network.filter, "an even number of taps, such as (1, 1) or (1, 3, 3, 1),")
+        return
     attending = {*network.attention_levels, len(network.channel_mult) - 1}  # the deepest always attends, if it is wide enough
     for level in sorted(attending):
         width, head = network.channels * network.channel_mult[level], network.head_channels

@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from rdm_jax.diffusion import preconditioning, processes, samplers
 from rdm_jax.errors import InputError
 from rdm_jax.models.adm import ADM
+from rdm_jax.models.functional import Network, functional
+from rdm_jax.models.song import Song
 
 EXAMPLES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 
@@ -53,6 +55,8 @@ class Training:
       beta1, beta2, epsilon: Adam's.
       ema_halflife, ema_rampup: half-life of the averaged parameters, and its bound as a share of the images seen (0: none).
       label_dropout: probability that a label is hidden; guidance needs it.
+      augment: probability of each of EDM's geometric augmentations; with more than 0, network.augment_labels must be 9.
+      start_from: folder of a checkpoint's step, whose averaged parameters training begins with; '' for random ones.
       checkpoint_every, keep_newest, keep_best: when to save, and how many of the newest and of the best to keep.
       preview_every: when to draw a grid of samples; 0 for never.
       log_every: when to write a line of metrics.
@@ -72,6 +76,8 @@ class Training:
     ema_halflife: float = 500_000.0
     ema_rampup: float = 0.05
     label_dropout: float = 0.1
+    augment: float = 0.0
+    start_from: str = ""
     checkpoint_every: int = 50_000
     keep_newest: int = 2
     keep_best: int = 1
@@ -97,9 +103,9 @@ class Stage:
     """
 
     resolution: tuple[int, ...] = (64, 64)
-    network: ADM = ADM()
-    precondition: preconditioning.EDM = preconditioning.EDM()
-    process: processes.Gaussian | processes.Relay = processes.Gaussian()
+    network: ADM | Song = ADM()
+    precondition: preconditioning.EDM | preconditioning.VP | preconditioning.VE | preconditioning.IDDPM = preconditioning.EDM()
+    process: processes.Gaussian | processes.VP | processes.VE | processes.Relay = processes.Gaussian()
     training: Training = Training()
     sampler: samplers.Heun | samplers.RelayHeun = samplers.Heun()
     guidance: float = 1.0
@@ -110,6 +116,11 @@ class Stage:
         """By how much this stage enlarges the one before it."""
         return self.process.patch if isinstance(self.process, processes.Relay) else 1
 
+    def build(self, channels: int, classes: int) -> Network:
+        """The stage's network for images of so many channels and classes."""
+        outputs = self.precondition.outputs
+        return functional(lambda rngs: self.network.build(channels, classes, outputs=outputs, rngs=rngs))
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -119,12 +130,18 @@ class Sampling:
       name: folder under the workdir.
       seeds: '0-499', or '1,5,7-9'; an image is its seed's, whatever else is made with it.
       classes: image of seed s gets class classes[s mod len(classes)]; empty for all classes in turn.
+      low: 'folder:PATH' of small images, of the size of a stage's: the relay goes on from them, image s mod n for seed s, and
+        the stages up to that one are left out; '' to begin with stage 1.
+      postprocess: 'none', or what the released samplers do to the final images before FID is measured: 'rdm_imagenet'
+        (brightness 1.06) or 'rdm_celebahq' (contrast 0.9, brightness 1.05, colour 0.99).
       batch_size: images at a time, over all devices.
     """
 
     name: str = "samples"
     seeds: str = "0-63"
     classes: tuple[int, ...] = ()
+    low: str = ""
+    postprocess: str = "none"
     batch_size: int = 16
 
 

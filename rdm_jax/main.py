@@ -21,7 +21,8 @@ from rdm_jax.training.loop import Diverged
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; --config.field=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
 _MODE = flags.DEFINE_enum("mode", "all", run.MODES, "Which part to do.")
-_STAGE = flags.DEFINE_integer("stage", None, "With --mode train: the only stage to train, from 1.", lower_bound=1)
+_STAGE = flags.DEFINE_integer("stage", None, "With --mode train, import or export: which stage, from 1.", lower_bound=1)
+_WEIGHTS = flags.DEFINE_string("weights", None, "With --mode import: the .pkl, .pt or safetensors; with export: what to write.")
 
 
 def _parse_flags(argv: list[str]) -> None:
@@ -49,7 +50,7 @@ def main() -> int:
     logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
     try:
         _parse_flags(sys.argv)  # config_flags looks at sys.argv itself, so nothing else would do
-        run.run(_CONFIG.value, _WORKDIR.value, mode=_MODE.value, stage=_STAGE.value)
+        run.run(_CONFIG.value, _WORKDIR.value, mode=_MODE.value, stage=_STAGE.value, weights=_WEIGHTS.value)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

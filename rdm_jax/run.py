@@ -16,53 +16,93 @@ from rdm_jax.config import Config
 from rdm_jax.data.pipeline import PreparedImages, open_prepared
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
+from rdm_jax.files import whole_file
+from rdm_jax.interop.weights import export_stage, import_stage, open_weights, stage_of
 from rdm_jax.interrupt import StopOnSignal
-from rdm_jax.sampling import relay
+from rdm_jax.sampling.preview import make_preview
+from rdm_jax.sampling.results import sample_to_files
 from rdm_jax.terminal import log
 from rdm_jax.training import checkpoint
 from rdm_jax.training.loop import Trainer
 
-MODES = ("all", "prepare", "train", "sample")
+MODES = ("all", "prepare", "train", "sample", "import", "export")
 # What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
 FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "images", "max_skipped")
 FREE_FIELDS += ("checkpoint_every", "preview_every", "log_every", "validation", "keep_newest", "keep_best")
 
 
-def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | None = None) -> None:
+def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | None = None, weights: str | None = None) -> None:
     """Does one part of a run, or all of it; what is done already is left alone.
 
     Args:
       values: what a config file returns.
       workdir: folder of the run; made if it is not there.
       mode: one of MODES.
-      stage: with mode 'train', the only stage to train, from 1.
+      stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
+      weights: the file to import from (.pkl, .pt, safetensors) or to export to (safetensors).
 
     Raises:
       InputError: something that the user gave cannot be used; nothing was changed.
       Diverged, Interrupted: training stopped; what was done is saved.
     """
     config = configs.parse(values)
+    _check_part(config, mode, stage, weights)
+    folder = Path(workdir).expanduser()
+    if mode == "import":
+        return _import(config, stage, Path(weights).expanduser(), folder)
     checks.check_config(config)
     checks.check_devices(config, jax.device_count())
-    if stage is not None and (stage > len(config.stages) or mode != "train"):
-        raise InputError(f"--stage={stage} with --mode={mode} is no stage; 1 to {len(config.stages)} with --mode=train would do.")
-    folder = Path(workdir).expanduser()
     with _owned(folder), StopOnSignal() as stop:
         _check_unchanged(config, folder)
-        log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
-        source = open_data(config)
-        stop.check()
-        checks.check_classes(config, source.class_names)
-        _check_named_checkpoints(config)
-        if mode in ("all", "train"):
-            _write_config(config, folder)
-        for number in range(1, len(config.stages) + 1):
-            if mode in ("all", "train") and stage in (None, number):
-                _train(config, number, source, folder, stop)
-                stop.check()
-        if mode in ("all", "sample"):
-            relay.sample_to_files(config, source, folder, stop)
+        if mode == "export":
+            return export_stage(config, stage, folder, Path(weights).expanduser())
+        _work(config, mode, stage, folder, stop)
     log.info("%s: done", mode)
+
+
+def _check_part(config: Config, mode: str, stage: int | None, weights: str | None) -> None:
+    """Refuses flags that do not go together."""
+    wanted = mode in ("import", "export")
+    if stage is not None and (stage > len(config.stages) or mode not in ("train", "import", "export")):
+        raise InputError(f"--stage={stage} with --mode={mode} is no stage; 1 to {len(config.stages)} with --mode=train would do.")
+    if wanted and stage is None:
+        raise InputError(f"--stage=None with --mode={mode} is no stage; 1 to {len(config.stages)} would do.")
+    if wanted != bool(weights):
+        would_do = "the path of a file" if wanted else "--mode=import or --mode=export"
+        raise InputError(f"--weights={weights} does not go with --mode={mode}; {would_do} would do.")
+
+
+def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal) -> None:
+    """Prepares, trains and samples, or what of it the mode asks for."""
+    log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
+    source = open_data(config) if mode != "sample" or _is_prepared(config) else None
+    stop.check()
+    if mode in ("all", "train"):
+        checks.check_classes(config, source.class_names)
+    _check_named_checkpoints(config)
+    if mode in ("all", "train"):
+        _write_config(config, folder)
+    for number in range(1, len(config.stages) + 1):
+        if mode in ("all", "train") and stage in (None, number):
+            _train(config, number, source, folder, stop)
+            stop.check()
+    if mode in ("all", "sample"):
+        sample_to_files(config, source, folder, stop)
+
+
+def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
+    """Puts weights into a stage of a workdir, with a config.json that fits them."""
+    with open_weights(path) as weights:
+        fitting, classes = stage_of(weights, config, number)
+        checks.check_config(fitting)
+        with _owned(workdir):
+            _check_unchanged(fitting, workdir)
+            import_stage(weights, fitting, number, classes, path, workdir)
+            _write_config(fitting, workdir)
+    count = fitting.stages[number - 1].build(fitting.data.channels, classes).count()
+    log.info("import: %s parameters, %d classes -> stage%d of %s", f"{count:,}", classes, number, workdir)
+    if fitting != config:
+        log.info("import: with these weights goes --config configs/saved.py:%s", workdir / "config.json")
 
 
 def open_data(config: Config) -> PreparedImages:
@@ -82,9 +122,17 @@ def open_data(config: Config) -> PreparedImages:
     return source
 
 
+def _is_prepared(config: Config) -> bool:
+    """Whether there are images to compare samples with; sampling needs none."""
+    there = (Path(config.data.directory).expanduser() / "dataset_info.json").is_file()
+    if not there:
+        log.info("no prepared data in %s: the picture will not show the nearest real images", config.data.directory)
+    return there
+
+
 def _train(config: Config, number: int, source: PreparedImages, workdir: Path, stop: StopOnSignal) -> None:
     trainer = Trainer(config, number, source, workdir / f"stage{number}")
-    trainer.run(stop, lambda: relay.make_preview(config, number, source))
+    trainer.run(stop, lambda: make_preview(config, number, source))
 
 
 @contextmanager
@@ -119,16 +167,16 @@ def _check_unchanged(config: Config, workdir: Path) -> None:
 
 
 def _write_config(config: Config, workdir: Path) -> None:
-    partial = workdir / "config.incomplete"
-    partial.write_text(json.dumps(configs.to_dict(config), indent=2))
-    partial.replace(workdir / "config.json")
+    with whole_file(workdir / "config.json") as partial:
+        partial.write_text(json.dumps(configs.to_dict(config), indent=2))
 
 
 def _check_named_checkpoints(config: Config) -> None:
     """Refuses the path of a checkpoint that is not there before anything is trained."""
     for stage in config.stages:
-        if "/" in stage.checkpoint:
-            checkpoint.find(stage.checkpoint, Path())
+        for named in (stage.checkpoint, stage.training.start_from):
+            if "/" in named:
+                checkpoint.find(named, Path())
 
 
 def _is_free(field: str) -> bool:

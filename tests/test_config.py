@@ -66,7 +66,7 @@ def test_any_number_of_stages_of_any_shape():
         ("stage1__resolution", (60, 60), "stage1.resolution=.60, 60.*divisible by 8"),
         ("stage2__resolution", (128, 128), "stage2.resolution=.128, 128.*256, 256"),
         ("stage2__process__patch", 1, "stage2.process.patch=1"),
-        ("stage2__process__kind", "heat", "stage2.process.kind='heat'.*'gaussian' or 'relay'"),
+        ("stage2__process__kind", "heat", "stage2.process.kind='heat'.*'gaussian' or 'vp' or 've' or 'relay'"),
         ("stage2__process__clock__length", 1.0, "clock.length=1.0"),
         ("stage2__sampler__eta", 1.5, "stage2.sampler.eta=1.5"),
         ("stage2__sampler__steps", 3, "stage2.sampler.steps=3.*more"),

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
+from rdm_jax.config import Stage
+from rdm_jax.data import augment
 from rdm_jax.diffusion import blurring, guidance, preconditioning, processes, samplers, schedules
-from rdm_jax.models.adm import ADM
+from rdm_jax.interop import original
 
 FOLDER = pathlib.Path(os.environ.get("RDM_REFERENCE_DIR", pathlib.Path(__file__).parent / "reference_cases"))
 WHOLE = {"seed", "patch", "block", "up_scale", "num_steps", "num_noise_draws"}  # all other numbers in a case's meta are real
@@ -24,13 +25,9 @@ WHOLE = {"seed", "patch", "block", "up_scale", "num_steps", "num_noise_draws"}  
 EXACT, HALF_EXACT, FLOAT32 = 1e-9, 1e-6, 5e-5
 
 
-def cases(kind: str, **wanted):
-    """Parameters for `pytest.mark.parametrize`: every file of a kind whose meta agrees with `wanted`; none is an error."""
-    found = []
-    for path in sorted(FOLDER.glob(f"{kind}-*.npz")):
-        meta = json.loads(str(np.load(path)["meta"]))
-        if all(meta.get(k) == v for k, v in wanted.items()):
-            found.append(pytest.param(path, id=path.stem))
+def cases(kind: str):
+    """Parameters for `pytest.mark.parametrize`: every file of a kind; none is an error."""
+    found = [pytest.param(path, id=path.stem) for path in sorted(FOLDER.glob(f"{kind}-*.npz"))]
     return pytest.mark.parametrize("path", found or [pytest.param(None, id=f"no-{kind}-case-found")])
 
 
@@ -94,17 +91,19 @@ def test_reference_blur_weights(path, dtype):
     check(process.blur_weights(process.clock.time(jnp.asarray(case["sigma"], dtype))), case["out"], dtype, HALF_EXACT)
 
 
-@cases("loss", loss="edm")
-def test_reference_edm_loss(path, dtype):
-    meta, case = load(path)
-    process = processes.Gaussian(meta["P_mean"], meta["P_std"], meta["sigma_data"])
-    check_loss(process, case, jnp.asarray(case["white"], dtype), dtype, EXACT)
+LOSS_TOLERANCE = {"edm": EXACT, "ve": EXACT, "vp": HALF_EXACT, "relay": HALF_EXACT}
 
 
-@cases("loss", loss="relay")
-def test_reference_relay_loss(path, dtype):
-    meta, case = load(path)
-    process = relay_process(
+def loss_process(meta):
+    """Our process for the original's loss."""
+    if meta["loss"] == "edm":
+        return processes.Gaussian(meta["P_mean"], meta["P_std"], meta["sigma_data"])
+    if meta["loss"] == "vp":
+        return processes.VP(schedules.Linear(meta["beta_d"], meta["beta_min"]), meta["epsilon_t"])
+    if meta["loss"] == "ve":
+        return processes.VE(meta["sigma_min"], meta["sigma_max"])
+    assert meta["loss"] == "relay"
+    return relay_process(
         meta,
         patch=meta["up_scale"],
         block_scale=meta["block_scale"],
@@ -112,12 +111,15 @@ def test_reference_relay_loss(path, dtype):
         sigma_floor=meta["truncate_sigma"],
         max_weight=meta["max_weight"],
     )
-    block_white = jnp.asarray(case["block_white"], dtype) if meta["block_scale"] else None
-    check_loss(process, case, process.mixture(jnp.asarray(case["white"], dtype), block_white), dtype, HALF_EXACT)
 
 
-def check_loss(process, case, noise, dtype, tolerance):
-    images = jnp.asarray(case["images"], dtype)
+@cases("loss")
+def test_reference_loss(path, dtype):
+    meta, case = load(path)
+    process, tolerance = loss_process(meta), LOSS_TOLERANCE[meta["loss"]]
+    images, noise = jnp.asarray(case["images"], dtype), jnp.asarray(case["white"], dtype)
+    if meta["loss"] == "relay":
+        noise = process.mixture(noise, jnp.asarray(case["block_white"], dtype) if meta["block_scale"] else None)
     # The original draws the level in float32, and goes on in float64 only where its own sigma is float64.
     level = jnp.asarray(case["draw_time"], min(dtype, case["sigma"].dtype))
     noised = process.noised(images, level, noise)
@@ -145,128 +147,120 @@ def run_sampler(sampler, denoise, x, levels, noise, scan):
     return samplers.walk(step, finish, x, levels, scan=scan)
 
 
-@pytest.mark.parametrize("scan", [True, False], ids=["scan", "loop"])
-@cases("sampler", family="edm")
-def test_reference_edm_sampler(path, dtype, scan):
-    meta, case = load(path)
-    sampler = samplers.Heun(
-        steps=meta["num_steps"],
-        sigma_min=meta["sigma_min"],
-        sigma_max=meta["sigma_max"],
-        rho=meta["rho"],
-        churn=meta["S_churn"],
-        churn_min=meta["S_min"],
-        churn_max=meta["S_max"],
-        churn_noise=meta["S_noise"],
-    )
+def heun(meta, case, dtype):
+    """Our sampler for a case of the families edm and edm_sde, its levels, its first state and its noise."""
+    settings = {"churn": "S_churn", "churn_min": "S_min", "churn_max": "S_max", "churn_noise": "S_noise", "eta": "sde_scale"}
+    settings |= {"steps": "num_steps", "sigma_min": "sigma_min", "sigma_max": "sigma_max", "rho": "rho"}
+    sampler = samplers.Heun(**{ours: meta[theirs] for ours, theirs in settings.items() if theirs in meta})
     levels = sampler.levels(processes.Gaussian())
     draws = jnp.concatenate([jnp.asarray(case["init"], dtype)[None], white(meta, case["init"].shape, dtype)])
-    x = sampler.start(None, samplers.Levels(levels.sigma[0]), lambda k: draws[k])
-    out = run_sampler(sampler, toy_denoiser(meta, case, dtype), x, levels, lambda k: draws[k], scan)
-    check(out, case["out"], dtype, EXACT)
+    if meta["family"] == "edm_sde":  # three draws a step, as ours
+        return sampler, levels, None, lambda k: draws[k]
+    return sampler, levels, None, lambda k: draws[(k + 2) // 3]  # one draw a step, for the churn; ours is the first of three
 
 
-@pytest.mark.parametrize("scan", [True, False], ids=["scan", "loop"])
-@cases("sampler", family="relay")
-def test_reference_relay_sampler(path, dtype, scan):
-    meta, case = load(path)
-    clock = schedules.Clock(length=1.0, blur_sigma_max=meta["blur_sigma_max"])
-    process = processes.Relay(meta["up_scale"], clock, block_scale=meta["s_block"])
-    sampler = samplers.RelayHeun(
-        steps=meta["num_steps"],
-        sigma_min=meta["sigma_min"],
-        sigma_max=meta["sigma_max"],
-        rho=meta["rho"],
-        truncation_sigma=meta["truncation_sigma"],
-        truncation_time=meta["truncation_t"],
-        eta=meta["s_noise"],
-    )
+def relay_heun(meta, case, dtype):
+    """The same for the family relay."""
+    process = processes.Relay(meta["up_scale"], schedules.Clock(1.0, meta["blur_sigma_max"]), block_scale=meta["s_block"])
+    settings = {"steps": "num_steps", "truncation_time": "truncation_t", "eta": "s_noise"}
+    settings |= {name: name for name in ("sigma_min", "sigma_max", "rho", "truncation_sigma")}
+    sampler = samplers.RelayHeun(**{ours: meta[theirs] for ours, theirs in settings.items()})
     levels = sampler.levels(process)
     draws = white(meta, case["init"].shape, dtype)
     mixtures = jax.vmap(process.mixture)(draws[::2], draws[1::2]) if meta["s_block"] else draws
     assert len(mixtures) == 2 * len(levels.sigma) - 1  # one at the start, two a step: we walk as many levels as the original
-    x = sampler.start(jnp.asarray(case["low"], dtype), jax.tree.map(lambda a: a[0], levels), lambda k: mixtures[k])
-    out = run_sampler(sampler, toy_denoiser(meta, case, dtype), x, levels, lambda k: mixtures[k], scan)
-    check(out, case["out"], dtype, HALF_EXACT)
+    return sampler, levels, jnp.asarray(case["low"], dtype), lambda k: mixtures[k]
+
+
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "loop"])
+@cases("sampler")
+def test_reference_sampler(path, dtype, scan):
+    meta, case = load(path)
+    made, tolerance = {"edm": (heun, EXACT), "edm_sde": (heun, EXACT), "relay": (relay_heun, HALF_EXACT)}[meta["family"]]
+    sampler, levels, low, noise = made(meta, case, dtype)
+    x = sampler.start(low, jax.tree.map(lambda a: a[0], levels), noise)
+    out = run_sampler(sampler, toy_denoiser(meta, case, dtype), x, levels, noise, scan)
+    check(out, case["out"], dtype, tolerance)
 
 
 def draw_parameter(name, shape, seed):
     """The recipe by which the original's parameters were drawn for the cases."""
     z = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)
+    if name.endswith("freqs"):
+        return 16 * z
     if "norm" in name and name.endswith("weight"):
         return 1 + 0.1 * z
     return 0.1 * z if name.endswith("bias") else z * np.float32(0.7 / np.sqrt(np.prod(shape[1:])))
 
 
-def our_path(name: str, resolution: int) -> tuple[str, ...]:
-    """The path in our network of an original ADM's parameter, such as `model.dec.8x8_block0.conv0.weight`."""
-    parts = name.removeprefix("model.").split(".")
-    leaf = parts.pop()
-    if parts[0] in ("enc", "dec"):
-        side, _, block = parts[1].partition("_")
-        level = (resolution // int(side.split("x")[0])).bit_length() - 1
-        half = {"enc": "encoder", "dec": "decoder"}[parts[0]]
-        if block.startswith("block"):
-            block = f"{half}{level}_{block.removeprefix('block')}"
-        else:
-            block = {"conv": "stem", "down": f"down{level}", "up": f"up{level}", "in0": "middle0", "in1": "middle1"}[block]
-        inner = {"norm2": ("attention", "norm"), "qkv": ("attention", "qkv"), "proj": ("attention", "proj")}
-        parts = [block, *(inner.get(parts[2], (parts[2],)) if len(parts) > 2 else ())]
-    kernel = "scale" if "norm" in parts[-1] else "kernel"
-    return (*parts, "bias" if leaf == "bias" else kernel)
-
-
-def to_ours(value):
-    """OIHW to HWIO, (out, in) to (in, out)."""
-    return {4: lambda v: v.transpose(2, 3, 1, 0), 2: lambda v: v.T, 1: lambda v: v}[value.ndim](value)
-
-
-def is_adm(path) -> bool:
-    meta = json.loads(str(np.load(path)["meta"]))
-    return meta["config"]["model_type"] == "DhariwalUNet" and meta["precond"] == "EDMPrecond"
-
-
-ADM_CASES = [pytest.param(p, id=p.stem) for p in sorted(FOLDER.glob("network-*.npz")) if is_adm(p)]
-
-
-@pytest.mark.parametrize("path", ADM_CASES or [pytest.param(None, id="no-network-case-found")])
+@cases("network")
 def test_reference_network(path):
     meta, case = load(path)
-    config = meta["config"]
-    levels = [i for i in range(len(config["channel_mult"])) if config["img_resolution"] >> i in config["attn_resolutions"]]
-    adm = ADM(config["model_channels"], tuple(config["channel_mult"]), config["num_blocks"], tuple(levels), dropout=0.0)
-    network = adm.build(config["img_channels"], config["label_dim"], config.get("augment_dim", 0), rngs=nnx.Rngs(0))
-    graph, params = nnx.split(network, nnx.Param)
+    found = original.describe(meta["precond"], meta["config"], Stage())
+    stage, side = found.stage, found.stage.resolution[0]
+    network = stage.build(found.channels, found.classes)
     theirs = {}
-    names = dict(zip(case["param_names"], case["param_shapes"], strict=True))
-    for (name, shape), total in zip(names.items(), case["param_abs_sums"], strict=True):
+    for name, shape, total in zip(case["param_names"].tolist(), case["param_shapes"], case["param_abs_sums"], strict=True):
+        shape = json.loads(str(shape))
         if name.endswith("resample_filter"):
-            continue
-        value = draw_parameter(name, json.loads(shape) if isinstance(shape, str) else tuple(shape[shape > 0]), meta["seed"])
-        np.testing.assert_allclose(np.abs(value).sum(dtype=np.float64), total, rtol=1e-6)
-        theirs[our_path(name, config["img_resolution"])] = jnp.asarray(to_ours(value))
-    assert {path for path, _ in flat_leaves(params)} == set(theirs)
-    params = nnx.map_state(lambda path, leaf: leaf.replace(theirs[tuple(map(str, path))]), params)
+            theirs[name] = original.filter_buffers(stage.network, side)[name]
+            assert theirs[name].shape == tuple(shape)
+        else:
+            theirs[name] = draw_parameter(name, shape, meta["seed"])
+        np.testing.assert_allclose(np.abs(theirs[name]).sum(dtype=np.float64), total, rtol=1e-6)
+
+    def name_of(keys) -> str:
+        return original.original_name(tuple(key.key for key in keys), stage.network, side)
+
+    # Every parameter of theirs has its place in ours, and the other way round.
+    ours = [name_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(network.abstract)[0]]
+    assert sorted(ours) == sorted(name for name in theirs if not name.endswith("resample_filter"))
+    params = jax.tree.map_with_path(lambda keys, _: jnp.asarray(original.to_ours(theirs[name_of(keys)])), network.abstract)
 
     arrays = {k: jnp.asarray(case[k], jnp.float32) for k in case if case[k].dtype.kind == "f"}
     labels, augment = arrays.get("labels"), arrays.get("augment_labels")
 
     def output(params, labels):
-        net = lambda x, c: nnx.merge(graph, params)(x, c, labels, augment)  # noqa: E731
-        return preconditioning.denoiser(net, preconditioning.EDM())(arrays["x"], arrays["sigma"])
+        net = lambda x, c: network.apply(params, x, c, labels, augment)  # noqa: E731
+        return preconditioning.denoiser(net, stage.precondition)(arrays["x"], arrays["sigma"])
 
     loss = lambda params: ((output(params, labels) - arrays["target"]) ** 2).mean()  # noqa: E731
     y, (value, grads) = output(params, labels), jax.jit(jax.value_and_grad(loss))(params)
     scale = np.abs(case["y"]).max()
-    np.testing.assert_allclose(y, case["y"], atol=2e-5 * scale)
+    np.testing.assert_allclose(y, case["y"], atol=2e-5 * scale, rtol=0)
     np.testing.assert_allclose(value, case["loss"], rtol=1e-4)
     if "y_null_label" in case:
-        np.testing.assert_allclose(output(params, None), case["y_null_label"], atol=2e-5 * scale)
-    flat = {path: leaf for path, leaf in flat_leaves(grads)}
-    for name, norm in zip(case["grad_names"], case["grad_norms"], strict=True):
-        ours = np.linalg.norm(np.asarray(flat[our_path(str(name), config["img_resolution"])], np.float64))
-        np.testing.assert_allclose(ours, norm, rtol=1e-4, err_msg=str(name))
+        np.testing.assert_allclose(output(params, None), case["y_null_label"], atol=2e-5 * scale, rtol=0)
+        if labels is not None:
+            np.testing.assert_allclose(output(params, 0 * labels), case["y_null_label"], atol=2e-5 * scale, rtol=0)
+    norms = {name_of(keys): np.linalg.norm(np.asarray(leaf, np.float64)) for keys, leaf in
+             jax.tree_util.tree_flatten_with_path(grads)[0]}  # fmt: skip
+    assert set(case["grad_names"].tolist()) == {name for name in norms if not name.endswith("freqs")}
+    for name, norm in zip(case["grad_names"].tolist(), case["grad_norms"], strict=True):
+        np.testing.assert_allclose(norms[name], norm, rtol=1e-4, err_msg=name)
 
 
-def flat_leaves(state):
-    return [(tuple(str(k) for k in path), leaf[...]) for path, leaf in nnx.to_flat_state(state)]
+AUGMENT_PARAMETERS = {
+    "x_flip": "xflip",
+    "y_flip": "yflip",
+    "scale": "scale",
+    "rotation": "rotate",
+    "anisotropy": "aniso",
+    "axis": "aniso_angle",
+    "shift_x": "translate_x",
+    "shift_y": "translate_y",
+}
+
+
+@cases("augment")
+def test_reference_augment(path, dtype):
+    meta, case = load(path)
+    augmentation = augment.Augmentation(
+        scale_std=meta["scale_std"], anisotropy_std=meta["aniso_std"], shift_std=meta["translate_frac_std"]
+    )
+    drawn = {ours: jnp.asarray(case[f"param_{theirs}"], dtype) for ours, theirs in AUGMENT_PARAMETERS.items()}
+    t = augment.Transformation(**drawn)
+    out, labels = augmentation.transform(jnp.asarray(case["images"], dtype), t), augmentation.labels(t)
+    for ours, theirs in ((out, case["out"]), (labels, case["labels"])):
+        # Within 1e-4 in float64 too: the original's numbers are float32.
+        assert np.max(np.abs(np.asarray(ours, np.float64) - theirs)) <= 1e-4 * np.max(np.abs(theirs))

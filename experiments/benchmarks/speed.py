@@ -14,7 +14,6 @@ from ml_collections import config_flags
 
 from rdm_jax import config as configs
 from rdm_jax import sharding
-from rdm_jax.models.functional import functional
 from rdm_jax.sampling.sampler import evaluations, stage_sampler
 from rdm_jax.training.loop import build_optimizer
 from rdm_jax.training.step import Objective, init_state, make_step
@@ -77,7 +76,7 @@ def main(_) -> None:
     print("|---|---|---|---|---|---|---|")
     channels = config.data.channels
     for number, stage in enumerate(config.stages, 1):
-        network = functional(lambda rngs, net=stage.network: net.build(channels, _CLASSES.value, 0, rngs=rngs))
+        network = stage.build(channels, _CLASSES.value)
         compile_seconds, rate = training(stage, network, channels)
         first, later = sampling(config, number, network, channels)
         size = config.sampling.batch_size

@@ -29,25 +29,74 @@ def edm_weight(sigma: Float[Array, "*b"], sigma_data: float) -> Float[Array, "*b
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian:
-    """EDM's process: white noise with log sigma ~ N(p_mean, p_std^2) (arXiv 2206.00364, table 1)."""
-
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    sigma_data: float = 0.5
+class FromNoise:
+    """What all processes that end in pure white noise share: x + sigma noise. They differ in `sigma` and `weight`."""
 
     def draw_level(self, key: Key[Array, ""]) -> Float[Array, ""]:
-        """The draw that `noised` turns into a level: N(0, 1)."""
-        return jax.random.normal(key)
+        """The draw that `sigma` turns into a noise level: U(0, 1)."""
+        return jax.random.uniform(key)
 
     def draw_noise(self, key: Key[Array, ""], shape: tuple[int, int, int]) -> Float[Array, "h w c"]:
         """Unit noise of one image."""
         return jax.random.normal(key, shape)
 
     def noised(self, x: Float[Array, "b h w c"], level: Float[Array, " b"], noise: Float[Array, "b h w c"]) -> Noised:
-        """x + sigma noise, sigma = exp(p_mean + p_std level)."""
-        sigma = jnp.exp(self.p_mean + self.p_std * level)
-        return Noised(x + sigma[:, None, None, None] * noise, sigma, edm_weight(sigma, self.sigma_data))
+        """Noises each image at its level."""
+        sigma = self.sigma(level)
+        return Noised(x + sigma[:, None, None, None] * noise, sigma, self.weight(sigma))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(FromNoise):
+    """EDM's process: log sigma ~ N(p_mean, p_std^2) (arXiv 2206.00364, table 1)."""
+
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.5
+
+    def draw_level(self, key: Key[Array, ""]) -> Float[Array, ""]:
+        """The draw that `sigma` turns into a noise level: N(0, 1)."""
+        return jax.random.normal(key)
+
+    def sigma(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
+        """exp(p_mean + p_std level)."""
+        return jnp.exp(self.p_mean + self.p_std * level)
+
+    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+        """EDM's."""
+        return edm_weight(sigma, self.sigma_data)
+
+
+@dataclasses.dataclass(frozen=True)
+class VP(FromNoise):
+    """Training on the variance-preserving SDE, in EDM's terms (arXiv 2206.00364, table 1): times uniform in (epsilon, 1]."""
+
+    schedule: schedules.Linear = schedules.Linear()
+    epsilon: float = 1e-5
+
+    def sigma(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
+        """The noise level of the time 1 - (1 - epsilon) level."""
+        return self.schedule.sigma(1 + level * (self.epsilon - 1))
+
+    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+        """1 / sigma^2."""
+        return 1 / sigma**2
+
+
+@dataclasses.dataclass(frozen=True)
+class VE(FromNoise):
+    """Training on the variance-exploding SDE, in EDM's terms (arXiv 2206.00364, table 1): log sigma uniform in a range."""
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def sigma(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
+        """sigma_min (sigma_max / sigma_min)^level."""
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** level
+
+    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+        """1 / sigma^2."""
+        return 1 / sigma**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +164,7 @@ class Relay:
         return Noised(blurred + sigma[:, None, None, None] * noise, sigma, weight)
 
 
-def diffuse(process: Gaussian | Relay, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Noised:
+def diffuse(process: FromNoise | Relay, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Noised:
     """Noises each image at a random level, both from its own key."""
     level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     level = jax.vmap(process.draw_level)(level_keys)

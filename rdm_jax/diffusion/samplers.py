@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from rdm_jax.diffusion import blurring, schedules
 from rdm_jax.diffusion.preconditioning import Denoiser
-from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.processes import FromNoise, Relay
 
 Noise = Callable[[Int[Array, ""] | int], Array]
 
@@ -42,7 +42,8 @@ class Heun:
     Attributes:
       steps: number of levels N.
       sigma_min, sigma_max, rho: the ladder.
-      churn, churn_min, churn_max, churn_noise: S_churn, S_min, S_max and S_noise of algorithm 2; churn 0 is the ODE.
+      churn, churn_min, churn_max, churn_noise: S_churn, S_min, S_max and S_noise of algorithm 2; churn 0 adds no noise so.
+      eta: share of fresh noise in each step, in [0, 1], as in DDIM ("sde_scale" of the released CelebA-HQ sampler); 0 adds none.
     """
 
     steps: int = 18
@@ -53,9 +54,10 @@ class Heun:
     churn_min: float = 0.0
     churn_max: float = 1e9
     churn_noise: float = 1.0
+    eta: float = 0.0
 
-    def levels(self, process: Gaussian) -> Levels:
-        """The N levels; a Gaussian process adds nothing to the ladder."""
+    def levels(self, process: FromNoise) -> Levels:
+        """The N levels; a process without blur adds nothing to the ladder."""
         return Levels(schedules.edm_ladder(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho))
 
     def start(self, low: None, level: Levels, noise: Noise) -> Float[Array, "b h w c"]:
@@ -65,18 +67,25 @@ class Heun:
     def step(
         self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, to: Levels, noise: Noise
     ) -> Float[Array, "b h w c"]:
-        """From level i to the next: churn, an Euler step, and Heun's correction of it."""
-        x, sigma = self._churned(x, level.sigma, noise(i + 1))
+        """From level i to the next: churn, an Euler step, and Heun's correction of it, each of the two with fresh noise if eta.
+
+        x' = x + (sqrt(1 - eta^2) sigma' - sigma) d + eta sigma' n, which for any eta keeps the marginals if d is exact.
+        """
+        x, sigma = self._churned(x, level.sigma, noise(3 * i + 1))
         slope = (x - denoise(x, sigma)) / sigma
-        euler = x + (to.sigma - sigma) * slope
-        slope_there = (euler - denoise(euler, to.sigma)) / to.sigma
-        return x + (to.sigma - sigma) * (slope + slope_there) / 2
+        predicted = self._moved(x, slope, sigma, to.sigma, noise(3 * i + 2))
+        slope_there = (predicted - denoise(predicted, to.sigma)) / to.sigma
+        return self._moved(x, (slope + slope_there) / 2, sigma, to.sigma, noise(3 * i + 3))
 
     def finish(
         self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, noise: Noise
     ) -> Float[Array, "b h w c"]:
         """From the last level to zero: an Euler step there is the denoised image itself."""
-        return denoise(*self._churned(x, level.sigma, noise(i + 1)))
+        return denoise(*self._churned(x, level.sigma, noise(3 * i + 1)))
+
+    def _moved(self, x: Array, slope: Array, sigma: Array, to: Array, noise: Array) -> Array:
+        moved = x + ((1 - self.eta**2) ** 0.5 * to - sigma) * slope
+        return moved + self.eta * to * noise if self.eta else moved
 
     def _churned(self, x: Array, sigma: Array, noise: Array) -> tuple[Array, Array]:
         """Raises the noise level by adding noise (algorithm 2, lines 4 to 6)."""

@@ -37,6 +37,42 @@ class Clock:
         return self.blur_sigma_max * jnp.sin(jnp.pi * t / 2) ** 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The schedule of DDPM and of the variance-preserving SDE: beta rises linearly (EDM, arXiv 2206.00364, table 1, "VP").
+
+    Attributes:
+      beta_d, beta_min: slope and start of beta.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+
+    def sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """Noise level at time t: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
+        return jnp.sqrt(jnp.expm1(self.beta_d * t**2 / 2 + self.beta_min * t))
+
+    def time(self, sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """The inverse of `sigma`, t = (sqrt(beta_min^2 + 2 beta_d l) - beta_min) / beta_d with l = log(1 + sigma^2).
+
+        It is evaluated as 2 l / (sqrt(beta_min^2 + 2 beta_d l) + beta_min), where small levels cancel nothing.
+        """
+        log = jnp.log1p(sigma**2)
+        return 2 * log / (jnp.sqrt(self.beta_min**2 + 2 * self.beta_d * log) + self.beta_min)
+
+
+def iddpm_ladder(steps: int, *, c1: float, c2: float) -> np.ndarray:
+    """The noise levels of iDDPM's cosine schedule, decreasing, u_0 .. u_steps = 0, float64 (EDM, table 1, "iDDPM").
+
+    u_{j-1} = sqrt((u_j^2 + 1) / max(a_{j-1} / a_j, c1) - 1), a_j = sin^2(pi j / (2 steps (c2 + 1)))
+    """
+    a = np.sin(np.pi / 2 * np.arange(steps + 1) / (steps * (c2 + 1))) ** 2
+    u = np.zeros(steps + 1)
+    for j in range(steps, 0, -1):
+        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(a[j - 1] / a[j], c1) - 1)
+    return u
+
+
 def edm_ladder(steps: int, *, sigma_min: float, sigma_max: float, rho: float) -> Float[Array, " steps"]:
     """Decreasing noise levels (EDM, arXiv 2206.00364, equation 5), the final zero left out.
 

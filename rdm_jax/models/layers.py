@@ -1,6 +1,7 @@
 """Layers of the U-Nets: blocks, attention, resampling and embeddings. NHWC; parameters float32, computation in `dtype`."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,8 +11,8 @@ from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
-class Initializer:
-    """How a linear or convolutional layer is born: U(-b, b) for kernel and bias alike, b = sqrt(scale / fan_in)."""
+class FanIn:
+    """ADM's initialisation: U(-b, b) for kernel and bias alike, b = sqrt(scale / fan_in)."""
 
     scale: float = 1.0
 
@@ -28,41 +29,106 @@ class Initializer:
         return jax.random.uniform(key, shape, dtype, -bound, bound) if bound else jnp.zeros(shape, dtype)
 
 
-DEFAULT, ZERO = Initializer(1.0), Initializer(0.0)
+@dataclasses.dataclass(frozen=True)
+class Xavier:
+    """DDPM++'s and NCSN++'s initialisation: U(-b, b) for the kernel, b = gain sqrt(6 / (fan_in + fan_out)), zero for the bias."""
+
+    gain: float = 1.0
+
+    def kernel(self, key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+        """Draws a kernel, inputs before outputs in its shape."""
+        return nnx.initializers.variance_scaling(self.gain**2, "fan_avg", "uniform")(key, shape, dtype)
+
+    def bias(self, fan_in: int):
+        """The function that makes a bias."""
+        return nnx.initializers.zeros
 
 
-def conv(c_in: int, c_out: int, kernel: int, *, init: Initializer = DEFAULT, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-    """A kernel x kernel convolution that keeps the size."""
-    bias_init = init.bias(c_in * kernel**2)
-    return nnx.Conv(c_in, c_out, (kernel, kernel), kernel_init=init.kernel, bias_init=bias_init, dtype=dtype, rngs=rngs)
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What tells the blocks of the two families of networks apart.
+
+    Attributes:
+      init, init_last, init_qkv: of layers in general, of the last of each branch, and of attention's projection.
+      epsilon: of group normalisation.
+      scale_shift: the embedding scales and shifts what is normalised; otherwise it is added before that.
+      skip_scale: factor of every sum of a branch and its skip.
+      project_resampled: the skip of a block that resamples has a 1x1 kernel also where the channels stay the same.
+      filter: taps of the resampling filter, of even number.
+    """
+
+    init: FanIn | Xavier
+    init_last: FanIn | Xavier
+    init_qkv: FanIn | Xavier
+    epsilon: float
+    scale_shift: bool
+    skip_scale: float
+    project_resampled: bool
+    filter: tuple[int, ...] = (1, 1)
 
 
-def linear(
-    c_in: int, c_out: int, *, init: Initializer = DEFAULT, use_bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Linear:
+def conv(
+    c_in: int, c_out: int, kernel: int, *, init: FanIn | Xavier, margin: int = 0, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """A kernel x kernel convolution that keeps the size, or makes it `margin` larger on every side."""
+    padding = [(kernel // 2 + margin,) * 2] * 2
+    inits = {"kernel_init": init.kernel, "bias_init": init.bias(c_in * kernel**2)}
+    return nnx.Conv(c_in, c_out, (kernel, kernel), padding=padding, dtype=dtype, rngs=rngs, **inits)
+
+
+def linear(c_in: int, c_out: int, *, init: FanIn | Xavier, use_bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
     """A dense layer."""
     kwargs = {"kernel_init": init.kernel, "bias_init": init.bias(c_in), "use_bias": use_bias}
     return nnx.Linear(c_in, c_out, dtype=dtype, rngs=rngs, **kwargs)
 
 
-def group_norm(channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
+def group_norm(channels: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """Group normalisation over min(32, channels // 4) groups; its statistics are float32 whatever `dtype` is."""
     groups = max(1, min(32, channels // 4))
-    return nnx.GroupNorm(channels, num_groups=groups, epsilon=1e-5, dtype=dtype, rngs=rngs)
+    return nnx.GroupNorm(channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
-def downsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Means of 2 x 2 pixels, which is resampling with the filter [1, 1]."""
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+def downsample(x: Float[Array, "b h w c"], taps: tuple[int, ...] = (1, 1), *, padded: bool = False) -> Float[Array, "b h2 w2 c"]:
+    """Filters and keeps every second pixel; `padded` tells that x has its margin of (len(taps) - 1) // 2 pixels already."""
+    if taps == (1, 1):
+        b, h, w, c = x.shape
+        return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    for axis in (1, 2):
+        x = x if padded else _pad(x, axis, (len(taps) - 1) // 2)
+        last = x.shape[axis] - len(taps)
+        slices = [jax.lax.slice_in_dim(x, k, k + last + 1, 2, axis) for k in range(len(taps))]
+        x = sum(tap / sum(taps) * part for tap, part in zip(taps, slices, strict=True))
+    return x
 
 
-def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-    """Nearest-neighbour repetition, which is resampling with the filter [1, 1]."""
-    return x.repeat(2, 1).repeat(2, 2)
+def upsample(x: Float[Array, "b h w c"], taps: tuple[int, ...] = (1, 1)) -> Float[Array, "b h2 w2 c"]:
+    """Puts a zero between any two pixels and filters, in a way that keeps a constant image as it is; the inverse size change
+    of `downsample`. With the taps (1, 1) it is nearest-neighbour repetition.
+    """
+    if taps == (1, 1):
+        return x.repeat(2, 1).repeat(2, 2)
+    margin = (len(taps) - 1) // 2
+    for axis in (1, 2):
+        size, reach = x.shape[axis], len(taps) // 2
+        wide = _pad(x, axis, reach)
+
+        def phase(r, wide=wide, size=size, reach=reach, axis=axis):
+            """The pixels 2 j + r of the result: those taps of which no zero comes under."""
+            terms = [(tap, reach + (r + margin - k) // 2) for k, tap in enumerate(taps) if (r + margin - k) % 2 == 0]
+            parts = (2 * tap / sum(taps) * jax.lax.slice_in_dim(wide, i, i + size, 1, axis) for tap, i in terms)
+            return sum(parts)
+
+        shape = (*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+        x = jnp.stack([phase(0), phase(1)], axis + 1).reshape(shape)
+    return x
 
 
-RESAMPLE = {"down": downsample, "up": upsample, None: lambda x: x}
+def _pad(x: Float[Array, "b h w c"], axis: int, margin: int) -> Float[Array, "b h2 w2 c"]:
+    """Zeros on both sides."""
+    return jnp.pad(x, [(margin, margin) if i == axis else (0, 0) for i in range(x.ndim)])
+
+
+RESAMPLE = {"down": downsample, "up": upsample, None: lambda x, taps: x}
 
 
 def space_to_depth(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c2"]:
@@ -79,21 +145,26 @@ def depth_to_space(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
 
 
-def positional_embedding(label: Float[Array, " b"], channels: int) -> Float[Array, "b c"]:
-    """cos and sin of the label times frequencies 10000^(-i / (n / 2)), i < n / 2."""
-    frequency = (1 / 10000) ** (jnp.arange(channels // 2) / (channels // 2))
-    angle = label[:, None] * frequency[None, :]
+def positional_embedding(label: Float[Array, " b"], channels: int, *, last: bool = False) -> Float[Array, "b c"]:
+    """cos and sin of the label times frequencies 10000^(-i / (n / 2)), i < n / 2; with `last`, 10000^(-i / (n / 2 - 1))."""
+    half = channels // 2
+    return fourier_embedding(label, (1 / 10000) ** (jnp.arange(half) / (half - last)))
+
+
+def fourier_embedding(label: Float[Array, " b"], frequencies: Float[Array, " n"]) -> Float[Array, "b c"]:
+    """cos and sin of the label times each (angular) frequency."""
+    angle = label[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
 
 
 class Attention(nnx.Module):
     """Self-attention over all pixels; returns what is added to the block's output. Softmax in float32."""
 
-    def __init__(self, channels: int, heads: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, heads: int, style: Style, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.heads = heads
-        self.norm = group_norm(channels, dtype=dtype, rngs=rngs)
-        self.qkv = conv(channels, 3 * channels, 1, dtype=dtype, rngs=rngs)
-        self.proj = conv(channels, channels, 1, init=ZERO, dtype=dtype, rngs=rngs)
+        self.norm = group_norm(channels, epsilon=style.epsilon, dtype=dtype, rngs=rngs)
+        self.qkv = conv(channels, 3 * channels, 1, init=style.init_qkv, dtype=dtype, rngs=rngs)
+        self.proj = conv(channels, channels, 1, init=style.init_last, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Attends over all pixels of each image."""
@@ -105,10 +176,11 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A residual block of ADM: resample, two convolutions modulated by the embedding, and attention where `heads` > 0.
+    """A residual block: resample, two convolutions modulated by the embedding, and attention where `heads` > 0.
 
     Args:
       emb_channels: width of the embedding.
+      style: of the family of networks.
       heads: attention heads; 0 for none.
       resample: 'down', 'up' or None.
       dropout: rate, between the convolutions, active when `rngs` is given to the call.
@@ -119,6 +191,7 @@ class Block(nnx.Module):
         c_in: int,
         c_out: int,
         emb_channels: int,
+        style: Style,
         *,
         heads: int = 0,
         resample: str | None = None,
@@ -127,25 +200,31 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kwargs = {"dtype": dtype, "rngs": rngs}
-        self.resample = resample
-        self.norm0 = group_norm(c_in, **kwargs)
-        self.conv0 = conv(c_in, c_out, 3, **kwargs)
-        self.affine = linear(emb_channels, 2 * c_out, **kwargs)
-        self.norm1 = group_norm(c_out, **kwargs)
+        self.style, self.resample = style, resample
+        self.norm0 = group_norm(c_in, epsilon=style.epsilon, **kwargs)
+        self.conv0 = conv(c_in, c_out, 3, init=style.init, **kwargs)
+        self.affine = linear(emb_channels, c_out * (2 if style.scale_shift else 1), init=style.init, **kwargs)
+        self.norm1 = group_norm(c_out, epsilon=style.epsilon, **kwargs)
         self.dropout = nnx.Dropout(dropout)
-        self.conv1 = conv(c_out, c_out, 3, init=ZERO, **kwargs)
-        self.skip = conv(c_in, c_out, 1, **kwargs) if c_in != c_out else None
-        self.attention = Attention(c_out, heads, **kwargs) if heads else None
+        self.conv1 = conv(c_out, c_out, 3, init=style.init_last, **kwargs)
+        projected = c_in != c_out or (style.project_resampled and resample is not None)
+        self.skip = conv(c_in, c_out, 1, init=style.init, **kwargs) if projected else None
+        self.attention = Attention(c_out, heads, style, **kwargs) if heads else None
 
     def __call__(
         self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
         """Runs the block on x with the embedding of each image; `rngs` switches dropout on."""
-        resample = RESAMPLE[self.resample]
+        resample = functools.partial(RESAMPLE[self.resample], taps=self.style.filter)
         h = self.conv0(resample(nnx.silu(self.norm0(x))))
-        scale, shift = jnp.split(self.affine(emb)[:, None, None, :], 2, axis=-1)
-        h = nnx.silu(self.norm1(h) * (1 + scale) + shift)
-        h = self.conv1(self.dropout(h, deterministic=rngs is None, rngs=rngs))
+        h = self.conv1(self.dropout(nnx.silu(self._modulated(h, emb)), deterministic=rngs is None, rngs=rngs))
         x = resample(x)
-        h = h + (x if self.skip is None else self.skip(x))
-        return h if self.attention is None else h + self.attention(h)
+        h = (h + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+        return h if self.attention is None else (h + self.attention(h)) * self.style.skip_scale
+
+    def _modulated(self, h: Float[Array, "b h w c"], emb: Float[Array, "b e"]) -> Float[Array, "b h w c"]:
+        embedded = self.affine(emb)[:, None, None, :]
+        if not self.style.scale_shift:
+            return self.norm1(h + embedded)
+        scale, shift = jnp.split(embedded, 2, axis=-1)
+        return self.norm1(h) * (1 + scale) + shift

@@ -7,6 +7,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
 from rdm_jax.data.pipeline import PreparedImages
+from rdm_jax.files import whole_file
 
 MARGIN, HEADER, LABEL = 4, 16, 72  # pixels
 
@@ -19,10 +20,8 @@ def _rgb(image: UInt8[np.ndarray, "h w c"], height: int, width: int) -> Image.Im
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.incomplete")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        picture.save(partial, format="PNG")
 
 
 def _cell_size(height: int, width: int) -> tuple[int, int]:
@@ -44,18 +43,19 @@ def plain_grid(images: UInt8[np.ndarray, "b h w c"], columns: int) -> Image.Imag
 
 def relay_grid(
     stages: list[UInt8[np.ndarray, "b _h _w c"]],
-    nearest: UInt8[np.ndarray, "b _h _w c"],
+    nearest: UInt8[np.ndarray, "b _h _w c"] | None,
     rows: list[tuple[str, list[int]]],
 ) -> Image.Image:
     """The relay at work: every stage's image at its own size, its enlargement, ..., the final image, and the nearest real one.
 
     Args:
       stages: the images of each stage, the final ones last.
-      nearest: for each final image, the real one that is nearest.
+      nearest: for each final image, the real one that is nearest; None to leave that column out.
       rows: a name and the images (numbers) of each row.
     """
-    height, width = _cell_size(*nearest.shape[1:3])
+    height, width = _cell_size(*stages[-1].shape[1:3])
     captions = [text for i in range(1, len(stages)) for text in (f"stage {i}", "enlarged")] + ["final", "nearest real"]
+    captions = captions[: None if nearest is not None else -1]
     group = len(captions) * (width + MARGIN) + 3 * MARGIN
     size = (LABEL + group * max(len(numbers) for _, numbers in rows), HEADER + len(rows) * (height + MARGIN))
     sheet = Image.new("RGB", size, "white")
@@ -72,14 +72,15 @@ def relay_grid(
     return sheet
 
 
-def _tiles(stages: list, nearest: np.ndarray, number: int, height: int, width: int) -> list[Image.Image]:
+def _tiles(stages: list, nearest: np.ndarray | None, number: int, height: int, width: int) -> list[Image.Image]:
     tiles = []
     for images in stages[:-1]:
         h, w = (size * images.shape[axis] // stages[-1].shape[axis] for axis, size in ((1, height), (2, width)))
         true_size = Image.new("RGB", (width, height), "lightgrey")
         true_size.paste(_rgb(images[number], h, w), ((width - w) // 2, (height - h) // 2))
         tiles += [true_size, _rgb(images[number], height, width)]
-    return [*tiles, _rgb(stages[-1][number], height, width), _rgb(nearest[number], height, width)]
+    real = [] if nearest is None else [_rgb(nearest[number], height, width)]
+    return [*tiles, _rgb(stages[-1][number], height, width), *real]
 
 
 def nearest_real(

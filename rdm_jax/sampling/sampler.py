@@ -16,6 +16,12 @@ from rdm_jax.randomness import Stream
 StageSampler = Callable[..., Float[Array, "b h w c"]]
 
 
+def stage_levels(stage: Stage) -> samplers.Levels:
+    """The levels that the stage's sampler walks, each rounded to one that the network knows."""
+    levels = stage.sampler.levels(stage.process)
+    return levels._replace(sigma=stage.precondition.round(levels.sigma))
+
+
 def evaluations(stage: Stage) -> int:
     """How often the stage's network runs for an image, the two passes of guidance counted as one."""
     levels = len(stage.sampler.levels(stage.process).sigma)
@@ -38,7 +44,7 @@ def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int,
       the parameters, low[i], labels[i] and seeds[i] alone.
     """
     shape = (*stage.resolution, channels)
-    levels = stage.sampler.levels(stage.process)
+    levels = stage_levels(stage)
     root = randomness.stream_key(run_seed, number - 1, Stream.SAMPLE)
     first = jax.tree.map(lambda a: a[0], levels)
 

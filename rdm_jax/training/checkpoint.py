@@ -1,10 +1,14 @@
 """Checkpoints with Orbax: asynchronous, atomic, the newest and the best kept; all that a bit-exact resume needs."""
 
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from orbax.checkpoint import checkpoint_managers
@@ -68,6 +72,29 @@ class Checkpoints:
             metrics={"validation_loss": about["validation_loss"]},
         )
 
+    def save_ema(self, step: int, ema: Any, about: dict[str, Any]) -> None:
+        """Saves averaged parameters alone, enough to sample and to start from, and waits until they are on disk.
+
+        Args:
+          about: like that of `save`, without a validation loss.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(ema=ocp.args.StandardSave(ema), about=ocp.args.JsonSave(about)),
+            metrics={"validation_loss": math.inf},  # any that is trained from here is better
+        )
+        self.wait()
+
+    def can_resume(self, step: int) -> bool:
+        """Whether the checkpoint holds a whole training state, and not averaged parameters alone."""
+        return (self.directory / str(step) / "train").exists()
+
+    def abstract_ema(self, step: int) -> dict[str, Any]:
+        """The shapes and dtypes of the averaged parameters in a checkpoint, as float32. Raises InputError when it is damaged."""
+        with self._readable(step):
+            tree = _tree(self._manager.item_metadata(step)["ema"])
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
+
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """A state like `abstract` (shapes, dtypes and shardings), and what is `about` it.
 
@@ -89,11 +116,16 @@ class Checkpoints:
         return self._read(step, {}, {}).about
 
     def _read(self, step: int, args: dict[str, Any], networks: dict[str, Any]) -> Any:
-        where = f"checkpoint {self.directory / str(step)}"
-        try:
+        with self._readable(step):
             for name, abstract in networks.items():
-                self._same_network(step, name, abstract, where)
+                self._same_network(step, name, abstract)
             return self._manager.restore(step, args=ocp.args.Composite(**args, about=ocp.args.JsonRestore()))
+
+    @contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Turns whatever a library says of a damaged checkpoint into one sentence."""
+        try:
+            yield
         except InputError:
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each report damage in their own way.
@@ -101,18 +133,18 @@ class Checkpoints:
             remedy = (
                 f"moving it away, so that step {others[-1]} is the newest," if others else "training again in another workdir"
             )
+            where = f"checkpoint {self.directory / str(step)}"
             raise InputError(f"{where} cannot be read ({_reason(error)}); {remedy} would do.") from error
 
-    def _same_network(self, step: int, name: str, abstract: Any, where: str) -> None:
-        item = self._manager.item_metadata(step)["ema" if name == "ema" else "train"]
-        saved = item.tree if hasattr(item, "tree") else item
+    def _same_network(self, step: int, name: str, abstract: Any) -> None:
+        saved = _tree(self._manager.item_metadata(step)["ema" if name == "ema" else "train"])
         saved = _shapes(saved if name == "ema" else saved["params"])
         wanted = _shapes(abstract)
         for path in sorted(saved.keys() | wanted.keys()):
             if saved.get(path) != wanted.get(path):
                 had, needs = saved.get(path, "nothing"), wanted.get(path, "nothing")
                 raise InputError(
-                    f"{where} is of another network ({path} is {had} there, {needs} here); "
+                    f"checkpoint {self.directory / str(step)} is of another network ({path} is {had} there, {needs} here); "
                     "the config that it was trained with would do."
                 )
 
@@ -128,6 +160,11 @@ class Checkpoints:
 def _reason(error: Exception) -> str:
     """The first line of what a library says, cut to a length that fits a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _tree(metadata: Any) -> Any:
+    """An item's shapes and dtypes; older versions of Orbax wrap them."""
+    return metadata.tree if hasattr(metadata, "tree") else metadata
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -161,8 +198,8 @@ def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
       InputError: there is no such checkpoint.
     """
     path = Path(checkpoint).expanduser()
-    if checkpoint not in ("newest", "best") and not checkpoint.isdigit():
-        if path.name.isdigit() and path.is_dir():
+    if checkpoint not in ("newest", "best") and not checkpoint.isdecimal():
+        if path.name.isdecimal() and path.is_dir():
             return path.parent, int(path.name)
         raise InputError(
             f"checkpoint={checkpoint!r} is no checkpoint; 'newest', 'best', a step, or the folder of a step would do."
@@ -171,7 +208,7 @@ def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
     if stage_directory.is_dir():
         checkpoints = Checkpoints(stage_directory, read_only=True)
         steps = checkpoints.steps()
-        loss = {step: checkpoints.about(step)["validation_loss"] for step in steps} if checkpoint == "best" else {}
+        loss = {step: checkpoints.about(step).get("validation_loss", math.inf) for step in steps} if checkpoint == "best" else {}
         checkpoints.close()
     if not steps:
         raise InputError(f"there is no checkpoint in {stage_directory}; training this stage first would do (--mode train).")

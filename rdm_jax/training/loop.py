@@ -14,9 +14,9 @@ import optax
 
 from rdm_jax import randomness, sharding
 from rdm_jax.config import Config, Stage, Training, to_dict
+from rdm_jax.data.augment import Augmentation
 from rdm_jax.data.pipeline import PreparedImages, train_iterator
 from rdm_jax.interrupt import StopOnSignal
-from rdm_jax.models.functional import Network, functional
 from rdm_jax.randomness import Stream
 from rdm_jax.terminal import log, progress
 from rdm_jax.training import checkpoint, metrics
@@ -32,17 +32,18 @@ class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-def build_network(stage: Stage, source: PreparedImages) -> Network:
-    """The stage's network for the images and classes of a prepared set."""
-    classes = len(source.class_names)
-    return functional(lambda rngs: stage.network.build(source.image_shape[-1], classes, 0, rngs=rngs))
-
-
 def build_objective(stage: Stage, source: PreparedImages) -> Objective:
     """What the stage learns from a prepared set of the last stage's resolution."""
-    pool = source.image_shape[0] // stage.resolution[0]
-    dropout, classes = stage.training.label_dropout, len(source.class_names)
-    return Objective(build_network(stage, source), stage.process, stage.precondition, pool, classes, dropout)
+    training, classes = stage.training, len(source.class_names)
+    return Objective(
+        network=stage.build(source.image_shape[-1], classes),
+        process=stage.process,
+        precondition=stage.precondition,
+        pool=source.image_shape[0] // stage.resolution[0],
+        classes=classes,
+        label_dropout=training.label_dropout,
+        augmentation=Augmentation(training.augment) if training.augment else None,
+    )
 
 
 def build_optimizer(training: Training) -> optax.GradientTransformation:
@@ -160,20 +161,43 @@ class Trainer:
         return self.training.steps * batch_size, f"training {self.name}", step * batch_size
 
     def _start(self, checkpoints: checkpoint.Checkpoints, iterator) -> tuple[TrainState, int]:
+        """The state to go on from: of the newest checkpoint, or a new one, with given parameters if there are any."""
         steps = checkpoints.steps()
-        if not steps:
-            count = self.objective.network.count()
-            log.info("%s: %s parameters, %d x %d pixels", self.name, f"{count:,}", *self.stage.resolution)
-            shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-            # It runs once: optimising the drawing of some hundred small arrays takes longer than drawing them.
-            options = {"xla_backend_optimization_level": 0}
-            return jax.jit(self._init, out_shardings=shardings, compiler_options=options)(), 0
-        state, about = checkpoints.restore(steps[-1], self.abstract)
-        iterator.set_state(about["data"])
-        state = state.replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))  # a run that diverged gets another chance
-        if steps[-1] < self.training.steps:
-            log.info("%s: going on from %s images", self.name, f"{steps[-1] * self.training.batch_size:,}")
-        return state, steps[-1]
+        if steps and checkpoints.can_resume(steps[-1]):
+            state, about = checkpoints.restore(steps[-1], self.abstract)
+            iterator.set_state(about["data"])
+            state = state.replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))  # a run that diverged may try again
+            if steps[-1] < self.training.steps:
+                log.info("%s: going on from %s images", self.name, f"{steps[-1] * self.training.batch_size:,}")
+            return state, steps[-1]
+        count = self.objective.network.count()
+        log.info("%s: %s parameters, %d x %d pixels", self.name, f"{count:,}", *self.stage.resolution)
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
+        # It runs once: optimising the drawing of some hundred small arrays takes longer than drawing them.
+        options = {"xla_backend_optimization_level": 0}
+        state = jax.jit(self._init, out_shardings=shardings, compiler_options=options)()
+        if steps:
+            return self._with_parameters(state, checkpoints, steps[-1]), 0
+        if self.training.start_from:
+            folder, step = checkpoint.find(self.training.start_from, self.directory)
+            given = checkpoint.Checkpoints(folder, read_only=True)
+            state = self._with_parameters(state, given, step)
+            given.close()
+        return state, 0
+
+    def _with_parameters(self, state: TrainState, given: checkpoint.Checkpoints, step: int) -> TrainState:
+        """Puts averaged parameters of another training in place of random ones; the embedding of other classes stays random."""
+        theirs, ours = given.abstract_ema(step), dict(self.abstract.ema)
+        label = theirs.get("map_label")
+        same = jax.tree.map(lambda x: x.shape, label) == jax.tree.map(lambda x: x.shape, ours.get("map_label"))
+        if not same:
+            ours.pop("map_label", None)
+            ours |= {"map_label": checkpoint.with_sharding(label, sharding.replicated(self.mesh))} if label else {}
+            log.info("%s: the embedding of the classes starts afresh, as they are others than the given parameters'", self.name)
+        ema, _ = given.restore_ema(step, ours)
+        ema = {k: ema[k] if k in ema and (same or k != "map_label") else fresh for k, fresh in state.ema.items()}
+        log.info("%s: starting with the parameters in %s", self.name, given.directory / str(step))
+        return state.replace(params=jax.tree.map(jnp.copy, ema), ema=ema)
 
     def _compile(self, state: TrainState):
         began, size = time.perf_counter(), self.training.batch_size

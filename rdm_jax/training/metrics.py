@@ -9,6 +9,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
+from rdm_jax.files import whole_file
+
 matplotlib.use("Agg")
 
 
@@ -23,9 +25,8 @@ class MetricWriter:
     def __init__(self, directory: Path, step: int):
         self._path = directory / "metrics.jsonl"
         kept = [line for line in read(self._path) if line["step"] <= step]
-        partial = self._path.with_suffix(".incomplete")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self._path)
+        with whole_file(self._path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._lines = self._path.open("a")
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -67,4 +68,5 @@ def draw_curves(directory: Path) -> None:
             axes.legend()
     axes.set(xlabel="images seen", ylabel="weighted squared error", title=directory.name, yscale="log")
     axes.grid(alpha=0.3)
-    figure.savefig(directory / "loss.png", dpi=110)
+    with whole_file(directory / "loss.png") as partial:
+        figure.savefig(partial, format="png", dpi=110)

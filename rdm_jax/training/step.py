@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from rdm_jax import randomness
+from rdm_jax.data.augment import Augmentation
 from rdm_jax.diffusion import blurring, preconditioning, processes
 from rdm_jax.models.functional import Network
 
@@ -23,24 +24,27 @@ class Objective:
       pool: the stage sees the means of pool x pool pixels of the records.
       classes: number of classes; 0 for an unconditional network.
       label_dropout: probability that an image is shown without its label.
+      augmentation: what is done to the images, the network being told; None for nothing.
     """
 
     network: Network
-    process: processes.Gaussian | processes.Relay
-    precondition: preconditioning.EDM
+    process: processes.FromNoise | processes.Relay
+    precondition: preconditioning.Preconditioning
     pool: int
     classes: int
     label_dropout: float
+    augmentation: Augmentation | None = None
 
     def loss(self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], dropout_key: Key[Array, ""] | None) -> Array:
         """The weighted squared error of each image, mean over its values (EDM equation 8; RDM equation 11). Returns (b,)."""
         images = to_float(batch["image"], self.pool)
-        process_keys, label_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        process_keys, label_keys, augment_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+        images, augment = self.augmentation(images, augment_keys) if self.augmentation else (images, None)
         noised = processes.diffuse(self.process, images, process_keys)
         labels = self.labels(batch["label"], label_keys) if self.classes else None
 
         def network(x, c_noise):
-            return self.network.apply(params, x, c_noise, labels, None, dropout_key)
+            return self.network.apply(params, x, c_noise, labels, augment, dropout_key)
 
         error = preconditioning.denoiser(network, self.precondition)(noised.images, noised.sigma) - images
         return noised.weight * jnp.mean(error**2, (1, 2, 3))

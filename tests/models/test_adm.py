@@ -12,18 +12,18 @@ from rdm_jax.models import layers
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import functional
 
-TINY = ADM(channels=8, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=8, dropout=0.3)
+CLASSES, AUGMENT, CHANNELS = 5, 3, 2
+TINY = ADM(channels=8, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=8, dropout=0.3, augment_labels=AUGMENT)
 ADM_64 = ADM()
 ADM_256 = ADM(channels=256, channel_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention_levels=(3, 4, 5))
-SMALLEST = ADM(channels=4, channel_mult=(1,), blocks=1, attention_levels=(), head_channels=4)
-CLASSES, AUGMENT, CHANNELS = 5, 3, 2
+SMALLEST = ADM(channels=4, channel_mult=(1,), blocks=1, attention_levels=(), head_channels=4, augment_labels=AUGMENT)
 # The network in float32, summed in another order: relative to outputs near 1.
 FLOAT32 = 2e-5
 
 
 @functools.cache
 def network(config):
-    return functional(lambda rngs: config.build(CHANNELS, CLASSES, AUGMENT, rngs=rngs))
+    return functional(lambda rngs: config.build(CHANNELS, CLASSES, rngs=rngs))
 
 
 def parameters(net, seed=0):
@@ -66,11 +66,15 @@ def init():
     return jax.jit(network(SMALLEST).init)
 
 
-@pytest.mark.parametrize(("config", "count"), [(ADM_64, 295_899_267), (ADM_256, 553_831_171)], ids=["adm-64", "adm-256"])
-def test_parameters_of_the_published_networks(config, count, monkeypatch):
-    # Shapes need no random keys, which take nnx most of the time when it is traced.
-    monkeypatch.setattr(nnx.RngStream, "__call__", lambda self: jax.random.key(0))
-    assert functional(lambda rngs: config.build(3, 1000, 0, rngs=rngs)).count() == count
+@pytest.mark.parametrize(
+    ("config", "side", "count", "giga"),
+    [(ADM_64, 64, 295_899_267, 109.7), (ADM_256, 256, 553_831_171, 1119.4)],
+    ids=["adm-64", "adm-256"],
+)
+def test_size_of_the_published_networks(config, side, count, giga):
+    net = functional(lambda rngs: config.build(3, 1000, rngs=rngs))
+    assert net.count() == count
+    assert net.multiply_adds((side, side, 3), 1000) == pytest.approx(giga * 1e9, rel=0.01)
 
 
 def test_output_is_zero_at_initialisation(init, smallest):
@@ -223,7 +227,7 @@ def test_upsampling_repeats_and_downsampling_averages():
 
 def test_functional_is_the_module_called(smallest):
     apply, params = smallest
-    module = nnx.eval_shape(lambda: SMALLEST.build(CHANNELS, CLASSES, AUGMENT, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: SMALLEST.build(CHANNELS, CLASSES, rngs=nnx.Rngs(0)))
     nnx.update(module, params)
     expected = jax.jit(lambda *args: module(*args))(*inputs())
     chex.assert_trees_all_close(apply(params, *inputs()), expected, atol=FLOAT32)
@@ -264,7 +268,7 @@ def test_functional_refuses_parameters_of_another_network(smallest):
 
 
 def test_unconditional_networks_have_no_label_parameters():
-    net = functional(lambda rngs: SMALLEST.build(CHANNELS, 0, 0, rngs=rngs))
+    net = functional(lambda rngs: dataclasses.replace(SMALLEST, augment_labels=0).build(CHANNELS, 0, rngs=rngs))
     params = jax.eval_shape(net.init, jax.random.key(0))
     assert not {"map_label", "map_augment"} & set(params)
     x, noise, *_ = inputs()

@@ -1,0 +1,14 @@
+"""The config of a run that was made, or into which weights were imported: any workdir's config.json.
+
+python -m rdm_jax.main --config configs/saved.py:runs/digits/config.json --workdir runs/digits --mode sample
+"""
+
+import json
+from pathlib import Path
+
+from rdm_jax.config import parse
+
+
+def get_config(path: str):
+    """The config in a config.json as an ml_collections ConfigDict."""
+    return parse(json.loads(Path(path).expanduser().read_text())).to_config_dict()

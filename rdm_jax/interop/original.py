@@ -1,0 +1,235 @@
+"""The published networks in the original's words: settings, parameter names and layouts, and ours for each of them."""
+
+import dataclasses
+import re
+from typing import Any
+
+import numpy as np
+
+from rdm_jax.config import Stage
+from rdm_jax.diffusion import preconditioning
+from rdm_jax.diffusion.schedules import Linear
+from rdm_jax.errors import InputError
+from rdm_jax.models.adm import ADM
+from rdm_jax.models.song import Song
+from rdm_jax.models.unet import UNet
+from rdm_jax.terminal import log
+
+Path = tuple[str, ...]
+
+PRECONDITIONS = {
+    "EDMPrecond": preconditioning.EDM,
+    "VPPrecond": preconditioning.VP,
+    "VEPrecond": preconditioning.VE,
+    "iDDPMPrecond": preconditioning.IDDPM,
+}
+NETWORKS = {"DhariwalUNet": ADM, "SongUNet": Song}
+# What the original takes where a file is silent.
+DEFAULT_NETWORK = {"EDMPrecond": "DhariwalUNet", "VPPrecond": "SongUNet", "VEPrecond": "SongUNet", "iDDPMPrecond": "DhariwalUNet"}
+DEFAULTS = {
+    "DhariwalUNet": {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attn_resolutions": [32, 16, 8]},
+    "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]},
+}
+# Their name there: our field. Those that are not numbers are handled one by one.
+NETWORK_FIELDS = {
+    "model_channels": "channels",
+    "channel_mult": "channel_mult",
+    "num_blocks": "blocks",
+    "channel_mult_emb": "emb_mult",
+    "augment_dim": "augment_labels",
+    "dropout": "dropout",
+}
+SONG_FIELDS = {"embedding_type": "embedding", "channel_mult_noise": "noise_mult", "resample_filter": "filter"}
+# Handled one by one, or without a meaning here (`use_fp16`, `label_dropout`).
+IGNORED = {"use_fp16", "label_dropout", "model_type", "img_resolution", "img_channels", "label_dim", "attn_resolutions"}
+IGNORED |= {
+    "encoder_type",
+    "decoder_type",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "beta_d",
+    "beta_min",
+    "M",
+    "epsilon_t",
+    "C_1",
+    "C_2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What settings in the original's words say.
+
+    Attributes:
+      stage: the given stage with its resolution, network and preconditioning replaced.
+      channels, classes: of the images; 0 classes for an unconditional network.
+    """
+
+    stage: Stage
+    channels: int
+    classes: int
+
+
+def describe(class_name: str, settings: dict[str, Any], stage: Stage) -> Described:
+    """Reads the original's settings.
+
+    Args:
+      class_name: of the original's preconditioning, such as 'EDMPrecond'.
+      settings: what it was made with, such as {'img_resolution': 64, 'model_channels': 192, ...}.
+      stage: gives all that the settings do not say (process, training, sampler, dtype).
+
+    Raises:
+      InputError: we have no such network.
+    """
+    kinds = {name.lower(): name for name in PRECONDITIONS}
+    if class_name.lower() not in kinds:
+        raise InputError(f"the network's class {class_name!r} is not known; {' or '.join(PRECONDITIONS)} would do.")
+    class_name = kinds[class_name.lower()]
+    family = settings.get("model_type", DEFAULT_NETWORK[class_name])
+    if family not in NETWORKS:
+        raise InputError(f"the network's model_type={family!r} is not known; {' or '.join(NETWORKS)} would do.")
+    for name in sorted(settings.keys() - IGNORED - NETWORK_FIELDS.keys() - SONG_FIELDS.keys()):
+        log.info("the weights' setting %s=%r is not known here and left out", name, settings[name])
+    settings = {**DEFAULTS[family], **settings}
+    try:
+        side, channels = int(settings["img_resolution"]), int(settings["img_channels"])
+        stage = dataclasses.replace(
+            stage,
+            resolution=(side, side),
+            network=_network(family, settings, stage.network),
+            precondition=_precondition(class_name, settings),
+        )
+        return Described(stage, channels, int(settings.get("label_dim", 0)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the weights' settings {settings} cannot be used ({error!r}); the original's would do.") from error
+
+
+def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
+    cls, side = NETWORKS[family], int(settings["img_resolution"])
+    values = {"emb_mult": 4, "augment_labels": 0, "dropout": 0.1, "dtype": ours.dtype}
+    fields = NETWORK_FIELDS | (SONG_FIELDS if cls is Song else {})
+    values |= {field: settings[name] for name, field in fields.items() if name in settings}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    levels = range(len(values["channel_mult"]))
+    values["attention_levels"] = tuple(level for level in levels if side >> level in settings["attn_resolutions"])
+    values["dropout"] = float(values["dropout"])
+    if cls is Song:
+        encoder, decoder = settings.get("encoder_type", "standard"), settings.get("decoder_type", "standard")
+        if encoder not in ("standard", "residual") or decoder != "standard":
+            wanted = "'standard' or 'residual', and decoder_type 'standard',"
+            raise InputError(
+                f"the network's encoder_type={encoder!r} and decoder_type={decoder!r} are not known; {wanted} would do."
+            )
+        values["residual"] = encoder == "residual"
+    return cls(**values)
+
+
+def _precondition(class_name: str, settings: dict[str, Any]) -> preconditioning.Preconditioning:
+    number = lambda name, default: type(default)(settings.get(name, default))  # noqa: E731
+    if class_name == "EDMPrecond":
+        return preconditioning.EDM(sigma_data=number("sigma_data", 0.5))
+    if class_name == "VPPrecond":
+        schedule = Linear(number("beta_d", 19.9), number("beta_min", 0.1))
+        return preconditioning.VP(schedule, number("M", 1000), number("epsilon_t", 1e-5))
+    if class_name == "VEPrecond":
+        return preconditioning.VE(number("sigma_min", 0.02), number("sigma_max", 100.0))
+    return preconditioning.IDDPM(number("C_1", 0.001), number("C_2", 0.008), number("M", 1000))
+
+
+def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
+    """The class and the settings that the original would make a stage's network with; the inverse of `describe`.
+
+    Raises:
+      InputError: the original has no such network.
+    """
+    network, (height, width) = stage.network, stage.resolution
+    for field, value, would_do, fine in (
+        ("resolution", stage.resolution, "a square one", height == width),
+        ("network.patch", network.patch, "1", network.patch == 1),
+        ("network.head_channels", getattr(network, "head_channels", 64), "64", getattr(network, "head_channels", 64) == 64),
+        ("precondition.noise_scale", getattr(stage.precondition, "noise_scale", 0.25), "0.25", _noise_scale_is_published(stage)),
+    ):
+        if not fine:
+            raise InputError(f"{field}={value!r} has no counterpart in the original; a network with {would_do} would do.")
+    class_name = {cls: name for name, cls in PRECONDITIONS.items()}[type(stage.precondition)]
+    family = {cls: name for name, cls in NETWORKS.items()}[type(network)]
+    settings = {"img_resolution": height, "img_channels": channels, "label_dim": classes, "model_type": family}
+    fields = NETWORK_FIELDS | (SONG_FIELDS if family == "SongUNet" else {})
+    settings |= {name: getattr(network, field) for name, field in fields.items()}
+    settings["attn_resolutions"] = [height >> level for level in network.attention_levels]
+    if family == "SongUNet":
+        settings |= {"encoder_type": "residual" if network.residual else "standard", "decoder_type": "standard"}
+    p = stage.precondition
+    settings |= {
+        "EDMPrecond": lambda: {"sigma_data": p.sigma_data},
+        "VPPrecond": lambda: {"beta_d": p.schedule.beta_d, "beta_min": p.schedule.beta_min, "M": p.times, "epsilon_t": p.epsilon},
+        "VEPrecond": lambda: {"sigma_min": p.sigma_min, "sigma_max": p.sigma_max},
+        "iDDPMPrecond": lambda: {"C_1": p.c1, "C_2": p.c2, "M": p.times},
+    }[class_name]()
+    return class_name, {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+
+
+def _noise_scale_is_published(stage: Stage) -> bool:
+    return getattr(stage.precondition, "noise_scale", 0.25) == 0.25
+
+
+def original_name(path: Path, network: UNet, side: int) -> str:
+    """The original's name of a parameter.
+
+    Args:
+      path: of the parameter in our tree, such as ('encoder0_1', 'conv0', 'kernel').
+      network: its config.
+      side: height and width of the images.
+    """
+    block, *inner, leaf = path if len(path) > 1 else (path[0], "")
+    inner = ["norm2" if part == "norm" else part for part in inner if part != "attention"]
+    return ".".join(["model", *_block_name(block, network, side), *inner, *_leaf_name(leaf)])
+
+
+def _leaf_name(leaf: str) -> list[str]:
+    return [{"kernel": "weight", "scale": "weight"}.get(leaf, leaf)] if leaf else []
+
+
+def _block_name(block: str, network: UNet, side: int) -> list[str]:
+    deepest = side >> (len(network.channel_mult) - 1)
+    if match := re.fullmatch(r"(encoder|decoder)(\d+)_(\d+)", block):
+        half, level, number = match.groups()
+        size = side >> int(level)
+        return [half[:3], f"{size}x{size}_block{number}"]
+    if match := re.fullmatch(r"(down|up|residual)(\d+)", block):
+        kind, level = match.groups()
+        size = side >> int(level)
+        return ["dec" if kind == "up" else "enc", f"{size}x{size}_{'aux_residual' if kind == 'residual' else kind}"]
+    if match := re.fullmatch(r"middle(\d)", block):
+        return ["dec", f"{deepest}x{deepest}_in{match.group(1)}"]
+    if block == "stem":
+        return ["enc", f"{side}x{side}_conv"]
+    if block == "frequencies":
+        return ["map_noise", "freqs"]
+    if block in ("out_norm", "out_conv") and isinstance(network, Song):
+        return ["dec", f"{side}x{side}_aux_{block.removeprefix('out_')}"]
+    return [block]
+
+
+def filter_buffers(network: UNet, side: int) -> dict[str, np.ndarray]:
+    """The resampling filters that the original keeps beside its parameters, float32 (1, 1, n, n)."""
+    taps = np.asarray(getattr(network, "filter", (1, 1)), np.float32)
+    value = (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
+    names = []
+    for level in range(1, len(network.channel_mult)):
+        down, up = _block_name(f"down{level}", network, side), _block_name(f"up{level - 1}", network, side)
+        names += [[*block, layer] for block in (down, up) for layer in ("conv0", "skip")]
+        if getattr(network, "residual", False):
+            names.append(_block_name(f"residual{level}", network, side))
+    return {".".join(["model", *name, "resample_filter"]): value for name in names}
+
+
+def to_ours(array: np.ndarray) -> np.ndarray:
+    """The original's layout to ours: OIHW to HWIO, (out, in) to (in, out)."""
+    return {4: lambda a: a.transpose(2, 3, 1, 0), 2: lambda a: a.T}.get(array.ndim, lambda a: a)(array)
+
+
+def to_theirs(array: np.ndarray) -> np.ndarray:
+    """Our layout to the original's: HWIO to OIHW, (in, out) to (out, in)."""
+    return {4: lambda a: a.transpose(3, 2, 0, 1), 2: lambda a: a.T}.get(array.ndim, lambda a: a)(array)

@@ -1,0 +1,197 @@
+"""Import of published weights into a run, and export of a run's averaged parameters under the original's names."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from rdm_jax import sharding
+from rdm_jax.config import Config, Stage, to_dict
+from rdm_jax.errors import InputError
+from rdm_jax.files import whole_file
+from rdm_jax.interop import original
+from rdm_jax.interop.torch_files import open_torch
+from rdm_jax.terminal import log
+from rdm_jax.training import checkpoint
+
+
+class Weights(NamedTuple):
+    """An open file of weights.
+
+    Attributes:
+      class_name, settings: the network in the original's words; None where the file is silent.
+      shapes: of every tensor in it, by the original's names.
+      read: a tensor by its name, from the file.
+    """
+
+    class_name: str | None
+    settings: dict[str, Any] | None
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Weights]:
+    """Opens EDM's .pkl, RDM's .pt or safetensors, told apart by what is in them. Nothing in them is executed.
+
+    Raises:
+      InputError: it is none of these, or damaged.
+    """
+    if path.is_file() and _begins_like_safetensors(path):
+        with _open_safetensors(path) as weights:
+            yield weights
+        return
+    with open_torch(path) as found:
+        shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+        yield Weights(found.class_name, found.settings, shapes, lambda name: found.tensors[name].read())
+
+
+def _begins_like_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Weights]:
+    try:
+        file = safetensors.safe_open(path, framework="np")
+        about = file.metadata() or {}
+        settings = json.loads(about["settings"]) if "settings" in about else None
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be used ({error}); a whole safetensors file would do.") from error
+    with file:
+        yield Weights(about.get("class_name"), settings, shapes, file.get_tensor)
+
+
+def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int]:
+    """The config with its stage `number` (from 1) as the weights need it, and their number of classes.
+
+    Every field that changes is logged. Raises InputError where we have no such network.
+    """
+    stage = config.stages[number - 1]
+    if weights.settings is None or weights.class_name is None:
+        label = weights.shapes.get("model.map_label.weight")
+        return config, label[1] if label else 0
+    found = original.describe(weights.class_name, weights.settings, stage)
+    if isinstance(found.stage.precondition, type(stage.precondition)) and hasattr(stage.precondition, "noise_scale"):
+        _log_changes(number, "precondition", stage.precondition, found.stage.precondition)
+    _log_changes(number, "network", stage.network, found.stage.network)
+    if found.stage.resolution != stage.resolution:
+        log.info("config.stage%d.resolution: %s -> %s, as the weights say", number, stage.resolution, found.stage.resolution)
+    if found.channels != config.data.channels:
+        log.info("config.data.channels: %d -> %d, as the weights say", config.data.channels, found.channels)
+    stages = (*config.stages[: number - 1], found.stage, *config.stages[number:])
+    data = dataclasses.replace(config.data, channels=found.channels)
+    return dataclasses.replace(config, stages=stages, data=data), found.classes
+
+
+def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
+    if type(before) is not type(after):
+        log.info("config.stage%d.%s: %s -> %s, as the weights say", number, part, before, after)
+        return
+    for field in dataclasses.fields(after):
+        was, now = getattr(before, field.name), getattr(after, field.name)
+        if was != now:
+            log.info("config.stage%d.%s.%s: %s -> %s, as the weights say", number, part, field.name, was, now)
+
+
+def import_stage(weights: Weights, config: Config, number: int, classes: int, path: Path, workdir: Path) -> None:
+    """Saves weights as checkpoint 0 of a stage, in the dtype that they have in the file (they are read as float32).
+
+    Args:
+      config: as `stage_of` returned it.
+      number: of the stage, from 1.
+      classes: that the network knows; they are called '0', '1', ...
+      path: of the file.
+      workdir: of the run.
+
+    Raises:
+      InputError: a parameter is missing, unknown or of another shape, or the stage has checkpoints already.
+    """
+    directory = workdir / f"stage{number}" / "checkpoints"
+    checkpoints = checkpoint.Checkpoints(directory)
+    if checkpoints.steps():
+        raise InputError(f"{directory} has checkpoints already; another --workdir would do.")
+    stage = config.stages[number - 1]
+    tree = _tree(weights, stage, stage.build(config.data.channels, classes).abstract, path)
+    imported = {"file": path.name, "sha256": _sha256(path), "class_name": weights.class_name, "settings": weights.settings}
+    about = {"stage": to_dict(config)[f"stage{number}"], "classes": [str(i) for i in range(classes)], "seed": config.seed}
+    checkpoints.save_ema(0, tree, {**about, "imported": imported})
+    checkpoints.close()
+
+
+def _tree(weights: Weights, stage: Stage, abstract: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The parameters as our tree of NumPy arrays, each read from the file when it is its turn."""
+    names = _names(stage, abstract)
+    unknown = sorted(
+        weights.shapes.keys() - set(names.values()) - original.filter_buffers(stage.network, stage.resolution[0]).keys()
+    )
+    if unknown:
+        raise InputError(
+            f"{path} has a parameter {unknown[0]!r}, which the network has not; the config of these weights would do."
+        )
+
+    def check(keys, leaf):
+        name = names[_strings(keys)]
+        if name not in weights.shapes:
+            raise InputError(f"{path} has no parameter {name!r}; a file of the same network as the config's would do.")
+        wanted, found = original.to_theirs(np.broadcast_to(np.int8(0), leaf.shape)).shape, weights.shapes[name]
+        if wanted != found:
+            raise InputError(f"{path} has {name!r} of shape {found}; {wanted}, as the config asks for, would do.")
+
+    def read(keys, leaf):
+        array = original.to_ours(weights.read(names[_strings(keys)]))
+        return np.ascontiguousarray(array if array.dtype in (np.float16, np.float32) else array.astype(np.float32))
+
+    jax.tree.map_with_path(check, abstract)  # all of them, before anything large is read
+    return jax.tree.map_with_path(read, abstract)
+
+
+def _names(stage: Stage, abstract: dict[str, Any]) -> dict[tuple[str, ...], str]:
+    """The original's name of every parameter."""
+    paths = [_strings(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
+    return {path: original.original_name(path, stage.network, stage.resolution[0]) for path in paths}
+
+
+def _strings(keys: tuple) -> tuple[str, ...]:
+    return tuple(key.key for key in keys)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None:
+    """Writes a stage's averaged parameters as safetensors: float32, under the original's names and in its layout.
+
+    The resampling filters, which are buffers there, are written too, so that a strict `load_state_dict` takes the file; its
+    metadata hold the class and the settings that the original would make the network with.
+
+    Raises:
+      InputError: there is no such checkpoint, or the original has no such network.
+    """
+    stage = config.stages[number - 1]
+    folder, step = checkpoint.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
+    checkpoints = checkpoint.Checkpoints(folder, read_only=True)
+    classes = len(checkpoints.about(step)["classes"])
+    class_name, settings = original.settings_of(stage, config.data.channels, classes)
+    abstract = stage.build(config.data.channels, classes).abstract
+    ema, _ = checkpoints.restore_ema(step, checkpoint.with_sharding(abstract, sharding.replicated(sharding.data_mesh())))
+    checkpoints.close()
+    names = _names(stage, abstract)
+    tensors = dict(original.filter_buffers(stage.network, stage.resolution[0]))
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(ema)[0]:
+        tensors[names[_strings(keys)]] = np.ascontiguousarray(original.to_theirs(np.asarray(leaf)))
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"class_name": class_name, "settings": json.dumps(settings)})
+    log.info("export: %d tensors of stage%d, step %d -> %s", len(tensors), number, step, path)

@@ -1,0 +1,149 @@
+"""What the U-Nets of both published families share: the order of blocks, the skips, and the call."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from rdm_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class UNet:
+    """Size and options that both families have.
+
+    Attributes:
+      channels: width of level 0.
+      channel_mult: width of each level in units of `channels`; each level has half the resolution of the one before.
+      blocks: residual blocks a level.
+      attention_levels: levels (0 is the finest) whose blocks attend.
+      emb_mult: width of the embedding in units of `channels`.
+      augment_labels: values of the augmentation label that conditions the network; 0 for none, 9 for EDM's augmentation.
+      dropout: rate in every block.
+      patch: side of the pixel patches that are folded into channels before level 0 (space-to-depth), and unfolded at the end.
+      dtype: 'float32' or 'bfloat16' for the computation; parameters are float32 always.
+    """
+
+    channels: int = 192
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    blocks: int = 3
+    attention_levels: tuple[int, ...] = (1, 2, 3)
+    emb_mult: int = 4
+    augment_labels: int = 0
+    dropout: float = 0.1
+    patch: int = 1
+    dtype: str = "float32"
+
+    @property
+    def stride(self) -> int:
+        """What height and width of an image must be divisible by."""
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+
+class UNetNetwork(nnx.Module):
+    """F(x, c_noise, class label, augmentation label); any height and width divisible by the config's `stride`.
+
+    A family adds its embedding of the labels (`_embedding`) and says where it attends (`_heads`). `encoder` and `decoder` hold
+    the names of the blocks in the order in which they run; level 0 is the finest.
+    """
+
+    def __init__(self, config: UNet, style: layers.Style, image_channels: int, outputs: int, *, rngs: nnx.Rngs):
+        self.config, self.style, self.dtype = config, style, jnp.dtype(config.dtype)
+        kwargs = {"dtype": self.dtype, "rngs": rngs}
+        folded, width = image_channels * config.patch**2, config.channels * config.channel_mult[0]
+        self.stem = layers.conv(folded, config.channels, 3, init=style.init, **kwargs)
+        self._add_encoder(folded, kwargs)
+        self._add_decoder(kwargs)
+        self.out_norm = layers.group_norm(width, epsilon=style.epsilon, **kwargs)
+        self.out_conv = layers.conv(width, outputs * folded, 3, init=style.init_last, **kwargs)
+
+    def _heads(self, half: str, level: int, block: int, channels: int) -> int:
+        """Heads of the block's attention, 0 for none; `half` is 'encoder', 'middle' or 'decoder'."""
+        raise NotImplementedError
+
+    def _add_block(self, name: str, c_in: int, c_out: int, kwargs: dict, *, heads: int = 0, resample: str | None = None) -> str:
+        emb, dropout = self.config.emb_mult * self.config.channels, self.config.dropout
+        block = layers.Block(c_in, c_out, emb, self.style, heads=heads, resample=resample, dropout=dropout, **kwargs)
+        setattr(self, name, block)
+        return name
+
+    def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict) -> None:
+        """For families that feed the shrunken image into each level; none by default."""
+
+    def _add_encoder(self, folded: int, kwargs: dict):
+        width, residual, names, skips = self.config.channels, folded, [], [self.config.channels]
+        for level, mult in enumerate(self.config.channel_mult):
+            if level:
+                names.append(self._add_block(f"down{level}", width, width, kwargs, resample="down"))
+                self._add_residual(level, residual, width, kwargs)
+                residual = width
+                skips.append(width)
+            for i in range(self.config.blocks):
+                c_out = mult * self.config.channels
+                heads = self._heads("encoder", level, i, c_out)
+                names.append(self._add_block(f"encoder{level}_{i}", width, c_out, kwargs, heads=heads))
+                width = c_out
+                skips.append(width)
+        self.encoder, self.skip_channels = tuple(names), tuple(skips)
+
+    def _add_decoder(self, kwargs: dict):
+        deepest, skips, names = len(self.config.channel_mult) - 1, list(self.skip_channels), []
+        width = skips[-1]
+        names.append(self._add_block("middle0", width, width, kwargs, heads=self._heads("middle", deepest, 0, width)))
+        names.append(self._add_block("middle1", width, width, kwargs))
+        for level in range(deepest, -1, -1):
+            if level < deepest:
+                names.append(self._add_block(f"up{level}", width, width, kwargs, resample="up"))
+            for i in range(self.config.blocks + 1):
+                c_out = self.config.channel_mult[level] * self.config.channels
+                heads = self._heads("decoder", level, i, c_out)
+                names.append(self._add_block(f"decoder{level}_{i}", width + skips.pop(), c_out, kwargs, heads=heads))
+                width = c_out
+        self.decoder = tuple(names)
+
+    def _embedding(
+        self,
+        noise_label: Float[Array, " b"],
+        class_label: Float[Array, "b classes"] | None,
+        augment_label: Float[Array, "b a"] | None,
+    ) -> Float[Array, "b e"]:
+        raise NotImplementedError
+
+    def _encode(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], rngs: nnx.Rngs | None) -> list[Array]:
+        """The outputs of the stem and of all blocks of the encoder."""
+        outputs = [self.stem(x)]
+        for name in self.encoder:
+            outputs.append(getattr(self, name)(outputs[-1], emb, rngs))
+        return outputs
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        noise_label: Float[Array, " b"],
+        class_label: Float[Array, "b classes"] | None = None,
+        augment_label: Float[Array, "b a"] | None = None,
+        *,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "b h w c2"]:
+        """Runs the network.
+
+        Args:
+          x: images, preconditioned.
+          noise_label: c_noise.
+          class_label: one-hot; all zero (or None) is the null label.
+          augment_label: None is the label of an image that was not augmented.
+          rngs: a stream for dropout in training; None switches dropout off.
+
+        Returns:
+          An array like x, in float32; with `outputs` times as many channels.
+        """
+        emb = self._embedding(noise_label, class_label, augment_label)
+        skips = self._encode(layers.space_to_depth(x, self.config.patch), emb, rngs)
+        h = skips[-1]
+        for name in self.decoder:
+            if name.startswith("decoder"):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+            h = getattr(self, name)(h, emb, rngs)
+        h = self.out_conv(nnx.silu(self.out_norm(h)))
+        return layers.depth_to_space(h, self.config.patch).astype(jnp.float32)
