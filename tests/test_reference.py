@@ -203,7 +203,7 @@ def test_reference_network(path):
     for name, shape, total in zip(case["param_names"].tolist(), case["param_shapes"], case["param_abs_sums"], strict=True):
         shape = json.loads(str(shape))
         if name.endswith("resample_filter"):
-            theirs[name] = original.filter_buffers(stage.network, side)[name]
+            theirs[name] = original.buffers(stage)[name]
             assert theirs[name].shape == tuple(shape)
         else:
             theirs[name] = draw_parameter(name, shape, meta["seed"])

@@ -141,16 +141,17 @@ class IDDPM(Preconditioning):
     @property
     def range(self) -> tuple[float, float]:
         """The least and the greatest noise level that the network knows."""
-        return float(self._levels()[-2]), float(self._levels()[0])
+        return float(self.levels()[-2]), float(self.levels()[0])
 
     def round(self, sigma: Float[Array, " n"]) -> Float[Array, " n"]:
         """Each noise level\'s nearest one of those that the network knows."""
-        return jnp.asarray(self._levels(), sigma.dtype)[self._nearest(sigma)]
+        return jnp.asarray(self.levels(), sigma.dtype)[self._nearest(sigma)]
 
     def _nearest(self, sigma: Float[Array, " b"]) -> Int[Array, " b"]:
-        return jnp.argmin(jnp.abs(sigma[:, None] - jnp.asarray(self._levels(), sigma.dtype)), axis=1)
+        return jnp.argmin(jnp.abs(sigma[:, None] - jnp.asarray(self.levels(), sigma.dtype)), axis=1)
 
-    def _levels(self) -> np.ndarray:
+    def levels(self) -> Float[np.ndarray, " n"]:
+        """The noise levels that the network knows, decreasing, and 0."""
         return schedules.iddpm_ladder(self.times, c1=self.c1, c2=self.c2)
 
 

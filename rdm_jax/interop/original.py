@@ -212,8 +212,9 @@ def _block_name(block: str, network: UNet, side: int) -> list[str]:
     return [block]
 
 
-def filter_buffers(network: UNet, side: int) -> dict[str, np.ndarray]:
-    """The resampling filters that the original keeps beside its parameters, float32 (1, 1, n, n)."""
+def buffers(stage: Stage) -> dict[str, np.ndarray]:
+    """What the original keeps beside its parameters, float32: the resampling filters (1, 1, n, n), and iDDPM's noise levels."""
+    network, side = stage.network, stage.resolution[0]
     taps = np.asarray(getattr(network, "filter", (1, 1)), np.float32)
     value = (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
     names = []
@@ -222,7 +223,9 @@ def filter_buffers(network: UNet, side: int) -> dict[str, np.ndarray]:
         names += [[*block, layer] for block in (down, up) for layer in ("conv0", "skip")]
         if getattr(network, "residual", False):
             names.append(_block_name(f"residual{level}", network, side))
-    return {".".join(["model", *name, "resample_filter"]): value for name in names}
+    filters = {".".join(["model", *name, "resample_filter"]): value for name in names}
+    levels = getattr(stage.precondition, "levels", None)
+    return filters if levels is None else {**filters, "u": levels().astype(np.float32)}
 
 
 def to_ours(array: np.ndarray) -> np.ndarray:

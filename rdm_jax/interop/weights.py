@@ -132,13 +132,10 @@ def import_stage(weights: Weights, config: Config, number: int, classes: int, pa
 def _tree(weights: Weights, stage: Stage, abstract: dict[str, Any], path: Path) -> dict[str, Any]:
     """The parameters as our tree of NumPy arrays, each read from the file when it is its turn."""
     names = _names(stage, abstract)
-    unknown = sorted(
-        weights.shapes.keys() - set(names.values()) - original.filter_buffers(stage.network, stage.resolution[0]).keys()
-    )
+    unknown = sorted(weights.shapes.keys() - set(names.values()) - original.buffers(stage).keys())
     if unknown:
-        raise InputError(
-            f"{path} has a parameter {unknown[0]!r}, which the network has not; the config of these weights would do."
-        )
+        would_do = "the config of these weights would do."
+        raise InputError(f"{path} has a parameter {unknown[0]!r}, which the network has not; {would_do}")
 
     def check(keys, leaf):
         name = names[_strings(keys)]
@@ -150,7 +147,7 @@ def _tree(weights: Weights, stage: Stage, abstract: dict[str, Any], path: Path) 
 
     def read(keys, leaf):
         array = original.to_ours(weights.read(names[_strings(keys)]))
-        return np.ascontiguousarray(array if array.dtype in (np.float16, np.float32) else array.astype(np.float32))
+        return jax.device_put(array if array.dtype in (np.float16, np.float32) else array.astype(np.float32))
 
     jax.tree.map_with_path(check, abstract)  # all of them, before anything large is read
     return jax.tree.map_with_path(read, abstract)
@@ -189,7 +186,7 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
     ema, _ = checkpoints.restore_ema(step, checkpoint.with_sharding(abstract, sharding.replicated(sharding.data_mesh())))
     checkpoints.close()
     names = _names(stage, abstract)
-    tensors = dict(original.filter_buffers(stage.network, stage.resolution[0]))
+    tensors = original.buffers(stage)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(ema)[0]:
         tensors[names[_strings(keys)]] = np.ascontiguousarray(original.to_theirs(np.asarray(leaf)))
     with whole_file(path) as partial:

@@ -41,7 +41,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        arrays, json = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+        arrays, json = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler
         handlers = {"train": arrays(), "ema": arrays(), "about": json()}
         try:  # it reads the metrics of every checkpoint
             self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handlers)
@@ -66,9 +66,7 @@ class Checkpoints:
         train = {k: v for k, v in vars(state).items() if k != "ema"}
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                train=ocp.args.StandardSave(train), ema=ocp.args.StandardSave(state.ema), about=ocp.args.JsonSave(about)
-            ),
+            args=ocp.args.Composite(train=_saving(train), ema=_saving(state.ema), about=ocp.args.JsonSave(about)),
             metrics={"validation_loss": about["validation_loss"]},
         )
 
@@ -80,7 +78,7 @@ class Checkpoints:
         """
         self._manager.save(
             step,
-            args=ocp.args.Composite(ema=ocp.args.StandardSave(ema), about=ocp.args.JsonSave(about)),
+            args=ocp.args.Composite(ema=_saving(ema), about=ocp.args.JsonSave(about)),
             metrics={"validation_loss": math.inf},  # any that is trained from here is better
         )
         self.wait()
@@ -102,13 +100,13 @@ class Checkpoints:
           InputError: the checkpoint is damaged or of another network.
         """
         train = {k: v for k, v in vars(abstract).items() if k != "ema"}
-        args = {"train": ocp.args.StandardRestore(train), "ema": ocp.args.StandardRestore(abstract.ema)}
+        args = {"train": _restoring(train), "ema": _restoring(abstract.ema)}
         restored = self._read(step, args, {"params": abstract.params, "ema": abstract.ema})
         return TrainState(**restored.train, ema=restored.ema), restored.about
 
     def restore_ema(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The averaged parameters alone, like `abstract`, and what is `about` them. Raises InputError like `restore`."""
-        restored = self._read(step, {"ema": ocp.args.StandardRestore(abstract)}, {"ema": abstract})
+        restored = self._read(step, {"ema": _restoring(abstract)}, {"ema": abstract})
         return restored.ema, restored.about
 
     def about(self, step: int) -> dict[str, Any]:
@@ -155,6 +153,15 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and lets go of the folder."""
         self._manager.close()
+
+
+def _saving(tree: Any) -> ocp.args.PyTreeSave:
+    # Orbax gathers a file in memory before it writes it, 2 GiB unless told otherwise.
+    return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=16 * 2**20)
+
+
+def _restoring(abstract: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
 def _reason(error: Exception) -> str:

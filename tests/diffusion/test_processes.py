@@ -142,6 +142,43 @@ def test_marginals_of_the_gaussian_process():
     assert np.all(np.abs([np.corrcoef(level, noise[:, i])[0, 1] for i in range(12)]) < ERRORS / np.sqrt(n))
 
 
+@pytest.mark.parametrize("epsilon", [1e-5, 0.3])
+def test_times_of_the_vp_process_are_uniform(epsilon):
+    n = 10_000
+    sigma = np.asarray(diffuse(processes.VP(epsilon=epsilon), jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64)
+    log = np.log1p(sigma**2)  # beta_d t^2 / 2 + beta_min t
+    t = (np.sqrt(0.1**2 + 2 * 19.9 * log) - 0.1) / 19.9
+    assert scipy.stats.kstest(t, scipy.stats.uniform(epsilon, 1 - epsilon).cdf).statistic < 2.6 / np.sqrt(n)  # as above
+    assert epsilon * (1 - 1e-5) < t.min() and t.max() < 1 + 1e-5
+
+
+@pytest.mark.parametrize(("sigma_min", "sigma_max"), [(0.02, 100.0), (0.5, 3.0)])
+def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
+    n = 10_000
+    process = processes.VE(sigma_min=sigma_min, sigma_max=sigma_max)
+    sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64)
+    assert scipy.stats.kstest(sigma, scipy.stats.loguniform(sigma_min, sigma_max).cdf).statistic < 2.6 / np.sqrt(n)  # as above
+    assert sigma_min * (1 - 1e-5) < sigma.min() and sigma.max() < sigma_max * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("process", "precondition"),
+    [(processes.VP(), preconditioning.VP()), (processes.VE(), preconditioning.VE())],
+    ids=["vp", "ve"],
+)
+def test_other_processes_noise_to_the_ends_of_what_their_networks_know(process, precondition):
+    level, x, noise = jnp.asarray([0.0, 0.3, 1.0]), images((3, 2, 3, 2)), images((3, 2, 3, 2), seed=1)
+    noised = noised_by(process, x, level, noise)
+    sigma = np.asarray(noised.sigma, np.float64)
+    # 1 - (1 - epsilon) in float32 keeps epsilon = 1e-5 to 6e-3 of itself, and so its noise to half of that.
+    assert sorted(sigma[[0, 2]]) == pytest.approx(precondition.range, rel=4e-3)
+    expected = np.asarray(x, np.float64) + sigma[:, None, None, None] * np.asarray(noise, np.float64)
+    chex.assert_trees_all_close(np.asarray(noised.images, np.float64), expected, rtol=1e-6, atol=1e-6)
+    # 1 / sigma^2: an error of the unit noise counts the same at every level.
+    chex.assert_trees_all_close(np.asarray(noised.weight, np.float64), 1 / sigma**2, rtol=1e-6)
+    chex.assert_trees_all_close(noised.weight * precondition(noised.sigma).c_out ** 2, jnp.ones(3), rtol=1e-6)
+
+
 def test_relay_levels_fill_the_clock():
     n = 10_000
     process = processes.Relay(patch=2, sigma_floor=0.1, exact_floor=True)
@@ -192,7 +229,11 @@ def test_the_weight_undoes_the_scale_of_the_output():
     chex.assert_trees_all_close(noised.weight * c_out**2, jnp.ones(7), rtol=1e-6)
 
 
-@pytest.mark.parametrize("process", [processes.Gaussian(), processes.Relay(patch=3)], ids=["gaussian", "relay"])
+PROCESSES = {p.__class__.__name__: p for p in (processes.Gaussian(), processes.VP(), processes.VE(), processes.Relay(patch=3))}
+every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+
+
+@every_process
 def test_an_images_noise_does_not_depend_on_its_batch(process):
     x, key = images((6, 6, 9, 2)), keys(6)
     together = diffuse(process, x, key)
@@ -213,9 +254,9 @@ def test_the_relay_process_ends_at_the_enlarged_image():
     chex.assert_trees_all_close(noised.images, means + noised.sigma[:, None, None, None] * noise, atol=2e-6)  # a DCT's rounding
 
 
-@pytest.mark.parametrize("process", [processes.Gaussian(), processes.Relay(patch=3)], ids=["gaussian", "relay"])
+@every_process
 def test_one_trace(process):
-    chex.clear_trace_counter()  # the counter knows a function by its source, which both cases share
+    chex.clear_trace_counter()  # the counter knows a function by its source, which all cases share
     compiled = jax.jit(chex.assert_max_traces(n=1)(lambda x, keys: processes.diffuse(process, x, keys)))
     for seed in range(3):
         noised = compiled(images((4, 6, 3, 2), seed), keys(4, seed))

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 
 from rdm_jax.diffusion import schedules
@@ -71,6 +72,73 @@ def test_what_the_published_clocks_leave_of_the_slowest_wave(length, blur_sigma_
     clock = schedules.Clock(length, blur_sigma_max)
     weight = np.exp(-((np.pi / 4) ** 2) * float(clock.blur_sigma(jnp.asarray(1.0))) ** 2 / 2)
     assert weight == pytest.approx(left, abs=5e-3)  # published to two places
+
+
+# EDM's and one that begins at no slope.
+LINEAR = [schedules.Linear(), schedules.Linear(beta_d=5.0, beta_min=0.5)]
+linear = pytest.mark.parametrize("schedule", LINEAR, ids=["published", "other"])
+
+
+@linear
+def test_the_linear_schedule_integrates_a_rising_beta(schedule):
+    t = np.geomspace(1e-5, 1.0, 12)
+    beta = lambda t: schedule.beta_min + schedule.beta_d * t  # noqa: E731
+    log = np.asarray([scipy.integrate.quad(beta, 0, end)[0] for end in t])  # of 1 / alphabar = 1 + sigma^2
+    with jax.enable_x64(True):
+        chex.assert_trees_all_close(np.asarray(sigma_of(schedule, jnp.asarray(t))), np.sqrt(np.expm1(log)), rtol=1e-10)
+    # An exponent of up to 10 is known to 6e-7 in float32.
+    chex.assert_trees_all_close(np.asarray(sigma_of(schedule, jnp.float32(t)), np.float64), np.sqrt(np.expm1(log)), rtol=2e-6)
+
+
+@linear
+def test_round_trips_of_the_linear_schedule(schedule):
+    times = np.geomspace(1e-5, 1.0, 200)
+    for x64, tolerance in ((False, 1e-6), (True, 1e-12)):  # a few roundings: the inverse cancels nothing at small times either
+        with jax.enable_x64(x64):
+            t = jnp.asarray(times)
+            sigma = sigma_of(schedule, t)
+            assert t.dtype == sigma.dtype == (jnp.float64 if x64 else jnp.float32)
+            assert np.all(np.diff(sigma) > 0)
+            chex.assert_trees_all_close(time_of(schedule, sigma), t, rtol=tolerance)
+            chex.assert_trees_all_close(sigma_of(schedule, time_of(schedule, sigma)), sigma, rtol=10 * tolerance)  # exp(10)
+
+
+def test_published_ends_of_the_linear_schedule():
+    low, high = (float(schedules.Linear().sigma(jnp.float32(t))) for t in (1e-5, 1.0))
+    # To first order sigma^2 = beta_min t; at t = 1 it is e^(9.95 + 0.1) - 1.
+    assert low == pytest.approx(1e-3, rel=2e-3)
+    assert high == pytest.approx(np.sqrt(np.exp(10.05) - 1), rel=1e-6)
+
+
+ladders = pytest.mark.parametrize(("steps", "c1", "c2"), [(1000, 0.001, 0.008), (4000, 0.001, 0.008), (50, 0.2, 0.05)])
+
+
+def cosine(steps, c2):
+    """iDDPM's own cos^2 of its own step t = 0 .. steps (arXiv 2102.09672, equation 17), t = steps - j."""
+    return np.cos((np.arange(steps + 1) / steps + c2) / (1 + c2) * np.pi / 2) ** 2
+
+
+@ladders
+def test_iddpms_ladder_is_that_of_its_betas(steps, c1, c2):
+    f = cosine(steps, c2)
+    beta = np.minimum(1 - f[1:] / f[:-1], 1 - c1)
+    alphabar = np.concatenate([[1.0], np.cumprod(1 - beta)])
+    ladder = schedules.iddpm_ladder(steps, c1=c1, c2=c2)
+    assert ladder.dtype == np.float64 and ladder[-1] == 0 and np.all(np.diff(ladder) < 0)
+    # 1 / alphabar - 1 cancels all but 5e-10 / 5e-16 of what float64 knows at the first steps.
+    np.testing.assert_allclose(ladder[:-1], np.sqrt(1 / alphabar - 1)[:0:-1], rtol=1e-8)
+
+
+@ladders
+def test_iddpms_ladder_in_closed_form_where_nothing_is_clipped(steps, c1, c2):
+    f = cosine(steps, c2)[::-1]  # by j
+    f[0] = 0  # cos(pi / 2)
+    clipped = np.max(np.flatnonzero(f[:-1] < c1 * f[1:]))  # from this level on, upwards
+    assert clipped < steps / 2
+    ladder, expected = schedules.iddpm_ladder(steps, c1=c1, c2=c2), np.sqrt(f[-1] / f[clipped + 1 :] - 1)
+    np.testing.assert_allclose(ladder[clipped + 1 :], expected, rtol=1e-8)
+    # A clipped step raises 1 + sigma^2 by 1 / c1.
+    np.testing.assert_allclose(1 + ladder[: clipped + 1] ** 2, (1 + ladder[1 : clipped + 2] ** 2) / c1, rtol=1e-12)
 
 
 @pytest.mark.parametrize("rho", [1.0, 7.0, 100.0])

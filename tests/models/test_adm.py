@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rdm_jax.models import layers
+from rdm_jax.models import adm, layers
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import functional
 
@@ -98,13 +98,17 @@ def test_output_is_shaped_as_the_image(patch, batch, height, width):
 
 def test_blocks_begin_as_their_skips():
     x, emb = (jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32) for shape in ((2, 4, 4, 8), (2, 16)))
-    block = lambda x, emb: layers.Block(8, 8, 16, heads=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))(x, emb)  # noqa: E731
-    chex.assert_trees_all_equal(jax.jit(block)(x, emb), x)
+
+    @jax.jit
+    def block(x, emb):
+        return layers.Block(8, 8, 16, adm.STYLE, heads=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))(x, emb)
+
+    chex.assert_trees_all_equal(block(x, emb), x)
 
 
 def test_initial_kernels_are_uniform_with_the_variance_of_their_fan_in():
     shape = (3, 3, 32, 64)
-    kernel, bias = (np.asarray(init(jax.random.key(0), shape)) for init in (layers.DEFAULT.kernel, layers.DEFAULT.bias(288)))
+    kernel, bias = (np.asarray(init(jax.random.key(0), shape)) for init in (adm.DEFAULT.kernel, adm.DEFAULT.bias(288)))
     bound = 1 / np.sqrt(288)
     for values in (kernel, bias):
         assert np.max(np.abs(values)) <= bound
@@ -197,7 +201,7 @@ def test_bfloat16_is_near_float32(tiny):
 
 
 def test_statistics_of_normalisation_are_float32():
-    norm = jax.jit(lambda x: layers.group_norm(8, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))(x))
+    norm = jax.jit(lambda x: layers.group_norm(8, epsilon=1e-5, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))(x))
     x = jnp.asarray(20 + np.random.default_rng(0).standard_normal((2, 8, 8, 8)), jnp.bfloat16)
     groups = np.asarray(x, np.float64).reshape(2, 64, 2, 4)
     centred = groups - groups.mean((1, 3), keepdims=True)
