@@ -5,6 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from rdm_jax import checks
@@ -13,6 +14,7 @@ from rdm_jax.diffusion.processes import Relay
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.errors import InputError
 from rdm_jax.models.adm import ADM
+from rdm_jax.sampling.sampler import evaluations, stage_levels
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -25,8 +27,11 @@ def load(path: Path, *args):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_passes_the_checks_and_says_how_to_run_it(path):
-    config = parse(load(path))
+def test_every_config_loads_passes_the_checks_and_says_how_to_run_it(path, tmp_path):
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(to_dict(Config(seed=7))))
+    config = parse(load(path, *([str(saved)] if path.stem == "saved" else [])))
+    assert path.stem != "saved" or config == Config(seed=7)
     checks.check_config(config)
     assert parse(json.loads(json.dumps(to_dict(config)))) == config
     assert f"python -m rdm_jax.main --config configs/{path.name}" in path.read_text()
@@ -37,6 +42,23 @@ def test_tiny_configs_pass_the_checks(name):
     full, tiny = (parse(load(CONFIGS[0].parent / f"{name}.py", *args)) for args in ((), ("tiny",)))
     checks.check_config(tiny)
     assert [s.resolution for s in full.stages] == [s.resolution for s in tiny.stages]
+
+
+def test_published_settings():
+    """RELAY.md's figures of what is walked: levels kept, first level, evaluations; and the sizes of training."""
+    imagenet, celebahq = (parse(load(CONFIGS[0].parent / f"{name}.py")) for name in ("imagenet", "celebahq"))
+    walked = [(evaluations(stage), float(stage_levels(stage).sigma[0])) for stage in (*imagenet.stages, *celebahq.stages)]
+    assert [count for count, _ in walked] == [511, 199, 239, 107]
+    assert [sigma for _, sigma in walked] == pytest.approx([80, 0.8691, 80, 0.9219], abs=5e-5)
+    ends = [float(stage.process.clock.sigma(jnp.ones(()))) for stage in (imagenet.stages[1], celebahq.stages[1])]
+    assert ends == pytest.approx([1.770, 1.312], abs=5e-4)
+    left = [float(stage.process.blur_weights(jnp.ones(1))[0, 0, 1]) for stage in (imagenet.stages[1], celebahq.stages[1])]
+    assert left == pytest.approx([0.06, 0.29], abs=5e-3)
+    for config, batch, half_lives in ((imagenet, 4096, (50e6, 0.5e6)), (celebahq, 1024, (0.5e6, 0.5e6))):
+        assert [stage.training.batch_size for stage in config.stages] == [batch] * 2
+        assert [stage.training.learning_rate for stage in config.stages] == [1e-4] * 2
+        assert tuple(stage.training.ema_halflife for stage in config.stages) == half_lives
+    assert [stage.network.dropout for stage in (*imagenet.stages, *celebahq.stages)] == [0.1, 0.1, 0.15, 0.2]
 
 
 def changed(**changes):

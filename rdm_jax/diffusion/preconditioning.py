@@ -92,7 +92,7 @@ class VP(Preconditioning):
     @property
     def range(self) -> tuple[float, float]:
         """The least and the greatest noise level that the network knows."""
-        return float(self.schedule.sigma(self.epsilon)), float(self.schedule.sigma(1.0))
+        return tuple(self.schedule.sigma(jnp.asarray([self.epsilon, 1.0])).tolist())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rdm_jax.files import whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.relay import Relay
-from rdm_jax.sampling.sampler import evaluations
+from rdm_jax.sampling.sampler import evaluations, handover
 from rdm_jax.terminal import log, progress
 
 COLUMNS, ROWS = 3, 10  # examples a row of the grid, and its rows
@@ -57,6 +57,8 @@ def sample_to_files(config: Config, source: PreparedImages | None, workdir: Path
         stage = config.stages[number - 1]
         about = (number, loaded["step"], evaluations(stage), stage.guidance)
         log.info("samples: stage%d from step %d, %d network evaluations an image, guidance %g", *about)
+        if number > 1:
+            log.info("samples: stage%d %s", number, handover(stage))
     began = time.perf_counter()
     stages = _sample_in_parts(relay, seeds, folder / f".parts-{_digest(made_with)}", stop)
     seconds = time.perf_counter() - began

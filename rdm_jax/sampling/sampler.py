@@ -22,6 +22,14 @@ def stage_levels(stage: Stage) -> samplers.Levels:
     return levels._replace(sigma=stage.precondition.round(levels.sigma))
 
 
+def handover(stage: Stage) -> str:
+    """What a relay stage joins two images at: the paper takes the blur to be complete there, and it is not quite."""
+    first = jax.tree.map(lambda a: a[0], stage_levels(stage))
+    end = stage.process.blur_weights(jnp.ones(1))[0]
+    left = f"{first.blur[0, 1]:.1%} of a patch's lowest frequency is left ({end[0, 1]:.1%} where its training ends)"
+    return f"begins at sigma {first.sigma:.4g}, where {left}"
+
+
 def evaluations(stage: Stage) -> int:
     """How often the stage's network runs for an image, the two passes of guidance counted as one."""
     levels = len(stage.sampler.levels(stage.process).sigma)

@@ -30,7 +30,7 @@ class MetricWriter:
         self._lines = self._path.open("a")
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | int) -> None:
         """One line: the step, and any numbers by name."""
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
         self._lines.write(json.dumps({"step": step, **values}) + "\n")

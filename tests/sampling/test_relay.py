@@ -12,7 +12,7 @@ from rdm_jax.data.pipeline import open_prepared
 from rdm_jax.data.prepare import prepare
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.models.functional import functional
-from rdm_jax.sampling import pictures, relay, sampler
+from rdm_jax.sampling import pictures, relay, results, sampler
 from rdm_jax.training.step import to_float
 from tests.tiny import NETWORK, tiny_config, write_images
 
@@ -29,7 +29,7 @@ def source(tmp_path_factory):
 def stage_and_params(number: int, guidance: float = 1.0):
     """A stage and parameters that are no longer the zero output of initialisation."""
     stage = dataclasses.replace(tiny_config("images").stages[number - 1], guidance=guidance)
-    network = functional(lambda rngs: NETWORK.build(3, 2, 0, rngs=rngs))
+    network = functional(lambda rngs: NETWORK.build(3, 2, rngs=rngs))
     params = jax.jit(network.init)(jax.random.key(0))
     nudge = lambda x: np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
     return stage, network, jax.tree.map(nudge, params)
@@ -98,9 +98,9 @@ def test_interrupted_sampling_goes_on(tmp_path):
     fake, stop = FakeRelay(tiny_config("images")), StopOnSignal()
     fake.after_each = lambda: setattr(stop, "requested", 15)
     with pytest.raises(Interrupted):
-        relay._sample_in_parts(fake, np.arange(12), tmp_path, stop)
+        results._sample_in_parts(fake, np.arange(12), tmp_path, stop)
     fake.after_each = lambda: None
-    stages = relay._sample_in_parts(fake, np.arange(12), tmp_path, StopOnSignal())
+    stages = results._sample_in_parts(fake, np.arange(12), tmp_path, StopOnSignal())
     assert fake.made == [list(range(8)), list(range(8, 12))]  # the first batch was not made again
     assert stages[1].ravel().tolist() == list(range(12))
 

@@ -22,7 +22,7 @@ OPTIMIZER = optax.adam(1e-3)
 
 @functools.cache
 def abstract_state(classes: int):
-    network = functional(lambda rngs: NETWORK.build(3, classes, 0, rngs=rngs))
+    network = functional(lambda rngs: NETWORK.build(3, classes, rngs=rngs))
     return jax.eval_shape(lambda: init_state(network, OPTIMIZER, jax.random.key(0)))
 
 

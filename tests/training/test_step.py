@@ -30,7 +30,7 @@ class PoisonedWhereWhite(processes.Gaussian):
 
 def objective(dropout: float = 0.0, process=PoisonedWhereWhite(), pool: int = 1) -> Objective:
     adm = ADM(8, (1,), 1, (), head_channels=8, dropout=dropout)
-    network = functional(lambda rngs: adm.build(3, CLASSES, 0, rngs=rngs))
+    network = functional(lambda rngs: adm.build(3, CLASSES, rngs=rngs))
     return Objective(network, process, preconditioning.EDM(), pool, CLASSES, label_dropout=0.25)
 
 

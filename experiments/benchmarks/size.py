@@ -1,0 +1,27 @@
+"""Parameters and multiply-adds of every stage's network, without any of them in memory, as one Markdown table.
+
+python -m experiments.benchmarks.size --config configs/imagenet.py --classes 1000
+"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from rdm_jax import config as configs
+
+_CONFIG = config_flags.DEFINE_config_file("config")
+_CLASSES = flags.DEFINE_integer("classes", 0, "Number of classes; 0 for unconditional networks.")
+
+
+def main(_: list[str]) -> None:
+    """Prints the table."""
+    config = configs.parse(_CONFIG.value)
+    channels, classes = config.data.channels, _CLASSES.value
+    print("| stage | resolution | parameters | multiply-adds of a forward pass |\n|---|---|---|---|")
+    for number, stage in enumerate(config.stages, 1):
+        network, (height, width) = stage.build(channels, classes), stage.resolution
+        giga = network.multiply_adds((height, width, channels), classes) / 1e9
+        print(f"| {number} | {height} x {width} | {network.count():,} | {giga:,.2f} G |")
+
+
+if __name__ == "__main__":
+    app.run(main)

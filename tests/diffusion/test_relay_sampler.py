@@ -1,0 +1,162 @@
+"""The relay's sampler on Gaussian targets."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.fft
+
+from rdm_jax.diffusion import blurring, schedules
+from rdm_jax.diffusion.samplers import Levels, RelayHeun, relay_update
+from tests.diffusion.gaussian_targets import (
+    SHAPE,
+    concrete_levels,
+    falls,
+    flow,
+    images,
+    integrate,
+    is_mean,
+    marginal_error,
+    patch_dct_matrix,
+    propagate,
+    relay,
+    relay_process,
+    relay_target,
+    rungs,
+)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+# The published corrector averages (u - u0) / sigma. That is the flow's noise only where nothing is blurred (D = 1): in patch
+# means, or without blur. In blurred coefficients it converges to the same flow, but at first order.
+@pytest.mark.parametrize(
+    ("order", "blur_sigma_max", "patch", "of_means", "of_the_rest"),
+    [(1, 3.0, 4, 2.0, 2.0), (2, 3.0, 2, 4.0, 2.0), (2, 3.0, 4, 4.0, 2.0), (1, 0.0, 2, 2.0, 2.0), (2, 0.0, 4, 4.0, 4.0)],
+)
+def test_order_of_the_relay_sampler(x64, order, blur_sigma_max, patch, of_means, of_the_rest):
+    target, basis = relay_target(relay_process(blur_sigma_max, patch)), patch_dct_matrix(patch)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
+    ladder = [relay(steps, order=order) for steps in (64, 128)]
+    errors = [np.abs(basis @ (out - flow(target, basis, x, sigma))) for out, sigma in integrate(ladder, target, x)]
+    # Halving the step divides the error by 2 or 4, but for the next term of its series.
+    mean = is_mean(patch)
+    largest = lambda which: np.asarray([e[which].max() for e in errors])  # noqa: E731
+    chex.assert_trees_all_close(falls(largest(mean)), np.full(1, of_means), rtol=0.05)
+    chex.assert_trees_all_close(falls(largest(~mean)), np.full(1, of_the_rest), rtol=0.05)
+
+
+def test_the_corrector_pays_in_blurred_coefficients_too(x64):
+    target, basis = relay_target(relay_process(patch=4)), patch_dct_matrix(4)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
+    error = lambda out, sigma: np.abs(basis @ (out - flow(target, basis, x, sigma)))  # noqa: E731
+    plain, corrected = (error(*next(integrate([relay(64, order=order)], target, x))) for order in (1, 2))
+    assert corrected.max() < plain.max() / 2
+
+
+@pytest.mark.parametrize(("eta", "order"), [(0.0, 2), (0.2, 1), (0.2, 2), (0.5, 2)])
+def test_marginals_of_the_relay_become_exact(x64, eta, order):
+    """Under coloured noise too, and with eta^2, the fresh variance of a step, in proportion to the step.
+
+    `eta` is the sampler's at 64 steps; the limit is an SDE that keeps the marginals.
+    """
+    target = relay_target(relay_process(block_scale=0.5))
+    errors = [marginal_error(relay(steps, eta=eta * (64 / steps) ** 0.5, order=order), target) for steps in (64, 128)]
+    chex.assert_trees_all_close(falls(errors), np.full(1, 2.0), rtol=0.05)  # first order, but for the series' next term
+    assert errors[-1] < 0.1
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_marginals_of_a_single_image_are_exact_at_any_eta(x64, eta):
+    """Where u0 is certain the plain update draws from the process itself, whatever the steps."""
+    target = relay_target(relay_process(block_scale=0.5), variance=0.0)
+    assert marginal_error(relay(5, eta=eta, order=1), target) < 1e-10  # float64
+
+
+@pytest.mark.parametrize("eta", [0.2, 0.5])
+def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
+    """More steps alone do not end it: a step adds eta^2 sigma^2 and its mean u0_hat, not a draw of u0, takes too much away.
+
+    A coefficient without blur that takes many steps at one sigma settles at (S + sigma^2) (1 - c / 2 + c b) but for O(c^2),
+    where c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2) lies in (0, 1): never further off than c / 2.
+    """
+    target = relay_target(relay_process(blur_sigma_max=0.0))
+    errors = [marginal_error(relay(steps, eta=eta), target) for steps in (64, 128)]
+    assert errors[0] / 2 < errors[1] < (1 - (1 - eta**2) ** 0.5) / 2
+
+
+def test_the_corrector_must_draw_fresh_noise(x64):
+    """With ImageNet's published sampler, on images of EDM's sigma_data: the standard deviation of the patch means."""
+    target = relay_target(relay_process(patch=4), variance=0.25)
+    sampler = RelayHeun(steps=200, rho=100.0, truncation_sigma=0.9, eta=0.2)
+    mean = patch_dct_matrix(4)[is_mean(4)]
+    ratios = []
+    for same_noise in (False, True):
+        _, covariance, sigma = propagate(sampler, target, same_noise=same_noise)
+        ratios.append(float((mean @ covariance @ mean.T / (0.25 + sigma**2)).squeeze()) ** 0.5)
+    fresh, same = ratios
+    assert abs(fresh - 1) < 0.002
+    assert same < 0.995
+
+
+def test_the_relay_starts_from_the_enlarged_image_and_noise_of_its_first_level():
+    patch = 3
+    process = dataclasses.replace(relay_process(), patch=patch)
+    level = rungs(concrete_levels(RelayHeun(steps=200, rho=100.0), process))[0]
+    low, noise = images((2, 3, 5, 3)), images((2, 3 * patch, 5 * patch, 3), seed=1)
+    flat = np.asarray(RelayHeun().start(low, level, lambda k: jnp.zeros_like(noise)))
+    for i, j in np.ndindex(patch, patch):
+        chex.assert_trees_all_equal(flat[:, i::patch, j::patch], np.asarray(low))
+    noised = np.asarray(RelayHeun().start(low, level, lambda k: {0: noise}[k]))
+    assert float(level.sigma) == pytest.approx(0.8691, abs=5e-5)  # published to four places
+    # float32 numbers up to 5, divided by 0.87
+    np.testing.assert_allclose((noised - flat) / np.asarray(level.sigma), noise, atol=1e-5)
+
+
+def test_the_relay_starts_where_the_process_ends():
+    process = dataclasses.replace(relay_process(blur_sigma_max=100.0), min_scale=0.0)
+    sampler = relay(5)
+    level = rungs(concrete_levels(sampler, process))[0]
+    x, noise = images((2, 4, 6, 3)), images((2, 4, 6, 3), seed=1)
+    noised = jax.jit(lambda sigma: process.noised(x, process.clock.time(sigma), noise))(jnp.asarray(np.repeat(level.sigma, 2)))
+    start = sampler.start(blurring.mean_pool(x, factor=2), level, lambda k: noise)
+    chex.assert_trees_all_close(start, noised.images, atol=1e-5)  # the clock's round trip in float32
+
+
+@pytest.mark.parametrize("truncation_time", [0.0, 1.05])
+def test_levels_of_the_relay_are_blurred_by_its_clock_in_sampling(truncation_time):
+    process, sampler = relay_process(), dataclasses.replace(relay(5), truncation_time=truncation_time)
+    levels = sampler.levels(process)
+    chex.assert_shape(levels, [(6,), (6, 2, 2)])
+    clock = schedules.Clock(length=truncation_time or process.clock.length)
+    chex.assert_trees_all_equal(levels.blur, process.blur_weights(clock.time(levels.sigma)))
+    assert np.all(np.diff(np.asarray(levels.blur)[:, 1, 1]) > 0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("patch", [2, 3, 5])
+def test_the_update_of_a_patch_is_the_same_in_pixels(x64, patch, eta):
+    rng = np.random.default_rng(0)
+    x, x0, d1, d2 = (rng.uniform(0, 1, (patch, patch)) for _ in range(4))
+    level, to = Levels(jnp.asarray(0.8), jnp.asarray(d1)), Levels(jnp.asarray(0.6), jnp.asarray(d2))
+    dct = scipy.fft.dct(np.eye(patch), axis=0, norm="ortho")
+    v = np.kron(dct, dct).T
+    in_pixels = lambda weights: v @ np.diag(weights.ravel()) @ v.T  # noqa: E731
+    g = np.sqrt(1 - eta**2) * 0.6 / 0.8
+    # u' = g u + (D' - g D) u0, before u0 is eliminated
+    expected = g * x.ravel() + in_pixels(d2 - g * d1) @ x0.ravel()
+    update = jax.jit(lambda x, slope: relay_update(x, slope, level, to, eta))
+    out = update(jnp.asarray(x), jnp.asarray((x - x0) / 0.8))
+    chex.assert_trees_all_close(np.asarray(out).ravel(), expected, atol=1e-12)
+    # and after
+    slope = rng.standard_normal((patch, patch))
+    expected = in_pixels(d2 + g * (1 - d1)) @ x.ravel() + 0.8 * in_pixels(g * d1 - d2) @ slope.ravel()
+    out = update(jnp.asarray(x), jnp.asarray(slope))
+    chex.assert_trees_all_close(np.asarray(out).ravel(), expected, atol=1e-12)
