@@ -76,7 +76,10 @@ class VP(FromNoise):
 
     def sigma(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
         """The noise level of the time 1 - (1 - epsilon) level."""
-        return self.schedule.sigma(1 + level * (self.epsilon - 1))
+        t = 1 + level * (self.epsilon - 1)
+        # Not `schedule.sigma`, which is exact: the published implementation rounds 1 + sigma^2 to float32, and at small times,
+        # where the loss's weight is largest, this rounding is seen in its numbers.
+        return jnp.sqrt(jnp.exp(self.schedule.beta_d * t**2 / 2 + self.schedule.beta_min * t) - 1)
 
     def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
         """1 / sigma^2."""

@@ -39,15 +39,9 @@ class Relay:
         self.config, self.mesh = config, sharding.data_mesh()
         self.low = LowImages(config) if config.sampling.low else None
         self.first = self.low.stage + 1 if self.low else 1
-        self.checkpoints, self._stages, names = [], [], []
-        for number in range(self.first, len(config.stages) + 1):
-            names.append(self._load(number, workdir))
-        for number, others in enumerate(names, self.first):
-            if others != names[0]:
-                known = f"{_listed(others)}, that of stage {self.first} {_listed(names[0])}"
-                field = f"config.stage{number}.checkpoint={config.stages[number - 1].checkpoint!r}"
-                raise InputError(f"{field} knows the classes {known}; checkpoints of the same classes would do.")
-        self.class_names = names[0]
+        self.checkpoints, self._stages = [], []
+        known = [self._load(number, workdir) for number in range(self.first, len(config.stages) + 1)]
+        self.class_names = _common_classes(config, known, self.first)
         checks.check_classes(config, self.class_names)
 
     def _load(self, number: int, workdir: Path) -> tuple[str, ...]:
@@ -92,6 +86,18 @@ class Relay:
             images.append(np.asarray(to_uint8(low))[: len(seeds)])
         images[-1] = postprocess(images[-1], self.config.sampling.postprocess)
         return images
+
+
+def _common_classes(config: Config, known: list[tuple[str, ...]], first: int) -> tuple[str, ...]:
+    """The classes that all stages know. Imported weights know them by number alone, so another stage's names are theirs too."""
+    numbers = lambda names: tuple(map(str, range(len(names))))  # noqa: E731
+    named = next((names for names in known if names != numbers(names)), known[0])
+    for number, names in enumerate(known, first):
+        if names not in (named, numbers(named)):
+            field = f"config.stage{number}.checkpoint={config.stages[number - 1].checkpoint!r}"
+            others = f"{_listed(names)}, other stages {_listed(named)}"
+            raise InputError(f"{field} knows the classes {others}; checkpoints of the same classes would do.")
+    return named
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -1,6 +1,7 @@
 """The training of one stage: from a config and prepared images to checkpoints, metrics and previews."""
 
 import collections
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -84,6 +85,7 @@ class Trainer:
         self._init = lambda: init_state(self.objective.network, optimizer, key(Stream.INIT))
         self.abstract = checkpoint.with_sharding(jax.eval_shape(self._init), sharding.replicated(self.mesh))
         self._validation_key = key(Stream.VALIDATE)
+        self._validated = dataclasses.replace(self.objective, augmentation=None)
         self._about = {"stage": to_dict(config)[self.name], "classes": list(source.class_names), "seed": config.seed}
         self._data_seed = config.seed * 2**8 + number  # no stage of a run shares its order with another run's
 
@@ -221,8 +223,8 @@ class Trainer:
             yield sharding.put_batch((self.source.batch(images[here]), here), self.mesh)
 
     def _validation_loss(self, params: Any, batch: dict[str, jax.Array], number: jax.Array) -> jax.Array:
-        """The loss of fixed images at fixed levels with fixed noise, labels dropped as in training."""
-        return self.objective.loss(params, batch, randomness.image_keys(self._validation_key, number), None).mean()
+        """The loss of fixed images, as they are, at fixed levels with fixed noise, labels dropped as in training."""
+        return self._validated.loss(params, batch, randomness.image_keys(self._validation_key, number), None).mean()
 
 
 class _Window:

@@ -10,6 +10,7 @@ import pytest
 from rdm_jax import sharding
 from rdm_jax.data.pipeline import open_prepared
 from rdm_jax.data.prepare import prepare
+from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.models.functional import functional
 from rdm_jax.sampling import pictures, relay, results, sampler
@@ -103,6 +104,30 @@ def test_interrupted_sampling_goes_on(tmp_path):
     stages = results._sample_in_parts(fake, np.arange(12), tmp_path, StopOnSignal())
     assert fake.made == [list(range(8)), list(range(8, 12))]  # the first batch was not made again
     assert stages[1].ravel().tolist() == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("known", "common"),
+    [
+        ([("a", "b"), ("a", "b")], ("a", "b")),
+        ([("0", "1"), ("a", "b")], ("a", "b")),
+        ([("a", "b"), ("0", "1")], ("a", "b")),
+        ([("0", "1")], ("0", "1")),
+        ([(), ()], ()),
+        ([("a", "b"), ("b", "a")], None),
+        ([("0", "1"), ("a", "b", "c")], None),
+        ([("a", "b"), ("0", "1", "2")], None),
+        ([("a",), ()], None),
+        ([(), ("0",)], None),
+    ],
+)
+def test_stages_know_the_same_classes(known, common):
+    config = tiny_config("images")
+    if common is None:
+        with pytest.raises(InputError, match="stage2.checkpoint='newest' knows the classes|stage1.checkpoint='newest' knows"):
+            relay._common_classes(config, known, 1)
+    else:
+        assert relay._common_classes(config, known, 1) == common
 
 
 def test_to_uint8_inverts_the_scaling_of_training():
