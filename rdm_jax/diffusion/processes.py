@@ -42,7 +42,10 @@ class FromNoise:
 
     def noised(self, x: Float[Array, "b h w c"], level: Float[Array, " b"], noise: Float[Array, "b h w c"]) -> Noised:
         """Noises each image at its level."""
-        sigma = self.sigma(level)
+        return self.noised_at(x, self.sigma(level), noise)
+
+    def noised_at(self, x: Float[Array, "b h w c"], sigma: Float[Array, " b"], noise: Float[Array, "b h w c"]) -> Noised:
+        """Noises each image at its noise level."""
         return Noised(x + sigma[:, None, None, None] * noise, sigma, self.weight(sigma))
 
 
