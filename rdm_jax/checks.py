@@ -1,6 +1,7 @@
 """What a config must be before any work starts; every refusal is an InputError that names field, value and remedy."""
 
 import functools
+import math
 from typing import Any
 
 from rdm_jax.config import Config, Stage, kind_of
@@ -95,7 +96,7 @@ def _check_stage(stage: Stage, path: str) -> None:
     for divisor, what in ((stage.factor, "process.patch"), (stage.network.stride, "the network's stride")):
         fits = all(side % divisor == 0 for side in h_w)
         _require(fits, f"{path}.resolution", h_w, f"a height and width divisible by {divisor} ({what})")
-    _require(stage.guidance >= 0, f"{path}.guidance", stage.guidance, "0 or more")
+    _require(0 <= stage.guidance < math.inf, f"{path}.guidance", stage.guidance, "0 or more")
     fine = stage.checkpoint in ("newest", "best") or stage.checkpoint.isdecimal() or "/" in stage.checkpoint
     _require(fine, f"{path}.checkpoint", stage.checkpoint, "'newest', 'best', a step, or the path of a step's folder")
     start = stage.training.start_from
@@ -113,7 +114,7 @@ def _check_process(stage: Stage, path: str) -> None:
         _check_schedule(values, f"{path}.{part}")
     if isinstance(process, processes.Relay):
         _require(process.patch >= 2, f"{path}.process.patch", process.patch, "2 or more")
-        _require(process.block_scale >= 0, f"{path}.process.block_scale", process.block_scale, "0 or more")
+        _require(0 <= process.block_scale < math.inf, f"{path}.process.block_scale", process.block_scale, "0 or more")
         _require(process.block_size >= 0, f"{path}.process.block_size", process.block_size, "0 (for p) or more")
         _require(process.sigma_floor > 0, f"{path}.process.sigma_floor", process.sigma_floor, "a positive number")
         _require(0 < process.clock.length < 1, f"{path}.process.clock.length", process.clock.length, "a number between 0 and 1")
@@ -121,11 +122,11 @@ def _check_process(stage: Stage, path: str) -> None:
 
 def _check_schedule(part: Any, path: str) -> None:
     """The fields that VP, VE and iDDPM have in common."""
-    for field in ("schedule.beta_d", "schedule.beta_min", "sigma_min", "c1", "c2"):
+    for field in ("schedule.beta_d", "schedule.beta_min", "sigma_min", "c1", "c2", "p_std", "clock.p_std", "noise_scale"):
         value = functools.reduce(lambda owner, name: getattr(owner, name, None), field.split("."), part)
         _require(value is None or value > 0, f"{path}.{field}", value, "a positive number")
     if (epsilon := getattr(part, "epsilon", None)) is not None:
-        _require(0 < epsilon < 1, f"{path}.epsilon", epsilon, "a number between 0 and 1, such as 1e-5,")
+        _require(1e-6 <= epsilon < 1, f"{path}.epsilon", epsilon, "a number from 1e-6 (float32 knows no less) to below 1")
     if (times := getattr(part, "times", None)) is not None:
         _require(times >= 2, f"{path}.times", times, "2 or more")
     if (sigma_max := getattr(part, "sigma_max", None)) is not None:
@@ -171,6 +172,9 @@ def _check_sampler(stage: Stage, path: str) -> None:
         0 < sampler.sigma_min < sampler.sigma_max, f"{path}.sampler.sigma_min", sampler.sigma_min, "less than sigma_max, over 0,"
     )
     _require(sampler.rho > 0, f"{path}.sampler.rho", sampler.rho, "a positive number")
+    for field in ("churn", "churn_min", "churn_noise", "truncation_time"):
+        value = getattr(sampler, field, 0.0)  # not every sampler has every field
+        _require(0 <= value < math.inf, f"{path}.sampler.{field}", value, "0 or more")
     _require(0 <= sampler.eta <= 1, f"{path}.sampler.eta", sampler.eta, "a number from 0 to 1")
     least, most = stage.precondition.range
     within = f"{least:.4g} or more, what the network knows by its preconditioning,"
@@ -193,7 +197,8 @@ def _check_network(stage: Stage, path: str) -> None:
     _require(
         network.channel_mult and min(network.channel_mult) > 0, f"{path}.network.channel_mult", network.channel_mult, "(1, 2)"
     )
-    widths = [network.channels, *(network.channels * mult for mult in network.channel_mult)]
+    widths = [network.channels * mult for mult in network.channel_mult]
+    widths += [network.channels] if isinstance(network, Song) else []  # its stem
     joined = {a + b for a in widths for b in widths}  # by the skip connections
     fine = all(width % 4 == 0 and width % min(32, width // 4) == 0 for width in {*widths, *joined})
     _require(fine, f"{path}.network.channels", network.channels, "a multiple of 32, for the groups of normalisation,")
@@ -201,7 +206,12 @@ def _check_network(stage: Stage, path: str) -> None:
         count, field = len(network.channel_mult), f"{path}.network.attention_levels"
         _require(0 <= level < count, field, network.attention_levels, f"levels from 0 to {count - 1}")
     if isinstance(network, Song):
-        _require(network.embedding in ("positional", "fourier"), f"{path}.network.embedding", network.embedding, "'positional'")
+        _require(
+            network.embedding in ("positional", "fourier"),
+            f"{path}.network.embedding",
+            network.embedding,
+            "'positional' or 'fourier'",
+        )
         fine = len(network.filter) % 2 == 0 and len(network.filter) > 0 and sum(network.filter)
         _require(fine, f"{path}.network.filter", network.filter, "an even number of taps, such as (1, 1) or (1, 3, 3, 1),")
         return

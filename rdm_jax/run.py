@@ -1,5 +1,6 @@
 """A run from config to samples, part by part; what `main` does, for notebooks too."""
 
+import dataclasses
 import fcntl
 import json
 from collections.abc import Iterator
@@ -17,8 +18,16 @@ from rdm_jax.data.pipeline import PreparedImages, open_prepared
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
-from rdm_jax.interop.weights import export_stage, import_stage, open_weights, stage_of
+from rdm_jax.interop.weights import (
+    check_no_checkpoints,
+    export_stage,
+    open_weights,
+    read_parameters,
+    save_imported,
+    stage_of,
+)
 from rdm_jax.interrupt import StopOnSignal
+from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.preview import make_preview
 from rdm_jax.sampling.results import sample_to_files
 from rdm_jax.terminal import log
@@ -28,7 +37,7 @@ from rdm_jax.training.loop import Trainer
 MODES = ("all", "prepare", "train", "sample", "import", "export")
 # What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
 FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "images", "max_skipped")
-FREE_FIELDS += ("checkpoint_every", "preview_every", "log_every", "validation", "keep_newest", "keep_best")
+FREE_FIELDS += ("start_from", "checkpoint_every", "preview_every", "log_every", "validation", "keep_newest", "keep_best")
 
 
 def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | None = None, weights: str | None = None) -> None:
@@ -63,7 +72,7 @@ def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | Non
 def _check_part(config: Config, mode: str, stage: int | None, weights: str | None) -> None:
     """Refuses flags that do not go together."""
     wanted = mode in ("import", "export")
-    if stage is not None and (stage > len(config.stages) or mode not in ("train", "import", "export")):
+    if stage is not None and (not 0 < stage <= len(config.stages) or mode not in ("train", "import", "export")):
         raise InputError(f"--stage={stage} with --mode={mode} is no stage; 1 to {len(config.stages)} with --mode=train would do.")
     if wanted and stage is None:
         raise InputError(f"--stage=None with --mode={mode} is no stage; 1 to {len(config.stages)} would do.")
@@ -75,34 +84,50 @@ def _check_part(config: Config, mode: str, stage: int | None, weights: str | Non
 def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal) -> None:
     """Prepares, trains and samples, or what of it the mode asks for."""
     log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
-    source = open_data(config) if mode != "sample" or _is_prepared(config) else None
+    if config.sampling.low and mode in ("all", "sample"):
+        LowImages(config)  # so that one that cannot be used is refused before training
+    training = [n for n in range(1, len(config.stages) + 1) if mode in ("all", "train") and stage in (None, n)]
+    _check_named_checkpoints(config, folder, training)
+    source = _open_for_sampling(config) if mode == "sample" else open_data(config)
     stop.check()
-    if mode in ("all", "train"):
+    if training:
         checks.check_classes(config, source.class_names)
-    _check_named_checkpoints(config)
-    if mode in ("all", "train"):
         _write_config(config, folder)
-    for number in range(1, len(config.stages) + 1):
-        if mode in ("all", "train") and stage in (None, number):
-            _train(config, number, source, folder, stop)
-            stop.check()
+    for number in training:
+        _train(config, number, source, folder, stop)
+        stop.check()
     if mode in ("all", "sample"):
         sample_to_files(config, source, folder, stop)
 
 
 def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
-    """Puts weights into a stage of a workdir, with a config.json that fits them."""
-    with open_weights(path) as weights:
-        fitting, classes = stage_of(weights, config, number)
+    """Puts weights into a stage of a workdir, with a config.json that fits them and what was imported before."""
+    with open_weights(path) as weights, _owned(workdir), StopOnSignal() as stop:
+        check_no_checkpoints(workdir, number)
+        fitting, classes = stage_of(weights, _with_imported(config, workdir), number)
         checks.check_config(fitting)
-        with _owned(workdir):
-            _check_unchanged(fitting, workdir)
-            import_stage(weights, fitting, number, classes, path, workdir)
-            _write_config(fitting, workdir)
+        _check_unchanged(fitting, workdir)
+        parameters = read_parameters(weights, fitting, number, classes, path)
+        stop.check()
+        _write_config(fitting, workdir)
+        save_imported(weights, fitting, number, parameters, path, workdir)
     count = fitting.stages[number - 1].build(fitting.data.channels, classes).count()
     log.info("import: %s parameters, %d classes -> stage%d of %s", f"{count:,}", classes, number, workdir)
     if fitting != config:
         log.info("import: with these weights goes --config configs/saved.py:%s", workdir / "config.json")
+
+
+def _with_imported(config: Config, workdir: Path) -> Config:
+    """The config with the networks of the stages that have been imported into the workdir before."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return config
+    saved, stages = configs.parse(_read_json(path)), list(config.stages)
+    for index, before in enumerate(saved.stages[: len(stages)]):
+        if (workdir / f"stage{index + 1}" / "checkpoints").is_dir():
+            kept = {field: getattr(before, field) for field in ("resolution", "network", "precondition")}
+            stages[index] = dataclasses.replace(stages[index], **kept)
+    return dataclasses.replace(config, stages=tuple(stages))
 
 
 def open_data(config: Config) -> PreparedImages:
@@ -122,12 +147,16 @@ def open_data(config: Config) -> PreparedImages:
     return source
 
 
-def _is_prepared(config: Config) -> bool:
-    """Whether there are images to compare samples with; sampling needs none."""
-    there = (Path(config.data.directory).expanduser() / "dataset_info.json").is_file()
-    if not there:
-        log.info("no prepared data in %s: the picture will not show the nearest real images", config.data.directory)
-    return there
+def _open_for_sampling(config: Config) -> PreparedImages | None:
+    """Images to compare samples with, if they are there; sampling needs none."""
+    try:
+        if (Path(config.data.directory).expanduser() / "dataset_info.json").is_file():
+            return open_data(config)
+        reason = f"there is no prepared data in {config.data.directory}"
+    except InputError as error:
+        reason = str(error)
+    log.info("the picture will not show the nearest real images: %s", reason)
+    return None
 
 
 def _train(config: Config, number: int, source: PreparedImages, workdir: Path, stop: StopOnSignal) -> None:
@@ -152,18 +181,25 @@ def _owned(workdir: Path) -> Iterator[None]:
 
 
 def _check_unchanged(config: Config, workdir: Path) -> None:
-    """Refuses a config that another run of the workdir did not train with."""
+    """Refuses a config that another run of the workdir did not train with. Imported weights alone bind nothing here."""
     path = workdir / "config.json"
-    if not path.exists():
+    trained = [n for n in range(1, len(config.stages) + 1) if checkpoint.is_trained(workdir / f"stage{n}" / "checkpoints")]
+    if not path.exists() or not trained:
         return
-    try:
-        before = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); another workdir would do.") from error
-    changes = _differences(before, json.loads(json.dumps(configs.to_dict(config))), "config")
+    before, now = _read_json(path), json.loads(json.dumps(configs.to_dict(config)))
+    bound = [key for key in {**before, **now} if not key.startswith("stage") or key in {f"stage{n}" for n in trained}]
+    pairs = [({key: both.get(key) for key in bound}) for both in (before, now)]
+    changes = _differences(*pairs, "config")
     listed = ", ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in changes if not _is_free(field))
     if listed:
         raise InputError(f"--workdir={str(workdir)!r} was made with another config ({listed}); another workdir would do.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); another workdir would do.") from error
 
 
 def _write_config(config: Config, workdir: Path) -> None:
@@ -171,12 +207,17 @@ def _write_config(config: Config, workdir: Path) -> None:
         partial.write_text(json.dumps(configs.to_dict(config), indent=2))
 
 
-def _check_named_checkpoints(config: Config) -> None:
-    """Refuses the path of a checkpoint that is not there before anything is trained."""
-    for stage in config.stages:
-        for named in (stage.checkpoint, stage.training.start_from):
-            if "/" in named:
-                checkpoint.find(named, Path())
+def _check_named_checkpoints(config: Config, workdir: Path, training: list[int]) -> None:
+    """Refuses the path of a checkpoint that is needed and not there before anything is trained."""
+    for number, stage in enumerate(config.stages, 1):
+        if "/" in stage.checkpoint:
+            checkpoint.find(stage.checkpoint, Path())
+        trained = checkpoint.is_trained(workdir / f"stage{number}" / "checkpoints")
+        if stage.training.start_from and number in training and not trained:
+            try:
+                checkpoint.find(stage.training.start_from, Path())
+            except InputError as error:
+                raise InputError(f"config.stage{number}.training.start_from: {error}") from error
 
 
 def _is_free(field: str) -> bool:

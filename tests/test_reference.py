@@ -18,6 +18,7 @@ from rdm_jax.config import Stage
 from rdm_jax.data import augment
 from rdm_jax.diffusion import blurring, guidance, preconditioning, processes, samplers, schedules
 from rdm_jax.interop import original
+from tests.precision import enable_x64
 
 FOLDER = pathlib.Path(os.environ.get("RDM_REFERENCE_DIR", pathlib.Path(__file__).parent / "reference_cases"))
 WHOLE = {"seed", "patch", "block", "up_scale", "num_steps", "num_noise_draws"}  # all other numbers in a case's meta are real
@@ -40,7 +41,7 @@ def load(path):
 
 @pytest.fixture(params=["float64", "float32"])
 def dtype(request):
-    with jax.enable_x64(request.param == "float64"):
+    with enable_x64(request.param == "float64"):
         yield jnp.dtype(request.param)
 
 

@@ -1,6 +1,7 @@
 """The published networks in the original's words: settings, parameter names and layouts, and ours for each of them."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -40,6 +41,12 @@ NETWORK_FIELDS = {
     "dropout": "dropout",
 }
 SONG_FIELDS = {"embedding_type": "embedding", "channel_mult_noise": "noise_mult", "resample_filter": "filter"}
+# What a setting may be; a file is not trusted, and these numbers say how much is built.
+WHOLE = {"img_resolution": (1, 2**14), "img_channels": (1, 64), "label_dim": (0, 10**6), "model_channels": (1, 2**14)}
+WHOLE |= {"num_blocks": (1, 64), "channel_mult_emb": (1, 64), "channel_mult_noise": (1, 64), "augment_dim": (0, 64)}
+WHOLE |= {"M": (2, 10**5)}
+SEVERAL = {"channel_mult": (1, 64), "attn_resolutions": (1, 2**14), "resample_filter": (0, 64)}
+WORDS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
 # Handled one by one, or without a meaning here (`use_fp16`, `label_dropout`).
 IGNORED = {"use_fp16", "label_dropout", "model_type", "img_resolution", "img_channels", "label_dim", "attn_resolutions"}
 IGNORED |= {
@@ -86,34 +93,61 @@ def describe(class_name: str, settings: dict[str, Any], stage: Stage) -> Describ
     if class_name.lower() not in kinds:
         raise InputError(f"the network's class {class_name!r} is not known; {' or '.join(PRECONDITIONS)} would do.")
     class_name = kinds[class_name.lower()]
+    _check_settings(settings)
     family = settings.get("model_type", DEFAULT_NETWORK[class_name])
     if family not in NETWORKS:
         raise InputError(f"the network's model_type={family!r} is not known; {' or '.join(NETWORKS)} would do.")
     for name in sorted(settings.keys() - IGNORED - NETWORK_FIELDS.keys() - SONG_FIELDS.keys()):
-        log.info("the weights' setting %s=%r is not known here and left out", name, settings[name])
+        log.info("the weights' setting %.40r=%.80r is not known here and left out", name, settings[name])
     settings = {**DEFAULTS[family], **settings}
-    try:
-        side, channels = int(settings["img_resolution"]), int(settings["img_channels"])
-        stage = dataclasses.replace(
-            stage,
-            resolution=(side, side),
-            network=_network(family, settings, stage.network),
-            precondition=_precondition(class_name, settings),
-        )
-        return Described(stage, channels, int(settings.get("label_dim", 0)))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the weights' settings {settings} cannot be used ({error!r}); the original's would do.") from error
+    side = settings["img_resolution"]
+    network, precondition = _network(family, settings, stage.network), _precondition(class_name, settings)
+    stage = dataclasses.replace(stage, resolution=(side, side), network=network, precondition=precondition)
+    return Described(stage, settings["img_channels"], settings.get("label_dim", 0))
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuses settings of the wrong type or of an absurd size before anything is built with them."""
+
+    def whole(value: Any, least: int, most: int) -> bool:
+        return type(value) is int and least <= value <= most
+
+    for name in ("img_resolution", "img_channels"):
+        if name not in settings:
+            raise InputError(f"the weights' settings have no {name!r}; a file as published would do.")
+    for name, (least, most) in WHOLE.items():
+        if name in settings and not whole(settings[name], least, most):
+            raise _unusable(name, settings[name], f"a whole number from {least} to {most}")
+    for name, (least, most) in SEVERAL.items():
+        values = settings.get(name, [])
+        if not isinstance(values, list | tuple) or len(values) > 16 or not all(whole(v, least, most) for v in values):
+            raise _unusable(name, values, f"a list of at most 16 whole numbers from {least} to {most}")
+    for name in WORDS:
+        if not isinstance(settings.get(name, ""), str):
+            raise _unusable(name, settings[name], "a word")
+
+
+def _unusable(name: str, value: Any, would_do: str) -> InputError:
+    return InputError(f"the weights' setting {name}={value!r:.80} cannot be used; {would_do} would do.")
+
+
+def _number(settings: dict[str, Any], name: str, default: float, most: float = 1e6) -> float:
+    """A setting that is a positive number. (Dropout may be 0.)"""
+    value = settings.get(name, default)
+    if type(value) not in (int, float) or not (0 < value <= most or (name == "dropout" and value == 0)):
+        raise _unusable(name, value, f"a number above 0, {most:g} at most,")
+    return float(value)
 
 
 def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
-    cls, side = NETWORKS[family], int(settings["img_resolution"])
+    cls, side = NETWORKS[family], settings["img_resolution"]
     values = {"emb_mult": 4, "augment_labels": 0, "dropout": 0.1, "dtype": ours.dtype}
     fields = NETWORK_FIELDS | (SONG_FIELDS if cls is Song else {})
     values |= {field: settings[name] for name, field in fields.items() if name in settings}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     levels = range(len(values["channel_mult"]))
     values["attention_levels"] = tuple(level for level in levels if side >> level in settings["attn_resolutions"])
-    values["dropout"] = float(values["dropout"])
+    values["dropout"] = _number(settings, "dropout", 0.1, 0.99)
     if cls is Song:
         encoder, decoder = settings.get("encoder_type", "standard"), settings.get("decoder_type", "standard")
         if encoder not in ("standard", "residual") or decoder != "standard":
@@ -126,15 +160,15 @@ def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
 
 
 def _precondition(class_name: str, settings: dict[str, Any]) -> preconditioning.Preconditioning:
-    number = lambda name, default: type(default)(settings.get(name, default))  # noqa: E731
+    number = functools.partial(_number, settings)
     if class_name == "EDMPrecond":
         return preconditioning.EDM(sigma_data=number("sigma_data", 0.5))
     if class_name == "VPPrecond":
         schedule = Linear(number("beta_d", 19.9), number("beta_min", 0.1))
-        return preconditioning.VP(schedule, number("M", 1000), number("epsilon_t", 1e-5))
+        return preconditioning.VP(schedule, settings.get("M", 1000), number("epsilon_t", 1e-5))
     if class_name == "VEPrecond":
         return preconditioning.VE(number("sigma_min", 0.02), number("sigma_max", 100.0))
-    return preconditioning.IDDPM(number("C_1", 0.001), number("C_2", 0.008), number("M", 1000))
+    return preconditioning.IDDPM(number("C_1", 0.001), number("C_2", 0.008), settings.get("M", 1000))
 
 
 def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[str, Any]]:

@@ -65,8 +65,10 @@ def _open_safetensors(path: Path) -> Iterator[Weights]:
         file = safetensors.safe_open(path, framework="np")
         about = file.metadata() or {}
         settings = json.loads(about["settings"]) if "settings" in about else None
+        if not isinstance(settings, dict | None):
+            raise ValueError("its settings are no dict")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be used ({error}); a whole safetensors file would do.") from error
     with file:
         yield Weights(about.get("class_name"), settings, shapes, file.get_tensor)
@@ -79,11 +81,10 @@ def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int
     """
     stage = config.stages[number - 1]
     if weights.settings is None or weights.class_name is None:
-        label = weights.shapes.get("model.map_label.weight")
-        return config, label[1] if label else 0
+        label = weights.shapes.get("model.map_label.weight", ())
+        return config, label[1] if len(label) == 2 else 0
     found = original.describe(weights.class_name, weights.settings, stage)
-    if isinstance(found.stage.precondition, type(stage.precondition)) and hasattr(stage.precondition, "noise_scale"):
-        _log_changes(number, "precondition", stage.precondition, found.stage.precondition)
+    _log_changes(number, "precondition", stage.precondition, found.stage.precondition)
     _log_changes(number, "network", stage.network, found.stage.network)
     if found.stage.resolution != stage.resolution:
         log.info("config.stage%d.resolution: %s -> %s, as the weights say", number, stage.resolution, found.stage.resolution)
@@ -104,33 +105,40 @@ def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
             log.info("config.stage%d.%s.%s: %s -> %s, as the weights say", number, part, field.name, was, now)
 
 
-def import_stage(weights: Weights, config: Config, number: int, classes: int, path: Path, workdir: Path) -> None:
-    """Saves weights as checkpoint 0 of a stage, in the dtype that they have in the file (they are read as float32).
+def check_no_checkpoints(workdir: Path, number: int) -> None:
+    """Refuses to import into a stage that has checkpoints already. Raises InputError."""
+    directory = workdir / f"stage{number}" / "checkpoints"
+    if any(child.name.isdecimal() for child in directory.glob("*")):
+        raise InputError(f"{directory} has checkpoints already; another --workdir would do.")
+
+
+def save_imported(weights: Weights, config: Config, number: int, parameters: dict[str, Any], path: Path, workdir: Path) -> None:
+    """Saves parameters as checkpoint 0 of a stage, in the dtype that they have in the file (they are read as float32).
 
     Args:
+      weights: where they are from.
       config: as `stage_of` returned it.
       number: of the stage, from 1.
-      classes: that the network knows; they are called '0', '1', ...
+      parameters: from `read_parameters`; their classes are called '0', '1', ...
       path: of the file.
       workdir: of the run.
-
-    Raises:
-      InputError: a parameter is missing, unknown or of another shape, or the stage has checkpoints already.
     """
-    directory = workdir / f"stage{number}" / "checkpoints"
-    checkpoints = checkpoint.Checkpoints(directory)
-    if checkpoints.steps():
-        raise InputError(f"{directory} has checkpoints already; another --workdir would do.")
-    stage = config.stages[number - 1]
-    tree = _tree(weights, stage, stage.build(config.data.channels, classes).abstract, path)
+    classes = parameters["map_label"]["kernel"].shape[0] if "map_label" in parameters else 0
     imported = {"file": path.name, "sha256": _sha256(path), "class_name": weights.class_name, "settings": weights.settings}
     about = {"stage": to_dict(config)[f"stage{number}"], "classes": [str(i) for i in range(classes)], "seed": config.seed}
-    checkpoints.save_ema(0, tree, {**about, "imported": imported})
+    checkpoints = checkpoint.Checkpoints(workdir / f"stage{number}" / "checkpoints")
+    checkpoints.save_ema(0, parameters, {**about, "imported": imported})
     checkpoints.close()
 
 
-def _tree(weights: Weights, stage: Stage, abstract: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The parameters as our tree of NumPy arrays, each read from the file when it is its turn."""
+def read_parameters(weights: Weights, config: Config, number: int, classes: int, path: Path) -> dict[str, Any]:
+    """A stage's parameters as our tree of arrays, each read from the file when it is its turn.
+
+    Raises:
+      InputError: a parameter is missing, unknown or of another shape.
+    """
+    stage = config.stages[number - 1]
+    abstract = stage.build(config.data.channels, classes).abstract
     names = _names(stage, abstract)
     unknown = sorted(weights.shapes.keys() - set(names.values()) - original.buffers(stage).keys())
     if unknown:

@@ -42,7 +42,7 @@ class ADMNetwork(UNetNetwork):
         self.map_label = nnx.Linear(classes, emb, **unit, **kwargs) if classes else None
         zero = {"init": ZERO, "use_bias": False}
         self.map_augment = layers.linear(labels, config.channels, **zero, **kwargs) if labels else None
-        super().__init__(config, STYLE, image_channels, outputs, rngs=rngs)
+        super().__init__(config, STYLE, image_channels, outputs, config.channels * config.channel_mult[0], rngs=rngs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         attends = half == "middle" or level in self.config.attention_levels

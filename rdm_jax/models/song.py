@@ -64,7 +64,7 @@ class SongNetwork(UNetNetwork):
             project_resampled=True,
             filter=config.filter,
         )
-        super().__init__(config, style, image_channels, outputs, rngs=rngs)
+        super().__init__(config, style, image_channels, outputs, config.channels, rngs=rngs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         last = half != "decoder" or block == self.config.blocks

@@ -48,12 +48,12 @@ class UNetNetwork(nnx.Module):
     the names of the blocks in the order in which they run; level 0 is the finest.
     """
 
-    def __init__(self, config: UNet, style: layers.Style, image_channels: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: UNet, style: layers.Style, image_channels: int, outputs: int, stem: int, *, rngs: nnx.Rngs):
         self.config, self.style, self.dtype = config, style, jnp.dtype(config.dtype)
         kwargs = {"dtype": self.dtype, "rngs": rngs}
         folded, width = image_channels * config.patch**2, config.channels * config.channel_mult[0]
-        self.stem = layers.conv(folded, config.channels, 3, init=style.init, **kwargs)
-        self._add_encoder(folded, kwargs)
+        self.stem = layers.conv(folded, stem, 3, init=style.init, **kwargs)
+        self._add_encoder(folded, stem, kwargs)
         self._add_decoder(kwargs)
         self.out_norm = layers.group_norm(width, epsilon=style.epsilon, **kwargs)
         self.out_conv = layers.conv(width, outputs * folded, 3, init=style.init_last, **kwargs)
@@ -71,8 +71,8 @@ class UNetNetwork(nnx.Module):
     def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict) -> None:
         """For families that feed the shrunken image into each level; none by default."""
 
-    def _add_encoder(self, folded: int, kwargs: dict):
-        width, residual, names, skips = self.config.channels, folded, [], [self.config.channels]
+    def _add_encoder(self, folded: int, stem: int, kwargs: dict):
+        width, residual, names, skips = stem, folded, [], [stem]
         for level, mult in enumerate(self.config.channel_mult):
             if level:
                 names.append(self._add_block(f"down{level}", width, width, kwargs, resample="down"))

@@ -1,5 +1,7 @@
 """Small images from a folder, in place of the first stages' own."""
 
+import hashlib
+
 import numpy as np
 from jaxtyping import Int, UInt8
 
@@ -36,11 +38,29 @@ class LowImages:
         return np.stack([self._image(int(seed) % len(self._source)) for seed in seeds])
 
     def labels(self, seeds: Int[np.ndarray, " b"], class_names: tuple[str, ...]) -> Int[np.ndarray, " b"] | None:
-        """The classes of the images of seeds, by the names of their folders; None where these are no classes of the network."""
-        if not self._source.class_names or not set(self._source.class_names) <= set(class_names):
+        """The classes of the images of seeds, by the names of their folders, or by the folders' order if there is one a class.
+
+        None where the images are in no class folders. Raises InputError where the folders are no classes of the network.
+        """
+        folders = self._source.class_names
+        if not folders:
             return None
-        names = [self._source.class_names[self._source.labels[seed % len(self._source)]] for seed in seeds]
-        return np.asarray([class_names.index(name) for name in names], np.int32)
+        if set(folders) <= set(class_names):
+            numbers = [class_names.index(name) for name in folders]
+        elif len(folders) == len(class_names):
+            numbers = list(range(len(folders)))
+        else:
+            known = f"{len(folders)} class folders ({', '.join(folders[:3])}, ...), the network {len(class_names)} other classes"
+            would_do = "folders named like its classes, or --config.sampling.classes,"
+            raise InputError(f"config.sampling.low={self._spec!r} has {known}; {would_do} would do.")
+        return np.asarray([numbers[self._source.labels[seed % len(self._source)]] for seed in seeds], np.int32)
+
+    def digest(self, seeds: Int[np.ndarray, " b"]) -> str:
+        """A hash of the images of seeds, so that samples of other images are not taken for theirs."""
+        digest = hashlib.sha256()
+        for index in np.unique(seeds % len(self._source)):
+            digest.update(self._image(int(index)).tobytes())
+        return digest.hexdigest()
 
     def _image(self, index: int) -> np.ndarray:
         height, width = self._size

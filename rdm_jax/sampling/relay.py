@@ -57,7 +57,7 @@ class Relay:
         checkpoints.close()
         sampler = stage_sampler(stage, network, number=number, channels=channels, classes=classes, run_seed=self.config.seed)
         self._stages.append((sampler, params))
-        loaded = {"step": step, **{k: about[k] for k in ("validation_loss", "imported") if k in about}}
+        loaded = {"step": step, **{k: about[k] for k in ("validation_loss", "imported", "started_from") if k in about}}
         self.checkpoints.append(loaded | ({"folder": str(folder.resolve())} if "/" in stage.checkpoint else {}))
         return tuple(about["classes"])
 

@@ -30,7 +30,10 @@ def describe(config: Config, relay: Relay) -> dict[str, Any]:
         for name in (f"stage{number}" for number in range(relay.first, len(config.stages) + 1))
     }
     sampling = {k: v for k, v in values["sampling"].items() if k not in ("name", "batch_size")}
-    return json.loads(json.dumps({"seed": config.seed, "sampling": sampling, "stages": stages, "checkpoints": relay.checkpoints}))
+    about = {"seed": config.seed, "sampling": sampling, "stages": stages, "checkpoints": relay.checkpoints}
+    if relay.low:
+        about["low_images"] = relay.low.digest(np.asarray(parse_seeds(config.sampling.seeds)))
+    return json.loads(json.dumps(about))
 
 
 def sample_to_files(config: Config, source: PreparedImages | None, workdir: Path, stop: StopOnSignal) -> None:

@@ -17,9 +17,9 @@ StageSampler = Callable[..., Float[Array, "b h w c"]]
 
 
 def stage_levels(stage: Stage) -> samplers.Levels:
-    """The levels that the stage's sampler walks, each rounded to one that the network knows."""
+    """The levels that the stage's sampler walks; in generating from noise, each rounded to one that the network knows."""
     levels = stage.sampler.levels(stage.process)
-    return levels._replace(sigma=stage.precondition.round(levels.sigma))
+    return levels if levels.blur is not None else levels._replace(sigma=stage.precondition.round(levels.sigma))
 
 
 def handover(stage: Stage) -> str:

@@ -30,7 +30,7 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep_newest: int = 1, keep_best: int = 0, read_only: bool = False):
         self.directory = directory
         # The newest alone would be deleted by a policy of the best alone, so both kinds are kept.
-        keep = [checkpoint_managers.LatestN(keep_newest)]
+        keep = [checkpoint_managers.LatestN(keep_newest), _Imported(self)]
         if keep_best:
             best = checkpoint_managers.BestN(get_metric_fn=lambda m: -m["validation_loss"], n=keep_best)
             keep.append(best)
@@ -85,7 +85,7 @@ class Checkpoints:
 
     def can_resume(self, step: int) -> bool:
         """Whether the checkpoint holds a whole training state, and not averaged parameters alone."""
-        return (self.directory / str(step) / "train").exists()
+        return _is_whole(self.directory / str(step))
 
     def abstract_ema(self, step: int) -> dict[str, Any]:
         """The shapes and dtypes of the averaged parameters in a checkpoint, as float32. Raises InputError when it is damaged."""
@@ -153,6 +153,26 @@ class Checkpoints:
     def close(self) -> None:
         """Waits and lets go of the folder."""
         self._manager.close()
+
+
+class _Imported:
+    """Keeps what was imported: training goes on from it, and could not make it again."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Orbax's `PreservationPolicy`."""
+        return [not self._checkpoints.can_resume(each.step) for each in checkpoints]
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "train").exists()
+
+
+def is_trained(directory: Path) -> bool:
+    """Whether a stage's checkpoints hold a training state, and not imported parameters alone."""
+    return any(step.name.isdecimal() and _is_whole(step) for step in directory.glob("*"))
 
 
 def _saving(tree: Any) -> ocp.args.PyTreeSave:

@@ -168,6 +168,7 @@ class Trainer:
         if steps and checkpoints.can_resume(steps[-1]):
             state, about = checkpoints.restore(steps[-1], self.abstract)
             iterator.set_state(about["data"])
+            self._about |= {k: about[k] for k in ("started_from",) if k in about}
             state = state.replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))  # a run that diverged may try again
             if steps[-1] < self.training.steps:
                 log.info("%s: going on from %s images", self.name, f"{steps[-1] * self.training.batch_size:,}")
@@ -196,7 +197,11 @@ class Trainer:
             ours.pop("map_label", None)
             ours |= {"map_label": checkpoint.with_sharding(label, sharding.replicated(self.mesh))} if label else {}
             log.info("%s: the embedding of the classes starts afresh, as they are others than the given parameters'", self.name)
-        ema, _ = given.restore_ema(step, ours)
+        ema, about = given.restore_ema(step, ours)
+        where = str(given.directory / str(step))
+        self._about["started_from"] = {"checkpoint": where} | {k: about[k] for k in ("imported",) if k in about}
+        if about["stage"]["precondition"] != self._about["stage"]["precondition"]:
+            log.info("%s: the given parameters are of another preconditioning (%s)", self.name, about["stage"]["precondition"])
         ema = {k: ema[k] if k in ema and (same or k != "map_label") else fresh for k, fresh in state.ema.items()}
         log.info("%s: starting with the parameters in %s", self.name, given.directory / str(step))
         return state.replace(params=jax.tree.map(jnp.copy, ema), ema=ema)

@@ -11,6 +11,7 @@ import scipy.stats
 from rdm_jax import sharding
 from rdm_jax.data import augment
 from rdm_jax.data.augment import Augmentation, Transformation
+from tests.precision import enable_x64
 
 SIZE = 32
 # Turning and stretching is measured on Gaussian blobs of height 1 and a standard deviation of 3 pixels. Interpolating lowers
@@ -142,7 +143,7 @@ def expectation(augmentation, image, t):
 
 def test_all_together_follow_their_definition():
     shape = (4, 9, 14, 2)  # not square
-    with jax.enable_x64(True):
+    with enable_x64(True):
         augmentation = Augmentation(probability=1.0, scale_std=0.3, anisotropy_std=0.25, shift_std=0.2)
         images = jnp.asarray(np.random.default_rng(1).standard_normal(shape))
         keys = jax.random.split(jax.random.key(3), shape[0])

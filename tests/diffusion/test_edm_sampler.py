@@ -3,7 +3,6 @@
 import dataclasses
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,11 +23,12 @@ from tests.diffusion.gaussian_targets import (
     rungs,
     shrink,
 )
+from tests.precision import enable_x64
 
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from rdm_jax.diffusion import preconditioning, schedules
+from tests.precision import enable_x64
 
 SIGMAS = [0.002, 0.1, 0.5, 3.0, 80.0]
 
@@ -84,7 +85,7 @@ def test_denoiser_computes_in_the_dtype_of_its_images():
     out = preconditioning.denoiser(network, preconditioning.EDM())(jnp.ones((2, 4, 4, 1)), jnp.asarray(0.5))
     assert out.dtype == jnp.float32
     assert calls == [(jnp.float32, jnp.float32)]
-    with jax.enable_x64(True):
+    with enable_x64(True):
         out = preconditioning.denoiser(network, preconditioning.EDM())(jnp.ones((2, 4, 4, 1), jnp.float64), jnp.float32(0.5))
         assert out.dtype == jnp.float64
     assert calls[1] == (jnp.float64, jnp.float64)

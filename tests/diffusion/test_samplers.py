@@ -25,11 +25,12 @@ from tests.diffusion.gaussian_targets import (
     rungs,
     shrink,
 )
+from tests.precision import enable_x64
 
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

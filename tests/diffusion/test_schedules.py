@@ -7,6 +7,7 @@ import scipy.integrate
 import scipy.stats
 
 from rdm_jax.diffusion import schedules
+from tests.precision import enable_x64
 
 # ImageNet; CelebA-HQ in training; CelebA-HQ in sampling, whose clock would end beyond every sigma: t L < 1 only up to 0.952.
 CLOCKS = {
@@ -35,7 +36,7 @@ def test_sigma_undoes_time(clock, end):
 
 @clocks
 def test_round_trip_in_float64(clock, end):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         t = jnp.linspace(0.001, end, 200)
         chex.assert_trees_all_close(time_of(clock, sigma_of(clock, t)), t, rtol=1e-12)
 
@@ -84,7 +85,7 @@ def test_the_linear_schedule_integrates_a_rising_beta(schedule):
     t = np.geomspace(1e-5, 1.0, 12)
     beta = lambda t: schedule.beta_min + schedule.beta_d * t  # noqa: E731
     log = np.asarray([scipy.integrate.quad(beta, 0, end)[0] for end in t])  # of 1 / alphabar = 1 + sigma^2
-    with jax.enable_x64(True):
+    with enable_x64(True):
         chex.assert_trees_all_close(np.asarray(sigma_of(schedule, jnp.asarray(t))), np.sqrt(np.expm1(log)), rtol=1e-10)
     # An exponent of up to 10 is known to 6e-7 in float32.
     chex.assert_trees_all_close(np.asarray(sigma_of(schedule, jnp.float32(t)), np.float64), np.sqrt(np.expm1(log)), rtol=2e-6)
@@ -94,7 +95,7 @@ def test_the_linear_schedule_integrates_a_rising_beta(schedule):
 def test_round_trips_of_the_linear_schedule(schedule):
     times = np.geomspace(1e-5, 1.0, 200)
     for x64, tolerance in ((False, 1e-6), (True, 1e-12)):  # a few roundings: the inverse cancels nothing at small times either
-        with jax.enable_x64(x64):
+        with enable_x64(x64):
             t = jnp.asarray(times)
             sigma = sigma_of(schedule, t)
             assert t.dtype == sigma.dtype == (jnp.float64 if x64 else jnp.float32)

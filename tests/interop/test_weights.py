@@ -22,6 +22,7 @@ from rdm_jax.interop import original
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.song import Song
 from rdm_jax.run import run
+from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.training.checkpoint import Checkpoints
 from tests.interop.torch_standins import write_pkl, write_pt
 from tests.tiny import tiny_config, write_images
@@ -115,6 +116,17 @@ def test_imported_weights_are_sampled_without_data(imported, sampled):
     assert Image.open(folder / "run/samples/grid.png").width > 0
 
 
+def test_settings_of_the_file_that_is_imported_first_are_kept(imported, tmp_path):
+    """Two imports with the same config, which neither file agrees with."""
+    folder, config, tensors = imported
+    for number, name in ((1, "one.pkl"), (2, "two.pkl")):
+        class_name, settings = settings_for(config.stages[number - 1])
+        write_pkl(tmp_path / name, class_name, {**settings, "dropout": 0.1 + number / 10}, tensors[number - 1])
+        run(values_of(config), str(tmp_path / "run"), mode="import", stage=number, weights=str(tmp_path / name))
+    saved = parse(json.loads((tmp_path / "run/config.json").read_text()))
+    assert [stage.network.dropout for stage in saved.stages] == pytest.approx([0.2, 0.3])
+
+
 def test_the_sde_sampler_and_postprocessing_are_options(imported, sampled):
     folder, config, _ = imported
     first, second = config.stages
@@ -150,14 +162,29 @@ def test_small_images_of_no_stages_size_are_refused(imported, tmp_path):
         run(values_of(dataclasses.replace(config, sampling=sampling)), str(folder / "run"), mode="sample")
 
 
-def test_small_images_bring_their_classes(imported, tmp_path):
-    folder, config, _ = imported
-    for name in ("2", "0"):
-        (tmp_path / "low" / name).mkdir(parents=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / "low" / name / "x.png")
-    sampling = dataclasses.replace(config.sampling, name="labelled", seeds="0-3", low=f"folder:{tmp_path / 'low'}")
-    run(values_of(dataclasses.replace(config, sampling=sampling)), str(folder / "run"), mode="sample")
-    assert np.load(folder / "run/labelled/samples.npz")["labels"].tolist() == [0, 2, 0, 2]
+def low_images(config, folder, names, colour="black") -> LowImages:
+    for name in names:
+        (folder / "low" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), colour).save(folder / "low" / name / "x.png")
+    sampling = dataclasses.replace(config.sampling, low=f"folder:{folder / 'low'}")
+    return LowImages(dataclasses.replace(config, sampling=sampling))
+
+
+def test_small_images_bring_their_classes(tmp_path):
+    config, seeds = config_for(tmp_path), np.arange(4)
+    by_name = low_images(config, tmp_path / "by_name", ["2", "0"])
+    assert by_name.labels(seeds, ("0", "1", "2")).tolist() == [0, 2, 0, 2]
+    by_order = low_images(config, tmp_path / "by_order", ["n02", "n01", "n03"])
+    assert by_order.labels(seeds, ("0", "1", "2")).tolist() == [0, 1, 2, 0]
+    assert low_images(config, tmp_path / "flat", ["."]).labels(seeds, ("0", "1", "2")) is None
+    with pytest.raises(InputError, match=r"2 class folders \(a, b, ...\), the network 3 other classes; folders named"):
+        low_images(config, tmp_path / "others", ["a", "b"]).labels(seeds, ("0", "1", "2"))
+
+
+def test_other_small_images_are_other_samples(tmp_path):
+    config, seeds = config_for(tmp_path), np.arange(4)
+    first, again = (low_images(config, tmp_path, ["a", "b"]).digest(seeds) for _ in range(2))
+    assert first == again != low_images(config, tmp_path, ["a", "b"], "white").digest(seeds)
 
 
 def test_export_has_the_originals_names_and_comes_back_exactly(imported, sampled, tmp_path):
@@ -206,8 +233,10 @@ def test_training_goes_on_from_imported_weights(imported, tmp_path):
     )
     run(values_of(tuned), str(fine), mode="import", stage=1, weights=str(tmp_path / "one.pkl"))
     run(values_of(tuned), str(fine), mode="train", stage=1)
-    trained, _ = restored(fine, config.stages[0], 1)
+    trained, about = restored(fine, config.stages[0], 1)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), trained, given)
+    assert about["started_from"]["imported"]["file"] == "one.pkl"
+    assert (fine / "stage1/checkpoints/0").is_dir()  # what was imported stays
 
 
 @pytest.mark.parametrize(
@@ -253,7 +282,13 @@ REFUSED = {
     "unknown": ({"model__map_more__weight": np.zeros((2, 2), np.float32)}, {}, "has a parameter 'model.map_more.weight'"),
     "shape": ({"model__out_norm__bias": np.zeros(9, np.float32)}, {}, r"'model.out_norm.bias' of shape \(9,\); \(8,\)"),
     "family": ({}, {"model_type": "VisionTransformer"}, "model_type='VisionTransformer' is not known"),
-    "settings": ({}, {"model_channels": "many"}, "model_channels"),
+    "text": ({}, {"model_channels": "192"}, "model_channels='192' cannot be used"),
+    "absurd": ({}, {"num_blocks": 10**6}, "num_blocks=1000000 cannot be used; a whole number from 1 to 64"),
+    "levels": ({}, {"channel_mult": [1, None]}, "channel_mult=.*cannot be used"),
+    "negative": ({}, {"label_dim": -1}, "label_dim=-1 cannot be used"),
+    "infinite": ({}, {"sigma_data": float("inf")}, "sigma_data=inf cannot be used"),
+    "huge": ({}, {"dropout": 10**400}, "dropout=1000.*cannot be used"),
+    "word": ({}, {"embedding_type": [1]}, "embedding_type=.*cannot be used; a word would do"),
     "encoder": ({}, {"model_type": "SongUNet", "encoder_type": "skip"}, "encoder_type='skip'"),
     "resolution": ({}, {"img_resolution": 16}, r"config.stage2.resolution=\(8, 8\)"),
 }
@@ -300,12 +335,13 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, flags, message):
         run(values_of(config_for(tmp_path)), str(tmp_path / "run"), **flags)
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "no-json"])
+@pytest.mark.parametrize("damage", ["cut", "header", "no-json", "no-dict", "deep"])
 def test_damaged_safetensors_are_refused(tmp_path, damage):
     path = tmp_path / "x.safetensors"
-    save_file({"a": np.zeros(100, np.float32)}, path, metadata={"settings": "{" if damage == "no-json" else "{}"})
+    settings = {"no-json": "{", "no-dict": "[1]", "deep": "[" * 100_000}.get(damage, "{}")
+    save_file({"a": np.zeros(100, np.float32)}, path, metadata={"settings": settings})
     data = path.read_bytes()
-    path.write_bytes({"cut": data[:-50], "header": data[:8] + b"{" + bytes(len(data)), "no-json": data}[damage])
+    path.write_bytes({"cut": data[:-50], "header": data[:8] + b"{" + bytes(len(data))}.get(damage, data))
     with pytest.raises(InputError, match="x.safetensors cannot be used"):
         run(values_of(config_for(tmp_path)), str(tmp_path / "run"), mode="import", stage=1, weights=str(path))
 

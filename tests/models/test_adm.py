@@ -77,6 +77,15 @@ def test_size_of_the_published_networks(config, side, count, giga):
     assert net.multiply_adds((side, side, 3), 1000) == pytest.approx(giga * 1e9, rel=0.01)
 
 
+def test_the_stem_is_as_wide_as_level_0():
+    """As in the original; DDPM++'s and NCSN++'s is `channels` wide."""
+    abstract = functional(lambda rngs: dataclasses.replace(SMALLEST, channel_mult=(2, 2)).build(CHANNELS, 0, rngs=rngs)).abstract
+    assert abstract["stem"]["kernel"].shape == (3, 3, CHANNELS, 8)
+    assert "skip" not in abstract["encoder0_0"]
+    assert abstract["decoder0_1"]["conv0"]["kernel"].shape == (3, 3, 16, 8)
+    assert abstract["map_layer0"]["kernel"].shape == (4, 16)
+
+
 def test_output_is_zero_at_initialisation(init, smallest):
     apply, _ = smallest
     params = init(jax.random.key(0))

@@ -1,0 +1,7 @@
+"""float64 in tests, under the name that it has in each version of jax."""
+
+import importlib
+
+import jax
+
+enable_x64 = getattr(jax, "enable_x64", None) or importlib.import_module("jax.experimental").enable_x64
