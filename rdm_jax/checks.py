@@ -5,11 +5,10 @@ import math
 from typing import Any
 
 from rdm_jax.config import Config, Stage, kind_of
-from rdm_jax.data import augment
+from rdm_jax.data import augment, postprocess
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
 from rdm_jax.models.song import Song
-from rdm_jax.sampling import postprocess
 
 MAX_SEEDS = 1_000_000  # what is kept in memory until it is written to one file
 

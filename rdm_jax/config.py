@@ -55,7 +55,8 @@ class Training:
       beta1, beta2, epsilon: Adam's.
       ema_halflife, ema_rampup: half-life of the averaged parameters, and its bound as a share of the images seen (0: none).
       label_dropout: probability that a label is hidden; guidance needs it.
-      augment: probability of each of EDM's geometric augmentations; with more than 0, network.augment_labels must be 9.
+      augment: probability of each of EDM's geometric augmentations; with more than 0, network.augment_labels must be 9. It
+        works on images at twice their size and reflected on every side, 36 times their memory; `accumulate` divides that.
       start_from: folder of a checkpoint's step, whose averaged parameters training begins with; '' for random ones.
       checkpoint_every, keep_newest, keep_best: when to save, and how many of the newest and of the best to keep.
       preview_every: when to draw a grid of samples; 0 for never.

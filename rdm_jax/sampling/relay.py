@@ -10,9 +10,9 @@ from jaxtyping import Int
 
 from rdm_jax import checks, sharding
 from rdm_jax.config import Config, to_dict
+from rdm_jax.data.postprocess import postprocess
 from rdm_jax.errors import InputError
 from rdm_jax.sampling.low_images import LowImages
-from rdm_jax.sampling.postprocess import postprocess
 from rdm_jax.sampling.sampler import stage_sampler, to_uint8
 from rdm_jax.training import checkpoint
 from rdm_jax.training.step import to_float

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from rdm_jax.sampling.postprocess import PRESETS, postprocess
+from rdm_jax.data.postprocess import PRESETS, postprocess
 
 # The weights of PIL's grey.
 LUMA = (0.299, 0.587, 0.114)
