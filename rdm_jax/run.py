@@ -73,7 +73,8 @@ def _check_part(config: Config, mode: str, stage: int | None, weights: str | Non
     """Refuses flags that do not go together."""
     wanted = mode in ("import", "export")
     if stage is not None and (not 0 < stage <= len(config.stages) or mode not in ("train", "import", "export")):
-        raise InputError(f"--stage={stage} with --mode={mode} is no stage; 1 to {len(config.stages)} with --mode=train would do.")
+        would_do = f"1 to {len(config.stages)} with --mode=train, import or export"
+        raise InputError(f"--stage={stage} with --mode={mode} is no stage; {would_do} would do.")
     if wanted and stage is None:
         raise InputError(f"--stage=None with --mode={mode} is no stage; 1 to {len(config.stages)} would do.")
     if wanted != bool(weights):
@@ -111,7 +112,7 @@ def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
         stop.check()
         _write_config(fitting, workdir)
         save_imported(weights, fitting, number, parameters, path, workdir)
-    count = fitting.stages[number - 1].build(fitting.data.channels, classes).count()
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     log.info("import: %s parameters, %d classes -> stage%d of %s", f"{count:,}", classes, number, workdir)
     if fitting != config:
         log.info("import: with these weights goes --config configs/saved.py:%s", workdir / "config.json")

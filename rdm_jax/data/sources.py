@@ -45,10 +45,18 @@ class Source:
         """Reads one image at the size and with the channels asked for.
 
         Raises:
+          InputError: as for `decode`.
+        """
+        return fit(self.decode(index, channels=channels, background=background), height, width)
+
+    def decode(self, index: int, *, channels: int, background: tuple[int, int, int]) -> UInt8[np.ndarray, "h w {channels}"]:
+        """Reads one image at its own size, with the channels asked for.
+
+        Raises:
           InputError: it is damaged, or of a kind that has no 8-bit reading; its name is in the message.
         """
         try:
-            return fit(to_uint8(self.load(index), channels, background), height, width)
+            return to_uint8(self.load(index), channels, background)
         except InputError as error:
             raise InputError(f"image {self.names[index]!r} {error}") from error
 

@@ -141,7 +141,7 @@ def _number(settings: dict[str, Any], name: str, default: float, most: float = 1
 
 def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
     cls, side = NETWORKS[family], settings["img_resolution"]
-    values = {"emb_mult": 4, "augment_labels": 0, "dropout": 0.1, "dtype": ours.dtype}
+    values = {"emb_mult": 4, "augment_labels": 0, "dtype": ours.dtype}
     fields = NETWORK_FIELDS | (SONG_FIELDS if cls is Song else {})
     values |= {field: settings[name] for name, field in fields.items() if name in settings}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -177,15 +177,15 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
     Raises:
       InputError: the original has no such network.
     """
-    network, (height, width) = stage.network, stage.resolution
-    for field, value, would_do, fine in (
-        ("resolution", stage.resolution, "a square one", height == width),
-        ("network.patch", network.patch, "1", network.patch == 1),
-        ("network.head_channels", getattr(network, "head_channels", 64), "64", getattr(network, "head_channels", 64) == 64),
-        ("precondition.noise_scale", getattr(stage.precondition, "noise_scale", 0.25), "0.25", _noise_scale_is_published(stage)),
+    network, height = stage.network, stage.resolution[0]
+    for field, value, published in (
+        ("resolution", stage.resolution, (height, height)),
+        ("network.patch", network.patch, 1),
+        ("network.head_channels", getattr(network, "head_channels", 64), 64),
+        ("precondition.noise_scale", getattr(stage.precondition, "noise_scale", 0.25), 0.25),
     ):
-        if not fine:
-            raise InputError(f"{field}={value!r} has no counterpart in the original; a network with {would_do} would do.")
+        if value != published:
+            raise InputError(f"{field}={value!r} has no counterpart in the original; a network with {published} would do.")
     class_name = {cls: name for name, cls in PRECONDITIONS.items()}[type(stage.precondition)]
     family = {cls: name for name, cls in NETWORKS.items()}[type(network)]
     settings = {"img_resolution": height, "img_channels": channels, "label_dim": classes, "model_type": family}
@@ -202,10 +202,6 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
         "iDDPMPrecond": lambda: {"C_1": p.c1, "C_2": p.c2, "M": p.times},
     }[class_name]()
     return class_name, {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-
-
-def _noise_scale_is_published(stage: Stage) -> bool:
-    return getattr(stage.precondition, "noise_scale", 0.25) == 0.25
 
 
 def original_name(path: Path, network: UNet, side: int) -> str:

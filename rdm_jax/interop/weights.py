@@ -108,7 +108,7 @@ def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
 def check_no_checkpoints(workdir: Path, number: int) -> None:
     """Refuses to import into a stage that has checkpoints already. Raises InputError."""
     directory = workdir / f"stage{number}" / "checkpoints"
-    if any(child.name.isdecimal() for child in directory.glob("*")):
+    if checkpoint.step_folders(directory):
         raise InputError(f"{directory} has checkpoints already; another --workdir would do.")
 
 

@@ -25,7 +25,7 @@ class LowImages:
 
     def __init__(self, config: Config):
         self._source, self._spec, self._data = open_source(config.sampling.low), config.sampling.low, config.data
-        size = self._source.load(0).size[::-1]
+        size = self._decoded(0).shape[:2]
         sizes = [stage.resolution for stage in config.stages[:-1]]
         if size not in sizes:
             known = " or ".join(f"{h} x {w}" for h, w in sizes) or "a config of more than one stage"
@@ -62,10 +62,13 @@ class LowImages:
             digest.update(self._image(int(index)).tobytes())
         return digest.hexdigest()
 
-    def _image(self, index: int) -> np.ndarray:
-        height, width = self._size
-        if self._source.load(index).size != (width, height):
+    def _decoded(self, index: int) -> UInt8[np.ndarray, "h w c"]:
+        return self._source.decode(index, channels=self._data.channels, background=self._data.background)
+
+    def _image(self, index: int) -> UInt8[np.ndarray, "h w c"]:
+        pixels = self._decoded(index)
+        if pixels.shape[:2] != self._size:
+            height, width = self._size
             where = f"image {self._source.names[index]!r} of config.sampling.low={self._spec!r}"
             raise InputError(f"{where} is of another size than the first; {height} x {width} would do.")
-        channels, background = self._data.channels, self._data.background
-        return self._source.read(index, height=height, width=width, channels=channels, background=background)
+        return pixels

@@ -170,9 +170,14 @@ def _is_whole(folder: Path) -> bool:
     return (folder / "train").exists()
 
 
+def step_folders(directory: Path) -> list[Path]:
+    """The folders of a stage's complete checkpoints; none where the stage has no directory yet."""
+    return [child for child in directory.glob("*") if child.name.isdecimal()]
+
+
 def is_trained(directory: Path) -> bool:
     """Whether a stage's checkpoints hold a training state, and not imported parameters alone."""
-    return any(step.name.isdecimal() and _is_whole(step) for step in directory.glob("*"))
+    return any(map(_is_whole, step_folders(directory)))
 
 
 def _saving(tree: Any) -> ocp.args.PyTreeSave:

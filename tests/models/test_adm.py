@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -11,39 +10,12 @@ from flax import nnx
 from rdm_jax.models import adm, layers
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import functional
+from tests.models.small_networks import AUGMENT, CHANNELS, CLASSES, FLOAT32, inputs, network, parameters
 
-CLASSES, AUGMENT, CHANNELS = 5, 3, 2
 TINY = ADM(channels=8, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=8, dropout=0.3, augment_labels=AUGMENT)
 ADM_64 = ADM()
 ADM_256 = ADM(channels=256, channel_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention_levels=(3, 4, 5))
 SMALLEST = ADM(channels=4, channel_mult=(1,), blocks=1, attention_levels=(), head_channels=4, augment_labels=AUGMENT)
-# The network in float32, summed in another order: relative to outputs near 1.
-FLOAT32 = 2e-5
-
-
-@functools.cache
-def network(config):
-    return functional(lambda rngs: config.build(CHANNELS, CLASSES, rngs=rngs))
-
-
-def parameters(net, seed=0):
-    """Parameters as after some training: no kernel is zero, outputs are near 1."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        z = rng.standard_normal(leaf.shape, np.float32)
-        name = path[-1].key
-        return jnp.asarray(z / np.sqrt(np.prod(leaf.shape[:-1])) if name == "kernel" else 0.1 * z + (name == "scale"))
-
-    return jax.tree.map_with_path(draw, jax.eval_shape(net.init, jax.random.key(0)))
-
-
-def inputs(batch=3, height=4, width=8, seed=0):
-    """Images, noise labels, class labels, augmentation labels."""
-    rng = np.random.default_rng(seed)
-    one_hot = np.eye(CLASSES)[rng.permutation(CLASSES)[:batch]]
-    arrays = (rng.standard_normal((batch, height, width, CHANNELS)), rng.standard_normal(batch), one_hot)
-    return tuple(jnp.asarray(a, jnp.float32) for a in (*arrays, rng.standard_normal((batch, AUGMENT))))
 
 
 @pytest.fixture(scope="module")

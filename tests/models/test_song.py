@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -11,39 +10,12 @@ from flax import nnx
 from rdm_jax.models import layers
 from rdm_jax.models.functional import functional
 from rdm_jax.models.song import Song
+from tests.models.small_networks import AUGMENT, CHANNELS, CLASSES, FLOAT32, inputs, network, parameters
 
-CLASSES, AUGMENT, CHANNELS = 5, 3, 2
 DDPM = Song(channels=8, channel_mult=(1, 2), blocks=1, attention_levels=(1,), dropout=0.3, augment_labels=AUGMENT)
 NCSN = dataclasses.replace(DDPM, embedding="fourier", noise_mult=2, residual=True, filter=(1, 3, 3, 1))
 SMALLEST = Song(channels=4, channel_mult=(1,), blocks=1, attention_levels=(), augment_labels=AUGMENT)
 FOURIER = dataclasses.replace(SMALLEST, channels=16, embedding="fourier", noise_mult=2)
-# The network in float32, summed in another order: relative to outputs near 1.
-FLOAT32 = 2e-5
-
-
-@functools.cache
-def network(config, outputs=1):
-    return functional(lambda rngs: config.build(CHANNELS, CLASSES, outputs=outputs, rngs=rngs))
-
-
-def parameters(net, seed=0):
-    """Parameters as after some training: no kernel is near zero, outputs are near 1."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        z = rng.standard_normal(leaf.shape, np.float32)
-        name = path[-1].key
-        return jnp.asarray(z / np.sqrt(np.prod(leaf.shape[:-1])) if name == "kernel" else 0.1 * z + (name == "scale"))
-
-    return jax.tree.map_with_path(draw, net.abstract)
-
-
-def inputs(batch=2, height=4, width=8):
-    """Images, noise labels, class labels, augmentation labels."""
-    rng = np.random.default_rng(0)
-    one_hot = np.eye(CLASSES)[rng.permutation(CLASSES)[:batch]]
-    arrays = (rng.standard_normal((batch, height, width, CHANNELS)), rng.standard_normal(batch), one_hot)
-    return tuple(jnp.asarray(a, jnp.float32) for a in (*arrays, rng.standard_normal((batch, AUGMENT))))
 
 
 def normal(*shape, seed=0):
@@ -320,7 +292,7 @@ def test_patches_are_folded_into_channels():
     folded = functional(lambda rngs: SMALLEST.build(4 * CHANNELS, CLASSES, rngs=rngs))
     patched = network(dataclasses.replace(SMALLEST, patch=2))
     chex.assert_trees_all_equal(folded.abstract, patched.abstract)
-    params, (x, *labels) = parameters(patched), inputs()
+    params, (x, *labels) = parameters(patched), inputs(batch=2)
     by_hand = np.asarray(x).reshape(2, 2, 2, 4, 2, CHANNELS).transpose(0, 1, 3, 2, 4, 5).reshape(2, 2, 4, 4 * CHANNELS)
     out = np.asarray(jax.jit(folded.apply)(params, jnp.asarray(by_hand), *labels))
     unfolded = out.reshape(2, 2, 4, 2, 2, CHANNELS).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
@@ -330,12 +302,12 @@ def test_patches_are_folded_into_channels():
 def test_two_outputs_are_one_after_the_other():
     one, two = network(SMALLEST), network(SMALLEST, outputs=2)
     params = parameters(two)
-    both = jax.jit(two.apply)(params, *inputs())
+    both = jax.jit(two.apply)(params, *inputs(batch=2))
     chex.assert_shape(both, (2, 4, 8, 2 * CHANNELS))
     apply = jax.jit(one.apply)
     for i, part in enumerate(jnp.split(both, 2, axis=-1)):
         half = jax.tree.map(lambda a, i=i: a[..., i * CHANNELS : (i + 1) * CHANNELS], params["out_conv"])
-        chex.assert_trees_all_close(apply({**params, "out_conv": half}, *inputs()), part, atol=FLOAT32)
+        chex.assert_trees_all_close(apply({**params, "out_conv": half}, *inputs(batch=2)), part, atol=FLOAT32)
 
 
 def test_bfloat16_is_near_float32(ncsn):

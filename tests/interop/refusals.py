@@ -1,0 +1,36 @@
+"""How a file is refused, and what it may cost."""
+
+import tracemalloc
+
+import pytest
+
+from rdm_jax.errors import InputError
+from rdm_jax.interop.torch_files import open_torch
+from tests.interop.torch_standins import Module, state_of
+
+
+def refuse(path, *named, key="ema"):
+    """Asserts that the file is refused in one sentence which has these words in it."""
+    with pytest.raises(InputError) as caught, open_torch(path, key):
+        pass
+    message = str(caught.value)
+    assert message.startswith(f"{path} cannot be used (")
+    assert message.endswith(" would do.")
+    assert "\n" not in message
+    assert len(message) < 700 or "only 'key0" in message
+    assert "TypeCheckError" not in message  # which only the tests have
+    for words in named:
+        assert words in message, message
+
+
+def with_tensor(view) -> Module:
+    return Module("EDMPrecond", state_of({"weight": view}, {}, {}, _init_args=(), _init_kwargs={}))
+
+
+def peak_of(action) -> int:
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
