@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from rdm_jax.config import Config, Stage, kind_of
-from rdm_jax.data import augment, postprocess
+from rdm_jax.data import augment, images, postprocess, records
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
 from rdm_jax.models.song import Song
@@ -42,8 +42,21 @@ def check_config(config: Config) -> None:
         config.sampling.postprocess in postprocess.PRESETS, "config.sampling.postprocess", config.sampling.postprocess, names
     )
     low = config.sampling.low
-    _require(not low or low.startswith("folder:"), "config.sampling.low", low, "'folder:PATH', or '' for none,")
+    fine = not low or low.startswith(("folder:", "zip:"))
+    _require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', or '' for none,")
+    _check_data(config)
     parse_seeds(config.sampling.seeds)
+
+
+def _check_data(config: Config) -> None:
+    data, last = config.data, config.stages[-1]
+    for field, known in (("crop", images.CROPS), ("encoding", records.ENCODINGS)):
+        would_do = " or ".join(map(repr, known))
+        _require(getattr(data, field) in known, f"config.data.{field}", getattr(data, field), would_do)
+    _require(1 <= data.quality <= 100, "config.data.quality", data.quality, "1 to 100")
+    _require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
+    _require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")
+    _require(not last.source, f"config.stage{len(config.stages)}.source", last.source, "'', and config.data.source for this one,")
 
 
 def check_classes(config: Config, class_names: tuple[str, ...]) -> None:
@@ -153,6 +166,10 @@ def _check_training(stage: Stage, path: str) -> None:
         _require(
             0 <= getattr(training, field) < 1, f"{path}.training.{field}", getattr(training, field), "a number from 0 to below 1"
         )
+    mirrored = training.flip and training.augment > 0
+    _require(
+        not mirrored, f"{path}.training.flip", training.flip, f"False, for training.augment={training.augment} mirrors itself,"
+    )
     conditioned, field = stage.network.augment_labels, f"{path}.network.augment_labels"
     wanted = (augment.LABELS,) if training.augment else (0, augment.LABELS)
     _require(

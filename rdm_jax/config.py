@@ -27,20 +27,30 @@ class Data:
     """What is learnt. The images are prepared at the last stage's resolution; earlier stages see their means.
 
     Attributes:
-      source: 'digits', 'folder:PATH' or 'emoji:PATH'.
-      directory: where the prepared records are, or are to be written.
+      source: 'digits', 'folder:PATH', 'zip:PATH', 'tfds:NAME', 'emoji:PATH' (all explained at `data.sources.open_source`), or
+        'prepared:PATH' for what has been prepared already.
+      directory: where the prepared records are, or are to be written; '' to write nothing and decode the source, if it is not
+        larger than `cache_gib`, into memory at every start.
       channels: 1 or 3.
       background: colour under transparent pixels, 0 to 255 a channel.
+      crop: 'lanczos' (central crop, then Lanczos), 'adm' (ADM's and EDM's rule for ImageNet) or 'none' (sizes are right).
+      encoding: 'png', 'jpeg', or 'raw' (nothing to decode in training, several times the space).
+      quality: of 'jpeg', 1 to 100.
       skin_tones: of emoji: 'mark' makes the skin tone the label, 'drop' leaves the variants out; '' for all else.
       cache_gib: the set is decoded into memory where it is not larger than this.
+      workers: processes that read and decode batches of a set that is not in memory; 0 for two threads of the main one.
     """
 
     source: str = "folder:images"
     directory: str = "data/images"
     channels: int = 3
     background: tuple[int, ...] = (255, 255, 255)
+    crop: str = "lanczos"
+    encoding: str = "png"
+    quality: int = 95
     skin_tones: str = ""
     cache_gib: float = 1.0
+    workers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Training:
       beta1, beta2, epsilon: Adam's.
       ema_halflife, ema_rampup: half-life of the averaged parameters, and its bound as a share of the images seen (0: none).
       label_dropout: probability that a label is hidden; guidance needs it.
+      flip: mirror half of all images, left and right; `augment` does so by itself.
       augment: probability of each of EDM's geometric augmentations; with more than 0, network.augment_labels must be 9. It
         works on images at twice their size and reflected on every side, 36 times their memory; `accumulate` divides that.
       start_from: folder of a checkpoint's step, whose averaged parameters training begins with; '' for random ones.
@@ -77,6 +88,7 @@ class Training:
     ema_halflife: float = 500_000.0
     ema_rampup: float = 0.05
     label_dropout: float = 0.1
+    flip: bool = False
     augment: float = 0.0
     start_from: str = ""
     checkpoint_every: int = 50_000
@@ -101,6 +113,8 @@ class Stage:
       resolution: height and width of its images.
       guidance: weight of classifier-free guidance in sampling; 1 for none.
       checkpoint: what to sample from: 'newest', 'best', a step's number, or the path of a checkpoint (folder of a step).
+      source: of images for this stage alone, prepared at its own resolution beside the others' (`data.directory` and _stage1);
+        '' for the means of the last stage's, so that the stages fit together.
     """
 
     resolution: tuple[int, ...] = (64, 64)
@@ -111,6 +125,7 @@ class Stage:
     sampler: samplers.Heun | samplers.RelayHeun = samplers.Heun()
     guidance: float = 1.0
     checkpoint: str = "newest"
+    source: str = ""
 
     @property
     def factor(self) -> int:
@@ -131,8 +146,8 @@ class Sampling:
       name: folder under the workdir.
       seeds: '0-499', or '1,5,7-9'; an image is its seed's, whatever else is made with it.
       classes: image of seed s gets class classes[s mod len(classes)]; empty for all classes in turn.
-      low: 'folder:PATH' of small images, of the size of a stage's: the relay goes on from them, image s mod n for seed s, and
-        the stages up to that one are left out; '' to begin with stage 1.
+      low: 'folder:PATH' or 'zip:PATH' of small images, of the size of a stage's: the relay goes on from them, image s mod n for
+        seed s, and the stages up to that one are left out; '' to begin with stage 1.
       postprocess: 'none', or what the released samplers do to the final images before FID is measured: 'rdm_imagenet'
         (brightness 1.06) or 'rdm_celebahq' (contrast 0.9, brightness 1.05, colour 0.99).
       batch_size: images at a time, over all devices.

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read."""
+"""The errors that a user is meant to read."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one sentence that names the field or file, its value, and what would do;
     `rdm_jax.main` prints it without a traceback and exits with status 2.
     """
+
+
+class BadImage(InputError):
+    """One image of a set cannot be used; `--skip_bad` leaves it out and goes on."""

@@ -11,11 +11,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from rdm_jax import checks
+from rdm_jax import checks, contact_sheet
 from rdm_jax import config as configs
 from rdm_jax.config import Config
-from rdm_jax.data.pipeline import PreparedImages, open_prepared
-from rdm_jax.data.prepare import prepare
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
 from rdm_jax.interop.weights import (
@@ -30,17 +29,26 @@ from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.preview import make_preview
 from rdm_jax.sampling.results import sample_to_files
+from rdm_jax.stage_data import open_sets, set_for_pictures
 from rdm_jax.terminal import log
 from rdm_jax.training import checkpoint
 from rdm_jax.training.loop import Trainer
 
 MODES = ("all", "prepare", "train", "sample", "import", "export")
 # What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
-FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "images", "max_skipped")
+FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "workers", "images", "max_skipped")
 FREE_FIELDS += ("start_from", "checkpoint_every", "preview_every", "log_every", "validation", "keep_newest", "keep_best")
 
 
-def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | None = None, weights: str | None = None) -> None:
+def run(
+    values: ConfigDict,
+    workdir: str,
+    *,
+    mode: str = "all",
+    stage: int | None = None,
+    weights: str | None = None,
+    skip_bad: bool = False,
+) -> None:
     """Does one part of a run, or all of it; what is done already is left alone.
 
     Args:
@@ -49,6 +57,7 @@ def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | Non
       mode: one of MODES.
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
       weights: the file to import from (.pkl, .pt, safetensors) or to export to (safetensors).
+      skip_bad: prepare without the images that cannot be used, and list them in the manifest, instead of refusing the set.
 
     Raises:
       InputError: something that the user gave cannot be used; nothing was changed.
@@ -65,7 +74,7 @@ def run(values: ConfigDict, workdir: str, *, mode: str = "all", stage: int | Non
         _check_unchanged(config, folder)
         if mode == "export":
             return export_stage(config, stage, folder, Path(weights).expanduser())
-        _work(config, mode, stage, folder, stop)
+        _work(config, mode, stage, folder, stop, skip_bad)
     log.info("%s: done", mode)
 
 
@@ -82,23 +91,27 @@ def _check_part(config: Config, mode: str, stage: int | None, weights: str | Non
         raise InputError(f"--weights={weights} does not go with --mode={mode}; {would_do} would do.")
 
 
-def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal) -> None:
+def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal, skip_bad: bool) -> None:
     """Prepares, trains and samples, or what of it the mode asks for."""
     log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
     if config.sampling.low and mode in ("all", "sample"):
         LowImages(config)  # so that one that cannot be used is refused before training
     training = [n for n in range(1, len(config.stages) + 1) if mode in ("all", "train") and stage in (None, n)]
     _check_named_checkpoints(config, folder, training)
-    source = _open_for_sampling(config) if mode == "sample" else open_data(config)
+    everything = list(range(1, len(config.stages) + 1))
+    wanted = {"prepare": everything, "all": everything, "train": training, "sample": []}[mode]
+    sets = open_sets(config, wanted, skip_bad=skip_bad, verify=mode == "prepare", check_stop=stop.check)
     stop.check()
+    if mode in ("prepare", "all"):
+        contact_sheet.draw(config, sets, folder / "contact_sheet.png", again=mode == "prepare")
     if training:
-        checks.check_classes(config, source.class_names)
+        checks.check_classes(config, sets[training[0]].class_names)
         _write_config(config, folder)
     for number in training:
-        _train(config, number, source, folder, stop)
+        _train(config, number, sets[number], folder, stop)
         stop.check()
     if mode in ("all", "sample"):
-        sample_to_files(config, source, folder, stop)
+        sample_to_files(config, sets.get(len(config.stages)) or set_for_pictures(config), folder, stop)
 
 
 def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
@@ -131,36 +144,7 @@ def _with_imported(config: Config, workdir: Path) -> Config:
     return dataclasses.replace(config, stages=tuple(stages))
 
 
-def open_data(config: Config) -> PreparedImages:
-    """Prepares the data if that has not been done, and opens it. Raises InputError."""
-    data, (height, width) = config.data, config.stages[-1].resolution
-    directory = prepare(
-        data.source,
-        data.directory,
-        height=height,
-        width=width,
-        channels=data.channels,
-        background=data.background,
-        skin_tones=data.skin_tones,
-    )
-    source = open_prepared(directory, cache_bytes=int(data.cache_gib * 2**30))
-    log.info("data: %s images of %d x %d x %d, %d classes", f"{len(source):,}", *source.image_shape, len(source.class_names))
-    return source
-
-
-def _open_for_sampling(config: Config) -> PreparedImages | None:
-    """Images to compare samples with, if they are there; sampling needs none."""
-    try:
-        if (Path(config.data.directory).expanduser() / "dataset_info.json").is_file():
-            return open_data(config)
-        reason = f"there is no prepared data in {config.data.directory}"
-    except InputError as error:
-        reason = str(error)
-    log.info("the picture will not show the nearest real images: %s", reason)
-    return None
-
-
-def _train(config: Config, number: int, source: PreparedImages, workdir: Path, stop: StopOnSignal) -> None:
+def _train(config: Config, number: int, source: ImageSet, workdir: Path, stop: StopOnSignal) -> None:
     trainer = Trainer(config, number, source, workdir / f"stage{number}")
     trainer.run(stop, lambda: make_preview(config, number, source))
 

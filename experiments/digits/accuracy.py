@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 
-from rdm_jax.data.pipeline import open_prepared
+from rdm_jax.data.image_sets import open_prepared
 
 
 def to_features(images: np.ndarray) -> np.ndarray:

@@ -45,6 +45,12 @@ class Transformation(NamedTuple):
     shift_y: Float[Array, "*b"]
 
 
+def mirror(images: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
+    """Exchanges left and right of half of the images, each by its own key."""
+    flip = jax.vmap(jax.random.bernoulli)(keys)
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """Which transformations are drawn, and how strong they are; the defaults are the published training commands'.

@@ -1,93 +1,67 @@
-"""Any source -> array_record files, once, in the format of tensorflow-datasets and without TensorFlow."""
+"""Any source -> array_record files with a manifest, once, in the format of tensorflow-datasets and without TensorFlow."""
 
+import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
-import functools
+import importlib.metadata
 import io
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from PIL import Image
-from tqdm import tqdm
 
-from rdm_jax.data.sources import Source, open_source
+import rdm_jax
+from rdm_jax.data.images import CROPS, Form
+from rdm_jax.data.records import Encoding, RelayImages, Shard, features_of, sha256
+from rdm_jax.data.sources import Source, cores, open_source
 from rdm_jax.errors import InputError
-from rdm_jax.terminal import progress
+from rdm_jax.files import whole_file
+from rdm_jax.terminal import log, progress
 
-# Bytes of pixels a shard: tensorflow-datasets keeps the encoded images of the shard that it writes in memory.
-SHARD_BYTES = 256 * 2**20
-
-
-class RelayImages(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Writes a source in the order of its listing: split 'train', features image, name and, with classes, label.
-
-    A ShardBasedBuilder, since GeneratorBasedBuilder shuffles through files of TensorFlow's beyond 1 GB.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, source: Source, settings: dict, bar: tqdm, data_dir: Path):
-        self._source, self._settings, self._bar = source, settings, bar
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        shape = tuple(self._settings[side] for side in ("height", "width", "channels"))
-        features = {"image": tfds.features.Image(shape=shape, encoding_format="png"), "name": tfds.features.Text()}
-        if self._source.class_names:
-            features["label"] = tfds.features.ClassLabel(names=self._source.class_names)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=f"Images of {self._settings['spec']}, prepared by rdm_jax.",
-            features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(self._settings),
-            disable_shuffling=True,
-        )
-
-    def _shard_iterators_per_split(self, dl_manager) -> dict:
-        count = len(self._source)
-        shards = min(count, -(-_raw_bytes(count, self._settings) // SHARD_BYTES))
-        parts = np.array_split(np.arange(count), shards)
-        return {"train": [functools.partial(map, self._example, part.tolist()) for part in parts]}
-
-    def _example(self, index: int) -> tuple[int, dict]:
-        size = {key: self._settings[key] for key in ("height", "width", "channels")}
-        pixels = self._source.read(index, **size, background=tuple(self._settings["background"]))
-        png = io.BytesIO()  # By Pillow, for tensorflow-datasets would encode an array by TensorFlow.
-        Image.fromarray(pixels[..., 0] if size["channels"] == 1 else pixels).save(png, format="png")
-        example = {"image": png.getvalue(), "name": self._source.names[index]}
-        if self._source.class_names:
-            example["label"] = self._source.labels[index]
-        self._bar.update()
-        return index, example
+MANIFEST = "manifest.json"
+# Images a shard, until there are so many shards; so that a kill costs seconds, and a large set is not a million files.
+SHARD_IMAGES, MANY_SHARDS = 512, 1024
+# Seconds of work in this process before others, which take a few to start, are started to help.
+ALONE_SECONDS = 3.0
+# Pixels of no real image take a smaller share of themselves than one in so many, encoded.
+LEAST_SHARE = {"raw": 1, "png": 8, "jpeg": 40}
+LIBRARIES = ("array_record", "pillow", "tensorflow-datasets")  # whose versions decide the bytes
 
 
 def prepare(
     spec: str,
     directory: str | os.PathLike,
+    form: Form,
     *,
-    height: int,
-    width: int,
-    channels: int,
-    background: Sequence[int] = (255, 255, 255),
+    encoding: Encoding = Encoding(),  # noqa: B008
     skin_tones: str = "",
+    skip_bad: bool = False,
+    verify: bool = False,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes a source as records, unless that is done already.
 
-    The directory appears at the end, by one rename, or not at all; a killed run leaves only a hidden sibling of it,
-    which the next one clears away. One process of a run calls this, the others wait for it.
+    The directory appears at the end, by one rename, or not at all. What a killed or refused run has finished stays in a hidden
+    sibling of it, from which the next one goes on; the result is the same to the last bit. One process of a run calls this,
+    the others wait for it.
 
     Args:
       spec, skin_tones: as for `sources.open_source`; the spec is compared with that of an earlier run as it is written.
-      directory: what is to become the data set, as `tfds.builder_from_directory` and `pipeline.open_prepared` read it.
-      height, width: of every image, after a central crop to their ratio and Lanczos.
-      channels: 1 (grey) or 3 (RGB).
-      background: RGB from 0 to 255, behind what is transparent.
+      directory: what is to become the data set, as `tfds.builder_from_directory` and `image_sets.open_prepared` read it.
+      form, encoding: what every image is brought to, and how it is kept.
+      skip_bad: leave out images that cannot be used, and list them in the manifest, instead of refusing the set.
+      verify: compare a set that was there already with the hashes in its manifest.
+      check_stop: called after every shard; what it raises ends the work.
 
     Returns:
       The absolute path of the directory.
@@ -96,87 +70,192 @@ def prepare(
       InputError: a setting or an image cannot be used, the directory holds something else or a set prepared from
         other settings, it cannot be written, or the disk is full.
     """
-    settings = _settings(spec, height, width, channels, background, skin_tones)
+    form.check()
+    encoding.check()
+    settings = _settings(spec, form, encoding, skin_tones)
     directory = Path(directory).expanduser().resolve()
     try:
-        if not _is_prepared(directory, settings):
-            source = open_source(spec, skin_tones=skin_tones)
+        if _is_prepared(directory, settings):
+            if verify:
+                verify_prepared(directory)
+        else:
+            source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
             with _staging(directory) as staging:
-                _write(source, settings, staging, directory)
+                _write(source, settings, form, encoding, skip_bad, staging, directory, check_stop)
+                shutil.rmtree(staging)
     except OSError as error:
-        raise InputError(f"the data directory {directory} cannot be written ({error}); another place would do.") from error
+        raise InputError(
+            f"the data directory {directory} cannot be written ({error}); space, or another place, would do."
+        ) from error
     return directory
 
 
-def _settings(spec, height, width, channels, background, skin_tones) -> dict:
-    for name, side in (("height", height), ("width", width)):
-        if side < 1:
-            raise InputError(f"{name}={side} is no size of an image; 1 or more would do.")
-    if channels not in (1, 3):
-        raise InputError(f"channels={channels} cannot be prepared; 1 (grey) or 3 (RGB) would do.")
-    if len(background) != 3 or not all(0 <= value <= 255 for value in background):
-        raise InputError(f"background={background} is no colour; three numbers from 0 to 255 would do.")
-    return {
-        "spec": spec,
-        "height": height,
-        "width": width,
-        "channels": channels,
-        "background": list(background),
-        "skin_tones": skin_tones,
-    }
+def verify_prepared(directory: Path) -> None:
+    """Compares every file with its hash in the manifest. Raises InputError for one that differs or is not there."""
+    shards = read_manifest(directory)["shards"]
+    with progress(sum(shard["records"] for shard in shards), f"verifying {directory.name}") as bar:
+        for shard in shards:
+            if sha256(directory / shard["file"]) != shard["sha256"]:
+                would_do = "deleting the directory and preparing it again"
+                raise InputError(f"{directory / shard['file']} is not as it was written; {would_do} would do.")
+            bar.update(shard["records"])
+    log.info("data: %d files in %s are as they were written", len(shards), directory)
 
 
-def _is_prepared(directory: Path, settings: dict) -> bool:
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a prepared set. Raises InputError where there is none."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        if not {"settings", "count", "shards", "skipped"} <= manifest.keys():
+            raise ValueError("fields are missing")
+        return manifest
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{directory} is there and is no prepared data ({error}); another directory would do.") from error
+
+
+def _settings(spec: str, form: Form, encoding: Encoding, skin_tones: str) -> dict[str, Any]:
+    """What two sets must have in common to be the same."""
+    quality = {"quality": encoding.quality} if encoding.kind == "jpeg" else {}
+    settings = {"source": spec, **dataclasses.asdict(form), "encoding": encoding.kind, **quality, "skin_tones": skin_tones}
+    return json.loads(json.dumps(settings))
+
+
+def _is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
     """Whether this very set is there; what else is there is refused, never overwritten."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    try:
-        found = json.loads((directory / "metadata.json").read_text())
-        different = [f"{key}={found[key]!r}, not {value!r}" for key, value in settings.items() if found[key] != value]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{directory} is there and is no prepared data; another directory would do.") from error
-    if different:
-        differences = " and ".join(different)
+    found = read_manifest(directory)["settings"]
+    keys = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
+    if keys:
+        differences = " and ".join(f"{key}={found.get(key)!r}, not {settings.get(key)!r}" for key in keys)
         raise InputError(f"{directory} was prepared with {differences}; another directory, or deleting it, would do.")
     return True
 
 
 @contextlib.contextmanager
 def _staging(directory: Path) -> Iterator[Path]:
-    """An empty hidden sibling of the directory, ours alone while its lock is held (the lock dies with its process)."""
+    """A hidden sibling of the directory, ours alone while its lock is held (the lock dies with its process)."""
     staging = directory.with_name(f".{directory.name}.incomplete")
     staging.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(f"{directory} is being prepared by another process; waiting for that would do.") from error
-    try:
-        for left_over in staging.iterdir():
-            shutil.rmtree(left_over)
         yield staging
+    except BlockingIOError as error:
+        raise InputError(f"{directory} is being prepared by another process; waiting for that would do.") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         os.close(descriptor)
 
 
-def _write(source: Source, settings: dict, staging: Path, directory: Path) -> None:
-    # PNG is smaller than the pixels by a factor nobody knows beforehand; this catches what cannot go well.
-    needed, free = _raw_bytes(len(source), settings) // 4, shutil.disk_usage(staging).free
+def _write(
+    source: Source,
+    settings: dict[str, Any],
+    form: Form,
+    encoding: Encoding,
+    skip_bad: bool,
+    staging: Path,
+    directory: Path,
+    check_stop: Callable[[], None],
+) -> None:
+    """Writes the shards and then what makes a data set of them, and lets it appear."""
+    parts, made = staging / "parts", staging / "set"
+    shutil.rmtree(made, ignore_errors=True)
+    parts.mkdir(exist_ok=True)
+    each = max(SHARD_IMAGES, -(-len(source) // MANY_SHARDS))
+    count = -(-len(source) // each)
+    names = [f"{i:05d}-of-{count:05d}" for i in range(count)]
+    for left_over in parts.iterdir():
+        if left_over.stem not in names:
+            left_over.unlink()
+    _check_space(len(source), form, encoding, parts)
+    places = np.array_split(np.arange(len(source)), count)
+    shards = [
+        Shard(source.part(some.tolist()), form, encoding, parts / f"{name}.array_record", skip_bad)
+        for name, some in zip(names, places, strict=True)
+    ]
+    about = _write_shards(shards, f"preparing {settings['source']}", check_stop)
+    skipped = {**source.skipped, **{name: reason for shard in about for name, reason in shard["skipped"].items()}}
+    if not sum(shard["records"] for shard in about):
+        raise InputError(
+            f"no image of {settings['source']} can be used ({next(iter(skipped.values()))}); another source would do."
+        )
+    finished = [(shard["records"], part.path) for shard, part in zip(about, shards, strict=True)]
+    made.mkdir()
+    builder = RelayImages(finished, features_of(form, encoding, source.class_names), settings, made)
+    with contextlib.redirect_stdout(io.StringIO()):  # It prints to stdout what we say better.
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    manifest = {
+        "settings": settings,
+        "count": sum(shard["records"] for shard in about),
+        "classes": list(source.class_names),
+        "resampling": CROPS[form.crop],
+        "made_by": {"rdm_jax": rdm_jax.__version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+        "skipped": skipped,
+        "shards": [
+            {"file": path.name, **{key: shard[key] for key in ("records", "bytes", "sha256")}}
+            for path, shard in zip(builder.shard_paths, about, strict=True)
+        ],
+    }
+    with whole_file(Path(builder.data_path) / MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest, indent=1))
+    os.rename(builder.data_path, directory)
+    log.info("data: %s images in %d files -> %s", f"{manifest['count']:,}", count, directory)
+    if skipped:
+        name, reason = next(iter(skipped.items()))
+        log.info("data: %s left out, listed in %s; the first: %s %s", f"{len(skipped):,}", directory / MANIFEST, name, reason)
+
+
+def _check_space(count: int, form: Form, encoding: Encoding, parts: Path) -> None:
+    """Catches what cannot go well; how much smaller than its pixels an encoded image is, nobody knows beforehand."""
+    needed = count * form.height * form.width * form.channels // LEAST_SHARE[encoding.kind]
+    needed, free = needed - sum(file.stat().st_size for file in parts.iterdir()), shutil.disk_usage(parts).free
     if free < needed:
         raise OSError(f"{free / 2**20:.1f} MB free, {needed / 2**20:.1f} MB needed at the least")
-    with progress(len(source), f"preparing {settings['spec']}") as bar, contextlib.redirect_stdout(io.StringIO()):
-        builder = RelayImages(source, settings, bar, staging)  # It prints to stdout what we say better.
-        try:
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        except RuntimeError as error:  # array_record's words for a full disk, among others.
-            raise OSError(error) from error
-    shards = sorted(str(shard) for shard in builder.data_path.glob("*.array_record*"))
-    if len(ArrayRecordDataSource(shards)) != len(source):
-        raise OSError("records are missing from what was written")
-    os.rename(builder.data_path, directory)
 
 
-def _raw_bytes(count: int, settings: dict) -> int:
-    return count * settings["height"] * settings["width"] * settings["channels"]
+def _write_shards(shards: list[Shard], description: str, check_stop: Callable[[], None]) -> list[dict[str, Any]]:
+    """Writes all shards, over the cores where that pays; those that were finished before are left as they are."""
+    about: list[dict[str, Any]] = [{}] * len(shards)
+    waiting, began = list(enumerate(shards)), time.perf_counter()
+    with progress(sum(len(shard.source) for shard in shards), description) as bar:
+
+        def note(number: int, written: dict[str, Any]) -> None:
+            about[number] = written
+            bar.update(len(shards[number].source))
+            check_stop()
+
+        while len(waiting) == 1 or waiting and (cores() == 1 or time.perf_counter() - began < ALONE_SECONDS):
+            number, shard = waiting.pop(0)
+            note(number, shard.write())
+        if waiting:
+            with _processes(min(cores(), len(waiting))) as pool:
+                futures = {pool.submit(shard.write): number for number, shard in waiting}
+                for future in concurrent.futures.as_completed(futures):
+                    note(futures[future], future.result())
+    return about
+
+
+@contextlib.contextmanager
+def _processes(count: int) -> Iterator[concurrent.futures.Executor]:
+    # Spawned: a forked copy of a process whose threads hold locks may wait for them for ever.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+    try:
+        yield pool
+    except concurrent.futures.process.BrokenProcessPool as error:
+        would_do = "more memory, and the same command, which goes on from there,"
+        raise InputError(f"a process that was reading images was killed; {would_do} would do.") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Leaves signals of the terminal to the parent process, and ends at once when that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

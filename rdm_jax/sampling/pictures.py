@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
-from rdm_jax.data.pipeline import PreparedImages
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.files import whole_file
 
-MARGIN, HEADER, LABEL = 4, 16, 72  # pixels
+MARGIN, HEADER, LABEL, CAPTION = 4, 16, 72, 132  # pixels
 
 
 def _rgb(image: UInt8[np.ndarray, "h w c"], height: int, width: int) -> Image.Image:
@@ -38,6 +38,22 @@ def plain_grid(images: UInt8[np.ndarray, "b h w c"], columns: int) -> Image.Imag
     for i, image in enumerate(images):
         place = (MARGIN + i % columns * (width + MARGIN), MARGIN + i // columns * (height + MARGIN))
         sheet.paste(_rgb(image, height, width), place)
+    return sheet
+
+
+def labelled_rows(rows: list[tuple[str, UInt8[np.ndarray, "b _h _w c"]]], columns: list[str]) -> Image.Image:
+    """Rows of images, each drawn as large as the largest; a caption to the left of each row and one above each column."""
+    height, width = _cell_size(*max(images.shape[1:3] for _, images in rows))
+    size = (CAPTION + len(columns) * (width + MARGIN), HEADER + len(rows) * (height + MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    drawing = ImageDraw.Draw(sheet)
+    for column, name in enumerate(columns):
+        drawing.text((CAPTION + column * (width + MARGIN), 2), name[: width // 6], fill="black")
+    for row, (caption, images) in enumerate(rows):
+        top = HEADER + row * (height + MARGIN)
+        drawing.text((MARGIN, top + height // 2 - 6), caption, fill="black")
+        for column, image in enumerate(images):
+            sheet.paste(_rgb(image, height, width), (CAPTION + column * (width + MARGIN), top))
     return sheet
 
 
@@ -84,7 +100,7 @@ def _tiles(stages: list, nearest: np.ndarray | None, number: int, height: int, w
 
 
 def nearest_real(
-    images: UInt8[np.ndarray, "b h w c"], source: PreparedImages, chunk: int = 256
+    images: UInt8[np.ndarray, "b h w c"], source: ImageSet, chunk: int = 256
 ) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
     """For each image the nearest of a prepared set, by squared distance of pixels, and its number."""
     flat = images.reshape(len(images), -1).astype(np.float32)

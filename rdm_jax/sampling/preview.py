@@ -9,14 +9,14 @@ import numpy as np
 
 from rdm_jax import sharding
 from rdm_jax.config import Config
-from rdm_jax.data.pipeline import PreparedImages
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.sampler import evaluations, stage_sampler, to_uint8
 from rdm_jax.terminal import log
 from rdm_jax.training.step import to_float
 
 
-def make_preview(config: Config, number: int, source: PreparedImages) -> Callable[[Any, Path], None]:
+def make_preview(config: Config, number: int, source: ImageSet) -> Callable[[Any, Path], None]:
     """A function (params, path) that draws samples of one stage.
 
     A relay stage starts from real images' means, so that its picture does not depend on the stages before it.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rdm_jax.checks import parse_seeds
 from rdm_jax.config import Config, to_dict
-from rdm_jax.data.pipeline import PreparedImages
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.files import whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
@@ -36,7 +36,7 @@ def describe(config: Config, relay: Relay) -> dict[str, Any]:
     return json.loads(json.dumps(about))
 
 
-def sample_to_files(config: Config, source: PreparedImages | None, workdir: Path, stop: StopOnSignal) -> None:
+def sample_to_files(config: Config, source: ImageSet | None, workdir: Path, stop: StopOnSignal) -> None:
     """Samples every configured seed and leaves, under workdir/<sampling.name>:
 
     samples.npz ('images' uint8 NHWC, 'labels', 'seeds', and 'stage1', ... uint8), grid.png, and samples.json (what they were
@@ -116,9 +116,7 @@ def _sample_in_parts(relay: Relay, seeds: np.ndarray, folder: Path, stop: StopOn
     return [np.concatenate(images) for images in zip(*parts, strict=True)]
 
 
-def _draw(
-    stages: list[np.ndarray], labels: np.ndarray, class_names: tuple[str, ...], source: PreparedImages | None
-) -> Image.Image:
+def _draw(stages: list[np.ndarray], labels: np.ndarray, class_names: tuple[str, ...], source: ImageSet | None) -> Image.Image:
     """A row a class, evenly chosen if there are many; rows of any images where there are no classes."""
     if class_names:
         known = np.unique(labels)

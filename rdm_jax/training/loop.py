@@ -16,7 +16,8 @@ import optax
 from rdm_jax import randomness, sharding
 from rdm_jax.config import Config, Stage, Training, to_dict
 from rdm_jax.data.augment import Augmentation
-from rdm_jax.data.pipeline import PreparedImages, train_iterator
+from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.randomness import Stream
 from rdm_jax.terminal import log, progress
@@ -33,8 +34,8 @@ class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-def build_objective(stage: Stage, source: PreparedImages) -> Objective:
-    """What the stage learns from a prepared set of the last stage's resolution."""
+def build_objective(stage: Stage, source: ImageSet) -> Objective:
+    """What the stage learns from images of its own resolution, or of a later stage's."""
     training, classes = stage.training, len(source.class_names)
     return Objective(
         network=stage.build(source.image_shape[-1], classes),
@@ -44,6 +45,7 @@ def build_objective(stage: Stage, source: PreparedImages) -> Objective:
         classes=classes,
         label_dropout=training.label_dropout,
         augmentation=Augmentation(training.augment) if training.augment else None,
+        flip=training.flip,
     )
 
 
@@ -60,14 +62,14 @@ class Trainer:
     Args:
       config: of the run.
       number: of the stage, from 1.
-      source: the prepared images.
+      source: the images to learn.
       directory: of the stage, for checkpoints, metrics and previews.
 
     Attributes:
       abstract: the state's shapes and shardings.
     """
 
-    def __init__(self, config: Config, number: int, source: PreparedImages, directory: Path):
+    def __init__(self, config: Config, number: int, source: ImageSet, directory: Path):
         self.name, self.stage = f"stage{number}", config.stages[number - 1]
         self.training, self.source, self.directory = self.stage.training, source, directory
         self.objective, optimizer = build_objective(self.stage, source), build_optimizer(self.training)
@@ -85,8 +87,9 @@ class Trainer:
         self._init = lambda: init_state(self.objective.network, optimizer, key(Stream.INIT))
         self.abstract = checkpoint.with_sharding(jax.eval_shape(self._init), sharding.replicated(self.mesh))
         self._validation_key = key(Stream.VALIDATE)
-        self._validated = dataclasses.replace(self.objective, augmentation=None)
+        self._validated = dataclasses.replace(self.objective, augmentation=None, flip=False)
         self._about = {"stage": to_dict(config)[self.name], "classes": list(source.class_names), "seed": config.seed}
+        self._workers = config.data.workers
         self._data_seed = config.seed * 2**8 + number  # no stage of a run shares its order with another run's
 
     def run(self, stop: StopOnSignal, make_preview: Callable[[], Preview] | None = None) -> None:
@@ -148,21 +151,22 @@ class Trainer:
                 if window.diverged:
                     raise Diverged(window.diverged)
         finally:
+            iterator.close()
             window.close()
             bar.close()
             writer.close()
         seconds = window.seconds or float("nan")
         log.info("%s: trained, %.0f images/s, %d steps skipped", self.name, window.images / seconds, int(state.skipped))
 
-    def _iterator(self):
-        kwargs = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    def _iterator(self) -> TrainIterator:
+        kwargs = {"process_index": jax.process_index(), "process_count": jax.process_count(), "workers": self._workers}
         return train_iterator(self.source, batch_size=self.training.batch_size, seed=self._data_seed, **kwargs)
 
     def _bar(self, step: int) -> tuple[int, str, int]:
         batch_size = self.training.batch_size
         return self.training.steps * batch_size, f"training {self.name}", step * batch_size
 
-    def _start(self, checkpoints: checkpoint.Checkpoints, iterator) -> tuple[TrainState, int]:
+    def _start(self, checkpoints: checkpoint.Checkpoints, iterator: TrainIterator) -> tuple[TrainState, int]:
         """The state to go on from: of the newest checkpoint, or a new one, with given parameters if there are any."""
         steps = checkpoints.steps()
         if steps and checkpoints.can_resume(steps[-1]):

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from rdm_jax import randomness
-from rdm_jax.data.augment import Augmentation
+from rdm_jax.data.augment import Augmentation, mirror
 from rdm_jax.diffusion import blurring, preconditioning, processes
 from rdm_jax.models.functional import Network
 
@@ -25,6 +25,7 @@ class Objective:
       classes: number of classes; 0 for an unconditional network.
       label_dropout: probability that an image is shown without its label.
       augmentation: what is done to the images, the network being told; None for nothing.
+      flip: mirror half of all images, the network not being told; not beside an augmentation.
     """
 
     network: Network
@@ -34,11 +35,13 @@ class Objective:
     classes: int
     label_dropout: float
     augmentation: Augmentation | None = None
+    flip: bool = False
 
     def loss(self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], dropout_key: Key[Array, ""] | None) -> Array:
         """The weighted squared error of each image, mean over its values (EDM equation 8; RDM equation 11). Returns (b,)."""
         images = to_float(batch["image"], self.pool)
         process_keys, label_keys, augment_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+        images = mirror(images, augment_keys) if self.flip else images
         images, augment = self.augmentation(images, augment_keys) if self.augmentation else (images, None)
         noised = processes.diffuse(self.process, images, process_keys)
         labels = self.labels(batch["label"], label_keys) if self.classes else None

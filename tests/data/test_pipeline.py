@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import multiprocessing
 import shutil
 import time
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax.data.pipeline import open_prepared, train_iterator
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import Form
+from rdm_jax.data.pipeline import train_iterator
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
 
@@ -29,7 +32,7 @@ def directory(tmp_path_factory):
         file = root / "images" / ("even", "odd")[index % 2] / f"{index:02d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
-    return prepare(f"folder:{root}/images", root / "set", height=6, width=4, channels=3)
+    return prepare(f"folder:{root}/images", root / "set", Form(6, 4))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_grey_images_without_labels(tmp_path):
     (tmp_path / "images").mkdir()
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     Image.fromarray(pixels).save(tmp_path / "images" / "0.png")
-    source = open_prepared(prepare(f"folder:{tmp_path}/images", tmp_path / "set", height=3, width=4, channels=1))
+    source = open_prepared(prepare(f"folder:{tmp_path}/images", tmp_path / "set", Form(3, 4, channels=1)))
     assert source.class_names == ()
     chex.assert_trees_all_equal(source[0], {"image": pixels[..., None], "label": np.int32(-1)})
 
@@ -229,3 +232,53 @@ def test_a_flipped_bit_is_refused_with_its_record_and_place(copy):
         open_prepared(copy, cache_bytes=2**20)
     with pytest.raises(InputError, match=f"record 1 of {copy}"):  # From the prefetching threads, too.
         take(COUNT, train_iterator(source, batch_size=4, seed=0))
+
+
+def test_every_flipped_bit_of_a_shard_is_refused_or_harmless(copy):
+    """array_record's own checksums: whichever byte is hit, wrong pixels are never handed out."""
+    wanted = open_prepared(copy).batch(range(COUNT))
+    whole, refused = shard(copy).read_bytes(), 0
+    written = np.flatnonzero(np.frombuffer(whole, np.uint8))  # All else is padding.
+    for place in np.random.default_rng(0).choice(written, 100, replace=False).tolist():
+        shard(copy).write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            found = open_prepared(copy).batch(range(COUNT))
+        except InputError:
+            refused += 1
+            continue
+        chex.assert_trees_all_equal(found, wanted)
+    assert refused > 90
+
+
+def test_a_shard_of_another_size_is_refused_unread(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] += 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="array_record.* bytes"):
+        open_prepared(copy)
+
+
+def test_workers_hand_out_the_same_order_across_two_epochs_with_a_stop_in_each(directory):
+    """0 and 2 workers, stopped in both epochs and resumed with the other number of them."""
+    images = open_prepared(directory)
+    per_epoch = 6  # batches of 8 for 23 images: epochs end within batches
+
+    def iterator(workers, **processes):
+        return train_iterator(images, batch_size=8, seed=2, workers=workers, **processes)
+
+    whole = take(per_epoch, iterator(0))
+    assert sorted(numbers(whole)[:COUNT]) == sorted(numbers(whole)[COUNT : 2 * COUNT]) == list(range(COUNT))
+    handed_out, state = [], {"next_index": 0}
+    for workers, count in ((2, 2), (0, 3), (2, 1)):
+        part = iterator(workers)
+        part.set_state(state)
+        handed_out += take(count, part)
+        state = json.loads(json.dumps(part.get_state()))
+        part.close()
+    chex.assert_trees_all_equal(handed_out, whole)
+
+
+def test_a_set_in_memory_needs_no_workers(source):
+    iterator = train_iterator(source, batch_size=4, seed=0, workers=2)
+    chex.assert_trees_all_equal(next(iterator), next(train_iterator(source, batch_size=4, seed=0)))
+    assert multiprocessing.active_children() == []

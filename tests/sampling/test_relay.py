@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rdm_jax import sharding
-from rdm_jax.data.pipeline import open_prepared
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
@@ -24,7 +25,7 @@ BATCH = 8
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "images"
     write_images(folder)
-    return open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", height=8, width=8, channels=3))
+    return open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", Form(8, 8)))
 
 
 def stage_and_params(number: int, guidance: float = 1.0):

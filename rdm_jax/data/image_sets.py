@@ -1,0 +1,188 @@
+"""Sets of images of one size, with access at random: prepared records, or a small source decoded into memory."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rdm_jax.data.images import Form
+from rdm_jax.data.prepare import MANIFEST, read_manifest
+from rdm_jax.data.records import RecordReader
+from rdm_jax.data.sources import cores, open_source
+from rdm_jax.errors import BadImage, InputError
+from rdm_jax.terminal import log, progress
+
+Batch = dict[str, np.ndarray]
+
+
+class ImageSet(Sequence):
+    """Images of one size; made by `open_prepared` or `open_direct`. It can be sent to another process.
+
+    Args:
+      items: pixels, uint8 (h, w, c), and class number by index.
+      image_shape: (h, w, c) of every image.
+      class_names: the classes; empty when the images have none (every label is -1 then).
+
+    Attributes:
+      image_shape, class_names: as given.
+    """
+
+    def __init__(self, items: Sequence, image_shape: tuple[int, ...], class_names: tuple[str, ...]):
+        self.image_shape, self.class_names = image_shape, class_names
+        self._items, self._cached = items, None
+
+    def __len__(self) -> int:
+        return len(self._cached["label"] if self._cached else self._items)
+
+    def __getitem__(self, index: int) -> Batch:
+        """One image: {'image': uint8 (h, w, c), 'label': int32 ()}.
+
+        Raises:
+          IndexError: there is no such image.
+          InputError: its record is damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return {key: values[0] for key, values in self.batch([index]).items()}
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Several images, in the order given: {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
+        if self._cached:
+            return {key: values[indices] for key, values in self._cached.items()}
+        batch = {"image": np.empty((len(indices), *self.image_shape), np.uint8), "label": np.empty(len(indices), np.int32)}
+        for place, index in enumerate(indices):
+            batch["image"][place], batch["label"][place] = self._items[int(index)]
+        return batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return len(self) * int(np.prod(self.image_shape))
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether all pixels are in memory."""
+        return self._cached is not None
+
+    def cache(self, description: str, skip: Callable[[int, BadImage], None] | None = None) -> None:
+        """Decodes the whole set into one array, so that a batch costs a look-up.
+
+        Args:
+          description: of the progress bar.
+          skip: is told of each image that cannot be used, which is left out then; None to raise for it.
+
+        Raises:
+          InputError: an image cannot be used.
+        """
+        count = len(self._items)
+        images, labels = np.empty((count, *self.image_shape), np.uint8), np.empty(count, np.int32)
+        kept = np.ones(count, bool)
+
+        def decode(index: int) -> None:
+            try:
+                images[index], labels[index] = self._items[index]
+            except BadImage as error:
+                if skip is None:
+                    raise
+                kept[index] = False
+                skip(index, error)
+            bar.update()
+
+        # Pillow and array_record let go of Python's lock while they decode.
+        with progress(count, description) as bar, concurrent.futures.ThreadPoolExecutor(cores()) as pool:
+            try:
+                for _ in pool.map(decode, range(count)):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        if not kept.all():
+            images, labels = images[kept], labels[kept]
+        self._cached, self._items = {"image": images, "label": labels}, ()
+
+
+def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> ImageSet:
+    """Opens what `prepare` wrote, or any array_record set of tensorflow-datasets with one size of image in 'train'.
+
+    Args:
+      directory: the one with dataset_info.json in it.
+      cache_bytes: the set is decoded into memory, once, when its pixels are not more than this.
+
+    Raises:
+      InputError: nothing is there, it is damaged, or its images are not uint8 of one size.
+    """
+    directory = Path(directory).expanduser().resolve()
+    if not (directory / "dataset_info.json").is_file():
+        raise InputError(f"there is no prepared data in {directory}; the path that `prepare` returned would do.")
+    try:
+        reader = RecordReader(directory)
+        shape, dtype = reader.image_shape, reader.features["image"].np_dtype
+    except Exception as error:  # Whatever is wrong with the files, the libraries report it in their own ways.
+        raise InputError(f"the prepared data in {directory} is damaged ({error}); preparing it again would do.") from error
+    _check_whole(directory, reader)
+    if len(shape) != 3 or None in shape or dtype != np.uint8:
+        raise InputError(f"the images in {directory} have shape {shape}, {dtype}; uint8 of one size would do.")
+    images = ImageSet(reader, shape, reader.class_names)
+    if images.nbytes <= cache_bytes:
+        images.cache(f"decoding {directory.name}")
+    return images
+
+
+def _check_whole(directory: Path, reader: RecordReader) -> None:
+    """Compares what can be seen without reading the records; a record has a checksum of its own."""
+    if reader.declared != len(reader):
+        raise InputError(f"{directory} holds {len(reader)} of {reader.declared} records; preparing it again would do.")
+    if not (directory / MANIFEST).is_file():
+        return  # Another's set.
+    for shard in read_manifest(directory)["shards"]:
+        size = (directory / shard["file"]).stat().st_size
+        if size != shard["bytes"]:
+            named = f"{directory / shard['file']} has {size:,} of {shard['bytes']:,} bytes"
+            raise InputError(f"{named}; deleting the directory and preparing it again would do.")
+
+
+def open_direct(spec: str, form: Form, *, cache_bytes: int, skin_tones: str = "", skip_bad: bool = False) -> ImageSet:
+    """Decodes a small source into memory; nothing is written.
+
+    Args:
+      spec, skin_tones: as for `sources.open_source`.
+      form: what every image is brought to.
+      cache_bytes: how much memory the pixels may take.
+      skip_bad: leave out images that cannot be used, with a line in the log, instead of refusing the set.
+
+    Raises:
+      InputError: a setting or an image cannot be used, or the set is too large.
+    """
+    form.check()
+    source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
+    images = ImageSet(_Decoded(source, form), (form.height, form.width, form.channels), source.class_names)
+    if images.nbytes > cache_bytes:
+        size = f"{len(source):,} images take {images.nbytes / 2**30:.1f} GiB in memory, more than {cache_bytes / 2**30:.1f}"
+        would_do = "a data.directory to prepare them in, or a larger data.cache_gib,"
+        raise InputError(f"{spec} is too large to be used without preparing ({size}); {would_do} would do.")
+    skipped = dict(source.skipped)
+
+    def skip(index: int, error: BadImage) -> None:
+        skipped[source.names[index]] = str(error)
+
+    images.cache(f"decoding {spec}", skip if skip_bad else None)
+    for name, reason in skipped.items():
+        log.info("data: left out: %s: %s", name, reason)
+    if not len(images):
+        raise InputError(f"no image of {spec} can be used; another source would do.")
+    return images
+
+
+class _Decoded(Sequence):
+    """A source's images, each decoded when it is asked for."""
+
+    def __init__(self, source, form: Form):
+        self._source, self._form = source, form
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self._source.read(index, self._form), self._source.label(index)

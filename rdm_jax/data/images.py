@@ -1,0 +1,165 @@
+"""One image: from the bytes of a file to uint8 pixels of the size asked for."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from rdm_jax.errors import BadImage, InputError
+
+# Pillow decides by content which of these a file is; what it could also open (EPS by running Ghostscript, PDF, HDF5)
+# is nothing to train on. The suffixes decide only which files of a folder are meant as images.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# Bounds of what one image may take in memory, whatever its file says. Pillow warns of more pixels than these.
+MAX_PIXELS = 89_478_485
+MAX_BYTES = 512 * 2**20
+# How an image becomes one of the size asked for, as a manifest says it.
+CROPS = {
+    "lanczos": "the central crop of the ratio asked for, then Lanczos",
+    "adm": "halved by a box filter while both sides are at least twice those asked for, bicubic until one fits, central crop",
+    "none": "every image has the size asked for",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What every image is brought to.
+
+    Attributes:
+      height, width: in pixels.
+      channels: 1 (luma) or 3 (RGB).
+      background: RGB from 0 to 255, behind what is transparent.
+      crop: one of CROPS.
+    """
+
+    height: int
+    width: int
+    channels: int = 3
+    background: tuple[int, ...] = (255, 255, 255)
+    crop: str = "lanczos"
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be used; it names the field."""
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side < 1:
+                raise InputError(f"{name}={side} is no size of an image; 1 or more would do.")
+        if self.channels not in (1, 3):
+            raise InputError(f"channels={self.channels} cannot be prepared; 1 (grey) or 3 (RGB) would do.")
+        if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
+            raise InputError(f"background={self.background} is no colour; three numbers from 0 to 255 would do.")
+        if self.crop not in CROPS:
+            raise InputError(f"crop={self.crop!r} is not known; {' or '.join(map(repr, CROPS))} would do.")
+
+
+def open_image(file: Path | bytes) -> Image.Image:
+    """Decodes an image, the first frame where there are several, and turns it upright (EXIF).
+
+    Raises:
+      BadImage: it is damaged, empty, too large, or no image; the message continues 'image NAME'.
+      OSError: the file cannot be read, which says nothing about the image.
+    """
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
+    if not 0 < size <= MAX_BYTES:
+        raise BadImage(f"has {size:,} bytes; 1 to {MAX_BYTES:,} would do.")
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"has {image.width:,} x {image.height:,} pixels; at most {MAX_PIXELS:,} in all would do.")
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise BadImage(f"cannot be decoded ({error}); a whole copy, or the set without it, would do.") from error
+
+
+def to_uint8(image: Image.Image, channels: int, background: tuple[int, ...]) -> UInt8[np.ndarray, "h w c"]:
+    """Brings a Pillow image of any mode to 8 bits a channel.
+
+    16-bit grey is scaled by 255/65535 (Pillow alone would clip it), CMYK is converted without a colour profile, and
+    what is transparent is composited on the background before any resizing, so that no hidden colour bleeds in.
+
+    Args:
+      image: any mode but floating point.
+      channels: 1 (luma) or 3 (RGB).
+      background: RGB, 0 to 255.
+
+    Raises:
+      BadImage: the mode has no 8-bit reading; the message continues 'image NAME'.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _from_16_bits(image)
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
+        if image.mode == "F":
+            raise ValueError("no scale is given")
+        pixels = np.asarray(image.convert("RGB").convert("L" if channels == 1 else "RGB"))
+    except ValueError as error:
+        raise BadImage(f"has mode {image.mode!r} ({error}); RGB, grey, palette or CMYK would do.") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:  # Mode 'I' is 32 bits wide, and its white is anyone's guess.
+        raise BadImage(f"has grey values from {values.min()} to {values.max()}; 8 or 16 bits would do.")
+    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if "transparency" in image.info:
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def fit(pixels: UInt8[np.ndarray, "h w c"], form: Form) -> UInt8[np.ndarray, "{form.height} {form.width} c"]:
+    """Crops and resizes by the form's rule; the identity where the size is right already.
+
+    Raises:
+      BadImage: the rule is 'none' and the size another one; the message continues 'image NAME'.
+    """
+    rows, columns, _ = pixels.shape
+    if (rows, columns) == (form.height, form.width):
+        return pixels
+    if form.crop == "none":
+        raise BadImage(f"is of {rows} x {columns} (height x width); {form.height} x {form.width}, or a rule to crop, would do.")
+    return (_fit_adm if form.crop == "adm" else _fit_lanczos)(pixels, form.height, form.width)
+
+
+def _fit_lanczos(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    rows, columns, _ = pixels.shape
+    crop_rows = max(1, min(rows, round(columns * height / width)))
+    crop_columns = max(1, min(columns, round(rows * width / height)))
+    # Not by ImageOps.fit, whose filter reaches for pixels beyond the crop.
+    return _resize(_central(pixels, crop_rows, crop_columns), height, width, Image.Resampling.LANCZOS)
+
+
+def _fit_adm(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The crop of ADM (arXiv 2105.05233) and of EDM's ImageNet-64, which is given for squares, for any height and width."""
+    while pixels.shape[0] >= 2 * height and pixels.shape[1] >= 2 * width:
+        pixels = _resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, Image.Resampling.BOX)
+    rows, columns, _ = pixels.shape
+    scale = max(height / rows, width / columns)
+    return _central(_resize(pixels, round(rows * scale), round(columns * scale), Image.Resampling.BICUBIC), height, width)
+
+
+def _central(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+def _resize(pixels: np.ndarray, height: int, width: int, resampling: Image.Resampling) -> np.ndarray:
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return np.asarray(image.resize((width, height), resampling)).reshape(height, width, -1)
+
+
+def encode(pixels: UInt8[np.ndarray, "h w c"], encoding: str, quality: int) -> bytes:
+    """A PNG (`quality` is not looked at) or a JPEG without chroma subsampling, as bytes."""
+    image, file = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), io.BytesIO()
+    image.save(file, format=encoding, **({"quality": quality, "subsampling": 0} if encoding == "jpeg" else {}))
+    return file.getvalue()

@@ -1,0 +1,232 @@
+"""Records of images: a data set of tensorflow-datasets as array_record files, written shard by shard and read at random."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from rdm_jax.data.images import Form, encode, open_image, to_uint8
+from rdm_jax.data.sources import Source
+from rdm_jax.errors import BadImage, InputError
+from rdm_jax.files import whole_file
+
+ENCODINGS = ("png", "jpeg", "raw")
+ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How pixels are kept.
+
+    Attributes:
+      kind: 'png' (lossless), 'jpeg', or 'raw' (as they are: no decoding in training, several times the space).
+      quality: of JPEG, 1 to 100.
+    """
+
+    kind: str = "png"
+    quality: int = 95
+
+    def check(self) -> None:
+        """Raises InputError where a field cannot be used; it names the field."""
+        if self.kind not in ENCODINGS:
+            raise InputError(f"encoding={self.kind!r} is not known; {' or '.join(map(repr, ENCODINGS))} would do.")
+        if not 1 <= self.quality <= 100:
+            raise InputError(f"quality={self.quality} is none of JPEG's; 1 to 100 would do.")
+
+
+def features_of(form: Form, encoding: Encoding, class_names: Sequence[str]) -> tfds.features.FeaturesDict:
+    """The features of a record: image, name and, with classes, label."""
+    shape = (form.height, form.width, form.channels)
+    if encoding.kind == "raw":
+        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+    else:
+        image = tfds.features.Image(shape=shape, encoding_format=encoding.kind)
+    label = {"label": tfds.features.ClassLabel(names=class_names)} if class_names else {}
+    return tfds.features.FeaturesDict({"image": image, "name": tfds.features.Text(), **label})
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of a set, to be written; it can be sent to another process.
+
+    Attributes:
+      source: its images alone.
+      path: of the file; a JSON file beside it vouches for it.
+      skip_bad: leave out images that cannot be used, instead of refusing the set.
+    """
+
+    source: Source
+    form: Form
+    encoding: Encoding
+    path: Path
+    skip_bad: bool
+
+    def write(self) -> dict[str, Any]:
+        """Writes the file, or leaves it alone where it was written from the same images before.
+
+        Returns:
+          'records', 'bytes' and 'sha256' of the file, and 'skipped', reasons by the names of images left out.
+
+        Raises:
+          BadImage, OSError: as for `Source.read`; nothing is left behind.
+        """
+        voucher, made_from = self.path.with_suffix(".json"), self._made_from()
+        if (found := _read_voucher(voucher)) and found.pop("made_from") == made_from and found["sha256"] == sha256(self.path):
+            return found
+        skipped: dict[str, str] = {}
+        with whole_file(self.path) as partial:
+            _write_records(partial, self._examples(skipped))
+            records = len(self.source) - len(skipped)
+            if len(ArrayRecordDataSource([str(partial)])) != records:
+                raise OSError(f"{partial} lost records while it was written")
+            about = {"records": records, "bytes": partial.stat().st_size, "sha256": sha256(partial), "skipped": skipped}
+        with whole_file(voucher) as partial:
+            partial.write_text(json.dumps({**about, "made_from": made_from}))
+        return about
+
+    def _made_from(self) -> str:
+        """A hash of all that decides the file's bytes, but for the versions of libraries."""
+        stamps = [(name, self.source.reader.stamp(name)) for name in self.source.names]
+        settings = [dataclasses.asdict(self.form), dataclasses.asdict(self.encoding), self.skip_bad]
+        everything = [settings, self.source.class_names, list(self.source.labels), stamps]
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
+
+    def _examples(self, skipped: dict[str, str]):
+        features = features_of(self.form, self.encoding, self.source.class_names)
+        serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+        for index, name in enumerate(self.source.names):
+            try:
+                pixels, label = self.source.read(index, self.form), self.source.label(index)
+            except BadImage as error:
+                if not self.skip_bad:
+                    raise
+                skipped[name] = str(error)
+                continue
+            image = pixels if self.encoding.kind == "raw" else encode(pixels, self.encoding.kind, self.encoding.quality)
+            example = {"image": image, "name": name} | ({"label": label} if self.source.class_names else {})
+            # Not by features.serialize_example, whose bytes differ from process to process.
+            yield index, serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+
+def _write_records(path: Path, examples) -> None:
+    try:
+        tfds.core.ExampleWriter(file_format=ARRAY_RECORD).write(path, examples)
+    except RuntimeError as error:  # array_record's words for a full disk, among others.
+        raise OSError(f"{path}: {error}") from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # A file whose name is on the disk must not lose its content to a power cut.
+
+
+def _read_voucher(voucher: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(voucher.read_text())
+        return found if {"records", "bytes", "sha256", "skipped", "made_from"} <= found.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content in hexadecimal; '' where there is no such file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+class RelayImages(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):
+    """Makes a data set, split 'train', of shards that are there already.
+
+    Not a ShardBasedBuilder, which writes one shard after the other, and after a kill begins again with the first.
+
+    Args:
+      shards: number of records, and path, of each.
+      features: of a record.
+      settings: how the records were made, for the description.
+      data_dir: where tensorflow-datasets is to make the data set, on the same file system.
+
+    Attributes:
+      shard_paths: what the shards are called in the data set.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, shards: Sequence[tuple[int, Path]], features, settings: dict[str, Any], data_dir: Path):
+        self._shards, self._features, self._settings = shards, features, settings
+        super().__init__(data_dir=data_dir, file_format=ARRAY_RECORD)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        description = f"Images of {self._settings['source']}, prepared by rdm_jax."
+        metadata = tfds.core.MetadataDict(self._settings)
+        kwargs = {"description": description, "features": self._features, "metadata": metadata, "disable_shuffling": True}
+        return tfds.core.DatasetInfo(builder=self, **kwargs)
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        """Where the shards are, or are to be, in the data set."""
+        template, count = self._get_filename_template("train"), len(self._shards)
+        return [Path(template.sharded_filepath(shard_index=i, num_shards=count)) for i in range(count)]
+
+    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+        for (_, path), name in zip(self._shards, self.shard_paths, strict=True):
+            _link(path, name)
+        lengths, size = [records for records, _ in self._shards], sum(path.stat().st_size for _, path in self._shards)
+        template = self._get_filename_template("train")
+        split = tfds.core.SplitInfo(name="train", shard_lengths=lengths, num_bytes=size, filename_template=template)
+        self.info.set_splits(tfds.core.SplitDict([split]))
+
+
+def _link(path: Path, other: Path) -> None:
+    """Gives a file a second name, or copies it where the file system knows no such thing."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
+class RecordReader(Sequence):
+    """Random access to the split 'train' of a data set in array_record files; it can be sent to another process.
+
+    Raises:
+      Exception: of the libraries, whatever is wrong with the files.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        builder = tfds.builder_from_directory(directory)
+        self.features, split = builder.info.features, builder.info.splits["train"]
+        self.declared, self._records = split.num_examples, ArrayRecordDataSource([str(file) for file in split.filepaths])
+        self.image_shape = tuple(self.features["image"].shape)
+        label = dict(self.features).get("label")
+        self.class_names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+
+    def __getstate__(self) -> Path:
+        return self.directory
+
+    def __setstate__(self, directory: Path):
+        self.__init__(directory)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """Pixels, uint8 (h, w, c), and class number, -1 for none. Raises InputError for a damaged record."""
+        try:
+            # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where it is missing.
+            decoders = {"image": tfds.decode.SkipDecoding()} if isinstance(self.features["image"], tfds.features.Image) else None
+            record = self.features.deserialize_example_np(self._records[index], decoders=decoders)
+            image = record["image"]
+            if isinstance(image, bytes):
+                image = to_uint8(open_image(image), self.image_shape[-1], (255, 255, 255))
+            return image.reshape(self.image_shape), int(record["label"]) if self.class_names else -1
+        except Exception as error:  # array_record, protobuf and Pillow each raise their own.
+            where = f"record {index} of {self.directory}"
+            raise InputError(f"{where} is damaged ({error}); deleting that and preparing it again would do.") from error

@@ -1,0 +1,89 @@
+"""Which images each stage of a config is trained on: prepared, decoded and opened."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from rdm_jax.config import Config
+from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
+from rdm_jax.data.images import Form
+from rdm_jax.data.prepare import prepare
+from rdm_jax.data.records import Encoding
+from rdm_jax.errors import InputError
+from rdm_jax.terminal import log
+
+
+def open_sets(
+    config: Config,
+    numbers: Iterable[int],
+    *,
+    skip_bad: bool = False,
+    verify: bool = False,
+    check_stop: Callable[[], None] = lambda: None,
+) -> dict[int, ImageSet]:
+    """Prepares what has not been prepared, and opens it.
+
+    Args:
+      numbers: of the stages that are to be trained, from 1. A stage without a `source` has the last one's set.
+      skip_bad, verify, check_stop: as for `prepare.prepare`.
+
+    Raises:
+      InputError: an image or a setting cannot be used, or a stage's own images are of other classes.
+    """
+    last, sets = len(config.stages), {}
+    for number in sorted({n if config.stages[n - 1].source else last for n in numbers}):
+        sets[number] = _open(config, number, skip_bad=skip_bad, verify=verify, check_stop=check_stop)
+        about = (number, f"{len(sets[number]):,}", *sets[number].image_shape, len(sets[number].class_names))
+        log.info("data: stage%d: %s images of %d x %d x %d, %d classes", *about)
+    for number, images in sets.items():
+        classes = sets.get(last, images).class_names
+        if images.class_names != classes:
+            path, differ = (
+                f"config.stage{number}.source={config.stages[number - 1].source!r}",
+                (len(images.class_names), len(classes)),
+            )
+            would_do = "the same classes would do."
+            raise InputError(
+                f"{path} has other classes than config.data.source ({differ[0]} and {differ[1]}, or other names); {would_do}"
+            )
+    return {n: sets[n] if n in sets and config.stages[n - 1].source else sets[last] for n in numbers}
+
+
+def set_for_pictures(config: Config) -> ImageSet | None:
+    """Images to compare samples with, if they are there already; sampling needs none."""
+    spec, directory = config.data.source, config.data.directory
+    place = spec.removeprefix("prepared:") if spec.startswith("prepared:") else directory
+    try:
+        if place and (Path(place).expanduser() / "dataset_info.json").is_file():
+            return open_sets(config, [len(config.stages)])[len(config.stages)]
+        reason = f"there is no prepared data in {place!r}"
+    except InputError as error:
+        reason = str(error)
+    log.info("the picture will not show the nearest real images: %s", reason)
+    return None
+
+
+def _open(config: Config, number: int, *, skip_bad: bool, verify: bool, check_stop: Callable[[], None]) -> ImageSet:
+    data, stage = config.data, config.stages[number - 1]
+    field, spec = (f"config.stage{number}.source", stage.source) if stage.source else ("config.data.source", data.source)
+    form = Form(*stage.resolution, channels=data.channels, background=data.background, crop=data.crop)
+    skin_tones = data.skin_tones if spec.startswith("emoji:") else ""
+    cache_bytes = int(data.cache_gib * 2**30)
+    if spec.startswith("prepared:"):
+        images = open_prepared(spec.removeprefix("prepared:"), cache_bytes=cache_bytes)
+        if images.image_shape != (form.height, form.width, form.channels):
+            found, wanted = (" x ".join(map(str, shape)) for shape in (images.image_shape, (*stage.resolution, form.channels)))
+            raise InputError(f"{field}={spec!r} has images of {found} (height x width x channels); {wanted} would do.")
+        return images
+    if not data.directory:
+        return open_direct(spec, form, cache_bytes=cache_bytes, skin_tones=skin_tones, skip_bad=skip_bad)
+    directory = prepare(
+        spec,
+        data.directory + (f"_stage{number}" if stage.source else ""),
+        form,
+        encoding=Encoding(data.encoding, data.quality),
+        skin_tones=skin_tones,
+        skip_bad=skip_bad,
+        verify=verify,
+        check_stop=check_stop,
+    )
+    return open_prepared(directory, cache_bytes=cache_bytes)

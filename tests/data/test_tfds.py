@@ -1,0 +1,115 @@
+"""Data sets of tensorflow-datasets as a source, without TensorFlow."""
+
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import Form
+from rdm_jax.data.prepare import prepare
+from rdm_jax.data.sources import open_source
+from rdm_jax.errors import BadImage, InputError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), np.uint8)
+FORM = Form(5, 4)
+
+
+class RelayTestShapes(tfds.core.GeneratorBasedBuilder):
+    """Seven images; of the split 'test' one has no label."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    folder = None
+
+    def _info(self):
+        label = tfds.features.ClassLabel(names=["ant", "bee", "cow"])
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3)), "label": label}),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(range(5)), "test": self._generate_examples(range(5, 7))}
+
+    def _generate_examples(self, numbers):
+        for i in numbers:
+            Image.fromarray(PIXELS[i]).save(self.folder / f"{i}.png")
+            yield i, {"image": self.folder / f"{i}.png", "label": -1 if i == 6 else i % 3}
+
+
+class RelayTestWords(RelayTestShapes):
+    """No images."""
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+
+    def _generate_examples(self, numbers):
+        for i in numbers:
+            yield i, {"text": str(i)}
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setattr(RelayTestShapes, "folder", tmp_path)
+
+
+def test_a_data_set_is_prepared_by_its_name_and_read(tmp_path, capfd):
+    source = open_source("tfds:relay_test_shapes")
+    assert source.class_names == ("ant", "bee", "cow")
+    assert capfd.readouterr().out == ""
+    for i in range(len(source)):
+        np.testing.assert_array_equal(source.read(i, FORM), PIXELS[i])
+        assert source.label(i) == i % 3
+    path = prepare("tfds:relay_test_shapes", tmp_path / "set", FORM)
+    images = open_prepared(path)
+    np.testing.assert_array_equal(images.batch(range(5))["image"], PIXELS[:5])
+    assert images.batch(range(5))["label"].tolist() == [0, 1, 2, 0, 1] and images.class_names == ("ant", "bee", "cow")
+    assert "tensorflow" not in sys.modules
+
+
+def test_splits_can_be_named_and_joined(tmp_path):
+    source = open_source("tfds:relay_test_shapes:train+test")
+    np.testing.assert_array_equal(source.read(6, FORM), PIXELS[6])
+    with pytest.raises(InputError, match="'train' or 'test'"):
+        open_source("tfds:relay_test_shapes:validation")
+
+
+def test_an_image_without_its_label_is_refused_or_left_out(tmp_path):
+    source = open_source("tfds:relay_test_shapes:test")
+    with pytest.raises(BadImage, match="class number -1"):
+        source.label(1)
+    with pytest.raises(InputError, match="class number -1"):
+        prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM)
+    assert len(open_prepared(prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM, skip_bad=True))) == 1
+
+
+def test_a_data_set_that_is_not_known_is_refused():
+    with pytest.raises(InputError, match="knows no data set 'relay_test_nothing'"):
+        open_source("tfds:relay_test_nothing")
+
+
+def test_a_data_set_without_images_is_refused():
+    with pytest.raises(InputError, match="no feature 'image' but text"):
+        open_source("tfds:relay_test_words")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'tensorflow'"),
+        AssertionError("Manual directory does not exist.\nCreate it and download the data set."),
+        ConnectionError("no network"),
+    ],
+)
+def test_what_the_library_cannot_do_says_what_would_do(monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(RelayTestShapes, "_split_generators", fail)
+    reason = str(error).split("\n")[0]
+    with pytest.raises(InputError, match=f"{reason}.*tfds build relay_test_shapes --file_format=array_record.*folder:"):
+        open_source("tfds:relay_test_shapes")
