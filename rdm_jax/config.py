@@ -34,7 +34,7 @@ class Data:
       channels: 1 or 3.
       background: colour under transparent pixels, 0 to 255 a channel.
       crop: 'lanczos' (central crop, then Lanczos), 'adm' (ADM's and EDM's rule for ImageNet) or 'none' (sizes are right).
-      encoding: 'png', 'jpeg', or 'raw' (nothing to decode in training, several times the space).
+      encoding: 'png', 'jpeg', or 'raw' (next to nothing to decode in training, more space than 'png').
       quality: of 'jpeg', 1 to 100.
       skin_tones: of emoji: 'mark' makes the skin tone the label, 'drop' leaves the variants out; '' for all else.
       cache_gib: the set is decoded into memory where it is not larger than this.

@@ -157,7 +157,7 @@ def open_direct(spec: str, form: Form, *, cache_bytes: int, skin_tones: str = ""
     """
     form.check()
     source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
-    images = ImageSet(_Decoded(source, form), (form.height, form.width, form.channels), source.class_names)
+    images = ImageSet(DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names)
     if images.nbytes > cache_bytes:
         size = f"{len(source):,} images take {images.nbytes / 2**30:.1f} GiB in memory, more than {cache_bytes / 2**30:.1f}"
         would_do = "a data.directory to prepare them in, or a larger data.cache_gib,"
@@ -175,7 +175,7 @@ def open_direct(spec: str, form: Form, *, cache_bytes: int, skin_tones: str = ""
     return images
 
 
-class _Decoded(Sequence):
+class DecodedSource(Sequence):
     """A source's images, each decoded when it is asked for."""
 
     def __init__(self, source, form: Form):

@@ -1,9 +1,10 @@
 """Where images lie: in a folder, in a zip, in a data set of tensorflow-datasets, in a package. One image at a time, by name.
 
-A reader can be sent to another process, where it opens what it needs for itself.
+A reader can be sent to another process, where it opens what it needs for itself, once.
 """
 
 import abc
+import errno
 import functools
 import re
 import zipfile
@@ -62,21 +63,15 @@ class Zip(Reader):
     """
 
     def __init__(self, path: Path):
-        self._path = path
-        self._open()
-
-    def _open(self) -> None:
         try:
-            self._zip = zipfile.ZipFile(self._path)
+            self._path, self._version = path, _version(path)
+            self._zip.namelist()
         except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise InputError(f"{self._path} cannot be read as a zip ({error}); a whole copy would do.") from error
+            raise InputError(f"{path} cannot be read as a zip ({error}); a whole copy would do.") from error
 
-    def __getstate__(self) -> Path:
-        return self._path
-
-    def __setstate__(self, path: Path):
-        self._path = path
-        self._open()
+    @property
+    def _zip(self) -> zipfile.ZipFile:
+        return _open_zip(self._path, self._version)
 
     def names(self) -> tuple[list[str], dict[str, str]]:
         """The names of its files, hidden ones left out, and of those that cannot be used, with the reason."""
@@ -111,6 +106,18 @@ class Zip(Reader):
         """Size and checksum as the zip has them."""
         member = self._zip.getinfo(name)
         return f"{member.file_size} {member.CRC:08x}"
+
+
+def _version(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4)  # Its directory of perhaps a million members is read once a process, not once a shard.
+def _open_zip(path: Path, version: tuple[int, int]) -> zipfile.ZipFile:
+    if _version(path) != version:
+        raise OSError(errno.ESTALE, "the zip has changed since it was listed", str(path))
+    return zipfile.ZipFile(path)
 
 
 def _unsafe(member: zipfile.ZipInfo) -> str | None:
@@ -162,35 +169,26 @@ class Tfds(Reader):
 
     def __init__(self, directory: Path, split: str):
         self._directory, self._split = directory, split
-        self._open()
-
-    def _open(self) -> None:
-        builder = tfds.builder_from_directory(self._directory)
+        info = tfds.builder_from_directory(directory).info
+        self.features, self._identity = dict(info.features), info.full_name
         try:
-            # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where it is missing.
-            self._records = builder.as_data_source(self._split, decoders={"image": tfds.decode.SkipDecoding()})
+            _open_records(directory, split)
         except Exception as error:  # The library has an error of its own for each format and each slip in a split's name.
-            known = " or ".join(map(repr, builder.info.splits))
-            would_do = f"{known}, as array_record (`tfds build NAME --file_format=array_record`),"
-            raise InputError(
-                f"split {self._split!r} of {self._directory} cannot be read ({error}); {would_do} would do."
-            ) from error
-        self._last = functools.lru_cache(maxsize=16)(self._records.__getitem__)  # An image and its label are asked for in turn.
-        self._identity, self.features = builder.info.full_name, dict(builder.info.features)
+            would_do = f"{' or '.join(map(repr, info.splits))}, prepared with file_format='array_record',"
+            raise InputError(f"split {split!r} of {directory} cannot be read ({error}); {would_do} would do.") from error
 
-    def __getstate__(self) -> tuple[Path, str]:
-        return self._directory, self._split
+    def __getstate__(self) -> tuple[Path, str, str]:
+        return self._directory, self._split, self._identity
 
-    def __setstate__(self, state: tuple[Path, str]):
-        self._directory, self._split = state
-        self._open()
+    def __setstate__(self, state: tuple[Path, str, str]):
+        self._directory, self._split, self._identity = state
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(_open_records(self._directory, self._split))
 
     def _record(self, name: str) -> dict:
         try:
-            return self._last(int(name))
+            return _read_record(self._directory, self._split, int(name))
         except Exception as error:  # array_record and protobuf each raise their own.
             raise BadImage(f"is a damaged record ({error}); preparing {self._directory} again would do.") from error
 
@@ -205,3 +203,15 @@ class Tfds(Reader):
     def stamp(self, name: str) -> str:
         """The name and version of the data set."""
         return self._identity
+
+
+@functools.lru_cache(maxsize=4)
+def _open_records(directory: Path, split: str):
+    # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where it is missing.
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return tfds.builder_from_directory(directory).as_data_source(split, decoders=decoders)
+
+
+@functools.lru_cache(maxsize=16)  # An image and its label are asked for in turn.
+def _read_record(directory: Path, split: str, number: int) -> dict:
+    return _open_records(directory, split)[number]

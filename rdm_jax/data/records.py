@@ -27,7 +27,7 @@ class Encoding:
     """How pixels are kept.
 
     Attributes:
-      kind: 'png' (lossless), 'jpeg', or 'raw' (as they are: no decoding in training, several times the space).
+      kind: 'png' (lossless), 'jpeg', or 'raw' (squeezed by array_record alone: next to nothing to decode, more space).
       quality: of JPEG, 1 to 100.
     """
 

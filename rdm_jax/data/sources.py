@@ -251,8 +251,9 @@ def _tfds(name: str, split: str = "train") -> Source:
 def _prepared_by_tfds(name: str) -> Path:
     """The directory of a data set of tensorflow-datasets; downloads and prepares it first where that has not been done."""
     elsewhere = (
-        "preparing it once where TensorFlow is (`pip install tensorflow tensorflow-datasets`, then `tfds build "
-        f"{name} --file_format=array_record`), with TFDS_DATA_DIR the same here and there, or a folder: or zip: of its images,"
+        "preparing it once in an environment with TensorFlow (`pip install tensorflow tensorflow-datasets array_record "
+        f'importlib_resources`, then `python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
+        "file_format='array_record').download_and_prepare()\"`), or a folder: or zip: of its images,"
     )
     try:
         builder = tfds.builder(name, file_format="array_record")

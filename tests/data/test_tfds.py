@@ -111,5 +111,5 @@ def test_what_the_library_cannot_do_says_what_would_do(monkeypatch, error):
 
     monkeypatch.setattr(RelayTestShapes, "_split_generators", fail)
     reason = str(error).split("\n")[0]
-    with pytest.raises(InputError, match=f"{reason}.*tfds build relay_test_shapes --file_format=array_record.*folder:"):
+    with pytest.raises(InputError, match=f"{reason}.*with TensorFlow.*tfds.builder\\('relay_test_shapes', .*folder:"):
         open_source("tfds:relay_test_shapes")
