@@ -6,9 +6,11 @@ Sample from the published weights; no data is needed:
     python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode import --stage 2 --weights STAGE2.pt
     python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode sample
 
-Train: a folder of the 30,000 images.
+Train: a folder of the 30,000 images (any size from 256 up, PNG or JPEG, nothing else in it), or a zip of them. The download
+that tensorflow-datasets' own celeb_a_hq asks for is no longer to be had; copies of the images at 256 or 1024 are.
 
     python -m rdm_jax.main --config configs/celebahq.py --config.data.source=folder:celebahq --workdir runs/celebahq
+    python -m rdm_jax.main --config configs/celebahq.py --config.data.source=zip:celebahq.zip --workdir runs/celebahq
 
 The clock is trained with length 0.89 and sampled with 1.05, as published. FID 3.15 published; stage 1 on 32 A100 for 16 hours,
 stage 2 for 25.5. Not run here yet.

@@ -6,9 +6,15 @@ Sample from the published weights (EDM's ImageNet-64 snapshot for stage 1, RDM's
     python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode import --stage 2 --weights STAGE2.pt
     python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode sample
 
-Train: a folder of class folders, as ImageNet's training set is unpacked.
+Train: a folder of 1,000 folders of images, 138 GB. After registering at image-net.org, from ILSVRC2012_img_train.tar:
 
-    python -m rdm_jax.main --config configs/imagenet.py --config.data.source=folder:imagenet/train --workdir runs/imagenet
+    mkdir -p imagenet/train && tar xf ILSVRC2012_img_train.tar -C imagenet/train
+    for t in imagenet/train/*.tar; do mkdir ${t%.tar} && tar xf $t -C ${t%.tar} && rm $t; done
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode prepare
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode train --config.data.workers=16
+
+`tfds:imagenet2012`, prepared where TensorFlow is (README), or a zip in EDM's layout, does as well as a folder. The released
+stage 1 was trained on records of its own, ADM's crop at 64: `--config.stage1.source=folder:imagenet/train` makes the same.
 
 Published: FID 1.99 (1.87 with balanced classes), stage 1 on 32 V100 for 13 days, stage 2 on 64 A100 for 12.5 days. Not run here
 yet.
@@ -40,7 +46,7 @@ def training(images: int, ema_halflife: float) -> Training:
 def get_config():
     """The config as an ml_collections ConfigDict."""
     return Config(
-        data=Data(source="folder:imagenet/train", directory="data/imagenet_256"),
+        data=Data(source="folder:imagenet/train", directory="data/imagenet_256", crop="adm"),
         stages=(
             Stage(
                 resolution=(64, 64),

@@ -1,6 +1,9 @@
 """Stopping without losing anything: Ctrl-C and SIGTERM are noted, and obeyed between two steps."""
 
+import multiprocessing
+import os
 import signal
+import threading
 
 
 class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except Exception` takes it for something else
@@ -37,3 +40,15 @@ class StopOnSignal:
         """Raises `Interrupted` if a signal has come."""
         if self.requested:
             raise Interrupted(self.requested)
+
+
+def obey_parent_alone() -> None:
+    """In a worker process: leaves the terminal's Ctrl-C to the parent, and ends at once when that is gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -20,7 +20,7 @@ from PIL import Image
 from rdm_jax.config import parse
 from rdm_jax.main import main
 from rdm_jax.training import checkpoint, metrics
-from tests.tiny import tiny_config, write_images
+from tests.tiny import LOW, tiny_config, write_images
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -54,8 +54,8 @@ def finished(images, tmp_path_factory):
 def test_everything_is_left_behind(finished, images):
     workdir, done = finished
     samples = np.load(workdir / "samples/samples.npz")
-    assert samples["images"].shape == (12, 8, 8, 3) and samples["images"].dtype == np.uint8
-    assert samples["stage1"].shape == (12, 4, 4, 3)
+    assert samples["images"].shape == (12, 8, 12, 3) and samples["images"].dtype == np.uint8
+    assert samples["stage1"].shape == (12, 4, 6, 3)
     assert samples["seeds"].tolist() == list(range(12)) and samples["labels"].tolist() == [0, 1] * 6
     for stage in ("stage1", "stage2"):
         for picture in ("loss.png", "previews/0000000080.png", "previews/0000000160.png"):
@@ -65,8 +65,9 @@ def test_everything_is_left_behind(finished, images):
         assert [line["images"] for line in lines if "loss" in line] == list(range(16, 161, 16))
         assert [line["images"] for line in lines if "validation_loss" in line] == [40, 80, 120, 160]
         assert {10, 15, 20} <= set(checkpoint.Checkpoints(workdir / stage / "checkpoints", read_only=True).steps())
-    assert np.asarray(Image.open(workdir / "samples/grid.png")).std() > 0
-    assert parse(json.loads((workdir / "config.json").read_text())) == tiny_config(images)
+    for picture in ("samples/grid.png", "contact_sheet.png"):
+        assert np.asarray(Image.open(workdir / picture)).std() > 0
+    assert parse(json.loads((workdir / "config.json").read_text())) == tiny_config(images, low=LOW)
     for said in ("24 images", "compiled in", "images/s", "left", "network evaluations", "done"):
         assert said in done.stdout + done.stderr, said
 
@@ -159,6 +160,20 @@ def test_stopping_loses_nothing_and_goes_on_bit_equal(finished, images, tmp_path
     check_equal_states(workdir, finished[0], "stage1")
 
 
+def test_bad_images_are_refused_or_left_out_and_listed(tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "images" / "a" / "000.png").write_bytes(b"no image")
+    refused = run(tmp_path / "images", tmp_path / "run", "--mode=prepare")
+    assert refused.returncode == 2 and refused.stderr.strip().splitlines()[-1].startswith("error: image 'a/000.png'")
+    done = run(tmp_path / "images", tmp_path / "run", "--mode=prepare", "--skip_bad")
+    assert done.returncode == 0, done.stderr
+    assert "1 left out" in done.stdout and "23 images" in done.stdout and "std assumed: 0.5" in done.stdout
+    manifest = json.loads((tmp_path / "images_prepared" / "manifest.json").read_text())
+    assert manifest["count"] == 23 and list(manifest["skipped"]) == ["a/000.png"]
+    again = run(tmp_path / "images", tmp_path / "run", "--mode=prepare")
+    assert again.returncode == 0 and "as they were written" in again.stdout
+
+
 def test_diverged_run_stops_and_keeps_the_last_good_state(images, tmp_path):
     flags = ["--mode=train", "--stage=1", "--config.stage1.training.learning_rate=1e30", "--config.stage1.training.max_skipped=3"]
     done = run(images, tmp_path / "run", *flags)
@@ -174,8 +189,8 @@ REFUSED = {
     "unknown flag": (["--wordkir=x"], "wordkir"),
     "wrong type": (["--config.stage1.training.images=many"], "images=many"),
     "not divisible by p": (["--config.stage2.resolution=(9, 9)"], r"stage2.resolution=\(9, 9\).*divisible by 2"),
-    "not divisible by the stride": (["--config.stage1.network.patch=3"], r"stage1.resolution=\(4, 4\).*stride"),
-    "stages that do not fit": (["--config.stage1.resolution=(8, 8)"], r"stage2.resolution=\(8, 8\).*\(16, 16\)"),
+    "not divisible by the stride": (["--config.stage1.network.patch=3"], r"stage1.resolution=\(4, 6\).*stride"),
+    "stages that do not fit": (["--config.stage1.resolution=(8, 8)"], r"stage2.resolution=\(8, 12\).*\(16, 16\)"),
     "missing data": (["--config.data.source=folder:/nowhere", "--config.data.directory={tmp}/new"], "/nowhere"),
     "prepared otherwise": (["--config.data.channels=1"], r"images_prepared.*channels"),
     "missing config": (["--config=configs/nothing.py"], "nothing.py"),

@@ -1,4 +1,4 @@
-"""A run in small for the tests: a folder of 8x8 images, 4x4 -> 8x8, networks of some thousand parameters."""
+"""A run in small for the tests: a folder of 8x8 images, two stages, networks of some thousand parameters."""
 
 import numpy as np
 from PIL import Image
@@ -8,6 +8,7 @@ from rdm_jax.diffusion.processes import Gaussian, Relay
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.models.adm import ADM
 
+LOW = (4, 6)
 NETWORK = ADM(channels=8, channel_mult=(1,), blocks=1, attention_levels=(), head_channels=8, dropout=0.0)
 
 
@@ -20,20 +21,26 @@ def write_images(folder, count: int = 24, size: int = 8):
         Image.fromarray(random.integers(0, 256, (size, size, 3), np.uint8)).save(path)
 
 
-def tiny_config(folder, **training) -> Config:
-    """A two-stage config on the images in `folder`, prepared beside it."""
+def tiny_config(folder, low=(4, 4), **training) -> Config:
+    """A two-stage config on the images in `folder`, prepared beside it: images of the size `low` and twice that."""
     settings = {"images": 160, "batch_size": 8, "learning_rate": 1e-3, "warmup": 32, "ema_halflife": 40.0, "log_every": 16}
     settings |= {"checkpoint_every": 40, "preview_every": 80, "validation": 8, "keep_newest": 3} | training
     return Config(
         data=Data(source=f"folder:{folder}", directory=f"{folder}_prepared"),
         stages=(
-            Stage((4, 4), NETWORK, process=Gaussian(), training=Training(**settings), sampler=Heun(steps=3)),
-            Stage((8, 8), NETWORK, process=Relay(patch=2), training=Training(**settings), sampler=RelayHeun(steps=12, rho=7.0)),
+            Stage(low, NETWORK, process=Gaussian(), training=Training(**settings), sampler=Heun(steps=3)),
+            Stage(
+                (2 * low[0], 2 * low[1]),
+                NETWORK,
+                process=Relay(patch=2),
+                training=Training(**settings),
+                sampler=RelayHeun(steps=12, rho=7.0),
+            ),
         ),
         sampling=Sampling(seeds="0-11", batch_size=8),
     )
 
 
 def get_config(folder: str):
-    """The same as a config file: `--config tests/tiny.py:FOLDER`."""
-    return tiny_config(folder).to_config_dict()
+    """The same for images that are no squares, as a config file: `--config tests/tiny.py:FOLDER`."""
+    return tiny_config(folder, low=LOW).to_config_dict()

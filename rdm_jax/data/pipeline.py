@@ -9,6 +9,7 @@ from absl import flags
 
 from rdm_jax.data.image_sets import Batch, ImageSet
 from rdm_jax.errors import InputError
+from rdm_jax.interrupt import obey_parent_alone
 
 
 def train_iterator(
@@ -75,7 +76,8 @@ class TrainIterator:
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers ask for them, in a notebook too
                 flags.FLAGS.mark_as_parsed()
-            remaining = remaining.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+            options = grain.MultiprocessingOptions(num_workers=self._workers)
+            remaining = remaining.mp_prefetch(options, worker_init_fn=_in_worker)
         return iter(remaining)
 
     def get_state(self) -> dict[str, int]:
@@ -92,6 +94,10 @@ class TrainIterator:
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
+
+
+def _in_worker(index: int, count: int) -> None:
+    obey_parent_alone()
 
 
 @functools.lru_cache(maxsize=8)  # Two epochs for a batch across them and two for prefetching, of two iterators.

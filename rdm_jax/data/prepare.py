@@ -10,8 +10,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from rdm_jax.data.records import Encoding, RelayImages, Shard, features_of, sha2
 from rdm_jax.data.sources import Source, cores, open_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
+from rdm_jax.interrupt import obey_parent_alone
 from rdm_jax.terminal import log, progress
 
 MANIFEST = "manifest.json"
@@ -34,7 +33,7 @@ SHARD_IMAGES, MANY_SHARDS = 512, 1024
 # Seconds of work in this process before others, which take a few to start, are started to help.
 ALONE_SECONDS = 3.0
 # Pixels of no real image take a smaller share of themselves than one in so many, encoded.
-LEAST_SHARE = {"raw": 1, "png": 8, "jpeg": 40}
+LEAST_SHARE = {"raw": 20, "png": 20, "jpeg": 60}
 LIBRARIES = ("array_record", "pillow", "tensorflow-datasets")  # whose versions decide the bytes
 
 
@@ -239,7 +238,7 @@ def _write_shards(shards: list[Shard], description: str, check_stop: Callable[[]
 def _processes(count: int) -> Iterator[concurrent.futures.Executor]:
     # Spawned: a forked copy of a process whose threads hold locks may wait for them for ever.
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+    pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=obey_parent_alone)
     try:
         yield pool
     except concurrent.futures.process.BrokenProcessPool as error:
@@ -247,15 +246,3 @@ def _processes(count: int) -> Iterator[concurrent.futures.Executor]:
         raise InputError(f"a process that was reading images was killed; {would_do} would do.") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Leaves signals of the terminal to the parent process, and ends at once when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
