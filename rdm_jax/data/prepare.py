@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
 import io
 import json
 import multiprocessing
@@ -18,9 +17,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-import rdm_jax
 from rdm_jax.data.images import CROPS, Form
-from rdm_jax.data.records import Encoding, RelayImages, Shard, features_of, sha256
+from rdm_jax.data.records import Encoding, RelayImages, Shard, sha256, versions
 from rdm_jax.data.sources import Source, cores, open_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
@@ -34,7 +32,6 @@ SHARD_IMAGES, MANY_SHARDS = 512, 1024
 ALONE_SECONDS = 3.0
 # Pixels of no real image take a smaller share of themselves than one in so many, encoded.
 LEAST_SHARE = {"raw": 20, "png": 20, "jpeg": 60}
-LIBRARIES = ("array_record", "pillow", "tensorflow-datasets")  # whose versions decide the bytes
 
 
 def prepare(
@@ -74,18 +71,19 @@ def prepare(
     settings = _settings(spec, form, encoding, skin_tones)
     directory = Path(directory).expanduser().resolve()
     try:
-        if _is_prepared(directory, settings):
-            if verify:
-                verify_prepared(directory)
-        else:
+        if not _is_prepared(directory, settings):
             source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
             with _staging(directory) as staging:
-                _write(source, settings, form, encoding, skip_bad, staging, directory, check_stop)
+                shards = _shards(source, form, encoding, skip_bad, staging / "parts")
+                about = _write_shards(shards, f"preparing {spec}", check_stop)
+                os.rename(_assemble(source, settings, shards, about, staging / "set"), directory)
                 shutil.rmtree(staging)
+            _log_made(directory)
+        elif verify:
+            verify_prepared(directory)
     except OSError as error:
-        raise InputError(
-            f"the data directory {directory} cannot be written ({error}); space, or another place, would do."
-        ) from error
+        would_do = "space, or another place, would do."
+        raise InputError(f"the data directory {directory} cannot be written ({error}); {would_do}") from error
     return directory
 
 
@@ -138,27 +136,17 @@ def _staging(directory: Path) -> Iterator[Path]:
     staging.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(staging, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{directory} is being prepared by another process; waiting for that would do.") from error
         yield staging
-    except BlockingIOError as error:
-        raise InputError(f"{directory} is being prepared by another process; waiting for that would do.") from error
     finally:
         os.close(descriptor)
 
 
-def _write(
-    source: Source,
-    settings: dict[str, Any],
-    form: Form,
-    encoding: Encoding,
-    skip_bad: bool,
-    staging: Path,
-    directory: Path,
-    check_stop: Callable[[], None],
-) -> None:
-    """Writes the shards and then what makes a data set of them, and lets it appear."""
-    parts, made = staging / "parts", staging / "set"
-    shutil.rmtree(made, ignore_errors=True)
+def _shards(source: Source, form: Form, encoding: Encoding, skip_bad: bool, parts: Path) -> list[Shard]:
+    """Divides a source into files to be written; what others left in their folder is removed."""
     parts.mkdir(exist_ok=True)
     each = max(SHARD_IMAGES, -(-len(source) // MANY_SHARDS))
     count = -(-len(source) // each)
@@ -167,28 +155,31 @@ def _write(
         if left_over.stem not in names:
             left_over.unlink()
     _check_space(len(source), form, encoding, parts)
-    places = np.array_split(np.arange(len(source)), count)
-    shards = [
-        Shard(source.part(some.tolist()), form, encoding, parts / f"{name}.array_record", skip_bad)
-        for name, some in zip(names, places, strict=True)
+    return [
+        Shard(source.part(places.tolist()), form, encoding, parts / f"{name}.array_record", skip_bad)
+        for name, places in zip(names, np.array_split(np.arange(len(source)), count), strict=True)
     ]
-    about = _write_shards(shards, f"preparing {settings['source']}", check_stop)
+
+
+def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], about: list[dict[str, Any]], made: Path) -> Path:
+    """Makes a data set, with its manifest, of finished shards; gives its directory."""
     skipped = {**source.skipped, **{name: reason for shard in about for name, reason in shard["skipped"].items()}}
-    if not sum(shard["records"] for shard in about):
-        raise InputError(
-            f"no image of {settings['source']} can be used ({next(iter(skipped.values()))}); another source would do."
-        )
-    finished = [(shard["records"], part.path) for shard, part in zip(about, shards, strict=True)]
+    count = sum(shard["records"] for shard in about)
+    if not count:
+        reason = next(iter(skipped.values()))
+        raise InputError(f"no image of {settings['source']} can be used ({reason}); another source would do.")
+    shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
-    builder = RelayImages(finished, features_of(form, encoding, source.class_names), settings, made)
+    finished = [(shard["records"], part.path) for shard, part in zip(about, shards, strict=True)]
+    builder = RelayImages(finished, shards[0].features, settings, made)
     with contextlib.redirect_stdout(io.StringIO()):  # It prints to stdout what we say better.
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     manifest = {
         "settings": settings,
-        "count": sum(shard["records"] for shard in about),
+        "count": count,
         "classes": list(source.class_names),
-        "resampling": CROPS[form.crop],
-        "made_by": {"rdm_jax": rdm_jax.__version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+        "resampling": CROPS[settings["crop"]],
+        "made_by": versions(),
         "skipped": skipped,
         "shards": [
             {"file": path.name, **{key: shard[key] for key in ("records", "bytes", "sha256")}}
@@ -197,9 +188,13 @@ def _write(
     }
     with whole_file(Path(builder.data_path) / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
-    os.rename(builder.data_path, directory)
-    log.info("data: %s images in %d files -> %s", f"{manifest['count']:,}", count, directory)
-    if skipped:
+    return Path(builder.data_path)
+
+
+def _log_made(directory: Path) -> None:
+    manifest = read_manifest(directory)
+    log.info("data: %s images in %d files -> %s", f"{manifest['count']:,}", len(manifest["shards"]), directory)
+    if skipped := manifest["skipped"]:
         name, reason = next(iter(skipped.items()))
         log.info("data: %s left out, listed in %s; the first: %s %s", f"{len(skipped):,}", directory / MANIFEST, name, reason)
 

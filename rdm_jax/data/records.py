@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+import rdm_jax
 from rdm_jax.data.images import Form, encode, open_image, to_uint8
 from rdm_jax.data.sources import Source
 from rdm_jax.errors import BadImage, InputError
@@ -42,15 +44,10 @@ class Encoding:
             raise InputError(f"quality={self.quality} is none of JPEG's; 1 to 100 would do.")
 
 
-def features_of(form: Form, encoding: Encoding, class_names: Sequence[str]) -> tfds.features.FeaturesDict:
-    """The features of a record: image, name and, with classes, label."""
-    shape = (form.height, form.width, form.channels)
-    if encoding.kind == "raw":
-        image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
-    else:
-        image = tfds.features.Image(shape=shape, encoding_format=encoding.kind)
-    label = {"label": tfds.features.ClassLabel(names=class_names)} if class_names else {}
-    return tfds.features.FeaturesDict({"image": image, "name": tfds.features.Text(), **label})
+def versions() -> dict[str, str]:
+    """The versions of all that decides the bytes of a record."""
+    libraries = ("array_record", "pillow", "tensorflow-datasets")
+    return {"rdm_jax": rdm_jax.__version__} | {name: importlib.metadata.version(name) for name in libraries}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +65,18 @@ class Shard:
     encoding: Encoding
     path: Path
     skip_bad: bool
+
+    @property
+    def features(self) -> tfds.features.FeaturesDict:
+        """The features of a record: image, name and, with classes, label."""
+        shape = (self.form.height, self.form.width, self.form.channels)
+        if self.encoding.kind == "raw":
+            image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+        else:
+            image = tfds.features.Image(shape=shape, encoding_format=self.encoding.kind)
+        names = self.source.class_names
+        label = {"label": tfds.features.ClassLabel(names=names)} if names else {}
+        return tfds.features.FeaturesDict({"image": image, "name": tfds.features.Text(), **label})
 
     def write(self) -> dict[str, Any]:
         """Writes the file, or leaves it alone where it was written from the same images before.
@@ -93,14 +102,14 @@ class Shard:
         return about
 
     def _made_from(self) -> str:
-        """A hash of all that decides the file's bytes, but for the versions of libraries."""
+        """A hash of all that decides the file's bytes."""
         stamps = [(name, self.source.reader.stamp(name)) for name in self.source.names]
         settings = [dataclasses.asdict(self.form), dataclasses.asdict(self.encoding), self.skip_bad]
-        everything = [settings, self.source.class_names, list(self.source.labels), stamps]
+        everything = [versions(), settings, self.source.reader.place, self.source.class_names, list(self.source.labels), stamps]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def _examples(self, skipped: dict[str, str]):
-        features = features_of(self.form, self.encoding, self.source.class_names)
+        features = self.features
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         for index, name in enumerate(self.source.names):
             try:
