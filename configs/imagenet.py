@@ -11,7 +11,7 @@ Train: a folder of 1,000 folders of images, 138 GB. After registering at image-n
     mkdir -p imagenet/train && tar xf ILSVRC2012_img_train.tar -C imagenet/train
     for t in imagenet/train/*.tar; do mkdir ${t%.tar} && tar xf $t -C ${t%.tar} && rm $t; done
     python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode prepare
-    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode train --config.data.workers=16
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode train --config.data.workers=8
 
 `tfds:imagenet2012`, prepared where TensorFlow is (README), or a zip in EDM's layout, does as well as a folder. The released
 stage 1 was trained on records of its own, ADM's crop at 64: `--config.stage1.source=folder:imagenet/train` makes the same.

@@ -53,6 +53,8 @@ def _check_data(config: Config) -> None:
     for field, known in (("crop", images.CROPS), ("encoding", records.ENCODINGS)):
         would_do = " or ".join(map(repr, known))
         _require(getattr(data, field) in known, f"config.data.{field}", getattr(data, field), would_do)
+    fine = len(data.background) == 3 and all(0 <= value <= 255 for value in data.background)
+    _require(fine, "config.data.background", data.background, "three numbers from 0 to 255")
     _require(1 <= data.quality <= 100, "config.data.quality", data.quality, "1 to 100")
     _require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
     _require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")

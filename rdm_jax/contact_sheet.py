@@ -17,7 +17,8 @@ from rdm_jax.sampling.sampler import to_uint8
 from rdm_jax.terminal import log
 from rdm_jax.training.step import to_float
 
-COLUMNS = 12
+COLUMNS = 8
+DETAIL = 64  # pixels of a larger image whose blur can be seen, and which are drawn as large as the image
 TIMES = (0.25, 0.5, 0.75, 1.0)
 # So many images, evenly from the whole set, know the mean and std of pixels to a percent or so, and are decoded in seconds.
 MEASURED, AT_A_TIME = 2048, 64
@@ -75,7 +76,17 @@ def _rows(number: int, stage: Stage, images: ImageSet) -> Iterator[tuple[str, np
     seen = _seen(stage, images, _evenly(images, COLUMNS))
     yield f"stage{number}: {stage.resolution[0]} x {stage.resolution[1]}", np.asarray(to_uint8(seen))
     if isinstance(stage.process, Relay):
-        for t in TIMES:
+        detail = _detail(seen, stage.process.patch)
+        for t in (0.0, *TIMES) if detail.shape != seen.shape else TIMES:
             sigma = jnp.full(len(seen), stage.process.clock.blur_sigma(jnp.float32(t)))
-            blurred = blurring.blur(seen, sigma, patch=stage.process.patch, min_scale=stage.process.min_scale)
-            yield f"blurred, t = {t:g}", np.asarray(to_uint8(blurred))
+            blurred = blurring.blur(detail, sigma, patch=stage.process.patch, min_scale=stage.process.min_scale)
+            yield f"blurred, t = {t:g}" if t else "a detail", np.asarray(to_uint8(blurred))
+
+
+def _detail(images: jax.Array, patch: int) -> jax.Array:
+    """The middle of images, of whole patches and with the images' own ratio as nearly as these allow."""
+    _, h, w, _ = images.shape
+    scale = min(1.0, DETAIL / max(h, w))
+    rows, columns = (max(1, round(side * scale / patch)) * patch for side in (h, w))
+    top, left = ((side - part) // (2 * patch) * patch for side, part in ((h, rows), (w, columns)))
+    return images[:, top : top + rows, left : left + columns]

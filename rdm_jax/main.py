@@ -4,7 +4,12 @@ Prepares the data, trains every stage, samples. The same command again goes on w
 """
 
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    # Python's own handler breaks imports off anywhere; until there is something to save, Ctrl-C simply ends the process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Before anything imports TensorStore or XLA, whose C++ logging is decided at import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -15,6 +15,7 @@ from rdm_jax import checks, contact_sheet
 from rdm_jax import config as configs
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.data.sources import same_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
 from rdm_jax.interop.weights import (
@@ -175,7 +176,8 @@ def _check_unchanged(config: Config, workdir: Path) -> None:
     bound = [key for key in {**before, **now} if not key.startswith("stage") or key in {f"stage{n}" for n in trained}]
     pairs = [({key: both.get(key) for key in bound}) for both in (before, now)]
     changes = _differences(*pairs, "config")
-    listed = ", ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in changes if not _is_free(field))
+    bad = [change for change in changes if not _is_free(change[0]) and not _is_same_source(*change)]
+    listed = ", ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in bad)
     if listed:
         raise InputError(f"--workdir={str(workdir)!r} was made with another config ({listed}); another workdir would do.")
 
@@ -203,6 +205,10 @@ def _check_named_checkpoints(config: Config, workdir: Path, training: list[int])
                 checkpoint.find(stage.training.start_from, Path())
             except InputError as error:
                 raise InputError(f"config.stage{number}.training.start_from: {error}") from error
+
+
+def _is_same_source(field: str, old: Any, new: Any) -> bool:
+    return field.endswith(".source") and isinstance(old, str) and isinstance(new, str) and same_source(old, new)
 
 
 def _is_free(field: str) -> bool:

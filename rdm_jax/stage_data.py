@@ -8,7 +8,7 @@ from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
-from rdm_jax.errors import InputError
+from rdm_jax.errors import BadImage, InputError
 from rdm_jax.terminal import log
 
 
@@ -31,21 +31,23 @@ def open_sets(
     """
     last, sets = len(config.stages), {}
     for number in sorted({n if config.stages[n - 1].source else last for n in numbers}):
-        sets[number] = _open(config, number, skip_bad=skip_bad, verify=verify, check_stop=check_stop)
+        try:
+            sets[number] = _open(config, number, skip_bad=skip_bad, verify=verify, check_stop=check_stop)
+        except BadImage as error:
+            raise InputError(f"{error} --skip_bad leaves such images out.") from error
         about = (number, f"{len(sets[number]):,}", *sets[number].image_shape, len(sets[number].class_names))
         log.info("data: stage%d: %s images of %d x %d x %d, %d classes", *about)
     for number, images in sets.items():
-        classes = sets.get(last, images).class_names
-        if images.class_names != classes:
-            path, differ = (
-                f"config.stage{number}.source={config.stages[number - 1].source!r}",
-                (len(images.class_names), len(classes)),
-            )
-            would_do = "the same classes would do."
-            raise InputError(
-                f"{path} has other classes than config.data.source ({differ[0]} and {differ[1]}, or other names); {would_do}"
-            )
+        others = sets.get(last, images).class_names
+        if images.class_names != others:
+            path = f"config.stage{number}.source={config.stages[number - 1].source!r}"
+            kinds = f"{_some(images.class_names)} and not, like config.data.source, {_some(others)}"
+            raise InputError(f"{path} has the classes {kinds}; the same in the same order would do.")
     return {n: sets[n] if n in sets and config.stages[n - 1].source else sets[last] for n in numbers}
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:3]) or 'none'} ({len(names)})"
 
 
 def set_for_pictures(config: Config) -> ImageSet | None:
@@ -78,7 +80,7 @@ def _open(config: Config, number: int, *, skip_bad: bool, verify: bool, check_st
         return open_direct(spec, form, cache_bytes=cache_bytes, skin_tones=skin_tones, skip_bad=skip_bad)
     directory = prepare(
         spec,
-        data.directory + (f"_stage{number}" if stage.source else ""),
+        f"{Path(data.directory)}_stage{number}" if stage.source else data.directory,
         form,
         encoding=Encoding(data.encoding, data.quality),
         skin_tones=skin_tones,

@@ -115,7 +115,7 @@ def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> Imag
     """
     directory = Path(directory).expanduser().resolve()
     if not (directory / "dataset_info.json").is_file():
-        raise InputError(f"there is no prepared data in {directory}; the path that `prepare` returned would do.")
+        raise InputError(f"there is no prepared data in {directory}; the directory that --mode=prepare has made would do.")
     try:
         reader = RecordReader(directory)
         shape, dtype = reader.image_shape, reader.features["image"].np_dtype
@@ -136,7 +136,10 @@ def _check_whole(directory: Path, reader: RecordReader) -> None:
         raise InputError(f"{directory} holds {len(reader)} of {reader.declared} records; preparing it again would do.")
     if not (directory / MANIFEST).is_file():
         return  # Another's set.
-    for shard in read_manifest(directory)["shards"]:
+    manifest = read_manifest(directory)
+    if list(manifest["classes"]) != list(reader.class_names):
+        raise InputError(f"{directory} has other classes than its manifest; deleting it and preparing it again would do.")
+    for shard in manifest["shards"]:
         size = (directory / shard["file"]).stat().st_size
         if size != shard["bytes"]:
             named = f"{directory / shard['file']} has {size:,} of {shard['bytes']:,} bytes"
@@ -159,7 +162,7 @@ def open_direct(spec: str, form: Form, *, cache_bytes: int, skin_tones: str = ""
     source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
     images = ImageSet(DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names)
     if images.nbytes > cache_bytes:
-        size = f"{len(source):,} images take {images.nbytes / 2**30:.1f} GiB in memory, more than {cache_bytes / 2**30:.1f}"
+        size = f"{len(source):,} images take {images.nbytes / 2**30:.3g} GiB in memory, more than {cache_bytes / 2**30:.3g}"
         would_do = "a data.directory to prepare them in, or a larger data.cache_gib,"
         raise InputError(f"{spec} is too large to be used without preparing ({size}); {would_do} would do.")
     skipped = dict(source.skipped)

@@ -1,7 +1,9 @@
 """One image: from the bytes of a file to uint8 pixels of the size asked for."""
 
 import dataclasses
+import errno
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ from rdm_jax.errors import BadImage, InputError
 # Pillow decides by content which of these a file is; what it could also open (EPS by running Ghostscript, PDF, HDF5)
 # is nothing to train on. The suffixes decide only which files of a folder are meant as images.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-# Bounds of what one image may take in memory, whatever its file says. Pillow warns of more pixels than these.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# Bounds of what one image may take in memory, whatever its file says. Of more pixels Pillow warns; here they are refused.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 512 * 2**20
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # How an image becomes one of the size asked for, as a manifest says it.
 CROPS = {
     "lanczos": "the central crop of the ratio asked for, then Lanczos",
@@ -71,10 +74,11 @@ def open_image(file: Path | bytes) -> Image.Image:
                 raise BadImage(f"has {image.width:,} x {image.height:,} pixels; at most {MAX_PIXELS:,} in all would do.")
             image.load()
             return ImageOps.exif_transpose(image)
-    except BadImage:
+    except (BadImage, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        if isinstance(error, OSError) and error.errno:
+        # What the system says, but for a seek to where the file says that something is, is no fault of the image.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise BadImage(f"cannot be decoded ({error}); a whole copy, or the set without it, would do.") from error
 
@@ -108,10 +112,10 @@ def to_uint8(image: Image.Image, channels: int, background: tuple[int, ...]) -> 
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:  # Mode 'I' is 32 bits wide, and its white is anyone's guess.
         raise BadImage(f"has grey values from {values.min()} to {values.max()}; 8 or 16 bits would do.")
-    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
     return grey
@@ -127,7 +131,9 @@ def fit(pixels: UInt8[np.ndarray, "h w c"], form: Form) -> UInt8[np.ndarray, "{f
     if (rows, columns) == (form.height, form.width):
         return pixels
     if form.crop == "none":
-        raise BadImage(f"is of {rows} x {columns} (height x width); {form.height} x {form.width}, or a rule to crop, would do.")
+        raise BadImage(
+            f"is of {rows} x {columns} (height x width); {form.height} x {form.width}, or another data.crop, would do."
+        )
     return (_fit_adm if form.crop == "adm" else _fit_lanczos)(pixels, form.height, form.width)
 
 
@@ -145,7 +151,10 @@ def _fit_adm(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         pixels = _resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, Image.Resampling.BOX)
     rows, columns, _ = pixels.shape
     scale = max(height / rows, width / columns)
-    return _central(_resize(pixels, round(rows * scale), round(columns * scale), Image.Resampling.BICUBIC), height, width)
+    rows, columns = round(rows * scale), round(columns * scale)
+    if rows * columns > MAX_PIXELS:
+        raise BadImage(f"is too thin for crop='adm', which would enlarge it to {rows:,} x {columns:,}; 'lanczos' would do.")
+    return _central(_resize(pixels, rows, columns, Image.Resampling.BICUBIC), height, width)
 
 
 def _central(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -35,7 +35,7 @@ def train_iterator(
       seed: of the orders.
       process_index, process_count: whose part to yield.
       workers: processes that make batches; 0 for threads of this one alone, as for a set in memory whatever is asked for.
-      threads, prefetch: how many threads, in each worker, make how many batches ahead of need.
+      threads, prefetch: how many threads make how many batches ahead of need, where there are no workers.
 
     Raises:
       InputError: the batch size is not a positive multiple of the number of processes, or the seed is negative.
@@ -47,8 +47,10 @@ def train_iterator(
     if seed < 0:
         raise InputError(f"seed={seed} is negative; 0 or more would do.")
     batches = _Batches(images, batch_size, seed, process_index, process_count)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    return TrainIterator(batches, options, 0 if images.is_cached else workers)
+    workers = 0 if images.is_cached else workers
+    # A worker keeps two batches in the memory that processes share; threads that make more ahead would not make them sooner.
+    options = grain.ReadOptions(num_threads=1 if workers else threads, prefetch_buffer_size=1 if workers else prefetch)
+    return TrainIterator(batches, options, workers)
 
 
 class TrainIterator:

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from rdm_jax.data.images import CROPS, Form
 from rdm_jax.data.records import Encoding, RelayImages, Shard, sha256, versions
-from rdm_jax.data.sources import Source, cores, open_source
+from rdm_jax.data.sources import Source, cores, open_source, same_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
 from rdm_jax.interrupt import obey_parent_alone
@@ -27,9 +28,10 @@ from rdm_jax.terminal import log, progress
 
 MANIFEST = "manifest.json"
 # Images a shard, until there are so many shards; so that a kill costs seconds, and a large set is not a million files.
-SHARD_IMAGES, MANY_SHARDS = 512, 1024
+SHARD_IMAGES, MANY_SHARDS = 256, 1024
 # Seconds of work in this process before others, which take a few to start, are started to help.
 ALONE_SECONDS = 3.0
+LISTINGS_BYTES = 8 * 2**30
 # Pixels of no real image take a smaller share of themselves than one in so many, encoded.
 LEAST_SHARE = {"raw": 20, "png": 20, "jpeg": 60}
 
@@ -71,16 +73,22 @@ def prepare(
     settings = _settings(spec, form, encoding, skin_tones)
     directory = Path(directory).expanduser().resolve()
     try:
-        if not _is_prepared(directory, settings):
-            source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
-            with _staging(directory) as staging:
+        _check_place(directory)
+        if _is_prepared(directory, settings):
+            _log_made(directory, "was prepared before, and the source is not looked at again")
+            if verify:
+                verify_prepared(directory)
+            with contextlib.suppress(InputError, OSError):
+                _remove_left_over(directory)
+            return directory
+        with _staging(directory) as staging:
+            if not _is_prepared(directory, settings):  # by another process, which has just let go of the lock
+                source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
                 shards = _shards(source, form, encoding, skip_bad, staging / "parts")
                 about = _write_shards(shards, f"preparing {spec}", check_stop)
                 os.rename(_assemble(source, settings, shards, about, staging / "set"), directory)
-                shutil.rmtree(staging)
-            _log_made(directory)
-        elif verify:
-            verify_prepared(directory)
+            shutil.rmtree(staging)
+        _log_made(directory, "is prepared")
     except OSError as error:
         would_do = "space, or another place, would do."
         raise InputError(f"the data directory {directory} cannot be written ({error}); {would_do}") from error
@@ -103,7 +111,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a prepared set. Raises InputError where there is none."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        if not {"settings", "count", "shards", "skipped"} <= manifest.keys():
+        if not {"settings", "count", "classes", "enlarged", "skipped", "shards"} <= manifest.keys():
             raise ValueError("fields are missing")
         return manifest
     except (OSError, ValueError, AttributeError) as error:
@@ -122,6 +130,8 @@ def _is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     found = read_manifest(directory)["settings"]
+    if same_source(str(found.get("source")), settings["source"]):
+        found["source"] = settings["source"]
     keys = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
     if keys:
         differences = " and ".join(f"{key}={found.get(key)!r}, not {settings.get(key)!r}" for key in keys)
@@ -129,20 +139,51 @@ def _is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
+def _check_place(directory: Path) -> None:
+    """Refuses a directory that could not appear by renaming another one."""
+    if os.path.ismount(directory):
+        raise InputError(f"the data directory {directory} is where a file system is mounted; a folder in it would do.")
+
+
+def _hidden(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.incomplete")
+
+
 @contextlib.contextmanager
 def _staging(directory: Path) -> Iterator[Path]:
     """A hidden sibling of the directory, ours alone while its lock is held (the lock dies with its process)."""
-    staging = directory.with_name(f".{directory.name}.incomplete")
-    staging.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(staging, os.O_RDONLY)
+    staging = _hidden(directory)
+    descriptor = _lock(staging)
+    if descriptor is None:
+        raise InputError(f"{directory} is being prepared by another process; waiting for that would do.")
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{directory} is being prepared by another process; waiting for that would do.") from error
         yield staging
     finally:
         os.close(descriptor)
+
+
+def _lock(staging: Path) -> int | None:
+    """Locks a folder, which is made if need be; gives its descriptor, or None where another process has it."""
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(staging, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), staging.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # The process that had the lock has just removed the folder.
+
+
+def _remove_left_over(directory: Path) -> None:
+    """Removes what a run that was killed in its last moment left beside a finished set."""
+    if _hidden(directory).exists():
+        with _staging(directory) as staging:
+            shutil.rmtree(staging)
 
 
 def _shards(source: Source, form: Form, encoding: Encoding, skip_bad: bool, parts: Path) -> list[Shard]:
@@ -171,13 +212,14 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     finished = [(shard["records"], part.path) for shard, part in zip(about, shards, strict=True)]
-    builder = RelayImages(finished, shards[0].features, settings, made)
+    builder = RelayImages(finished, shards[0].features, settings["source"], made)
     with contextlib.redirect_stdout(io.StringIO()):  # It prints to stdout what we say better.
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     manifest = {
         "settings": settings,
         "count": count,
-        "classes": list(source.class_names),
+        "classes": {name: sum(shard["of_class"][i] for shard in about) for i, name in enumerate(source.class_names)},
+        "enlarged": sum(shard["enlarged"] for shard in about),
         "resampling": CROPS[settings["crop"]],
         "made_by": versions(),
         "skipped": skipped,
@@ -191,9 +233,11 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
     return Path(builder.data_path)
 
 
-def _log_made(directory: Path) -> None:
+def _log_made(directory: Path, what: str) -> None:
     manifest = read_manifest(directory)
-    log.info("data: %s images in %d files -> %s", f"{manifest['count']:,}", len(manifest["shards"]), directory)
+    log.info("data: %s %s: %s images, files: %d", directory, what, f"{manifest['count']:,}", len(manifest["shards"]))
+    if manifest["enlarged"]:
+        log.info("data: %s of them are smaller than the size asked for and were enlarged", f"{manifest['enlarged']:,}")
     if skipped := manifest["skipped"]:
         name, reason = next(iter(skipped.items()))
         log.info("data: %s left out, listed in %s; the first: %s %s", f"{len(skipped):,}", directory / MANIFEST, name, reason)
@@ -218,26 +262,42 @@ def _write_shards(shards: list[Shard], description: str, check_stop: Callable[[]
             bar.update(len(shards[number].source))
             check_stop()
 
-        while len(waiting) == 1 or waiting and (cores() == 1 or time.perf_counter() - began < ALONE_SECONDS):
+        processes = _process_count(shards)
+        while len(waiting) == 1 or waiting and (processes == 1 or time.perf_counter() - began < ALONE_SECONDS):
             number, shard = waiting.pop(0)
             note(number, shard.write())
         if waiting:
-            with _processes(min(cores(), len(waiting))) as pool:
+            with _processes(min(processes, len(waiting)), check_stop) as pool:
+                # Processes inherit what is blocked, so that Ctrl-C is this one's alone from their first moment.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 futures = {pool.submit(shard.write): number for number, shard in waiting}
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 for future in concurrent.futures.as_completed(futures):
                     note(futures[future], future.result())
     return about
 
 
+def _process_count(shards: list[Shard]) -> int:
+    """One a core, but for fewer where each has to keep a large listing in memory."""
+    each = sum(len(shard.source) for shard in shards) * shards[0].source.reader.memory_per_image
+    return cores() if not each else max(1, min(cores(), LISTINGS_BYTES // each))
+
+
 @contextlib.contextmanager
-def _processes(count: int) -> Iterator[concurrent.futures.Executor]:
+def _processes(count: int, check_stop: Callable[[], None]) -> Iterator[concurrent.futures.Executor]:
     # Spawned: a forked copy of a process whose threads hold locks may wait for them for ever.
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=obey_parent_alone)
     try:
         yield pool
-    except concurrent.futures.process.BrokenProcessPool as error:
-        would_do = "more memory, and the same command, which goes on from there,"
-        raise InputError(f"a process that was reading images was killed; {would_do} would do.") from error
+    except BaseException as error:
+        for process in multiprocessing.active_children():  # What they have not finished counts for nothing: why wait?
+            if process not in others:
+                process.kill()
+        check_stop()
+        if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+            would_do = "more memory, or (in a script) `if __name__ == '__main__':`, and the same once more"
+            raise InputError(f"a process that was to read images has ended; {would_do} would do.") from error
+        raise
     finally:
         pool.shutdown(cancel_futures=True)

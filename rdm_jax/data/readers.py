@@ -6,6 +6,8 @@ A reader can be sent to another process, where it opens what it needs for itself
 import abc
 import errno
 import functools
+import lzma
+import os
 import re
 import zipfile
 import zlib
@@ -21,6 +23,12 @@ from rdm_jax.errors import BadImage, InputError
 # Images are compressed already, so that a member which shrinks to less than this share of itself is no honest one.
 MAX_RATIO, SMALL = 200, 2**20
 ENCRYPTED, LINK = 0x1, 0o120000
+NO_TEXT = re.compile("[\\x00-\\x1f\\x7f\\ud800-\\udfff]")  # control characters, and bytes that are no UTF-8
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder was put there by a system for its own ends, and is not meant."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 class Reader(abc.ABC):
@@ -28,9 +36,11 @@ class Reader(abc.ABC):
 
     Attributes:
       place: where they lie; two readers of one place, and the same stamps, read the same images.
+      memory_per_image: bytes that each process takes to find its way among the images.
     """
 
     place: str
+    memory_per_image: int = 0
 
     @abc.abstractmethod
     def load(self, name: str) -> Image.Image:
@@ -41,7 +51,7 @@ class Reader(abc.ABC):
         """What changes when the image does, without reading it."""
 
     def label(self, name: str) -> int:
-        """The image's class number, where no listing has it. Raises BadImage for a damaged record."""
+        """The image's class number, where no listing has it. Raises InputError for a damaged record."""
         raise NotImplementedError
 
 
@@ -51,13 +61,52 @@ class Folder(Reader):
     def __init__(self, root: Path):
         self._root, self.place = root, str(root.resolve())
 
+    def names(self) -> tuple[list[str], dict[str, str]]:
+        """The names of the files, hidden ones left out, and of what cannot be used, with the reason.
+
+        Raises:
+          InputError: a folder cannot be read.
+        """
+
+        def refuse(error: OSError):
+            raise InputError(f"{error.filename} cannot be read ({error.strerror}); a folder of images would do.") from error
+
+        names, unusable, seen = [], {}, set()
+        for folder, folders, files in os.walk(self._root, onerror=refuse, followlinks=True):
+            status, below = os.stat(folder), Path(folder).relative_to(self._root)
+            if (status.st_dev, status.st_ino) in seen:  # a link to where we have been
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            if not files and not folders:  # an empty class is more likely a slip than meant
+                unusable[f"{below.as_posix()}/"] = "is an empty folder; at least one image in it would do."
+            for name in ((below / file).as_posix() for file in files if not is_hidden(file)):
+                if NO_TEXT.search(name):
+                    unusable[name] = "has a name that is no text; another would do."
+                else:
+                    names.append(name)
+        return names, unusable
+
+    def read(self, name: str, most: int) -> bytes:
+        """A file's bytes. Raises BadImage where there are more than `most`."""
+        if (size := (self._root / name).stat().st_size) > most:
+            raise BadImage(f"has {size:,} bytes; at most {most:,} would do.")
+        return (self._root / name).read_bytes()
+
     def load(self, name: str) -> Image.Image:
         """Decodes a file."""
-        return open_image(self._root / name)
+        path = self._root / name
+        if path.is_symlink() and not path.exists():
+            raise BadImage("is a link to what is not there; a file would do.")
+        return open_image(path)
 
     def stamp(self, name: str) -> str:
         """Size and time of the last change."""
-        status = (self._root / name).stat()
+        try:
+            status = (self._root / name).stat()
+        except FileNotFoundError:
+            return "gone"
         return f"{status.st_size} {status.st_mtime_ns}"
 
 
@@ -68,49 +117,53 @@ class Zip(Reader):
       InputError: it cannot be read as a zip.
     """
 
+    memory_per_image = 700
+
     def __init__(self, path: Path):
+        if not path.is_file():
+            raise InputError(f"there is no zip {path}; the path of a file, or folder:PATH for a folder, would do.")
         try:
             self._path, self._version, self.place = path, _version(path), str(path.resolve())
-            self._zip.namelist()
+            self._open()
         except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise InputError(f"{path} cannot be read as a zip ({error}); a whole copy would do.") from error
 
-    @property
-    def _zip(self) -> zipfile.ZipFile:
+    def _open(self) -> "_OpenZip":
+        if _version(self._path) != self._version:
+            raise OSError(errno.ESTALE, "the zip has changed since it was listed", str(self._path))
         return _open_zip(self._path, self._version)
 
     def names(self) -> tuple[list[str], dict[str, str]]:
         """The names of its files, hidden ones left out, and of those that cannot be used, with the reason."""
-        names, unusable = {}, {}
-        for member in self._zip.infolist():
-            name = member.orig_filename
-            hidden = any(part == "__MACOSX" or part.startswith(".") for part in name.split("/"))
-            if reason := "is in the zip twice" if name in names else _unsafe(member):
-                unusable[name] = f"{reason}; a plain file below the zip's root would do."
-            elif not hidden and not member.is_dir():
-                names[name] = None
-        return list(names), unusable
+        opened = self._open()
+        return list(opened.members), dict(opened.unusable)
 
-    def read(self, name: str) -> bytes:
-        """A member's bytes. Raises BadImage where they are damaged, encrypted, too many, or suspiciously well compressed."""
-        member = self._zip.getinfo(name)
-        if member.file_size > MAX_BYTES:
-            raise BadImage(f"has {member.file_size:,} bytes; at most {MAX_BYTES:,} would do.")
+    def read(self, name: str, most: int) -> bytes:
+        """A member's bytes. Raises BadImage where they are damaged, more than `most`, or suspiciously well compressed."""
+        opened = self._open()
+        member = opened.members[name]
+        if member.file_size > most:
+            raise BadImage(f"has {member.file_size:,} bytes; at most {most:,} would do.")
         if member.file_size > max(SMALL, MAX_RATIO * member.compress_size):
             sizes = f"{member.compress_size:,} to {member.file_size:,} bytes"
             raise BadImage(f"unpacks from {sizes}, which no image does; the set without it would do.")
         try:
-            return self._zip.read(member)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-            raise BadImage(f"cannot be unpacked ({error}); a whole copy, or the set without it, would do.") from error
+            return opened.file.read(member)
+        except OSError as error:
+            if error.errno:
+                raise
+            reason = error  # of bz2, for data that are none
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
+            reason = error
+        raise BadImage(f"cannot be unpacked ({reason}); a whole copy, or the set without it, would do.") from reason
 
     def load(self, name: str) -> Image.Image:
         """Decodes a member."""
-        return open_image(self.read(name))
+        return open_image(self.read(name, MAX_BYTES))
 
     def stamp(self, name: str) -> str:
         """Size and checksum as the zip has them."""
-        member = self._zip.getinfo(name)
+        member = self._open().members[name]
         return f"{member.file_size} {member.CRC:08x}"
 
 
@@ -119,18 +172,35 @@ def _version(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+class _OpenZip:
+    """A zip, its members that can be used, by name, and what is wrong with the others; nothing is read by name alone."""
+
+    def __init__(self, path: Path):
+        self.file = zipfile.ZipFile(path)
+        self.members: dict[str, zipfile.ZipInfo] = {}
+        self.unusable: dict[str, str] = {}
+        for member in self.file.infolist():
+            name = member.orig_filename
+            reason = _unsafe(member)
+            if reason or member.filename in self.unusable:
+                self.unusable[name] = f"{reason or 'is in the zip twice'}; a plain file below the zip's root would do."
+            elif name in self.members:
+                del self.members[name]  # Who is to say which of the two is meant?
+                self.unusable[name] = "is in the zip twice; one of them would do."
+            elif not member.is_dir() and not any(map(is_hidden, name.split("/"))):
+                self.members[name] = member
+
+
 @functools.lru_cache(maxsize=4)  # Its directory of perhaps a million members is read once a process, not once a shard.
-def _open_zip(path: Path, version: tuple[int, int]) -> zipfile.ZipFile:
-    if _version(path) != version:
-        raise OSError(errno.ESTALE, "the zip has changed since it was listed", str(path))
-    return zipfile.ZipFile(path)
+def _open_zip(path: Path, version: tuple[int, int]) -> _OpenZip:
+    return _OpenZip(path)
 
 
 def _unsafe(member: zipfile.ZipInfo) -> str | None:
     """What makes a member's name or kind one that no archive of images needs."""
     name = member.orig_filename
-    if "\0" in name or "\\" in name:
-        return "has NUL or a backslash in its name"
+    if "\\" in name or NO_TEXT.search(name):
+        return "has a backslash, NUL or another character that is no text in its name"
     if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
         return "has a name that leads out of the zip"
     if member.external_attr >> 16 & 0o170000 == LINK:
@@ -197,8 +267,9 @@ class Tfds(Reader):
     def _record(self, name: str) -> dict:
         try:
             return _read_record(self._directory, self._split, int(name))
-        except Exception as error:  # array_record and protobuf each raise their own.
-            raise BadImage(f"is a damaged record ({error}); preparing {self._directory} again would do.") from error
+        except Exception as error:  # array_record and protobuf each raise their own, also where the disk fails.
+            where = f"record {int(name)} of {self._directory}"
+            raise InputError(f"{where} cannot be read ({error}); preparing that again would do.") from error
 
     def load(self, name: str) -> Image.Image:
         """Decodes a record's image."""

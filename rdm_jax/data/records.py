@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +82,23 @@ class Shard:
         """Writes the file, or leaves it alone where it was written from the same images before.
 
         Returns:
-          'records', 'bytes' and 'sha256' of the file, and 'skipped', reasons by the names of images left out.
+          'bytes' and 'sha256' of the file; 'records' in it, how many of them were 'enlarged', and how many are 'of_class' 0,
+          1, ...; and 'skipped', reasons by the names of images left out.
 
         Raises:
           BadImage, OSError: as for `Source.read`; nothing is left behind.
         """
         voucher, made_from = self.path.with_suffix(".json"), self._made_from()
-        if (found := _read_voucher(voucher)) and found.pop("made_from") == made_from and found["sha256"] == sha256(self.path):
+        found = _read_voucher(voucher)
+        usable = found and found.pop("made_from") == made_from and (self.skip_bad or not found["skipped"])
+        if usable and found["sha256"] == sha256(self.path):
             return found
-        skipped: dict[str, str] = {}
+        seen = {"records": 0, "enlarged": 0, "of_class": [0] * len(self.source.class_names), "skipped": {}}
         with whole_file(self.path) as partial:
-            _write_records(partial, self._examples(skipped))
-            records = len(self.source) - len(skipped)
-            if len(ArrayRecordDataSource([str(partial)])) != records:
+            _write_records(partial, self._examples(seen))
+            if len(ArrayRecordDataSource([str(partial)])) != seen["records"]:
                 raise OSError(f"{partial} lost records while it was written")
-            about = {"records": records, "bytes": partial.stat().st_size, "sha256": sha256(partial), "skipped": skipped}
+            about = {"bytes": partial.stat().st_size, "sha256": sha256(partial), **seen}
         with whole_file(voucher) as partial:
             partial.write_text(json.dumps({**about, "made_from": made_from}))
         return about
@@ -104,21 +106,27 @@ class Shard:
     def _made_from(self) -> str:
         """A hash of all that decides the file's bytes."""
         stamps = [(name, self.source.reader.stamp(name)) for name in self.source.names]
-        settings = [dataclasses.asdict(self.form), dataclasses.asdict(self.encoding), self.skip_bad]
+        settings = [dataclasses.asdict(self.form), dataclasses.asdict(self.encoding)]
         everything = [versions(), settings, self.source.reader.place, self.source.class_names, list(self.source.labels), stamps]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
-    def _examples(self, skipped: dict[str, str]):
-        features = self.features
+    def _examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
+        """Serialized records by number; what was seen of them is added to `seen` on the way."""
+        features, form = self.features, self.form
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         for index, name in enumerate(self.source.names):
             try:
-                pixels, label = self.source.read(index, self.form), self.source.label(index)
+                decoded, label = self.source.decode(index, form.channels, form.background), self.source.label(index)
+                pixels = self.source.fit(index, decoded, form)
             except BadImage as error:
                 if not self.skip_bad:
                     raise
-                skipped[name] = str(error)
+                seen["skipped"][name] = str(error).removeprefix(f"image {name!r} ")
                 continue
+            seen["records"] += 1
+            seen["enlarged"] += decoded.shape[0] < form.height or decoded.shape[1] < form.width
+            if self.source.class_names:
+                seen["of_class"][label] += 1
             image = pixels if self.encoding.kind == "raw" else encode(pixels, self.encoding.kind, self.encoding.quality)
             example = {"image": image, "name": name} | ({"label": label} if self.source.class_names else {})
             # Not by features.serialize_example, whose bytes differ from process to process.
@@ -137,7 +145,7 @@ def _write_records(path: Path, examples) -> None:
 def _read_voucher(voucher: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(voucher.read_text())
-        return found if {"records", "bytes", "sha256", "skipped", "made_from"} <= found.keys() else None
+        return found if {"records", "skipped", "sha256", "made_from"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -159,7 +167,7 @@ class RelayImages(tfds.core.dataset_builder.FileReaderBuilder, skip_registration
     Args:
       shards: number of records, and path, of each.
       features: of a record.
-      settings: how the records were made, for the description.
+      spec: of the source, for the description.
       data_dir: where tensorflow-datasets is to make the data set, on the same file system.
 
     Attributes:
@@ -168,14 +176,13 @@ class RelayImages(tfds.core.dataset_builder.FileReaderBuilder, skip_registration
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, shards: Sequence[tuple[int, Path]], features, settings: dict[str, Any], data_dir: Path):
-        self._shards, self._features, self._settings = shards, features, settings
+    def __init__(self, shards: Sequence[tuple[int, Path]], features, spec: str, data_dir: Path):
+        self._shards, self._features, self._spec = shards, features, spec
         super().__init__(data_dir=data_dir, file_format=ARRAY_RECORD)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        description = f"Images of {self._settings['source']}, prepared by rdm_jax."
-        metadata = tfds.core.MetadataDict(self._settings)
-        kwargs = {"description": description, "features": self._features, "metadata": metadata, "disable_shuffling": True}
+        description = f"Images of {self._spec}, prepared by rdm_jax."
+        kwargs = {"description": description, "features": self._features, "disable_shuffling": True}
         return tfds.core.DatasetInfo(builder=self, **kwargs)
 
     @property

