@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rdm_jax.data.images import Form
-from rdm_jax.data.prepare import MANIFEST, read_manifest
+from rdm_jax.data.manifest import MANIFEST, read_manifest
 from rdm_jax.data.records import RecordReader
 from rdm_jax.data.sources import cores, open_source
 from rdm_jax.errors import BadImage, InputError

@@ -19,14 +19,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rdm_jax.data.images import CROPS, Form
-from rdm_jax.data.records import Encoding, RelayImages, Shard, sha256, versions
+from rdm_jax.data.manifest import MANIFEST, read_manifest, verify_files
+from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
 from rdm_jax.data.sources import Source, cores, open_source, same_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
 from rdm_jax.interrupt import obey_parent_alone
 from rdm_jax.terminal import log, progress
 
-MANIFEST = "manifest.json"
 # Images a shard, until there are so many shards; so that a kill costs seconds, and a large set is not a million files.
 SHARD_IMAGES, MANY_SHARDS = 256, 1024
 # Seconds of work in this process before others, which take a few to start, are started to help.
@@ -77,7 +77,7 @@ def prepare(
         if _is_prepared(directory, settings):
             _log_made(directory, "was prepared before, and the source is not looked at again")
             if verify:
-                verify_prepared(directory)
+                verify_files(directory)
             with contextlib.suppress(InputError, OSError):
                 _remove_left_over(directory)
             return directory
@@ -93,29 +93,6 @@ def prepare(
         would_do = "space, or another place, would do."
         raise InputError(f"the data directory {directory} cannot be written ({error}); {would_do}") from error
     return directory
-
-
-def verify_prepared(directory: Path) -> None:
-    """Compares every file with its hash in the manifest. Raises InputError for one that differs or is not there."""
-    shards = read_manifest(directory)["shards"]
-    with progress(sum(shard["records"] for shard in shards), f"verifying {directory.name}") as bar:
-        for shard in shards:
-            if sha256(directory / shard["file"]) != shard["sha256"]:
-                would_do = "deleting the directory and preparing it again"
-                raise InputError(f"{directory / shard['file']} is not as it was written; {would_do} would do.")
-            bar.update(shard["records"])
-    log.info("data: %d files in %s are as they were written", len(shards), directory)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a prepared set. Raises InputError where there is none."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        if not {"settings", "count", "classes", "enlarged", "skipped", "shards"} <= manifest.keys():
-            raise ValueError("fields are missing")
-        return manifest
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{directory} is there and is no prepared data ({error}); another directory would do.") from error
 
 
 def _settings(spec: str, form: Form, encoding: Encoding, skin_tones: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import rdm_jax
 from rdm_jax.data.images import Form, encode, open_image, to_uint8
+from rdm_jax.data.manifest import sha256
 from rdm_jax.data.sources import Source
 from rdm_jax.errors import BadImage, InputError
 from rdm_jax.files import whole_file
@@ -148,15 +149,6 @@ def _read_voucher(voucher: Path) -> dict[str, Any] | None:
         return found if {"records", "skipped", "sha256", "made_from"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's content in hexadecimal; '' where there is no such file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return ""
 
 
 class RelayImages(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):
