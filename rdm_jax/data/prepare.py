@@ -247,8 +247,10 @@ def _write_shards(shards: list[Shard], description: str, check_stop: Callable[[]
             with _processes(min(processes, len(waiting)), check_stop) as pool:
                 # Processes inherit what is blocked, so that Ctrl-C is this one's alone from their first moment.
                 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-                futures = {pool.submit(shard.write): number for number, shard in waiting}
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+                try:
+                    futures = {pool.submit(shard.write): number for number, shard in waiting}
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 for future in concurrent.futures.as_completed(futures):
                     note(futures[future], future.result())
     return about
