@@ -33,7 +33,6 @@ def check_config(config: Config) -> None:
     for number, stage in enumerate(config.stages, 1):
         kind, would_do = kind_of(type(stage.process)), "'gaussian', 'vp' or 've'" if number == 1 else "'relay'"
         _require(isinstance(stage.process, processes.Relay) == (number > 1), f"config.stage{number}.process.kind", kind, would_do)
-    _require(config.data.channels in (1, 3), "config.data.channels", config.data.channels, "1 or 3")
     _require(0 <= config.seed < 2**32, "config.seed", config.seed, "0 to 4294967295")
     _require(config.sampling.batch_size > 0, "config.sampling.batch_size", config.sampling.batch_size, "a positive number")
     _require(config.sampling.name.isidentifier(), "config.sampling.name", config.sampling.name, "one word, such as 'samples',")
@@ -50,12 +49,11 @@ def check_config(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data, last = config.data, config.stages[-1]
-    for field, known in (("crop", images.CROPS), ("encoding", records.ENCODINGS)):
-        would_do = " or ".join(map(repr, known))
-        _require(getattr(data, field) in known, f"config.data.{field}", getattr(data, field), would_do)
-    fine = len(data.background) == 3 and all(0 <= value <= 255 for value in data.background)
-    _require(fine, "config.data.background", data.background, "three numbers from 0 to 255")
-    _require(1 <= data.quality <= 100, "config.data.quality", data.quality, "1 to 100")
+    try:
+        images.Form(*last.resolution, data.channels, data.background, data.crop).check()
+        records.Encoding(data.encoding, data.quality).check()
+    except InputError as error:
+        raise InputError(f"config.data.{error}") from error
     _require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
     _require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")
     _require(not last.source, f"config.stage{len(config.stages)}.source", last.source, "'', and config.data.source for this one,")

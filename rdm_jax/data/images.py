@@ -51,7 +51,7 @@ class Form:
             if side < 1:
                 raise InputError(f"{name}={side} is no size of an image; 1 or more would do.")
         if self.channels not in (1, 3):
-            raise InputError(f"channels={self.channels} cannot be prepared; 1 (grey) or 3 (RGB) would do.")
+            raise InputError(f"channels={self.channels} cannot be used; 1 or 3 (grey or RGB) would do.")
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise InputError(f"background={self.background} is no colour; three numbers from 0 to 255 would do.")
         if self.crop not in CROPS:

@@ -31,6 +31,7 @@ from rdm_jax.terminal import log, progress
 SHARD_IMAGES, MANY_SHARDS = 256, 1024
 # Seconds of work in this process before others, which take a few to start, are started to help.
 ALONE_SECONDS = 3.0
+# What the listings that processes keep for themselves may take in all.
 LISTINGS_BYTES = 8 * 2**30
 # Pixels of no real image take a smaller share of themselves than one in so many, encoded.
 LEAST_SHARE = {"raw": 20, "png": 20, "jpeg": 60}
@@ -54,7 +55,7 @@ def prepare(
     the others wait for it.
 
     Args:
-      spec, skin_tones: as for `sources.open_source`; the spec is compared with that of an earlier run as it is written.
+      spec, skin_tones: as for `sources.open_source`; the spec is compared with that of an earlier run by `sources.same_source`.
       directory: what is to become the data set, as `tfds.builder_from_directory` and `image_sets.open_prepared` read it.
       form, encoding: what every image is brought to, and how it is kept.
       skip_bad: leave out images that cannot be used, and list them in the manifest, instead of refusing the set.

@@ -46,9 +46,9 @@ class Reader(abc.ABC):
     def load(self, name: str) -> Image.Image:
         """The image, decoded and upright. Raises BadImage (the image cannot be used) or OSError (it cannot be read)."""
 
-    @abc.abstractmethod
     def stamp(self, name: str) -> str:
-        """What changes when the image does, without reading it."""
+        """What changes when the image does, without reading it; '' where images never change as long as `place` does not."""
+        return ""
 
     def label(self, name: str) -> int:
         """The image's class number, where no listing has it. Raises InputError for a damaged record."""
@@ -149,13 +149,10 @@ class Zip(Reader):
             raise BadImage(f"unpacks from {sizes}, which no image does; the set without it would do.")
         try:
             return opened.file.read(member)
-        except OSError as error:
-            if error.errno:
+        except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno:  # bz2 has none for data that are no bz2
                 raise
-            reason = error  # of bz2, for data that are none
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-            reason = error
-        raise BadImage(f"cannot be unpacked ({reason}); a whole copy, or the set without it, would do.") from reason
+            raise BadImage(f"cannot be unpacked ({error}); a whole copy, or the set without it, would do.") from error
 
     def load(self, name: str) -> Image.Image:
         """Decodes a member."""
@@ -229,10 +226,6 @@ class Digits(Reader):
         """A digit by its number."""
         return Image.fromarray(self._pixels[int(name)])
 
-    def stamp(self, name: str) -> str:
-        """Nothing: they never change."""
-        return ""
-
 
 class Tfds(Reader):
     """A split of a data set of tensorflow-datasets, prepared as array_record; records by their number.
@@ -278,10 +271,6 @@ class Tfds(Reader):
     def label(self, name: str) -> int:
         """A record's class number."""
         return int(self._record(name)["label"])
-
-    def stamp(self, name: str) -> str:
-        """Nothing: `place` has the version of the data set, which never changes."""
-        return ""
 
 
 @functools.lru_cache(maxsize=4)

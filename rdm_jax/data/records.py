@@ -87,7 +87,8 @@ class Shard:
           1, ...; and 'skipped', reasons by the names of images left out.
 
         Raises:
-          BadImage, OSError: as for `Source.read`; nothing is left behind.
+          InputError: as for `Source.read`; nothing is left behind.
+          OSError: the file cannot be written.
         """
         voucher, made_from = self.path.with_suffix(".json"), self._made_from()
         found = _read_voucher(voucher)
@@ -213,6 +214,9 @@ class RecordReader(Sequence):
         self.features, split = builder.info.features, builder.info.splits["train"]
         self.declared, self._records = split.num_examples, ArrayRecordDataSource([str(file) for file in split.filepaths])
         self.image_shape = tuple(self.features["image"].shape)
+        # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where it is missing.
+        encoded = isinstance(self.features["image"], tfds.features.Image)
+        self._decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
         label = dict(self.features).get("label")
         self.class_names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
 
@@ -228,9 +232,7 @@ class RecordReader(Sequence):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Pixels, uint8 (h, w, c), and class number, -1 for none. Raises InputError for a damaged record."""
         try:
-            # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where it is missing.
-            decoders = {"image": tfds.decode.SkipDecoding()} if isinstance(self.features["image"], tfds.features.Image) else None
-            record = self.features.deserialize_example_np(self._records[index], decoders=decoders)
+            record = self.features.deserialize_example_np(self._records[index], decoders=self._decoders)
             image = record["image"]
             if isinstance(image, bytes):
                 image = to_uint8(open_image(image), self.image_shape[-1], (255, 255, 255))

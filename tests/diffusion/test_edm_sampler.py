@@ -23,13 +23,6 @@ from tests.diffusion.gaussian_targets import (
     rungs,
     shrink,
 )
-from tests.precision import enable_x64
-
-
-@pytest.fixture
-def x64():
-    with enable_x64(True):
-        yield
 
 
 def test_heun_is_of_second_order(x64):

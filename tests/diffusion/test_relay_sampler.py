@@ -27,13 +27,6 @@ from tests.diffusion.gaussian_targets import (
     relay_target,
     rungs,
 )
-from tests.precision import enable_x64
-
-
-@pytest.fixture
-def x64():
-    with enable_x64(True):
-        yield
 
 
 # The published corrector averages (u - u0) / sigma. That is the flow's noise only where nothing is blurred (D = 1): in patch

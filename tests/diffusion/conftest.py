@@ -1,0 +1,9 @@
+import pytest
+
+from tests.precision import enable_x64
+
+
+@pytest.fixture
+def x64():
+    with enable_x64(True):
+        yield
