@@ -6,7 +6,7 @@ Two cores of an AMD EPYC: 6 minutes. Of 500 samples 96.6 % (k-NN) and 97.8 % (SV
 guidance (experiments/digits/README.md).
 """
 
-from rdm_jax.config import Config, Data, Sampling, Stage, Training
+from rdm_jax.config import Config, Data, Evaluation, Sampling, Stage, Training
 from rdm_jax.diffusion.preconditioning import EDM
 from rdm_jax.diffusion.processes import Gaussian, Relay
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
@@ -24,6 +24,7 @@ def training(images: int) -> Training:
         ema_halflife=3_000.0,
         checkpoint_every=6_400,
         preview_every=12_800,
+        evaluate_every=12_800,
         log_every=640,
     )
 
@@ -31,7 +32,7 @@ def training(images: int) -> Training:
 def get_config():
     """The config as an ml_collections ConfigDict."""
     return Config(
-        data=Data(source="digits", directory="data/digits", channels=1),
+        data=Data(source="digits", directory="data/digits", channels=1, held_out=500),
         stages=(
             Stage(
                 resolution=(8, 8),
@@ -53,4 +54,5 @@ def get_config():
             ),
         ),
         sampling=Sampling(seeds="0-499", batch_size=64),
+        evaluation=Evaluation(features="classifier", images="held_out, stage1, samples", seeds_in_training="0-255"),
     ).to_config_dict()

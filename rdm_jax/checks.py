@@ -10,7 +10,9 @@ from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
 from rdm_jax.models.song import Song
 
-MAX_SEEDS = 1_000_000  # what is kept in memory until it is written to one file
+MAX_NUMBERS = 1_000_000  # images of what is kept in memory until it is written to one file
+LABEL_RULES = ("balanced", "random")
+FEATURES = ("none", "inception", "classifier")
 
 
 def check_config(config: Config) -> None:
@@ -44,7 +46,36 @@ def check_config(config: Config) -> None:
     fine = not low or low.startswith(("folder:", "zip:"))
     _require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', or '' for none,")
     _check_data(config)
-    parse_seeds(config.sampling.seeds)
+    parse_numbers(config.sampling.seeds, "config.sampling.seeds")
+    if config.sampling.labels not in LABEL_RULES:
+        parse_numbers(config.sampling.labels, "config.sampling.labels")
+    _check_evaluation(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    values = config.evaluation
+    _require(values.name.isidentifier(), "config.evaluation.name", values.name, "one word, such as 'evaluation',")
+    _require(values.name != config.sampling.name, "config.evaluation.name", values.name, "another word than sampling.name")
+    known = " or ".join(map(repr, FEATURES))
+    _require(values.features in FEATURES, "config.evaluation.features", values.features, known)
+    for image_set in values.images.split(","):
+        _check_measured(image_set.strip(), config)
+    given = values.reference in ("training", "held_out") or values.reference.startswith(("prepared:", "npz:"))
+    _require(given, "config.evaluation.reference", values.reference, "'training', 'held_out', 'prepared:PATH' or 'npz:PATH'")
+    parse_numbers(evaluated_seeds(config), "config.evaluation.seeds")
+    parse_numbers(values.seeds_in_training, "config.evaluation.seeds_in_training")
+    _require(values.kept > 3, "config.evaluation.kept", values.kept, "4 or more")
+    _require(values.batch_size > 0, "config.evaluation.batch_size", values.batch_size, "a positive number")
+
+
+def _check_measured(image_set: str, config: Config) -> None:
+    """What one part of `evaluation.images` may be."""
+    stages = [f"stage{number}" for number in range(1, len(config.stages))]
+    given = image_set in ("samples", "held_out", *stages) or image_set.startswith(("prepared:", "folder:", "zip:", "npz:"))
+    known = ", ".join(map(repr, ["samples", *stages, "held_out", "folder:PATH", "zip:PATH", "prepared:PATH"]))
+    _require(given, "config.evaluation.images", config.evaluation.images, f"{known} or 'npz:PATH'")
+    needs, held_out = "held_out" in (image_set, config.evaluation.reference), config.data.held_out
+    _require(held_out or not needs, "config.data.held_out", held_out, "more than 0, for 'held_out' in config.evaluation,")
 
 
 def _check_data(config: Config) -> None:
@@ -56,14 +87,16 @@ def _check_data(config: Config) -> None:
         raise InputError(f"config.data.{error}") from error
     _require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
     _require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")
+    _require(data.held_out >= 0, "config.data.held_out", data.held_out, "0 or more")
     _require(not last.source, f"config.stage{len(config.stages)}.source", last.source, "'', and config.data.source for this one,")
 
 
 def check_classes(config: Config, class_names: tuple[str, ...]) -> None:
     """Refuses classes and guidance that the data has no labels for. Raises InputError."""
-    for label in config.sampling.classes:
-        would_do = f"0 to {len(class_names) - 1}" if class_names else "() for data without classes"
-        _require(0 <= label < len(class_names), "config.sampling.classes", config.sampling.classes, would_do)
+    rule = config.sampling.labels
+    for label in () if rule in LABEL_RULES else parse_numbers(rule, "config.sampling.labels"):
+        would_do = f"classes from 0 to {len(class_names) - 1}" if class_names else "'balanced', for data without classes,"
+        _require(label < len(class_names), "config.sampling.labels", rule, would_do)
     for number, stage in enumerate(config.stages, 1):
         usable = stage.guidance == 1 or (class_names and stage.training.label_dropout > 0)
         would_do = "1.0, for data without classes or training.label_dropout=0,"
@@ -78,23 +111,29 @@ def check_devices(config: Config, devices: int) -> None:
             f"a multiple of {devices * stage.training.accumulate} ({devices} devices, accumulate={stage.training.accumulate})"
         )
         _require(part % devices == 0, field, stage.training.batch_size, would_do)
-    batch_size = config.sampling.batch_size
-    _require(batch_size % devices == 0, "config.sampling.batch_size", batch_size, f"a multiple of {devices} (the devices)")
+    for part in ("sampling", "evaluation"):
+        batch_size = getattr(config, part).batch_size
+        _require(batch_size % devices == 0, f"config.{part}.batch_size", batch_size, f"a multiple of {devices} (the devices)")
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """'0-3,7' as (0, 1, 2, 3, 7). Raises InputError for anything else, and for seeds outside 0 to 2^32 - 1."""
-    seeds: list[int] = []
+def parse_numbers(text: str, field: str) -> tuple[int, ...]:
+    """'0-3,7' as (0, 1, 2, 3, 7). Raises InputError for anything else, and for numbers (seeds, classes) beyond 2^32 - 1."""
+    found: list[int] = []
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        numbers = (first, last or first)
-        fine = all(n.isdecimal() and int(n) < 2**32 for n in numbers) and int(first) <= int(numbers[1])
-        _require(fine, "config.sampling.seeds", text, "ranges of numbers from 0 to 4294967295, such as '0-99,200',")
-        several = range(int(first), int(numbers[1]) + 1)
-        fine = len(seeds) + len(several) <= MAX_SEEDS
-        _require(fine, "config.sampling.seeds", text, f"at most {MAX_SEEDS} of them, in several runs with other names,")
-        seeds.extend(several)
-    return tuple(seeds)
+        ends = (first, last or first)
+        fine = all(n.isdecimal() and int(n) < 2**32 for n in ends) and int(first) <= int(ends[1])
+        _require(fine, field, text, "ranges of numbers from 0 to 4294967295, such as '0-99,200',")
+        several = range(int(first), int(ends[1]) + 1)
+        fine = len(found) + len(several) <= MAX_NUMBERS
+        _require(fine, field, text, f"at most {MAX_NUMBERS} of them, in several runs with other names,")
+        found.extend(several)
+    return tuple(found)
+
+
+def evaluated_seeds(config: Config) -> str:
+    """The seeds of what an evaluation generates."""
+    return config.evaluation.seeds or config.sampling.seeds
 
 
 def _require(fine: Any, field: str, value: Any, would_do: str) -> None:
@@ -160,7 +199,7 @@ def _check_training(stage: Stage, path: str) -> None:
         _require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
     for field in ("learning_rate", "ema_halflife", "epsilon"):
         _require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
-    for field in ("warmup", "preview_every", "keep_best", "ema_rampup"):
+    for field in ("warmup", "preview_every", "evaluate_every", "keep_best", "ema_rampup"):
         _require(getattr(training, field) >= 0, f"{path}.training.{field}", getattr(training, field), "0 or more")
     for field in ("label_dropout", "augment", "beta1", "beta2"):
         _require(

@@ -37,6 +37,8 @@ class Data:
       encoding: 'png', 'jpeg', or 'raw' (next to nothing to decode in training, more space than 'png').
       quality: of 'jpeg', 1 to 100.
       skin_tones: of emoji: 'mark' makes the skin tone the label, 'drop' leaves the variants out; '' for all else.
+      held_out: images, evenly from the set, that no stage is trained on: the validation loss is theirs, and evaluation compares
+        them with the others.
       cache_gib: the set is decoded into memory where it is not larger than this.
       workers: processes that read and decode batches of a set that is not in memory; 0 for two threads of the main one.
     """
@@ -49,6 +51,7 @@ class Data:
     encoding: str = "png"
     quality: int = 95
     skin_tones: str = ""
+    held_out: int = 0
     cache_gib: float = 1.0
     workers: int = 0
 
@@ -71,9 +74,10 @@ class Training:
       start_from: folder of a checkpoint's step, whose averaged parameters training begins with; '' for random ones.
       checkpoint_every, keep_newest, keep_best: when to save, and how many of the newest and of the best to keep.
       preview_every: when to draw a grid of samples; 0 for never.
+      evaluate_every: when to evaluate the stage (`evaluation.seeds_in_training`); 0 for never.
       log_every: when to write a line of metrics.
-      validation: images, evenly from the training set, whose loss under the averaged parameters, with fixed noise, tells the
-        best checkpoint.
+      validation: images, evenly from those held out, or from the training set if there are none, whose loss under the averaged
+        parameters, with fixed noise, tells the best checkpoint.
       max_skipped: steps in a row with a loss or gradient that is not finite, before the run stops.
     """
 
@@ -95,6 +99,7 @@ class Training:
     keep_newest: int = 2
     keep_best: int = 1
     preview_every: int = 50_000
+    evaluate_every: int = 0
     log_every: int = 2_000
     validation: int = 256
     max_skipped: int = 10
@@ -145,9 +150,11 @@ class Sampling:
     Attributes:
       name: folder under the workdir.
       seeds: '0-499', or '1,5,7-9'; an image is its seed's, whatever else is made with it.
-      classes: image of seed s gets class classes[s mod len(classes)]; empty for all classes in turn.
+      labels: 'balanced' (image of seed s has class s mod the number of classes: the same number of each, and the published
+        1.87), 'random' (uniform, from the seed alone), or a list of classes taken in turn, '3' or '0,2-5'.
       low: 'folder:PATH' or 'zip:PATH' of small images, of the size of a stage's: the relay goes on from them, image s mod n for
-        seed s, and the stages up to that one are left out; '' to begin with stage 1.
+        seed s, with the class of its folder if labels are balanced, and the stages up to that one are left out; '' to begin with
+        stage 1.
       postprocess: 'none', or what the released samplers do to the final images before FID is measured: 'rdm_imagenet'
         (brightness 1.06) or 'rdm_celebahq' (contrast 0.9, brightness 1.05, colour 0.99).
       batch_size: images at a time, over all devices.
@@ -155,10 +162,58 @@ class Sampling:
 
     name: str = "samples"
     seeds: str = "0-63"
-    classes: tuple[int, ...] = ()
+    labels: str = "balanced"
     low: str = ""
     postprocess: str = "none"
     batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Figures of the paper, for the report to set ours beside; 0 for one that is not known.
+
+    Attributes:
+      where: which table, settings or line of it.
+    """
+
+    where: str = ""
+    fid: float = 0.0
+    sfid: float = 0.0
+    inception_score: float = 0.0
+    precision: float = 0.0
+    recall: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is measured, with which features, against what.
+
+    Attributes:
+      name: folder under the workdir.
+      features: 'inception', 'classifier' (trained on the data's own labels), or 'none' to leave evaluation out.
+      weights: file with the network of the features; '' for the usual place, which an error names, or for the classifier of
+        this workdir.
+      images: what is measured, with commas between: 'samples' (generated while they are measured), 'stage1' and so on
+        (what that stage has made, enlarged to the final size), 'held_out' (real), 'prepared:PATH', 'folder:PATH', 'zip:PATH', or
+        'npz:PATH' (`arr_0` or `images`).
+      reference: 'training', 'held_out', 'prepared:PATH', or 'npz:PATH' with statistics: ADM's, EDM's, or those that an evaluation
+        has written.
+      seeds: of what is generated; '' for those of `sampling`, whose labels and post-processing hold here too.
+      seeds_in_training: the same, while a stage is being trained.
+      kept: images of each set whose features precision, recall and the kernel distance compare.
+      batch_size: real images at a time, over all devices.
+    """
+
+    name: str = "evaluation"
+    features: str = "none"
+    weights: str = ""
+    images: str = "samples"
+    reference: str = "training"
+    seeds: str = ""
+    seeds_in_training: str = "0-499"
+    kept: int = 10_000
+    batch_size: int = 64
+    published: Published = Published()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +231,7 @@ class Config:
         Stage(resolution=(256, 256), process=processes.Relay(), sampler=samplers.RelayHeun()),
     )
     sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
 
     def to_config_dict(self) -> ConfigDict:
         """The same as an ml_collections ConfigDict, which `--config.field=value` overrides."""

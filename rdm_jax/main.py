@@ -28,6 +28,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs an
 _MODE = flags.DEFINE_enum("mode", "all", run.MODES, "Which part to do.")
 _STAGE = flags.DEFINE_integer("stage", None, "With --mode train, import or export: which stage, from 1.", lower_bound=1)
 _WEIGHTS = flags.DEFINE_string("weights", None, "With --mode import: the .pkl, .pt or safetensors; with export: what to write.")
+_EVALUATIONS = flags.DEFINE_list("evaluations", [], "With --mode report: evaluation.json files; without, all of the workdir.")
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out images that cannot be used, instead of refusing the set.")
 
 
@@ -56,9 +57,8 @@ def main() -> int:
     logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
     try:
         _parse_flags(sys.argv)  # config_flags looks at sys.argv itself, so nothing else would do
-        run.run(
-            _CONFIG.value, _WORKDIR.value, mode=_MODE.value, stage=_STAGE.value, weights=_WEIGHTS.value, skip_bad=_SKIP_BAD.value
-        )
+        part = {"mode": _MODE.value, "stage": _STAGE.value, "weights": _WEIGHTS.value, "evaluations": _EVALUATIONS.value}
+        run.run(_CONFIG.value, _WORKDIR.value, **part, skip_bad=_SKIP_BAD.value)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ class Stream(enum.IntEnum):
     TRAIN = 1
     SAMPLE = 2
     VALIDATE = 3
+    LABEL = 4
 
 
 def stream_key(seed: int, stage: int, stream: Stream) -> Key[Array, ""]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import fcntl
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.data.sources import same_source
 from rdm_jax.errors import InputError
+from rdm_jax.evaluation.evaluate import Evaluator, generates, needs_data
+from rdm_jax.evaluation.report import write_report
 from rdm_jax.files import whole_file
 from rdm_jax.interop.weights import (
     check_no_checkpoints,
@@ -28,17 +31,28 @@ from rdm_jax.interop.weights import (
 )
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling.low_images import LowImages
-from rdm_jax.sampling.preview import make_preview
+from rdm_jax.sampling.preview import StageAlone
+from rdm_jax.sampling.relay import Relay
 from rdm_jax.sampling.results import sample_to_files
 from rdm_jax.stage_data import open_sets, set_for_pictures
 from rdm_jax.terminal import log
 from rdm_jax.training import checkpoint
 from rdm_jax.training.loop import Trainer
 
-MODES = ("all", "prepare", "train", "sample", "import", "export")
+MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "export")
 # What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
 FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "workers", "images", "max_skipped")
-FREE_FIELDS += ("start_from", "checkpoint_every", "preview_every", "log_every", "validation", "keep_newest", "keep_best")
+FREE_FIELDS += (
+    "evaluation",
+    "start_from",
+    "checkpoint_every",
+    "preview_every",
+    "evaluate_every",
+    "log_every",
+    "validation",
+    "keep_newest",
+    "keep_best",
+)
 
 
 def run(
@@ -49,6 +63,7 @@ def run(
     stage: int | None = None,
     weights: str | None = None,
     skip_bad: bool = False,
+    evaluations: Sequence[str] = (),
 ) -> None:
     """Does one part of a run, or all of it; what is done already is left alone.
 
@@ -58,6 +73,7 @@ def run(
       mode: one of MODES.
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
       weights: the file to import from (.pkl, .pt, safetensors) or to export to (safetensors).
+      evaluations: the evaluation.json files that a report is of; () for all in the workdir.
       skip_bad: prepare without the images that cannot be used, and list them in the manifest, instead of refusing the set.
 
     Raises:
@@ -67,6 +83,8 @@ def run(
     config = configs.parse(values)
     _check_part(config, mode, stage, weights)
     folder = Path(workdir).expanduser()
+    if mode == "report":
+        return write_report(folder, [Path(path).expanduser() for path in evaluations])
     if mode == "import":
         return _import(config, stage, Path(weights).expanduser(), folder)
     checks.check_config(config)
@@ -93,26 +111,42 @@ def _check_part(config: Config, mode: str, stage: int | None, weights: str | Non
 
 
 def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal, skip_bad: bool) -> None:
-    """Prepares, trains and samples, or what of it the mode asks for."""
+    """Prepares, trains, samples and evaluates, or what of it the mode asks for."""
     log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
     if config.sampling.low and mode in ("all", "sample"):
         LowImages(config)  # so that one that cannot be used is refused before training
     training = [n for n in range(1, len(config.stages) + 1) if mode in ("all", "train") and stage in (None, n)]
     _check_named_checkpoints(config, folder, training)
-    everything = list(range(1, len(config.stages) + 1))
-    wanted = {"prepare": everything, "all": everything, "train": training, "sample": []}[mode]
+    everything, last = list(range(1, len(config.stages) + 1)), len(config.stages)
+    evaluating = _is_evaluated(config, mode, training)
+    wanted = {"prepare": everything, "all": everything, "train": training}.get(mode, [])
+    wanted = sorted({*wanted, *([last] if evaluating and needs_data(config) else [])})
     sets = open_sets(config, wanted, skip_bad=skip_bad, verify=mode == "prepare", check_stop=stop.check)
     stop.check()
     if mode in ("prepare", "all"):
         contact_sheet.draw(config, sets, folder / "contact_sheet.png", again=mode == "prepare")
+    parts = {number: images.split(config.data.held_out) for number, images in sets.items()}
+    evaluator = Evaluator(config, *parts.get(last, (None, None)), folder, stop) if evaluating else None
     if training:
         checks.check_classes(config, sets[training[0]].class_names)
         _write_config(config, folder)
     for number in training:
-        _train(config, number, sets[number], folder, stop)
+        _train(config, number, *parts[number], folder, stop, evaluator)
         stop.check()
+    relay = Relay(config, folder) if mode in ("all", "sample") or (mode == "evaluate" and generates(config)) else None
     if mode in ("all", "sample"):
-        sample_to_files(config, sets.get(len(config.stages)) or set_for_pictures(config), folder, stop)
+        sample_to_files(relay, sets.get(last) or set_for_pictures(config), folder, stop)
+    if mode in ("all", "evaluate") and evaluator:
+        evaluator.run(relay)
+
+
+def _is_evaluated(config: Config, mode: str, training: list[int]) -> bool:
+    """Whether anything is measured. Raises InputError where that is asked for and there are no features to do it with."""
+    features = config.evaluation.features
+    if mode == "evaluate" and features == "none":
+        raise InputError("config.evaluation.features='none' with --mode=evaluate; 'inception' or 'classifier' would do.")
+    during_training = any(config.stages[number - 1].training.evaluate_every for number in training)
+    return features != "none" and (mode in ("all", "evaluate") or during_training)
 
 
 def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
@@ -145,9 +179,23 @@ def _with_imported(config: Config, workdir: Path) -> Config:
     return dataclasses.replace(config, stages=tuple(stages))
 
 
-def _train(config: Config, number: int, source: ImageSet, workdir: Path, stop: StopOnSignal) -> None:
-    trainer = Trainer(config, number, source, workdir / f"stage{number}")
-    trainer.run(stop, lambda: make_preview(config, number, source))
+def _train(
+    config: Config,
+    number: int,
+    images: ImageSet,
+    held_out: ImageSet | None,
+    workdir: Path,
+    stop: StopOnSignal,
+    evaluator: Evaluator | None,
+) -> None:
+    """Trains a stage, with pictures and, if there is an evaluator, figures of what it makes."""
+    alone = functools.cache(lambda: StageAlone(config, number, held_out or images))  # only once it is needed
+
+    def evaluate(params: Any, images_seen: int, folder: Path) -> dict[str, float]:
+        return evaluator.run_stage(number, alone(), params, images_seen, folder)
+
+    trainer = Trainer(config, number, images, workdir / f"stage{number}", held_out)
+    trainer.run(stop, lambda params, path: alone().preview(params, path), evaluate if evaluator else None)
 
 
 @contextmanager

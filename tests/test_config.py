@@ -138,7 +138,7 @@ def test_guidance_needs_labels():
 
 
 def test_seeds():
-    assert checks.parse_seeds("0-3, 7") == (0, 1, 2, 3, 7)
+    assert checks.parse_numbers("0-3, 7", "config.sampling.seeds") == (0, 1, 2, 3, 7)
     for wrong in ("", "a", "3-1", "-1", "4294967296", "1.5"):
         with pytest.raises(InputError, match="sampling.seeds"):
-            checks.parse_seeds(wrong)
+            checks.parse_numbers(wrong, "config.sampling.seeds")

@@ -91,7 +91,7 @@ def test_sampling_takes_seeds_classes_steps_and_guidance(finished, images):
     old, new = np.load(workdir / "samples/samples.npz"), np.load(workdir / "alone/samples.npz")
     # Another batch size is another program, whose sums may differ in float32's last bits: one level of uint8 at the most.
     assert np.abs(old["images"][9].astype(int) - new["images"][0]).max() <= 1
-    flags += ["--config.sampling.classes=(0,)", "--config.stage1.guidance=2.0", "--config.stage1.sampler.steps=4"]
+    flags += ["--config.sampling.labels=0", "--config.stage1.guidance=2.0", "--config.stage1.sampler.steps=4"]
     other = run(images, workdir, *flags, "--config.sampling.name=other", "--config.stage2.checkpoint=10")
     assert other.returncode == 0, other.stderr
     assert "stage2 from step 10" in other.stdout and "7 network evaluations" in other.stdout
@@ -194,7 +194,7 @@ REFUSED = {
     "missing data": (["--config.data.source=folder:/nowhere", "--config.data.directory={tmp}/new"], "/nowhere"),
     "prepared otherwise": (["--config.data.channels=1"], r"images_prepared.*channels"),
     "missing config": (["--config=configs/nothing.py"], "nothing.py"),
-    "class out of range": (["--config.sampling.classes=(0, 2)"], r"classes=\(0, 2\).*0 to 1"),
+    "class out of range": (["--config.sampling.labels=0,2"], r"labels='0,2'.*0 to 1"),
     "seed out of range": (["--config.sampling.seeds=0-4294967296"], "seeds='0-4294967296'"),
     "no seeds": (["--config.sampling.seeds=a-b"], "seeds='a-b'"),
     "stage that is not there": (["--mode=train", "--stage=3"], "--stage=3"),
@@ -237,8 +237,8 @@ def test_refused_in_one_sentence(finished, images, tmp_path, refused, case):
 
 
 def test_a_refused_run_leaves_the_workdir_as_it_was(images, tmp_path, refused):
-    wrong = ["--config.stage1.network.channels=16", "--config.sampling.classes=(7,)"]
-    refused(command(images, tmp_path / "run", *wrong), r"classes=\(7,\)")
+    wrong = ["--config.stage1.network.channels=16", "--config.sampling.labels=7"]
+    refused(command(images, tmp_path / "run", *wrong), r"labels='7'")
     assert not (tmp_path / "run/config.json").exists()
 
 

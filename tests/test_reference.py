@@ -17,7 +17,9 @@ import pytest
 from rdm_jax.config import Stage
 from rdm_jax.data import augment
 from rdm_jax.diffusion import blurring, guidance, preconditioning, processes, samplers, schedules
+from rdm_jax.evaluation import inception, metrics, moments
 from rdm_jax.interop import original
+from tests.evaluation import inception_file
 from tests.precision import enable_x64
 
 FOLDER = pathlib.Path(os.environ.get("RDM_REFERENCE_DIR", pathlib.Path(__file__).parent / "reference_cases"))
@@ -245,6 +247,27 @@ def test_reference_network(path):
         np.testing.assert_allclose(norms[name], norm, rtol=1e-4, err_msg=name)
 
 
+@cases("metrics")
+def test_reference_metrics(path, dtype):
+    meta, case = load(path)
+    # Features that are float32, as a network's are; float64 only tells that nothing else differs.
+    reference, sample = (case[name].astype(dtype) for name in ("ref_features", "sample_features"))
+    gaussians = []
+    for features in (reference, sample):
+        sums = moments.start(jnp.asarray(features[:32].mean(0)))
+        for first in range(0, len(features), 32):
+            part = features[first : first + 32]
+            sums = moments.update(sums, jnp.asarray(part), jnp.ones(len(part), dtype))
+        gaussians.append(moments.mean_and_covariance(sums, len(features)))
+    frechet = metrics.frechet_distance(*gaussians[0], *gaussians[1])
+    precision, recall = metrics.precision_and_recall(reference, sample, k=int(meta["k"]), tile=128)
+    score = metrics.InceptionScore(case["logits"].shape[1], int(meta["split_size"]))
+    score.add(case["logits"])
+    found = {"frechet": frechet, "precision": precision, "recall": recall, "inception_score": score.value()}
+    for name, value in found.items():
+        assert abs(value - meta[name]) <= (1e-6 if dtype == jnp.float32 else 1e-12) * abs(meta[name]), name
+
+
 AUGMENT_PARAMETERS = {
     "x_flip": "xflip",
     "y_flip": "yflip",
@@ -269,3 +292,19 @@ def test_reference_augment(path, dtype):
     for ours, theirs in ((out, case["out"]), (labels, case["labels"])):
         # Within 1e-4 in float64 too: the original's numbers are float32.
         assert np.max(np.abs(np.asarray(ours, np.float64) - theirs)) <= 1e-4 * np.max(np.abs(theirs))
+
+
+@cases("inception")
+def test_reference_inception(path, tmp_path):
+    meta, case = load(path)
+    theirs = {}
+    for name, shape, total in zip(case["param_names"].tolist(), case["param_shapes"], case["param_abs_sums"], strict=True):
+        theirs[name] = inception_file.draw(name, json.loads(str(shape)), meta["seed"])
+        np.testing.assert_allclose(np.abs(theirs[name]).sum(dtype=np.float64), total, rtol=1e-6)
+    digest = inception_file.write(tmp_path / "weights.pth", theirs)
+    params, _ = inception.load(tmp_path / "weights.pth", sha256=digest)  # so every parameter of theirs has its place in ours
+    images = np.random.default_rng([meta["seed"], 1]).integers(0, 256, [int(n) for n in meta["shape"]], dtype=np.uint8)
+    found = jax.jit(inception.apply)(params, jnp.asarray(images))
+    for ours, wanted in (("pool", case["pool"]), ("spatial", case["spatial"]), ("logits", case["logits_no_bias"])):
+        assert found[ours].dtype == np.float32
+        np.testing.assert_allclose(found[ours], wanted.reshape(len(images), -1), atol=1e-4 * np.abs(wanted).max(), rtol=0)

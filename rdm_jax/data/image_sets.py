@@ -1,6 +1,7 @@
 """Sets of images of one size, with access at random: prepared records, or a small source decoded into memory."""
 
 import concurrent.futures
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,8 +33,11 @@ class ImageSet(Sequence):
     def __init__(self, items: Sequence, image_shape: tuple[int, ...], class_names: tuple[str, ...]):
         self.image_shape, self.class_names = image_shape, class_names
         self._items, self._cached = items, None
+        self._chosen: np.ndarray | None = None  # the images of a part, by their index in the whole set
 
     def __len__(self) -> int:
+        if self._chosen is not None:
+            return len(self._chosen)
         return len(self._cached["label"] if self._cached else self._items)
 
     def __getitem__(self, index: int) -> Batch:
@@ -49,12 +53,40 @@ class ImageSet(Sequence):
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Several images, in the order given: {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
+        if self._chosen is not None:
+            indices = self._chosen[np.asarray(indices)]
         if self._cached:
             return {key: values[indices] for key, values in self._cached.items()}
         batch = {"image": np.empty((len(indices), *self.image_shape), np.uint8), "label": np.empty(len(indices), np.int32)}
         for place, index in enumerate(indices):
             batch["image"][place], batch["label"][place] = self._items[int(index)]
         return batch
+
+    def split(self, held_out: int) -> tuple["ImageSet", "ImageSet | None"]:
+        """The set without `held_out` of its images, evenly chosen (so from every class, if it is sorted), and these; no copies.
+
+        Raises:
+          InputError: none would be left.
+        """
+        if not held_out:
+            return self, None
+        if not held_out < len(self):
+            raise InputError(f"config.data.held_out={held_out} leaves none of {len(self)} images; fewer would do.")
+        held = np.floor((np.arange(held_out) + 0.5) * len(self) / held_out).astype(int)
+        return self._part(np.setdiff1d(np.arange(len(self)), held)), self._part(held)
+
+    def _part(self, chosen: np.ndarray) -> "ImageSet":
+        part = ImageSet(self._items, self.image_shape, self.class_names)
+        part._cached, part._chosen = self._cached, chosen if self._chosen is None else self._chosen[chosen]
+        return part
+
+    def fingerprint(self) -> str:
+        """The same for sets of the same images, however they are kept: a hash of their number, their classes and 256 of them."""
+        some = self.batch(np.linspace(0, len(self) - 1, min(256, len(self))).astype(int))
+        digest = hashlib.sha256(repr((len(self), self.image_shape, self.class_names)).encode())
+        for values in some.values():
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:

@@ -1,106 +1,39 @@
-"""The published weight files as settings and tensors: EDM's snapshots (.pkl) and RDM's training states (.pt)."""
+"""PyTorch's files as settings and tensors: EDM's snapshots (.pkl), RDM's training states (.pt), and state_dicts (.pth)."""
 
 import io
-import math
 import os
-import stat
-import struct
-import zipfile
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from rdm_jax.errors import InputError
 from rdm_jax.interop.inert_pickle import (
-    BUDGET,
-    Embedded,
     ModuleDict,
     Persistent,
     Refused,
     Region,
-    Stored,
     Stream,
     Unpickler,
-    View,
     describe,
     quoted,
+)
+from rdm_jax.interop.torch_tensors import (
+    Reader,
+    Source,
+    Storage,
+    Tensor,
+    embedded_storage,
+    input_error,
+    named_tensor,
+    open_file,
+    open_sequential,
+    open_zip,
 )
 
 # Far more than any published network has; the objects in a file may be shared, so that a small file can spell a huge network.
 MAX_PARTS = 20_000  # modules and tensors, or values among the settings
 MAX_DEPTH = 32
 MAX_NAME = 100
-MAX_DIMS = 8
-MAX_ELEMENTS = 2**40
-
-# torch's format before zip: these two numbers, then a dict, the storage as a persistent id, a list of its key, its elements.
-_MAGIC, _PROTOCOL, _HEADER_BUDGET = 0x1950A86A20F9469CFC6C, 1001, 2**14
-
-_DTYPES = {
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "DoubleStorage": np.dtype(np.float64),
-    "BFloat16Storage": np.dtype(jnp.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class _Storage:
-    """Numbers one after the other in the file: `read(start, count)` gives bytes; `place` is the same for no other storage."""
-
-    place: Hashable
-    dtype: np.dtype
-    numel: int
-    read: Callable[[int, int], bytes]
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """A tensor that is still in the file; whether it fits there has been checked.
-
-    Attributes:
-      shape, dtype: as stored.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    _stride: tuple[int, ...] = field(repr=False)  # in elements
-    _start: int = field(repr=False)
-    _count: int = field(repr=False)  # elements of the storage from the tensor's first to its last
-    _storage: _Storage = field(repr=False)
-    _file: io.BufferedIOBase = field(repr=False)
-    _path: str = field(repr=False)
-
-    def read(self) -> np.ndarray:
-        """The numbers, read now: a new C-contiguous array of `shape` and `dtype`.
-
-        Raises:
-          InputError: the file cannot be read, or its checksum says that it is damaged.
-          ValueError: `open_torch` has been left already.
-        """
-        if self._file.closed:
-            raise ValueError("a tensor can be read only while its file is open, inside of `with open_torch(...)`")
-        size = self.dtype.itemsize
-        try:
-            data = self._storage.read(self._start * size, self._count * size)
-        except MemoryError:  # of this machine's memory: that the numbers are in the file has been checked
-            raise
-        except Exception as error:
-            raise _input_error(self._path, error) from error
-        # A byte other than 0 and 1 would be no bool to numpy.
-        flat = np.frombuffer(data, np.uint8) != 0 if self.dtype == np.bool_ else np.frombuffer(data, self.dtype)
-        strides = [stride * size for stride in self._stride]
-        return np.array(np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False), order="C")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,37 +65,55 @@ def open_torch(path: str | os.PathLike, key: str = "ema") -> Iterator[Original]:
     Raises:
       InputError: the file cannot be read, is damaged, or has anything in it that a network does not have.
     """
-    with ExitStack() as opened:
-        try:
-            original = _open(os.fspath(path), key, opened)
-        except Exception as error:
-            raise _input_error(os.fspath(path), error) from error
+    would_do = "a snapshot of EDM (.pkl) or a training state of RDM (.pt), as published,"
+    with _opened(path, would_do, lambda source, opened: _network(source, opened, key)) as original:
         yield original
 
 
-def _input_error(path: str, error: Exception) -> InputError:
-    would_do = "a snapshot of EDM (.pkl) or a training state of RDM (.pt), as published,"
-    if isinstance(error, Refused):
-        why, would_do = str(error), error.would_do or would_do
-    elif isinstance(error, OSError) and error.strerror:
-        why = error.strerror
-    else:
-        why = f"it is damaged: {type(error).__name__} {quoted(str(error))}"
-    return InputError(f"{path} cannot be used ({why}); {would_do} would do.")
+@contextmanager
+def open_state_dict(path: str | os.PathLike) -> Iterator[dict[str, Tensor]]:
+    """Opens a file of named tensors and nothing else, for as long as they are to be read: the same care as in `open_torch`.
+
+    Here tensors may share their numbers, as tied weights do, as long as all of them together are no larger than the file.
+
+    Args:
+      path: what `torch.save` makes of a state_dict, in torch's zip format or the one before it.
+
+    Raises:
+      InputError: the file cannot be read, is damaged, or has anything in it that a state_dict does not have.
+    """
+    with _opened(path, "a state_dict as torch.save writes it", _state_dict) as tensors:
+        yield tensors
 
 
-def _open(path: str, key: str, opened: ExitStack) -> Original:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-        raise Refused("it is no file" if not os.path.isdir(path) else "it is a directory")
-    file = opened.enter_context(open(path, "rb"))  # noqa: SIM115
+@contextmanager
+def _opened(path: str | os.PathLike, would_do: str, parse: Callable[[Source, ExitStack], Any]) -> Iterator[Any]:
+    path = os.fspath(path)
+    with ExitStack() as opened:
+        try:
+            found = parse(Source(path, would_do, open_file(path, opened)), opened)
+        except Exception as error:
+            raise input_error(path, would_do, error) from error
+        yield found
+
+
+def _whole(file: io.BufferedIOBase) -> Region:
+    return Region(file, 0, os.fstat(file.fileno()).st_size)
+
+
+def _is_zip(file: io.BufferedIOBase) -> bool:
+    """Whether it is a zip file; otherwise it begins as a pickle. Raises Refused for any other."""
     magic = file.read(4)
-    if magic == b"PK\x03\x04":
-        graph, find = _open_zip(file, opened)
-    elif magic[:1] == b"\x80":
-        graph = Unpickler(Stream(Region(file, 0, os.fstat(file.fileno()).st_size))).load()
-        find = _embedded_storage
-    else:
+    if magic != b"PK\x03\x04" and magic[:1] != b"\x80":
         raise Refused("it is neither a pickle nor a zip file")
+    return magic == b"PK\x03\x04"
+
+
+def _network(source: Source, opened: ExitStack, key: str) -> Original:
+    if _is_zip(source.file):
+        graph, find = open_zip(source.file, opened, Unpickler)
+    else:
+        graph, find = Unpickler(Stream(_whole(source.file))).load(), embedded_storage
     if type(graph) is not dict:
         raise Refused(f"it holds {describe(graph)} and no dict of networks")
     if key not in graph:
@@ -175,86 +126,22 @@ def _open(path: str, key: str, opened: ExitStack) -> Original:
     arguments, settings = state.get("_init_args"), state.get("_init_kwargs")
     if type(arguments) not in (tuple, list) or arguments or type(settings) is not dict:
         raise Refused(f"its {key!r} does not name all the settings that it was made with")
-    return Original(class_name, _Plain()(settings), _tensors(network, find, file, path))
+    return Original(class_name, _Plain()(settings), _tensors(network, find, source))
 
 
-def _embedded_storage(storage: Any) -> _Storage:
-    """The storage in a byte string of a snapshot, in torch's format before zip."""
-    if type(storage) is not Embedded:
-        raise Refused(f"its storage is {describe(storage)} and no embedded one")
-    stream = Stream(storage.region, _HEADER_BUDGET)
-    magic, protocol, system, stored, keys = [Unpickler(stream).load() for _ in range(5)]
-    if type(magic) is not int or magic != _MAGIC or type(protocol) is not int or protocol != _PROTOCOL:
-        raise Refused("its storage is not in torch's format 1001")
-    if type(system) is not dict or system.get("little_endian") is not True:
-        raise Refused("its storage is not little-endian")
-    if type(stored) is not Stored or type(keys) is not list or [*map(type, keys)] != [str] or keys[0] != stored.key:
-        raise Refused("its storage is not a single one")
-    numel, dtype = int.from_bytes(stream.read(8), "little", signed=True), _DTYPES[stored.kind]
-    numbers = stream.rest()
-    if numel != stored.numel or numbers.length != numel * dtype.itemsize:
-        raise Refused(f"its storage has {numbers.length} bytes for {stored.numel} numbers of {dtype}")
-    return _Storage((id(numbers.file), numbers.start), dtype, numel, numbers.read)
-
-
-def _open_zip(file: io.BufferedIOBase, opened: ExitStack) -> tuple[Any, Callable[[Any], _Storage]]:
-    archive = opened.enter_context(zipfile.ZipFile(file))
-    members = _members(archive, file)
-    pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise Refused(f"it is a zip file with {len(pickles)} members '*/data.pkl'")
-    root = pickles[0].removesuffix("data.pkl")
-    order = members.get(f"{root}byteorder")
-    if order is not None and (order.file_size != 6 or archive.read(order) != b"little"):
-        raise Refused("its byteorder is not 'little'")
-    size = members[pickles[0]].file_size
-    if size > BUDGET:
-        raise Refused(f"its data.pkl has {size} bytes")
-    graph = Unpickler(Stream(Region(io.BytesIO(archive.read(pickles[0])), 0, size))).load()
-
-    def find(storage: Any) -> _Storage:
-        if type(storage) is not Stored:
-            raise Refused(f"its storage is {describe(storage)} and no member of the zip file")
-        member, dtype = members.get(f"{root}data/{storage.key}"), _DTYPES[storage.kind]
-        if member is None:
-            raise Refused(f"the zip file has no member 'data/*' named {quoted(storage.key)}")
-        if member.file_size != storage.numel * dtype.itemsize:
-            raise Refused(f"its storage has {member.file_size} bytes for {storage.numel} numbers of {dtype}")
-
-        def read(first: int, count: int) -> bytes:
-            return archive.read(member)[first : first + count]  # all of it is read, as its checksum is of all
-
-        return _Storage(member.filename, dtype, storage.numel, read)
-
-    return graph, find
-
-
-def _members(archive: zipfile.ZipFile, file: io.BufferedIOBase) -> dict[str, zipfile.ZipInfo]:
-    """The members by name, when each is plain, there as a whole, and shares no byte with another."""
-    members: dict[str, zipfile.ZipInfo] = {}
-    end, last = 0, "the zip file's beginning"
-    for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
-        name = quoted(member.filename)
-        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise Refused(f"its member {name} is compressed")
-        if member.flag_bits & ~(0x8 | 0x800):  # sizes after the data, names in UTF-8; the others encrypt or patch
-            raise Refused(f"its member {name} is encrypted, or has unknown flags")
-        if member.filename in members:
-            raise Refused(f"it has two members {name}")
-        if member.header_offset < end:
-            raise Refused(f"its members {last} and {name} overlap")
-        file.seek(member.header_offset)
-        header = file.read(30)
-        if len(header) != 30 or header[:4] != b"PK\x03\x04":
-            raise Refused(f"its member {name} has no header")
-        lengths = struct.unpack("<HH", header[26:])
-        if file.read(lengths[0]) != member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437"):
-            raise Refused(f"its member {name} has another name in its header")
-        end, last = member.header_offset + 30 + sum(lengths) + member.file_size, name
-        if end > archive.start_dir:
-            raise Refused(f"its member {name} ends beyond the file's data")
-        members[member.filename] = member
-    return members
+def _state_dict(source: Source, opened: ExitStack) -> dict[str, Tensor]:
+    size = _whole(source.file).length
+    graph, find = open_zip(source.file, opened, Reader) if _is_zip(source.file) else open_sequential(_whole(source.file))
+    if type(graph) is not dict or len(graph) > MAX_PARTS:
+        raise Refused(f"it holds {describe(graph)} and no dict of up to {MAX_PARTS} tensors")
+    for name in graph:
+        if type(name) is not str:
+            raise Refused(f"it has a tensor with {describe(name)} as its name")
+    tensors = {name: named_tensor(name, view, find, source) for name, view in graph.items()}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > size:
+        raise Refused(f"its tensors have {total} bytes in all, in a file of {size}")
+    return tensors
 
 
 def _class_and_state(module: Any, name: str) -> tuple[str, dict[Any, Any]]:
@@ -267,7 +154,7 @@ def _class_and_state(module: Any, name: str) -> tuple[str, dict[Any, Any]]:
     return class_name, state
 
 
-def _tensors(network: Any, find: Callable[[Any], _Storage], file: io.BufferedIOBase, path: str) -> dict[str, Tensor]:
+def _tensors(network: Any, find: Callable[[Any], Storage], source: Source) -> dict[str, Tensor]:
     """All tensors of a network by full name; the modules are walked without recursion and each only once."""
     tensors: dict[str, Tensor] = {}
     used: dict[Hashable, list[tuple[int, int, str]]] = {}
@@ -286,13 +173,10 @@ def _tensors(network: Any, find: Callable[[Any], _Storage], file: io.BufferedIOB
             full = prefix + name
             if full in tensors:
                 raise Refused(f"it has two tensors {quoted(full)}")
-            try:
-                tensors[full] = tensor = _tensor(view, find, file, path)
-            except Exception as error:
-                why = str(error) if isinstance(error, Refused) else f"{type(error).__name__} {quoted(str(error))}"
-                raise Refused(f"tensor {quoted(full)} is damaged: {why}") from error
-            if tensor._count:
-                used.setdefault(tensor._storage.place, []).append((tensor._start, tensor._start + tensor._count, full))
+            tensors[full] = tensor = named_tensor(full, view, find, source)
+            place, start, end = tensor.span
+            if start < end:
+                used.setdefault(place, []).append((start, end, full))
         waiting.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(found["_modules"].items()))
     for places in used.values():
         places.sort()
@@ -312,30 +196,6 @@ def _children(state: dict[Any, Any], part: str, prefix: str) -> dict[str, Any]:
             named = quoted(name) if type(name) is str else describe(name)
             raise Refused(f"its module {quoted(prefix[:-1])} has {named} as a name in {part}")
     return {name: child for name, child in children.items() if child is not None}
-
-
-def _tensor(view: Any, find: Callable[[Any], _Storage], file: io.BufferedIOBase, path: str) -> Tensor:
-    if type(view) is not View:
-        raise Refused(f"it is {describe(view)}")
-    start, shape, stride = view.offset, view.size, view.stride
-    if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MAX_DIMS:
-        raise Refused("its sizes and strides are not two tuples of one length up to 8")
-    if any(type(number) is not int or not 0 <= number <= MAX_ELEMENTS for number in (start, *shape, *stride)):
-        raise Refused("its sizes, strides and offset are not all numbers from 0 to 2^40")
-    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-        raise Refused("it has more than 2^40 elements")
-    storage = find(view.storage)
-    count = 0 if 0 in shape else 1
-    for step, size in sorted(zip(stride, shape, strict=True)):
-        if count and size > 1:
-            if step < count:  # else a small storage could be repeated to any size
-                raise Refused("its elements lie over each other")
-            count += step * (size - 1)
-    if start + count > storage.numel:
-        raise Refused(f"its elements {start} to {start + count} are beyond its storage of {storage.numel}")
-    # The stride along a side of length 1 means nothing, and may be anything.
-    strides = tuple(step if size > 1 else 0 for step, size in zip(stride, shape, strict=True))
-    return Tensor(shape, storage.dtype, strides, start, count, storage, file, path)
 
 
 class _Plain:

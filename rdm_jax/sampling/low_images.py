@@ -51,7 +51,7 @@ class LowImages:
             numbers = list(range(len(folders)))
         else:
             known = f"{len(folders)} class folders ({', '.join(folders[:3])}, ...), the network {len(class_names)} other classes"
-            would_do = "folders named like its classes, or --config.sampling.classes,"
+            would_do = "folders named like its classes, or another --config.sampling.labels,"
             raise InputError(f"config.sampling.low={self._spec!r} has {known}; {would_do} would do.")
         return np.asarray([numbers[self._source.label(int(seed) % len(self._source))] for seed in seeds], np.int32)
 

@@ -1,41 +1,61 @@
-"""Pictures of what a stage has learnt so far, during its training."""
+"""One stage alone, during its training: samples to look at, and to measure."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int, UInt8
 
 from rdm_jax import sharding
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.errors import InputError
 from rdm_jax.sampling import pictures
+from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.sampler import evaluations, stage_sampler, to_uint8
 from rdm_jax.terminal import log
 from rdm_jax.training.step import to_float
 
 
-def make_preview(config: Config, number: int, source: ImageSet) -> Callable[[Any, Path], None]:
-    """A function (params, path) that draws samples of one stage.
+class StageAlone:
+    """Samples one stage with any parameters.
 
-    A relay stage starts from real images' means, so that its picture does not depend on the stages before it.
+    A relay stage goes on from the means of real images (with their classes), so that what it makes does not depend on the
+    stages before it.
+
+    Args:
+      config: of the run.
+      number: of the stage, from 1.
+      real: images for a relay stage to begin with, best such as it is not trained on; seed s begins with the s-th of them in a
+        random order that is always the same.
     """
-    stage, channels, classes = config.stages[number - 1], source.image_shape[-1], len(source.class_names)
-    kwargs = {"number": number, "channels": channels, "classes": classes, "run_seed": config.seed}
-    sampler = stage_sampler(stage, stage.build(channels, classes), **kwargs)
-    batch_size, mesh = config.sampling.batch_size, sharding.data_mesh()
-    seeds = np.arange(batch_size)
-    labels, low = (seeds % classes).astype(np.int32) if classes else np.full(batch_size, -1, np.int32), None
-    if number > 1:
-        real = source.batch(np.linspace(0, len(source) - 1, batch_size).astype(int))  # of all classes, if it is sorted
-        labels, pool = real["label"], source.image_shape[0] // config.stages[number - 2].resolution[0]
-        low = sharding.put_batch(np.asarray(to_float(jnp.asarray(real["image"]), pool)), mesh)
-    seeds, labels = sharding.put_batch((seeds.astype(np.uint32), labels), mesh)
 
-    def preview(params: Any, path: Path) -> None:
-        images = np.asarray(to_uint8(sampler(params, low, labels, seeds)))
+    def __init__(self, config: Config, number: int, real: ImageSet):
+        stage, channels, classes = config.stages[number - 1], real.image_shape[-1], len(real.class_names)
+        kwargs = {"number": number, "channels": channels, "classes": classes, "run_seed": config.seed}
+        self._sampler = stage_sampler(stage, stage.build(channels, classes), **kwargs)
+        self._config, self._number, self._real = config, number, real
+        self._order, self._mesh = np.random.default_rng(0).permutation(len(real)), sharding.data_mesh()
+        log.info("stage%d: samples during training, %d network evaluations an image", number, evaluations(stage))
+
+    def sample(self, params: Any, seeds: Int[np.ndarray, " b"]) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
+        """Images and classes of any number of seeds up to the batch size. Raises InputError where images are not finite."""
+        padded, low = np.resize(seeds, self._config.sampling.batch_size), None
+        rule, classes = self._config.sampling.labels, len(self._real.class_names)
+        if self._number == 1:
+            labels = labels_of(padded, rule, classes=classes, run_seed=self._config.seed)
+        else:
+            batch = self._real.batch(self._order[padded % len(self._order)])
+            labels, pool = batch["label"], self._real.image_shape[0] // self._config.stages[self._number - 2].resolution[0]
+            low = sharding.put_batch(np.asarray(to_float(jnp.asarray(batch["image"]), pool)), self._mesh)
+        device_seeds, device_labels = sharding.put_batch((padded.astype(np.uint32), labels), self._mesh)
+        images = self._sampler(params, low, device_labels, device_seeds)
+        if not jnp.isfinite(images).all():
+            raise InputError(f"stage{self._number} makes images that are not finite numbers; an earlier checkpoint would do.")
+        return np.asarray(to_uint8(images))[: len(seeds)], labels[: len(seeds)]
+
+    def preview(self, params: Any, path: Path) -> None:
+        """Draws the samples of one batch."""
+        images, _ = self.sample(params, np.arange(self._config.sampling.batch_size))
         pictures.save_picture(pictures.plain_grid(images, columns=10), path)
-
-    log.info("stage%d: previews of %d samples, %d network evaluations an image", number, batch_size, evaluations(stage))
-    return preview

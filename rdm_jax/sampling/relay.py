@@ -12,6 +12,7 @@ from rdm_jax import checks, sharding
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.postprocess import postprocess
 from rdm_jax.errors import InputError
+from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.sampler import stage_sampler, to_uint8
 from rdm_jax.training import checkpoint
@@ -62,12 +63,10 @@ class Relay:
         return tuple(about["classes"])
 
     def labels(self, seeds: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        """The classes of seeds: those of the small images, or the chosen classes in turn; -1 where there are none."""
-        if not self.class_names:
-            return np.full(len(seeds), -1, np.int32)
-        given = self.low.labels(seeds, self.class_names) if self.low and not self.config.sampling.classes else None
-        classes = np.asarray(self.config.sampling.classes or range(len(self.class_names)), np.int32)
-        return classes[seeds % len(classes)] if given is None else given
+        """The classes of seeds: those of the small images, or by the rule of `sampling.labels`; -1 where there are none."""
+        rule, classes = self.config.sampling.labels, len(self.class_names)
+        given = self.low.labels(seeds, self.class_names) if self.low and classes and rule == "balanced" else None
+        return labels_of(seeds, rule, classes=classes, run_seed=self.config.seed) if given is None else given
 
     def sample(self, seeds: Int[np.ndarray, " b"]) -> list[np.ndarray]:
         """The images of every stage from the one before `first` on, uint8 NHWC, for any number of seeds up to the batch size.
@@ -83,6 +82,8 @@ class Relay:
             images.append(given[: len(seeds)])
         for sampler, params in self._stages:
             low = sampler(params, low, labels, device_seeds)
+            if not jnp.isfinite(low).all():  # as bytes they would look like images
+                raise InputError("a checkpoint makes images that are not finite numbers; an earlier checkpoint would do.")
             images.append(np.asarray(to_uint8(low))[: len(seeds)])
         images[-1] = postprocess(images[-1], self.config.sampling.postprocess)
         return images

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rdm_jax.checks import parse_seeds
+from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.files import whole_file
@@ -32,11 +32,15 @@ def describe(config: Config, relay: Relay) -> dict[str, Any]:
     sampling = {k: v for k, v in values["sampling"].items() if k not in ("name", "batch_size")}
     about = {"seed": config.seed, "sampling": sampling, "stages": stages, "checkpoints": relay.checkpoints}
     if relay.low:
-        about["low_images"] = relay.low.digest(np.asarray(parse_seeds(config.sampling.seeds)))
+        about["low_images"] = relay.low.digest(_seeds(config))
     return json.loads(json.dumps(about))
 
 
-def sample_to_files(config: Config, source: ImageSet | None, workdir: Path, stop: StopOnSignal) -> None:
+def _seeds(config: Config) -> np.ndarray:
+    return np.asarray(parse_numbers(config.sampling.seeds, "config.sampling.seeds"), np.int64)
+
+
+def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: StopOnSignal) -> None:
     """Samples every configured seed and leaves, under workdir/<sampling.name>:
 
     samples.npz ('images' uint8 NHWC, 'labels', 'seeds', and 'stage1', ... uint8), grid.png, and samples.json (what they were
@@ -46,11 +50,11 @@ def sample_to_files(config: Config, source: ImageSet | None, workdir: Path, stop
       source: prepared images, the nearest of which the grid shows; None to leave them out.
 
     Raises:
-      InputError: a checkpoint, or a small image to start from, cannot be used.
+      InputError: a small image to start from cannot be used.
       Interrupted: a signal came; the batches done so far are kept.
     """
-    folder, relay = workdir / config.sampling.name, Relay(config, workdir)
-    made_with, seeds = describe(config, relay), np.asarray(parse_seeds(config.sampling.seeds), np.int64)
+    config, folder = relay.config, workdir / relay.config.sampling.name
+    made_with, seeds = describe(config, relay), _seeds(config)
     if _is_done(folder, made_with):
         log.info("samples: %d images are already in %s", len(seeds), folder)
         return

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from rdm_jax.training import checkpoint, metrics
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
 Preview = Callable[[Any, Path], None]
+Evaluate = Callable[[Any, int, Path], dict[str, float]]
 
 # Steps whose metrics are awaited: few, so that a run of bad steps is noticed at once, but not 0, so that devices never idle.
 STEPS_IN_FLIGHT = 2
@@ -64,12 +64,13 @@ class Trainer:
       number: of the stage, from 1.
       source: the images to learn.
       directory: of the stage, for checkpoints, metrics and previews.
+      held_out: the images whose loss tells the best checkpoint; None for those of `source`.
 
     Attributes:
       abstract: the state's shapes and shardings.
     """
 
-    def __init__(self, config: Config, number: int, source: ImageSet, directory: Path):
+    def __init__(self, config: Config, number: int, source: ImageSet, directory: Path, held_out: ImageSet | None = None):
         self.name, self.stage = f"stage{number}", config.stages[number - 1]
         self.training, self.source, self.directory = self.stage.training, source, directory
         self.objective, optimizer = build_objective(self.stage, source), build_optimizer(self.training)
@@ -86,18 +87,20 @@ class Trainer:
         )
         self._init = lambda: init_state(self.objective.network, optimizer, key(Stream.INIT))
         self.abstract = checkpoint.with_sharding(jax.eval_shape(self._init), sharding.replicated(self.mesh))
-        self._validation_key = key(Stream.VALIDATE)
+        self._validation_key, self._held_out = key(Stream.VALIDATE), held_out or source
         self._validated = dataclasses.replace(self.objective, augmentation=None, flip=False)
         self._about = {"stage": to_dict(config)[self.name], "classes": list(source.class_names), "seed": config.seed}
         self._workers = config.data.workers
         self._data_seed = config.seed * 2**8 + number  # no stage of a run shares its order with another run's
 
-    def run(self, stop: StopOnSignal, make_preview: Callable[[], Preview] | None = None) -> None:
+    def run(self, stop: StopOnSignal, preview: Preview | None = None, evaluate: Evaluate | None = None) -> None:
         """Trains to the configured number of images, from the newest checkpoint if there is one.
 
         Args:
           stop: looked at after every step; when a signal has come, the state is saved and `Interrupted` raised.
-          make_preview: makes a function (averaged parameters, path of a picture to draw), called every `preview_every` images.
+          preview: called with the averaged parameters and the path of a picture to draw, every `preview_every` images.
+          evaluate: called with the averaged parameters, the images seen and a folder for the results, every `evaluate_every`
+            images, after a checkpoint: an evaluation that is stopped is gone on with before training is. Returns metrics.
 
         Raises:
           Diverged: after `max_skipped` steps in a row that were not finite; the last good state is saved.
@@ -108,19 +111,28 @@ class Trainer:
             self.directory / "checkpoints", keep_newest=self.training.keep_newest, keep_best=self.training.keep_best
         )
         try:
-            self._run(checkpoints, stop, make_preview)
+            self._run(checkpoints, stop, preview, evaluate)
         finally:
             checkpoints.close()  # waits for a save under way, also when something else went wrong
 
-    def _run(self, checkpoints: checkpoint.Checkpoints, stop: StopOnSignal, make_preview: Callable[[], Preview] | None):
+    def _run(
+        self, checkpoints: checkpoint.Checkpoints, stop: StopOnSignal, preview: Preview | None, evaluate: Evaluate | None
+    ) -> None:
         iterator = self._iterator()
         state, step = self._start(checkpoints, iterator)
+        every = self.training.evaluate_every if evaluate else 0
+
+        def evaluation(state: TrainState) -> dict[str, float]:
+            images = step * self.training.batch_size
+            return evaluate(state.ema, images, self.directory / "evaluations" / f"{images:010d}")
+
+        if step and self._is_due(step, every):
+            evaluation(state)  # again, or what was stopped of it
         if step >= self.training.steps:
             log.info("%s: already trained on %s images", self.name, f"{step * self.training.batch_size:,}")
             return
         copies = self.training.keep_newest + self.training.keep_best + 1 - len(checkpoints.steps())
         checkpoint.check_space(self.directory, self.abstract, copies)
-        preview = make_preview() if make_preview and self.training.preview_every else None
         compiled, validate = self._compile(state), jax.jit(self._validation_loss)
         writer, bar = metrics.MetricWriter(self.directory, step), progress(*self._bar(step))
 
@@ -139,17 +151,22 @@ class Trainer:
                 state, values = compiled(state, sharding.put_batch(next(iterator), self.mesh))
                 step += 1
                 window.add(step, values)
-                due = functools.partial(_due, step, self.training.batch_size)
-                last = step == self.training.steps
-                if preview and (due(self.training.preview_every) or last):
+                if preview and self._is_due(step, self.training.preview_every):
                     window.pause()
                     preview(state.ema, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
                     window.go_on()
-                if due(self.training.checkpoint_every) or last or stop.requested or window.diverged:
+                evaluated = self._is_due(step, every)
+                if self._is_due(step, self.training.checkpoint_every) or evaluated or stop.requested or window.diverged:
                     save(state)
                     stop.check()
                 if window.diverged:
                     raise Diverged(window.diverged)
+                if evaluated:
+                    window.pause()
+                    checkpoints.wait()
+                    values = {f"evaluation/{name}": value for name, value in evaluation(state).items()}
+                    writer.write(step, images=step * self.training.batch_size, **values)
+                    window.go_on()
         finally:
             iterator.close()
             window.close()
@@ -157,6 +174,10 @@ class Trainer:
             writer.close()
         seconds = window.seconds or float("nan")
         log.info("%s: trained, %.0f images/s, %d steps skipped", self.name, window.images / seconds, int(state.skipped))
+
+    def _is_due(self, step: int, every: int) -> bool:
+        """Whether something that happens every so many images, if they are more than 0, and at the end, happens after a step."""
+        return bool(every) and (_due(step, self.training.batch_size, every) or step == self.training.steps)
 
     def _iterator(self) -> TrainIterator:
         kwargs = {"process_index": jax.process_index(), "process_count": jax.process_count(), "workers": self._workers}
@@ -224,12 +245,12 @@ class Trainer:
         return compiled
 
     def _held_images(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        """The images that tell the best checkpoint, evenly from the whole set (which may be sorted), in batches."""
+        """The images that tell the best checkpoint, evenly from their whole set (which may be sorted), in batches."""
         size, count = self.training.batch_size, jax.process_count()
-        images = np.linspace(0, len(self.source) - 1, -(-self.training.validation // size) * size).astype(int)
+        images = np.linspace(0, len(self._held_out) - 1, -(-self.training.validation // size) * size).astype(int)
         for first in range(0, len(images), size):
             here = np.arange(first, first + size).reshape(count, -1)[jax.process_index()]
-            yield sharding.put_batch((self.source.batch(images[here]), here), self.mesh)
+            yield sharding.put_batch((self._held_out.batch(images[here]), here), self.mesh)
 
     def _validation_loss(self, params: Any, batch: dict[str, jax.Array], number: jax.Array) -> jax.Array:
         """The loss of fixed images, as they are, at fixed levels with fixed noise, labels dropped as in training."""

@@ -2,7 +2,7 @@
 
 `write_pkl` and `write_pt` write a network from its tensors' full names. For what a good file never has there are the parts:
 `network` (the modules as objects that can be changed), `View` and `Storage` (a tensor that says whatever it is told to), `Named`
-(any global), and `dump_pkl` and `dump_pt` (any objects into either format).
+(any global), and `dump_pkl`, `dump_pt` and `dump_legacy` (any objects into one of the formats).
 """
 
 import io
@@ -253,14 +253,42 @@ class _ZipPickler(_Pickler):
         return ("storage", self.kinds(obj), obj.key, "cpu", obj.numel, *self.view_metadata)
 
 
+_BEFORE_LEGACY = (
+    0x1950A86A20F9469CFC6C,
+    1001,
+    {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}},
+)
+
+
 def legacy_header(storage: Storage) -> bytes:
     """What precedes the numbers in torch's format before zip."""
-    sizes = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     storage.key = storage.key or "93884253521904"
     stream = io.BytesIO()
     _ZipPickler(stream, view_metadata=(None,)).dump(storage)
-    before = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, sizes))
+    before = b"".join(pickle.dumps(value, 2) for value in _BEFORE_LEGACY)
     return before + stream.getvalue() + pickle.dumps([storage.key], 2) + struct.pack("<q", storage.array.size)
+
+
+def dump_legacy(path: Path, objects: Any, changed: dict[int, bytes] | None = None) -> None:
+    """Any objects in torch's format before zip; `changed` are bytes in place of some of its five pickles, by number."""
+    stream = io.BytesIO()
+    pickler = _ZipPickler(stream, view_metadata=(None,))
+    pickler.dump(objects)
+    storages = sorted(pickler.storages, key=lambda storage: storage.key)
+    keys = pickle.dumps([storage.key for storage in storages], 2)
+    pickles = [pickle.dumps(value, 2) for value in _BEFORE_LEGACY] + [stream.getvalue(), keys]
+    with open(path, "wb") as file:
+        file.write(b"".join((changed or {}).get(number, pickled) for number, pickled in enumerate(pickles)))
+        for storage in storages:
+            file.write(struct.pack("<q", storage.array.size))
+            file.write(storage.data)
+
+
+def state_dict(tensors: dict[str, np.ndarray]) -> OrderedDict:
+    """What a module's `state_dict()` is."""
+    state = OrderedDict((name, View.of(array, parameter=False)) for name, array in tensors.items())
+    state._metadata = OrderedDict({"": {"version": 1}, "conv": {"version": 2}})
+    return state
 
 
 def dump_pkl(path: Path, objects: Any, protocol: int = 4) -> None:

@@ -1,0 +1,64 @@
+"""Images that are made while they are measured."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from rdm_jax.checks import evaluated_seeds, parse_numbers
+from rdm_jax.config import Config
+from rdm_jax.evaluation.streams import Batch, Stream
+from rdm_jax.sampling.preview import StageAlone
+from rdm_jax.sampling.relay import Relay
+from rdm_jax.sampling.results import describe
+
+
+class RelayStream(Stream):
+    """What a relay makes in the end ('samples'), and its earlier stages' images enlarged to the same size ('stage1', ...).
+
+    Args:
+      names: which of these.
+    """
+
+    def __init__(self, relay: Relay, names: tuple[str, ...]):
+        config, seeds = relay.config, evaluated_seeds(relay.config)
+        self.names, self.batch_size = names, config.sampling.batch_size
+        self._relay, self._seeds = relay, np.asarray(parse_numbers(seeds, "config.evaluation.seeds"), np.int64)
+        self.count = len(self._seeds)
+        sampling = dataclasses.replace(config.sampling, seeds=seeds)
+        self.about = {"set": ", ".join(names), **describe(dataclasses.replace(config, sampling=sampling), relay)}
+
+    def batch(self, first: int, count: int) -> Batch:  # noqa: D102
+        seeds = self._seeds[first : first + count]
+        stages = self._relay.sample(seeds)
+        earlier = {
+            f"stage{number}": images for number, images in enumerate(stages, len(self._relay.config.stages) - len(stages) + 1)
+        }
+        made = {**earlier, "samples": stages[-1]}
+        return {name: enlarged(made[name], stages[-1].shape[1]) for name in self.names}, self._relay.labels(seeds)
+
+
+class StageStream(Stream):
+    """What one stage makes with the given parameters, enlarged to the last stage's size.
+
+    Args:
+      images_seen: in training so far.
+    """
+
+    def __init__(self, config: Config, number: int, alone: StageAlone, params: Any, images_seen: int):
+        name, seeds = f"stage{number}", config.evaluation.seeds_in_training
+        self.names, self.batch_size = (name,), config.sampling.batch_size
+        self._alone, self._params, self._height = alone, params, config.stages[-1].resolution[0]
+        self._seeds = np.asarray(parse_numbers(seeds, "config.evaluation.seeds_in_training"), np.int64)
+        self.count = len(self._seeds)
+        self.about = {"set": name, "images_seen": images_seen, "seeds": seeds, "labels": config.sampling.labels}
+
+    def batch(self, first: int, count: int) -> Batch:  # noqa: D102
+        images, labels = self._alone.sample(self._params, self._seeds[first : first + count])
+        return {self.names[0]: enlarged(images, self._height)}, labels
+
+
+def enlarged(images: np.ndarray, height: int) -> np.ndarray:
+    """Every pixel repeated, to the height given."""
+    factor = height // images.shape[1]
+    return images.repeat(factor, 1).repeat(factor, 2)

@@ -1,0 +1,124 @@
+"""One page of one or more evaluations: tables, the paper's figures beside ours, pictures, curves over training."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from rdm_jax.errors import InputError
+from rdm_jax.evaluation.evaluate import RESULT, picture_name, read_result
+from rdm_jax.evaluation.tables import METRICS, cell, markdown, result_table
+from rdm_jax.files import whole_file
+from rdm_jax.terminal import log
+
+PAGE = "report.md"
+PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
+
+
+def write_report(workdir: Path, paths: list[Path]) -> None:
+    """Writes workdir/report/report.md with its pictures beside it.
+
+    Args:
+      paths: of the evaluations; none for all in the workdir, those made during training as curves.
+
+    Raises:
+      InputError: a file is no evaluation, or there is none.
+    """
+    paths = paths or sorted(path for path in workdir.glob(f"*/{RESULT}"))
+    results = {_title(path, workdir): _read(path) for path in paths}
+    folders = sorted({path.parent.parent for path in paths} | {workdir})
+    curves = {_title(stage, workdir): _over_training(stage) for folder in folders for stage in sorted(folder.glob("stage*"))}
+    curves = {title: points for title, points in curves.items() if points}
+    if not results and not curves:
+        raise InputError(f"there is no {RESULT} in {workdir}; --mode=evaluate first, or --evaluations=PATH, would do.")
+    folder = workdir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = ["# Evaluation"]
+    for number, (path, (title, result)) in enumerate(zip(paths, results.items(), strict=True), 1):
+        parts += _section(title, result, _copied(path, result, folder, number))
+    if curves:
+        _draw(curves, folder / "curves.png")
+        parts += ["## Over training", "![Every metric by the number of images that a stage has seen](curves.png)"]
+    with whole_file(folder / PAGE) as partial:
+        partial.write_text("\n\n".join(parts) + "\n")
+    log.info("report: %d evaluations, %d curves -> %s", len(results), len(curves), folder / PAGE)
+
+
+def _title(path: Path, workdir: Path) -> str:
+    """What an evaluation or a stage is called: its folder, within the workdir or with the one around it."""
+    path = path.parent if path.name == RESULT else path
+    return str(path.relative_to(workdir)) if path.is_relative_to(workdir) else f"{path.parent.name}/{path.name}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result = read_result(path)
+    if result is None:
+        raise InputError(f"{path} is no evaluation, or damaged; an {RESULT} that --mode=evaluate has written would do.")
+    return result
+
+
+def _section(title: str, result: dict[str, Any], shown: dict[str, str]) -> list[str]:
+    made_with = result["made_with"]
+    about = (
+        f"Features: {made_with['features']['name']}. Reference: {_named(made_with['reference'])}. {result['devices']}, "
+        + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    )
+    parts = [f"## {title}", result_table(result["results"]), about + "."]
+    published = result["published"]
+    known = [name for name in PUBLISHED if published[name]]
+    if known:
+        rows = [[f"paper ({published['where']})", *(cell(name, published[name]) for name in known)]]
+        for name, ours in result["results"].items():
+            rows.append([f"this project, {name}, {ours['images']:,} images", *(cell(m, ours["metrics"].get(m)) for m in known)])
+        parts += ["### The paper and this project", markdown(["", *(name.replace("_", " ") for name in known)], rows)]
+    for name, file in shown.items():
+        parts += [f"### {name}", f"![The first images of {name}]({file})"]
+    details = json.dumps(made_with, indent=2)
+    return [*parts, f"<details><summary>What this was measured with</summary>\n\n```json\n{details}\n```\n\n</details>"]
+
+
+def _named(about: dict[str, Any]) -> str:
+    return str(about.get("set") or about.get("file"))
+
+
+def _copied(path: Path, result: dict[str, Any], folder: Path, number: int) -> dict[str, str]:
+    """The pictures of an evaluation, now beside the page, by the name of the set."""
+    copied = {}
+    for name in result["results"]:
+        picture = path.parent / f"{picture_name(name)}.png"
+        if picture.is_file():
+            copied[name] = f"{number}-{picture.name}"
+            shutil.copyfile(picture, folder / copied[name])
+    return copied
+
+
+def _over_training(stage: Path) -> dict[int, dict[str, float]]:
+    """The metrics of a stage by the images that it had seen."""
+    points = {}
+    for path in sorted(stage.glob(f"evaluations/*/{RESULT}")):
+        (result,) = _read(path)["results"].values()
+        points[int(path.parent.name)] = result["metrics"]
+    return points
+
+
+def _draw(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+    """A panel a metric, a curve a stage."""
+    found = [name for name in METRICS if any(name in m for points in curves.values() for m in points.values())]
+    found = [name for name in found if name != "kid_standard_error"]
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, name in zip(panels, found, strict=False):
+        for title, points in curves.items():
+            known = {images: values[name] for images, values in points.items() if name in values}
+            panel.plot(list(known), list(known.values()), "o-", markersize=3, label=title)
+        panel.set(title=name.replace("_", " "), xlabel="images seen")
+        panel.grid(alpha=0.3)
+    for panel in panels[len(found) :]:
+        panel.axis("off")
+    panels[0].legend()
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)

@@ -1,0 +1,127 @@
+"""Images to be measured, a batch at a time: generated ones, sets, and files."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from rdm_jax.config import Config
+from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
+from rdm_jax.data.images import Form
+from rdm_jax.data.sources import open_source
+from rdm_jax.errors import InputError
+from rdm_jax.evaluation.npz import Npz
+
+SHOWN = 50  # images of a picture
+Batch = tuple[dict[str, np.ndarray], np.ndarray]
+
+
+class Stream(ABC):
+    """Sets of images that come together: image i of each belongs to image i of the others.
+
+    Attributes:
+      names: of the sets.
+      count: images in each.
+      batch_size: how many at a time.
+      about: JSON: what they are; two streams with the same one are the same images.
+    """
+
+    names: tuple[str, ...]
+    count: int
+    batch_size: int
+    about: dict[str, Any]
+
+    @abstractmethod
+    def batch(self, first: int, count: int) -> Batch:
+        """`count` images from number `first` on: uint8 (b, h, w, c) of each set by name, and int32 (b,) labels (-1: none)."""
+
+    def shown(self) -> Int[np.ndarray, " n"]:
+        """Numbers of the images for a picture."""
+        return np.arange(min(SHOWN, self.count))
+
+
+class SetStream(Stream):
+    """A set of images; labels count by the names in `class_names`."""
+
+    def __init__(self, name: str, images: ImageSet, batch_size: int, class_names: tuple[str, ...]):
+        self.names, self.count, self.batch_size = (name,), len(images), batch_size
+        self.about = {"set": name, "images": len(images), "fingerprint": images.fingerprint()}
+        self._images = images
+        # Its classes may be some of those asked for, or others; the last entry is for images without one.
+        numbers = {name: number for number, name in enumerate(class_names)}
+        self._labels = np.asarray([*(numbers.get(name, -1) for name in images.class_names), -1], np.int32)
+
+    def batch(self, first: int, count: int) -> Batch:  # noqa: D102
+        batch = self._images.batch(np.arange(first, first + count))
+        return {self.names[0]: batch["image"]}, self._labels[batch["label"]]
+
+    def shown(self) -> Int[np.ndarray, " n"]:
+        """Evenly from the set, which may be sorted."""
+        return np.unique(np.linspace(0, self.count - 1, SHOWN).astype(int))
+
+
+class NpzStream(Stream):
+    """Images in a .npz file: `arr_0`, with labels in `arr_1` (ADM's names), or `images` and `labels` (ours).
+
+    Args:
+      name: of the set.
+      path: of the file, which is never in memory as a whole.
+      image_shape: that the images must have.
+
+    Raises:
+      InputError: it cannot be read, or its images are of another shape or dtype.
+    """
+
+    def __init__(self, name: str, path: Path, image_shape: tuple[int, ...], batch_size: int):
+        self._file = Npz(path)
+        self._name = next((n for n in ("images", "arr_0") if n in self._file.arrays), "")
+        if not self._name:
+            found = ", ".join(self._file.arrays) or "nothing"
+            raise InputError(f"{path} has no images, only {found}; an array arr_0 or images would do.")
+        shape, dtype = self._file.arrays[self._name]
+        if dtype != np.uint8 or shape[1:] != image_shape:
+            wanted = f"uint8 of shape {('n', *image_shape)}"
+            raise InputError(f"{path} has images of shape {shape}, {dtype}; {wanted}, as config.stages say, would do.")
+        self.names, self.count, self.batch_size = (name,), shape[0], batch_size
+        labels = {"images": "labels", "arr_0": "arr_1"}[self._name]
+        known = labels in self._file.arrays and self._file.arrays[labels][0] == (self.count,)
+        self._labels = self._file.read(labels).astype(np.int32) if known else np.full(self.count, -1, np.int32)
+        some = self.batch(0, min(256, self.count))[0][name]
+        self.about = {"set": name, "images": self.count, "bytes": path.stat().st_size, "mean": float(some.mean())}
+
+    def batch(self, first: int, count: int) -> Batch:  # noqa: D102
+        return {self.names[0]: self._file.rows(self._name, first, count)}, self._labels[first : first + count]
+
+
+def open_stream(spec: str, config: Config, sets: dict[str, ImageSet]) -> Stream:
+    """Images that are there already.
+
+    Args:
+      spec: 'training' or 'held_out' (of `sets`), 'prepared:PATH', 'folder:PATH', 'zip:PATH', or 'npz:PATH'.
+      config: of the run; its last stage says what size the images must have.
+
+    Raises:
+      InputError: they are not there, cannot be read, or are of another size or number of channels.
+    """
+    batch_size, (height, width), channels = config.evaluation.batch_size, config.stages[-1].resolution, config.data.channels
+    class_names = sets["training"].class_names if sets else ()
+    if spec in sets:
+        return SetStream(spec, sets[spec], batch_size, class_names)
+    kind, _, where = spec.partition(":")
+    path = Path(where).expanduser()
+    if kind == "npz":
+        return NpzStream(spec, path, (height, width, channels), batch_size)
+    if kind == "prepared":
+        images = open_prepared(path)
+        if images.image_shape != (height, width, channels):
+            wanted = f"{height} x {width} x {channels}, as config.stages and config.data.channels say,"
+            raise InputError(f"config.evaluation: the images of {spec} are {images.image_shape}; {wanted} would do.")
+        return SetStream(spec, images, batch_size, class_names)
+    source = open_source(spec)
+    if channels == 3 and all(source.reader.load(name).mode in ("1", "L", "LA") for name in source.names[:SHOWN]):
+        raise InputError(f"config.evaluation: the images of {spec} are grey; colour, or config.data.channels=1, would do.")
+    form = Form(height, width, channels, config.data.background, "none")
+    images = ImageSet(DecodedSource(source, form), (height, width, channels), source.class_names)
+    return SetStream(spec, images, batch_size, class_names)

@@ -1,0 +1,287 @@
+"""Tensors that are still in a file of torch's: where their numbers are, in both of its formats, and how they are read."""
+
+import io
+import math
+import os
+import pickle
+import stat
+import struct
+import zipfile
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rdm_jax.errors import InputError
+from rdm_jax.interop.inert_pickle import BUDGET, Embedded, Refused, Region, Stored, Stream, Unpickler, View, describe, quoted
+
+MAX_DIMS = 8
+MAX_ELEMENTS = 2**40
+
+# torch's format before zip: these two numbers, a dict, the object with its storages as persistent ids, a list of their keys, and
+# then for each key the number of its elements, and the elements.
+_MAGIC, _PROTOCOL, _EMBEDDED_BUDGET = 0x1950A86A20F9469CFC6C, 1001, 2**14
+
+_DTYPES = {
+    "FloatStorage": np.dtype(np.float32),
+    "HalfStorage": np.dtype(np.float16),
+    "DoubleStorage": np.dtype(np.float64),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """Numbers one after the other in the file: `read(start, count)` gives bytes; `place` is the same for no other storage."""
+
+    place: Hashable
+    dtype: np.dtype
+    numel: int
+    read: Callable[[int, int], bytes]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """An open file; `would_do` is what a refusal says would do, where it knows nothing better."""
+
+    path: str
+    would_do: str
+    file: io.BufferedIOBase
+
+
+def open_file(path: str, opened: ExitStack) -> io.BufferedIOBase:
+    """Opens a file until `opened` is left. Raises Refused or OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        raise Refused("it is no file" if not os.path.isdir(path) else "it is a directory")
+    return opened.enter_context(open(path, "rb"))
+
+
+def input_error(path: str, would_do: str, error: Exception) -> InputError:
+    """What the user is told of an error in a file."""
+    if isinstance(error, Refused):
+        why, would_do = str(error), error.would_do or would_do
+    elif isinstance(error, OSError) and error.strerror:
+        why = error.strerror
+    else:
+        why = f"it is damaged: {type(error).__name__} {quoted(str(error))}"
+    return InputError(f"{path} cannot be used ({why}); {would_do} would do.")
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor that is still in the file; whether it fits there has been checked.
+
+    Attributes:
+      shape, dtype: as stored.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    _stride: tuple[int, ...] = field(repr=False)  # in elements
+    _start: int = field(repr=False)
+    _count: int = field(repr=False)  # elements of the storage from the tensor's first to its last
+    _storage: Storage = field(repr=False)
+    _source: Source = field(repr=False)
+
+    def read(self) -> np.ndarray:
+        """The numbers, read now: a new C-contiguous array of `shape` and `dtype`.
+
+        Raises:
+          InputError: the file cannot be read, or its checksum says that it is damaged.
+          ValueError: the `with` that opened the file has been left already.
+        """
+        if self._source.file.closed:
+            where = "inside of `with open_torch(...)` or `with open_state_dict(...)`"
+            raise ValueError(f"a tensor can be read only while its file is open, {where}")
+        size = self.dtype.itemsize
+        try:
+            data = self._storage.read(self._start * size, self._count * size)
+        except MemoryError:  # of this machine's memory: that the numbers are in the file has been checked
+            raise
+        except Exception as error:
+            raise input_error(self._source.path, self._source.would_do, error) from error
+        # A byte other than 0 and 1 would be no bool to numpy.
+        flat = np.frombuffer(data, np.uint8) != 0 if self.dtype == np.bool_ else np.frombuffer(data, self.dtype)
+        strides = [stride * size for stride in self._stride]
+        return np.array(np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False), order="C")
+
+    @property
+    def nbytes(self) -> int:
+        """The size of what `read` gives."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def span(self) -> tuple[Hashable, int, int]:
+        """Its storage's place, and there its first element and the one after its last."""
+        return self._storage.place, self._start, self._start + self._count
+
+
+def named_tensor(name: str, view: Any, find: Callable[[Any], Storage], source: Source) -> Tensor:
+    """A tensor from its call in the pickle. Raises Refused, which names it, where it is none or not whole in the file."""
+    try:
+        return _tensor(view, find, source)
+    except Exception as error:
+        why = str(error) if isinstance(error, Refused) else f"{type(error).__name__} {quoted(str(error))}"
+        raise Refused(f"tensor {quoted(name)} is damaged: {why}") from error
+
+
+def _tensor(view: Any, find: Callable[[Any], Storage], source: Source) -> Tensor:
+    if type(view) is not View:
+        raise Refused(f"it is {describe(view)}")
+    start, shape, stride = view.offset, view.size, view.stride
+    if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MAX_DIMS:
+        raise Refused("its sizes and strides are not two tuples of one length up to 8")
+    if any(type(number) is not int or not 0 <= number <= MAX_ELEMENTS for number in (start, *shape, *stride)):
+        raise Refused("its sizes, strides and offset are not all numbers from 0 to 2^40")
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise Refused("it has more than 2^40 elements")
+    storage = find(view.storage)
+    count = 0 if 0 in shape else 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if count and size > 1:
+            if step < count:  # else a small storage could be repeated to any size
+                raise Refused("its elements lie over each other")
+            count += step * (size - 1)
+    if start + count > storage.numel:
+        raise Refused(f"its elements {start} to {start + count} are beyond its storage of {storage.numel}")
+    # The stride along a side of length 1 means nothing, and may be anything.
+    strides = tuple(step if size > 1 else 0 for step, size in zip(stride, shape, strict=True))
+    return Tensor(shape, storage.dtype, strides, start, count, storage, source)
+
+
+class Reader(Unpickler):
+    """Reads a pickle that torch wrote as a file of its own: knows the `_metadata` of a state_dict, and leaves them out.
+
+    Attributes:
+      stored: the storages that it names, by key.
+    """
+
+    dispatch = type(Unpickler.dispatch)(Unpickler.dispatch)
+
+    def __init__(self, stream: Stream):
+        super().__init__(stream)
+        self.stored: dict[str, Stored] = {}
+
+    def persistent_load(self, pid: Any) -> Stored:
+        """A storage, the same for the same key."""
+        found = super().persistent_load(pid)
+        known = self.stored.setdefault(found.key, found)
+        if (known.kind, known.numel) != (found.kind, found.numel):
+            raise Refused(f"it has two storages {quoted(found.key)}")
+        return known
+
+    def _build(self):
+        state = self.stack[-1]
+        if type(self.stack[-2]) is dict and type(state) is dict and [*state] == ["_metadata"]:
+            self.stack.pop()  # versions of modules, beside the items of the OrderedDict
+        else:
+            super()._build()
+
+    dispatch[pickle.BUILD[0]] = _build
+
+
+def open_sequential(region: Region, budget: int = BUDGET) -> tuple[Any, Callable[[Any], Storage]]:
+    """The object in a file of torch's format before zip, and what finds its storages. Raises Refused, or as `Unpickler` does."""
+    stream = Stream(region, budget)
+    magic, protocol, system = [Unpickler(stream).load() for _ in range(3)]
+    if type(magic) is not int or magic != _MAGIC or type(protocol) is not int or protocol != _PROTOCOL:
+        raise Refused("it is not in torch's format 1001")
+    if type(system) is not dict or system.get("little_endian") is not True:
+        raise Refused("it is not little-endian")
+    reader = Reader(stream)
+    graph, keys = reader.load(), Unpickler(stream).load()
+    if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(reader.stored):
+        raise Refused("its list of storages has not a single one of each that it names")
+    storages = {}
+    for key in keys:
+        numel, stored = int.from_bytes(stream.read(8), "little", signed=True), reader.stored[key]
+        dtype = _DTYPES[stored.kind]
+        numbers = stream.rest() if key == keys[-1] else stream.skip(stored.numel * dtype.itemsize)
+        if numel != stored.numel or numbers.length != numel * dtype.itemsize:
+            raise Refused(f"its storage has {numbers.length} bytes for {stored.numel} numbers of {dtype}")
+        storages[key] = Storage((id(numbers.file), numbers.start), dtype, numel, numbers.read)
+
+    def find(storage: Any) -> Storage:
+        if type(storage) is not Stored:
+            raise Refused(f"its storage is {describe(storage)} and none of the file's")
+        return storages[storage.key]
+
+    return graph, find
+
+
+def embedded_storage(storage: Any) -> Storage:
+    """The storage in a byte string of a snapshot, which is a file in torch's format before zip with nothing but this storage."""
+    if type(storage) is not Embedded:
+        raise Refused(f"its storage is {describe(storage)} and no embedded one")
+    graph, find = open_sequential(storage.region, _EMBEDDED_BUDGET)
+    return find(graph)
+
+
+def open_zip(file: io.BufferedIOBase, opened: ExitStack, unpickler: type[Unpickler]) -> tuple[Any, Callable[[Any], Storage]]:
+    """The object in a file of torch's zip format, and what finds its storages. Raises Refused, or what zipfile raises."""
+    archive = opened.enter_context(zipfile.ZipFile(file))
+    members = _members(archive, file)
+    pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise Refused(f"it is a zip file with {len(pickles)} members '*/data.pkl'")
+    root = pickles[0].removesuffix("data.pkl")
+    order = members.get(f"{root}byteorder")
+    if order is not None and (order.file_size != 6 or archive.read(order) != b"little"):
+        raise Refused("its byteorder is not 'little'")
+    size = members[pickles[0]].file_size
+    if size > BUDGET:
+        raise Refused(f"its data.pkl has {size} bytes")
+    graph = unpickler(Stream(Region(io.BytesIO(archive.read(pickles[0])), 0, size))).load()
+
+    def find(storage: Any) -> Storage:
+        if type(storage) is not Stored:
+            raise Refused(f"its storage is {describe(storage)} and no member of the zip file")
+        member, dtype = members.get(f"{root}data/{storage.key}"), _DTYPES[storage.kind]
+        if member is None:
+            raise Refused(f"the zip file has no member 'data/*' named {quoted(storage.key)}")
+        if member.file_size != storage.numel * dtype.itemsize:
+            raise Refused(f"its storage has {member.file_size} bytes for {storage.numel} numbers of {dtype}")
+
+        def read(first: int, count: int) -> bytes:
+            return archive.read(member)[first : first + count]  # all of it is read, as its checksum is of all
+
+        return Storage(member.filename, dtype, storage.numel, read)
+
+    return graph, find
+
+
+def _members(archive: zipfile.ZipFile, file: io.BufferedIOBase) -> dict[str, zipfile.ZipInfo]:
+    """The members by name, when each is plain, there as a whole, and shares no byte with another."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    end, last = 0, "the zip file's beginning"
+    for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
+        name = quoted(member.filename)
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise Refused(f"its member {name} is compressed")
+        if member.flag_bits & ~(0x8 | 0x800):  # sizes after the data, names in UTF-8; the others encrypt or patch
+            raise Refused(f"its member {name} is encrypted, or has unknown flags")
+        if member.filename in members:
+            raise Refused(f"it has two members {name}")
+        if member.header_offset < end:
+            raise Refused(f"its members {last} and {name} overlap")
+        file.seek(member.header_offset)
+        header = file.read(30)
+        if len(header) != 30 or header[:4] != b"PK\x03\x04":
+            raise Refused(f"its member {name} has no header")
+        lengths = struct.unpack("<HH", header[26:])
+        if file.read(lengths[0]) != member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437"):
+            raise Refused(f"its member {name} has another name in its header")
+        end, last = member.header_offset + 30 + sum(lengths) + member.file_size, name
+        if end > archive.start_dir:
+            raise Refused(f"its member {name} ends beyond the file's data")
+        members[member.filename] = member
+    return members

@@ -1,0 +1,300 @@
+"""Evaluation as a user runs it: what is measured against what, stopped and continued, and what is refused."""
+
+import copy
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from rdm_jax.config import Evaluation, to_dict
+from rdm_jax.data.image_sets import ImageSet, open_direct
+from rdm_jax.data.images import Form
+from rdm_jax.errors import InputError
+from rdm_jax.evaluation import classifier, evaluate
+from rdm_jax.evaluation.evaluate import Evaluator, read_result
+from rdm_jax.evaluation.features import FeatureSpace
+from rdm_jax.interrupt import Interrupted, StopOnSignal
+from rdm_jax.run import run
+from rdm_jax.sampling.relay import Relay
+from rdm_jax.training import checkpoint
+from tests.tiny import tiny_config, write_images
+
+SIZE = 5
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "images"
+    write_images(folder, count=60)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(monkeypatch):
+    monkeypatch.setattr(classifier, "IMAGES_SHOWN", 300)
+
+
+def config_of(source, *, held_out: int = 20, **evaluation):
+    config = tiny_config(source)
+    data = dataclasses.replace(config.data, directory="", held_out=held_out)
+    values = {"features": "classifier", "images": "held_out, stage1, samples", "batch_size": 8, "seeds": "0-19"} | evaluation
+    return dataclasses.replace(config, data=data, evaluation=Evaluation(**values))
+
+
+def parts_of(config) -> tuple[ImageSet, ImageSet | None]:
+    form = Form(*config.stages[-1].resolution, channels=3)
+    return open_direct(config.data.source, form, cache_bytes=2**30).split(config.data.held_out)
+
+
+@pytest.fixture(scope="module")
+def workdir(source, tmp_path_factory):
+    """A run whose stages have parameters that are random, and no longer the zero output of initialisation."""
+    workdir, config = tmp_path_factory.mktemp("run"), tiny_config(source)
+    for number, stage in enumerate(config.stages, 1):
+        params = jax.jit(stage.build(3, 2).init)(jax.random.key(number))
+        nudged = jax.tree.map(lambda x: np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+        checkpoints = checkpoint.Checkpoints(workdir / f"stage{number}" / "checkpoints")
+        about = {"stage": to_dict(config)[f"stage{number}"], "classes": ["a", "b"], "seed": 0}
+        checkpoints.save_ema(0, nudged, about)
+        checkpoints.close()
+    return workdir
+
+
+def means(params, images):
+    """Features that are nothing but means of some pixels."""
+    return {"features": images.reshape(len(images), -1)[:, : 8 * SIZE].reshape(len(images), SIZE, 8).mean(-1) / params}
+
+
+SPACE = FeatureSpace("means", "of pixels", {"features": SIZE}, np.float32(64), means)
+
+
+@pytest.fixture(scope="module")
+def relay(source, workdir):
+    """Compiled once."""
+    return Relay(config_of(source), workdir)
+
+
+def measured(config, relay, folder, space=SPACE, stop=None):
+    """evaluation.json of the config, with a feature extractor of our own, in a folder of its own."""
+    relay = copy.copy(relay)
+    relay.config = config
+    evaluator = Evaluator(config, *parts_of(config), folder, stop or StopOnSignal(), space)
+    return evaluator.run(relay)
+
+
+def test_command(source, workdir, tmp_path, capsys, caplog):
+    """Everything that `--mode evaluate` leaves behind, and that it does nothing again but say so."""
+    caplog.set_level("INFO", logger="rdm_jax")
+    config = config_of(source)
+    run(config.to_config_dict(), str(workdir), mode="evaluate")
+    result = read_result(workdir / "evaluation/evaluation.json")
+    assert list(result["results"]) == ["held_out", "stage1", "samples"]
+    for row in result["results"].values():
+        assert row["images"] == 20
+        names = {"frechet_distance", "classifier_score", "accuracy", "precision", "recall", "kid", "kid_standard_error"}
+        assert row["metrics"].keys() == names and np.isfinite(list(row["metrics"].values())).all()
+        assert any("no more than its 64 features" in note for note in row["notes"])
+    generated = result["made_with"]["images"][1]
+    assert generated["sampling"]["seeds"] == "0-19" and generated["sampling"]["labels"] == "balanced"
+    assert generated["sampling"]["postprocess"] == "none" and generated["stages"]["stage2"]["sampler"]["steps"] == 12
+    assert [each["step"] for each in generated["checkpoints"]] == [0, 0]
+    assert (
+        result["made_with"]["reference"]["images"]["set"] == "training"
+        and result["made_with"]["reference"]["images"]["images"] == 40
+    )
+    assert {"jax", "rdm_jax", "python"} <= result["versions"].keys() and "cpu" in result["devices"].lower()
+    for picture in ("held_out", "stage1", "samples"):
+        assert np.asarray(Image.open(workdir / f"evaluation/{picture}.png")).std() > 0
+    assert not list((workdir / "evaluation").glob(".gathered-*"))
+    assert re.search(r"\| samples +\| 20 ", caplog.text)
+    before = (workdir / "evaluation/evaluation.json").stat().st_mtime_ns
+    run(config.to_config_dict(), str(workdir), mode="evaluate")
+    assert "already in" in caplog.text and (workdir / "evaluation/evaluation.json").stat().st_mtime_ns == before
+
+
+def test_floor_of_a_set_with_itself(source, relay, tmp_path):
+    config = config_of(source, images="held_out", reference="held_out")
+    (row,) = measured(config, relay, tmp_path)["results"].values()
+    assert abs(row["metrics"]["frechet_distance"]) < 1e-6
+    assert row["metrics"]["precision"] == row["metrics"]["recall"] == 1
+
+
+def without_surroundings(result):
+    return {key: result[key] for key in ("results", "made_with")}
+
+
+def test_stopped_and_continued_is_equal_to_the_last_bit(source, relay, tmp_path, monkeypatch):
+    config = config_of(source)
+    straight = measured(config, relay, tmp_path / "straight")
+    stop, sample, made = StopOnSignal(), Relay.sample, []
+
+    def stopping(self, seeds):
+        made.append(seeds.tolist())
+        stop.requested = 15 if len(made) == 2 else None
+        return sample(self, seeds)
+
+    monkeypatch.setattr(Relay, "sample", stopping)
+    with pytest.raises(Interrupted):
+        measured(config, relay, tmp_path / "stopped", stop=stop)
+    assert not (tmp_path / "stopped/evaluation/evaluation.json").exists()
+    continued = measured(config, relay, tmp_path / "stopped")
+    assert without_surroundings(continued) == without_surroundings(straight)
+    assert made == [list(range(8)), list(range(8, 16)), list(range(16, 20))]  # none was made twice
+
+
+def test_killed_and_continued_is_equal_to_the_last_bit(source, relay, tmp_path, monkeypatch):
+    """As by kill -9: nothing is saved at the end, only what was saved on the way is there."""
+    config = config_of(source, images="stage1, samples")
+    straight = measured(config, relay, tmp_path / "straight")
+    monkeypatch.setattr(evaluate, "SAVE_SECONDS", 0.0)
+    sample = Relay.sample
+
+    def dying(self, seeds):
+        if 16 in seeds:
+            raise SystemError("killed")
+        return sample(self, seeds)
+
+    with monkeypatch.context() as dies:
+        dies.setattr(Relay, "sample", dying)
+        with pytest.raises(SystemError):
+            measured(config, relay, tmp_path / "killed")
+    assert len(list((tmp_path / "killed/evaluation").glob(".gathered-*.npz"))) == 1
+    assert without_surroundings(measured(config, relay, tmp_path / "killed")) == without_surroundings(straight)
+
+
+def test_generated_images_do_not_depend_on_what_else_is_measured(source, relay, tmp_path):
+    together = measured(config_of(source), relay, tmp_path / "together")["results"]["samples"]
+    alone = measured(config_of(source, images="samples"), relay, tmp_path / "alone")["results"]["samples"]
+    assert alone == together
+
+
+def write_npz(path, count=20, shape=(8, 8, 3), dtype=np.uint8, name="arr_0"):
+    random = np.random.default_rng(0)
+    np.savez(path, **{name: random.integers(0, 256, (count, *shape), np.uint8).astype(dtype)})
+
+
+def write_folder(path, count=20, size=8, mode="RGB"):
+    path.mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)):
+        Image.fromarray(image).convert(mode).save(path / f"{i:02d}.png")
+
+
+def test_a_folder_and_an_npz_of_the_same_images_are_the_same(source, relay, tmp_path):
+    write_npz(tmp_path / "made.npz")
+    write_folder(tmp_path / "made")
+    config = config_of(source, images=f"npz:{tmp_path}/made.npz, folder:{tmp_path}/made")
+    one, other = measured(config, relay, tmp_path)["results"].values()
+    assert one == other and one["images"] == 20
+    shown = sorted(path.name for path in (tmp_path / "evaluation").glob("*.png"))
+    assert len(shown) == 2 and all(name.isascii() and "/" not in name for name in shown)
+
+
+def test_statistics_are_used_again_and_by_others(source, relay, tmp_path, caplog):
+    caplog.set_level("INFO", logger="rdm_jax")
+    config = config_of(source, images="held_out")
+    first = measured(config, relay, tmp_path)["results"]["held_out"]
+    path = tmp_path / "evaluation/reference.npz"
+    before = path.stat().st_mtime_ns
+    assert measured(dataclasses.replace(config, seed=1), relay, tmp_path)["results"]["held_out"] == first
+    given = config_of(source, images="held_out", reference=f"npz:{path}", name="again")
+    assert measured(given, relay, tmp_path)["results"]["held_out"]["metrics"] == first["metrics"]
+    assert path.stat().st_mtime_ns == before
+    path.write_bytes(b"damaged")
+    assert measured(
+        dataclasses.replace(config, seed=2, evaluation=dataclasses.replace(config.evaluation, kept=30)), relay, tmp_path
+    )
+    assert "measured again" in caplog.text
+
+
+def test_images_beside_published_statistics_are_compared_with(source, relay, tmp_path):
+    """ADM's reference files have statistics of a whole set, and some of its images."""
+    random = np.random.default_rng(1)
+    values = random.standard_normal((50, SIZE))
+    pictures = random.integers(0, 256, (12, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "adm.npz", arr_0=pictures, mu=values.mean(0), sigma=np.cov(values, rowvar=False))
+    space = dataclasses.replace(SPACE, name="inception")
+    config = config_of(source, images="held_out", reference=f"npz:{tmp_path}/adm.npz")
+    metrics = measured(config, relay, tmp_path, space)["results"]["held_out"]["metrics"]
+    assert {"fid", "precision", "recall", "kid"} <= metrics.keys()
+
+
+def test_a_stage_is_measured_during_training(source, tmp_path, monkeypatch):
+    """Stopped within an evaluation, after the checkpoint: the same command finishes it."""
+    config = config_of(source, seeds_in_training="0-11")
+    training = dataclasses.replace(config.stages[0].training, images=32, evaluate_every=32, preview_every=0)
+    config = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], training=training), config.stages[1]))
+    save = evaluate._save
+
+    def interrupted(tallies, path):
+        save(tallies, path)
+        if "stage1" in tallies:
+            raise Interrupted(15)
+
+    with monkeypatch.context() as dies:
+        dies.setattr(evaluate, "_save", interrupted)
+        with pytest.raises(Interrupted):
+            run(config.to_config_dict(), str(tmp_path), mode="train", stage=1)
+    result = tmp_path / "stage1/evaluations/0000000032/evaluation.json"
+    assert checkpoint.Checkpoints(tmp_path / "stage1/checkpoints", read_only=True).steps() == [4] and not result.exists()
+    run(config.to_config_dict(), str(tmp_path), mode="train", stage=1)
+    assert read_result(result)["results"]["stage1"]["images"] == 12
+    run(config.to_config_dict(), str(tmp_path), mode="report")
+    page = (tmp_path / "report/report.md").read_text()
+    assert "Over training" in page and np.asarray(Image.open(tmp_path / "report/curves.png")).std() > 0
+
+
+REFUSED = {
+    "no features": ({"features": "none"}, r"features='none' with --mode=evaluate; 'inception' or 'classifier'"),
+    "unknown features": ({"features": "dino"}, r"features='dino'"),
+    "unknown set": ({"images": "samples, stage2"}, r"images='samples, stage2'.*'stage1'"),
+    "unknown reference": ({"reference": "folder"}, r"reference='folder'"),
+    "nothing held out": ({"held_out": 0, "images": "held_out"}, r"data.held_out=0"),
+    "all held out": ({"held_out": 60}, r"data.held_out=60 leaves none of 60"),
+    "too few images": ({"images": "npz:{tmp}/few.npz"}, r"sets of 3 images, which are too few"),
+    "no weights": ({"features": "inception", "weights": "/nowhere/x.pth"}, r"no /nowhere/x.pth.*curl"),
+    "no classifier": ({"weights": "/nowhere/x"}, r"weights='/nowhere/x' is no file"),
+    "npz that is not there": ({"images": "npz:/nowhere/x.npz"}, r"/nowhere/x.npz cannot be used \(No such file"),
+    "npz of another size": ({"images": "npz:{tmp}/large.npz"}, r"large.npz has images of shape \(20, 9, 8, 3\)"),
+    "grey npz": ({"images": "npz:{tmp}/grey.npz"}, r"grey.npz has images of shape \(20, 8, 8, 1\)"),
+    "npz of other numbers": ({"images": "npz:{tmp}/float.npz"}, r"float.npz has images of shape .*float32"),
+    "npz without images": ({"images": "npz:{tmp}/other.npz"}, r"other.npz has no images, only stuff"),
+    "npz with objects": ({"images": "npz:{tmp}/objects.npz"}, r"objects.npz cannot be used .*never loaded"),
+    "folder of another size": ({"images": "folder:{tmp}/large"}, r"is of 9 x 9.*8 x 8"),
+    "grey folder": ({"images": "folder:{tmp}/grey"}, r"the images of folder:.*grey are grey"),
+    "one name for two": ({"name": "samples"}, r"evaluation.name='samples'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_sentence(source, workdir, tmp_path, case):
+    values, pattern = REFUSED[case]
+    write_npz(tmp_path / "few.npz", count=3)
+    write_npz(tmp_path / "large.npz", shape=(9, 8, 3))
+    write_npz(tmp_path / "grey.npz", shape=(8, 8, 1))
+    write_npz(tmp_path / "float.npz", dtype=np.float32)
+    write_npz(tmp_path / "other.npz", name="stuff")
+    np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], object))
+    write_folder(tmp_path / "large", size=9)
+    write_folder(tmp_path / "grey", mode="L")
+    values = {k: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for k, v in values.items()}
+    config = config_of(source, **{"images": "samples", "reference": "training", "name": case.replace(" ", "_")} | values)
+    with pytest.raises(InputError, match=pattern) as caught:
+        run(config.to_config_dict(), str(workdir), mode="evaluate")
+    assert "\n" not in str(caught.value) and re.search(r"would\s+do", str(caught.value))
+
+
+def test_data_without_classes_has_no_classifier(tmp_path, workdir):
+    write_folder(tmp_path / "plain")
+    with pytest.raises(InputError, match="features='classifier' needs classes"):
+        run(config_of(tmp_path / "plain", held_out=5).to_config_dict(), str(tmp_path / "run"), mode="evaluate")
+
+
+def test_networks_that_make_no_numbers_are_refused(source, relay, tmp_path):
+    broken = copy.copy(relay)
+    broken._stages = [(sampler, jax.tree.map(lambda x: x * jnp.nan, params)) for sampler, params in relay._stages]
+    with pytest.raises(InputError, match="not finite numbers"):
+        measured(config_of(source), broken, tmp_path)

@@ -1,0 +1,170 @@
+"""The metrics against closed forms, brute force and simulation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rdm_jax import sharding
+from rdm_jax.evaluation import metrics, moments
+from tests.precision import enable_x64
+
+
+def features(seed: int, count: int, size: int, mean: float = 0.0) -> np.ndarray:
+    """Correlated, of very different sizes, about `mean`; of one distribution for all seeds."""
+    random = np.random.default_rng(size)
+    mixing = random.standard_normal((size, size)) * np.exp(random.standard_normal(size))
+    random = np.random.default_rng(seed)
+    return (mean + random.standard_normal((count, size)) @ mixing).astype(np.float32)
+
+
+def one_pass(values: np.ndarray, batch: int, devices: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance by `moments`, in batches that are cut over devices."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
+    gathered = None
+    for first in range(0, len(values), batch):
+        here = values[first : first + batch]
+        real = (np.arange(batch) < len(here)).astype(values.dtype)
+        filled = np.resize(here, (batch, values.shape[1]))
+        filled, real = sharding.put_batch((filled, real), mesh)
+        gathered = gathered or moments.start(jnp.asarray(here.mean(0)))
+        gathered = moments.update(gathered, filled, real)
+    return moments.mean_and_covariance(gathered, len(values))
+
+
+def exact(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values = values.astype(np.float64)
+    return values.mean(0), np.cov(values, rowvar=False)
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_moments_in_float32_are_those_of_float64(mean):
+    values = features(0, 20_000, 32, mean)
+    (ours, ours_covariance), (theirs, covariance) = one_pass(values, 256), exact(values)
+    spread = np.sqrt(np.diag(covariance))
+    assert np.abs((ours - theirs) / spread).max() < 1e-6
+    assert np.abs((ours_covariance - covariance) / np.outer(spread, spread)).max() < 1e-6
+
+
+def test_moments_do_not_depend_on_order_batch_or_devices():
+    values = features(1, 1000, 16, 3.0)
+    reference = exact(features(2, 1000, 16, 3.0))
+    wanted = metrics.frechet_distance(*reference, *exact(values))
+    shuffled = np.random.default_rng(0).permutation(values)
+    for some, batch, devices in ((values, 64, 8), (shuffled, 64, 8), (values, 8, 8), (values, 104, 8), (values, 64, 1)):
+        found = metrics.frechet_distance(*reference, *one_pass(some, batch, devices))
+        assert abs(found / wanted - 1) < 1e-6, (batch, devices)
+
+
+def test_moments_of_float64_are_exact():
+    with enable_x64(True):
+        values = features(0, 500, 8, 10.0).astype(np.float64)
+        for ours, theirs in zip(one_pass(values, 64), exact(values), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12 * np.abs(theirs).max())
+
+
+def test_frechet_distance_of_a_set_with_itself_is_zero():
+    for count in (100, 10):  # with fewer features than dimensions the covariance is singular
+        gaussian = exact(features(0, count, 20))
+        assert abs(metrics.frechet_distance(*gaussian, *gaussian)) < 1e-9 * np.trace(gaussian[1])
+
+
+def test_frechet_distance_of_gaussians_is_its_closed_form():
+    """Diagonal covariances commute: the trace is sum (s1 - s2)^2; a common rotation changes nothing."""
+    random = np.random.default_rng(0)
+    first, second, m1, m2 = random.random((4, 12))
+    turn = np.linalg.qr(random.standard_normal((12, 12)))[0]
+    rotated = lambda s: turn @ np.diag(s**2) @ turn.T  # noqa: E731
+    found = metrics.frechet_distance(turn @ m1, rotated(first), turn @ m2, rotated(second))
+    np.testing.assert_allclose(found, np.sum((m1 - m2) ** 2) + np.sum((first - second) ** 2), rtol=1e-12)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of C1 C2."""
+    (m1, c1), (m2, c2) = exact(features(3, 300, 6)), exact(features(4, 300, 6)[:, ::-1])
+    root = np.sqrt(np.linalg.eigvals(c1 @ c2).real).sum()
+    wanted = np.sum((m1 - m2) ** 2) + np.trace(c1) + np.trace(c2) - 2 * root
+    np.testing.assert_allclose(metrics.frechet_distance(m1, c1, m2, c2), wanted, rtol=1e-10)
+
+
+def test_kernel_distance_is_unbiased_and_knows_its_error():
+    """Of two sets of one distribution the mean is 0, and the standard error is how much the estimates vary."""
+    random = np.random.default_rng(0)
+    draw = lambda: random.standard_normal((80, 4)) + 0.5  # noqa: E731
+    found = np.array([metrics.kernel_distance(draw(), draw()) for _ in range(400)])
+    spread = found[:, 0].std()
+    assert abs(found[:, 0].mean()) < 4 * spread / np.sqrt(len(found))
+    np.testing.assert_allclose(np.sqrt(np.mean(found[:, 1] ** 2)), spread, rtol=0.2)
+    biased = metrics._unbiased_discrepancy(draw(), draw() + 1)
+    assert biased > 10 * spread
+
+
+def test_kernel_distance_is_the_definition():
+    """With as many subsets as that takes to have 2 features in each, by hand."""
+    x, y = features(0, 4, 3), features(1, 5, 3)
+    order = np.random.default_rng(0)
+    ours = [np.array_split(values[order.permutation(len(values))], 2) for values in (x, y)]
+    k = lambda a, b: (np.float64(a @ b) / 3 + 1) ** 3  # noqa: E731
+    estimates = []
+    for a, b in zip(*ours, strict=True):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        within = [np.mean([k(p, q) for i, p in enumerate(s) for j, q in enumerate(s) if i != j]) for s in (a, b)]
+        estimates.append(sum(within) - 2 * np.mean([k(p, q) for p in a for q in b]))
+    found, error = metrics.kernel_distance(x, y)
+    np.testing.assert_allclose(found, np.mean(estimates), rtol=1e-10)
+    np.testing.assert_allclose(error, np.std(estimates, ddof=1) / np.sqrt(2), rtol=1e-10)
+
+
+def brute_force(reference: np.ndarray, sample: np.ndarray, k: int) -> tuple[float, float]:
+    distances = lambda a, b: np.linalg.norm(a[:, None].astype(np.float64) - b, axis=-1)  # noqa: E731
+    reach = lambda a: np.sort(distances(a, a), axis=1)[:, k]  # noqa: E731
+    between = distances(reference, sample)
+    precision = (between <= reach(reference)[:, None]).any(0).mean()
+    recall = (between <= reach(sample)).any(1).mean()
+    return float(precision), float(recall)
+
+
+@pytest.mark.parametrize("counts", [(100, 60), (64, 64), (33, 130)])
+@pytest.mark.parametrize("tile", [16, 64, 1000])
+def test_precision_and_recall_are_brute_forces(counts, tile):
+    reference, sample = features(0, counts[0], 5) + 20, features(1, counts[1], 5) * 1.1 + 20.2
+    found = metrics.precision_and_recall(reference, sample, tile=tile)
+    np.testing.assert_allclose(found, brute_force(reference, sample, 3), atol=1e-12)
+    assert 0.1 < found[0] < 1 and 0.1 < found[1] < 1
+
+
+def test_precision_and_recall_of_known_overlap():
+    """Two clusters far apart: samples from one of them, and from one and elsewhere."""
+    random = np.random.default_rng(0)
+    cluster = lambda centre, count: (random.random((count, 2)) + centre).astype(np.float32)  # noqa: E731
+    reference = np.concatenate([cluster(0, 50), cluster(100, 50)])
+    assert metrics.precision_and_recall(reference, reference) == (1.0, 1.0)
+    assert metrics.precision_and_recall(reference, reference + 1000) == (0.0, 0.0)
+    one = metrics.precision_and_recall(reference, reference[:50])
+    assert one == (1.0, 0.5)
+    elsewhere = metrics.precision_and_recall(reference, np.concatenate([reference[:50], cluster(500, 25)]))
+    np.testing.assert_allclose(elsewhere, (50 / 75, 0.5))
+
+
+def test_too_few_features_are_refused():
+    for metric in (metrics.precision_and_recall, metrics.kernel_distance):
+        with pytest.raises(ValueError, match="3 features"):
+            metric(features(0, 3, 2), features(1, 10, 2))
+
+
+def score(logits: np.ndarray, split: int = 5000, batch: int = 7) -> float:
+    gathered = metrics.InceptionScore(logits.shape[1], split)
+    for first in range(0, len(logits), batch):
+        gathered.add(logits[first : first + batch])
+    return gathered.value()
+
+
+def test_inception_score_of_uniform_and_of_one_hot_predictions():
+    np.testing.assert_allclose(score(np.zeros((40, 10))), 1, rtol=1e-12)
+    every = np.tile(np.eye(10) * 1e4, (4, 1))
+    np.testing.assert_allclose(score(every), 10, rtol=1e-12)
+    np.testing.assert_allclose(score(every[:, ::-1] + 5), 10, rtol=1e-12)  # a common offset is no prediction
+    half = np.concatenate([np.tile(np.eye(10)[i], (20, 1)) * 1e4 for i in (0, 1)])
+    np.testing.assert_allclose(score(half), 2, rtol=1e-12)
+    np.testing.assert_allclose(score(half, split=20), 1, rtol=1e-12)  # a split of one class
+    np.testing.assert_allclose(score(half, split=30), (np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))) + 1) / 2)
