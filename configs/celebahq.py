@@ -12,11 +12,16 @@ that tensorflow-datasets' own celeb_a_hq asks for is no longer to be had; copies
     python -m rdm_jax.main --config configs/celebahq.py --config.data.source=folder:celebahq --workdir runs/celebahq
     python -m rdm_jax.main --config configs/celebahq.py --config.data.source=zip:celebahq.zip --workdir runs/celebahq
 
+Measure (needs the data, as what to compare with):
+
+    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode evaluate \
+        --config.sampling.postprocess=rdm_celebahq      # what the released samplers do before they measure
+
 The clock is trained with length 0.89 and sampled with 1.05, as published. FID 3.15 published; stage 1 on 32 A100 for 16 hours,
 stage 2 for 25.5. Not run here yet.
 """
 
-from rdm_jax.config import Config, Data, Sampling, Stage, Training
+from rdm_jax.config import Config, Data, Evaluation, Published, Sampling, Stage, Training
 from rdm_jax.diffusion.processes import Gaussian, Relay
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.diffusion.schedules import Clock
@@ -64,4 +69,10 @@ def get_config():
             ),
         ),
         sampling=Sampling(seeds="0-63", batch_size=16),
+        evaluation=Evaluation(
+            features="inception",
+            seeds="0-49999",
+            kept=50_000,
+            published=Published("unconditional", fid=3.15, precision=0.77, recall=0.55),
+        ),
     ).to_config_dict()

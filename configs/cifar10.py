@@ -8,11 +8,14 @@ The data, one of these:
 
     python -m rdm_jax.main --config configs/cifar10.py --workdir runs/cifar10
 
+It ends with an evaluation of 50,000 images in Inception's features, whose file an error says how to get;
+--config.evaluation.features=classifier does without it, none leaves evaluation out.
+
 EDM's settings for CIFAR-10 (arXiv 2206.00364, table 7) where it has them. Not trained here yet; the data path was tried with
 records of random pixels.
 """
 
-from rdm_jax.config import Config, Data, Sampling, Stage, Training
+from rdm_jax.config import Config, Data, Evaluation, Sampling, Stage, Training
 from rdm_jax.diffusion.processes import Gaussian, Relay
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.models.song import Song
@@ -57,4 +60,5 @@ def get_config():
             ),
         ),
         sampling=Sampling(seeds="0-99", batch_size=100),
+        evaluation=Evaluation(features="inception", seeds="0-49999"),
     ).to_config_dict()

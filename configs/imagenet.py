@@ -6,6 +6,12 @@ Sample from the published weights (EDM's ImageNet-64 snapshot for stage 1, RDM's
     python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode import --stage 2 --weights STAGE2.pt
     python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode sample
 
+Measure 50,000 of them as the paper does, against ADM's statistics, which are published beside its code:
+
+    curl -LO https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode evaluate \
+        --config.sampling.postprocess=rdm_imagenet      # brightness 1.06: what the released samplers do before they measure
+
 Train: a folder of 1,000 folders of images, 138 GB. After registering at image-net.org, from ILSVRC2012_img_train.tar:
 
     mkdir -p imagenet/train && tar xf ILSVRC2012_img_train.tar -C imagenet/train
@@ -20,7 +26,7 @@ Published: FID 1.99 (1.87 with balanced classes), stage 1 on 32 V100 for 13 days
 yet.
 """
 
-from rdm_jax.config import Config, Data, Sampling, Stage, Training
+from rdm_jax.config import Config, Data, Evaluation, Published, Sampling, Stage, Training
 from rdm_jax.diffusion.processes import Gaussian, Relay
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.diffusion.schedules import Clock
@@ -65,4 +71,11 @@ def get_config():
             ),
         ),
         sampling=Sampling(seeds="0-63", batch_size=16),
+        evaluation=Evaluation(
+            features="inception",
+            reference="npz:VIRTUAL_imagenet256_labeled.npz",
+            seeds="0-49999",
+            kept=50_000,
+            published=Published("guided, balanced labels", 1.87, 3.97, 278.75, 0.81, 0.59),
+        ),
     ).to_config_dict()

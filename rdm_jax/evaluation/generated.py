@@ -7,6 +7,7 @@ import numpy as np
 
 from rdm_jax.checks import evaluated_seeds, parse_numbers
 from rdm_jax.config import Config
+from rdm_jax.errors import InputError
 from rdm_jax.evaluation.streams import Batch, Stream
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
@@ -18,10 +19,17 @@ class RelayStream(Stream):
 
     Args:
       names: which of these.
+
+    Raises:
+      InputError: one of a stage that is not run, as the relay goes on from given images.
     """
 
     def __init__(self, relay: Relay, names: tuple[str, ...]):
         config, seeds = relay.config, evaluated_seeds(relay.config)
+        known = ["samples", *(f"stage{number}" for number in range(max(relay.first - 1, 1), len(config.stages)))]
+        if missing := set(names) - set(known):
+            low = f"config.sampling.low={config.sampling.low!r}"
+            raise InputError(f"config.evaluation.images has {missing.pop()!r}, and {low}; {' or '.join(known)} would do.")
         self.names, self.batch_size = names, config.sampling.batch_size
         self._relay, self._seeds = relay, np.asarray(parse_numbers(seeds, "config.evaluation.seeds"), np.int64)
         self.count = len(self._seeds)

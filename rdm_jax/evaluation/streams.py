@@ -1,5 +1,6 @@
 """Images to be measured, a batch at a time: generated ones, sets, and files."""
 
+import concurrent.futures
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from jaxtyping import Int
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
 from rdm_jax.data.images import Form
-from rdm_jax.data.sources import open_source
+from rdm_jax.data.sources import cores, open_source
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.npz import Npz
 
@@ -54,8 +55,11 @@ class SetStream(Stream):
         self._labels = np.asarray([*(numbers.get(name, -1) for name in images.class_names), -1], np.int32)
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
-        batch = self._images.batch(np.arange(first, first + count))
-        return {self.names[0]: batch["image"]}, self._labels[batch["label"]]
+        parts = np.array_split(np.arange(first, first + count), cores())
+        with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:  # images that are not in memory are decoded
+            batches = list(pool.map(self._images.batch, parts))
+        images, labels = (np.concatenate([batch[key] for batch in batches]) for key in ("image", "label"))
+        return {self.names[0]: images}, self._labels[labels]
 
     def shown(self) -> Int[np.ndarray, " n"]:
         """Evenly from the set, which may be sorted."""

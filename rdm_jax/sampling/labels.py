@@ -1,6 +1,7 @@
 """Which class each seed's image gets."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -20,7 +21,7 @@ def labels_of(seeds: Int[np.ndarray, " b"], rule: str, *, classes: int, run_seed
     if not classes:
         return np.full(len(seeds), -1, np.int32)
     if rule == "random":
-        keys = randomness.image_keys(randomness.stream_key(run_seed, 0, Stream.LABEL), seeds.astype(np.uint32))
+        keys = randomness.image_keys(randomness.stream_key(run_seed, 0, Stream.LABEL), jnp.asarray(seeds.astype(np.uint32)))
         return np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(keys), np.int32)
     listed = np.arange(classes) if rule == "balanced" else np.asarray(parse_numbers(rule, "config.sampling.labels"))
     return listed[seeds % len(listed)].astype(np.int32)
