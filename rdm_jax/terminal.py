@@ -32,4 +32,5 @@ def progress(total: int, description: str, done: int = 0) -> tqdm:
     if sys.stderr.isatty():
         return tqdm(mininterval=0.2, **kwargs)
     line = "{desc}: {n_fmt}/{total_fmt} images, {rate_fmt}, {remaining} left {postfix}\n"
-    return tqdm(mininterval=10, maxinterval=20, bar_format=line, **kwargs)
+    # A bar within another would move the cursor, which a file has not.
+    return tqdm(mininterval=10, maxinterval=20, bar_format=line, position=0, **kwargs)

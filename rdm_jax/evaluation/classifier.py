@@ -13,7 +13,7 @@ import optax
 import safetensors
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
@@ -126,7 +126,7 @@ def _write(path: Path, params: Any, images: ImageSet, held_out: ImageSet | None,
         "accuracy": _accuracy(graph, params, held_out) if held_out else None,
     }
     with whole_file(path) as partial:
-        save_file(_named(params), partial, metadata={"about": json.dumps(about)})
+        partial.write_bytes(save(_named(params), metadata={"about": json.dumps(about)}))
 
 
 def _accuracy(graph: Any, params: Any, images: ImageSet) -> float:

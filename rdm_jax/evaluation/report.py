@@ -80,7 +80,11 @@ def _section(title: str, result: dict[str, Any], shown: dict[str, str]) -> list[
 
 
 def _named(about: dict[str, Any]) -> str:
-    return str(about.get("set") or about.get("file"))
+    """A set of images or a file of statistics, in a few words."""
+    images = about.get("images")  # of our own statistics: a set; of others' nothing is known
+    if isinstance(images, dict):
+        return _named(images)
+    return f"{about['set']} ({images:,} images)" if "set" in about else str(about.get("file"))
 
 
 def _copied(path: Path, result: dict[str, Any], folder: Path, number: int) -> dict[str, str]:

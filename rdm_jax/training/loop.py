@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,11 @@ class Trainer:
         writer, bar = metrics.MetricWriter(self.directory, step), progress(*self._bar(step))
 
         def save(state: TrainState) -> None:
-            window.pause()
             loss = float(np.mean([np.asarray(validate(state.ema, *part)) for part in self._held_images()]))
             writer.write(step, images=step * self.training.batch_size, validation_loss=loss)
             about = {**self._about, "data": iterator.get_state(), "validation_loss": loss}
             checkpoints.save(state, about)
             metrics.draw_curves(self.directory)
-            window.go_on()
 
         window = _Window(self.training, writer, bar)
         try:
@@ -152,21 +151,20 @@ class Trainer:
                 step += 1
                 window.add(step, values)
                 if preview and self._is_due(step, self.training.preview_every):
-                    window.pause()
-                    preview(state.ema, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
-                    window.go_on()
+                    with window.paused():
+                        preview(state.ema, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
                 evaluated = self._is_due(step, every)
                 if self._is_due(step, self.training.checkpoint_every) or evaluated or stop.requested or window.diverged:
-                    save(state)
+                    with window.paused():
+                        save(state)
                     stop.check()
                 if window.diverged:
                     raise Diverged(window.diverged)
                 if evaluated:
-                    window.pause()
-                    checkpoints.wait()
-                    values = {f"evaluation/{name}": value for name, value in evaluation(state).items()}
-                    writer.write(step, images=step * self.training.batch_size, **values)
-                    window.go_on()
+                    with window.paused():
+                        checkpoints.wait()  # an evaluation that is stopped is gone on with from this checkpoint
+                        values = {f"evaluation/{name}": value for name, value in evaluation(state).items()}
+                        writer.write(step, images=step * self.training.batch_size, **values)
         finally:
             iterator.close()
             window.close()
@@ -279,13 +277,12 @@ class _Window:
         while len(self._pending) > STEPS_IN_FLIGHT:
             self._settle(*self._pending.popleft())
 
-    def pause(self) -> None:
-        """Waits for all steps and stops the clock."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Waits for all steps, and does not count the time of what is done meanwhile."""
         while self._pending:
             self._settle(*self._pending.popleft())
-
-    def go_on(self) -> None:
-        """Starts the clock again."""
+        yield
         self._resumed = time.perf_counter()
 
     def close(self) -> None:
