@@ -11,6 +11,7 @@ from rdm_jax.errors import InputError
 from rdm_jax.models.song import Song
 
 MAX_NUMBERS = 1_000_000  # images of what is kept in memory until it is written to one file
+LEAST = 4  # images that can be measured: each has 3 neighbours
 LABEL_RULES = ("balanced", "random")
 FEATURES = ("none", "inception", "classifier")
 
@@ -54,17 +55,20 @@ def check_config(config: Config) -> None:
 
 def _check_evaluation(config: Config) -> None:
     values = config.evaluation
-    _require(values.name.isidentifier(), "config.evaluation.name", values.name, "one word, such as 'evaluation',")
-    _require(values.name != config.sampling.name, "config.evaluation.name", values.name, "another word than sampling.name")
     known = " or ".join(map(repr, FEATURES))
     _require(values.features in FEATURES, "config.evaluation.features", values.features, known)
+    if values.features == "none":
+        return
+    _require(values.name.isidentifier(), "config.evaluation.name", values.name, "one word, such as 'evaluation',")
+    _require(values.name != config.sampling.name, "config.evaluation.name", values.name, "another word than sampling.name")
     for image_set in values.images.split(","):
         _check_measured(image_set.strip(), config)
     given = values.reference in ("training", "held_out") or values.reference.startswith(("prepared:", "npz:"))
     _require(given, "config.evaluation.reference", values.reference, "'training', 'held_out', 'prepared:PATH' or 'npz:PATH'")
-    parse_numbers(evaluated_seeds(config), "config.evaluation.seeds")
-    parse_numbers(values.seeds_in_training, "config.evaluation.seeds_in_training")
-    _require(values.kept > 3, "config.evaluation.kept", values.kept, "4 or more")
+    for field, seeds in (("seeds", evaluated_seeds(config)), ("seeds_in_training", values.seeds_in_training)):
+        many = len(parse_numbers(seeds, f"config.evaluation.{field}"))
+        _require(many >= LEAST, f"config.evaluation.{field}", seeds, f"{LEAST} or more, of too few images nothing can be said,")
+    _require(values.kept >= LEAST, "config.evaluation.kept", values.kept, f"{LEAST} or more")
     _require(values.batch_size > 0, "config.evaluation.batch_size", values.batch_size, "a positive number")
 
 
@@ -111,7 +115,7 @@ def check_devices(config: Config, devices: int) -> None:
             f"a multiple of {devices * stage.training.accumulate} ({devices} devices, accumulate={stage.training.accumulate})"
         )
         _require(part % devices == 0, field, stage.training.batch_size, would_do)
-    for part in ("sampling", "evaluation"):
+    for part in ("sampling",) if config.evaluation.features == "none" else ("sampling", "evaluation"):
         batch_size = getattr(config, part).batch_size
         _require(batch_size % devices == 0, f"config.{part}.batch_size", batch_size, f"a multiple of {devices} (the devices)")
 

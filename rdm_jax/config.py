@@ -199,7 +199,8 @@ class Evaluation:
       reference: 'training', 'held_out', 'prepared:PATH', or 'npz:PATH' with statistics: ADM's, EDM's, or those that an evaluation
         has written.
       seeds: of what is generated; '' for those of `sampling`, whose labels and post-processing hold here too.
-      seeds_in_training: the same, while a stage is being trained.
+      seeds_in_training: of what a stage makes alone while it is being trained, without post-processing; a relay stage goes on
+        from the means of real images, those held out if there are any, and has their classes.
       kept: images of each set whose features precision, recall and the kernel distance compare.
       batch_size: real images at a time, over all devices.
     """

@@ -192,7 +192,11 @@ def _train(
     alone = functools.cache(lambda: StageAlone(config, number, held_out or images))  # only once it is needed
 
     def evaluate(params: Any, images_seen: int, folder: Path) -> dict[str, float]:
-        return evaluator.run_stage(number, alone(), params, images_seen, folder)
+        try:
+            return evaluator.run_stage(number, alone(), params, images_seen, folder)
+        except InputError as error:  # no reason to lose a training
+            log.info("stage%d: not evaluated at %s images: %s", number, f"{images_seen:,}", error)
+            return {}
 
     trainer = Trainer(config, number, images, workdir / f"stage{number}", held_out)
     trainer.run(stop, lambda params, path: alone().preview(params, path), evaluate if evaluator else None)

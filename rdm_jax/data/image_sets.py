@@ -63,7 +63,9 @@ class ImageSet(Sequence):
         return batch
 
     def split(self, held_out: int) -> tuple["ImageSet", "ImageSet | None"]:
-        """The set without `held_out` of its images, evenly chosen (so from every class, if it is sorted), and these; no copies.
+        """The set without `held_out` of its images, and these; no copies.
+
+        They are chosen at random, always the same, one from each of so many equal parts: of every class, if the set is sorted.
 
         Raises:
           InputError: none would be left.
@@ -72,7 +74,7 @@ class ImageSet(Sequence):
             return self, None
         if not held_out < len(self):
             raise InputError(f"config.data.held_out={held_out} leaves none of {len(self)} images; fewer would do.")
-        held = np.floor((np.arange(held_out) + 0.5) * len(self) / held_out).astype(int)
+        held = np.floor((np.arange(held_out) + np.random.default_rng(0).random(held_out)) * len(self) / held_out).astype(int)
         return self._part(np.setdiff1d(np.arange(len(self)), held)), self._part(held)
 
     def _part(self, chosen: np.ndarray) -> "ImageSet":
@@ -81,11 +83,14 @@ class ImageSet(Sequence):
         return part
 
     def fingerprint(self) -> str:
-        """The same for sets of the same images, however they are kept: a hash of their number, their classes and 256 of them."""
-        some = self.batch(np.linspace(0, len(self) - 1, min(256, len(self))).astype(int))
+        """Tells the set from every other: a hash of its pixels where they are in memory, else of what its files say of theirs."""
         digest = hashlib.sha256(repr((len(self), self.image_shape, self.class_names)).encode())
-        for values in some.values():
-            digest.update(np.ascontiguousarray(values).tobytes())
+        if self._cached:
+            for first in range(0, len(self), 1024):
+                for values in self.batch(np.arange(first, min(first + 1024, len(self)))).values():
+                    digest.update(np.ascontiguousarray(values))
+        else:
+            digest.update(self._items.identity().encode() + (b"" if self._chosen is None else self._chosen.tobytes()))
         return digest.hexdigest()
 
     @property
@@ -221,3 +226,7 @@ class DecodedSource(Sequence):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self._source.read(index, self._form), self._source.label(index)
+
+    def identity(self) -> str:
+        """Changes when an image does: the names, sizes and times or checksums of all, and the form."""
+        return repr([(name, self._source.reader.stamp(name)) for name in self._source.names] + [self._form])

@@ -229,6 +229,13 @@ class RecordReader(Sequence):
     def __len__(self) -> int:
         return len(self._records)
 
+    def identity(self) -> str:
+        """Changes when a record does: the manifest, which has a hash of every file, or the sizes and times of another's files."""
+        if (self.directory / MANIFEST).is_file():
+            return (self.directory / MANIFEST).read_text()
+        files = sorted(path for path in self.directory.iterdir() if path.is_file())
+        return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Pixels, uint8 (h, w, c), and class number, -1 for none. Raises InputError for a damaged record."""
         try:

@@ -64,7 +64,7 @@ def classifier_space(images: ImageSet, held_out: ImageSet | None, path: Path, *,
     if not path.is_file() and not train:
         raise InputError(f"config.evaluation.weights={str(path)!r} is no file; a classifier that an evaluation wrote would do.")
     graph, abstract = nnx.split(_build(images), nnx.Param)
-    if not path.is_file():
+    if train and not _is_of(images, path, abstract):
         _write(path, _trained(graph, abstract, images), images, held_out, graph)
     params, about = _read(path, abstract)
     ours = {"image_shape": list(images.image_shape), "class_names": list(images.class_names)}
@@ -79,6 +79,25 @@ def classifier_space(images: ImageSet, held_out: ImageSet | None, path: Path, *,
 
     sizes = {"features": FEATURES, "logits": len(images.class_names)}
     return FeatureSpace("classifier", _digest(params), sizes, params, apply, images.class_names)
+
+
+def _is_of(images: ImageSet, path: Path, abstract: Any) -> bool:
+    """Whether a file has a classifier that was trained on these very images."""
+    if not path.is_file():
+        return False
+    try:
+        _, about = _read(path, abstract)
+        if about["trained_on"] == _trained_on(images):
+            return True
+        reason = "it was trained on other images"
+    except InputError as error:
+        reason = str(error)
+    log.info("evaluation: the classifier is trained again: %s", reason)
+    return False
+
+
+def _trained_on(images: ImageSet) -> dict[str, Any]:
+    return {"images": len(images), "fingerprint": images.fingerprint()}
 
 
 def _build(images: ImageSet) -> Classifier:
@@ -122,7 +141,7 @@ def _write(path: Path, params: Any, images: ImageSet, held_out: ImageSet | None,
     about = {
         "image_shape": images.image_shape,
         "class_names": images.class_names,
-        "trained_on": {"images": len(images), "fingerprint": images.fingerprint()},
+        "trained_on": _trained_on(images),
         "accuracy": _accuracy(graph, params, held_out) if held_out else None,
     }
     with whole_file(path) as partial:
@@ -144,8 +163,8 @@ def _read(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
             about = json.loads((file.metadata() or {})["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         params = jax.tree.map_with_path(lambda keys, _: jnp.asarray(tensors[jax.tree_util.keystr(keys)]), abstract)
-        same = jax.tree.map(lambda a, b: a.shape == b.shape, params, abstract)
-        fields = {"image_shape", "class_names", "accuracy"} <= about.keys()
+        same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype and jnp.isfinite(a).all(), params, abstract)
+        fields = {"image_shape", "class_names", "trained_on", "accuracy"} <= about.keys()
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no classifier ({error}); one that an evaluation has written would do.") from error
     if not fields or not all(jax.tree.leaves(same)):

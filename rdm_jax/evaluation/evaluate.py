@@ -1,10 +1,12 @@
 """From images to numbers one can trust: every metric of every set, and what they were measured with, as JSON and pictures."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import platform
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from rdm_jax.evaluation.classifier import classifier_space
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.generated import RelayStream, StageStream
 from rdm_jax.evaluation.npz import Npz
-from rdm_jax.evaluation.statistics import Statistics, Tally, compare, read_statistics, save_statistics
-from rdm_jax.evaluation.streams import NpzStream, Stream, open_stream
-from rdm_jax.evaluation.tables import result_table
+from rdm_jax.evaluation.statistics import Statistics, Tally, compare
+from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
+from rdm_jax.evaluation.streams import Stream, open_stream
+from rdm_jax.evaluation.tables import PUBLISHED, result_table
 from rdm_jax.files import whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
@@ -57,7 +60,8 @@ class Evaluator:
       space: the features; None for those that the config asks for.
 
     Raises:
-      InputError: the network that makes the features is not there, or cannot be used.
+      InputError: the network that makes the features, or a set that is measured or compared with, is not there or cannot be
+        used; nothing has been measured yet.
     """
 
     def __init__(
@@ -71,9 +75,24 @@ class Evaluator:
     ):
         self._config, self._stop, self._folder = config, stop, workdir / config.evaluation.name
         self._sets = {name: part for name, part in (("training", images), ("held_out", held_out)) if part is not None}
+        given = {spec: open_stream(spec, config, self._sets) for spec in _specs(config) if not _is_generated(spec)}
         self._space = space or open_space(config, self._sets, workdir)
+        self._given, (self._published, self._reference_stream, self._reference_about) = given, self._open_reference()
         self._params = jax.device_put(self._space.params, sharding.replicated(sharding.data_mesh()))
         self._apply = jax.jit(self._space.apply)
+
+    def _open_reference(self) -> tuple[Statistics | None, Stream | None, dict[str, Any]]:
+        """Published statistics, images whose features are needed, and what tells both from others."""
+        spec, kept = self._config.evaluation.reference, {"kept": self._config.evaluation.kept}
+        if not spec.startswith("npz:"):
+            stream = open_stream(spec, self._config, self._sets)
+            return None, stream, stream.about | kept
+        path = Path(spec.removeprefix("npz:")).expanduser()
+        published = read_statistics(path, self._space)
+        with Npz(path) as file:
+            has_images = "arr_0" in file.arrays  # as in ADM's: what precision and recall compare with
+        stream = open_stream(spec, self._config, self._sets) if has_images and published.features is None else None
+        return published, stream, published.about | (kept if stream else {})
 
     def run(self, relay: Relay | None) -> dict[str, Any]:
         """Measures all sets of `evaluation.images`, and leaves evaluation.json and a picture of each in the folder.
@@ -83,11 +102,14 @@ class Evaluator:
 
         Returns:
           What is in evaluation.json.
+
+        Raises:
+          InputError: images are not finite, or a file cannot be read any more.
+          Interrupted: the stop was asked for; the same call goes on.
         """
-        specs = _specs(self._config)
-        generated = tuple(filter(_is_generated, specs))
-        streams = [open_stream(spec, self._config, self._sets) for spec in specs if spec not in generated]
-        streams += [RelayStream(relay, generated)] if generated else []
+        generated = tuple(spec for spec in _specs(self._config) if _is_generated(spec))
+        class_names = self._space.class_names
+        streams = [*self._given.values(), *([RelayStream(relay, generated, class_names)] if generated else [])]
         return self._measure(streams, self._folder)
 
     def run_stage(self, number: int, alone: StageAlone, params: Any, images_seen: int, folder: Path) -> dict[str, float]:
@@ -96,9 +118,6 @@ class Evaluator:
         Returns:
           The metrics.
         """
-        done = read_result(folder / RESULT)
-        if done:
-            return done["results"][f"stage{number}"]["metrics"]
         stream = StageStream(self._config, number, alone, params, images_seen)
         return self._measure([stream], folder)["results"][f"stage{number}"]["metrics"]
 
@@ -106,85 +125,91 @@ class Evaluator:
         made_with = {
             "features": {"name": self._space.name, "digest": self._space.digest},
             "kept": self._config.evaluation.kept,
-            "reference": self._reference.about,
+            "reference": self._reference_about,
             "images": [stream.about for stream in streams],
         }
         made_with = json.loads(json.dumps(made_with))
-        earlier = read_result(folder / RESULT)
-        if earlier and earlier["made_with"] == made_with:
-            log.info("evaluation: already in %s\n%s", folder, result_table(earlier["results"]))
-            return earlier
-        began, results = time.perf_counter(), {}
+        result = read_result(folder / RESULT)
+        if result and result["made_with"] == made_with:
+            log.info("evaluation: already in %s\n%s", folder, result_table(result["results"]))
+        else:
+            result = {"results": self._results(streams, folder), "made_with": made_with, **_surroundings(self._config)}
+            with whole_file(folder / RESULT) as partial:
+                partial.write_text(json.dumps(result, indent=2, allow_nan=False))
+            log.info("evaluation: -> %s\n%s", folder / RESULT, result_table(result["results"]))
+        for stream in streams:
+            self._partial(stream, folder).unlink(missing_ok=True)
+        return result
+
+    def _results(self, streams: list[Stream], folder: Path) -> dict[str, Any]:
+        """Metrics of every set by its name, and its picture in the folder."""
+        results = {}
         for stream in streams:
             for name, tally in self._gather(stream, folder).items():
                 metrics, notes = compare(self._reference, tally.statistics(stream.about), self._space)
                 results[name] = {"images": tally.count, "metrics": metrics, "notes": notes}
-                shown = [tally.pictures[n] for n in sorted(tally.pictures)]
-                pictures.save_picture(pictures.plain_grid(np.stack(shown), columns=10), folder / f"{picture_name(name)}.png")
-        seconds = time.perf_counter() - began
-        result = {"results": results, "made_with": made_with, "seconds": seconds, **_surroundings(self._config)}
-        with whole_file(folder / RESULT) as partial:
-            partial.write_text(json.dumps(result, indent=2))
-        for partial in folder.glob(".gathered-*.npz"):
-            partial.unlink()
-        log.info("evaluation: %.1f s -> %s\n%s", seconds, folder / RESULT, result_table(results))
-        return result
+                shown = np.stack([tally.pictures[n] for n in sorted(tally.pictures)])
+                pictures.save_picture(pictures.plain_grid(shown, columns=10), folder / picture_names(results)[name])
+        return results
 
     @functools.cached_property
     def _reference(self) -> Statistics:
         """Of the reference: read, or gathered and kept in the folder for the next time."""
-        spec, path = self._config.evaluation.reference, self._folder / "reference.npz"
-        if spec.startswith("npz:"):
-            return self._published(Path(spec.removeprefix("npz:")).expanduser())
-        stream = open_stream(spec, self._config, self._sets)
-        if path.is_file():
-            try:
-                statistics = read_statistics(path, self._space)
-                if statistics.about["images"] == stream.about | {"kept": self._config.evaluation.kept}:
-                    return statistics
-            except InputError as error:
-                log.info("evaluation: the reference is measured again: %s", error)
-        about = stream.about | {"kept": self._config.evaluation.kept}
+        stream, path = self._reference_stream, self._folder / "reference.npz"
+        if stream is None:
+            return self._published
+        try:
+            if path.is_file() and (kept := read_statistics(path, self._space)).about["images"] == self._reference_about:
+                return kept
+        except InputError as error:
+            log.info("evaluation: the reference is measured again: %s", error)
         (tally,) = self._gather(stream, self._folder).values()
-        save_statistics(path, tally.statistics(about), self._space)
+        statistics = tally.statistics(self._reference_about)
+        if self._published:
+            published = {"count": self._published.count, "gaussians": self._published.gaussians}
+            statistics = dataclasses.replace(statistics, **published)
+        save_statistics(path, statistics, self._space)
         self._partial(stream, self._folder).unlink()
-        return read_statistics(path, self._space)
-
-    def _published(self, path: Path) -> Statistics:
-        """Statistics of others; where images are beside them, as in ADM's files, their features are what is compared with."""
-        statistics = read_statistics(path, self._space)
-        with Npz(path) as file:
-            has_images = "arr_0" in file.arrays
-        if statistics.features is not None or not has_images:
-            return statistics
-        shape = (*self._config.stages[-1].resolution, self._config.data.channels)
-        stream = NpzStream("reference", path, shape, self._config.evaluation.batch_size)
-        (tally,) = self._gather(stream, self._folder).values()
-        features = tally.statistics({}).features
-        return Statistics(statistics.about, statistics.count, statistics.gaussians, features)
+        return statistics
 
     def _gather(self, stream: Stream, folder: Path) -> dict[str, Tally]:
         """Sees every image of a stream, from where an earlier run was stopped."""
-        kept, shown = self._config.evaluation.kept, stream.shown()
-        tallies = {name: Tally(self._space, stream.count, kept=kept, shown=shown) for name in stream.names}
-        path = self._partial(stream, folder)
-        done = _restore(tallies, path)
-        saved, pause = time.monotonic(), SAVE_SECONDS
+        tallies, path = self._tallies(stream), self._partial(stream, folder)
+        if path.is_file():
+            try:
+                _restore(tallies, path)
+            except (InputError, KeyError, ValueError, TypeError) as error:
+                log.info("evaluation: begins again, as what was gathered cannot be read (%s)", error)
+                tallies = self._tallies(stream)
+        done = min(tally.done for tally in tallies.values())
+        saved, pause, waiting = time.monotonic(), SAVE_SECONDS, []
+
+        def take() -> None:  # one batch late, so that the devices work while the next one is read
+            for tally, *batch in waiting:
+                tally.add(*batch)
+            waiting.clear()
+
         with progress(stream.count, f"measuring {', '.join(stream.names)}", done) as bar:
             while done < stream.count:
                 here = min(stream.batch_size, stream.count - done)
                 images, labels = stream.batch(done, here)
-                for name, tally in tallies.items():
-                    tally.add(self._outputs(images[name], stream.batch_size), images[name], labels)
+                outputs = {name: self._outputs(images[name], stream.batch_size) for name in tallies}
+                take()
+                waiting += [(tallies[name], outputs[name], images[name], labels) for name in tallies]
                 done += here
                 bar.update(here)
                 if self._stop.requested or done == stream.count or time.monotonic() - saved > pause:
+                    take()
                     began = time.monotonic()
                     _save(tallies, path)
                     saved = time.monotonic()
                     pause = max(SAVE_SECONDS, 20 * (saved - began))
                     self._stop.check()
         return tallies
+
+    def _tallies(self, stream: Stream) -> dict[str, Tally]:
+        kwargs = {"kept": self._config.evaluation.kept, "shown": stream.shown()}
+        return {name: Tally(name, self._space, stream.count, **kwargs) for name in stream.names}
 
     def _partial(self, stream: Stream, folder: Path) -> Path:
         """Where what has been gathered of a stream is kept."""
@@ -216,17 +241,25 @@ def _is_generated(spec: str) -> bool:
     return spec == "samples" or spec.startswith("stage")
 
 
-def picture_name(name: str) -> str:
-    """What the picture of a set is called: its spec without what no file name should have."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[-80:]
+def picture_names(names: Iterable[str]) -> dict[str, str]:
+    """What the picture of each set is called: its name without what no file's should have, and no two alike."""
+    found: dict[str, str] = {}
+    for name in names:
+        plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[-80:]
+        found[name] = f"{plain}-{len(found) + 1}.png" if f"{plain}.png" in found.values() else f"{plain}.png"
+    return found
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """What an evaluation has written; None where there is none, or only a damaged one."""
     try:
         result = json.loads(path.read_text())
-        return result if {"results", "made_with"} <= result.keys() else None
-    except (OSError, ValueError, AttributeError):
+        for row in result["results"].values():
+            result_table({"": row})
+        made_with, published = result["made_with"], result["published"]
+        whole = isinstance(made_with["features"]["name"], str) and isinstance(made_with["reference"], dict)
+        return result if whole and {*PUBLISHED, "where"} <= published.keys() and result["versions"].items() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -243,13 +276,9 @@ def _save(tallies: dict[str, Tally], path: Path) -> None:
         np.savez(file, **arrays)
 
 
-def _restore(tallies: dict[str, Tally], path: Path) -> int:
-    """Sets what a stopped run has gathered, and returns how many images that was."""
-    if not path.is_file():
-        return 0
+def _restore(tallies: dict[str, Tally], path: Path) -> None:
+    """Sets what a stopped run has gathered."""
     with Npz(path) as file:
         for name, tally in tallies.items():
             tally.set_state({key.removeprefix(f"{name}/"): file.read(key) for key in file.arrays if key.startswith(f"{name}/")})
-    done = next(iter(tallies.values())).done
-    log.info("evaluation: going on from %s of %s images", f"{done:,}", f"{next(iter(tallies.values())).count:,}")
-    return done
+    log.info("evaluation: going on from %s of %s images", f"{tally.done:,}", f"{tally.count:,}")

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A feature extractor. Any other than the project's two is evaluated by giving it to `evaluate.evaluate`.
+    """A feature extractor. Any other than the project's two is evaluated by giving it to `evaluate.Evaluator`.
 
     Attributes:
       name: of the metrics' table; 'inception' makes the Frechet distances an FID and an sFID.

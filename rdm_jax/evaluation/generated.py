@@ -1,14 +1,17 @@
 """Images that are made while they are measured."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rdm_jax.checks import evaluated_seeds, parse_numbers
 from rdm_jax.config import Config
 from rdm_jax.errors import InputError
-from rdm_jax.evaluation.streams import Batch, Stream
+from rdm_jax.evaluation.streams import Batch, Stream, labels_by_name
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.sampling.results import describe
@@ -19,12 +22,13 @@ class RelayStream(Stream):
 
     Args:
       names: which of these.
+      class_names: by which labels count.
 
     Raises:
       InputError: one of a stage that is not run, as the relay goes on from given images.
     """
 
-    def __init__(self, relay: Relay, names: tuple[str, ...]):
+    def __init__(self, relay: Relay, names: tuple[str, ...], class_names: tuple[str, ...]):
         config, seeds = relay.config, evaluated_seeds(relay.config)
         known = ["samples", *(f"stage{number}" for number in range(max(relay.first - 1, 1), len(config.stages)))]
         if missing := set(names) - set(known):
@@ -32,7 +36,7 @@ class RelayStream(Stream):
             raise InputError(f"config.evaluation.images has {missing.pop()!r}, and {low}; {' or '.join(known)} would do.")
         self.names, self.batch_size = names, config.sampling.batch_size
         self._relay, self._seeds = relay, np.asarray(parse_numbers(seeds, "config.evaluation.seeds"), np.int64)
-        self.count = len(self._seeds)
+        self.count, self._labels = len(self._seeds), labels_by_name(relay.class_names, class_names)
         sampling = dataclasses.replace(config.sampling, seeds=seeds)
         self.about = {"set": ", ".join(names), **describe(dataclasses.replace(config, sampling=sampling), relay)}
 
@@ -43,7 +47,7 @@ class RelayStream(Stream):
             f"stage{number}": images for number, images in enumerate(stages, len(self._relay.config.stages) - len(stages) + 1)
         }
         made = {**earlier, "samples": stages[-1]}
-        return {name: enlarged(made[name], stages[-1].shape[1]) for name in self.names}, self._relay.labels(seeds)
+        return {name: enlarged(made[name], stages[-1].shape[1]) for name in self.names}, self._labels[self._relay.labels(seeds)]
 
 
 class StageStream(Stream):
@@ -59,7 +63,10 @@ class StageStream(Stream):
         self._alone, self._params, self._height = alone, params, config.stages[-1].resolution[0]
         self._seeds = np.asarray(parse_numbers(seeds, "config.evaluation.seeds_in_training"), np.int64)
         self.count = len(self._seeds)
-        self.about = {"set": name, "images_seen": images_seen, "seeds": seeds, "labels": config.sampling.labels}
+        # So that nothing is taken for the same that is not: a few sums tell one training's parameters from another's.
+        sums = jax.device_get(jax.tree.map(lambda x: (x.sum(), jnp.abs(x).sum()), params))
+        parameters = hashlib.sha256(repr(jax.tree.leaves(sums)).encode()).hexdigest()
+        self.about = {"set": name, "images_seen": images_seen, "parameters": parameters, "seeds": seeds, **alone.about}
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         images, labels = self._alone.sample(self._params, self._seeds[first : first + count])

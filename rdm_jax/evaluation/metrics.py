@@ -81,13 +81,13 @@ def precision_and_recall(
     centre = reference.mean(0, dtype=np.float64).astype(reference.dtype)  # small numbers have small rounding errors
     reference, sample = _tiles(reference - centre, tile), _tiles(sample - centre, tile)
     reach, sample_reach = _radii(reference, k), _radii(sample, k)
-    in_reference, in_sample = ([np.zeros(len(rows), bool) for rows, _ in tiles] for tiles in (sample, reference))
+    in_reference, in_sample = ([jnp.zeros(len(rows), bool) for rows, _ in tiles] for tiles in (sample, reference))
     for i, (rows, real) in enumerate(reference):
         for j, (columns, columns_real) in enumerate(sample):
             of_row, of_column = _covered(rows, columns, real, columns_real, reach[i], sample_reach[j])
-            in_sample[i] |= np.asarray(of_row)
-            in_reference[j] |= np.asarray(of_column)
-    share = lambda found, count: float(np.sum(found) / count)  # noqa: E731
+            in_sample[i] |= of_row
+            in_reference[j] |= of_column
+    share = lambda found, count: float(np.sum(np.asarray(jax.device_get(found))) / count)  # noqa: E731
     return share(in_reference, counts[1]), share(in_sample, counts[0])
 
 

@@ -54,4 +54,11 @@ def mean_and_covariance(moments: Moments, count: int) -> tuple[Float[np.ndarray,
     """float64 mean and unbiased covariance of the `count` (at least 2) features that were added."""
     shift, total, total_rest, outer, outer_rest = (np.asarray(x, np.float64) for x in moments)
     mean = (total + total_rest) / count
-    return shift + mean, (outer + outer_rest - count * np.outer(mean, mean)) / (count - 1)
+    covariance = (outer + outer_rest - count * np.outer(mean, mean)) / (count - 1)
+    return shift + mean, covariance if count > len(mean) else _of_rank(covariance, count - 1)
+
+
+def _of_rank(covariance: np.ndarray, rank: int) -> np.ndarray:
+    """So few features leave directions without any spread; float32 puts a little there, whose root is no longer little."""
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors[:, -rank:] * np.maximum(values[-rank:], 0)) @ vectors[:, -rank:].T

@@ -8,13 +8,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rdm_jax.errors import InputError
-from rdm_jax.evaluation.evaluate import RESULT, picture_name, read_result
-from rdm_jax.evaluation.tables import METRICS, cell, markdown, result_table
+from rdm_jax.evaluation.evaluate import RESULT, picture_names, read_result
+from rdm_jax.evaluation.tables import METRICS, PUBLISHED, cell, markdown, result_table
 from rdm_jax.files import whole_file
 from rdm_jax.terminal import log
 
 PAGE = "report.md"
-PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
 def write_report(workdir: Path, paths: list[Path]) -> None:
@@ -26,17 +25,18 @@ def write_report(workdir: Path, paths: list[Path]) -> None:
     Raises:
       InputError: a file is no evaluation, or there is none.
     """
-    paths = paths or sorted(path for path in workdir.glob(f"*/{RESULT}"))
-    results = {_title(path, workdir): _read(path) for path in paths}
-    folders = sorted({path.parent.parent for path in paths} | {workdir})
-    curves = {_title(stage, workdir): _over_training(stage) for folder in folders for stage in sorted(folder.glob("stage*"))}
-    curves = {title: points for title, points in curves.items() if points}
+    paths = paths or sorted(workdir.glob(f"*/{RESULT}"))
+    results = [_read(path) for path in paths]
+    stages = [stage for folder in sorted({path.parent.parent for path in paths} | {workdir}) for stage in folder.glob("stage*")]
+    curves = {title: _over_training(stage) for stage, title in zip(stages, _titles(stages, workdir), strict=True)}
+    curves = {title: points for title, points in sorted(curves.items()) if points}
     if not results and not curves:
         raise InputError(f"there is no {RESULT} in {workdir}; --mode=evaluate first, or --evaluations=PATH, would do.")
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# Evaluation"]
-    for number, (path, (title, result)) in enumerate(zip(paths, results.items(), strict=True), 1):
+    titles = _titles([path.parent for path in paths], workdir)
+    for number, (path, title, result) in enumerate(zip(paths, titles, results, strict=True), 1):
         parts += _section(title, result, _copied(path, result, folder, number))
     if curves:
         _draw(curves, folder / "curves.png")
@@ -46,10 +46,15 @@ def write_report(workdir: Path, paths: list[Path]) -> None:
     log.info("report: %d evaluations, %d curves -> %s", len(results), len(curves), folder / PAGE)
 
 
-def _title(path: Path, workdir: Path) -> str:
-    """What an evaluation or a stage is called: its folder, within the workdir or with the one around it."""
-    path = path.parent if path.name == RESULT else path
-    return str(path.relative_to(workdir)) if path.is_relative_to(workdir) else f"{path.parent.name}/{path.name}"
+def _titles(folders: list[Path], workdir: Path) -> list[str]:
+    """What folders are called: by their path in the workdir, or by as much of their own as tells them apart."""
+    titles = []
+    for folder in folders:
+        parts, others = folder.resolve().parts, [other.resolve().parts for other in folders if other != folder]
+        known = next((n for n in range(2, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts))
+        inside = folder.is_relative_to(workdir)
+        titles.append(str(folder.relative_to(workdir)) if inside else "/".join(parts[-known:]))
+    return titles
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def _section(title: str, result: dict[str, Any], shown: dict[str, str]) -> list[
     parts = [f"## {title}", result_table(result["results"]), about + "."]
     published = result["published"]
     known = [name for name in PUBLISHED if published[name]]
-    if known:
+    if known and made_with["features"]["name"] == "inception":  # in other features other numbers would be meant
         rows = [[f"paper ({published['where']})", *(cell(name, published[name]) for name in known)]]
         for name, ours in result["results"].items():
             rows.append([f"this project, {name}, {ours['images']:,} images", *(cell(m, ours["metrics"].get(m)) for m in known)])
@@ -90,11 +95,10 @@ def _named(about: dict[str, Any]) -> str:
 def _copied(path: Path, result: dict[str, Any], folder: Path, number: int) -> dict[str, str]:
     """The pictures of an evaluation, now beside the page, by the name of the set."""
     copied = {}
-    for name in result["results"]:
-        picture = path.parent / f"{picture_name(name)}.png"
-        if picture.is_file():
-            copied[name] = f"{number}-{picture.name}"
-            shutil.copyfile(picture, folder / copied[name])
+    for name, picture in picture_names(result["results"]).items():
+        if (path.parent / picture).is_file():
+            copied[name] = f"{number}-{picture}"
+            shutil.copyfile(path.parent / picture, folder / copied[name])
     return copied
 
 

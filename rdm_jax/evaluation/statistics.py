@@ -1,12 +1,10 @@
-"""What is kept of a set of images to compare it with others: gathered batch by batch, saved, and read from published files."""
+"""What is kept of a set of images to compare it with others: gathered batch by batch, and compared."""
 
-import hashlib
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 
@@ -14,11 +12,6 @@ from rdm_jax import sharding
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation import metrics, moments
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.evaluation.npz import Npz
-from rdm_jax.files import whole_file
-
-# How ADM (guided-diffusion's evaluator) calls the mean and the covariance of each output, and all after it.
-NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 @dataclass(frozen=True)
@@ -44,6 +37,7 @@ class Tally:
     """Statistics of a set of `count` images that are given batch by batch; what it holds can be saved, and set again.
 
     Args:
+      name: of the set, for errors.
       space: where the features are from.
       kept: features to keep, of images that are randomly chosen (always the same: a set may be sorted).
       shown: numbers of the images to keep for a picture.
@@ -53,8 +47,8 @@ class Tally:
       pictures: those of them that are shown, by number.
     """
 
-    def __init__(self, space: FeatureSpace, count: int, *, kept: int, shown: Int[np.ndarray, " s"]):
-        self.count, self.done, self._space = count, 0, space
+    def __init__(self, name: str, space: FeatureSpace, count: int, *, kept: int, shown: Int[np.ndarray, " s"]):
+        self.count, self.done, self._name, self._space = count, 0, name, space
         self._kept = np.sort(np.random.default_rng(0).permutation(count)[:kept])
         self._shown, self.pictures = set(shown.tolist()), {}
         self._features: list[np.ndarray] = []
@@ -69,15 +63,20 @@ class Tally:
           InputError: a feature is not a finite number.
         """
         here, size = len(images), len(outputs["features"])
+        for name, output in outputs.items():
+            if not np.isfinite(np.asarray(output)[:here]).all():
+                which = f"{name} of images {self.done} to {self.done + here - 1} of {self._name}"
+                raise InputError(f"config.evaluation: {which} are not finite; another network or set would do.")
         features = np.asarray(outputs["features"])[:here]
-        if not np.isfinite(features).all():
-            raise InputError(f"the features of images {self.done} to {self.done + here - 1} are not finite; others would do.")
         numbers = np.arange(self.done, self.done + here)
         real = sharding.put_batch((np.arange(size) < here).astype(np.float32), sharding.data_mesh())
         for name in ("features", "spatial"):
             if name in outputs:
                 if name not in self._sums:
-                    self._sums[name] = moments.start(outputs[name][:here].mean(0))
+                    shift = np.asarray(outputs[name])[:here].mean(0)
+                    self._sums[name] = jax.device_put(
+                        moments.start(jnp.asarray(shift)), sharding.replicated(sharding.data_mesh())
+                    )
                 self._sums[name] = moments.update(self._sums[name], outputs[name], real)
         self._features.append(features[np.isin(numbers, self._kept)])
         if self._score:
@@ -125,75 +124,6 @@ class Tally:
             if f"{name}.shift" in arrays:
                 parts = {part: jax.device_put(arrays[f"{name}.{part}"], whole) for part in moments.Moments._fields}
                 self._sums[name] = moments.Moments(**parts)
-
-
-def save_statistics(path: Path, statistics: Statistics, space: FeatureSpace) -> None:
-    """Writes statistics under ADM's names, and beside them 'features' and 'about' (JSON: the space, the images, how many)."""
-    about = {"images": statistics.about, "count": statistics.count, "space": {"name": space.name, "digest": space.digest}}
-    arrays = {"about": np.array(json.dumps(about)), "features": statistics.features}
-    for name, gaussian in statistics.gaussians.items():
-        arrays |= dict(zip(NAMES[name], gaussian, strict=True))
-    with whole_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def read_statistics(path: Path, space: FeatureSpace) -> Statistics:
-    """Reads what `save_statistics` wrote, ADM's (mu, sigma, mu_s, sigma_s) or EDM's (mu, sigma) statistics.
-
-    Raises:
-      InputError: the file is damaged, has objects in it, or its numbers are not finite or of another feature space.
-    """
-    with Npz(path) as file:
-        about = _about(file, space)
-        gaussians = {
-            name: _gaussian(file, space, name) for name in NAMES if NAMES[name][0] in file.arrays and name in space.sizes
-        }
-        if "features" not in gaussians:
-            found = ", ".join(file.arrays) or "nothing"
-            raise InputError(f"{path} has no mu and sigma, only {found}; statistics as ADM's, EDM's or ours would do.")
-        features = file.read("features").astype(np.float32) if "features" in file.arrays else None
-    if features is not None and (
-        features.ndim != 2 or features.shape[1] != space.sizes["features"] or not np.isfinite(features).all()
-    ):
-        raise InputError(f"{path} has features of shape {features.shape} or not finite; statistics of these features would do.")
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    about_images = {"file": path.name, "sha256": digest, "images": about.get("images")}
-    return Statistics(about_images, about.get("count"), gaussians, features)
-
-
-def _about(file: Npz, space: FeatureSpace) -> dict[str, Any]:
-    """What our own files say of themselves; published ones say nothing, and are of Inception's features."""
-    ours = {"name": space.name, "digest": space.digest}
-    about = {"space": {"name": "inception", "digest": space.digest}}
-    if "about" in file.arrays:
-        try:
-            about = json.loads(str(file.read("about")))
-            about["space"]["digest"], about["count"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file.path} cannot be used (its 'about' is damaged); statistics as ADM's would do.") from error
-    if about["space"] != ours:
-        found = " ".join(str(about["space"].get(key))[:12] for key in ours)
-        raise InputError(
-            f"{file.path} has statistics of other features ({found}); those of {space.name} {space.digest[:12]} would do."
-        )
-    return about
-
-
-def _gaussian(file: Npz, space: FeatureSpace, name: str) -> tuple[np.ndarray, np.ndarray]:
-    size, shapes = space.sizes[name], []
-    for part, wanted in zip(NAMES[name], ((size,), (size, size)), strict=True):
-        shape, dtype = file.arrays.get(part, ((), None))
-        if shape != wanted or dtype.kind != "f":
-            would_do = f"{wanted}, for {space.name}'s {name}, would do."
-            raise InputError(f"{file.path} has {part} of shape {shape}; {would_do}")
-        shapes.append(file.read(part).astype(np.float64))
-    mean, covariance = shapes
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise InputError(f"{file.path} has numbers that are not finite in {name}'s statistics; whole statistics would do.")
-    if np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max():
-        raise InputError(f"{file.path} has a {NAMES[name][1]} that is no covariance (not symmetric); whole statistics would do.")
-    return mean, covariance
 
 
 def compare(reference: Statistics, sample: Statistics, space: FeatureSpace) -> tuple[dict[str, float], list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from rdm_jax.checks import LEAST
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
 from rdm_jax.data.images import Form
@@ -44,26 +45,21 @@ class Stream(ABC):
 
 
 class SetStream(Stream):
-    """A set of images; labels count by the names in `class_names`."""
+    """A set of images, in a random order that is always the same; labels count by the names in `class_names`."""
 
     def __init__(self, name: str, images: ImageSet, batch_size: int, class_names: tuple[str, ...]):
         self.names, self.count, self.batch_size = (name,), len(images), batch_size
         self.about = {"set": name, "images": len(images), "fingerprint": images.fingerprint()}
-        self._images = images
-        # Its classes may be some of those asked for, or others; the last entry is for images without one.
-        numbers = {name: number for number, name in enumerate(class_names)}
-        self._labels = np.asarray([*(numbers.get(name, -1) for name in images.class_names), -1], np.int32)
+        self._images, self._labels = images, labels_by_name(images.class_names, class_names)
+        # A score is of images in their order, and a set is often sorted by class.
+        self._order = np.random.default_rng(0).permutation(len(images))
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
-        parts = np.array_split(np.arange(first, first + count), cores())
+        parts = np.array_split(self._order[first : first + count], cores())
         with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:  # images that are not in memory are decoded
             batches = list(pool.map(self._images.batch, parts))
         images, labels = (np.concatenate([batch[key] for batch in batches]) for key in ("image", "label"))
         return {self.names[0]: images}, self._labels[labels]
-
-    def shown(self) -> Int[np.ndarray, " n"]:
-        """Evenly from the set, which may be sorted."""
-        return np.unique(np.linspace(0, self.count - 1, SHOWN).astype(int))
 
 
 class NpzStream(Stream):
@@ -73,12 +69,13 @@ class NpzStream(Stream):
       name: of the set.
       path: of the file, which is never in memory as a whole.
       image_shape: that the images must have.
+      classes: of the data; what labels in the file may be.
 
     Raises:
       InputError: it cannot be read, or its images are of another shape or dtype.
     """
 
-    def __init__(self, name: str, path: Path, image_shape: tuple[int, ...], batch_size: int):
+    def __init__(self, name: str, path: Path, image_shape: tuple[int, ...], classes: int, batch_size: int):
         self._file = Npz(path)
         self._name = next((n for n in ("images", "arr_0") if n in self._file.arrays), "")
         if not self._name:
@@ -90,13 +87,32 @@ class NpzStream(Stream):
             raise InputError(f"{path} has images of shape {shape}, {dtype}; {wanted}, as config.stages say, would do.")
         self.names, self.count, self.batch_size = (name,), shape[0], batch_size
         labels = {"images": "labels", "arr_0": "arr_1"}[self._name]
-        known = labels in self._file.arrays and self._file.arrays[labels][0] == (self.count,)
-        self._labels = self._file.read(labels).astype(np.int32) if known else np.full(self.count, -1, np.int32)
-        some = self.batch(0, min(256, self.count))[0][name]
-        self.about = {"set": name, "images": self.count, "bytes": path.stat().st_size, "mean": float(some.mean())}
+        self._labels = self._read_labels(labels, classes) if classes else np.full(self.count, -1, np.int32)
+        self.about = {"set": name, "images": self.count, "sha256 of checksums": self._file.identity()}
+
+    def _read_labels(self, name: str, classes: int) -> np.ndarray:
+        if name not in self._file.arrays:
+            return np.full(self.count, -1, np.int32)
+        shape, dtype = self._file.arrays[name]
+        labels = self._file.read(name) if shape == (self.count,) and dtype.kind in "iu" else np.array([classes])
+        if labels.min() < -1 or labels.max() >= classes:
+            wanted = f"{self.count} whole numbers from 0 to {classes - 1} (-1: none)"
+            raise InputError(f"{self._file.path} has labels in {name} that are no classes of the data; {wanted} would do.")
+        return labels.astype(np.int32)
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         return {self.names[0]: self._file.rows(self._name, first, count)}, self._labels[first : first + count]
+
+
+def labels_by_name(names: tuple[str, ...], class_names: tuple[str, ...]) -> Int[np.ndarray, " n"]:
+    """For each of a set's own classes its number among `class_names`, -1 if it is none; last -1, for images without a class.
+
+    Imported weights know their classes by number alone, '0' and so on.
+    """
+    numbers = {name: number for number, name in enumerate(class_names)}
+    if names == tuple(map(str, range(len(class_names)))):
+        numbers = {name: int(name) for name in names}
+    return np.asarray([*(numbers.get(name, -1) for name in names), -1], np.int32)
 
 
 def open_stream(spec: str, config: Config, sets: dict[str, ImageSet]) -> Stream:
@@ -107,8 +123,15 @@ def open_stream(spec: str, config: Config, sets: dict[str, ImageSet]) -> Stream:
       config: of the run; its last stage says what size the images must have.
 
     Raises:
-      InputError: they are not there, cannot be read, or are of another size or number of channels.
+      InputError: they are not there, cannot be read, too few, or of another size or number of channels.
     """
+    stream = _open(spec, config, sets)
+    if stream.count < LEAST:
+        raise InputError(f"config.evaluation: {spec} has {stream.count} images; {LEAST} or more would do.")
+    return stream
+
+
+def _open(spec: str, config: Config, sets: dict[str, ImageSet]) -> Stream:
     batch_size, (height, width), channels = config.evaluation.batch_size, config.stages[-1].resolution, config.data.channels
     class_names = sets["training"].class_names if sets else ()
     if spec in sets:
@@ -116,7 +139,7 @@ def open_stream(spec: str, config: Config, sets: dict[str, ImageSet]) -> Stream:
     kind, _, where = spec.partition(":")
     path = Path(where).expanduser()
     if kind == "npz":
-        return NpzStream(spec, path, (height, width, channels), batch_size)
+        return NpzStream(spec, path, (height, width, channels), len(class_names), batch_size)
     if kind == "prepared":
         images = open_prepared(path)
         if images.image_shape != (height, width, channels):

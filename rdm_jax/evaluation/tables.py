@@ -16,6 +16,7 @@ METRICS = {
     "kid": 5,
     "kid_standard_error": 5,
 }
+PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")  # what a config may have of a paper
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -10,10 +10,9 @@ from jaxtyping import Int, UInt8
 from rdm_jax import sharding
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.errors import InputError
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.labels import labels_of
-from rdm_jax.sampling.sampler import evaluations, stage_sampler, to_uint8
+from rdm_jax.sampling.sampler import evaluations, stage_sampler, stage_settings, to_uint8
 from rdm_jax.terminal import log
 from rdm_jax.training.step import to_float
 
@@ -29,6 +28,9 @@ class StageAlone:
       number: of the stage, from 1.
       real: images for a relay stage to begin with, best such as it is not trained on; seed s begins with the s-th of them in a
         random order that is always the same.
+
+    Attributes:
+      about: JSON: all that the images depend on but for the parameters and the seeds.
     """
 
     def __init__(self, config: Config, number: int, real: ImageSet):
@@ -37,10 +39,12 @@ class StageAlone:
         self._sampler = stage_sampler(stage, stage.build(channels, classes), **kwargs)
         self._config, self._number, self._real = config, number, real
         self._order, self._mesh = np.random.default_rng(0).permutation(len(real)), sharding.data_mesh()
+        self.about = {"seed": config.seed, "stage": stage_settings(config, number)}
+        self.about |= {"labels": config.sampling.labels} if number == 1 else {"begins with": real.fingerprint()}
         log.info("stage%d: samples during training, %d network evaluations an image", number, evaluations(stage))
 
     def sample(self, params: Any, seeds: Int[np.ndarray, " b"]) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
-        """Images and classes of any number of seeds up to the batch size. Raises InputError where images are not finite."""
+        """Images and classes of any number of seeds up to the batch size; what is not finite is black."""
         padded, low = np.resize(seeds, self._config.sampling.batch_size), None
         rule, classes = self._config.sampling.labels, len(self._real.class_names)
         if self._number == 1:
@@ -51,8 +55,6 @@ class StageAlone:
             low = sharding.put_batch(np.asarray(to_float(jnp.asarray(batch["image"]), pool)), self._mesh)
         device_seeds, device_labels = sharding.put_batch((padded.astype(np.uint32), labels), self._mesh)
         images = self._sampler(params, low, device_labels, device_seeds)
-        if not jnp.isfinite(images).all():
-            raise InputError(f"stage{self._number} makes images that are not finite numbers; an earlier checkpoint would do.")
         return np.asarray(to_uint8(images))[: len(seeds)], labels[: len(seeds)]
 
     def preview(self, params: Any, path: Path) -> None:

@@ -16,7 +16,7 @@ from rdm_jax.files import whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.relay import Relay
-from rdm_jax.sampling.sampler import evaluations, handover
+from rdm_jax.sampling.sampler import evaluations, handover, stage_settings
 from rdm_jax.terminal import log, progress
 
 COLUMNS, ROWS = 3, 10  # examples a row of the grid, and its rows
@@ -24,12 +24,8 @@ COLUMNS, ROWS = 3, 10  # examples a row of the grid, and its rows
 
 def describe(config: Config, relay: Relay) -> dict[str, Any]:
     """All that the images depend on, as JSON: what the samples were made with."""
-    values = to_dict(config)
-    stages = {
-        name: {k: values[name][k] for k in ("resolution", "process", "sampler", "guidance", "network", "precondition")}
-        for name in (f"stage{number}" for number in range(relay.first, len(config.stages) + 1))
-    }
-    sampling = {k: v for k, v in values["sampling"].items() if k not in ("name", "batch_size")}
+    stages = {f"stage{number}": stage_settings(config, number) for number in range(relay.first, len(config.stages) + 1)}
+    sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in ("name", "batch_size")}
     about = {"seed": config.seed, "sampling": sampling, "stages": stages, "checkpoints": relay.checkpoints}
     if relay.low:
         about["low_images"] = relay.low.digest(_seeds(config))

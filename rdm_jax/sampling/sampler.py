@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 from rdm_jax import randomness
-from rdm_jax.config import Stage
+from rdm_jax.config import Config, Stage, to_dict
 from rdm_jax.diffusion import guidance, preconditioning, samplers
 from rdm_jax.models.functional import Network
 from rdm_jax.randomness import Stream
@@ -28,6 +28,12 @@ def handover(stage: Stage) -> str:
     end = stage.process.blur_weights(jnp.ones(1))[0]
     left = f"{first.blur[0, 1]:.1%} of a patch's lowest frequency is left ({end[0, 1]:.1%} where its training ends)"
     return f"begins at sigma {first.sigma:.4g}, where {left}"
+
+
+def stage_settings(config: Config, number: int) -> dict[str, Any]:
+    """All settings of stage `number` (from 1) that its images depend on, as JSON."""
+    values = to_dict(config)[f"stage{number}"]
+    return {k: values[k] for k in ("resolution", "process", "sampler", "guidance", "network", "precondition")}
 
 
 def evaluations(stage: Stage) -> int:

@@ -1,10 +1,10 @@
 """The training of one stage: from a config and prepared images to checkpoints, metrics and previews."""
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,14 @@ class Trainer:
         state, step = self._start(checkpoints, iterator)
         every = self.training.evaluate_every if evaluate else 0
 
-        def evaluation(state: TrainState) -> dict[str, float]:
+        def evaluation(writer: metrics.MetricWriter) -> None:
             images = step * self.training.batch_size
-            return evaluate(state.ema, images, self.directory / "evaluations" / f"{images:010d}")
+            values = evaluate(state.ema, images, self.directory / "evaluations" / f"{images:010d}")
+            writer.write(step, images=images, **{f"evaluation/{name}": value for name, value in values.items()})
 
-        if step and self._is_due(step, every):
-            evaluation(state)  # again, or what was stopped of it
+        if step and self._is_due(step, every) and not self._is_evaluated(step):  # it was stopped
+            with contextlib.closing(metrics.MetricWriter(self.directory, step)) as writer:
+                evaluation(writer)
         if step >= self.training.steps:
             log.info("%s: already trained on %s images", self.name, f"{step * self.training.batch_size:,}")
             return
@@ -163,8 +165,7 @@ class Trainer:
                 if evaluated:
                     with window.paused():
                         checkpoints.wait()  # an evaluation that is stopped is gone on with from this checkpoint
-                        values = {f"evaluation/{name}": value for name, value in evaluation(state).items()}
-                        writer.write(step, images=step * self.training.batch_size, **values)
+                        evaluation(writer)
         finally:
             iterator.close()
             window.close()
@@ -172,6 +173,10 @@ class Trainer:
             writer.close()
         seconds = window.seconds or float("nan")
         log.info("%s: trained, %.0f images/s, %d steps skipped", self.name, window.images / seconds, int(state.skipped))
+
+    def _is_evaluated(self, step: int) -> bool:
+        lines = [line for line in metrics.read(self.directory / "metrics.jsonl") if line["step"] == step]
+        return any(name.startswith("evaluation/") for line in lines for name in line)
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many images, if they are more than 0, and at the end, happens after a step."""
@@ -277,7 +282,7 @@ class _Window:
         while len(self._pending) > STEPS_IN_FLIGHT:
             self._settle(*self._pending.popleft())
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Waits for all steps, and does not count the time of what is done meanwhile."""
         while self._pending:

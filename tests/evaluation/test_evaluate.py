@@ -17,8 +17,11 @@ from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier, evaluate
 from rdm_jax.evaluation.evaluate import Evaluator, read_result
 from rdm_jax.evaluation.features import FeatureSpace
+from rdm_jax.evaluation.generated import StageStream
+from rdm_jax.evaluation.streams import SetStream, labels_by_name
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.run import run
+from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.training import checkpoint
 from tests.tiny import tiny_config, write_images
@@ -102,10 +105,8 @@ def test_command(source, workdir, tmp_path, capsys, caplog):
     assert generated["sampling"]["seeds"] == "0-19" and generated["sampling"]["labels"] == "balanced"
     assert generated["sampling"]["postprocess"] == "none" and generated["stages"]["stage2"]["sampler"]["steps"] == 12
     assert [each["step"] for each in generated["checkpoints"]] == [0, 0]
-    assert (
-        result["made_with"]["reference"]["images"]["set"] == "training"
-        and result["made_with"]["reference"]["images"]["images"] == 40
-    )
+    reference = result["made_with"]["reference"]
+    assert reference["set"] == "training" and reference["images"] == 40
     assert {"jax", "rdm_jax", "python"} <= result["versions"].keys() and "cpu" in result["devices"].lower()
     for picture in ("held_out", "stage1", "samples"):
         assert np.asarray(Image.open(workdir / f"evaluation/{picture}.png")).std() > 0
@@ -188,7 +189,9 @@ def test_a_folder_and_an_npz_of_the_same_images_are_the_same(source, relay, tmp_
     write_folder(tmp_path / "made")
     config = config_of(source, images=f"npz:{tmp_path}/made.npz, folder:{tmp_path}/made")
     one, other = measured(config, relay, tmp_path)["results"].values()
-    assert one == other and one["images"] == 20
+    assert one["images"] == other["images"] == 20
+    for name in ("frechet_distance", "precision", "recall"):  # subsets of the kernel distance are random
+        np.testing.assert_allclose(one["metrics"][name], other["metrics"][name], rtol=1e-6)
     shown = sorted(path.name for path in (tmp_path / "evaluation").glob("*.png"))
     assert len(shown) == 2 and all(name.isascii() and "/" not in name for name in shown)
 
@@ -238,13 +241,111 @@ def test_a_stage_is_measured_during_training(source, tmp_path, monkeypatch):
         dies.setattr(evaluate, "_save", interrupted)
         with pytest.raises(Interrupted):
             run(config.to_config_dict(), str(tmp_path), mode="train", stage=1)
+    lines = tmp_path / "stage1/metrics.jsonl"
+    assert "evaluation/accuracy" not in lines.read_text()
     result = tmp_path / "stage1/evaluations/0000000032/evaluation.json"
     assert checkpoint.Checkpoints(tmp_path / "stage1/checkpoints", read_only=True).steps() == [4] and not result.exists()
     run(config.to_config_dict(), str(tmp_path), mode="train", stage=1)
     assert read_result(result)["results"]["stage1"]["images"] == 12
+    assert lines.read_text().count("evaluation/accuracy") == 1
     run(config.to_config_dict(), str(tmp_path), mode="report")
     page = (tmp_path / "report/report.md").read_text()
     assert "Over training" in page and np.asarray(Image.open(tmp_path / "report/curves.png")).std() > 0
+
+
+def test_what_changes_is_measured_again(source, relay, tmp_path):
+    """Other images in a file of the same size, other settings: old numbers are for neither, finished or half-way."""
+    write_npz(tmp_path / "made.npz")
+    config = config_of(source, images=f"npz:{tmp_path}/made.npz")
+    before = measured(config, relay, tmp_path)["results"]
+    with np.load(tmp_path / "made.npz") as file:
+        pixels = file["arr_0"].copy()
+    pixels[-1] = 0
+    np.savez(tmp_path / "made.npz", arr_0=pixels)
+    after = measured(config, relay, tmp_path)["results"]
+    assert before.keys() == after.keys() and before != after
+
+
+def test_another_network_or_sampler_is_another_stage_to_measure(source):
+    config = config_of(source)
+    other = dataclasses.replace(config.stages[0], sampler=dataclasses.replace(config.stages[0].sampler, steps=5))
+    images, held_out = parts_of(config)
+    network = jax.jit(config.stages[0].build(3, 2).init)
+    abouts = []
+    for settings, key, real in ((config, 0, images), (config, 1, images), (config, 0, held_out)):
+        for number in (1, 2):
+            alone = StageAlone(settings, number, real)
+            abouts.append(StageStream(settings, number, alone, network(jax.random.key(key)), 64).about)
+    alone = StageAlone(dataclasses.replace(config, stages=(other, config.stages[1])), 1, images)
+    abouts.append(StageStream(config, 1, alone, network(jax.random.key(0)), 64).about)
+    alike = [(i, j) for i in range(len(abouts)) for j in range(i) if abouts[i] == abouts[j]]
+    assert alike == [(4, 0)]  # stage 1 begins with no real images
+
+
+def test_what_was_gathered_and_is_damaged_is_gathered_again(source, relay, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="rdm_jax")
+    config = config_of(source, images="held_out")
+    straight = measured(config, relay, tmp_path / "straight")
+    for content in (b"", b"PK"):
+        folder = tmp_path / str(len(content))
+        with monkeypatch.context() as dies:
+
+            def truncated(tallies, path, content=content):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                raise Interrupted(15)
+
+            dies.setattr(evaluate, "_save", truncated)
+            with pytest.raises(Interrupted):
+                measured(config, relay, folder)
+        assert without_surroundings(measured(config, relay, folder)) == without_surroundings(straight)
+    assert caplog.text.count("begins again") == 2
+
+
+def test_labels_go_by_the_classes_names(source):
+    assert labels_by_name(("b", "a", "c"), ("a", "b")).tolist() == [1, 0, -1, -1]
+    assert labels_by_name(("0", "1"), ("a", "b")).tolist() == [0, 1, -1]  # imported weights know numbers alone
+    assert labels_by_name(("0", "1"), ("a", "b", "c")).tolist() == [-1, -1, -1]
+    images, _ = parts_of(config_of(source))  # sorted by class; a score in splits of the order would say less of it
+    stream = SetStream("training", images, 8, ("b", "a"))
+    labels = stream.batch(0, 40)[1]
+    assert 5 < labels[:20].sum() < 15 and sorted(labels.tolist()) == sorted(1 - images.batch(np.arange(40))["label"])
+
+
+def test_a_classifier_of_other_images_is_trained_again(source, tmp_path, caplog):
+    caplog.set_level("INFO", logger="rdm_jax")
+    digests = []
+    for held_out in (20, 20, 30):
+        parts = parts_of(config_of(source, held_out=held_out))
+        digests.append(classifier.classifier_space(*parts, tmp_path / "classifier.safetensors", train=True).digest)
+    assert digests[0] == digests[1] != digests[2]
+    assert caplog.text.count("classifier trained in") == 2 and "it was trained on other images" in caplog.text
+
+
+def test_held_out_images_are_of_every_class():
+    """Of a sorted set in equal parts, and of one whose classes take turns at random."""
+    for labels in (np.arange(1000) // 100, np.arange(1000) % 10):
+        images = ImageSet([(np.zeros((1, 1, 1), np.uint8), label) for label in labels], (1, 1, 1), tuple("0123456789"))
+        rest, held = images.split(100)
+        counts = np.bincount(held.batch(np.arange(100))["label"], minlength=10)
+        assert counts.min() >= 3 and counts.sum() == 100 and len(rest) == 900
+        indices = np.concatenate([rest._chosen, held._chosen])
+        assert sorted(indices.tolist()) == list(range(1000))
+
+
+REFUSED_BEFORE_TRAINING = {
+    "reference": {"reference": "npz:/nowhere/x.npz"},
+    "images": {"images": "folder:/nowhere"},
+    "seeds": {"seeds": "0-2"},
+    "seeds in training": {"seeds_in_training": "5"},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BEFORE_TRAINING)
+def test_refused_before_anything_is_trained(source, tmp_path, case):
+    with pytest.raises(InputError, match="nowhere|seeds"):
+        run(config_of(source, **REFUSED_BEFORE_TRAINING[case]).to_config_dict(), str(tmp_path), mode="all")
+    assert not list(tmp_path.glob("stage*"))
 
 
 REFUSED = {
@@ -254,7 +355,7 @@ REFUSED = {
     "unknown reference": ({"reference": "folder"}, r"reference='folder'"),
     "nothing held out": ({"held_out": 0, "images": "held_out"}, r"data.held_out=0"),
     "all held out": ({"held_out": 60}, r"data.held_out=60 leaves none of 60"),
-    "too few images": ({"images": "npz:{tmp}/few.npz"}, r"sets of 3 images, which are too few"),
+    "too few images": ({"images": "npz:{tmp}/few.npz"}, r"few.npz has 3 images; 4 or more"),
     "no weights": ({"features": "inception", "weights": "/nowhere/x.pth"}, r"no /nowhere/x.pth.*curl"),
     "no classifier": ({"weights": "/nowhere/x"}, r"weights='/nowhere/x' is no file"),
     "npz that is not there": ({"images": "npz:/nowhere/x.npz"}, r"/nowhere/x.npz cannot be used \(No such file"),

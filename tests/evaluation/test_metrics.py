@@ -56,6 +56,15 @@ def test_moments_do_not_depend_on_order_batch_or_devices():
         assert abs(found / wanted - 1) < 1e-6, (batch, devices)
 
 
+def test_moments_of_fewer_features_than_dimensions():
+    """What float32 leaves in the directions that have no spread is no spread."""
+    values, reference = features(1, 30, 64), exact(features(2, 5000, 64))
+    wanted = metrics.frechet_distance(*reference, *exact(values))
+    for some, batch in ((values, 8), (values[::-1], 16)):
+        found = metrics.frechet_distance(*reference, *one_pass(some, batch))
+        assert abs(found / wanted - 1) < 1e-6, batch
+
+
 def test_moments_of_float64_are_exact():
     with enable_x64(True):
         values = features(0, 500, 8, 10.0).astype(np.float64)

@@ -49,6 +49,35 @@ def test_page_of_several_runs(tmp_path):
     assert (tmp_path / "here/report/2-samples.png").is_file()
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    paths = [write_evaluation(tmp_path / side / "run/evaluation", "samples", fid=3.0) for side in "ab"]
+    write_report(tmp_path / "here", [*paths, paths[0]])
+    page = (tmp_path / "here/report/report.md").read_text()
+    assert page.count("## a/run/evaluation") == 2 and page.count("## b/run/evaluation") == 1
+
+
+def test_published_figures_are_of_inception_alone(tmp_path):
+    path = write_evaluation(tmp_path / "evaluation", "samples", published=Published("guided", precision=0.81), precision=0.9)
+    path.write_text(path.read_text().replace('"inception"', '"classifier"'))
+    write_report(tmp_path, [])
+    assert "guided" not in (tmp_path / "report/report.md").read_text()
+
+
+DAMAGED = [
+    "[]",
+    '{"results": [], "made_with": {}}',
+    '{"results": {"a": {}}}',
+    '{"results": {"a": {"images": 1, "metrics": {"fid": "x"}}}}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_evaluations_are_refused(tmp_path, text):
+    (tmp_path / "evaluation.json").write_text(text)
+    with pytest.raises(InputError, match="no evaluation, or damaged"):
+        write_report(tmp_path, [tmp_path / "evaluation.json"])
+
+
 def test_what_is_no_evaluation_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no evaluation.json in .*--mode=evaluate first"):
         write_report(tmp_path, [])

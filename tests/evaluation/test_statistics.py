@@ -12,7 +12,8 @@ from rdm_jax import sharding
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.npz import Npz
-from rdm_jax.evaluation.statistics import Statistics, Tally, compare, read_statistics, save_statistics
+from rdm_jax.evaluation.statistics import Statistics, Tally, compare
+from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 
 SIZE, CLASSES = 6, 3
 
@@ -35,7 +36,7 @@ def pictures(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def gather(images, labels, batch=8, stop_at=None, kept=100) -> Statistics:
     """Statistics by a tally, which is saved and set again into another one at image `stop_at`."""
-    make = lambda: Tally(space(), len(images), kept=kept, shown=np.arange(3))  # noqa: E731
+    make = lambda: Tally("test", space(), len(images), kept=kept, shown=np.arange(3))  # noqa: E731
     tally = make()
     for first in range(0, len(images), batch):
         here = images[first : first + batch]
@@ -86,7 +87,7 @@ def test_kept_features_are_of_random_images_whatever_the_batch():
 
 
 def test_a_short_tally_refuses_to_report():
-    tally = Tally(space(), 10, kept=10, shown=np.arange(0))
+    tally = Tally("test", space(), 10, kept=10, shown=np.arange(0))
     with pytest.raises(RuntimeError, match="0 of 10"):
         tally.statistics({})
 
@@ -95,8 +96,8 @@ def test_features_that_are_not_finite_are_refused():
     images, labels = pictures(8)
     outputs = project(jnp.asarray(space().params), jnp.asarray(images))
     outputs["features"] = outputs["features"].at[5, 2].set(jnp.nan)
-    with pytest.raises(InputError, match="images 0 to 7 are not finite"):
-        Tally(space(), 8, kept=8, shown=np.arange(0)).add(outputs, images, labels)
+    with pytest.raises(InputError, match="features of images 0 to 7 of test are not finite"):
+        Tally("test", space(), 8, kept=8, shown=np.arange(0)).add(outputs, images, labels)
 
 
 def test_statistics_are_read_as_they_were_written(tmp_path):
@@ -154,6 +155,9 @@ REFUSED = {
     "not finite": ({"mu": np.full(SIZE, np.nan)}, "inception", "not finite"),
     "infinite covariance": ({"sigma": np.full((SIZE, SIZE), np.inf)}, "inception", "not finite"),
     "no covariance": ({"sigma": np.triu(np.ones((SIZE, SIZE)))}, "inception", "not symmetric"),
+    "negative variances": ({"sigma": np.diag([1.0, 1, 1, 1, 1, -0.1])}, "inception", "a variance is negative"),
+    "features of another dtype": ({"features": np.zeros((9, SIZE))}, "inception", "float64; float32 of shape"),
+    "number of images": ({"about": np.array('{"space": {}, "count": "many"}')}, "inception", "'about' is damaged"),
     "objects": ({"more": np.array([Bomb()], object)}, "inception", "never loaded"),
     "whole numbers": ({"mu": np.zeros(SIZE, np.int64)}, "inception", "mu of shape"),
     "of inception, not of these": ({}, "projection", "statistics of other features"),
@@ -183,6 +187,8 @@ def damaged(case: str) -> bytes:
         return file.getvalue()[:700]
     if case == "no zip":
         return b"PK nothing"
+    if case == "odd header":
+        return file.getvalue().replace(b"{'descr'", b"(((((((((")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 6)})
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:  # says that it is large, and is not
@@ -190,7 +196,7 @@ def damaged(case: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("case", ["cut", "no zip", "huge"])
+@pytest.mark.parametrize("case", ["cut", "no zip", "odd header", "huge"])
 def test_damaged_npz_files_are_refused(tmp_path, case):
     path = tmp_path / "x.npz"
     path.write_bytes(damaged(case))
