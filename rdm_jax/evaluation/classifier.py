@@ -29,16 +29,16 @@ class Classifier(nnx.Module):
     """Three strided convolutions, the mean over a 4 x 4 grid of what they see, and two dense layers."""
 
     def __init__(self, image_shape: tuple[int, ...], classes: int, *, rngs: nnx.Rngs):
-        channels = (image_shape[-1], *WIDTHS)
-        layer = lambda i: nnx.Conv(channels[i], channels[i + 1], (3, 3), strides=2, rngs=rngs)  # noqa: E731
-        self.convolutions = nnx.List([layer(i) for i in range(len(WIDTHS))])
+        halving = lambda inputs, outputs: nnx.Conv(inputs, outputs, (3, 3), strides=2, rngs=rngs)  # noqa: E731
+        self.conv1 = halving(image_shape[-1], WIDTHS[0])
+        self.conv2, self.conv3 = halving(WIDTHS[0], WIDTHS[1]), halving(WIDTHS[1], WIDTHS[2])
         self.to_features = nnx.Linear(16 * WIDTHS[-1], FEATURES, rngs=rngs)
         self.to_logits = nnx.Linear(FEATURES, classes, rngs=rngs)
 
     def __call__(self, images: UInt8[Array, "b h w c"]) -> tuple[Float[Array, "b d"], Float[Array, "b n"]]:
         """Features and logits, float32."""
         x = images.astype(jnp.float32) / 127.5 - 1
-        for convolution in self.convolutions:
+        for convolution in (self.conv1, self.conv2, self.conv3):
             x = nnx.relu(convolution(x))
         x = jax.image.resize(x, (len(x), 4, 4, x.shape[-1]), "linear").reshape(len(x), -1)  # averages, where it makes smaller
         features = nnx.relu(self.to_features(x))
