@@ -96,32 +96,41 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     np.testing.assert_allclose(metrics.frechet_distance(m1, c1, m2, c2), wanted, rtol=1e-10)
 
 
-def test_kernel_distance_is_unbiased_and_knows_its_error():
-    """Of two sets of one distribution the mean is 0, and the standard error is how much the estimates vary."""
+def simulated_kernel_distances(shift: float) -> np.ndarray:
     random = np.random.default_rng(0)
-    draw = lambda: random.standard_normal((80, 4)) + 0.5  # noqa: E731
-    found = np.array([metrics.kernel_distance(draw(), draw()) for _ in range(400)])
+    draw = lambda: random.standard_normal((60, 4)).astype(np.float32) + 0.5  # noqa: E731
+    return np.array([metrics.kernel_distance(draw(), draw() + np.float32(shift), tile=64) for _ in range(400)])
+
+
+def test_kernel_distance_is_unbiased():
+    """Of two sets of one distribution the mean is 0, and the standard error on the safe side."""
+    found = simulated_kernel_distances(0.0)
     spread = found[:, 0].std()
     assert abs(found[:, 0].mean()) < 4 * spread / np.sqrt(len(found))
-    np.testing.assert_allclose(np.sqrt(np.mean(found[:, 1] ** 2)), spread, rtol=0.2)
-    biased = metrics._unbiased_discrepancy(draw(), draw() + 1)
-    assert biased > 10 * spread
+    assert 1 < np.sqrt(np.mean(found[:, 1] ** 2)) / spread < 1.6
 
 
-def test_kernel_distance_is_the_definition():
-    """With as many subsets as that takes to have 2 features in each, by hand."""
-    x, y = features(0, 4, 3), features(1, 5, 3)
-    order = np.random.default_rng(0)
-    ours = [np.array_split(values[order.permutation(len(values))], 2) for values in (x, y)]
-    k = lambda a, b: (np.float64(a @ b) / 3 + 1) ** 3  # noqa: E731
-    estimates = []
-    for a, b in zip(*ours, strict=True):
-        a, b = a.astype(np.float64), b.astype(np.float64)
-        within = [np.mean([k(p, q) for i, p in enumerate(s) for j, q in enumerate(s) if i != j]) for s in (a, b)]
-        estimates.append(sum(within) - 2 * np.mean([k(p, q) for p in a for q in b]))
-    found, error = metrics.kernel_distance(x, y)
-    np.testing.assert_allclose(found, np.mean(estimates), rtol=1e-10)
-    np.testing.assert_allclose(error, np.std(estimates, ddof=1) / np.sqrt(2), rtol=1e-10)
+def test_kernel_distance_knows_its_error():
+    """Of two different distributions, it is how much the estimates vary; and the mean is what many features tell at once."""
+    found = simulated_kernel_distances(0.7)
+    spread = found[:, 0].std()
+    np.testing.assert_allclose(np.sqrt(np.mean(found[:, 1] ** 2)), spread, rtol=0.15)
+    random = np.random.default_rng(1)
+    x, y = (random.standard_normal((3000, 4)).astype(np.float32) + np.float32(shift) for shift in (0.5, 1.2))
+    exact, error = metrics.kernel_distance(x, y)
+    assert abs(found[:, 0].mean() - exact) < 4 * np.hypot(error, spread / np.sqrt(len(found)))
+    assert exact > 2 * spread
+
+
+@pytest.mark.parametrize("tile", [4, 16, 1000])
+def test_kernel_distance_is_the_definition(tile):
+    x, y = features(0, 10, 3), features(1, 13, 3)
+    k = lambda a, b: (np.float64(a) @ b / 3 + 1) ** 3  # noqa: E731
+    within = [np.mean([k(p, q) for i, p in enumerate(s) for j, q in enumerate(s) if i != j]) for s in (x, y)]
+    wanted = sum(within) - 2 * np.mean([k(p, q) for p in x for q in y])
+    found, _ = metrics.kernel_distance(x, y, tile)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(metrics.kernel_distance(x[::-1], y[::-1], tile)[0], wanted, rtol=1e-5)
 
 
 def brute_force(reference: np.ndarray, sample: np.ndarray, k: int) -> tuple[float, float]:
