@@ -1,9 +1,17 @@
 """Eight virtual devices for every test, so that sharding is exercised on any machine."""
 
 import os
+import tempfile
 
 # Tests compile much and compute little: XLA's optimising of machine code would take most of their time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+# What one process has compiled, the others read: the commands that tests run, and pytest's own workers, which inherit this.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")  # gone with the process that made it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 
