@@ -1,6 +1,7 @@
 """Sets of images of one size, with access at random: prepared records, or a small source decoded into memory."""
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -82,6 +83,7 @@ class ImageSet(Sequence):
         part._cached, part._chosen = self._cached, chosen if self._chosen is None else self._chosen[chosen]
         return part
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Tells the set from every other: a hash of its pixels where they are in memory, else of what its files say of theirs."""
         digest = hashlib.sha256(repr((len(self), self.image_shape, self.class_names)).encode())

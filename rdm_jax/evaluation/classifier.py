@@ -97,7 +97,7 @@ def _is_of(images: ImageSet, path: Path, abstract: Any) -> bool:
 
 
 def _trained_on(images: ImageSet) -> dict[str, Any]:
-    return {"images": len(images), "fingerprint": images.fingerprint()}
+    return {"images": len(images), "fingerprint": images.fingerprint}
 
 
 def _build(images: ImageSet) -> Classifier:

@@ -70,7 +70,7 @@ def _kernel_sums(rows: list[tuple[Array, Array]], columns: list[tuple[Array, Arr
 def _tile_sums(
     rows: Float[Array, "a d"], columns: Float[Array, "b d"], real: Bool[Array, " b"], same: Bool[Array, ""]
 ) -> Float[Array, " a"]:
-    products = jnp.einsum("ad,bd->ab", rows, columns, precision=jax.lax.Precision.HIGHEST) / rows.shape[1]
+    products = _products(rows, columns) / rows.shape[1]
     itself = same & jnp.eye(*products.shape, dtype=bool)
     return jnp.where(real & ~itself, (products + 1) ** 3, 0).sum(1)
 
@@ -124,8 +124,11 @@ def _radii(tiles: list[tuple[Array, Array]], k: int) -> list[Array]:
 
 
 def _squared_distances(rows: Float[Array, "a d"], columns: Float[Array, "b d"]) -> Float[Array, "a b"]:
-    product = jnp.einsum("ad,bd->ab", rows, columns, precision=jax.lax.Precision.HIGHEST)
-    return jnp.maximum((rows**2).sum(1)[:, None] - 2 * product + (columns**2).sum(1), 0)
+    return jnp.maximum((rows**2).sum(1)[:, None] - 2 * _products(rows, columns) + (columns**2).sum(1), 0)
+
+
+def _products(rows: Float[Array, "a d"], columns: Float[Array, "b d"]) -> Float[Array, "a b"]:
+    return jnp.einsum("ad,bd->ab", rows, columns, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.jit

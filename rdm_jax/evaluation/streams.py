@@ -49,7 +49,7 @@ class SetStream(Stream):
 
     def __init__(self, name: str, images: ImageSet, batch_size: int, class_names: tuple[str, ...]):
         self.names, self.count, self.batch_size = (name,), len(images), batch_size
-        self.about = {"set": name, "images": len(images), "fingerprint": images.fingerprint()}
+        self.about = {"set": name, "images": len(images), "fingerprint": images.fingerprint}
         self._images, self._labels = images, labels_by_name(images.class_names, class_names)
         # A score is of images in their order, and a set is often sorted by class.
         self._order = np.random.default_rng(0).permutation(len(images))

@@ -40,7 +40,7 @@ class StageAlone:
         self._config, self._number, self._real = config, number, real
         self._order, self._mesh = np.random.default_rng(0).permutation(len(real)), sharding.data_mesh()
         self.about = {"seed": config.seed, "stage": stage_settings(config, number)}
-        self.about |= {"labels": config.sampling.labels} if number == 1 else {"begins with": real.fingerprint()}
+        self.about |= {"labels": config.sampling.labels} if number == 1 else {"begins with": real.fingerprint}
         log.info("stage%d: samples during training, %d network evaluations an image", number, evaluations(stage))
 
     def sample(self, params: Any, seeds: Int[np.ndarray, " b"]) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
