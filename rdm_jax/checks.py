@@ -4,11 +4,13 @@ import functools
 import math
 from typing import Any
 
+from rdm_jax import sharding
 from rdm_jax.config import Config, Stage, kind_of
 from rdm_jax.data import augment, images, postprocess, records
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
 from rdm_jax.models.song import Song
+from rdm_jax.models.unet import REMAT
 
 MAX_NUMBERS = 1_000_000  # images of what is kept in memory until it is written to one file
 LEAST = 4  # images that can be measured: each has 3 neighbours
@@ -107,8 +109,22 @@ def check_classes(config: Config, class_names: tuple[str, ...]) -> None:
         _require(usable, f"config.stage{number}.guidance", stage.guidance, would_do)
 
 
-def check_devices(config: Config, devices: int) -> None:
-    """Refuses batches that the devices cannot share. Raises InputError."""
+def check_devices(config: Config, devices: int, local_devices: int) -> None:
+    """Refuses a mesh that the devices do not make, and batches that they cannot share. Raises InputError.
+
+    Args:
+      devices: of all processes, which train together.
+      local_devices: of this one, which samples and evaluates by itself.
+    """
+    parallel = config.parallel
+    _require(parallel.mode in ("pjit", "pmap"), "config.parallel.mode", parallel.mode, "'pjit' or 'pmap'")
+    try:
+        sizes = sharding.mesh_sizes(parallel.data, parallel.fsdp, devices)
+    except ValueError:
+        of_all = f"numbers whose product is {devices} (the devices), one of them -1 for the rest,"
+        _require(False, "config.parallel.data, fsdp", (parallel.data, parallel.fsdp), of_all)
+    pmapped = parallel.mode == "pmap" and sizes[1] > 1
+    _require(not pmapped, "config.parallel.fsdp", parallel.fsdp, "1, or parallel.mode='pjit', for 'pmap' only cuts batches,")
     for number, stage in enumerate(config.stages, 1):
         part, field = stage.training.batch_size // stage.training.accumulate, f"config.stage{number}.training.batch_size"
         would_do = (
@@ -116,8 +132,8 @@ def check_devices(config: Config, devices: int) -> None:
         )
         _require(part % devices == 0, field, stage.training.batch_size, would_do)
     for part in ("sampling",) if config.evaluation.features == "none" else ("sampling", "evaluation"):
-        batch_size = getattr(config, part).batch_size
-        _require(batch_size % devices == 0, f"config.{part}.batch_size", batch_size, f"a multiple of {devices} (the devices)")
+        batch_size, would_do = getattr(config, part).batch_size, f"a multiple of {local_devices} (the devices of a process)"
+        _require(batch_size % local_devices == 0, f"config.{part}.batch_size", batch_size, would_do)
 
 
 def parse_numbers(text: str, field: str) -> tuple[int, ...]:
@@ -249,6 +265,7 @@ def _check_sampler(stage: Stage, path: str) -> None:
 def _check_network(stage: Stage, path: str) -> None:
     network = stage.network
     _require(network.dtype in ("float32", "bfloat16"), f"{path}.network.dtype", network.dtype, "'float32' or 'bfloat16'")
+    _require(network.remat in REMAT, f"{path}.network.remat", network.remat, " or ".join(map(repr, REMAT)))
     _require(0 <= network.dropout < 1, f"{path}.network.dropout", network.dropout, "a number from 0 to below 1")
     for field in ("channels", "blocks", "head_channels", "noise_mult", "emb_mult", "patch"):
         value = getattr(network, field, 1)  # not every family has every field

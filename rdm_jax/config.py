@@ -157,7 +157,7 @@ class Sampling:
         stage 1.
       postprocess: 'none', or what the released samplers do to the final images before FID is measured: 'rdm_imagenet'
         (brightness 1.06) or 'rdm_celebahq' (contrast 0.9, brightness 1.05, colour 0.99).
-      batch_size: images at a time, over all devices.
+      batch_size: images at a time, over all devices of a process.
     """
 
     name: str = "samples"
@@ -166,6 +166,22 @@ class Sampling:
     low: str = ""
     postprocess: str = "none"
     batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How training is spread over the devices of all processes. What is learnt does not depend on it.
+
+    Attributes:
+      mode: 'pjit' (`jit` with shardings), or 'pmap', which knows parallel data alone.
+      data: devices along the mesh's axis of batches; -1 for the rest.
+      fsdp: devices along its axis of parameters: each keeps that part of the parameters, of their average and of the optimizer's
+        state, and fetches the rest when it is needed (ZeRO, arXiv 1910.02054); batches are cut along it, too; -1 for the rest.
+    """
+
+    mode: str = "pjit"
+    data: int = -1
+    fsdp: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +218,7 @@ class Evaluation:
       seeds_in_training: of what a stage makes alone while it is being trained, without post-processing; a relay stage goes on
         from the means of real images, those held out if there are any, and has their classes.
       kept: images of each set whose features precision, recall and the kernel distance compare.
-      batch_size: real images at a time, over all devices.
+      batch_size: real images at a time, over all devices of a process.
     """
 
     name: str = "evaluation"
@@ -231,6 +247,7 @@ class Config:
         Stage(),
         Stage(resolution=(256, 256), process=processes.Relay(), sampler=samplers.RelayHeun()),
     )
+    parallel: Parallel = Parallel()
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
 

@@ -36,10 +36,15 @@ class StopOnSignal:
             raise Interrupted(number)
         self.requested = number
 
+    @property
+    def interruption(self) -> Interrupted:
+        """What to raise once everything is saved; where another process was told to stop, as if this one were by SIGTERM."""
+        return Interrupted(self.requested or signal.SIGTERM)
+
     def check(self) -> None:
         """Raises `Interrupted` if a signal has come."""
         if self.requested:
-            raise Interrupted(self.requested)
+            raise self.interruption
 
 
 def obey_parent_alone() -> None:

@@ -44,6 +44,9 @@ MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "e
 FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "workers", "images", "max_skipped")
 FREE_FIELDS += (
     "evaluation",
+    "parallel",
+    "remat",
+    "accumulate",
     "start_from",
     "checkpoint_every",
     "preview_every",
@@ -88,7 +91,7 @@ def run(
     if mode == "import":
         return _import(config, stage, Path(weights).expanduser(), folder)
     checks.check_config(config)
-    checks.check_devices(config, jax.device_count())
+    checks.check_devices(config, jax.device_count(), jax.local_device_count())
     with _owned(folder), StopOnSignal() as stop:
         _check_unchanged(config, folder)
         if mode == "export":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from rdm_jax import checks
-from rdm_jax.config import Config, Stage, parse, to_dict
+from rdm_jax.config import Config, Parallel, Stage, parse, to_dict
 from rdm_jax.diffusion.processes import Relay
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.errors import InputError
@@ -126,8 +126,24 @@ def test_unknown_and_missing_fields_are_named():
 def test_batches_that_devices_cannot_share():
     stage = dataclasses.replace(Stage(), training=dataclasses.replace(Stage().training, batch_size=12, accumulate=2))
     with pytest.raises(InputError, match="stage1.training.batch_size=12.*multiple of 8 .4 devices, accumulate=2"):
-        checks.check_devices(Config(stages=(stage,)), 4)
-    checks.check_devices(Config(stages=(stage,)), 2)
+        checks.check_devices(Config(stages=(stage,)), 4, 4)
+    checks.check_devices(Config(stages=(stage,)), 2, 2)
+    with pytest.raises(InputError, match="config.sampling.batch_size=16.*multiple of 3 .the devices of a process"):
+        checks.check_devices(Config(stages=(stage,)), 6, 3)
+
+
+def test_meshes_that_the_devices_do_not_make():
+    for parallel, named in (
+        (Parallel(data=3), "config.parallel.data, fsdp=.3, 1.*product is 8"),
+        (Parallel(data=-1, fsdp=3), "config.parallel.data, fsdp=.-1, 3"),
+        (Parallel(data=-1, fsdp=-1), "config.parallel.data, fsdp=.-1, -1"),
+        (Parallel(data=0), "config.parallel.data, fsdp=.0, 1"),
+        (Parallel(mode="pmap", fsdp=2), "config.parallel.fsdp=2.*'pmap' only cuts batches"),
+        (Parallel(mode="shard"), "config.parallel.mode='shard'.*'pjit' or 'pmap'"),
+    ):
+        with pytest.raises(InputError, match=named):
+            checks.check_devices(Config(parallel=parallel), 8, 8)
+    checks.check_devices(Config(parallel=Parallel(data=2, fsdp=-1)), 8, 8)
 
 
 def test_guidance_needs_labels():

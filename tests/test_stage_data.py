@@ -13,7 +13,7 @@ from rdm_jax.data.augment import mirror
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
 from rdm_jax.stage_data import Form, open_sets, set_for_pictures
-from rdm_jax.training.loop import build_objective
+from rdm_jax.training.program import build_objective
 from tests.tiny import tiny_config, write_images
 
 
@@ -38,14 +38,14 @@ def test_both_stages_share_one_set_and_the_first_sees_exact_means(config):
     seen = contact_sheet._seen(config.stages[0], sets[1], np.arange(24))
     exact = pixels.reshape(24, 4, 2, 4, 2, 3).astype(np.float64).mean((2, 4)) / 127.5 - 1
     np.testing.assert_allclose(seen, exact, atol=3e-7)
-    assert build_objective(config.stages[0], sets[1]).pool == 2
+    assert build_objective(config.stages[0], sets[1].image_shape, 2).pool == 2
 
 
 def test_a_stage_may_have_images_of_its_own(config, tmp_path):
     config = change(config, 1, source=config.data.source)
     sets = open_sets(config, [1, 2])
     assert sets[1].image_shape == (4, 4, 3) and sets[2].image_shape == (8, 8, 3)
-    assert build_objective(config.stages[0], sets[1]).pool == 1
+    assert build_objective(config.stages[0], sets[1].image_shape, 2).pool == 1
     assert (tmp_path / "images_prepared_stage1" / "manifest.json").exists()
     wanted = np.asarray(Image.open(tmp_path / "images" / "a" / "000.png").resize((4, 4), Image.Resampling.LANCZOS))
     np.testing.assert_array_equal(sets[1][0]["image"], wanted)

@@ -35,7 +35,7 @@ def seconds_each(function) -> float:
 
 def training(stage: configs.Stage, network, channels: int) -> tuple[float, float]:
     """Seconds to compile the step, and images a second."""
-    size, mesh, optimizer = stage.training.batch_size, sharding.data_mesh(), build_optimizer(stage.training)
+    size, mesh, optimizer = stage.training.batch_size, sharding.local_mesh(), build_optimizer(stage.training)
     objective = Objective(network, stage.process, stage.precondition, 1, _CLASSES.value, stage.training.label_dropout)
     kwargs = {"accumulate": stage.training.accumulate, "ema_halflife": stage.training.ema_halflife, "ema_rampup": 0.05}
     step = make_step(objective, optimizer, jax.random.key(0), batch_size=size, **kwargs)
@@ -56,7 +56,7 @@ def training(stage: configs.Stage, network, channels: int) -> tuple[float, float
 
 def sampling(config: configs.Config, number: int, network, channels: int) -> tuple[float, float]:
     """Seconds of the first call (with compilation) and of a later one, for a batch."""
-    stage, size, mesh = config.stages[number - 1], config.sampling.batch_size, sharding.data_mesh()
+    stage, size, mesh = config.stages[number - 1], config.sampling.batch_size, sharding.local_mesh()
     sample = stage_sampler(stage, network, number=number, channels=channels, classes=_CLASSES.value, run_seed=0)
     params = jax.device_put(jax.jit(network.init)(jax.random.key(0)), sharding.replicated(mesh))
     h, w = (side // stage.factor for side in stage.resolution)

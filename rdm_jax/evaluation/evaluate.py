@@ -78,7 +78,7 @@ class Evaluator:
         given = {spec: open_stream(spec, config, self._sets) for spec in _specs(config) if not _is_generated(spec)}
         self._space = space or open_space(config, self._sets, workdir)
         self._given, (self._published, self._reference_stream, self._reference_about) = given, self._open_reference()
-        self._params = jax.device_put(self._space.params, sharding.replicated(sharding.data_mesh()))
+        self._params = jax.device_put(self._space.params, sharding.replicated(sharding.local_mesh()))
         self._apply = jax.jit(self._space.apply)
 
     def _open_reference(self) -> tuple[Statistics | None, Stream | None, dict[str, Any]]:
@@ -219,7 +219,7 @@ class Evaluator:
     def _outputs(self, images: np.ndarray, batch_size: int) -> dict[str, jax.Array]:
         """What the feature space says of images; a short batch is filled up, so that nothing is compiled again."""
         padded = images[np.arange(batch_size) % len(images)]
-        return self._apply(self._params, sharding.put_batch(padded, sharding.data_mesh()))
+        return self._apply(self._params, sharding.put_batch(padded, sharding.local_mesh()))
 
 
 def generates(config: Config) -> bool:

@@ -69,13 +69,13 @@ class Tally:
                 raise InputError(f"config.evaluation: {which} are not finite; another network or set would do.")
         features = np.asarray(outputs["features"])[:here]
         numbers = np.arange(self.done, self.done + here)
-        real = sharding.put_batch((np.arange(size) < here).astype(np.float32), sharding.data_mesh())
+        real = sharding.put_batch((np.arange(size) < here).astype(np.float32), sharding.local_mesh())
         for name in ("features", "spatial"):
             if name in outputs:
                 if name not in self._sums:
                     shift = np.asarray(outputs[name])[:here].mean(0)
                     self._sums[name] = jax.device_put(
-                        moments.start(jnp.asarray(shift)), sharding.replicated(sharding.data_mesh())
+                        moments.start(jnp.asarray(shift)), sharding.replicated(sharding.local_mesh())
                     )
                 self._sums[name] = moments.update(self._sums[name], outputs[name], real)
         self._features.append(features[np.isin(numbers, self._kept)])
@@ -119,7 +119,7 @@ class Tally:
         self.pictures = dict(zip(arrays["numbers"].tolist(), arrays.get("pictures", []), strict=True))
         if self._score:
             self._score.set_state(arrays)
-        whole = sharding.replicated(sharding.data_mesh())
+        whole = sharding.replicated(sharding.local_mesh())
         for name in ("features", "spatial"):
             if f"{name}.shift" in arrays:
                 parts = {part: jax.device_put(arrays[f"{name}.{part}"], whole) for part in moments.Moments._fields}

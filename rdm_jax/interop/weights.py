@@ -191,7 +191,7 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
     classes = len(checkpoints.about(step)["classes"])
     class_name, settings = original.settings_of(stage, config.data.channels, classes)
     abstract = stage.build(config.data.channels, classes).abstract
-    ema, _ = checkpoints.restore_ema(step, checkpoint.with_sharding(abstract, sharding.replicated(sharding.data_mesh())))
+    ema, _ = checkpoints.restore_ema(step, checkpoint.with_sharding(abstract, sharding.replicated(sharding.local_mesh())))
     checkpoints.close()
     names = _names(stage, abstract)
     tensors = original.buffers(stage)

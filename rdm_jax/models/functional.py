@@ -15,7 +15,7 @@ class Network(NamedTuple):
 
     Attributes:
       init: key -> params, a nested dict of float32 arrays.
-      apply: (params, x, noise_label, class_label, augment_label, dropout_key) -> F; the last three may be None.
+      apply: (params, x, noise_label, class_label, augment_label, dropout_keys) -> F; the last three may be None.
       abstract: the shapes and dtypes of the parameters, a tree of `jax.ShapeDtypeStruct`.
     """
 
@@ -68,10 +68,9 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     def init(key):
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)), nnx.Param)[1])
 
-    def apply(params, x, noise_label, class_label=None, augment_label=None, dropout_key=None):
+    def apply(params, x, noise_label, class_label=None, augment_label=None, dropout_keys=None):
         state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line writes into it
         nnx.replace_by_pure_dict(state, params)
-        rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
-        return nnx.merge(graph, state)(x, noise_label, class_label, augment_label, rngs=rngs)
+        return nnx.merge(graph, state)(x, noise_label, class_label, augment_label, dropout_keys)
 
     return Network(init, apply, nnx.to_pure_dict(abstract))

@@ -7,7 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Key
+
+CONVOLUTION = "convolution"  # the name under which `jax.checkpoint` knows the outputs of convolutions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +85,29 @@ def linear(c_in: int, c_out: int, *, init: FanIn | Xavier, use_bias: bool = True
     return nnx.Linear(c_in, c_out, dtype=dtype, rngs=rngs, **kwargs)
 
 
-def group_norm(channels: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Group normalisation over min(32, channels // 4) groups; its statistics are float32 whatever `dtype` is."""
+class GroupNorm(nnx.GroupNorm):
+    """Flax's layer with images never reshaped into groups: moments of channels are averaged over groups instead.
+
+    On TPUs the few channels of a group would be padded to 128, and the image copied there and back.
+    """
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Normalises x; the statistics are float32 whatever its dtype is."""
+        wide = x.astype(jnp.float32)
+        mean, square = (self._over_group(m) for m in (wide.mean((1, 2)), (wide**2).mean((1, 2))))
+        scale = self.scale[...] * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.epsilon)
+        shift = self.bias[...] - mean * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).astype(self.dtype)
+
+    def _over_group(self, moment: Float[Array, "b c"]) -> Float[Array, "b c"]:
+        grouped = moment.reshape(len(moment), self.num_groups, -1)
+        return jnp.broadcast_to(grouped.mean(2, keepdims=True), grouped.shape).reshape(moment.shape)
+
+
+def group_norm(channels: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> GroupNorm:
+    """Group normalisation over min(32, channels // 4) groups."""
     groups = max(1, min(32, channels // 4))
-    return nnx.GroupNorm(channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+    return GroupNorm(channels, num_groups=groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
 
 
 def downsample(x: Float[Array, "b h w c"], taps: tuple[int, ...] = (1, 1), *, padded: bool = False) -> Float[Array, "b h2 w2 c"]:
@@ -157,6 +179,25 @@ def fourier_embedding(label: Float[Array, " b"], frequencies: Float[Array, " n"]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
 
 
+def named(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Marks the output of a convolution, or of attention, as one that rematerialisation may keep (`unet.REMAT`)."""
+    return checkpoint_name(x, CONVOLUTION)
+
+
+def attend(q: Float[Array, "b n k d"], k: Float[Array, "b n k d"], v: Float[Array, "b n k d"]) -> Float[Array, "b n k d"]:
+    """softmax(q k^T / sqrt(d)) v for each of k heads: cuDNN's fused kernel where it applies, else XLA's, softmax in float32."""
+    fused = jax.default_backend() == "gpu" and q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+
+
+def dropout(x: Float[Array, "b h w c"], rate: float, keys: Key[Array, " b"] | None) -> Float[Array, "b h w c"]:
+    """Zeroes a share of the values, each image's by its own key, so that the batch can be cut in any way; without keys, none."""
+    if keys is None or not rate:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
 class Attention(nnx.Module):
     """Self-attention over all pixels; returns what is added to the block's output. Softmax in float32."""
 
@@ -170,9 +211,9 @@ class Attention(nnx.Module):
         """Attends over all pixels of each image."""
         b, h, w, c = x.shape
         # The projection's channels are read as (head, channel in head, [q, k, v]), as in the published weights.
-        qkv = self.qkv(self.norm(x)).reshape(b, h * w, self.heads, c // self.heads, 3)
-        attended = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, -1, 0))
-        return self.proj(attended.reshape(b, h, w, c))
+        qkv = named(self.qkv(self.norm(x))).reshape(b, h * w, self.heads, c // self.heads, 3)
+        attended = named(attend(*jnp.moveaxis(qkv, -1, 0)))
+        return named(self.proj(attended.reshape(b, h, w, c)))
 
 
 class Block(nnx.Module):
@@ -183,7 +224,7 @@ class Block(nnx.Module):
       style: of the family of networks.
       heads: attention heads; 0 for none.
       resample: 'down', 'up' or None.
-      dropout: rate, between the convolutions, active when `rngs` is given to the call.
+      dropout: rate, between the convolutions, active when keys are given to the call.
     """
 
     def __init__(
@@ -205,21 +246,21 @@ class Block(nnx.Module):
         self.conv0 = conv(c_in, c_out, 3, init=style.init, **kwargs)
         self.affine = linear(emb_channels, c_out * (2 if style.scale_shift else 1), init=style.init, **kwargs)
         self.norm1 = group_norm(c_out, epsilon=style.epsilon, **kwargs)
-        self.dropout = nnx.Dropout(dropout)
+        self.dropout = dropout
         self.conv1 = conv(c_out, c_out, 3, init=style.init_last, **kwargs)
         projected = c_in != c_out or (style.project_resampled and resample is not None)
         self.skip = conv(c_in, c_out, 1, init=style.init, **kwargs) if projected else None
         self.attention = Attention(c_out, heads, style, **kwargs) if heads else None
 
     def __call__(
-        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], rngs: nnx.Rngs | None = None
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], keys: Key[Array, " b"] | None = None
     ) -> Float[Array, "b h2 w2 c2"]:
-        """Runs the block on x with the embedding of each image; `rngs` switches dropout on."""
+        """Runs the block on x with the embedding of each image; a key for each image switches dropout on."""
         resample = functools.partial(RESAMPLE[self.resample], taps=self.style.filter)
-        h = self.conv0(resample(nnx.silu(self.norm0(x))))
-        h = self.conv1(self.dropout(nnx.silu(self._modulated(h, emb)), deterministic=rngs is None, rngs=rngs))
+        h = named(self.conv0(resample(nnx.silu(self.norm0(x)))))
+        h = named(self.conv1(dropout(nnx.silu(self._modulated(h, emb)), self.dropout, keys)))
         x = resample(x)
-        h = (h + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+        h = (h + (x if self.skip is None else named(self.skip(x)))) * self.style.skip_scale
         return h if self.attention is None else (h + self.attention(h)) * self.style.skip_scale
 
     def _modulated(self, h: Float[Array, "b h w c"], emb: Float[Array, "b e"]) -> Float[Array, "b h w c"]:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from rdm_jax.models import layers
 from rdm_jax.models.unet import UNet, UNetNetwork
@@ -95,10 +95,10 @@ class SongNetwork(UNetNetwork):
             emb = emb + self.map_augment(augment_label)
         return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
 
-    def _encode(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], rngs: nnx.Rngs | None) -> list[Array]:
+    def _encode(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], keys: Key[Array, " b"] | None) -> list[Array]:
         outputs, residual = [self.stem(x)], x
         for name in self.encoder:
-            h = getattr(self, name)(outputs[-1], emb, rngs)
+            h = self._run(name, outputs[-1], emb, keys)
             if self.config.residual and name.startswith("down"):
                 conv = getattr(self, name.replace("down", "residual"))
                 h = residual = (layers.downsample(conv(residual), self.config.filter, padded=True) + h) * self.style.skip_scale

@@ -1,12 +1,23 @@
 """What the U-Nets of both published families share: the order of blocks, the skips, and the call."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from rdm_jax.models import layers
+
+# What is kept of a block's forward pass for its backward pass; the rest is computed again from the block's input.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda block: block,
+    "block": jax.checkpoint,
+    # jax's own dots_* policies do not know convolutions.
+    "convolutions": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(layers.CONVOLUTION)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +33,10 @@ class UNet:
       augment_labels: values of the augmentation label that conditions the network; 0 for none, 9 for EDM's augmentation.
       dropout: rate in every block.
       patch: side of the pixel patches that are folded into channels before level 0 (space-to-depth), and unfolded at the end.
-      dtype: 'float32' or 'bfloat16' for the computation; parameters are float32 always.
+      dtype: 'float32' or 'bfloat16' for the computation; parameters, and the statistics of normalisation and attention, are
+        float32 always.
+      remat: what training computes again in the backward pass instead of keeping it: 'none'; 'convolutions' for all but the
+        outputs of convolutions (little more time); or 'block' for all but the inputs of blocks (least memory, a third more time).
     """
 
     channels: int = 192
@@ -34,6 +48,7 @@ class UNet:
     dropout: float = 0.1
     patch: int = 1
     dtype: str = "float32"
+    remat: str = "none"
 
     @property
     def stride(self) -> int:
@@ -110,11 +125,29 @@ class UNetNetwork(nnx.Module):
     ) -> Float[Array, "b e"]:
         raise NotImplementedError
 
-    def _encode(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], rngs: nnx.Rngs | None) -> list[Array]:
+    def _run(
+        self,
+        name: str,
+        x: Float[Array, "b h w c"],
+        emb: Float[Array, "b e"],
+        keys: Key[Array, " b"] | None,
+        skip: Float[Array, "b h w c3"] | None = None,
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """The output of a block, for x and what a skip connection joins to its channels."""
+        block, number = getattr(self, name), (*self.encoder, *self.decoder).index(name)
+
+        def run(x, emb, keys, skip):
+            keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            # Joined in here, so that rematerialisation keeps the two, which are kept anyway, and not their copy.
+            return block(x if skip is None else jnp.concatenate([x, skip], axis=-1), emb, keys)
+
+        return REMAT[self.config.remat](run)(x, emb, keys, skip)
+
+    def _encode(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], keys: Key[Array, " b"] | None) -> list[Array]:
         """The outputs of the stem and of all blocks of the encoder."""
         outputs = [self.stem(x)]
         for name in self.encoder:
-            outputs.append(getattr(self, name)(outputs[-1], emb, rngs))
+            outputs.append(self._run(name, outputs[-1], emb, keys))
         return outputs
 
     def __call__(
@@ -123,8 +156,7 @@ class UNetNetwork(nnx.Module):
         noise_label: Float[Array, " b"],
         class_label: Float[Array, "b classes"] | None = None,
         augment_label: Float[Array, "b a"] | None = None,
-        *,
-        rngs: nnx.Rngs | None = None,
+        dropout_keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c2"]:
         """Runs the network.
 
@@ -133,17 +165,15 @@ class UNetNetwork(nnx.Module):
           noise_label: c_noise.
           class_label: one-hot; all zero (or None) is the null label.
           augment_label: None is the label of an image that was not augmented.
-          rngs: a stream for dropout in training; None switches dropout off.
+          dropout_keys: for dropout in training, one an image; None switches dropout off.
 
         Returns:
           An array like x, in float32; with `outputs` times as many channels.
         """
         emb = self._embedding(noise_label, class_label, augment_label)
-        skips = self._encode(layers.space_to_depth(x, self.config.patch), emb, rngs)
+        skips = self._encode(layers.space_to_depth(x, self.config.patch), emb, dropout_keys)
         h = skips[-1]
         for name in self.decoder:
-            if name.startswith("decoder"):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
-            h = getattr(self, name)(h, emb, rngs)
+            h = self._run(name, h, emb, dropout_keys, skips.pop() if name.startswith("decoder") else None)
         h = self.out_conv(nnx.silu(self.out_norm(h)))
         return layers.depth_to_space(h, self.config.patch).astype(jnp.float32)

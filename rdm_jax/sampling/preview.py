@@ -38,7 +38,7 @@ class StageAlone:
         kwargs = {"number": number, "channels": channels, "classes": classes, "run_seed": config.seed}
         self._sampler = stage_sampler(stage, stage.build(channels, classes), **kwargs)
         self._config, self._number, self._real = config, number, real
-        self._order, self._mesh = np.random.default_rng(0).permutation(len(real)), sharding.data_mesh()
+        self._order, self._mesh = np.random.default_rng(0).permutation(len(real)), sharding.local_mesh()
         self.about = {"seed": config.seed, "stage": stage_settings(config, number)}
         self.about |= {"labels": config.sampling.labels} if number == 1 else {"begins with": real.fingerprint}
         log.info("stage%d: samples during training, %d network evaluations an image", number, evaluations(stage))

@@ -37,7 +37,7 @@ class Relay:
     """
 
     def __init__(self, config: Config, workdir: Path):
-        self.config, self.mesh = config, sharding.data_mesh()
+        self.config, self.mesh = config, sharding.local_mesh()
         self.low = LowImages(config) if config.sampling.low else None
         self.first = self.low.stage + 1 if self.low else 1
         self.checkpoints, self._stages = [], []
@@ -112,6 +112,6 @@ def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, 
     for part in ("network", "precondition", "process"):
         for field in sorted(ours[part].keys() | about["stage"][part].keys()):
             was, now = about["stage"][part].get(field), ours[part].get(field)
-            if was != now and field not in ("dropout", "dtype"):
+            if was != now and field not in ("dropout", "dtype", "remat"):
                 name = f"config.stage{number}.{part}.{field}"
                 raise InputError(f"{name}={now!r}, but checkpoint {path} is of another network ({was!r}); {was!r} would do.")

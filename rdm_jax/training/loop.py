@@ -11,50 +11,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from rdm_jax import randomness, sharding
-from rdm_jax.config import Config, Stage, Training, to_dict
-from rdm_jax.data.augment import Augmentation
+from rdm_jax import distributed, randomness, sharding
+from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.randomness import Stream
 from rdm_jax.terminal import log, progress
 from rdm_jax.training import checkpoint, metrics
-from rdm_jax.training.step import Objective, TrainState, init_state, make_step
+from rdm_jax.training.program import PROGRAMS
+from rdm_jax.training.step import TrainState
+from rdm_jax.training.window import Window, is_due
 
 Preview = Callable[[Any, Path], None]
 Evaluate = Callable[[Any, int, Path], dict[str, float]]
 
-# Steps whose metrics are awaited: few, so that a run of bad steps is noticed at once, but not 0, so that devices never idle.
-STEPS_IN_FLIGHT = 2
+# Batches on their way to the devices while a step runs.
+BATCHES_AHEAD = 2
 
 
 class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-def build_objective(stage: Stage, source: ImageSet) -> Objective:
-    """What the stage learns from images of its own resolution, or of a later stage's."""
-    training, classes = stage.training, len(source.class_names)
-    return Objective(
-        network=stage.build(source.image_shape[-1], classes),
-        process=stage.process,
-        precondition=stage.precondition,
-        pool=source.image_shape[0] // stage.resolution[0],
-        classes=classes,
-        label_dropout=training.label_dropout,
-        augmentation=Augmentation(training.augment) if training.augment else None,
-        flip=training.flip,
-    )
-
-
-def build_optimizer(training: Training) -> optax.GradientTransformation:
-    """Adam with a linear warm-up."""
-    warmup = max(1, training.warmup // training.batch_size)
-    rate = optax.linear_schedule(0.0, training.learning_rate, warmup)
-    return optax.adam(rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon)
 
 
 class Trainer:
@@ -74,21 +52,12 @@ class Trainer:
     def __init__(self, config: Config, number: int, source: ImageSet, directory: Path, held_out: ImageSet | None = None):
         self.name, self.stage = f"stage{number}", config.stages[number - 1]
         self.training, self.source, self.directory = self.stage.training, source, directory
-        self.objective, optimizer = build_objective(self.stage, source), build_optimizer(self.training)
-        self.mesh = sharding.data_mesh()
         key = lambda stream: randomness.stream_key(config.seed, number - 1, stream)  # noqa: E731
-        self._step = make_step(
-            self.objective,
-            optimizer,
-            key(Stream.TRAIN),
-            batch_size=self.training.batch_size,
-            accumulate=self.training.accumulate,
-            ema_halflife=self.training.ema_halflife,
-            ema_rampup=self.training.ema_rampup,
-        )
-        self._init = lambda: init_state(self.objective.network, optimizer, key(Stream.INIT))
-        self.abstract = checkpoint.with_sharding(jax.eval_shape(self._init), sharding.replicated(self.mesh))
-        self._validation_key, self._held_out = key(Stream.VALIDATE), held_out or source
+        self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
+        kind, classes = PROGRAMS[config.parallel.mode], len(source.class_names)
+        self._program = kind(self.stage, source.image_shape, classes, key(Stream.TRAIN), self.mesh)
+        self.objective, self.abstract = self._program.objective, self._program.abstract
+        self._init_key, self._validation_key, self._held_out = key(Stream.INIT), key(Stream.VALIDATE), held_out or source
         self._validated = dataclasses.replace(self.objective, augmentation=None, flip=False)
         self._about = {"stage": to_dict(config)[self.name], "classes": list(source.class_names), "seed": config.seed}
         self._workers = config.data.workers
@@ -125,41 +94,50 @@ class Trainer:
 
         def evaluation(writer: metrics.MetricWriter) -> None:
             images = step * self.training.batch_size
-            values = evaluate(state.ema, images, self.directory / "evaluations" / f"{images:010d}")
+            values = evaluate(self._here(state), images, self.directory / "evaluations" / f"{images:010d}")
             writer.write(step, images=images, **{f"evaluation/{name}": value for name, value in values.items()})
 
         if step and self._is_due(step, every) and not self._is_evaluated(step):  # it was stopped
-            with contextlib.closing(metrics.MetricWriter(self.directory, step)) as writer:
+            with contextlib.closing(self._writer(step)) as writer:
                 evaluation(writer)
         if step >= self.training.steps:
             log.info("%s: already trained on %s images", self.name, f"{step * self.training.batch_size:,}")
             return
         copies = self.training.keep_newest + self.training.keep_best + 1 - len(checkpoints.steps())
         checkpoint.check_space(self.directory, self.abstract, copies)
-        compiled, validate = self._compile(state), jax.jit(self._validation_loss)
-        writer, bar = metrics.MetricWriter(self.directory, step), progress(*self._bar(step))
+        self._compile()
+        validate = jax.jit(self._validation_loss, out_shardings=sharding.replicated(self.mesh))
+        writer, bar = self._writer(step), progress(*self._bar(step))
 
-        def save(state: TrainState) -> None:
+        def save() -> None:
             loss = float(np.mean([np.asarray(validate(state.ema, *part)) for part in self._held_images()]))
             writer.write(step, images=step * self.training.batch_size, validation_loss=loss)
-            about = {**self._about, "data": iterator.get_state(), "validation_loss": loss}
+            about = {**self._about, "data": data_state, "validation_loss": loss}
             checkpoints.save(state, about)
-            metrics.draw_curves(self.directory)
+            if distributed.is_first():
+                metrics.draw_curves(self.directory)
 
-        window = _Window(self.training, writer, bar)
+        window, batches = Window(self.training, writer, bar), self._batches(iterator)
+        running = self._program.place(state)
         try:
             while step < self.training.steps:
-                state, values = compiled(state, sharding.put_batch(next(iterator), self.mesh))
+                batch, data_state = next(batches)
+                running, values = self._program(running, batch)
                 step += 1
-                window.add(step, values)
-                if preview and self._is_due(step, self.training.preview_every):
+                window.add(step, values | self._stop_of_any(stop))
+                previewed = preview and self._is_due(step, self.training.preview_every)
+                evaluated, stopped = self._is_due(step, every), window.stopped or (self._alone and bool(stop.requested))
+                saved = self._is_due(step, self.training.checkpoint_every) or evaluated or stopped or window.diverged
+                if previewed or saved:
+                    state = self._program.whole(running)
+                if previewed:
                     with window.paused():
-                        preview(state.ema, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
-                evaluated = self._is_due(step, every)
-                if self._is_due(step, self.training.checkpoint_every) or evaluated or stop.requested or window.diverged:
+                        self._draw(preview, self._here(state), step)
+                if saved:
                     with window.paused():
-                        save(state)
-                    stop.check()
+                        save()
+                    if stopped:
+                        raise stop.interruption
                 if window.diverged:
                     raise Diverged(window.diverged)
                 if evaluated:
@@ -171,8 +149,33 @@ class Trainer:
             window.close()
             bar.close()
             writer.close()
-        seconds = window.seconds or float("nan")
-        log.info("%s: trained, %.0f images/s, %d steps skipped", self.name, window.images / seconds, int(state.skipped))
+        rate, skipped = window.images / (window.seconds or float("nan")), int(self._program.whole(running).skipped)
+        log.info("%s: trained, %.0f images/s, %d steps skipped", self.name, rate, skipped)
+
+    @property
+    def _alone(self) -> bool:
+        return jax.process_count() == 1
+
+    def _stop_of_any(self, stop: StopOnSignal) -> dict[str, jax.Array]:
+        """A metric by which all processes learn, at the same step, that one of them was told to stop."""
+        return {} if self._alone else {"stop": distributed.any_process(bool(stop.requested))}
+
+    def _writer(self, step: int) -> metrics.MetricWriter | metrics.NoWriter:
+        return metrics.MetricWriter(self.directory, step) if distributed.is_first() else metrics.NoWriter()
+
+    def _here(self, state: TrainState) -> Any:
+        """The averaged parameters, whole on each of this process's devices."""
+        return sharding.on_this_process(state.ema, sharding.local_mesh())
+
+    def _batches(self, iterator: TrainIterator) -> Iterator[tuple[dict[str, jax.Array], dict[str, int]]]:
+        """Batches that are on their way to the devices already, each with the iterator's state after it."""
+        size = self.training.batch_size
+        position = np.arange(size, dtype=np.int32).reshape(jax.process_count(), -1)[jax.process_index()]
+        ahead: collections.deque = collections.deque()
+        while True:
+            while len(ahead) <= BATCHES_AHEAD:
+                ahead.append((self._program.put(next(iterator) | {"position": position}), iterator.get_state()))
+            yield ahead.popleft()
 
     def _is_evaluated(self, step: int) -> bool:
         lines = [line for line in metrics.read(self.directory / "metrics.jsonl") if line["step"] == step]
@@ -180,11 +183,15 @@ class Trainer:
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many images, if they are more than 0, and at the end, happens after a step."""
-        return bool(every) and (_due(step, self.training.batch_size, every) or step == self.training.steps)
+        return bool(every) and (is_due(step, self.training.batch_size, every) or step == self.training.steps)
 
     def _iterator(self) -> TrainIterator:
         kwargs = {"process_index": jax.process_index(), "process_count": jax.process_count(), "workers": self._workers}
         return train_iterator(self.source, batch_size=self.training.batch_size, seed=self._data_seed, **kwargs)
+
+    def _draw(self, preview: Preview, params: Any, step: int) -> None:
+        if distributed.is_first():
+            preview(params, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
 
     def _bar(self, step: int) -> tuple[int, str, int]:
         batch_size = self.training.batch_size
@@ -203,10 +210,7 @@ class Trainer:
             return state, steps[-1]
         count = self.objective.network.count()
         log.info("%s: %s parameters, %d x %d pixels", self.name, f"{count:,}", *self.stage.resolution)
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
-        # It runs once: optimising the drawing of some hundred small arrays takes longer than drawing them.
-        options = {"xla_backend_optimization_level": 0}
-        state = jax.jit(self._init, out_shardings=shardings, compiler_options=options)()
+        state = self._program.init(self._init_key)
         if steps:
             return self._with_parameters(state, checkpoints, steps[-1]), 0
         if self.training.start_from:
@@ -223,7 +227,7 @@ class Trainer:
         same = jax.tree.map(lambda x: x.shape, label) == jax.tree.map(lambda x: x.shape, ours.get("map_label"))
         if not same:
             ours.pop("map_label", None)
-            ours |= {"map_label": checkpoint.with_sharding(label, sharding.replicated(self.mesh))} if label else {}
+            ours |= {"map_label": sharding.by_rules(label, self.mesh)} if label else {}
             log.info("%s: the embedding of the classes starts afresh, as they are others than the given parameters'", self.name)
         ema, about = given.restore_ema(step, ours)
         where = str(given.directory / str(step))
@@ -234,18 +238,11 @@ class Trainer:
         log.info("%s: starting with the parameters in %s", self.name, given.directory / str(step))
         return state.replace(params=jax.tree.map(jnp.copy, ema), ema=ema)
 
-    def _compile(self, state: TrainState):
-        began, size = time.perf_counter(), self.training.batch_size
+    def _compile(self) -> None:
+        began = time.perf_counter()
         log.info("%s: compiling the training step", self.name)
-        batch = {
-            "image": jax.ShapeDtypeStruct((size, *self.source.image_shape), jnp.uint8, sharding=sharding.batched(self.mesh)),
-            "label": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=sharding.batched(self.mesh)),
-        }
-        whole = sharding.replicated(self.mesh)
-        shardings = jax.tree.map(lambda _: whole, self.abstract), whole
-        compiled = jax.jit(self._step, donate_argnums=0, out_shardings=shardings).lower(state, batch).compile()
+        self._program.compile()
         log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
-        return compiled
 
     def _held_images(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
         """The images that tell the best checkpoint, evenly from their whole set (which may be sorted), in batches."""
@@ -257,70 +254,4 @@ class Trainer:
 
     def _validation_loss(self, params: Any, batch: dict[str, jax.Array], number: jax.Array) -> jax.Array:
         """The loss of fixed images, as they are, at fixed levels with fixed noise, labels dropped as in training."""
-        return self._validated.loss(params, batch, randomness.image_keys(self._validation_key, number), None).mean()
-
-
-class _Window:
-    """Gathers the metrics of steps as they become known, writes their means, and watches for divergence.
-
-    Attributes:
-      images, seconds: trained so far, the time of pauses left out.
-      diverged: what to tell the user once too many steps in a row were not finite, else ''.
-    """
-
-    def __init__(self, training: Training, writer: metrics.MetricWriter, bar):
-        self._training, self._writer, self._bar = training, writer, bar
-        self._pending: collections.deque = collections.deque()
-        self._known: list[dict[str, float]] = []
-        self._seconds_written, self._resumed = 0.0, time.perf_counter()
-        self._known_to = 0
-        self.images, self.seconds, self.diverged = 0, 0.0, ""
-
-    def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes a step's metrics, which the device may still be computing."""
-        self._pending.append((step, values))
-        while len(self._pending) > STEPS_IN_FLIGHT:
-            self._settle(*self._pending.popleft())
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Waits for all steps, and does not count the time of what is done meanwhile."""
-        while self._pending:
-            self._settle(*self._pending.popleft())
-        yield
-        self._resumed = time.perf_counter()
-
-    def close(self) -> None:
-        """Writes what has not been written yet."""
-        if self._known:
-            self._write(self._known_to)
-
-    def _settle(self, step: int, values: dict[str, jax.Array]) -> None:
-        known = {k: float(v) for k, v in jax.device_get(values).items()}
-        self._known.append(known)
-        self._known_to = step
-        now, batch_size = time.perf_counter(), self._training.batch_size
-        self.images, self.seconds, self._resumed = self.images + batch_size, self.seconds + now - self._resumed, now
-        self._bar.update(batch_size)
-        if _due(step, batch_size, self._training.log_every):
-            self._write(step)
-        if known["skipped_in_a_row"] >= self._training.max_skipped:
-            self.diverged = (
-                f"training stopped at step {step}: {int(known['skipped_in_a_row'])} steps in a row had a loss or gradient that "
-                "is not finite (training.max_skipped); the last good state is saved, and another workdir with a smaller "
-                "training.learning_rate would do."
-            )
-
-    def _write(self, step: int) -> None:
-        means = {k: float(np.mean([m[k] for m in self._known])) for k in ("loss", "grad_norm")}
-        images = len(self._known) * self._training.batch_size
-        rate = images / max(self.seconds - self._seconds_written, 1e-9)
-        skipped = sum(m["skipped_in_a_row"] > 0 for m in self._known)
-        self._writer.write(step, images=step * self._training.batch_size, images_per_second=rate, skipped=skipped, **means)
-        self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-        self._known, self._seconds_written = [], self.seconds
-
-
-def _due(step: int, batch_size: int, every: int) -> bool:
-    """Whether step `step` shows the first image of another `every` images; never for 0."""
-    return bool(every) and step * batch_size // every > (step - 1) * batch_size // every
+        return self._validated.loss(params, batch, randomness.image_keys(self._validation_key, number), dropout=False).mean()

@@ -45,6 +45,16 @@ class MetricWriter:
         self._events.close()
 
 
+class NoWriter:
+    """Stands for a `MetricWriter` where another process writes."""
+
+    def write(self, step: int, **values: float | int) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a last line cut short by a kill is left out."""
     lines = []

@@ -37,17 +37,20 @@ class Objective:
     augmentation: Augmentation | None = None
     flip: bool = False
 
-    def loss(self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], dropout_key: Key[Array, ""] | None) -> Array:
-        """The weighted squared error of each image, mean over its values (EDM equation 8; RDM equation 11). Returns (b,)."""
+    def loss(self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], *, dropout: bool) -> Float[Array, " b"]:
+        """The weighted squared error of each image, mean over its values (EDM equation 8; RDM equation 11).
+
+        Each image's part follows from its own key, with the network's dropout too, if that is on.
+        """
         images = to_float(batch["image"], self.pool)
-        process_keys, label_keys, augment_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+        process_keys, label_keys, augment_keys, dropout_keys = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
         images = mirror(images, augment_keys) if self.flip else images
         images, augment = self.augmentation(images, augment_keys) if self.augmentation else (images, None)
         noised = processes.diffuse(self.process, images, process_keys)
         labels = self.labels(batch["label"], label_keys) if self.classes else None
 
         def network(x, c_noise):
-            return self.network.apply(params, x, c_noise, labels, augment, dropout_key)
+            return self.network.apply(params, x, c_noise, labels, augment, dropout_keys if dropout else None)
 
         error = preconditioning.denoiser(network, self.precondition)(noised.images, noised.sigma) - images
         return noised.weight * jnp.mean(error**2, (1, 2, 3))
@@ -82,9 +85,9 @@ class TrainState:
     skipped_in_a_row: Any
 
 
-def init_state(network: Network, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
-    """The state before the first step. Pure: run it under `jit` with `out_shardings`, and parameters are born sharded."""
-    params, zero = network.init(key), jnp.zeros((), jnp.int32)
+def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. Pure: run it under `jit` with `out_shardings`, and it is born sharded."""
+    zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.array, params)  # a copy of its own, so that the state can be donated
     return TrainState(zero, params, ema, optimizer.init(params), zero, zero)
 
@@ -107,37 +110,42 @@ def make_step(
     accumulate: int,
     ema_halflife: float,
     ema_rampup: float,
+    axis_name: str | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
-    `batch` holds 'image' (b, h, w, c) uint8 and 'label' (b,) int32. Gradients of `accumulate` equal parts of it are averaged
-    one after the other. Where the loss or a gradient is not finite, parameters, moments and average stay as they are and the
-    step is counted as skipped.
+    `batch` holds 'image' (b, h, w, c) uint8, 'label' (b,) int32 and 'position' (b,) int32, each image's place in the global
+    batch, from which its randomness follows. Gradients of `accumulate` equal parts of it are averaged one after the other.
+    Where the loss or a gradient is not finite, parameters, moments and average stay as they are and the step is counted as
+    skipped.
+
+    Args:
+      batch_size: of the global batch.
+      axis_name: under `pmap`, the axis over whose devices gradients are averaged; None under `jit`, where arrays are global.
     """
 
-    def gradient(params, batch, keys, dropout_key):
-        loss = lambda p: objective.loss(p, batch, keys, dropout_key).mean()  # noqa: E731
+    def gradient(params, batch, keys):
+        loss = lambda p: objective.loss(p, batch, keys, dropout=True).mean()  # noqa: E731
         return jax.value_and_grad(loss)(params)
 
-    def accumulated(params, batch, keys, dropout_key):
+    def accumulated(params, batch, keys):
         if accumulate == 1:
-            return gradient(params, batch, keys, dropout_key)
+            return gradient(params, batch, keys)
         # Every accumulate-th image makes a part, so that each part lies on all devices.
         split = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
-        parts = (*jax.tree.map(split, (batch, keys)), jnp.arange(accumulate))
 
         def add(total, part):
-            new = gradient(params, part[0], part[1], jax.random.fold_in(dropout_key, part[2]))
-            return jax.tree.map(jnp.add, total, new), None
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
 
         zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-        total, _ = jax.lax.scan(add, zeros, parts)
+        total, _ = jax.lax.scan(add, zeros, jax.tree.map(split, (batch, keys)))
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        keys_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        keys = randomness.image_keys(keys_key, jnp.arange(batch_size))
-        loss, grads = accumulated(state.params, batch, keys, dropout_key)
+        keys = randomness.image_keys(jax.random.fold_in(key, state.step), batch["position"])
+        loss, grads = accumulated(state.params, batch, keys)
+        if axis_name is not None:
+            loss, grads = jax.lax.pmean((loss, grads), axis_name)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 

@@ -20,7 +20,7 @@ def features(seed: int, count: int, size: int, mean: float = 0.0) -> np.ndarray:
 
 def one_pass(values: np.ndarray, batch: int, devices: int = 8) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance by `moments`, in batches that are cut over devices."""
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     gathered = None
     for first in range(0, len(values), batch):
         here = values[first : first + batch]

@@ -41,7 +41,7 @@ def gather(images, labels, batch=8, stop_at=None, kept=100) -> Statistics:
     for first in range(0, len(images), batch):
         here = images[first : first + batch]
         outputs = project(jnp.asarray(space().params), jnp.asarray(np.resize(here, (batch, 4, 4, 1))))
-        outputs = {name: sharding.put_batch(np.asarray(x), sharding.data_mesh()) for name, x in outputs.items()}
+        outputs = {name: sharding.put_batch(np.asarray(x), sharding.local_mesh()) for name, x in outputs.items()}
         tally.add(outputs, here, labels[first : first + batch])
         if stop_at == first:
             state, tally = {k: np.array(v) for k, v in tally.state().items()}, make()

@@ -129,7 +129,7 @@ def test_dropout_is_off_without_a_key_and_follows_it(smallest):
     x, *labels = (jnp.asarray(np.repeat(a[:1], 3, axis=0)) for a in inputs())
     off = apply(params, x, *labels)
     chex.assert_trees_all_equal(off, apply(params, x, *labels))
-    first, again, second = (apply(params, x, *labels, jax.random.key(seed)) for seed in (0, 0, 1))
+    first, again, second = (apply(params, x, *labels, jax.random.split(jax.random.key(seed), 3)) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
     off, first, second = map(np.asarray, (off, first, second))
     for a, b in [(first, off), (first, second), (first[0], first[1])]:  # an image's mask is its own
@@ -139,7 +139,8 @@ def test_dropout_is_off_without_a_key_and_follows_it(smallest):
 def test_dropout_of_rate_zero_changes_nothing(smallest):
     apply, params = smallest
     without = network(dataclasses.replace(SMALLEST, dropout=0.0)).apply
-    chex.assert_trees_all_close(jax.jit(without)(params, *inputs(), jax.random.key(0)), apply(params, *inputs()), atol=FLOAT32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    chex.assert_trees_all_close(jax.jit(without)(params, *inputs(), keys), apply(params, *inputs()), atol=FLOAT32)
 
 
 def test_gradients_reach_every_parameter(tiny):

@@ -68,7 +68,7 @@ def test_scan_equals_loop(number, monkeypatch):
 @pytest.mark.parametrize("number", [1, 2])
 def test_devices_do_not_matter(number):
     sample, params, low, labels, seeds = make(number)
-    mesh = sharding.data_mesh()
+    mesh = sharding.local_mesh()
     shared = sharding.put_batch(jax.device_get((low, labels, seeds)), mesh)
     there = sample(jax.device_put(params, sharding.replicated(mesh)), *shared)
     assert len(there.sharding.device_set) == 8

@@ -23,7 +23,7 @@ OPTIMIZER = optax.adam(1e-3)
 @functools.cache
 def abstract_state(classes: int):
     network = functional(lambda rngs: NETWORK.build(3, classes, rngs=rngs))
-    return jax.eval_shape(lambda: init_state(network, OPTIMIZER, jax.random.key(0)))
+    return jax.eval_shape(lambda params: init_state(params, OPTIMIZER), network.abstract)
 
 
 def make_state(step: int, classes: int = 2):

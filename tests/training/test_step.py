@@ -38,7 +38,7 @@ def batch(seed: int = 0, size: int = 8):
     random = np.random.default_rng(seed)
     label = random.integers(0, CLASSES, BATCH).astype(np.int32)
     images = 80 * label[:, None, None, None] + random.integers(0, 40, (BATCH, size, size, 3))  # never 255, the poison
-    return {"image": images.astype(np.uint8), "label": label}
+    return {"image": images.astype(np.uint8), "label": label, "position": np.arange(BATCH, dtype=np.int32)}
 
 
 def poisoned(data):
@@ -54,11 +54,11 @@ def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = Fal
     chex.clear_trace_counter()  # it counts by the name of the function, which every step shares
     kwargs = {"batch_size": BATCH, "accumulate": accumulate, "ema_halflife": 100.0, "ema_rampup": 0.05}
     step = make_step(goal, OPTIMIZER, jax.random.key(1), **kwargs)
-    state = jax.jit(lambda: init_state(goal.network, OPTIMIZER, jax.random.key(0)))()
+    state = jax.jit(lambda key: init_state(goal.network.init(key), OPTIMIZER))(jax.random.key(0))
     # The last convolutions start at zero; a nudge lets gradients reach all parameters from the first step.
     nudge = lambda x: np.asarray(x) + 0.05 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
     params = jax.device_put(jax.tree.map(nudge, state.params))
-    out = sharding.replicated(sharding.data_mesh()) if shared else None
+    out = sharding.replicated(sharding.local_mesh()) if shared else None
     return jax.jit(chex.assert_max_traces(step, n=1), out_shardings=out), state.replace(params=params, ema=params)
 
 
@@ -76,7 +76,7 @@ def test_learns_and_is_traced_once():
 
 def test_parts_of_a_batch_lie_on_all_devices():
     _, state = step_and_state()
-    in_parts, mesh = step_and_state.__wrapped__(accumulate=2, shared=True)[0], sharding.data_mesh()
+    in_parts, mesh = step_and_state.__wrapped__(accumulate=2, shared=True)[0], sharding.local_mesh()
     shared = jax.device_put(state, sharding.replicated(mesh)), sharding.put_batch(batch(), mesh)
     text = in_parts.lower(*shared).compile().as_text()
     assert "all-reduce" in text and "all-gather" not in text
@@ -97,7 +97,7 @@ def test_parts_of_a_batch_give_the_same_step(accumulate):
 def test_eight_devices_equal_one():
     assert jax.device_count() == 8
     step, state = step_and_state()
-    shared, mesh = step_and_state.__wrapped__(shared=True)[0], sharding.data_mesh()
+    shared, mesh = step_and_state.__wrapped__(shared=True)[0], sharding.local_mesh()
     here, there = state, jax.device_put(state, sharding.replicated(mesh))
     for i in range(3):
         here, one = step(here, batch(i))
@@ -128,11 +128,11 @@ def test_randomness_follows_from_the_step():
 
 
 def test_noise_of_an_image_is_its_own():
-    goal, data = objective(), batch()
+    goal, data = objective(dropout=0.5), batch()
     keys = randomness.image_keys(jax.random.key(3), jnp.arange(BATCH))
     params, data = step_and_state()[1].params, jax.device_put(data)
-    whole = goal.loss(params, data, keys, None)
-    part = goal.loss(params, jax.tree.map(lambda x: x[4:7], data), keys[4:7], None)
+    whole = goal.loss(params, data, keys, dropout=True)
+    part = goal.loss(params, jax.tree.map(lambda x: x[4:7], data), keys[4:7], dropout=True)
     chex.assert_trees_all_close(whole[4:7], part, rtol=1e-5)
 
 

@@ -1,0 +1,168 @@
+"""A stage's training step, compiled for the devices of a mesh: by `jit` with shardings, or by `pmap`."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from rdm_jax import sharding
+from rdm_jax.config import Stage, Training
+from rdm_jax.data.augment import Augmentation
+from rdm_jax.training.step import Objective, TrainState, init_state, make_step
+
+
+def build_objective(stage: Stage, image_shape: tuple[int, ...], classes: int) -> Objective:
+    """What the stage learns from images (h, w, c) of its own resolution, or of a later stage's."""
+    training = stage.training
+    return Objective(
+        network=stage.build(image_shape[-1], classes),
+        process=stage.process,
+        precondition=stage.precondition,
+        pool=image_shape[0] // stage.resolution[0],
+        classes=classes,
+        label_dropout=training.label_dropout,
+        augmentation=Augmentation(training.augment) if training.augment else None,
+        flip=training.flip,
+    )
+
+
+def build_optimizer(training: Training) -> optax.GradientTransformation:
+    """Adam with a linear warm-up."""
+    warmup = max(1, training.warmup // training.batch_size)
+    rate = optax.linear_schedule(0.0, training.learning_rate, warmup)
+    return optax.adam(rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon)
+
+
+class Program(ABC):
+    """The step of one stage on a mesh. Nothing is compiled, and no array made, before it is asked for.
+
+    Args:
+      stage: what is trained, and how.
+      image_shape: (h, w, c) of the images that it is given.
+      classes: of the images; 0 for none.
+      key: of the training's randomness.
+      mesh: of all devices that train.
+
+    Attributes:
+      objective: what the stage learns.
+      abstract: the state's shapes and shardings, as checkpoints have it.
+    """
+
+    AXIS: str | None = None  # over which the step itself averages gradients
+
+    def __init__(self, stage: Stage, image_shape: tuple[int, ...], classes: int, key: Key[Array, ""], mesh: Mesh):
+        self.mesh, self._image_shape, self._training = mesh, image_shape, stage.training
+        self.objective, self._optimizer = build_objective(stage, image_shape, classes), build_optimizer(stage.training)
+        self._step = make_step(
+            self.objective,
+            self._optimizer,
+            key,
+            batch_size=stage.training.batch_size,
+            accumulate=stage.training.accumulate,
+            ema_halflife=stage.training.ema_halflife,
+            ema_rampup=stage.training.ema_rampup,
+            axis_name=self.AXIS,
+        )
+        shapes = jax.eval_shape(lambda params: init_state(params, self._optimizer), self.objective.network.abstract)
+        self.abstract: TrainState = sharding.by_rules(shapes, mesh)
+
+    def init(self, key: Key[Array, ""]) -> TrainState:
+        """The state before the first step, born where it belongs."""
+        # It runs once: optimising the drawing of some hundred small arrays takes longer than drawing them.
+        options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        init = lambda key: init_state(self.objective.network.init(key), self._optimizer)  # noqa: E731
+        return jax.jit(init, out_shardings=sharding.shardings(self.abstract), compiler_options=options)(key)
+
+    @abstractmethod
+    def compile(self) -> None:
+        """Compiles the step."""
+
+    @abstractmethod
+    def place(self, state: TrainState) -> TrainState:
+        """A state as checkpoints have it -> as the step takes it."""
+
+    @abstractmethod
+    def whole(self, state: TrainState) -> TrainState:
+        """The inverse of `place`."""
+
+    @abstractmethod
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Begins to bring this process's part of a batch to its devices."""
+
+    @abstractmethod
+    def __call__(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Starts one step. `state` is given away; the metrics are scalars."""
+
+
+class Jitted(Program):
+    """One program over the whole mesh; the compiler adds what devices tell each other."""
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step, ready to be compiled; no devices are needed for that."""
+        cut, whole = sharding.batched(self.mesh), sharding.replicated(self.mesh)
+        size = self._training.batch_size
+        shapes = {
+            "image": ((size, *self._image_shape), jnp.uint8),
+            "label": ((size,), jnp.int32),
+            "position": ((size,), jnp.int32),
+        }
+        batch = {name: jax.ShapeDtypeStruct(*about, sharding=cut) for name, about in shapes.items()}
+        out = (sharding.shardings(self.abstract), whole)
+        return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(self.abstract, batch)
+
+    def compile(self) -> None:  # noqa: D102
+        self._compiled = self.lower().compile()
+
+    def place(self, state: TrainState) -> TrainState:  # noqa: D102
+        return state
+
+    def whole(self, state: TrainState) -> TrainState:  # noqa: D102
+        return state
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:  # noqa: D102
+        return sharding.put_batch(batch, self.mesh)
+
+    def __call__(self, state, batch):  # noqa: D102
+        return self._compiled(state, batch)
+
+
+class Pmapped(Program):
+    """The same step once a device, each with its own copy of the state and its own part of the batch."""
+
+    AXIS = sharding.DATA
+
+    def compile(self) -> None:  # noqa: D102
+        devices = list(self.mesh.local_devices) if jax.process_count() == 1 else None
+        self._mapped = jax.pmap(self._step, axis_name=self.AXIS, donate_argnums=0, devices=devices)
+
+    def place(self, state: TrainState) -> TrainState:  # noqa: D102
+        count = len(self.mesh.local_devices)
+        return jax.tree.map(lambda x: np.broadcast_to(_first(x), (count, *x.shape)), state)
+
+    def whole(self, state: TrainState) -> TrainState:  # noqa: D102
+        def unmapped(x, like):
+            value = _first(x).reshape(like.shape)
+            return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+
+        return jax.tree.map(unmapped, state, self.abstract)
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:  # noqa: D102
+        count = len(self.mesh.local_devices)
+        return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+    def __call__(self, state, batch):  # noqa: D102
+        state, values = self._mapped(state, batch)
+        return state, jax.tree.map(lambda x: x.addressable_shards[0].data.reshape(()), values)
+
+
+def _first(x: Any) -> np.ndarray:
+    """What the first of this process's devices has."""
+    return np.asarray(x.addressable_shards[0].data)
+
+
+PROGRAMS = {"pjit": Jitted, "pmap": Pmapped}

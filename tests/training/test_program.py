@@ -1,0 +1,133 @@
+"""The same step on any mesh: one device, data-parallel, FSDP, pmap, in parts, rematerialised."""
+
+import functools
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from rdm_jax import sharding
+from rdm_jax.config import Stage, Training
+from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.samplers import RelayHeun
+from rdm_jax.models.adm import ADM
+from rdm_jax.training import checkpoint
+from rdm_jax.training.program import PROGRAMS
+
+BATCH, CLASSES, SHAPE = 16, 3, (8, 8, 3)
+
+
+def program(devices=1, fsdp=1, mode="pjit", accumulate=1, remat="none", dtype="float32"):
+    """A relay stage whose network has all that a large one has: two levels, attention, labels, dropout."""
+    network = ADM(8, (1, 2), 1, (1,), emb_mult=2, head_channels=8, dropout=0.2, remat=remat, dtype=dtype)
+    # Adam divides a gradient by its own size; where that is little more than rounding, epsilon should be no less.
+    training = Training(batch_size=BATCH, accumulate=accumulate, learning_rate=1e-3, warmup=16, ema_halflife=64.0, epsilon=1e-3)
+    stage = Stage(SHAPE[:2], network, process=Relay(patch=2), training=training, sampler=RelayHeun())
+    mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
+    return PROGRAMS[mode](stage, SHAPE, CLASSES, jax.random.key(1), mesh)
+
+
+def batch(number):
+    random = np.random.default_rng(number)
+    image, label = random.integers(0, 256, (BATCH, *SHAPE), np.uint8), random.integers(0, CLASSES, BATCH).astype(np.int32)
+    return {"image": image, "label": label, "position": np.arange(BATCH, dtype=np.int32)}
+
+
+def trained(made, steps=5, state=None, first=0):
+    """The state after some steps, as checkpoints have it, and the metrics of each."""
+    made.compile()
+    state, metrics = made.place(made.init(jax.random.key(0)) if state is None else state), []
+    for number in range(first, first + steps):
+        state, values = made(state, made.put(batch(number)))
+        metrics.append(jax.device_get(values))
+    return made.whole(state), metrics
+
+
+@functools.cache
+def on_one_device():
+    return jax.device_get(trained(program()))
+
+
+def difference(tree, other):
+    """The largest distance between two arrays of a tree, as a share of the array's largest value."""
+    share = lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(b).max(), 1e-3)  # noqa: E731
+    return max(jax.tree.leaves(jax.tree.map(share, tree, other)))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"devices": 8},
+        {"devices": 8, "fsdp": 2},
+        {"devices": 8, "fsdp": 8},
+        {"devices": 8, "mode": "pmap"},
+        {"accumulate": 4},
+        {"devices": 4, "fsdp": 2, "accumulate": 4, "remat": "block"},
+        {"remat": "block"},
+        {"remat": "convolutions"},
+    ],
+    ids=str,
+)
+def test_what_is_learnt_does_not_depend_on_how(how):
+    (state, metrics), (wanted, wanted_metrics) = trained(program(**how)), on_one_device()
+    assert int(state.step) == 5 and int(state.skipped) == 0
+    chex.assert_trees_all_close(metrics, wanted_metrics, rtol=1e-5)
+    assert difference(state.params, wanted.params) < 1e-5
+    assert difference(state.ema, wanted.ema) < 1e-5
+
+
+def test_parameters_learn_in_those_steps():
+    before, (after, _) = program().init(jax.random.key(0)), on_one_device()
+    assert difference(after.params, jax.device_get(before.params)) > 1e-2
+
+
+def test_arrays_are_where_the_rules_put_them():
+    made = program(devices=8, fsdp=4)
+    state, _ = trained(made, steps=1)
+    for tree in (state, made.init(jax.random.key(0))):
+        for params in (tree.params, tree.ema, tree.opt_state[0].mu, tree.opt_state[0].nu):
+            kernel, bias = params["encoder1_0"]["conv0"]["kernel"], params["encoder1_0"]["conv0"]["bias"]
+            assert kernel.sharding.spec == PartitionSpec(None, None, None, "fsdp")
+            assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 8, 4)}
+            assert bias.sharding.is_fully_replicated
+            stem = params["stem"]["kernel"]  # (3, 3, 3, 8)
+            assert {shard.data.shape for shard in stem.addressable_shards} == {(3, 3, 3, 2)}
+
+
+def test_rules():
+    assert sharding.largest_axis((3, 3, 6, 8), 4) == PartitionSpec(None, None, None, "fsdp")
+    assert sharding.largest_axis((1000, 768), 8) == PartitionSpec("fsdp")
+    assert sharding.largest_axis((3, 3, 5, 7), 4) == sharding.largest_axis((4, 4), 1) == PartitionSpec()
+
+
+def test_a_state_saved_on_eight_devices_goes_on_on_two_and_on_one(tmp_path):
+    saved = checkpoint.Checkpoints(tmp_path)
+    state, _ = trained(program(devices=8, fsdp=4), steps=2)
+    saved.save(state, {"validation_loss": 1.0})
+    saved.wait()
+    for how in ({"devices": 2, "fsdp": 2}, {"devices": 1}, {"devices": 4, "mode": "pmap"}):
+        made = program(**how)
+        restored, _ = saved.restore(2, made.abstract)
+        chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {how["devices"]}
+        after, _ = trained(made, steps=3, state=restored, first=2)
+        assert difference(after.params, on_one_device()[0].params) < 1e-5
+    saved.close()
+
+
+def test_devices_tell_each_other_gradients_and_nothing_else():
+    one, eight = (program(**how) for how in ({}, {"devices": 8}))
+    parameters = 4 * eight.objective.network.count()
+    assert sharding.collectives(one.lower().compile()) == {}
+    told = sharding.collectives(eight.lower().compile())
+    assert told.keys() == {"all-reduce"}
+    assert parameters <= told["all-reduce"] <= parameters + 64  # and the loss
+
+
+def test_bfloat16_keeps_parameters_and_statistics_in_float32():
+    state, metrics = trained(program(dtype="bfloat16"), steps=2)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state[0].mu))} == {np.dtype("float32")}
+    _, wanted = on_one_device()
+    np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in wanted[:2]], rtol=0.02)
