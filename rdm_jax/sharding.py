@@ -2,12 +2,14 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 DATA, FSDP = AXES = ("data", "fsdp")
 
@@ -93,7 +95,38 @@ def shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-_COLLECTIVE = re.compile(r"= (\S+|\([^()]*\)) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+def fetcher(abstract: Any, dtype: jnp.dtype) -> Callable[[Any], Any]:
+    """What makes parameters that are cut over the devices whole again, for one use.
+
+    Without it the compiler would choose for each convolution whether to move parameters or images. What is cut travels as
+    `dtype`, that of the computation; gradients come back summed and cut.
+
+    Args:
+      abstract: of the parameters, with their shardings.
+    """
+
+    def of_leaf(leaf: jax.ShapeDtypeStruct) -> Callable[[Array], Array]:
+        cut = leaf.sharding
+        if cut.is_fully_replicated:
+            return lambda x: x
+
+        @jax.custom_vjp
+        def fetch(x):
+            # Told twice where the narrow copy is, so that it is what travels.
+            narrow = jax.lax.with_sharding_constraint(x.astype(dtype), cut)
+            return jax.lax.with_sharding_constraint(narrow, replicated(cut.mesh))
+
+        def backward(_, gradient):
+            return (jax.lax.with_sharding_constraint(gradient, cut).astype(leaf.dtype),)
+
+        fetch.defvjp(lambda x: (fetch(x), None), backward)
+        return fetch
+
+    fetchers = jax.tree.map(of_leaf, abstract)
+    return lambda params: jax.tree.map(lambda fetch, x: fetch(x), fetchers, params)
+
+
+_COLLECTIVE = re.compile(r"= ([^%\n]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 

@@ -58,6 +58,8 @@ class Program(ABC):
     def __init__(self, stage: Stage, image_shape: tuple[int, ...], classes: int, key: Key[Array, ""], mesh: Mesh):
         self.mesh, self._image_shape, self._training = mesh, image_shape, stage.training
         self.objective, self._optimizer = build_objective(stage, image_shape, classes), build_optimizer(stage.training)
+        shapes = jax.eval_shape(lambda params: init_state(params, self._optimizer), self.objective.network.abstract)
+        self.abstract: TrainState = sharding.by_rules(shapes, mesh)
         self._step = make_step(
             self.objective,
             self._optimizer,
@@ -66,10 +68,9 @@ class Program(ABC):
             accumulate=stage.training.accumulate,
             ema_halflife=stage.training.ema_halflife,
             ema_rampup=stage.training.ema_rampup,
+            fetch=sharding.fetcher(self.abstract.params, jnp.dtype(stage.network.dtype)),
             axis_name=self.AXIS,
         )
-        shapes = jax.eval_shape(lambda params: init_state(params, self._optimizer), self.objective.network.abstract)
-        self.abstract: TrainState = sharding.by_rules(shapes, mesh)
 
     def init(self, key: Key[Array, ""]) -> TrainState:
         """The state before the first step, born where it belongs."""

@@ -110,6 +110,7 @@ def make_step(
     accumulate: int,
     ema_halflife: float,
     ema_rampup: float,
+    fetch: Callable[[Any], Any] = lambda params: params,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
@@ -121,11 +122,12 @@ def make_step(
 
     Args:
       batch_size: of the global batch.
+      fetch: makes parameters that are cut over devices whole.
       axis_name: under `pmap`, the axis over whose devices gradients are averaged; None under `jit`, where arrays are global.
     """
 
     def gradient(params, batch, keys):
-        loss = lambda p: objective.loss(p, batch, keys, dropout=True).mean()  # noqa: E731
+        loss = lambda p: objective.loss(fetch(p), batch, keys, dropout=True).mean()  # noqa: E731
         return jax.value_and_grad(loss)(params)
 
     def accumulated(params, batch, keys):

@@ -126,6 +126,18 @@ def test_devices_tell_each_other_gradients_and_nothing_else():
     assert parameters <= told["all-reduce"] <= parameters + 64  # and the loss
 
 
+@pytest.mark.parametrize("fsdp", [8, 2])
+def test_parameters_that_are_cut_are_fetched_once(fsdp):
+    made = program(devices=8, fsdp=fsdp)
+    told, params = sharding.collectives(made.lower().compile()), jax.tree.leaves(made.abstract.params)
+    cut = sum(4 * leaf.size for leaf in params if not leaf.sharding.is_fully_replicated)
+    assert cut > 0 and told["all-gather"] == cut and told.keys() == {"all-gather", "all-reduce"}
+    # On CPU, gradients are summed whole along 'fsdp' (on TPU by a reduce-scatter, see test_plan.py), then their parts along
+    # 'data'. Besides there are the loss and, of each cut array, its share of the gradient's norm.
+    gradients = 4 * sum(leaf.size for leaf in params) + (cut // fsdp if fsdp < 8 else 0)
+    assert gradients <= told["all-reduce"] <= gradients + 4 * (len(params) + 2)
+
+
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     state, metrics = trained(program(dtype="bfloat16"), steps=2)
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state[0].mu))} == {np.dtype("float32")}
