@@ -16,7 +16,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import rdm_jax
 from rdm_jax.data.images import Form, encode, open_image, to_uint8
-from rdm_jax.data.manifest import sha256
+from rdm_jax.data.manifest import MANIFEST, sha256
 from rdm_jax.data.sources import Source
 from rdm_jax.errors import BadImage, InputError
 from rdm_jax.files import whole_file

@@ -31,6 +31,13 @@ def test_a_source_in_memory_and_its_records_are_the_same(folder, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 
+def test_a_fingerprint_tells_images_apart(folder, tmp_path):
+    path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    direct, one, same = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20), open_prepared(path), open_prepared(path)
+    sets = [direct, one, *one.split(4), open_prepared(prepare(f"folder:{folder}", tmp_path / "other", Form(8, 8)))]
+    assert one.fingerprint == same.fingerprint and len({images.fingerprint for images in sets}) == len(sets)
+
+
 def test_a_source_that_does_not_fit_is_refused_before_it_is_decoded(folder):
     for file in folder.rglob("*.png"):
         file.write_bytes(b"")
