@@ -45,6 +45,7 @@ def check_config(config: Config) -> None:
     _require(
         config.sampling.postprocess in postprocess.PRESETS, "config.sampling.postprocess", config.sampling.postprocess, names
     )
+    _require(config.sampling.files in ("npz", "png"), "config.sampling.files", config.sampling.files, "'npz' or 'png'")
     low = config.sampling.low
     fine = not low or low.startswith(("folder:", "zip:"))
     _require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', or '' for none,")

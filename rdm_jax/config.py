@@ -158,6 +158,7 @@ class Sampling:
       postprocess: 'none', or what the released samplers do to the final images before FID is measured: 'rdm_imagenet'
         (brightness 1.06) or 'rdm_celebahq' (contrast 0.9, brightness 1.05, colour 0.99).
       batch_size: images at a time, over all devices of a process.
+      files: what is written: 'npz', all stages' images in one file, or 'png', the last one's as a picture each, in a folder.
     """
 
     name: str = "samples"
@@ -166,6 +167,7 @@ class Sampling:
     low: str = ""
     postprocess: str = "none"
     batch_size: int = 16
+    files: str = "npz"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,19 @@
 """Several processes, on several hosts or on one: how they find one another, and who does what is to be done once."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from rdm_jax import sharding
 from rdm_jax.errors import InputError
+from rdm_jax.interrupt import StopOnSignal
 
 Result = TypeVar("Result")
 
@@ -35,8 +40,9 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
     try:
         jax.distributed.initialize(coordinator or None, processes, process)
     except Exception as error:
-        if not given and isinstance(error, ValueError) and "coordinator_address" in str(error):
-            return  # jax found no cluster
+        alone = ("coordinator_address", "must be called before")  # jax found no cluster; or works already, by itself
+        if not given and any(reason in str(error) for reason in alone):
+            return
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = coordinator or "those that the surroundings name"
         raise InputError(
@@ -49,31 +55,66 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def gathered(tree: Any) -> Any:
+    """The arrays of every process, stacked along a new first axis (NumPy); all must call it together, with the same shapes."""
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda x: np.asarray(x)[None], tree)
+    return multihost_utils.process_allgather(jax.tree.map(np.asarray, tree))
+
+
 def wait_for_all(what: str) -> None:
     """Returns once every process has come here; `what` they have done is the same word everywhere."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """A part that every process goes through: where it fails in one, it fails in all, and none waits for another for ever.
+
+    Raises:
+      InputError: it has failed in another process, which says why.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        somewhere = gathered(np.int32(failed)).any()
+    if somewhere:
+        raise InputError("another process has failed; what would do there would do here.")
+
+
 def first_before_others(function: Callable[[], Result]) -> Result:
     """Calls `function` in the first process, and in the others after it: they find done what is done once, such as files.
 
     Raises:
-      InputError: the first one's call has failed.
+      InputError: it has failed in another process.
     """
-    if jax.process_count() == 1:
-        return function()
-    if is_first():
-        done = False
-        try:
-            result = function()
-            done = True
-        finally:
-            multihost_utils.broadcast_one_to_all(np.int32(done))
-        return result
-    if not multihost_utils.broadcast_one_to_all(np.int32(0)):
-        raise InputError("the first process has failed; what it says of it would do.")
-    return function()
+    for turn in (True, False):
+        with together():
+            if is_first() == turn:
+                result = function()
+    return result
+
+
+class StopOfAll:
+    """By which all processes learn, at the same turn of a loop, that one of them was told to stop.
+
+    Every process must go through as many turns as the others. Where there are others, they learn it a turn late, so that
+    nothing waits for the devices.
+    """
+
+    def __init__(self, stop: StopOnSignal):
+        self._stop, self._before = stop, None
+
+    def check(self) -> None:
+        """A turn. Raises `Interrupted`."""
+        if jax.process_count() == 1:
+            return self._stop.check()
+        before, self._before = self._before, any_process(bool(self._stop.requested))
+        if before is not None and int(before):
+            raise self._stop.interruption
 
 
 def any_process(flag: bool) -> jax.Array:
@@ -81,6 +122,11 @@ def any_process(flag: bool) -> jax.Array:
 
     Every process must call it as often as the others, and then they read the same. Nothing waits before it is read.
     """
+    mesh, largest = _over_all()
+    return largest(sharding.put_batch(np.full(len(mesh.local_devices), flag, np.int32), mesh))
+
+
+@functools.cache
+def _over_all() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
     mesh = sharding.make_mesh()
-    flags = np.full(len(mesh.local_devices), flag, np.int32)
-    return jax.jit(lambda x: x.max(), out_shardings=sharding.replicated(mesh))(sharding.put_batch(flags, mesh))
+    return mesh, jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))

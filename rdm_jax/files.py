@@ -1,5 +1,7 @@
 """Files that are there whole or not at all."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,3 +17,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where the user's caches of this project lie."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # Path's own raises where there is no home
+    return Path(tempfile.gettempdir() if caches.startswith("~") else caches) / "rdm_jax"

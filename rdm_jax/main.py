@@ -14,21 +14,30 @@ if __name__ == "__main__":
 # Before anything imports TensorStore or XLA, whose C++ logging is decided at import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rdm_jax import run
+from rdm_jax import config, distributed, plan, run
 from rdm_jax.errors import InputError
+from rdm_jax.files import cache_folder
 from rdm_jax.interrupt import Interrupted
 from rdm_jax.terminal import show_log
 from rdm_jax.training.loop import Diverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; --config.field=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
-_MODE = flags.DEFINE_enum("mode", "all", run.MODES, "Which part to do.")
+_MODE = flags.DEFINE_enum("mode", "all", (*run.MODES, "plan"), "Which part to do.")
 _STAGE = flags.DEFINE_integer("stage", None, "With --mode train, import or export: which stage, from 1.", lower_bound=1)
 _WEIGHTS = flags.DEFINE_string("weights", None, "With --mode import: the .pkl, .pt or safetensors; with export: what to write.")
 _EVALUATIONS = flags.DEFINE_list("evaluations", [], "With --mode report: evaluation.json files; without, all of the workdir.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells; 'none' to stay alone.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator host:port: how many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "With --coordinator host:port: which of them this is, from 0.")
+_TARGET = flags.DEFINE_string("target", "here", "With --mode plan: chips, such as v5e-16 or h100-8; 'here' for these devices.")
+_UTILISATION = flags.DEFINE_float("utilisation", 0.4, "With --mode plan: the share of the peak FLOP/s that is reached.")
+_CLASSES = flags.DEFINE_integer("classes", 0, "With --mode plan: number of classes; 0 for none.", lower_bound=0)
+_COMPILE = flags.DEFINE_bool("compile", False, "With --mode plan: compile for the TPU target, for the compiler's own figures.")
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out images that cannot be used, instead of refusing the set.")
 
 
@@ -39,7 +48,7 @@ def _parse_flags(argv: list[str]) -> None:
         strays = flags.FLAGS(argv)[1:]
         if strays:
             raise InputError(f"{strays[0]!r} is no flag; --{strays[0].lstrip('-')} would do.")
-        if _CONFIG.value is None or _WORKDIR.value is None:
+        if _CONFIG.value is None or (_WORKDIR.value is None and _MODE.value != "plan"):
             raise InputError("--config and --workdir are needed, as in --config configs/digits.py --workdir runs/digits.")
         _CONFIG.value.to_dict()  # a config that could not be loaded says so when it is used
     except flags.Error as error:
@@ -51,14 +60,25 @@ def _parse_flags(argv: list[str]) -> None:
         raise InputError(f"the config cannot be used ({reason}); one that loads, such as configs/digits.py, would do.") from error
 
 
+def _run() -> None:
+    if _MODE.value == "plan":
+        about = {"utilisation": _UTILISATION.value, "classes": _CLASSES.value, "ahead_of_time": _COMPILE.value}
+        return print(plan.plan(config.parse(_CONFIG.value), _TARGET.value, **about))
+    distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    show_log(quiet=not distributed.is_first())
+    part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD)}
+    return run.run(_CONFIG.value, _WORKDIR.value, **part)
+
+
 def main() -> int:
     """Returns the exit status: 0 done, 1 diverged, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     show_log()
     logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
     try:
         _parse_flags(sys.argv)  # config_flags looks at sys.argv itself, so nothing else would do
-        part = {"mode": _MODE.value, "stage": _STAGE.value, "weights": _WEIGHTS.value, "evaluations": _EVALUATIONS.value}
-        run.run(_CONFIG.value, _WORKDIR.value, **part, skip_bad=_SKIP_BAD.value)
+        _run()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,4 +96,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status in (1, 2) and jax.distributed.is_initialized():
+        os._exit(status)  # at a usual exit jax would wait for the other processes, and they perhaps for this one
+    sys.exit(status)

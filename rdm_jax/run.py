@@ -1,18 +1,21 @@
 """A run from config to samples, part by part; what `main` does, for notebooks too."""
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from rdm_jax import checks, contact_sheet
+from rdm_jax import checks, contact_sheet, distributed
 from rdm_jax import config as configs
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
@@ -40,6 +43,8 @@ from rdm_jax.training import checkpoint
 from rdm_jax.training.loop import Trainer
 
 MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "export")
+ALONE = ("report", "import", "export")  # modes of one process
+LOCK = ".lock"
 # What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
 FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "workers", "images", "max_skipped")
 FREE_FIELDS += (
@@ -86,6 +91,8 @@ def run(
     config = configs.parse(values)
     _check_part(config, mode, stage, weights)
     folder = Path(workdir).expanduser()
+    if jax.process_count() > 1 and mode in ALONE:
+        raise InputError(f"--mode={mode} with {jax.process_count()} processes is no use; --coordinator=none would do.")
     if mode == "report":
         return write_report(folder, [Path(path).expanduser() for path in evaluations])
     if mode == "import":
@@ -93,7 +100,8 @@ def run(
     checks.check_config(config)
     checks.check_devices(config, jax.device_count(), jax.local_device_count())
     with _owned(folder), StopOnSignal() as stop:
-        _check_unchanged(config, folder)
+        with distributed.together():
+            _check_unchanged(config, folder)
         if mode == "export":
             return export_stage(config, stage, folder, Path(weights).expanduser())
         _work(config, mode, stage, folder, stop, skip_bad)
@@ -115,7 +123,8 @@ def _check_part(config: Config, mode: str, stage: int | None, weights: str | Non
 
 def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal, skip_bad: bool) -> None:
     """Prepares, trains, samples and evaluates, or what of it the mode asks for."""
-    log.info("%s on %d %s device(s), workdir %s", mode, jax.device_count(), jax.default_backend(), folder)
+    about = (mode, jax.device_count(), jax.default_backend(), jax.process_count(), folder)
+    log.info("%s on %d %s device(s) of %d process(es), workdir %s", *about)
     if config.sampling.low and mode in ("all", "sample"):
         LowImages(config)  # so that one that cannot be used is refused before training
     training = [n for n in range(1, len(config.stages) + 1) if mode in ("all", "train") and stage in (None, n)]
@@ -124,15 +133,16 @@ def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: Stop
     evaluating = _is_evaluated(config, mode, training)
     wanted = {"prepare": everything, "all": everything, "train": training}.get(mode, [])
     wanted = sorted({*wanted, *([last] if evaluating and needs_data(config) else [])})
-    sets = open_sets(config, wanted, skip_bad=skip_bad, verify=mode == "prepare", check_stop=stop.check)
-    stop.check()
-    if mode in ("prepare", "all"):
+    kwargs = {"skip_bad": skip_bad, "verify": mode == "prepare", "check_stop": stop.check}
+    sets = distributed.first_before_others(lambda: open_sets(config, wanted, **kwargs))
+    if mode in ("prepare", "all") and distributed.is_first():
         contact_sheet.draw(config, sets, folder / "contact_sheet.png", again=mode == "prepare")
     parts = {number: images.split(config.data.held_out) for number, images in sets.items()}
     evaluator = Evaluator(config, *parts.get(last, (None, None)), folder, stop) if evaluating else None
     if training:
         checks.check_classes(config, sets[training[0]].class_names)
-        _write_config(config, folder)
+        if distributed.is_first():
+            _write_config(config, folder)
     for number in training:
         _train(config, number, *parts[number], folder, stop, evaluator)
         stop.check()
@@ -207,10 +217,24 @@ def _train(
 
 @contextmanager
 def _owned(workdir: Path) -> Iterator[None]:
-    """Makes the workdir and keeps other runs out of it; the lock goes with the process, however it ends."""
+    """Makes the workdir and keeps other runs out of it; the lock goes with the first process, however it ends."""
+    token = str(distributed.gathered(np.int32(time.time_ns() % 2**31))[0])
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            if distributed.is_first():
+                held.enter_context(_locked(workdir, token))
+        with distributed.together():
+            if not (workdir / LOCK).is_file() or (workdir / LOCK).read_text() != token:
+                would_do = "a folder that all hosts share"
+                raise InputError(f"--workdir={str(workdir)!r} is not the same for every process; {would_do} would do.")
+        yield
+
+
+@contextmanager
+def _locked(workdir: Path, token: str) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        lock = (workdir / LOCK).open("w")
     except OSError as error:
         raise InputError(f"--workdir={str(workdir)!r} cannot be written ({error.strerror}); another folder would do.") from error
     with lock:
@@ -218,6 +242,8 @@ def _owned(workdir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"--workdir={str(workdir)!r} is in use by another run; waiting for it would do.") from error
+        lock.write(token)
+        lock.flush()
         yield
 
 

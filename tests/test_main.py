@@ -111,8 +111,9 @@ def check_equal_states(one: Path, other: Path, *stages: str):
 def read_arrays(item: Path) -> dict[str, np.ndarray]:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(item)
+    with ocp.PyTreeCheckpointer() as reader:  # as NumPy arrays, wherever they were saved
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).item_metadata.tree)
+        tree = reader.restore(item, ocp.args.PyTreeRestore(restore_args=args))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 

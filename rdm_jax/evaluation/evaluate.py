@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rdm_jax import __version__, sharding
+from rdm_jax import __version__, distributed, sharding
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
@@ -76,7 +76,7 @@ class Evaluator:
         self._config, self._stop, self._folder = config, stop, workdir / config.evaluation.name
         self._sets = {name: part for name, part in (("training", images), ("held_out", held_out)) if part is not None}
         given = {spec: open_stream(spec, config, self._sets) for spec in _specs(config) if not _is_generated(spec)}
-        self._space = space or open_space(config, self._sets, workdir)
+        self._space = space or distributed.first_before_others(lambda: open_space(config, self._sets, workdir))
         self._given, (self._published, self._reference_stream, self._reference_about) = given, self._open_reference()
         self._params = jax.device_put(self._space.params, sharding.replicated(sharding.local_mesh()))
         self._apply = jax.jit(self._space.apply)
@@ -134,10 +134,11 @@ class Evaluator:
             log.info("evaluation: already in %s\n%s", folder, result_table(result["results"]))
         else:
             result = {"results": self._results(streams, folder), "made_with": made_with, **_surroundings(self._config)}
-            with whole_file(folder / RESULT) as partial:
-                partial.write_text(json.dumps(result, indent=2, allow_nan=False))
+            if distributed.is_first():
+                with whole_file(folder / RESULT) as partial:
+                    partial.write_text(json.dumps(result, indent=2, allow_nan=False))
             log.info("evaluation: -> %s\n%s", folder / RESULT, result_table(result["results"]))
-        for stream in streams:
+        for stream in streams if distributed.is_first() else ():
             self._partial(stream, folder).unlink(missing_ok=True)
         return result
 
@@ -149,7 +150,8 @@ class Evaluator:
                 metrics, notes = compare(self._reference, tally.statistics(stream.about), self._space)
                 results[name] = {"images": tally.count, "metrics": metrics, "notes": notes}
                 shown = np.stack([tally.pictures[n] for n in sorted(tally.pictures)])
-                pictures.save_picture(pictures.plain_grid(shown, columns=10), folder / picture_names(results)[name])
+                if distributed.is_first():
+                    pictures.save_picture(pictures.plain_grid(shown, columns=10), folder / picture_names(results)[name])
         return results
 
     @functools.cached_property
@@ -168,12 +170,13 @@ class Evaluator:
         if self._published:
             published = {"count": self._published.count, "gaussians": self._published.gaussians}
             statistics = dataclasses.replace(statistics, **published)
-        save_statistics(path, statistics, self._space)
-        self._partial(stream, self._folder).unlink()
+        if distributed.is_first():
+            save_statistics(path, statistics, self._space)
+            self._partial(stream, self._folder).unlink()
         return statistics
 
     def _gather(self, stream: Stream, folder: Path) -> dict[str, Tally]:
-        """Sees every image of a stream, from where an earlier run was stopped."""
+        """Sees every image of a stream, from where an earlier run was stopped; every process its share, and is told the rest."""
         tallies, path = self._tallies(stream), self._partial(stream, folder)
         if path.is_file():
             try:
@@ -182,6 +185,7 @@ class Evaluator:
                 log.info("evaluation: begins again, as what was gathered cannot be read (%s)", error)
                 tallies = self._tallies(stream)
         done = min(tally.done for tally in tallies.values())
+        distributed.wait_for_all("know what was gathered")
         saved, pause, waiting = time.monotonic(), SAVE_SECONDS, []
 
         def take() -> None:  # one batch late, so that the devices work while the next one is read
@@ -191,21 +195,40 @@ class Evaluator:
 
         with progress(stream.count, f"measuring {', '.join(stream.names)}", done) as bar:
             while done < stream.count:
-                here = min(stream.batch_size, stream.count - done)
-                images, labels = stream.batch(done, here)
-                outputs = {name: self._outputs(images[name], stream.batch_size) for name in tallies}
+                batches, stopped = self._batches(stream, done)
                 take()
-                waiting += [(tallies[name], outputs[name], images[name], labels) for name in tallies]
-                done += here
-                bar.update(here)
-                if self._stop.requested or done == stream.count or time.monotonic() - saved > pause:
+                for outputs, images, labels in batches:
+                    waiting += [(tallies[name], outputs[name], images[name], labels) for name in tallies]
+                    done += len(labels)
+                    bar.update(len(labels))
+                if stopped or done == stream.count or time.monotonic() - saved > pause:
                     take()
                     began = time.monotonic()
-                    _save(tallies, path)
+                    if distributed.is_first():
+                        _save(tallies, path)
                     saved = time.monotonic()
                     pause = max(SAVE_SECONDS, 20 * (saved - began))
-                    self._stop.check()
+                    if stopped:
+                        raise self._stop.interruption
         return tallies
+
+    def _batches(self, stream: Stream, done: int) -> tuple[list[tuple[dict, dict, np.ndarray]], bool]:
+        """The next batch of every process in turn: outputs and images by the name of the set, labels; and whether to stop."""
+        size, firsts = stream.batch_size, [done + n * stream.batch_size for n in range(jax.process_count())]
+        counts = [min(size, stream.count - first) for first in firsts if first < stream.count]
+        turn = min(jax.process_index(), len(counts) - 1)  # where there is nothing left to do, the last one's is done again
+        images, labels = stream.batch(firsts[turn], counts[turn])
+        outputs = {name: self._outputs(images[name], size) for name in stream.names}
+        if jax.process_count() == 1:
+            return [(outputs, images, labels)], bool(self._stop.requested)
+        filled = jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), (images, labels))
+        *everywhere, stopped = distributed.gathered((outputs, *filled, np.int32(bool(self._stop.requested))))
+        batches = []
+        for n, count in enumerate(counts):
+            outputs, images, labels = jax.tree.map(lambda x, n=n: x[n], tuple(everywhere))
+            outputs = sharding.put_batch(outputs, sharding.local_mesh())
+            batches.append((outputs, {name: x[:count] for name, x in images.items()}, labels[:count]))
+        return batches, bool(stopped.any())
 
     def _tallies(self, stream: Stream) -> dict[str, Tally]:
         kwargs = {"kept": self._config.evaluation.kept, "shown": stream.shown()}

@@ -7,7 +7,6 @@ names that its layers have there.
 """
 
 import hashlib
-import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from jaxtyping import Array, Float, Num, UInt8
 
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
+from rdm_jax.files import cache_folder
 from rdm_jax.interop.torch_files import open_state_dict
 from rdm_jax.interop.torch_tensors import Tensor
 
@@ -235,8 +235,7 @@ def inception_space(path: Path) -> FeatureSpace:
 
 def default_path() -> Path:
     """Where the file of weights is looked for."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "rdm_jax" / URL.rpartition("/")[2]
+    return cache_folder() / URL.rpartition("/")[2]
 
 
 def load(path: Path, sha256: str = SHA256) -> tuple[Params, str]:

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Int, UInt8
 
 from rdm_jax import checks, sharding
 from rdm_jax.config import Config, to_dict
@@ -17,6 +18,20 @@ from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.sampler import stage_sampler, to_uint8
 from rdm_jax.training import checkpoint
 from rdm_jax.training.step import to_float
+
+
+class Begun(NamedTuple):
+    """Images that the devices may still be computing.
+
+    Attributes:
+      stages: of each stage's images uint8 (b, h, w, c).
+      finite: whether all of them are made of finite numbers.
+      count: of the images that were asked for; the rest fill up the batch.
+    """
+
+    stages: list[UInt8[Array, "b h w c"]]
+    finite: Bool[Array, ""]
+    count: int
 
 
 class Relay:
@@ -53,8 +68,9 @@ class Relay:
         about = checkpoints.about(step)
         _check_same_stage(self.config, number, folder / str(step), about)
         network, classes = stage.build(channels, len(about["classes"])), len(about["classes"])
-        abstract = checkpoint.with_sharding(network.abstract, sharding.replicated(self.mesh))
-        params, _ = checkpoints.restore_ema(step, abstract)
+        # All processes read together; then each has its own.
+        abstract = checkpoint.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
+        params = sharding.on_this_process(checkpoints.restore_ema(step, abstract)[0], self.mesh)
         checkpoints.close()
         sampler = stage_sampler(stage, network, number=number, channels=channels, classes=classes, run_seed=self.config.seed)
         self._stages.append((sampler, params))
@@ -71,22 +87,37 @@ class Relay:
     def sample(self, seeds: Int[np.ndarray, " b"]) -> list[np.ndarray]:
         """The images of every stage from the one before `first` on, uint8 NHWC, for any number of seeds up to the batch size.
 
-        A short batch is filled up, so that nothing is compiled again.
+        A short batch is filled up, so that nothing is compiled again. Raises InputError where they are not finite numbers.
         """
+        return self.finish(self.begin(seeds))
+
+    def begin(self, seeds: Int[np.ndarray, " b"]) -> Begun:
+        """Sets the devices to work, and does not wait: what is begun next follows without a gap."""
         padded = np.resize(seeds, self.config.sampling.batch_size)
         device_seeds, labels = sharding.put_batch((padded.astype(np.uint32), self.labels(padded)), self.mesh)
-        images, low = [], None
+        stages, low, finite = [], None, jnp.array(True)
         if self.low:
-            given = self.low.images(padded)
-            low = sharding.put_batch(np.asarray(to_float(jnp.asarray(given), 1)), self.mesh)
-            images.append(given[: len(seeds)])
+            stages.append(sharding.put_batch(self.low.images(padded), self.mesh))
+            low = _to_float(stages[0])
         for sampler, params in self._stages:
             low = sampler(params, low, labels, device_seeds)
-            if not jnp.isfinite(low).all():  # as bytes they would look like images
-                raise InputError("a checkpoint makes images that are not finite numbers; an earlier checkpoint would do.")
-            images.append(np.asarray(to_uint8(low))[: len(seeds)])
+            images, fine = _to_bytes(low)
+            stages, finite = [*stages, images], finite & fine
+        for array in (*stages, finite):
+            array.copy_to_host_async()
+        return Begun(stages, finite, len(seeds))
+
+    def finish(self, begun: Begun) -> list[np.ndarray]:
+        """Waits for the images, and returns them as `sample` does."""
+        if not begun.finite:  # as bytes they would look like images
+            raise InputError("a checkpoint makes images that are not finite numbers; an earlier checkpoint would do.")
+        images = [np.asarray(stage)[: begun.count] for stage in begun.stages]
         images[-1] = postprocess(images[-1], self.config.sampling.postprocess)
         return images
+
+
+_to_float = jax.jit(lambda images: to_float(images, 1))
+_to_bytes = jax.jit(lambda images: (to_uint8(images), jnp.isfinite(images).all()))
 
 
 def _common_classes(config: Config, known: list[tuple[str, ...]], first: int) -> tuple[str, ...]:

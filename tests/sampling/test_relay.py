@@ -11,10 +11,11 @@ from rdm_jax import sharding
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
+from rdm_jax.data.sources import open_source
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.models.functional import functional
-from rdm_jax.sampling import pictures, relay, results, sampler
+from rdm_jax.sampling import parts, pictures, relay, sampler
 from rdm_jax.training.step import to_float
 from tests.tiny import NETWORK, tiny_config, write_images
 
@@ -90,21 +91,52 @@ class FakeRelay(relay.Relay):
     def __init__(self, config):
         self.config, self.made, self.after_each = config, [], lambda: None
 
-    def sample(self, seeds):
-        self.made.append(seeds.tolist())
+    def begin(self, seeds):
+        return relay.Begun([np.full((8, 4, 4, 3), 1, np.uint8), seeds.astype(np.uint8)[:, None, None, None]], True, len(seeds))
+
+    def finish(self, begun):
+        self.made.append(begun.stages[1].ravel().tolist())
         self.after_each()
-        return [np.full((len(seeds), 4, 4, 3), 1, np.uint8), np.resize(seeds.astype(np.uint8), (len(seeds), 1, 1, 1))]
+        return [stage[: begun.count] for stage in begun.stages]
 
 
 def test_interrupted_sampling_goes_on(tmp_path):
     fake, stop = FakeRelay(tiny_config("images")), StopOnSignal()
     fake.after_each = lambda: setattr(stop, "requested", 15)
     with pytest.raises(Interrupted):
-        results._sample_in_parts(fake, np.arange(12), tmp_path, stop)
+        parts.sample_in_parts(fake, np.arange(12), tmp_path, stop)
     fake.after_each = lambda: None
-    stages = results._sample_in_parts(fake, np.arange(12), tmp_path, StopOnSignal())
+    made, _ = parts.sample_in_parts(fake, np.arange(12), tmp_path, StopOnSignal())
     assert fake.made == [list(range(8)), list(range(8, 12))]  # the first batch was not made again
-    assert stages[1].ravel().tolist() == list(range(12))
+    assert made.read(np.array([11, 0, 7]))[1].ravel().tolist() == [11, 0, 7]
+
+
+def test_parts_become_one_file(tmp_path):
+    made, _ = parts.sample_in_parts(FakeRelay(tiny_config("images")), np.arange(12), tmp_path / "parts", StopOnSignal())
+    for name in ("one.npz", "other.npz"):
+        parts.write_npz(made, ["stage1", "images"], {"seeds": np.arange(12)}, tmp_path / name)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "other.npz").read_bytes()
+    with np.load(tmp_path / "one.npz") as file:
+        assert file.files == ["stage1", "images", "seeds"]
+        np.testing.assert_array_equal(file["stage1"], np.ones((12, 4, 4, 3), np.uint8))
+        np.testing.assert_array_equal(file["images"].ravel(), np.arange(12))
+
+
+def test_parts_become_pictures(tmp_path):
+    made, _ = parts.sample_in_parts(FakeRelay(tiny_config("images")), np.arange(12), tmp_path / "parts", StopOnSignal())
+    for _ in range(2):  # what stands there is replaced
+        parts.write_png(made, np.arange(12) + 5, np.arange(12) % 2, tmp_path / "images")
+    source = open_source(f"folder:{tmp_path / 'images'}")
+    assert source.names == [f"{seed:010d}.png" for seed in range(5, 17)] and source.labels == [0, 1] * 6
+    assert np.asarray(source.reader.load(source.names[3])).ravel().tolist() == [3]
+
+
+def test_a_part_that_cannot_be_written_is_told(tmp_path):
+    fake = FakeRelay(tiny_config("images"))
+    fake.config = dataclasses.replace(fake.config, sampling=dataclasses.replace(fake.config.sampling, batch_size=4))
+    (tmp_path / ".0000000000-4.npz.incomplete").mkdir()
+    with pytest.raises(OSError, match="incomplete"):
+        parts.sample_in_parts(fake, np.arange(4), tmp_path, StopOnSignal())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""Several processes on one machine, as on several hosts: they train, stop, go on, sample and evaluate as one process does."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rdm_jax import distributed
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import Form
+from rdm_jax.data.prepare import prepare
+from rdm_jax.errors import InputError
+from rdm_jax.evaluation import classifier
+from tests.test_main import read_arrays
+from tests.tiny import write_images
+
+ROOT = Path(__file__).parent.parent
+FLAGS = ("--config.evaluation.features=classifier", "--config.evaluation.images=samples,held_out", "--config.data.held_out=8")
+FLAGS += ("--config.evaluation.seeds=0-19", "--config.evaluation.batch_size=8", "--config.sampling.batch_size=4")
+
+
+def start(images: Path, workdir: Path, devices: int, *flags: str, process: int = 0, processes: int = 1, port: int = 0):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "rdm_jax.main", f"--config={ROOT}/tests/tiny.py:{images}", f"--workdir={workdir}"]
+    command += [*FLAGS, f"--config.evaluation.weights={images.parent / 'classifier.safetensors'}", *flags]
+    if processes > 1:
+        command += [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}"]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def start_two(images: Path, workdir: Path, *flags: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(images, workdir, 2, *flags, process=n, processes=2, port=port) for n in range(2)]
+
+
+def ended(processes: list[subprocess.Popen], status: int = 0) -> list[tuple[str, str]]:
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [status] * len(processes), outputs
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of images, with a classifier that evaluations can use beside it."""
+    folder = tmp_path_factory.mktemp("source") / "images"
+    write_images(folder, count=32)
+    learnt, held_out = open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", Form(8, 12))).split(8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "IMAGES_SHOWN", 300)
+        classifier.classifier_space(learnt, held_out, folder.parent / "classifier.safetensors", train=True)
+    return folder
+
+
+def check_same(one: Path, other: Path):
+    """Parameters, samples and figures, up to the order of sums over devices."""
+    for stage in ("stage1", "stage2"):
+        ours, theirs = (read_arrays(workdir / stage / "checkpoints/20/ema") for workdir in (one, other))
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    ours, theirs = (np.load(workdir / "samples/samples.npz") for workdir in (one, other))
+    for name in ("images", "stage1"):
+        assert np.abs(ours[name].astype(int) - theirs[name].astype(int)).max() <= 1  # parameters differ in their last bits
+    assert ours["seeds"].tolist() == theirs["seeds"].tolist() and ours["labels"].tolist() == theirs["labels"].tolist()
+    ours, theirs = (json.loads((workdir / "evaluation/evaluation.json").read_text())["results"] for workdir in (one, other))
+    for name, row in ours.items():
+        assert row["images"] == theirs[name]["images"]
+        np.testing.assert_allclose([*row["metrics"].values()], [*theirs[name]["metrics"].values()], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
+    ended([start(images, tmp_path / "one", 4)])
+    pair = start_two(images, tmp_path / "two", "--config.parallel.fsdp=2")
+    while not (tmp_path / "two/stage2/checkpoints/5").is_dir() and pair[0].poll() is None:
+        time.sleep(0.05)
+    pair[1].send_signal(signal.SIGTERM)  # one of them is enough
+    ended(pair, 143)
+    (first, _), (second, _) = ended(start_two(images, tmp_path / "two"))  # on another mesh
+    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage2: going on from" in first
+    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []  # the first alone speaks
+    check_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_one_refuses_all_refuse(images, tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (_, first), (_, second) = ended(start_two(images, tmp_path), 2)
+    assert "is in use by another run" in first and "another process has failed" in second
+
+
+@pytest.mark.parametrize("given", [("host", 2, 0), ("host:1", None, 0), ("host:1", 2, None), ("", 2, 0), ("none", None, 1)])
+def test_flags_that_do_not_go_together_are_refused(given):
+    with pytest.raises(InputError, match="do not go together"):
+        distributed.join(*given)
+
+
+def test_a_process_that_is_none_of_them_is_refused():
+    with pytest.raises(InputError, match="--process=2 of --processes=2 .* 0 to 1 would do"):
+        distributed.join("localhost:1", 2, 2)
+
+
+def test_alone_there_is_nothing_to_join():
+    distributed.join("", None, None)
+    assert jax.process_count() == 1 and distributed.is_first()
+    with distributed.together():
+        assert distributed.first_before_others(lambda: 3) == 3
+    assert distributed.gathered({"a": np.arange(3)})["a"].tolist() == [[0, 1, 2]]
+    assert not int(distributed.any_process(False)) and int(distributed.any_process(True))
