@@ -29,7 +29,7 @@ def check_config(config: Config) -> None:
             rule(stage, f"config.stage{number}")
     for number, (before, stage) in enumerate(zip(config.stages, config.stages[1:], strict=False), 2):
         fitting = tuple(side * stage.factor for side in before.resolution)
-        _require(
+        require(
             stage.resolution == fitting,
             f"config.stage{number}.resolution",
             stage.resolution,
@@ -37,18 +37,16 @@ def check_config(config: Config) -> None:
         )
     for number, stage in enumerate(config.stages, 1):
         kind, would_do = kind_of(type(stage.process)), "'gaussian', 'vp' or 've'" if number == 1 else "'relay'"
-        _require(isinstance(stage.process, processes.Relay) == (number > 1), f"config.stage{number}.process.kind", kind, would_do)
-    _require(0 <= config.seed < 2**32, "config.seed", config.seed, "0 to 4294967295")
-    _require(config.sampling.batch_size > 0, "config.sampling.batch_size", config.sampling.batch_size, "a positive number")
-    _require(config.sampling.name.isidentifier(), "config.sampling.name", config.sampling.name, "one word, such as 'samples',")
+        require(isinstance(stage.process, processes.Relay) == (number > 1), f"config.stage{number}.process.kind", kind, would_do)
+    require(0 <= config.seed < 2**32, "config.seed", config.seed, "0 to 4294967295")
+    require(config.sampling.batch_size > 0, "config.sampling.batch_size", config.sampling.batch_size, "a positive number")
+    require(config.sampling.name.isidentifier(), "config.sampling.name", config.sampling.name, "one word, such as 'samples',")
     names = " or ".join(map(repr, postprocess.PRESETS))
-    _require(
-        config.sampling.postprocess in postprocess.PRESETS, "config.sampling.postprocess", config.sampling.postprocess, names
-    )
-    _require(config.sampling.files in ("npz", "png"), "config.sampling.files", config.sampling.files, "'npz' or 'png'")
+    require(config.sampling.postprocess in postprocess.PRESETS, "config.sampling.postprocess", config.sampling.postprocess, names)
+    require(config.sampling.files in ("npz", "png"), "config.sampling.files", config.sampling.files, "'npz' or 'png'")
     low = config.sampling.low
     fine = not low or low.startswith(("folder:", "zip:"))
-    _require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', or '' for none,")
+    require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', or '' for none,")
     _check_data(config)
     parse_numbers(config.sampling.seeds, "config.sampling.seeds")
     if config.sampling.labels not in LABEL_RULES:
@@ -59,20 +57,20 @@ def check_config(config: Config) -> None:
 def _check_evaluation(config: Config) -> None:
     values = config.evaluation
     known = " or ".join(map(repr, FEATURES))
-    _require(values.features in FEATURES, "config.evaluation.features", values.features, known)
+    require(values.features in FEATURES, "config.evaluation.features", values.features, known)
     if values.features == "none":
         return
-    _require(values.name.isidentifier(), "config.evaluation.name", values.name, "one word, such as 'evaluation',")
-    _require(values.name != config.sampling.name, "config.evaluation.name", values.name, "another word than sampling.name")
+    require(values.name.isidentifier(), "config.evaluation.name", values.name, "one word, such as 'evaluation',")
+    require(values.name != config.sampling.name, "config.evaluation.name", values.name, "another word than sampling.name")
     for image_set in values.images.split(","):
         _check_measured(image_set.strip(), config)
     given = values.reference in ("training", "held_out") or values.reference.startswith(("prepared:", "npz:"))
-    _require(given, "config.evaluation.reference", values.reference, "'training', 'held_out', 'prepared:PATH' or 'npz:PATH'")
+    require(given, "config.evaluation.reference", values.reference, "'training', 'held_out', 'prepared:PATH' or 'npz:PATH'")
     for field, seeds in (("seeds", evaluated_seeds(config)), ("seeds_in_training", values.seeds_in_training)):
         many = len(parse_numbers(seeds, f"config.evaluation.{field}"))
-        _require(many >= LEAST, f"config.evaluation.{field}", seeds, f"{LEAST} or more, of too few images nothing can be said,")
-    _require(values.kept >= LEAST, "config.evaluation.kept", values.kept, f"{LEAST} or more")
-    _require(values.batch_size > 0, "config.evaluation.batch_size", values.batch_size, "a positive number")
+        require(many >= LEAST, f"config.evaluation.{field}", seeds, f"{LEAST} or more, of too few images nothing can be said,")
+    require(values.kept >= LEAST, "config.evaluation.kept", values.kept, f"{LEAST} or more")
+    require(values.batch_size > 0, "config.evaluation.batch_size", values.batch_size, "a positive number")
 
 
 def _check_measured(image_set: str, config: Config) -> None:
@@ -80,9 +78,9 @@ def _check_measured(image_set: str, config: Config) -> None:
     stages = [f"stage{number}" for number in range(1, len(config.stages))]
     given = image_set in ("samples", "held_out", *stages) or image_set.startswith(("prepared:", "folder:", "zip:", "npz:"))
     known = ", ".join(map(repr, ["samples", *stages, "held_out", "folder:PATH", "zip:PATH", "prepared:PATH"]))
-    _require(given, "config.evaluation.images", config.evaluation.images, f"{known} or 'npz:PATH'")
+    require(given, "config.evaluation.images", config.evaluation.images, f"{known} or 'npz:PATH'")
     needs, held_out = "held_out" in (image_set, config.evaluation.reference), config.data.held_out
-    _require(held_out or not needs, "config.data.held_out", held_out, "more than 0, for 'held_out' in config.evaluation,")
+    require(held_out or not needs, "config.data.held_out", held_out, "more than 0, for 'held_out' in config.evaluation,")
 
 
 def _check_data(config: Config) -> None:
@@ -92,10 +90,10 @@ def _check_data(config: Config) -> None:
         records.Encoding(data.encoding, data.quality).check()
     except InputError as error:
         raise InputError(f"config.data.{error}") from error
-    _require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
-    _require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")
-    _require(data.held_out >= 0, "config.data.held_out", data.held_out, "0 or more")
-    _require(not last.source, f"config.stage{len(config.stages)}.source", last.source, "'', and config.data.source for this one,")
+    require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
+    require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")
+    require(data.held_out >= 0, "config.data.held_out", data.held_out, "0 or more")
+    require(not last.source, f"config.stage{len(config.stages)}.source", last.source, "'', and config.data.source for this one,")
 
 
 def check_classes(config: Config, class_names: tuple[str, ...]) -> None:
@@ -103,11 +101,11 @@ def check_classes(config: Config, class_names: tuple[str, ...]) -> None:
     rule = config.sampling.labels
     for label in () if rule in LABEL_RULES else parse_numbers(rule, "config.sampling.labels"):
         would_do = f"classes from 0 to {len(class_names) - 1}" if class_names else "'balanced', for data without classes,"
-        _require(label < len(class_names), "config.sampling.labels", rule, would_do)
+        require(label < len(class_names), "config.sampling.labels", rule, would_do)
     for number, stage in enumerate(config.stages, 1):
         usable = stage.guidance == 1 or (class_names and stage.training.label_dropout > 0)
         would_do = "1.0, for data without classes or training.label_dropout=0,"
-        _require(usable, f"config.stage{number}.guidance", stage.guidance, would_do)
+        require(usable, f"config.stage{number}.guidance", stage.guidance, would_do)
 
 
 def check_devices(config: Config, devices: int, local_devices: int) -> None:
@@ -118,23 +116,23 @@ def check_devices(config: Config, devices: int, local_devices: int) -> None:
       local_devices: of this one, which samples and evaluates by itself.
     """
     parallel = config.parallel
-    _require(parallel.mode in ("pjit", "pmap"), "config.parallel.mode", parallel.mode, "'pjit' or 'pmap'")
+    require(parallel.mode in ("pjit", "pmap"), "config.parallel.mode", parallel.mode, "'pjit' or 'pmap'")
     try:
         sizes = sharding.mesh_sizes(parallel.data, parallel.fsdp, devices)
     except ValueError:
         of_all = f"numbers whose product is {devices} (the devices), one of them -1 for the rest,"
-        _require(False, "config.parallel.data, fsdp", (parallel.data, parallel.fsdp), of_all)
+        require(False, "config.parallel.data, fsdp", (parallel.data, parallel.fsdp), of_all)
     pmapped = parallel.mode == "pmap" and sizes[1] > 1
-    _require(not pmapped, "config.parallel.fsdp", parallel.fsdp, "1, or parallel.mode='pjit', for 'pmap' only cuts batches,")
+    require(not pmapped, "config.parallel.fsdp", parallel.fsdp, "1, or parallel.mode='pjit', for 'pmap' only cuts batches,")
     for number, stage in enumerate(config.stages, 1):
         part, field = stage.training.batch_size // stage.training.accumulate, f"config.stage{number}.training.batch_size"
         would_do = (
             f"a multiple of {devices * stage.training.accumulate} ({devices} devices, accumulate={stage.training.accumulate})"
         )
-        _require(part % devices == 0, field, stage.training.batch_size, would_do)
+        require(part % devices == 0, field, stage.training.batch_size, would_do)
     for part in ("sampling",) if config.evaluation.features == "none" else ("sampling", "evaluation"):
         batch_size, would_do = getattr(config, part).batch_size, f"a multiple of {local_devices} (the devices of a process)"
-        _require(batch_size % local_devices == 0, f"config.{part}.batch_size", batch_size, would_do)
+        require(batch_size % local_devices == 0, f"config.{part}.batch_size", batch_size, would_do)
 
 
 def parse_numbers(text: str, field: str) -> tuple[int, ...]:
@@ -144,10 +142,10 @@ def parse_numbers(text: str, field: str) -> tuple[int, ...]:
         first, _, last = part.strip().partition("-")
         ends = (first, last or first)
         fine = all(n.isdecimal() and int(n) < 2**32 for n in ends) and int(first) <= int(ends[1])
-        _require(fine, field, text, "ranges of numbers from 0 to 4294967295, such as '0-99,200',")
+        require(fine, field, text, "ranges of numbers from 0 to 4294967295, such as '0-99,200',")
         several = range(int(first), int(ends[1]) + 1)
         fine = len(found) + len(several) <= MAX_NUMBERS
-        _require(fine, field, text, f"at most {MAX_NUMBERS} of them, in several runs with other names,")
+        require(fine, field, text, f"at most {MAX_NUMBERS} of them, in several runs with other names,")
         found.extend(several)
     return tuple(found)
 
@@ -157,52 +155,53 @@ def evaluated_seeds(config: Config) -> str:
     return config.evaluation.seeds or config.sampling.seeds
 
 
-def _require(fine: Any, field: str, value: Any, would_do: str) -> None:
+def require(fine: Any, field: str, value: Any, would_do: str) -> None:
+    """Refuses a value. Raises InputError."""
     if not fine:
         raise InputError(f"{field}={value!r} cannot be used; {would_do} would do.")
 
 
 def _check_stage(stage: Stage, path: str) -> None:
     h_w = stage.resolution
-    _require(len(h_w) == 2 and min(h_w) > 0, f"{path}.resolution", h_w, "(height, width)")
+    require(len(h_w) == 2 and min(h_w) > 0, f"{path}.resolution", h_w, "(height, width)")
     for divisor, what in ((stage.factor, "process.patch"), (stage.network.stride, "the network's stride")):
         fits = all(side % divisor == 0 for side in h_w)
-        _require(fits, f"{path}.resolution", h_w, f"a height and width divisible by {divisor} ({what})")
-    _require(0 <= stage.guidance < math.inf, f"{path}.guidance", stage.guidance, "0 or more")
+        require(fits, f"{path}.resolution", h_w, f"a height and width divisible by {divisor} ({what})")
+    require(0 <= stage.guidance < math.inf, f"{path}.guidance", stage.guidance, "0 or more")
     fine = stage.checkpoint in ("newest", "best") or stage.checkpoint.isdecimal() or "/" in stage.checkpoint
-    _require(fine, f"{path}.checkpoint", stage.checkpoint, "'newest', 'best', a step, or the path of a step's folder")
+    require(fine, f"{path}.checkpoint", stage.checkpoint, "'newest', 'best', a step, or the path of a step's folder")
     start = stage.training.start_from
-    _require(not start or "/" in start, f"{path}.training.start_from", start, "the path of a step's folder, or '' for none,")
+    require(not start or "/" in start, f"{path}.training.start_from", start, "the path of a step's folder, or '' for none,")
 
 
 def _check_process(stage: Stage, path: str) -> None:
     process, sigma_data = stage.process, getattr(stage.precondition, "sigma_data", None)
     if sigma_data is not None:
-        _require(sigma_data > 0, f"{path}.precondition.sigma_data", sigma_data, "a positive number")
+        require(sigma_data > 0, f"{path}.precondition.sigma_data", sigma_data, "a positive number")
         agree = f"{sigma_data} (precondition.sigma_data)"
         assumed = getattr(process, "sigma_data", sigma_data)
-        _require(assumed == sigma_data, f"{path}.process.sigma_data", assumed, agree)
+        require(assumed == sigma_data, f"{path}.process.sigma_data", assumed, agree)
     for part, values in (("process", process), ("precondition", stage.precondition)):
         _check_schedule(values, f"{path}.{part}")
     if isinstance(process, processes.Relay):
-        _require(process.patch >= 2, f"{path}.process.patch", process.patch, "2 or more")
-        _require(0 <= process.block_scale < math.inf, f"{path}.process.block_scale", process.block_scale, "0 or more")
-        _require(process.block_size >= 0, f"{path}.process.block_size", process.block_size, "0 (for p) or more")
-        _require(process.sigma_floor > 0, f"{path}.process.sigma_floor", process.sigma_floor, "a positive number")
-        _require(0 < process.clock.length < 1, f"{path}.process.clock.length", process.clock.length, "a number between 0 and 1")
+        require(process.patch >= 2, f"{path}.process.patch", process.patch, "2 or more")
+        require(0 <= process.block_scale < math.inf, f"{path}.process.block_scale", process.block_scale, "0 or more")
+        require(process.block_size >= 0, f"{path}.process.block_size", process.block_size, "0 (for p) or more")
+        require(process.sigma_floor > 0, f"{path}.process.sigma_floor", process.sigma_floor, "a positive number")
+        require(0 < process.clock.length < 1, f"{path}.process.clock.length", process.clock.length, "a number between 0 and 1")
 
 
 def _check_schedule(part: Any, path: str) -> None:
     """The fields that VP, VE and iDDPM have in common."""
     for field in ("schedule.beta_d", "schedule.beta_min", "sigma_min", "c1", "c2", "p_std", "clock.p_std", "noise_scale"):
         value = functools.reduce(lambda owner, name: getattr(owner, name, None), field.split("."), part)
-        _require(value is None or value > 0, f"{path}.{field}", value, "a positive number")
+        require(value is None or value > 0, f"{path}.{field}", value, "a positive number")
     if (epsilon := getattr(part, "epsilon", None)) is not None:
-        _require(1e-6 <= epsilon < 1, f"{path}.epsilon", epsilon, "a number from 1e-6 (float32 knows no less) to below 1")
+        require(1e-6 <= epsilon < 1, f"{path}.epsilon", epsilon, "a number from 1e-6 (float32 knows no less) to below 1")
     if (times := getattr(part, "times", None)) is not None:
-        _require(times >= 2, f"{path}.times", times, "2 or more")
+        require(times >= 2, f"{path}.times", times, "2 or more")
     if (sigma_max := getattr(part, "sigma_max", None)) is not None:
-        _require(sigma_max > part.sigma_min, f"{path}.sigma_max", sigma_max, f"more than sigma_min={part.sigma_min}")
+        require(sigma_max > part.sigma_min, f"{path}.sigma_max", sigma_max, f"more than sigma_min={part.sigma_min}")
 
 
 def _check_training(stage: Stage, path: str) -> None:
@@ -217,83 +216,83 @@ def _check_training(stage: Stage, path: str) -> None:
         "validation",
         "max_skipped",
     ):
-        _require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
+        require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
     for field in ("learning_rate", "ema_halflife", "epsilon"):
-        _require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
+        require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
     for field in ("warmup", "preview_every", "evaluate_every", "keep_best", "ema_rampup"):
-        _require(getattr(training, field) >= 0, f"{path}.training.{field}", getattr(training, field), "0 or more")
+        require(getattr(training, field) >= 0, f"{path}.training.{field}", getattr(training, field), "0 or more")
     for field in ("label_dropout", "augment", "beta1", "beta2"):
-        _require(
+        require(
             0 <= getattr(training, field) < 1, f"{path}.training.{field}", getattr(training, field), "a number from 0 to below 1"
         )
     mirrored = training.flip and training.augment > 0
-    _require(
+    require(
         not mirrored, f"{path}.training.flip", training.flip, f"False, for training.augment={training.augment} mirrors itself,"
     )
     conditioned, field = stage.network.augment_labels, f"{path}.network.augment_labels"
     wanted = (augment.LABELS,) if training.augment else (0, augment.LABELS)
-    _require(
+    require(
         conditioned in wanted, field, conditioned, f"{' or '.join(map(str, wanted))}, for training.augment={training.augment}"
     )
     divides = training.batch_size % training.accumulate == 0
-    _require(divides, f"{path}.training.batch_size", training.batch_size, f"a multiple of accumulate={training.accumulate}")
+    require(divides, f"{path}.training.batch_size", training.batch_size, f"a multiple of accumulate={training.accumulate}")
 
 
 def _check_sampler(stage: Stage, path: str) -> None:
     relayed, sampler = isinstance(stage.process, processes.Relay), stage.sampler
     wanted = samplers.RelayHeun if relayed else samplers.Heun
-    _require(isinstance(sampler, wanted), f"{path}.sampler.kind", kind_of(type(sampler)), kind_of(wanted))
-    _require(sampler.steps >= 2, f"{path}.sampler.steps", sampler.steps, "2 or more")
-    _require(
+    require(isinstance(sampler, wanted), f"{path}.sampler.kind", kind_of(type(sampler)), kind_of(wanted))
+    require(sampler.steps >= 2, f"{path}.sampler.steps", sampler.steps, "2 or more")
+    require(
         0 < sampler.sigma_min < sampler.sigma_max, f"{path}.sampler.sigma_min", sampler.sigma_min, "less than sigma_max, over 0,"
     )
-    _require(sampler.rho > 0, f"{path}.sampler.rho", sampler.rho, "a positive number")
+    require(sampler.rho > 0, f"{path}.sampler.rho", sampler.rho, "a positive number")
     for field in ("churn", "churn_min", "churn_noise", "truncation_time"):
         value = getattr(sampler, field, 0.0)  # not every sampler has every field
-        _require(0 <= value < math.inf, f"{path}.sampler.{field}", value, "0 or more")
-    _require(0 <= sampler.eta <= 1, f"{path}.sampler.eta", sampler.eta, "a number from 0 to 1")
+        require(0 <= value < math.inf, f"{path}.sampler.{field}", value, "0 or more")
+    require(0 <= sampler.eta <= 1, f"{path}.sampler.eta", sampler.eta, "a number from 0 to 1")
     least, most = stage.precondition.range
     within = f"{least:.4g} or more, what the network knows by its preconditioning,"
-    _require(sampler.sigma_min >= least, f"{path}.sampler.sigma_min", sampler.sigma_min, within)
+    require(sampler.sigma_min >= least, f"{path}.sampler.sigma_min", sampler.sigma_min, within)
     within = f"{most:.5g} or less, what the network knows by its preconditioning,"
-    _require(relayed or sampler.sigma_max <= most, f"{path}.sampler.sigma_max", sampler.sigma_max, within)
+    require(relayed or sampler.sigma_max <= most, f"{path}.sampler.sigma_max", sampler.sigma_max, within)
     if relayed:
-        _require(sampler.order in (1, 2), f"{path}.sampler.order", sampler.order, "1 or 2")
+        require(sampler.order in (1, 2), f"{path}.sampler.order", sampler.order, "1 or 2")
         walked = len(sampler.levels(stage.process).sigma)
-        _require(walked >= 2, f"{path}.sampler.steps", sampler.steps, f"more (only {walked} of them are under truncation_sigma)")
+        require(walked >= 2, f"{path}.sampler.steps", sampler.steps, f"more (only {walked} of them are under truncation_sigma)")
 
 
 def _check_network(stage: Stage, path: str) -> None:
     network = stage.network
-    _require(network.dtype in ("float32", "bfloat16"), f"{path}.network.dtype", network.dtype, "'float32' or 'bfloat16'")
-    _require(network.remat in REMAT, f"{path}.network.remat", network.remat, " or ".join(map(repr, REMAT)))
-    _require(0 <= network.dropout < 1, f"{path}.network.dropout", network.dropout, "a number from 0 to below 1")
+    require(network.dtype in ("float32", "bfloat16"), f"{path}.network.dtype", network.dtype, "'float32' or 'bfloat16'")
+    require(network.remat in REMAT, f"{path}.network.remat", network.remat, " or ".join(map(repr, REMAT)))
+    require(0 <= network.dropout < 1, f"{path}.network.dropout", network.dropout, "a number from 0 to below 1")
     for field in ("channels", "blocks", "head_channels", "noise_mult", "emb_mult", "patch"):
         value = getattr(network, field, 1)  # not every family has every field
-        _require(value > 0, f"{path}.network.{field}", value, "a positive number")
-    _require(
+        require(value > 0, f"{path}.network.{field}", value, "a positive number")
+    require(
         network.channel_mult and min(network.channel_mult) > 0, f"{path}.network.channel_mult", network.channel_mult, "(1, 2)"
     )
     widths = [network.channels * mult for mult in network.channel_mult]
     widths += [network.channels] if isinstance(network, Song) else []  # its stem
     joined = {a + b for a in widths for b in widths}  # by the skip connections
     fine = all(width % 4 == 0 and width % min(32, width // 4) == 0 for width in {*widths, *joined})
-    _require(fine, f"{path}.network.channels", network.channels, "a multiple of 32, for the groups of normalisation,")
+    require(fine, f"{path}.network.channels", network.channels, "a multiple of 32, for the groups of normalisation,")
     for level in network.attention_levels:
         count, field = len(network.channel_mult), f"{path}.network.attention_levels"
-        _require(0 <= level < count, field, network.attention_levels, f"levels from 0 to {count - 1}")
+        require(0 <= level < count, field, network.attention_levels, f"levels from 0 to {count - 1}")
     if isinstance(network, Song):
-        _require(
+        require(
             network.embedding in ("positional", "fourier"),
             f"{path}.network.embedding",
             network.embedding,
             "'positional' or 'fourier'",
         )
         fine = len(network.filter) % 2 == 0 and len(network.filter) > 0 and sum(network.filter)
-        _require(fine, f"{path}.network.filter", network.filter, "an even number of taps, such as (1, 1) or (1, 3, 3, 1),")
+        require(fine, f"{path}.network.filter", network.filter, "an even number of taps, such as (1, 1) or (1, 3, 3, 1),")
         return
     attending = {*network.attention_levels, len(network.channel_mult) - 1}  # the deepest always attends, if it is wide enough
     for level in sorted(attending):
         width, head = network.channels * network.channel_mult[level], network.head_channels
         fine = width % (width // head) == 0 if width >= head else level not in network.attention_levels
-        _require(fine, f"{path}.network.head_channels", head, f"a divisor of {width} (the width of level {level})")
+        require(fine, f"{path}.network.head_channels", head, f"a divisor of {width} (the width of level {level})")

@@ -18,10 +18,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rdm_jax import config, distributed, plan, run
+from rdm_jax import config, distributed, run
 from rdm_jax.errors import InputError
 from rdm_jax.files import cache_folder
 from rdm_jax.interrupt import Interrupted
+from rdm_jax.plan.plan import plan
 from rdm_jax.terminal import show_log
 from rdm_jax.training.loop import Diverged
 
@@ -63,7 +64,7 @@ def _parse_flags(argv: list[str]) -> None:
 def _run() -> None:
     if _MODE.value == "plan":
         about = {"utilisation": _UTILISATION.value, "classes": _CLASSES.value, "ahead_of_time": _COMPILE.value}
-        return print(plan.plan(config.parse(_CONFIG.value), _TARGET.value, **about))
+        return print(plan(config.parse(_CONFIG.value), _TARGET.value, **about))
     distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

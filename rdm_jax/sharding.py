@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 DATA, FSDP = AXES = ("data", "fsdp")
@@ -79,7 +79,7 @@ def largest_axis(shape: tuple[int, ...], size: int) -> PartitionSpec:
 RULES = ((r"\bkernel\b", largest_axis), (r"", whole))
 
 
-def by_rules(abstract: Any, mesh: Mesh) -> Any:
+def by_rules(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Gives every leaf of an abstract tree (a training state, parameters) its sharding by `RULES`."""
 
     def with_sharding(path, leaf):
@@ -126,15 +126,22 @@ def fetcher(abstract: Any, dtype: jnp.dtype) -> Callable[[Any], Any]:
     return lambda params: jax.tree.map(lambda fetch, x: fetch(x), fetchers, params)
 
 
-_COLLECTIVE = re.compile(r"= ([^%\n]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+_COLLECTIVE = re.compile(
+    r"= ([^%\n]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\((?:.*?channel_id=(\d+))?"
+)
 _ARRAY = re.compile(r"\b(pred|[a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes, a device and a run of the program, of the results of each kind of collective operation in it."""
+    """Bytes, a device and a run of the program, of the results of each kind of collective operation in it.
+
+    What is in a loop is counted once.
+    """
     found: dict[str, int] = {}
-    for shapes, kind, started in _COLLECTIVE.findall(compiled.as_text()):
-        arrays = _ARRAY.findall(shapes)
+    # TPUs' compiler writes an operation twice where it is spread over others: it is known by its channel.
+    operations = {channel or number: rest for number, (*rest, channel) in enumerate(_COLLECTIVE.findall(compiled.as_text()))}
+    for shapes, kind, started in operations.values():
+        arrays = [array for array in _ARRAY.findall(shapes) if array[2] or not started]  # no counters
         arrays = arrays[len(arrays) // 2 :] if started and kind != "all-reduce" else arrays  # the operands come first
         sizes = (int(bits or 8) // 8 * math.prod(map(int, filter(None, shape.split(",")))) for _, bits, shape in arrays)
         found[kind] = found.get(kind, 0) + sum(sizes)

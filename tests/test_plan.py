@@ -15,21 +15,12 @@ from rdm_jax.diffusion.processes import Relay
 from rdm_jax.diffusion.samplers import RelayHeun
 from rdm_jax.errors import InputError
 from rdm_jax.models.adm import ADM
-from rdm_jax.models.functional import functional
-from rdm_jax.plan import (
-    CHIPS,
-    GIB,
-    Exchange,
-    block_bytes,
-    chip_of,
-    exhausted,
-    multiply_adds,
-    plan,
-    residual_bytes,
-    shard_bytes,
-    stage_needs,
-    step_seconds,
-)
+from rdm_jax.models.functional import functional, multiply_adds
+from rdm_jax.plan.ahead_of_time import exhausted
+from rdm_jax.plan.chips import CHIPS, chip_of
+from rdm_jax.plan.needs import Exchange, block_bytes, residual_bytes, shard_bytes, stage_needs, step_seconds
+from rdm_jax.plan.plan import plan
+from rdm_jax.plan.units import GIB
 from rdm_jax.training.program import PROGRAMS
 from tests.tiny import tiny_config
 

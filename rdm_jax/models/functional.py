@@ -34,24 +34,44 @@ class Network(NamedTuple):
         """
         array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
         labels = array(1, classes) if classes else None
-        return _multiply_adds(jax.make_jaxpr(self.apply)(self.abstract, array(1, *image_shape), array(1), labels).jaxpr)
+        return multiply_adds(self.apply, self.abstract, array(1, *image_shape), array(1), labels)
+
+
+def multiply_adds(function: Callable, *abstract_args: Any) -> int:
+    """Multiply-adds in the convolutions and matrix products of a function, counted in what JAX traces.
+
+    The arguments may be arrays or their shapes. A scan counts once a turn, of a conditional's branches the largest counts.
+    Fused attention on GPU (bfloat16 networks, traced there) is no matrix product to JAX and is not seen: trace in float32.
+
+    Raises:
+      ValueError: there are some in a loop whose turns are not known.
+    """
+    return _multiply_adds(jax.make_jaxpr(function)(*abstract_args).jaxpr)
 
 
 def _multiply_adds(jaxpr: Any) -> int:
-    """Of all equations, those of inner functions too."""
-    total = 0
-    for equation in jaxpr.eqns:
-        shapes = [v.aval.shape for v in (*equation.invars[:2], *equation.outvars)]
-        if equation.primitive.name == "conv_general_dilated":
-            outputs = equation.params["dimension_numbers"].rhs_spec[0]
-            total += math.prod(shapes[-1]) * math.prod(shapes[1]) // shapes[1][outputs]
-        elif equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
-        else:
-            inner = (getattr(value, "jaxpr", value) for value in equation.params.values())
-            total += sum(_multiply_adds(value) for value in inner if hasattr(value, "eqns"))
-    return total
+    return sum(map(_of_equation, jaxpr.eqns))
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        return equation.outvars[0].aval.size * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+    if name == "cond":
+        return max(_multiply_adds(branch.jaxpr) for branch in params["branches"])
+    inner = sum(_multiply_adds(getattr(value, "jaxpr", value)) for value in params.values() if has_equations(value))
+    if name == "while" and inner:
+        raise ValueError("multiply-adds within a while loop, whose turns are not known")
+    return inner * params["length"] if name == "scan" else inner
+
+
+def has_equations(value: Any) -> bool:
+    """Whether a parameter of an equation is a jaxpr, with or without constants."""
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
 class _SameKey(nnx.Rngs):
