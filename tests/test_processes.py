@@ -82,12 +82,12 @@ def check_same(one: Path, other: Path):
 def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     ended([start(images, tmp_path / "one", 4)])
     pair = start_two(images, tmp_path / "two", "--config.parallel.fsdp=2")
-    while not (tmp_path / "two/stage2/checkpoints/5").is_dir() and pair[0].poll() is None:
+    while not (tmp_path / "two/stage1/checkpoints/5").is_dir() and pair[0].poll() is None:
         time.sleep(0.05)
     pair[1].send_signal(signal.SIGTERM)  # one of them is enough
     ended(pair, 143)
     (first, _), (second, _) = ended(start_two(images, tmp_path / "two"))  # on another mesh
-    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage2: going on from" in first
+    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
     assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []  # the first alone speaks
     check_same(tmp_path / "one", tmp_path / "two")
 

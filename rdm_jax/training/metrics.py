@@ -5,13 +5,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from rdm_jax.files import whole_file
-
-matplotlib.use("Agg")
 
 
 class MetricWriter:

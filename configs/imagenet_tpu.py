@@ -1,0 +1,32 @@
+"""ImageNet, 64x64 -> 256x256, in the widths that a TPU multiplies anyway: all are multiples of its 128 lanes.
+
+    python -m rdm_jax.main --config configs/imagenet_tpu.py --workdir runs/imagenet_tpu
+    python -m rdm_jax.main --config configs/imagenet_tpu.py --mode plan --target v5e-16 --classes 1000
+
+`configs/imagenet.py` says how to get the data, and keeps the published networks, whose weights fit no others. There, 192 channels
+are padded to 256 and 576 to 640, and attention's heads of 64 leave half of a multiplication empty; here is work in their place.
+Networks compute in bfloat16, blocks are computed again in the backward pass, and each chip keeps its part of the parameters.
+
+Hardware: 16 chips of 16 GB or more (experiments/benchmarks has the compiler's figures). Not trained yet.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The config as an ml_collections ConfigDict."""
+    spec = importlib.util.spec_from_file_location("imagenet", Path(__file__).with_name("imagenet.py"))
+    imagenet = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imagenet)
+    config = imagenet.get_config()
+    with config.unlocked():
+        config.parallel.data, config.parallel.fsdp = 1, -1
+        for stage in (config.stage1, config.stage2):
+            stage.network.update(dtype="bfloat16", remat="block", head_channels=128)
+            stage.training.accumulate = 32
+        # 256, 384, 512 and 768 channels for 192, 384, 576 and 768; the embedding stays at 768.
+        config.stage1.network.update(channels=128, channel_mult=(2, 3, 4, 6), emb_mult=6)
+    return config
