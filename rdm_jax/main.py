@@ -19,8 +19,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from rdm_jax import config, distributed, run
+from rdm_jax.compile_cache import keep_compiled
 from rdm_jax.errors import InputError
-from rdm_jax.files import cache_folder
 from rdm_jax.interrupt import Interrupted
 from rdm_jax.plan.plan import plan
 from rdm_jax.terminal import show_log
@@ -29,7 +29,7 @@ from rdm_jax.training.loop import Diverged
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; --config.field=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
 _MODE = flags.DEFINE_enum("mode", "all", (*run.MODES, "plan"), "Which part to do.")
-_STAGE = flags.DEFINE_integer("stage", None, "With --mode train, import or export: which stage, from 1.", lower_bound=1)
+_STAGE = flags.DEFINE_integer("stage", None, "With --mode train, import, export or plan: which stage, from 1.", lower_bound=1)
 _WEIGHTS = flags.DEFINE_string("weights", None, "With --mode import: the .pkl, .pt or safetensors; with export: what to write.")
 _EVALUATIONS = flags.DEFINE_list("evaluations", [], "With --mode report: evaluation.json files; without, all of the workdir.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells; 'none' to stay alone.")
@@ -63,11 +63,10 @@ def _parse_flags(argv: list[str]) -> None:
 
 def _run() -> None:
     if _MODE.value == "plan":
-        about = {"utilisation": _UTILISATION.value, "classes": _CLASSES.value, "ahead_of_time": _COMPILE.value}
-        return print(plan(config.parse(_CONFIG.value), _TARGET.value, **about))
+        about = {flag.name: flag.value for flag in (_TARGET, _UTILISATION, _CLASSES, _COMPILE, _STAGE)}
+        return print(plan(config.parse(_CONFIG.value), **about))
     distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    keep_compiled()
     show_log(quiet=not distributed.is_first())
     part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD)}
     return run.run(_CONFIG.value, _WORKDIR.value, **part)
@@ -80,16 +79,13 @@ def main() -> int:
     try:
         _parse_flags(sys.argv)  # config_flags looks at sys.argv itself, so nothing else would do
         _run()
-    except InputError as error:
+    except (InputError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, Diverged) else 2
     except OSError as error:
         where, why = error.filename or _WORKDIR.value, error.strerror or error
         print(f"error: {where} cannot be used ({why}); free space, or another --workdir, would do.", file=sys.stderr)
         return 2
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Interrupted as error:
         print(f"{error}; the same command goes on from here", file=sys.stderr)
         return error.status

@@ -55,7 +55,7 @@ def program(values: Config, number=2, devices=8):
 
 
 def show(target, values=None, **kwargs):
-    return plan(values or config(), target, **{"utilisation": 0.5, "classes": CLASSES, "ahead_of_time": False, **kwargs})
+    return plan(values or config(), target, **{"utilisation": 0.5, "classes": CLASSES, "compile": False, **kwargs})
 
 
 # Multiply-adds
@@ -272,10 +272,10 @@ def test_chips_that_are_not_known_and_names_that_are_unique():
         ("v5e-32", {}, "stage1.training.batch_size=16.*multiple of 32"),
         ("v5e-16", {"values": config(accumulate=2)}, "stage1.training.batch_size=16.*multiple of 32.*accumulate=2"),
         ("h100-8", {"values": dataclasses.replace(config(), parallel=Parallel("pmap", 4, 2))}, "fsdp=2.*'pmap'"),
-        ("h100-8", {"ahead_of_time": True}, "--target='h100-8'.*--compile.*v5e"),
-        ("here", {"ahead_of_time": True}, "--target='here'.*--compile.*v5e"),
-        ("v5e-2", {"ahead_of_time": True}, "--target='v5e-2'.*v5e with 1, 4, 8, 16"),
-        ("v5e-4", {"ahead_of_time": True, "values": dataclasses.replace(config(), parallel=Parallel("pmap"))}, "mode='pmap'"),
+        ("h100-8", {"compile": True}, "--target='h100-8'.*--compile.*v5e"),
+        ("here", {"compile": True}, "--target='here'.*--compile.*v5e"),
+        ("v5e-2", {"compile": True}, "--target='v5e-2'.*v5e with 1, 4, 8, 16"),
+        ("v5e-4", {"compile": True, "values": dataclasses.replace(config(), parallel=Parallel("pmap"))}, "mode='pmap'"),
         ("v5e-8", {"values": replaced(config(), 1, dtype="float16")}, "network.dtype='float16'"),
     ],
     ids=lambda part: part if isinstance(part, str) else " ".join(part),
@@ -289,7 +289,7 @@ def test_refused(target, changes, says):
 def test_libtpu_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"libtpu.*pip install 'jax\[tpu\]'"):
-        show("v5e-4", ahead_of_time=True)
+        show("v5e-4", compile=True)
 
 
 # The text
@@ -363,7 +363,7 @@ def test_compiled_for_a_tpu_that_is_not_there(monkeypatch):
     before = dict(os.environ)
     values = replaced(cut(config(), 1, 4), 1, dtype="bfloat16")
     values = dataclasses.replace(values, stages=values.stages[:1])
-    text = show("v5e-4", values, ahead_of_time=True)
+    text = show("v5e-4", values, compile=True)
     assert dict(os.environ) == before
     needs = stage_needs(values, 1, 4, CLASSES)
     assert "stage1 FITS, says the compiler" in text and "### stage1, by XLA for v5e" in text

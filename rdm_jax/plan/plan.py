@@ -23,7 +23,7 @@ ENOUGH = 8  # images a chip at a time, below which a remedy that leaves room for
 FILLED = 0.9  # share of the memory that an estimate may take
 
 
-def plan(config: Config, target: str, *, utilisation: float, classes: int, ahead_of_time: bool) -> str:
+def plan(config: Config, target: str, *, utilisation: float, classes: int, compile: bool, stage: int | None = None) -> str:
     """What the training of every stage takes, as text: tables in Markdown, and a verdict a stage.
 
     Args:
@@ -31,26 +31,29 @@ def plan(config: Config, target: str, *, utilisation: float, classes: int, ahead
       target: 'NAME-CHIPS', such as 'v5e-16' (chips, also of v4 and v5p), or 'here' for the devices that JAX finds.
       utilisation: share of the peak FLOP/s that is reached (model FLOPs; what is computed again does not count).
       classes: of the images; 0 for none.
-      ahead_of_time: compile for the target, a TPU, and show the compiler's figures. A large network takes half an hour.
+      compile: for the target, a TPU, and show the compiler's figures. A large network takes half an hour.
+      stage: of this stage alone, from 1; None for all.
 
     Raises:
       InputError: one of these, or the config's way of sharing chips, cannot be used.
     """
     require(0 < utilisation <= 1, "--utilisation", utilisation, "a number above 0 and up to 1")
     require(classes >= 0, "--classes", classes, "0 for none, or more")
+    numbers = range(1, len(config.stages) + 1)
+    require(stage is None or stage in numbers, "--stage", stage, f"1 to {len(config.stages)}")
     chip, chips, name = _parse_target(target)
     checks.check_config(config)
     checks.check_devices(config, chips, 1)
-    devices = topology(config, chip, chips, target) if ahead_of_time else None
+    devices = topology(config, chip, chips, target) if compile else None
     parts, totals = [_heading(config, chip, chips, name, utilisation)], []
-    for number in range(1, len(config.stages) + 1):
+    for number in numbers if stage is None else [stage]:
         needs = stage_needs(config, number, chips, classes)
         parts.append(_section(config, number, needs, chip, chips, utilisation))
         parts.append(_verdict(config, number, needs, chip, chips, classes))
         if devices is not None:
             parts.append(compiled_stage(config, number, classes, devices, chip))
         totals.append(_hours(config, number, needs, chip, chips, utilisation) if chip else 0.0)
-    if chip:
+    if chip and stage is None:
         parts.append(f"All stages, one after the other: {short(sum(totals))} hours, {short(chips * sum(totals))} chip-hours.")
     return "\n\n".join(parts)
 
