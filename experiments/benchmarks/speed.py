@@ -1,88 +1,274 @@
-"""Compile times, training speed and sampling time of every stage of a config, as one Markdown table.
+"""Training and sampling of every stage of a config: compile times, images a second, utilisation, memory, as Markdown tables.
 
     python -m experiments.benchmarks.speed --config configs/digits.py
+    python -m experiments.benchmarks.speed --config configs/imagenet.py --classes 1000 --stage 2 --batch 32 \
+        --variants bfloat16,bfloat16+block,bfloat16+convolutions --evaluations 3 --profile profiles
 
-Data is random, nothing is written but the table.
+It runs on whatever devices jax finds, over all of them. Data is random and nothing is written but the tables and, if asked for,
+profiles: traces of a few calls, for TensorBoard or xprof, in a folder a row.
+
+Every variant is a row: 'config' for the config as it is, or changes to it with + between them: float32 and bfloat16
+(network.dtype), none, block and convolutions (network.remat), accumulate2, accumulate4 and so on (training.accumulate), pjit,
+pmap and fsdp (parallel: fsdp cuts parameters over all devices). Only rows of one run should be compared. A variant that does not
+fit the devices' memory is a row that says so.
+
+Training: "compiling" is the time until the first step has run, less one step. Steps are started one after the other, as in
+training, and the last is waited for. TFLOP/s are a device's: of the network, two a multiply-add, forward and twice that backward,
+so that what rematerialisation computes again counts as time, not as work. "Utilisation" is their share of the chip's published
+peak for the network's dtype; '-' where that is not known (CPUs). "Memory" is the most that the process has held on its first
+device up to the end of the row, '-' where devices do not tell, and '<=' where an earlier row took as much: a variant that is
+named alone has its own.
+
+Sampling: a batch goes through the stage alone. "Evaluations" are those of the whole sampler; --evaluations times a ladder with at
+least so many of them, and images a second are then by "ms an evaluation", both passes of guidance. "Own share" is the time that
+the same sampler takes with a network that returns its input: noise, updates, preconditioning, guidance.
 """
 
+import collections
+import dataclasses
+import itertools
+import re
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments.benchmarks import timing
+from rdm_jax import checks, sharding
 from rdm_jax import config as configs
-from rdm_jax import sharding
+from rdm_jax.models.functional import Network
+from rdm_jax.models.unet import REMAT
 from rdm_jax.sampling.sampler import evaluations, stage_sampler
-from rdm_jax.training.loop import build_optimizer
-from rdm_jax.training.step import Objective, init_state, make_step
+from rdm_jax.training.program import PROGRAMS
+from rdm_jax.training.window import STEPS_IN_FLIGHT
 
 _CONFIG = config_flags.DEFINE_config_file("config")
-_CLASSES = flags.DEFINE_integer("classes", 10, "Number of classes; 0 for unconditional networks.")
+_STAGE = flags.DEFINE_multi_integer("stage", [], "Numbers of the stages to time; all if it is not given.", 1)
+_VARIANTS = flags.DEFINE_list("variants", ["config"], "Rows of each stage.")
+_BATCH = flags.DEFINE_integer("batch", 0, "Images a step and a batch of samples, over all devices; 0 for the config's.", 0)
+_CLASSES = flags.DEFINE_integer("classes", 10, "Number of classes; 0 for unconditional networks.", 0)
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to time each thing.")
+_TRAINING = flags.DEFINE_bool("training", True, "Whether to time training.")
+_SAMPLING = flags.DEFINE_bool("sampling", True, "Whether to time sampling.")
+_EVALUATIONS = flags.DEFINE_integer("evaluations", 0, "Of the network, in the sampling that is timed; 0 for all.", 0)
+_PROFILE = flags.DEFINE_string("profile", "", "Folder for a profile of each row; '' for none.")
+
+PROFILED = 3  # calls in a profile
+TRAINING = (
+    "stage",
+    "variant",
+    "batch",
+    "parameters",
+    "compiling, s",
+    "ms a step",
+    "images/s",
+    "TFLOP/s",
+    "utilisation",
+    "memory",
+)
+SAMPLING = (
+    "stage",
+    "variant",
+    "batch",
+    "evaluations",
+    "compiling, s",
+    "ms an evaluation",
+    "images/s",
+    "utilisation",
+    "own share",
+)
 
 
-def seconds_each(function) -> float:
-    """The mean time of a call, after one that is not counted."""
-    jax.block_until_ready(function())
-    began, calls = time.perf_counter(), 0
-    while time.perf_counter() - began < _SECONDS.value:
-        jax.block_until_ready(function())
-        calls += 1
-    return (time.perf_counter() - began) / calls
+def varied(config: configs.Config, variant: str) -> configs.Config:
+    """The config with a variant's changes."""
+    network, training, parallel = {}, {}, {}
+    for change in variant.split("+"):
+        if change in ("float32", "bfloat16"):
+            network["dtype"] = change
+        elif change in REMAT:
+            network["remat"] = change
+        elif match := re.fullmatch(r"accumulate(\d+)", change):
+            training["accumulate"] = int(match[1])
+        elif change in PROGRAMS:
+            parallel["mode"] = change
+        elif change == "fsdp":
+            parallel |= {"data": 1, "fsdp": -1}
+        elif change != "config":
+            raise app.UsageError(f"--variants: {change!r} is not known")
+    stages = tuple(
+        dataclasses.replace(
+            stage,
+            network=dataclasses.replace(stage.network, **network),
+            training=dataclasses.replace(stage.training, **training),
+        )
+        for stage in config.stages
+    )
+    return dataclasses.replace(config, stages=stages, parallel=dataclasses.replace(config.parallel, **parallel))
 
 
-def training(stage: configs.Stage, network, channels: int) -> tuple[float, float]:
-    """Seconds to compile the step, and images a second."""
-    size, mesh, optimizer = stage.training.batch_size, sharding.local_mesh(), build_optimizer(stage.training)
-    objective = Objective(network, stage.process, stage.precondition, 1, _CLASSES.value, stage.training.label_dropout)
-    kwargs = {"accumulate": stage.training.accumulate, "ema_halflife": stage.training.ema_halflife, "ema_rampup": 0.05}
-    step = make_step(objective, optimizer, jax.random.key(0), batch_size=size, **kwargs)
-    state = jax.jit(lambda: init_state(network, optimizer, jax.random.key(0)), out_shardings=sharding.replicated(mesh))()
-    images = np.random.default_rng(0).integers(0, 256, (size, *stage.resolution, channels), np.uint8)
-    batch = sharding.put_batch({"image": images, "label": np.zeros(size, np.int32)}, mesh)
-    began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - began
-
-    def one_step():
-        nonlocal state
-        state, metrics = compiled(state, batch)
-        return metrics
-
-    return compile_seconds, size / seconds_each(one_step)
+def resized(config: configs.Config, batch: int) -> configs.Config:
+    """The config with batches of another size, if that is not 0."""
+    if not batch:
+        return config
+    of = lambda stage: dataclasses.replace(stage, training=dataclasses.replace(stage.training, batch_size=batch))  # noqa: E731
+    sampling = dataclasses.replace(config.sampling, batch_size=batch)
+    return dataclasses.replace(config, stages=tuple(map(of, config.stages)), sampling=sampling)
 
 
-def sampling(config: configs.Config, number: int, network, channels: int) -> tuple[float, float]:
-    """Seconds of the first call (with compilation) and of a later one, for a batch."""
-    stage, size, mesh = config.stages[number - 1], config.sampling.batch_size, sharding.local_mesh()
-    sample = stage_sampler(stage, network, number=number, channels=channels, classes=_CLASSES.value, run_seed=0)
-    params = jax.device_put(jax.jit(network.init)(jax.random.key(0)), sharding.replicated(mesh))
-    h, w = (side // stage.factor for side in stage.resolution)
-    low = np.zeros((size, h, w, channels), np.float32) if number > 1 else None
+class Training:
+    """A stage's training on random images, step after step.
+
+    Args:
+      config: of the run.
+      number: of the stage, from 1.
+      classes: of the images.
+
+    Attributes:
+      compiling: seconds until the first step had run, with that step.
+    """
+
+    def __init__(self, config: configs.Config, number: int, classes: int):
+        stage = config.stages[number - 1]
+        size, shape = stage.training.batch_size, (stage if stage.source else config.stages[-1]).resolution
+        mesh, shape = sharding.make_mesh(config.parallel.data, config.parallel.fsdp), (*shape, config.data.channels)
+        self._program = PROGRAMS[config.parallel.mode](stage, shape, classes, jax.random.key(0), mesh)
+        self._state = self._program.place(self._program.init(jax.random.key(0)))
+        random, here = np.random.default_rng(0), size // jax.process_count()
+        position = np.arange(here, dtype=np.int32) + here * jax.process_index()
+        label = random.integers(0, max(1, classes), here, np.int32)
+        image = random.integers(0, 256, (here, *shape), np.uint8)
+        self._batch = self._program.put({"image": image, "label": label, "position": position})
+        self._pending: collections.deque = collections.deque()
+        jax.block_until_ready((self._state, self._batch))
+        began = time.perf_counter()
+        self._program.compile()
+        jax.block_until_ready(self.step())
+        self.compiling = time.perf_counter() - began
+
+    def step(self) -> dict[str, jax.Array]:
+        """Starts a step; a few are under way at a time, as in training."""
+        self._state, values = self._program(self._state, self._batch)
+        self._pending.append(values)
+        if len(self._pending) > STEPS_IN_FLIGHT:
+            jax.block_until_ready(self._pending.popleft())
+        return values
+
+
+def training_row(config: configs.Config, number: int, variant: str, classes: int, seconds: float, profile: str = "") -> list[str]:
+    """Cells of a row of the first table."""
+    stage, held = config.stages[number - 1], timing.peak_bytes()
+    size, network = stage.training.batch_size, stage.network
+    training = Training(config, number, classes)
+    each = timing.medians({"step": training.step}, seconds)["step"]
+    _profiled(training.step, profile, f"training_stage{number}_{variant}")
+    rate = 3 * timing.forward_flops(stage, config.data.channels, classes) * size / each / jax.device_count()
+    count = stage.build(config.data.channels, classes).count()
+    cells = [f"{count:,}", f"{max(0.0, training.compiling - each):.1f}", timing.milliseconds(each), f"{size / each:,.3g}"]
+    cells += [f"{rate / 1e12:.3g}", timing.of_peak(rate, network.dtype), memory(held)]
+    return [*_about(number, stage, variant), f"{size:,}", *cells]
+
+
+def memory(before: int) -> str:
+    """The peak so far, marked where it is an earlier row's."""
+    now = timing.peak_bytes()
+    return f"{'<= ' * (now == before)}{now / 2**30:.2f} GiB" if now else "-"
+
+
+def short(stage: configs.Stage, least: int) -> configs.Stage:
+    """The stage with the shortest ladder whose walk evaluates the network so often; unchanged if `least` is 0."""
+    if not least:
+        return stage
+    ladders = (
+        dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, steps=steps))
+        for steps in range(2, stage.sampler.steps)
+    )
+    return next((ladder for ladder in ladders if evaluations(ladder) >= least), stage)
+
+
+def sampler(config: configs.Config, number: int, stage: configs.Stage, network: Network, classes: int) -> Callable[[Any], Any]:
+    """params -> a batch of samples."""
+    size, channels, mesh = config.sampling.batch_size, config.data.channels, sharding.local_mesh()
+    run = stage_sampler(stage, network, number=number, channels=channels, classes=classes, run_seed=0)
+    low = np.zeros((size, *(side // stage.factor for side in stage.resolution), channels), np.float32)
     seeds, labels = np.arange(size, dtype=np.uint32), np.zeros(size, np.int32)
-    low, labels, seeds = sharding.put_batch((low, labels, seeds), mesh)
+    low, labels, seeds = sharding.put_batch((low if stage.factor > 1 else None, labels, seeds), mesh)
+    return lambda params: run(params, low, labels, seeds)
+
+
+def sampling_row(
+    config: configs.Config, number: int, variant: str, classes: int, seconds: float, least: int = 0, profile: str = ""
+) -> list[str]:
+    """Cells of a row of the second table."""
+    whole, channels = config.stages[number - 1], config.data.channels
+    stage, size, network = short(whole, least), config.sampling.batch_size, whole.build(channels, classes)
+    outputs = whole.precondition.outputs
+    idle = network._replace(apply=lambda params, x, *labels: jnp.tile(x, (1, 1, 1, outputs)))
+    params = timing.parameters(network)
+    sample, without = (sampler(config, number, stage, each, classes) for each in (network, idle))
     began = time.perf_counter()
-    jax.block_until_ready(sample(params, low, labels, seeds))
-    return time.perf_counter() - began, seconds_each(lambda: sample(params, low, labels, seeds))
+    jax.block_until_ready(sample(params))
+    first = time.perf_counter() - began
+    times = timing.medians({"sample": lambda: sample(params), "own": lambda: without({})}, seconds)
+    _profiled(lambda: sample(params), profile, f"sampling_stage{number}_{variant}")
+    each, count = times["sample"] / evaluations(stage), evaluations(whole)
+    passes = 1 if whole.guidance == 1 else 2
+    rate = passes * size * timing.forward_flops(whole, channels, classes) / each / len(jax.local_devices())
+    cells = [f"{count}", f"{max(0.0, first - times['sample']):.1f}", timing.milliseconds(each), f"{size / each / count:,.3g}"]
+    cells += [timing.of_peak(rate, whole.network.dtype), f"{times['own'] / times['sample']:.3%}"]
+    return [*_about(number, whole, variant), f"{size:,}", *cells]
 
 
-def main(_) -> None:
-    """Prints the table."""
-    config = configs.parse(_CONFIG.value)
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| stage | parameters | compile training | training | evaluations | first batch sampled | sampling |")
-    print("|---|---|---|---|---|---|---|")
-    channels = config.data.channels
-    for number, stage in enumerate(config.stages, 1):
-        network = stage.build(channels, _CLASSES.value)
-        compile_seconds, rate = training(stage, network, channels)
-        first, later = sampling(config, number, network, channels)
-        size = config.sampling.batch_size
-        cells = [f"{number}: {stage.resolution[0]} x {stage.resolution[1]}", f"{network.count():,}", f"{compile_seconds:.1f} s"]
-        cells += [f"{rate:.0f} images/s", f"{evaluations(stage)}", f"{first:.1f} s", f"{size / later:.1f} images/s"]
-        print("| " + " | ".join(cells) + " |", flush=True)
+def _about(number: int, stage: configs.Stage, variant: str) -> list[str]:
+    return [f"{number}: {' x '.join(map(str, stage.resolution))}", variant]
+
+
+def _profiled(function: Callable[[], Any], folder: str, name: str) -> None:
+    """Writes a profile of a few calls, if there is a folder for it."""
+    if folder:
+        with jax.profiler.trace(str(Path(folder) / re.sub(r"\W", "_", name))):
+            jax.block_until_ready([function() for _ in range(PROFILED)])
+
+
+def fitting(row: Callable[..., list[str]], config: configs.Config, number: int, variant: str, *args: Any) -> list[str]:
+    """The row, or one that says that it does not fit into the devices' memory."""
+    try:
+        return row(config, number, variant, *args)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return [*_about(number, config.stages[number - 1], variant), "does not fit into memory"]
+
+
+def rows(config: configs.Config) -> Iterator[tuple[configs.Config, int, str]]:
+    """What the flags ask for: configs that are checked, stages and variants."""
+    for number, variant in itertools.product(_STAGE.value or range(1, len(config.stages) + 1), _VARIANTS.value):
+        changed = varied(config, variant)
+        checks.check_devices(changed, jax.device_count(), jax.local_device_count())
+        yield changed, number, variant
+
+
+def main(_: list[str]) -> None:
+    """Prints the tables."""
+    config, arguments = resized(configs.parse(_CONFIG.value), _BATCH.value), (_CLASSES.value, _SECONDS.value)
+    print(timing.machine())
+    if _TRAINING.value:
+        timing.start_table("Training", TRAINING)
+        for row in rows(config):
+            timing.print_row(fitting(training_row, *row, *arguments, _PROFILE.value))
+    if _SAMPLING.value:
+        timing.start_table("Sampling", SAMPLING)
+        sampled = set()  # variants of training alone make no other samples
+        for changed, number, variant in rows(config):
+            if (about := (number, changed.stages[number - 1].network.dtype)) not in sampled:
+                sampled.add(about)
+                more = (*arguments, _EVALUATIONS.value, _PROFILE.value)
+                timing.print_row(fitting(sampling_row, changed, number, variant, *more))
 
 
 if __name__ == "__main__":

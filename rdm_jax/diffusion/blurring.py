@@ -92,9 +92,16 @@ def blur_weights(blur_sigma: Float[Array, "*b"], *, patch: int, min_scale: float
     return (1 - min_scale) * jnp.exp(-squared * tau) + min_scale
 
 
-def blur_patch(x: Float[Array, "p p"], weights: Float[Array, "p p"]) -> Float[Array, "p p"]:
-    """V D V^T x of one patch."""
-    return idct2(weights * dct2(x))
+def filter_patch(x: Float[Array, "p p"], weights: Float[Array, "p p"]) -> Float[Array, "p p"]:
+    """V W V^T x of one patch, its DCT coefficients multiplied by weights W.
+
+    The product of the patch, p^2 numbers, with one matrix: patches of the same weights share it, and transforms there and back
+    take several times as long (experiments/benchmarks/relay.py).
+    """
+    m = dct_matrix(x.shape[-1])
+    basis = jnp.asarray(np.einsum("ik,jl->ijkl", m, m), x.dtype)
+    matrix = jnp.einsum("ij,ijkl,ijrs->klrs", weights, basis, basis, precision=_PRECISION)
+    return jnp.tensordot(x, matrix, axes=2, precision=_PRECISION)  # the patch first, for rows of patches and not columns
 
 
 @functools.partial(jax.jit, static_argnames=("patch", "min_scale"))
@@ -102,7 +109,7 @@ def blur(
     x: Float[Array, "b h w c"], blur_sigma: Float[Array, " b"], *, patch: int, min_scale: float = 1e-3
 ) -> Float[Array, "b h w c"]:
     """Blurs every patch on its own, each image by its own `blur_sigma` (pixels)."""
-    return over_patches(blur_patch, patch)((x,), (blur_weights(blur_sigma, patch=patch, min_scale=min_scale),))
+    return over_patches(filter_patch, patch)((x,), (blur_weights(blur_sigma, patch=patch, min_scale=min_scale),))
 
 
 @functools.partial(jax.jit, static_argnames="block")

@@ -163,16 +163,15 @@ def relay_update(
 ) -> Float[Array, "p p"]:
     """One patch, one level further, without the fresh noise (arXiv 2309.03350).
 
-    With u and d the DCTs of the state and of its slope (u - u0) / sigma:
+    With u and u0 the DCTs of the state and of the image that its slope (u - u0) / sigma points away from:
 
-    u' = (D' + g (1 - D)) u + sigma (g D - D') d,    g = sqrt(1 - eta^2) sigma' / sigma
+    u' = g u + (D' - g D) u0,    g = sqrt(1 - eta^2) sigma' / sigma
 
-    which is g u + (D' - g D) u0 with u0 eliminated. With the true u0 any eta keeps the marginals of the process; with the
-    posterior mean in its place, as in sampling, eta > 0 costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
+    With the true u0 any eta keeps the marginals of the process; with the posterior mean in its place, as in sampling, eta > 0
+    costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
     """
     g = (1 - eta**2) ** 0.5 * to.sigma / level.sigma
-    u, d = blurring.dct2(x), blurring.dct2(slope)
-    return blurring.idct2((to.blur + g * (1 - level.blur)) * u + level.sigma * (g * level.blur - to.blur) * d)
+    return g * x + blurring.filter_patch(x - level.sigma * slope, to.blur - g * level.blur)
 
 
 def walk(step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: Levels, *, scan: bool) -> Float[Array, "b h w c"]:
