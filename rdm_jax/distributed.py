@@ -1,9 +1,14 @@
 """Several processes, on several hosts or on one: how they find one another, and who does what is to be done once."""
 
 import functools
+import hashlib
+import os
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +21,15 @@ from rdm_jax.errors import InputError
 from rdm_jax.interrupt import StopOnSignal
 
 Result = TypeVar("Result")
+SECONDS_TO_LEAVE = 5
 
 
 def join(coordinator: str, processes: int | None, process: int | None) -> None:
     """Makes this process one of several, before jax looks for devices.
 
     Args:
-      coordinator: 'host:port' of the first process, '' to ask the surroundings (Cloud TPU, SLURM, Open MPI and Kubernetes are
-        known; elsewhere the process stays alone), or 'none' to stay alone.
+      coordinator: 'host:port' of the first process, '' to ask the surroundings (what jax knows: Cloud TPU, SLURM, Open MPI,
+        Kubernetes; elsewhere the process stays alone), or 'none' to stay alone.
       processes, process: how many there are, and which this is, from 0; with 'host:port' only.
 
     Raises:
@@ -35,13 +41,17 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
         raise InputError(f"{found} do not go together; a host:port with both numbers, or none of the three, would do.")
     if given and not 0 <= process < processes:
         raise InputError(f"--process={process} of --processes={processes} is none of them; 0 to {processes - 1} would do.")
-    if coordinator == "none":
+    # On one TPU host, Colab's among them, there is nobody to join, and jax might ask a server that is not there.
+    host = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    one_host = host and "," not in host and "MEGASCALE_COORDINATOR_ADDRESS" not in os.environ
+    if coordinator == "none" or (one_host and not given):
         return
     try:
         jax.distributed.initialize(coordinator or None, processes, process)
     except Exception as error:
-        alone = ("coordinator_address", "must be called before")  # jax found no cluster; or works already, by itself
-        if not given and any(reason in str(error) for reason in alone):
+        # jax found no cluster, or half of one (a SLURM job without srun); or it works already, by itself.
+        alone = ("coordinator_address", "must be called before")
+        if not given and (isinstance(error, KeyError) or any(reason in str(error) for reason in alone)):
             return
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = coordinator or "those that the surroundings name"
@@ -53,6 +63,35 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes pictures, logs and results."""
     return jax.process_index() == 0
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the status that `main` returns.
+
+    Where something went wrong, jax's usual end would wait for the other processes, and they perhaps for this one. The first
+    process goes last: with it goes what tells the others of each other, and they would end before they have said why.
+    """
+    try:
+        status = main()
+    except BaseException:
+        if not jax.distributed.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if is_first():
+            time.sleep(SECONDS_TO_LEAVE)
+        os._exit(status)
+    sys.exit(status)
+
+
+def check_same(what: str, value: str) -> None:
+    """Refuses to go on where processes do not agree. Raises InputError in all of them."""
+    digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:4], "little", signed=True)
+    if len(set(gathered(np.int32(digest)).tolist())) > 1:
+        raise InputError(f"{what} is not the same for every process; files and folders that all hosts share would do.")
 
 
 def gathered(tree: Any) -> Any:

@@ -14,7 +14,6 @@ if __name__ == "__main__":
 # Before anything imports TensorStore or XLA, whose C++ logging is decided at import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -93,7 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    if status in (1, 2) and jax.distributed.is_initialized():
-        os._exit(status)  # at a usual exit jax would wait for the other processes, and they perhaps for this one
-    sys.exit(status)
+    distributed.exit_with(main)

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import functools
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from rdm_jax.training.loop import Trainer
 
 MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "export")
 ALONE = ("report", "import", "export")  # modes of one process
-LOCK = ".lock"
+LOCK, SECONDS_TO_APPEAR = ".lock", 60
 # What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
 FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "workers", "images", "max_skipped")
 FREE_FIELDS += (
@@ -125,10 +126,11 @@ def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: Stop
     """Prepares, trains, samples and evaluates, or what of it the mode asks for."""
     about = (mode, jax.device_count(), jax.default_backend(), jax.process_count(), folder)
     log.info("%s on %d %s device(s) of %d process(es), workdir %s", *about)
-    if config.sampling.low and mode in ("all", "sample"):
-        LowImages(config)  # so that one that cannot be used is refused before training
     training = [n for n in range(1, len(config.stages) + 1) if mode in ("all", "train") and stage in (None, n)]
-    _check_named_checkpoints(config, folder, training)
+    with distributed.together():
+        if config.sampling.low and mode in ("all", "sample"):
+            LowImages(config)  # so that one that cannot be used is refused before training
+        _check_named_checkpoints(config, folder, training)
     everything, last = list(range(1, len(config.stages) + 1)), len(config.stages)
     evaluating = _is_evaluated(config, mode, training)
     wanted = {"prepare": everything, "all": everything, "train": training}.get(mode, [])
@@ -145,7 +147,8 @@ def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: Stop
             _write_config(config, folder)
     for number in training:
         _train(config, number, *parts[number], folder, stop, evaluator)
-        stop.check()
+        if distributed.gathered(np.int32(bool(stop.requested))).any():
+            raise stop.interruption
     relay = Relay(config, folder) if mode in ("all", "sample") or (mode == "evaluate" and generates(config)) else None
     if mode in ("all", "sample"):
         sample_to_files(relay, sets.get(last) or set_for_pictures(config), folder, stop)
@@ -224,17 +227,26 @@ def _owned(workdir: Path) -> Iterator[None]:
             if distributed.is_first():
                 held.enter_context(_locked(workdir, token))
         with distributed.together():
-            if not (workdir / LOCK).is_file() or (workdir / LOCK).read_text() != token:
+            if not _appears(workdir / LOCK, token):
                 would_do = "a folder that all hosts share"
                 raise InputError(f"--workdir={str(workdir)!r} is not the same for every process; {would_do} would do.")
         yield
+
+
+def _appears(path: Path, text: str) -> bool:
+    """Whether a file has this text, or will soon: file systems over a network may show it late."""
+    for _ in range(SECONDS_TO_APPEAR):
+        if path.is_file() and path.read_text() == text:
+            return True
+        time.sleep(1)
+    return False
 
 
 @contextmanager
 def _locked(workdir: Path, token: str) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / LOCK).open("w")
+        lock = (workdir / LOCK).open("a")
     except OSError as error:
         raise InputError(f"--workdir={str(workdir)!r} cannot be written ({error.strerror}); another folder would do.") from error
     with lock:
@@ -242,8 +254,10 @@ def _locked(workdir: Path, token: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"--workdir={str(workdir)!r} is in use by another run; waiting for it would do.") from error
+        lock.truncate(0)
         lock.write(token)
         lock.flush()
+        os.fsync(lock.fileno())
         yield
 
 

@@ -15,5 +15,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 
+if jax.__version_info__ >= (0, 10):  # others may not know the flag
+    # On busy cores eight devices take long to meet; XLA would end the process after 40 s.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

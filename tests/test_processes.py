@@ -45,7 +45,11 @@ def start_two(images: Path, workdir: Path, *flags: str) -> list[subprocess.Popen
 
 
 def ended(processes: list[subprocess.Popen], status: int = 0) -> list[tuple[str, str]]:
-    outputs = [process.communicate(timeout=300) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [status] * len(processes), outputs
     return outputs
 
@@ -81,8 +85,8 @@ def check_same(one: Path, other: Path):
 
 def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     ended([start(images, tmp_path / "one", 4)])
-    pair = start_two(images, tmp_path / "two", "--config.parallel.fsdp=2")
-    while not (tmp_path / "two/stage1/checkpoints/5").is_dir() and pair[0].poll() is None:
+    pair, metrics = start_two(images, tmp_path / "two", "--config.parallel.fsdp=2"), tmp_path / "two/stage1/metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text()) and pair[0].poll() is None:
         time.sleep(0.05)
     pair[1].send_signal(signal.SIGTERM)  # one of them is enough
     ended(pair, 143)

@@ -130,7 +130,9 @@ class Evaluator:
         }
         made_with = json.loads(json.dumps(made_with))
         result = read_result(folder / RESULT)
-        if result and result["made_with"] == made_with:
+        done = bool(result) and result["made_with"] == made_with
+        distributed.check_same(f"what is in {folder} and measured", f"{done} {json.dumps(made_with, sort_keys=True)}")
+        if done:
             log.info("evaluation: already in %s\n%s", folder, result_table(result["results"]))
         else:
             result = {"results": self._results(streams, folder), "made_with": made_with, **_surroundings(self._config)}
@@ -157,14 +159,17 @@ class Evaluator:
     @functools.cached_property
     def _reference(self) -> Statistics:
         """Of the reference: read, or gathered and kept in the folder for the next time."""
-        stream, path = self._reference_stream, self._folder / "reference.npz"
+        stream, path, kept = self._reference_stream, self._folder / "reference.npz", None
         if stream is None:
             return self._published
         try:
-            if path.is_file() and (kept := read_statistics(path, self._space)).about["images"] == self._reference_about:
-                return kept
+            kept = read_statistics(path, self._space) if path.is_file() else None
         except InputError as error:
             log.info("evaluation: the reference is measured again: %s", error)
+        fits = kept is not None and kept.about["images"] == self._reference_about
+        distributed.check_same(f"what is in {path}", str(fits))
+        if fits:
+            return kept
         (tally,) = self._gather(stream, self._folder).values()
         statistics = tally.statistics(self._reference_about)
         if self._published:
@@ -185,7 +190,7 @@ class Evaluator:
                 log.info("evaluation: begins again, as what was gathered cannot be read (%s)", error)
                 tallies = self._tallies(stream)
         done = min(tally.done for tally in tallies.values())
-        distributed.wait_for_all("know what was gathered")
+        distributed.check_same(f"what was gathered in {path}", str(done))
         saved, pause, waiting = time.monotonic(), SAVE_SECONDS, []
 
         def take() -> None:  # one batch late, so that the devices work while the next one is read
@@ -210,6 +215,7 @@ class Evaluator:
                     pause = max(SAVE_SECONDS, 20 * (saved - began))
                     if stopped:
                         raise self._stop.interruption
+        distributed.wait_for_all("saved what was gathered")
         return tallies
 
     def _batches(self, stream: Stream, done: int) -> tuple[list[tuple[dict, dict, np.ndarray]], bool]:
@@ -217,8 +223,9 @@ class Evaluator:
         size, firsts = stream.batch_size, [done + n * stream.batch_size for n in range(jax.process_count())]
         counts = [min(size, stream.count - first) for first in firsts if first < stream.count]
         turn = min(jax.process_index(), len(counts) - 1)  # where there is nothing left to do, the last one's is done again
-        images, labels = stream.batch(firsts[turn], counts[turn])
-        outputs = {name: self._outputs(images[name], size) for name in stream.names}
+        with distributed.together():
+            images, labels = stream.batch(firsts[turn], counts[turn])
+            outputs = {name: self._outputs(images[name], size) for name in stream.names}
         if jax.process_count() == 1:
             return [(outputs, images, labels)], bool(self._stop.requested)
         filled = jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), (images, labels))

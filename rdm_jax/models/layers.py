@@ -186,8 +186,14 @@ def named(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def attend(q: Float[Array, "b n k d"], k: Float[Array, "b n k d"], v: Float[Array, "b n k d"]) -> Float[Array, "b n k d"]:
     """softmax(q k^T / sqrt(d)) v for each of k heads: cuDNN's fused kernel where it applies, else XLA's, softmax in float32."""
-    fused = jax.default_backend() == "gpu" and q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    fused = _knows_fused_attention() and q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+
+
+def _knows_fused_attention() -> bool:
+    """NVIDIA's from Ampere on."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
+    return capability[:1].isdecimal() and float(capability) >= 8
 
 
 def dropout(x: Float[Array, "b h w c"], rate: float, keys: Key[Array, " b"] | None) -> Float[Array, "b h w c"]:

@@ -57,17 +57,17 @@ def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: 
     """
     config, folder = relay.config, workdir / relay.config.sampling.name
     made_with, seeds = describe(config, relay), _seeds(config)
-    done = _is_done(folder, made_with)
-    if distributed.gathered(np.int32(done)).all():
+    distributed.check_same("what the samples are made with", json.dumps(made_with, sort_keys=True))
+    if distributed.gathered(np.int32(_is_done(folder, made_with))).all():
         log.info("samples: %d images are already in %s", len(seeds), folder)
         return
     _say_what_is_made(relay)
     began = time.perf_counter()
     parts, rate = sample_in_parts(relay, seeds, folder / f".parts-{_digest(made_with)}", stop)
     seconds = time.perf_counter() - began
-    if distributed.is_first():
-        _write(relay, parts, seeds, source, folder, made_with)
-    distributed.wait_for_all("wrote samples")
+    with distributed.together():
+        if distributed.is_first():
+            _write(relay, parts, seeds, source, folder, made_with)
     timed = (len(seeds), seconds, "" if math.isnan(rate) else f", then {rate:.3g} images/s", folder)
     log.info("samples: %d images in %.1f s (compilation included)%s -> %s", *timed)
 

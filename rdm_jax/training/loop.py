@@ -245,9 +245,10 @@ class Trainer:
         log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
 
     def _held_images(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        """The images that tell the best checkpoint, evenly from their whole set (which may be sorted), in batches."""
-        size, count = self.training.batch_size, jax.process_count()
-        images = np.linspace(0, len(self._held_out) - 1, -(-self.training.validation // size) * size).astype(int)
+        """The images that tell the best checkpoint, evenly from their set (which may be sorted), in parts like training's."""
+        batch_size, count = self.training.batch_size, jax.process_count()
+        images = np.linspace(0, len(self._held_out) - 1, -(-self.training.validation // batch_size) * batch_size).astype(int)
+        size = batch_size // self.training.accumulate
         for first in range(0, len(images), size):
             here = np.arange(first, first + size).reshape(count, -1)[jax.process_index()]
             yield sharding.put_batch((self._held_out.batch(images[here]), here), self.mesh)
