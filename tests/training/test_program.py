@@ -61,12 +61,10 @@ def difference(tree, other):
     [
         {"devices": 8},
         {"devices": 8, "fsdp": 2},
-        {"devices": 8, "fsdp": 8},
+        {"devices": 8, "fsdp": 8, "remat": "convolutions"},
         {"devices": 8, "mode": "pmap"},
         {"accumulate": 4},
-        {"devices": 4, "fsdp": 2, "accumulate": 4, "remat": "block"},
         {"remat": "block"},
-        {"remat": "convolutions"},
     ],
     ids=str,
 )
@@ -107,7 +105,7 @@ def test_a_state_saved_on_eight_devices_goes_on_on_two_and_on_one(tmp_path):
     state, _ = trained(program(devices=8, fsdp=4), steps=2)
     saved.save(state, {"validation_loss": 1.0})
     saved.wait()
-    for how in ({"devices": 2, "fsdp": 2}, {"devices": 1}, {"devices": 4, "mode": "pmap"}):
+    for how in ({"devices": 2, "mode": "pmap"}, {"devices": 1}):
         made = program(**how)
         restored, _ = saved.restore(2, made.abstract)
         chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
