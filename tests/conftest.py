@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 # Tests compile much and compute little: XLA's optimising of machine code would take most of their time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
@@ -20,3 +21,19 @@ if jax.__version_info__ >= (0, 10):  # others may not know the flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+LONGEST = (
+    "test_main.py",
+    "training/test_program.py",
+    "test_processes.py",
+    "test_notebooks.py",
+    "test_benchmarks.py",
+    "training/test_checkpoint.py",
+    "test_plan.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that parallel workers end together."""
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))

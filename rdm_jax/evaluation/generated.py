@@ -30,7 +30,7 @@ class RelayStream(Stream):
 
     def __init__(self, relay: Relay, names: tuple[str, ...], class_names: tuple[str, ...]):
         config, seeds = relay.config, evaluated_seeds(relay.config)
-        known = ["samples", *(f"stage{number}" for number in range(max(relay.first - 1, 1), len(config.stages)))]
+        known = ["samples", *relay.earlier]
         if missing := set(names) - set(known):
             low = f"config.sampling.low={config.sampling.low!r}"
             raise InputError(f"config.evaluation.images has {missing.pop()!r}, and {low}; {' or '.join(known)} would do.")
@@ -42,12 +42,9 @@ class RelayStream(Stream):
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         seeds = self._seeds[first : first + count]
-        stages = self._relay.sample(seeds)
-        earlier = {
-            f"stage{number}": images for number, images in enumerate(stages, len(self._relay.config.stages) - len(stages) + 1)
-        }
-        made = {**earlier, "samples": stages[-1]}
-        return {name: enlarged(made[name], stages[-1].shape[1]) for name in self.names}, self._labels[self._relay.labels(seeds)]
+        made = dict(zip((*self._relay.earlier, "samples"), self._relay.sample(seeds), strict=True))
+        height = made["samples"].shape[1]
+        return {name: enlarged(made[name], height) for name in self.names}, self._labels[self._relay.labels(seeds)]
 
 
 class StageStream(Stream):

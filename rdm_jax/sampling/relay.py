@@ -44,6 +44,7 @@ class Relay:
     Attributes:
       low: the small images that it goes on from; None if it begins with stage 1.
       first: number of the first stage that is run.
+      earlier: names of the stages before the last one whose images it makes or is given: 'stage1', ...
       class_names: the classes that the networks know, as their checkpoints say.
       checkpoints: what was loaded, as JSON.
 
@@ -55,6 +56,7 @@ class Relay:
         self.config, self.mesh = config, sharding.local_mesh()
         self.low = LowImages(config) if config.sampling.low else None
         self.first = self.low.stage + 1 if self.low else 1
+        self.earlier = tuple(f"stage{n}" for n in range(self.low.stage if self.low else 1, len(config.stages)))
         self.checkpoints, self._stages = [], []
         known = [self._load(number, workdir) for number in range(self.first, len(config.stages) + 1)]
         self.class_names = _common_classes(config, known, self.first)
@@ -86,7 +88,7 @@ class Relay:
         return labels_of(seeds, rule, classes=classes, run_seed=self.config.seed) if given is None else given
 
     def sample(self, seeds: Int[np.ndarray, " b"]) -> list[np.ndarray]:
-        """The images of every stage from the one before `first` on, uint8 NHWC, for any number of seeds up to the batch size.
+        """The images of the `earlier` stages and the last one's, uint8 NHWC, for any number of seeds up to the batch size.
 
         A short batch is filled up, so that nothing is compiled again. Raises InputError where they are not finite numbers.
         """

@@ -30,7 +30,7 @@ COLUMNS, ROWS = 3, 10  # examples a row of the grid, and its rows
 def describe(config: Config, relay: Relay) -> dict[str, Any]:
     """All that the images depend on, as JSON: what the samples were made with."""
     stages = {f"stage{number}": stage_settings(config, number) for number in range(relay.first, len(config.stages) + 1)}
-    sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in ("name", "batch_size")}
+    sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in ("name", "batch_size", "files")}
     about = {"seed": config.seed, "sampling": sampling, "stages": stages, "checkpoints": relay.checkpoints}
     if relay.low:
         about["low_images"] = relay.low.digest(_seeds(config))
@@ -57,8 +57,8 @@ def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: 
     """
     config, folder = relay.config, workdir / relay.config.sampling.name
     made_with, seeds = describe(config, relay), _seeds(config)
-    distributed.check_same("what the samples are made with", json.dumps(made_with, sort_keys=True))
-    if distributed.gathered(np.int32(_is_done(folder, made_with))).all():
+    distributed.check_same("what the samples are made with", _digest(made_with))
+    if distributed.gathered(np.int32(_is_done(folder, config.sampling.files, made_with))).all():
         log.info("samples: %d images are already in %s", len(seeds), folder)
         return
     _say_what_is_made(relay)
@@ -88,14 +88,13 @@ def _write(
 ) -> None:
     """Leaves the files, then deletes the parts."""
     labels = relay.labels(seeds)
+    if not _is_vouched_for(folder, made_with):
+        _remove_images(folder)
     (folder / SAMPLES).unlink(missing_ok=True)  # it vouches for the others, so it comes last
     if relay.config.sampling.files == "png":
         write_png(parts, seeds, labels, folder / "images")
     else:
-        count = len(relay.config.stages) - relay.first + (2 if relay.low else 1)
-        earlier = range(len(relay.config.stages) - count + 1, len(relay.config.stages))
-        names = [*(f"stage{number}" for number in earlier), "images"]
-        write_npz(parts, names, {"labels": labels, "seeds": seeds}, folder / "samples.npz")
+        write_npz(parts, [*relay.earlier, "images"], {"labels": labels, "seeds": seeds}, folder / "samples.npz")
     pictures.save_picture(_draw(parts, labels, relay.class_names, source), folder / "grid.png")
     with whole_file(folder / SAMPLES) as partial:
         partial.write_text(json.dumps(made_with, indent=2))
@@ -103,14 +102,22 @@ def _write(
         shutil.rmtree(leftover)
 
 
-def _is_done(folder: Path, made_with: dict[str, Any]) -> bool:
-    images = "images/dataset.json" if made_with["sampling"]["files"] == "png" else "samples.npz"
-    if not all((folder / name).is_file() for name in (images, "grid.png", SAMPLES)):
-        return False
+def _is_done(folder: Path, files: str, made_with: dict[str, Any]) -> bool:
+    """Whether the images are there as such files, made with the same."""
+    written = "images/dataset.json" if files == "png" else "samples.npz"
+    return all((folder / name).is_file() for name in (written, "grid.png")) and _is_vouched_for(folder, made_with)
+
+
+def _is_vouched_for(folder: Path, made_with: dict[str, Any]) -> bool:
     try:
         return json.loads((folder / SAMPLES).read_text()) == made_with
-    except json.JSONDecodeError:
+    except (FileNotFoundError, ValueError):
         return False
+
+
+def _remove_images(folder: Path) -> None:
+    (folder / "samples.npz").unlink(missing_ok=True)
+    shutil.rmtree(folder / "images", ignore_errors=True)
 
 
 def _digest(made_with: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from rdm_jax.data.sources import open_source
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.models.functional import functional
-from rdm_jax.sampling import parts, pictures, relay, sampler
+from rdm_jax.sampling import parts, pictures, relay, results, sampler
 from rdm_jax.training.step import to_float
 from tests.tiny import NETWORK, tiny_config, write_images
 
@@ -90,9 +90,13 @@ class FakeRelay(relay.Relay):
 
     def __init__(self, config):
         self.config, self.made, self.after_each = config, [], lambda: None
+        self.low, self.first, self.earlier, self.class_names, self.checkpoints = None, 1, ("stage1",), (), []
+
+    def labels(self, seeds):
+        return seeds % 2
 
     def begin(self, seeds):
-        return relay.Begun([np.full((8, 4, 4, 3), 1, np.uint8), seeds.astype(np.uint8)[:, None, None, None]], True, len(seeds))
+        return relay.Begun([np.ones((8, 4, 4, 1), np.uint8), seeds.astype(np.uint8)[:, None, None, None]], True, len(seeds))
 
     def finish(self, begun):
         self.made.append(begun.stages[1].ravel().tolist())
@@ -118,7 +122,7 @@ def test_parts_become_one_file(tmp_path):
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "other.npz").read_bytes()
     with np.load(tmp_path / "one.npz") as file:
         assert file.files == ["stage1", "images", "seeds"]
-        np.testing.assert_array_equal(file["stage1"], np.ones((12, 4, 4, 3), np.uint8))
+        np.testing.assert_array_equal(file["stage1"], np.ones((12, 4, 4, 1), np.uint8))
         np.testing.assert_array_equal(file["images"].ravel(), np.arange(12))
 
 
@@ -129,6 +133,22 @@ def test_parts_become_pictures(tmp_path):
     source = open_source(f"folder:{tmp_path / 'images'}")
     assert source.names == [f"{seed:010d}.png" for seed in range(5, 17)] and source.labels == [0, 1] * 6
     assert np.asarray(source.reader.load(source.names[3])).ravel().tolist() == [3]
+
+
+def test_a_samples_folder_holds_either_kind_of_file_of_the_same_images_alone(tmp_path):
+    def there(**settings):
+        config = tiny_config("images")
+        fake = FakeRelay(dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **settings)))
+        results.sample_to_files(fake, None, tmp_path, StopOnSignal())
+        folder = tmp_path / "samples"
+        return bool(fake.made), {name for name in ("samples.npz", "images/dataset.json") if (folder / name).exists()}
+
+    npz, png = "samples.npz", "images/dataset.json"
+    assert there(files="npz") == (True, {npz})
+    assert there(files="png") == (True, {npz, png})
+    assert there(files="npz") == there(files="png") == (False, {npz, png})  # both are there
+    assert there(files="png", seeds="0-3") == (True, {png})  # the other would be of other images
+    assert there(files="npz", seeds="0-3") == (True, {npz, png})
 
 
 def test_a_part_that_cannot_be_written_is_told(tmp_path):
