@@ -1,5 +1,6 @@
 """Eight virtual devices for every test, so that sharding is exercised on any machine."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import pytest
 
 if jax.__version_info__ >= (0, 10):  # others may not know the flag
     # On busy cores eight devices take long to meet; XLA would end the process after 40 s.
@@ -31,6 +33,16 @@ LONGEST = (
     "training/test_checkpoint.py",
     "test_plan.py",
 )
+
+
+@pytest.fixture(autouse=True)
+def _log_as_a_library_has_it():
+    """Takes back what commands that ran in a test's own process have set."""
+    yield
+    log = logging.getLogger("rdm_jax")
+    log.handlers.clear()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items):
