@@ -7,6 +7,7 @@ from pathlib import Path
 
 # Tests compile much and compute little: XLA's optimising of machine code would take most of their time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
 
 # What one process has compiled, the others read: the commands that tests run, and pytest's own workers, which inherit this.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -18,6 +19,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+if jax.__version_info__ < (0, 11):  # nor does a newer one know the flag
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # they take a third of the time of compiling
 if jax.__version_info__ >= (0, 10):  # others may not know the flag
     # On busy cores eight devices take long to meet; XLA would end the process after 40 s.
     os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,7 +25,8 @@ from tests.test_main import read_arrays
 from tests.tiny import write_images
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ("--config.evaluation.features=classifier", "--config.evaluation.images=samples,held_out", "--config.data.held_out=8")
+FLAGS = ("--config.evaluation.features=classifier", "--config.evaluation.images=samples", "--config.data.held_out=8")
+FLAGS += ("--config.stage1.training.preview_every=0", "--config.stage2.training.preview_every=0")
 FLAGS += ("--config.evaluation.seeds=0-19", "--config.evaluation.batch_size=8", "--config.sampling.batch_size=4")
 
 
@@ -92,7 +94,7 @@ def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     ended(pair, 143)
     (first, _), (second, _) = ended(start_two(images, tmp_path / "two"))  # on another mesh
     assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
-    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []  # the first alone speaks
+    assert not re.search(r"^\d\d:\d\d:\d\d ", second, re.MULTILINE)  # the first alone logs (XLA's Gloo speaks in all)
     check_same(tmp_path / "one", tmp_path / "two")
 
 

@@ -93,7 +93,7 @@ def test_a_margin_that_is_there_already_is_used(taps):
     expected = along_both(*matrices, wide)
     chex.assert_trees_all_close(np.asarray(down(wide, taps, padded=True), np.float64), expected, atol=2e-6)
     zeros = jnp.pad(wide, [(0, 0), (margin, margin), (margin, margin), (0, 0)])
-    chex.assert_trees_all_equal(down(zeros, taps, padded=True), down(wide, taps))
+    chex.assert_trees_all_close(down(zeros, taps, padded=True), down(wide, taps), atol=2e-7)  # two programs: sums in other orders
 
 
 # Initialisation
