@@ -36,8 +36,9 @@ def check_config(config: Config) -> None:
             f"{fitting} (stage {number - 1}'s {before.resolution} times process.patch={stage.factor})",
         )
     for number, stage in enumerate(config.stages, 1):
-        kind, would_do = kind_of(type(stage.process)), "'gaussian', 'vp' or 've'" if number == 1 else "'relay'"
-        require(isinstance(stage.process, processes.Relay) == (number > 1), f"config.stage{number}.process.kind", kind, would_do)
+        kind, would_do = kind_of(type(stage.process)), "'gaussian', 'vp' or 've'" if number == 1 else "'relay' or 'cascade'"
+        enlarges = isinstance(stage.process, (processes.Relay, processes.Cascade))
+        require(enlarges == (number > 1), f"config.stage{number}.process.kind", kind, would_do)
     require(0 <= config.seed < 2**32, "config.seed", config.seed, "0 to 4294967295")
     require(config.sampling.batch_size > 0, "config.sampling.batch_size", config.sampling.batch_size, "a positive number")
     require(config.sampling.name.isidentifier(), "config.sampling.name", config.sampling.name, "one word, such as 'samples',")
@@ -183,8 +184,11 @@ def _check_process(stage: Stage, path: str) -> None:
         require(assumed == sigma_data, f"{path}.process.sigma_data", assumed, agree)
     for part, values in (("process", process), ("precondition", stage.precondition)):
         _check_schedule(values, f"{path}.{part}")
-    if isinstance(process, processes.Relay):
+    if isinstance(process, (processes.Relay, processes.Cascade)):
         require(process.patch >= 2, f"{path}.process.patch", process.patch, "2 or more")
+    if isinstance(process, processes.Cascade):
+        require(0 <= process.augment_max < math.inf, f"{path}.process.augment_max", process.augment_max, "0 or more")
+    if isinstance(process, processes.Relay):
         require(0 <= process.block_scale < math.inf, f"{path}.process.block_scale", process.block_scale, "0 or more")
         require(process.block_size >= 0, f"{path}.process.block_size", process.block_size, "0 (for p) or more")
         require(process.sigma_floor > 0, f"{path}.process.sigma_floor", process.sigma_floor, "a positive number")
@@ -239,9 +243,9 @@ def _check_training(stage: Stage, path: str) -> None:
 
 
 def _check_sampler(stage: Stage, path: str) -> None:
-    relayed, sampler = isinstance(stage.process, processes.Relay), stage.sampler
-    wanted = samplers.RelayHeun if relayed else samplers.Heun
-    require(isinstance(sampler, wanted), f"{path}.sampler.kind", kind_of(type(sampler)), kind_of(wanted))
+    sampler, of_process = stage.sampler, {processes.Relay: samplers.RelayHeun, processes.Cascade: samplers.CascadeHeun}
+    wanted = of_process.get(type(stage.process), samplers.Heun)
+    require(type(sampler) is wanted, f"{path}.sampler.kind", kind_of(type(sampler)), repr(kind_of(wanted)))
     require(sampler.steps >= 2, f"{path}.sampler.steps", sampler.steps, "2 or more")
     require(
         0 < sampler.sigma_min < sampler.sigma_max, f"{path}.sampler.sigma_min", sampler.sigma_min, "less than sigma_max, over 0,"
@@ -255,7 +259,11 @@ def _check_sampler(stage: Stage, path: str) -> None:
     within = f"{least:.4g} or more, what the network knows by its preconditioning,"
     require(sampler.sigma_min >= least, f"{path}.sampler.sigma_min", sampler.sigma_min, within)
     within = f"{most:.5g} or less, what the network knows by its preconditioning,"
+    relayed = isinstance(sampler, samplers.RelayHeun)
     require(relayed or sampler.sigma_max <= most, f"{path}.sampler.sigma_max", sampler.sigma_max, within)
+    if isinstance(sampler, samplers.CascadeHeun):
+        known = f"0 to {stage.process.augment_max:g} (process.augment_max)"
+        require(0 <= sampler.augment <= stage.process.augment_max, f"{path}.sampler.augment", sampler.augment, known)
     if relayed:
         require(sampler.order in (1, 2), f"{path}.sampler.order", sampler.order, "1 or 2")
         walked = len(sampler.levels(stage.process).sigma)

@@ -125,9 +125,9 @@ class Stage:
     resolution: tuple[int, ...] = (64, 64)
     network: ADM | Song = ADM()
     precondition: preconditioning.EDM | preconditioning.VP | preconditioning.VE | preconditioning.IDDPM = preconditioning.EDM()
-    process: processes.Gaussian | processes.VP | processes.VE | processes.Relay = processes.Gaussian()
+    process: processes.Gaussian | processes.VP | processes.VE | processes.Relay | processes.Cascade = processes.Gaussian()
     training: Training = Training()
-    sampler: samplers.Heun | samplers.RelayHeun = samplers.Heun()
+    sampler: samplers.Heun | samplers.RelayHeun | samplers.CascadeHeun = samplers.Heun()
     guidance: float = 1.0
     checkpoint: str = "newest"
     source: str = ""
@@ -135,12 +135,22 @@ class Stage:
     @property
     def factor(self) -> int:
         """By how much this stage enlarges the one before it."""
-        return self.process.patch if isinstance(self.process, processes.Relay) else 1
+        return self.process.patch if isinstance(self.process, (processes.Relay, processes.Cascade)) else 1
 
     def build(self, channels: int, classes: int) -> Network:
         """The stage's network for images of so many channels and classes."""
-        outputs = self.precondition.outputs
-        return functional(lambda rngs: self.network.build(channels, classes, outputs=outputs, rngs=rngs))
+        kwargs = {"outputs": self.precondition.outputs, "given": self._given(channels)}
+        return functional(lambda rngs: self.network.build(channels, classes, **kwargs, rngs=rngs))
+
+    def multiply_adds(self, channels: int, classes: int) -> int:
+        """Of one forward pass for one image."""
+        # Traced in float32, as fused attention would hide its products.
+        plain = dataclasses.replace(self, network=dataclasses.replace(self.network, dtype="float32"))
+        return plain.build(channels, classes).multiply_adds((*self.resolution, channels + self._given(channels)), classes)
+
+    def _given(self, channels: int) -> int:
+        """Channels of the network's input besides the image's."""
+        return channels + 1 if isinstance(self.process, processes.Cascade) else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ def main(_: list[str]) -> None:
     channels, classes = config.data.channels, _CLASSES.value
     print("| stage | resolution | parameters | multiply-adds of a forward pass |\n|---|---|---|---|")
     for number, stage in enumerate(config.stages, 1):
-        network, (height, width) = stage.build(channels, classes), stage.resolution
-        giga = network.multiply_adds((height, width, channels), classes) / 1e9
-        print(f"| {number} | {height} x {width} | {network.count():,} | {giga:,.2f} G |")
+        (height, width), parameters = stage.resolution, stage.build(channels, classes).count()
+        giga = stage.multiply_adds(channels, classes) / 1e9
+        print(f"| {number} | {height} x {width} | {parameters:,} | {giga:,.2f} G |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the benchmarks share: times that can be compared, compile times, memory, and tables."""
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -65,9 +64,7 @@ def parameters(network: Network) -> Any:
 
 def forward_flops(stage: Stage, channels: int, classes: int) -> int:
     """Operations of the stage's network for one image, two a multiply-add."""
-    # In float32, as fused attention hides its products.
-    stage = dataclasses.replace(stage, network=dataclasses.replace(stage.network, dtype="float32"))
-    return 2 * stage.build(channels, classes).multiply_adds((*stage.resolution, channels), classes)
+    return 2 * stage.multiply_adds(channels, classes)
 
 
 def of_peak(flops_a_second: float, dtype: str) -> str:

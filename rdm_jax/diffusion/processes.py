@@ -16,11 +16,12 @@ from rdm_jax.diffusion import blurring, schedules
 
 
 class Noised(NamedTuple):
-    """What a denoiser is trained on: its input, the noise level, and the weight of its squared error."""
+    """What a denoiser is trained on: its input, noise level, the weight of its squared error, and what it is given besides."""
 
     images: Float[Array, "b h w c"]
     sigma: Float[Array, " b"]
     weight: Float[Array, " b"]
+    given: Float[Array, "b h w k"] | None = None
 
 
 def edm_weight(sigma: Float[Array, "*b"], sigma_data: float) -> Float[Array, "*b"]:
@@ -68,6 +69,36 @@ class Gaussian(FromNoise):
     def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
         """EDM's."""
         return edm_weight(sigma, self.sigma_data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cascade(Gaussian):
+    """A classic cascade's (CDM, arXiv 2106.15282): EDM's process, for a network that is given the small image, enlarged.
+
+    The small image is noised by itself, in training at a level that is uniform in [0, augment_max] (Gaussian conditioning
+    augmentation), and the network is told that level.
+
+    Attributes:
+      patch: the factor by which this stage enlarges.
+      augment_max: the greatest noise level of the small image.
+    """
+
+    patch: int = 4
+    augment_max: float = 0.5
+
+    def given(
+        self, low: Float[Array, "b h w c"], level: Float[Array, " b"], noise: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h2 w2 k"]:
+        """What the network is given of small images: them, noised and enlarged, and the level of their noise in one channel."""
+        level = jnp.broadcast_to(level[:, None, None, None], (*low.shape[:3], 1))
+        return blurring.enlarge(jnp.concatenate([low + level * noise, level], -1), factor=self.patch)
+
+    def given_in_training(self, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Float[Array, "b h w k"]:
+        """The same of the means of large images, each at a random level from its own key."""
+        low = blurring.mean_pool(x, factor=self.patch)
+        level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        level = self.augment_max * jax.vmap(jax.random.uniform)(level_keys)
+        return self.given(low, level, jax.vmap(lambda key: jax.random.normal(key, low.shape[1:]))(noise_keys))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,4 +206,7 @@ def diffuse(process: FromNoise | Relay, x: Float[Array, "b h w c"], keys: Key[Ar
     level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     level = jax.vmap(process.draw_level)(level_keys)
     noise = jax.vmap(lambda key: process.draw_noise(key, x.shape[1:]))(noise_keys)
-    return process.noised(x, level, noise)
+    noised = process.noised(x, level, noise)
+    if isinstance(process, Cascade):
+        return noised._replace(given=process.given_in_training(x, jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)))
+    return noised

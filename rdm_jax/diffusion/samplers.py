@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from rdm_jax.diffusion import blurring, schedules
 from rdm_jax.diffusion.preconditioning import Denoiser
-from rdm_jax.diffusion.processes import FromNoise, Relay
+from rdm_jax.diffusion.processes import Cascade, FromNoise, Relay
 
 Noise = Callable[[Int[Array, ""] | int], Array]
 
@@ -60,7 +60,7 @@ class Heun:
         """The N levels; a process without blur adds nothing to the ladder."""
         return Levels(schedules.edm_ladder(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho))
 
-    def start(self, low: None, level: Levels, noise: Noise) -> Float[Array, "b h w c"]:
+    def start(self, low: Float[Array, "b h2 w2 c"] | None, level: Levels, noise: Noise) -> Float[Array, "b h w c"]:
         """The state at the first level: pure noise."""
         return level.sigma * noise(0)
 
@@ -96,6 +96,22 @@ class Heun:
         raised = sigma * (1 + gamma)
         # sigma sqrt((1 + gamma)^2 - 1), written so that it is exactly 0 where gamma is
         return x + sigma * jnp.sqrt(gamma * (2 + gamma)) * self.churn_noise * noise, raised
+
+
+@dataclasses.dataclass(frozen=True)
+class CascadeHeun(Heun):
+    """EDM's sampler for a stage of a classic cascade: from pure noise, the network being given the small image.
+
+    Attributes:
+      augment: noise level of the small image, from 0 to the process's `augment_max`.
+    """
+
+    augment: float = 0.1
+
+    def given(self, process: Cascade, low: Float[Array, "b h w c"], noise: Noise) -> Float[Array, "b h2 w2 k"]:
+        """What the network is given of the small images."""
+        unit = process.patch * blurring.mean_pool(noise(3 * self.steps), factor=process.patch)  # a number that no step draws
+        return process.given(low, jnp.full(low.shape[0], self.augment, low.dtype), unit)
 
 
 @dataclasses.dataclass(frozen=True)

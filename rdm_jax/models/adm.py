@@ -25,15 +25,18 @@ class ADM(UNet):
 
     head_channels: int = 64
 
-    def build(self, image_channels: int, classes: int, *, outputs: int = 1, rngs: nnx.Rngs) -> "ADMNetwork":
-        """The network for images of so many channels and classes (0: none); its output has `outputs` times as many channels."""
-        return ADMNetwork(self, image_channels, classes, outputs, rngs=rngs)
+    def build(self, image_channels: int, classes: int, *, outputs: int = 1, given: int = 0, rngs: nnx.Rngs) -> "ADMNetwork":
+        """The network for images of so many channels and classes (0: none).
+
+        Its output has `outputs` times as many channels, its input `given` more: what it is told of each pixel.
+        """
+        return ADMNetwork(self, (image_channels + given, outputs * image_channels), classes, rngs=rngs)
 
 
 class ADMNetwork(UNetNetwork):
     """ADM: the embedding scales and shifts, every block of an attending level attends."""
 
-    def __init__(self, config: ADM, image_channels: int, classes: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ADM, in_out: tuple[int, int], classes: int, *, rngs: nnx.Rngs):
         kwargs = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         emb, labels = config.emb_mult * config.channels, config.augment_labels
         self.map_layer0 = layers.linear(config.channels, emb, init=DEFAULT, **kwargs)
@@ -42,7 +45,7 @@ class ADMNetwork(UNetNetwork):
         self.map_label = nnx.Linear(classes, emb, **unit, **kwargs) if classes else None
         zero = {"init": ZERO, "use_bias": False}
         self.map_augment = layers.linear(labels, config.channels, **zero, **kwargs) if labels else None
-        super().__init__(config, STYLE, image_channels, outputs, config.channels * config.channel_mult[0], rngs=rngs)
+        super().__init__(config, STYLE, in_out, config.channels * config.channel_mult[0], rngs=rngs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         attends = half == "middle" or level in self.config.attention_levels

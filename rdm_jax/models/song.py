@@ -36,15 +36,18 @@ class Song(UNet):
     residual: bool = False
     filter: tuple[int, ...] = (1, 1)
 
-    def build(self, image_channels: int, classes: int, *, outputs: int = 1, rngs: nnx.Rngs) -> "SongNetwork":
-        """The network for images of so many channels and classes (0: none); its output has `outputs` times as many channels."""
-        return SongNetwork(self, image_channels, classes, outputs, rngs=rngs)
+    def build(self, image_channels: int, classes: int, *, outputs: int = 1, given: int = 0, rngs: nnx.Rngs) -> "SongNetwork":
+        """The network for images of so many channels and classes (0: none).
+
+        Its output has `outputs` times as many channels, its input `given` more: what it is told of each pixel.
+        """
+        return SongNetwork(self, (image_channels + given, outputs * image_channels), classes, rngs=rngs)
 
 
 class SongNetwork(UNetNetwork):
     """DDPM++ or NCSN++: the embedding is added, the decoder attends in the last block of a level only, with one head."""
 
-    def __init__(self, config: Song, image_channels: int, classes: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Song, in_out: tuple[int, int], classes: int, *, rngs: nnx.Rngs):
         kwargs = {"init": DEFAULT, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
         emb, width = config.emb_mult * config.channels, config.noise_mult * config.channels
         labels = config.augment_labels
@@ -64,7 +67,7 @@ class SongNetwork(UNetNetwork):
             project_resampled=True,
             filter=config.filter,
         )
-        super().__init__(config, style, image_channels, outputs, config.channels, rngs=rngs)
+        super().__init__(config, style, in_out, config.channels, rngs=rngs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         last = half != "decoder" or block == self.config.blocks

@@ -63,15 +63,16 @@ class UNetNetwork(nnx.Module):
     the names of the blocks in the order in which they run; level 0 is the finest.
     """
 
-    def __init__(self, config: UNet, style: layers.Style, image_channels: int, outputs: int, stem: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: UNet, style: layers.Style, in_out: tuple[int, int], stem: int, *, rngs: nnx.Rngs):
         self.config, self.style, self.dtype = config, style, jnp.dtype(config.dtype)
         kwargs = {"dtype": self.dtype, "rngs": rngs}
-        folded, width = image_channels * config.patch**2, config.channels * config.channel_mult[0]
-        self.stem = layers.conv(folded, stem, 3, init=style.init, **kwargs)
-        self._add_encoder(folded, stem, kwargs)
+        folded_in, folded_out = (channels * config.patch**2 for channels in in_out)
+        width = config.channels * config.channel_mult[0]
+        self.stem = layers.conv(folded_in, stem, 3, init=style.init, **kwargs)
+        self._add_encoder(folded_in, stem, kwargs)
         self._add_decoder(kwargs)
         self.out_norm = layers.group_norm(width, epsilon=style.epsilon, **kwargs)
-        self.out_conv = layers.conv(width, outputs * folded, 3, init=style.init_last, **kwargs)
+        self.out_conv = layers.conv(width, folded_out, 3, init=style.init_last, **kwargs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         """Heads of the block's attention, 0 for none; `half` is 'encoder', 'middle' or 'decoder'."""
@@ -161,14 +162,14 @@ class UNetNetwork(nnx.Module):
         """Runs the network.
 
         Args:
-          x: images, preconditioned.
+          x: images, preconditioned, and after their channels those of what is given.
           noise_label: c_noise.
           class_label: one-hot; all zero (or None) is the null label.
           augment_label: None is the label of an image that was not augmented.
           dropout_keys: for dropout in training, one an image; None switches dropout off.
 
         Returns:
-          An array like x, in float32; with `outputs` times as many channels.
+          An array of x's height and width in float32, with as many channels as the network was built for.
         """
         emb = self._embedding(noise_label, class_label, augment_label)
         skips = self._encode(layers.space_to_depth(x, self.config.patch), emb, dropout_keys)

@@ -177,7 +177,7 @@ def _state(stage: Stage, channels: int, classes: int) -> TrainState:
 @functools.lru_cache(maxsize=64)
 def _forward(stage: Stage, channels: int, classes: int) -> int:
     """Multiply-adds of the network for an image."""
-    return stage.build(channels, classes).multiply_adds((*stage.resolution, channels), classes)
+    return stage.multiply_adds(channels, classes)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from rdm_jax import randomness
 from rdm_jax.config import Config, Stage, to_dict
 from rdm_jax.diffusion import guidance, preconditioning, samplers
+from rdm_jax.diffusion.processes import Cascade, Relay
 from rdm_jax.models.functional import Network
 from rdm_jax.randomness import Stream
 
@@ -23,7 +24,9 @@ def stage_levels(stage: Stage) -> samplers.Levels:
 
 
 def handover(stage: Stage) -> str:
-    """What a relay stage joins two images at: the paper takes the blur to be complete there, and it is not quite."""
+    """What a stage joins two images at: the paper takes the relay's blur to be complete there, and it is not quite."""
+    if not isinstance(stage.process, Relay):
+        return f"begins at pure noise, given the small image with noise of sigma {stage.sampler.augment:g}"
     first = jax.tree.map(lambda a: a[0], stage_levels(stage))
     end = stage.process.blur_weights(jnp.ones(1))[0]
     left = f"{first.blur[0, 1]:.1%} of a patch's lowest frequency is left ({end[0, 1]:.1%} where its training ends)"
@@ -53,7 +56,7 @@ def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int,
       run_seed: the config's seed.
 
     Returns:
-      `sample(params, low, labels, seeds)`: parameters; for a relay the images of the stage before (b, h/p, w/p, c), else None;
+      `sample(params, low, labels, seeds)`: parameters; the images of the stage before (b, h/p, w/p, c), None for stage 1;
       int32 (b,) classes, -1 for the null label; uint32 (b,) seeds. It returns float32 (b, h, w, c) in [-1, 1]. Image i depends on
       the parameters, low[i], labels[i] and seeds[i] alone.
     """
@@ -66,9 +69,15 @@ def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int,
         keys = randomness.image_keys(root, seeds)
         return lambda k: jax.vmap(lambda key: stage.process.draw_noise(jax.random.fold_in(key, k), shape))(keys)
 
-    def denoiser(params: Any, labels: Int[Array, " b"]) -> preconditioning.Denoiser:
+    def denoiser(params: Any, low: Array | None, labels: Int[Array, " b"], noise: samplers.Noise) -> preconditioning.Denoiser:
+        given = stage.sampler.given(stage.process, low, noise) if isinstance(stage.process, Cascade) else None
+
         def conditional(x, sigma, one_hot):
-            net = lambda x, c_noise: network.apply(params, x, c_noise, one_hot if classes else None)  # noqa: E731
+            def net(x, c_noise):
+                if given is not None:  # guidance has each image twice
+                    x = jnp.concatenate([x, jnp.tile(given, (len(x) // len(given), 1, 1, 1))], -1)
+                return network.apply(params, x, c_noise, one_hot if classes else None)
+
             return preconditioning.denoiser(net, stage.precondition)(x, sigma)
 
         return guidance.classifier_free(conditional, jax.nn.one_hot(labels, classes), stage.guidance)
@@ -78,15 +87,17 @@ def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int,
         return stage.sampler.start(low, first, noise_of(seeds))
 
     @jax.jit
-    def step(params, labels, seeds, x, i, level, to):
-        return stage.sampler.step(denoiser(params, labels), x, i, level, to, noise_of(seeds))
+    def step(params, low, labels, seeds, x, i, level, to):
+        noise = noise_of(seeds)
+        return stage.sampler.step(denoiser(params, low, labels, noise), x, i, level, to, noise)
 
     @jax.jit
-    def finish(params, labels, seeds, x, i, level):
-        return jnp.clip(stage.sampler.finish(denoiser(params, labels), x, i, level, noise_of(seeds)), -1, 1)
+    def finish(params, low, labels, seeds, x, i, level):
+        noise = noise_of(seeds)
+        return jnp.clip(stage.sampler.finish(denoiser(params, low, labels, noise), x, i, level, noise), -1, 1)
 
     def sample(params, low, labels, seeds, *, scan):
-        bound = lambda f: lambda *args: f(params, labels, seeds, *args)  # noqa: E731
+        bound = lambda f: lambda *args: f(params, low, labels, seeds, *args)  # noqa: E731
         return samplers.walk(bound(step), bound(finish), start(low, seeds), levels, scan=scan)
 
     scanned = jax.jit(lambda *args: sample(*args, scan=True))

@@ -50,6 +50,7 @@ class Objective:
         labels = self.labels(batch["label"], label_keys) if self.classes else None
 
         def network(x, c_noise):
+            x = x if noised.given is None else jnp.concatenate([x, noised.given], -1)
             return self.network.apply(params, x, c_noise, labels, augment, dropout_keys if dropout else None)
 
         error = preconditioning.denoiser(network, self.precondition)(noised.images, noised.sigma) - images

@@ -230,8 +230,8 @@ def test_the_weight_undoes_the_scale_of_the_output():
     chex.assert_trees_all_close(noised.weight * c_out**2, jnp.ones(7), rtol=1e-6)
 
 
-PROCESSES = {p.__class__.__name__: p for p in (processes.Gaussian(), processes.VP(), processes.VE(), processes.Relay(patch=3))}
-every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
+PROCESSES = (processes.Gaussian(), processes.VP(), processes.VE(), processes.Relay(patch=3), processes.Cascade(patch=3))
+every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: type(process).__name__)
 
 
 @every_process
@@ -261,5 +261,24 @@ def test_one_trace(process):
     compiled = jax.jit(chex.assert_max_traces(n=1)(lambda x, keys: processes.diffuse(process, x, keys)))
     for seed in range(3):
         noised = compiled(images((4, 6, 3, 2), seed), keys(4, seed))
-        chex.assert_shape(noised, [(4, 6, 3, 2), (4,), (4,)])
+        chex.assert_shape(noised[:3], [(4, 6, 3, 2), (4,), (4,)])
         chex.assert_tree_all_finite(noised)
+
+
+def test_a_cascade_is_given_the_small_image_under_noise_of_a_level_that_it_is_told():
+    process, x = processes.Cascade(patch=2, augment_max=0.4), images((3000, 4, 4, 2))
+    noised = jax.jit(lambda x, keys: processes.diffuse(process, x, keys))(x, keys(3000))
+    chex.assert_shape(noised.given, (3000, 4, 4, 3))
+    level = noised.given[:, 0, 0, -1]
+    chex.assert_trees_all_equal(noised.given[..., -1], jnp.broadcast_to(level[:, None, None], (3000, 4, 4)))
+    for cell in (noised.given[:, ::2, ::2], noised.given[:, 1::2, 1::2]):  # every cell is constant
+        chex.assert_trees_all_equal(cell, noised.given[:, ::2, 1::2])
+    assert scipy.stats.kstest(level / 0.4, "uniform").pvalue > 1e-3
+    noise = (noised.given[:, ::2, ::2, :2] - blurring.mean_pool(x, factor=2)) / level[:, None, None, None]
+    assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+    assert (
+        abs(np.corrcoef(noise.ravel(), ((noised.images - x) / noised.sigma[:, None, None, None])[:, ::2, ::2].ravel())[0, 1])
+        < 0.03
+    )
+    alike = jax.jit(lambda x, keys: processes.diffuse(processes.Gaussian(), x, keys))(x, keys(3000))
+    chex.assert_trees_all_equal(noised[:3], alike[:3])  # all else is the Gaussian process

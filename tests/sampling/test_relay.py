@@ -12,14 +12,17 @@ from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.sources import open_source
+from rdm_jax.diffusion.processes import Cascade
+from rdm_jax.diffusion.samplers import CascadeHeun
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
-from rdm_jax.models.functional import functional
 from rdm_jax.sampling import parts, pictures, relay, results, sampler
 from rdm_jax.training.step import to_float
-from tests.tiny import NETWORK, tiny_config, write_images
+from tests.tiny import tiny_config, write_images
 
 BATCH = 8
+NUMBER = {"gaussian": 1, "relay": 2, "cascade": 2}  # of a stage of that process
+every_kind = pytest.mark.parametrize("kind", NUMBER)
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +32,27 @@ def source(tmp_path_factory):
     return open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", Form(8, 8)))
 
 
-def stage_and_params(number: int, guidance: float = 1.0):
+def stage_and_params(kind: str, guidance: float = 1.0):
     """A stage and parameters that are no longer the zero output of initialisation."""
-    stage = dataclasses.replace(tiny_config("images").stages[number - 1], guidance=guidance)
-    network = functional(lambda rngs: NETWORK.build(3, 2, rngs=rngs))
+    stage = dataclasses.replace(tiny_config("images").stages[NUMBER[kind] - 1], guidance=guidance)
+    if kind == "cascade":
+        stage = dataclasses.replace(stage, process=Cascade(patch=2), sampler=CascadeHeun(steps=3))
+    network = stage.build(3, 2)
     params = jax.jit(network.init)(jax.random.key(0))
     nudge = lambda x: np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
     return stage, network, jax.tree.map(nudge, params)
 
 
-def make(number: int, guidance: float = 1.0):
-    stage, network, params = stage_and_params(number, guidance)
-    sample = sampler.stage_sampler(stage, network, number=number, channels=3, classes=2, run_seed=0)
-    low = np.random.default_rng(1).uniform(-1, 1, (BATCH, 4, 4, 3)).astype(np.float32) if number > 1 else None
+def make(kind: str, guidance: float = 1.0):
+    stage, network, params = stage_and_params(kind, guidance)
+    sample = sampler.stage_sampler(stage, network, number=NUMBER[kind], channels=3, classes=2, run_seed=0)
+    low = np.random.default_rng(1).uniform(-1, 1, (BATCH, 4, 4, 3)).astype(np.float32) if NUMBER[kind] > 1 else None
     return sample, params, low, jnp.arange(BATCH, dtype=jnp.int32) % 2, jnp.arange(BATCH, dtype=jnp.uint32)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_an_image_is_its_seeds_alone(number):
-    sample, params, low, labels, seeds = make(number, guidance=2.0)
+@every_kind
+def test_an_image_is_its_seeds_alone(kind):
+    sample, params, low, labels, seeds = make(kind, guidance=2.0)
     whole = sample(params, low, labels, seeds)
     order = np.array([3, 7, 0, 3, 1, 1, 5, 2])
     mixed = sample(params, None if low is None else low[order], labels[order], seeds[order])
@@ -57,18 +62,18 @@ def test_an_image_is_its_seeds_alone(number):
     assert np.abs(whole[0] - whole[2]).max() > 0.1 and np.abs(whole).max() <= 1
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_scan_equals_loop(number, monkeypatch):
-    _, params, low, labels, seeds = make(number)
-    looped = make(number)[0](params, low, labels, seeds)
+@every_kind
+def test_scan_equals_loop(kind, monkeypatch):
+    _, params, low, labels, seeds = make(kind)
+    looped = make(kind)[0](params, low, labels, seeds)
     monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
-    scanned = make(number)[0](params, low, labels, seeds)
+    scanned = make(kind)[0](params, low, labels, seeds)
     np.testing.assert_allclose(scanned, looped, atol=1e-4)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_devices_do_not_matter(number):
-    sample, params, low, labels, seeds = make(number)
+@every_kind
+def test_devices_do_not_matter(kind):
+    sample, params, low, labels, seeds = make(kind)
     mesh = sharding.local_mesh()
     shared = sharding.put_batch(jax.device_get((low, labels, seeds)), mesh)
     there = sample(jax.device_put(params, sharding.replicated(mesh)), *shared)
@@ -76,8 +81,16 @@ def test_devices_do_not_matter(number):
     np.testing.assert_allclose(there, sample(params, low, labels, seeds), atol=1e-4)
 
 
+def test_a_cascade_sees_the_small_image_alone():
+    sample, params, low, labels, seeds = make("cascade")
+    low_again = np.concatenate([low[:4], low[4:] + 0.1])
+    one, other = (np.asarray(sample(params, images, labels, seeds)) for images in (low, low_again))
+    np.testing.assert_array_equal(one[:4], other[:4])
+    assert (np.abs(one[4:] - other[4:]).max((1, 2, 3)) > 1e-3).all()
+
+
 def test_run_seed_and_stage_change_the_noise():
-    stage, network, params = stage_and_params(1)
+    stage, network, params = stage_and_params("gaussian")
     outputs = []
     for run_seed, number in ((0, 1), (1, 1), (0, 2)):
         sample = sampler.stage_sampler(stage, network, number=number, channels=3, classes=2, run_seed=run_seed)

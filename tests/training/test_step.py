@@ -13,7 +13,7 @@ import pytest
 from rdm_jax import randomness, sharding
 from rdm_jax.diffusion import preconditioning, processes
 from rdm_jax.models.adm import ADM
-from rdm_jax.models.functional import functional
+from rdm_jax.models.functional import Network, functional
 from rdm_jax.training.step import Objective, ema_decay, init_state, make_step, to_float
 
 BATCH, CLASSES = 16, 3
@@ -72,6 +72,18 @@ def test_learns_and_is_traced_once():
     assert int(state.step) == 60 and int(state.skipped) == 0
     changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, state.params)
     assert all(jax.tree.leaves(changed))
+
+
+def test_a_cascade_learns_from_the_image_that_it_is_given():
+    """A network that answers with what it is given, at a noise level where nothing else is known."""
+    process = processes.Cascade(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
+    given = lambda params, x, c_noise, labels, augment, keys: params["scale"] * x[..., 3:6]  # noqa: E731
+    goal = Objective(Network(None, given, None), process, preconditioning.EDM(), 1, CLASSES, label_dropout=0.25)
+    smooth = batch()["image"][:, ::2, ::2].repeat(2, 1).repeat(2, 2)  # the same as its means, enlarged
+    data, keys = jax.device_put({**batch(), "image": smooth}), jax.random.split(jax.random.key(0), BATCH)
+    loss = jax.jit(lambda scale: goal.loss({"scale": scale}, data, keys, dropout=False).mean())
+    right = 1 / preconditioning.EDM()(jnp.exp(jnp.full(1, 4.0))).c_out[0]
+    assert loss(right) < 0.01 * loss(0.0)
 
 
 def test_parts_of_a_batch_lie_on_all_devices():

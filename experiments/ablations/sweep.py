@@ -1,0 +1,74 @@
+"""One setting of the relay after the other, all else as in the config. See README.md beside this file.
+
+python -m experiments.ablations.sweep --config configs/digits.py --workdir runs/ablations
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import runs
+from experiments.ablations.variants import GROUPS, Variant
+from rdm_jax import config as configs
+from rdm_jax.checks import parse_numbers
+from rdm_jax.config import Config, Stage
+from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.diffusion import blurring
+from rdm_jax.evaluation.tables import markdown
+from rdm_jax.sampling.sampler import stage_levels
+from rdm_jax.training.step import to_float
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Of all runs; the same command goes on where it stopped.")
+_SEEDS = flags.DEFINE_string("seeds", "0", "Of the runs: everything is trained once for each.")
+_GROUPS = flags.DEFINE_list("groups", [], "Those of the groups that are wanted; all without.")
+
+
+def handover_error(stage: Stage, images: ImageSet) -> str:
+    """What the relay takes to be zero where it joins: the detail that the blur has left there, in units of the noise."""
+    first = jax.tree.map(lambda a: a[0], stage_levels(stage))
+    x = to_float(jnp.asarray(images.batch(np.arange(len(images)))["image"]), images.image_shape[0] // stage.resolution[0])
+    detail = x - blurring.enlarge(blurring.mean_pool(x, factor=stage.factor), factor=stage.factor)
+    left = blurring.over_patches(lambda patch: blurring.filter_patch(patch, first.blur), stage.factor)((detail,))
+    return f"{first.blur[0, 1]:.1%}, {jnp.sqrt(jnp.mean(left**2)) / first.sigma:.3f}"
+
+
+def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains what has to be trained, and measures stage 2 from stage 1's images, and from real ones."""
+    base = dataclasses.replace(base, seed=seed)
+    usual = root / f"base-{seed}"
+    for number in (1, 2):
+        base = runs.with_stage(base, number, checkpoint=str(runs.trained(base, usual, number)))
+    config = variant.change(base)
+    workdir = usual if config.stages == base.stages or not variant.stage else root / f"{variant.name}-{seed}"
+    if workdir != usual:
+        config = runs.with_stage(config, variant.stage, checkpoint=str(runs.trained(config, workdir, variant.stage)))
+    name = "relay_" + "".join(c if c.isalnum() else "_" for c in variant.name)
+    from_real = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, low=f"folder:{small}"))
+    return runs.measured(config, workdir, name), runs.measured(from_real, workdir, name.replace("relay", "real"))
+
+
+def main(_: list[str]) -> None:
+    """Prints a table for every group."""
+    runs.start()
+    root, seeds = Path(_WORKDIR.value), parse_numbers(_SEEDS.value, "--seeds")
+    base, held_out, floor = runs.prepared(configs.parse(_CONFIG.value), root)
+    small = root / "held_out_small"
+    runs.write_small(held_out, base.stages[1].factor, small)
+    columns = [*runs.columns(floor), *(f"{name}, from real small images" for name in runs.columns(floor)[:1])]
+    for group in _GROUPS.value or GROUPS:
+        rows = []
+        for variant in GROUPS[group]:
+            relayed, real = zip(*(measured(base, variant, root, seed, small) for seed in seeds), strict=True)
+            joined = handover_error(variant.change(base).stages[1], held_out)
+            rows.append([variant.setting, joined, *runs.cells(relayed), runs.cells(real)[0]])
+        print(f"\n{group}\n\n{markdown(['', 'left at the hand-over: blur, detail', *columns], rows)}", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

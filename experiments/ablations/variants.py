@@ -1,0 +1,84 @@
+"""What is varied, group by group, as changes of a config."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from experiments import runs
+from rdm_jax.config import Config
+from rdm_jax.sampling.sampler import evaluations
+
+Change = Callable[[Config], Config]
+
+
+class Variant(NamedTuple):
+    """A config that differs from the base in one setting.
+
+    Attributes:
+      name: of the folder that it is trained or measured in.
+      setting: for the table.
+      change: base -> this one.
+      stage: that has to be trained anew, from 1; 0 for none.
+    """
+
+    name: str
+    setting: str
+    change: Change
+    stage: int = 2
+
+
+def process(**fields) -> Change:
+    """Another process of stage 2."""
+    return lambda config: runs.with_stage(config, 2, process=dataclasses.replace(config.stages[1].process, **fields))
+
+
+def clock(**fields) -> Change:
+    """Another clock of it."""
+    return lambda config: process(clock=dataclasses.replace(config.stages[1].process.clock, **fields))(config)
+
+
+def sampler(**fields) -> Change:
+    """Another sampler of stage 2."""
+    return lambda config: runs.with_stage(config, 2, sampler=fields)
+
+
+def guidance(first: float, second: float) -> Change:
+    """Other weights of guidance."""
+    return lambda config: runs.with_stage(runs.with_stage(config, 1, guidance=first), 2, guidance=second)
+
+
+def label_dropout(rate: float) -> Change:
+    """Another share of hidden labels in stage 1."""
+    return lambda config: runs.with_stage(config, 1, training={"label_dropout": rate})
+
+
+def order(number: int) -> Change:
+    """Heun's method (2) or Euler's (1), the network run as often."""
+    return lambda config: runs.with_evaluations(sampler(order=number)(config), 2, evaluations(config.stages[1]))
+
+
+def block_noise() -> Iterator[Variant]:
+    """Strengths with and without the paper's normaliser, and sizes of the block."""
+    yield Variant("block_0", "a = 0", process(block_scale=0.0))
+    for scale in (0.15, 0.3, 0.5):
+        yield Variant(f"block_{scale:g}", f"a = {scale:g}", process(block_scale=scale))
+        yield Variant(f"block_{scale:g}_n", f"a = {scale:g}, normalized", process(block_scale=scale, normalize_noise=True))
+    for size in (2, 8):
+        yield Variant(f"block_0.5_{size}", f"a = 0.5, s = {size}", process(block_scale=0.5, block_size=size))
+
+
+GROUPS = {
+    "block noise": (*block_noise(),),
+    "blur": (*(Variant(f"blur_{b:g}", f"at most {b:g} pixels", clock(blur_sigma_max=b)) for b in (1.0, 2.0, 3.0, 6.0)),),
+    "clock": (*(Variant(f"clock_{n:g}", f"L = {n:g}", clock(length=n)) for n in (0.85, 0.89, 0.93, 0.97)),),
+    "label dropout": (*(Variant(f"dropout_{d:g}", f"{d:g} in stage 1", label_dropout(d), 1) for d in (0.05, 0.1, 0.3)),),
+    "eta": (*(Variant(f"eta_{e:g}", f"eta = {e:g}", sampler(eta=e), 0) for e in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)),),
+    "order": (Variant("heun", "Heun", order(2), 0), Variant("euler", "Euler", order(1), 0)),
+    "guidance": (
+        *(
+            Variant(f"guidance_{first:g}_{second:g}", f"{first:g} in stage 1, {second:g} in stage 2", guidance(first, second), 0)
+            for first in (1.0, 1.5, 2.0, 3.0)
+            for second in (1.0, 2.0)
+        ),
+    ),
+}

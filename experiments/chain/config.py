@@ -1,0 +1,59 @@
+"""Digits through other chains of stages than 8 -> 32: more of them, other factors, images that are no squares.
+
+python -m rdm_jax.main --config experiments/chain/config.py:8-16-32 --workdir runs/chain_8-16-32
+
+A chain is sides with '-' between, or height x width: 4-32, 8-32, 8x6-32x24. `emoji-16-64-256` is three stages of the emoji, for
+an accelerator. README.md beside this file has the results.
+"""
+
+import dataclasses
+
+from configs import digits, emoji
+from rdm_jax.config import Config, Stage, parse
+
+
+def get_config(chain: str = "8-16-32"):
+    """The config of a chain as an ml_collections ConfigDict."""
+    if chain == "emoji-16-64-256":
+        return _emoji().to_config_dict()
+    sides = [side.split("x") for side in chain.split("-")]
+    return _digits([(int(side[0]), int(side[-1])) for side in sides]).to_config_dict()
+
+
+def relay_stage(usual: Stage, before: tuple[int, int], resolution: tuple[int, int], fold: int) -> Stage:
+    """A relay stage like `usual` for another factor: the blur grows with it, so that as much is left at the hand-over."""
+    factor = resolution[0] // before[0]
+    pixels = usual.process.clock.blur_sigma_max * factor / usual.factor
+    process = dataclasses.replace(
+        usual.process, patch=factor, clock=dataclasses.replace(usual.process.clock, blur_sigma_max=pixels)
+    )
+    return dataclasses.replace(
+        usual, resolution=resolution, process=process, network=dataclasses.replace(usual.network, patch=fold)
+    )
+
+
+def _digits(sizes: list[tuple[int, int]]) -> Config:
+    """Stages of digits.py's two kinds. The relay's network works at about 8x8 always, with pixels folded into channels."""
+    config = parse(digits.get_config())
+    first, relay = config.stages
+    stages = [dataclasses.replace(first, resolution=sizes[0])]
+    for before, size in zip(sizes, sizes[1:], strict=False):
+        stages.append(relay_stage(relay, before, size, fold=max(1, size[0] // 8)))
+    data = (
+        config.data
+        if sizes[-1] == (32, 32)
+        else dataclasses.replace(config.data, directory=f"data/digits_{'x'.join(map(str, sizes[-1]))}")
+    )
+    measured = ", ".join(["held_out", *(f"stage{number}" for number in range(1, len(stages))), "samples"])
+    evaluation = dataclasses.replace(config.evaluation, images=measured)
+    return dataclasses.replace(config, data=data, stages=tuple(stages), evaluation=evaluation)
+
+
+def _emoji() -> Config:
+    """emoji.py's two stages after one at 16x16."""
+    config = parse(emoji.get_config())
+    small, large = config.stages
+    network = dataclasses.replace(small.network, channel_mult=(1, 2), attention_levels=(1,))
+    middle = dataclasses.replace(large, resolution=(64, 64), network=small.network, training=small.training)
+    stages = (dataclasses.replace(small, resolution=(16, 16), network=network), middle, large)
+    return dataclasses.replace(config, stages=stages)

@@ -1,0 +1,187 @@
+"""A relay, a classic cascade and one stage alone, of the same networks, on the same data. See README.md beside this file.
+
+python -m experiments.relay_vs_cascade.compare --config configs/digits.py --workdir runs/relay_vs_cascade
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+from ml_collections import config_flags
+from PIL import Image
+
+from experiments import runs
+from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, TITLES, variants
+from rdm_jax import config as configs
+from rdm_jax.checks import parse_numbers
+from rdm_jax.config import Config
+from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.evaluation.tables import markdown
+from rdm_jax.files import whole_file
+from rdm_jax.run import run
+from rdm_jax.sampling import pictures
+
+_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/relay_vs_cascade", "Of all runs; the same command goes on where it stopped.")
+_SEEDS = flags.DEFINE_string("seeds", "0-2", "Of the runs: everything is trained once for each.")
+_EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "9", "19", "49", "99", "199"], "Of the last network, for an image.")
+_USUAL = flags.DEFINE_integer("usual", 19, "Evaluations of the last network where something else is varied.")
+
+SHOWN = 8  # columns of the picture
+
+
+@dataclasses.dataclass
+class Method:
+    """One method, trained with one seed.
+
+    Attributes:
+      name: as in `TITLES`.
+      config: whose last stage samples with `usual` evaluations.
+      workdir: where it was trained, and where its evaluations are kept.
+    """
+
+    name: str
+    config: Config
+    workdir: Path
+
+    @property
+    def last(self) -> int:
+        """Number of the last stage."""
+        return len(self.config.stages)
+
+    def metrics(self, name: str, config: Config | None = None) -> dict[str, float]:
+        """What it makes with the config, measured."""
+        return runs.measured(config or self.config, self.workdir, name)
+
+    def with_sampler(self, **fields) -> "Method":
+        """The same, its last stage's sampler having other fields."""
+        return dataclasses.replace(self, config=runs.with_stage(self.config, self.last, sampler=fields))
+
+    def with_evaluations(self, count: int) -> Config:
+        """The config of so many evaluations of the last network for an image."""
+        return runs.with_evaluations(self.config, self.last, count)
+
+    def at_step(self, step: int) -> Config:
+        """The config of the last network as it was at a step of its training."""
+        return runs.with_stage(self.config, self.last, checkpoint=str(step))
+
+    def from_images(self, folder: Path) -> Config:
+        """The config that goes on from small images in a folder."""
+        sampling = dataclasses.replace(self.config.sampling, low=f"folder:{folder}")
+        return dataclasses.replace(self.config, sampling=sampling)
+
+
+def trained(base: Config, root: Path, seed: int, usual: int) -> list[Method]:
+    """Trains the three methods with one seed, to be sampled with `usual` evaluations; the cascade has the relay's stage 1."""
+    config_of = variants(dataclasses.replace(base, seed=seed))
+    first = runs.trained(config_of["relay"], root / f"relay-{seed}", 1)
+    config_of["cascade"] = runs.with_stage(config_of["cascade"], 1, checkpoint=str(first))
+    methods = [Method(name, config, root / f"{name}-{seed}") for name, config in config_of.items()]
+    for method in methods:
+        runs.trained(method.config, method.workdir, method.last)
+    return [dataclasses.replace(method, config=method.with_evaluations(usual)) for method in methods]
+
+
+def best_settings(methods: list[Method]) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
+    """What the relay and the cascade each have of their own to set in sampling, chosen by the first seed's distance."""
+    best, rows = {}, []
+    for method, field, values in ((methods[0], "eta", ETAS), (methods[1], "augment", AUGMENTS)):
+        found = {v: method.with_sampler(**{field: v}).metrics(f"{field}_{n}") for n, v in enumerate(values)}
+        best[method.name] = {field: min(found, key=lambda v: runs.distance(found[v]))}
+        rows += [[TITLES[method.name], f"{field} {v:g}", *runs.cells([found[v]])] for v in values]
+    return best, rows
+
+
+def by_evaluations(methods: list[list[Method]], counts: Sequence[int], classes: int) -> tuple[list[list[str]], dict]:
+    """Rows of the first table, and for its picture the distances of every method by operations: all methods at all counts."""
+    rows, curves = [], {}
+    for same in zip(*methods, strict=True):
+        for count in counts:
+            config = same[0].with_evaluations(count)
+            flops = runs.sampling_flops(config.stages, config.data.channels, classes)
+            found = [method.metrics(f"evaluations_{count}", method.with_evaluations(count)) for method in same]
+            rows.append([TITLES[same[0].name], str(count), f"{flops / 1e9:.2f}", *runs.cells(found)])
+            curves.setdefault(same[0].name, {})[count] = list(map(runs.distance, found))
+    return rows, curves
+
+
+def by_images(methods: list[list[Method]], points: int = 3) -> tuple[list[list[str]], dict]:
+    """The same by images that the last network has been shown: `points` checkpoints of the relay's, and all of the others'."""
+    rows, curves = [], {}
+    for same in zip(*methods, strict=True):
+        training, relays = (several[0].config.stages[-1].training for several in (same, [methods[0][0]]))
+        every = max(1, relays.steps // points)
+        for step in sorted({*range(every, relays.steps + 1, every), training.steps}):
+            found = [method.metrics(f"step_{step}", method.at_step(step)) for method in same]
+            images = step * training.batch_size
+            rows.append([TITLES[same[0].name], f"{images:,}", *runs.cells(found)])
+            curves.setdefault(same[0].name, {})[images] = list(map(runs.distance, found))
+    return rows, curves
+
+
+def from_real(methods: list[list[Method]], held_out: ImageSet, folder: Path) -> list[list[str]]:
+    """Stage 2 alone, from the means of real images that were held out."""
+    runs.write_small(held_out, methods[0][0].config.stages[-1].factor, folder)
+    joined = list(zip(*methods, strict=True))[:2]
+    return [[TITLES[same[0].name], *runs.cells([m.metrics("from_real", m.from_images(folder)) for m in same])] for same in joined]
+
+
+def draw_curves(panels: dict[str, dict[str, dict[int, list[float]]]], path: Path) -> None:
+    """A panel for each of what is on the horizontal axis: the mean over seeds, and a band of their standard deviation."""
+    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, points in curves.items():
+            x, values = list(points), np.array(list(points.values()))
+            mean, std = values.mean(1), values.std(1, ddof=1) if values.shape[1] > 1 else 0
+            axes.plot(x, mean, "o-", markersize=3, label=TITLES[name])
+            axes.fill_between(x, mean - std, mean + std, alpha=0.2)
+        axes.set(xlabel=title, ylabel="Frechet distance", xscale="log", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def draw_images(methods: list[Method]) -> Image.Image:
+    """The same small images, enlarged, as the relay and the cascade go on from them; what one stage makes of the same seeds."""
+    rows = []
+    for method in methods:
+        sampling = dataclasses.replace(method.config.sampling, name="shown", seeds=f"0-{SHOWN - 1}", files="npz")
+        run(dataclasses.replace(method.config, sampling=sampling).to_config_dict(), str(method.workdir), mode="sample")
+        with np.load(method.workdir / "shown" / "samples.npz") as made:
+            rows += [("stage 1", made["stage1"])] if not rows else []
+            rows.append((TITLES[method.name], made["images"]))
+    return pictures.labelled_rows(rows, [f"seed {n}" for n in range(SHOWN)])
+
+
+def main(_: list[str]) -> None:
+    """Trains, measures, and prints the tables."""
+    runs.start()
+    root = Path(_WORKDIR.value)
+    base, held_out, floor = runs.prepared(configs.parse(_CONFIG.value), root)
+    methods = [trained(base, root, seed, _USUAL.value) for seed in parse_numbers(_SEEDS.value, "--seeds")]
+    best, settings = best_settings(methods[0])
+    methods = [[method.with_sampler(**best.get(method.name, {})) for method in same_seed] for same_seed in methods]
+    counts, classes = [int(count) for count in _EVALUATIONS.value], len(held_out.class_names)
+    evaluated, cost = by_evaluations(methods, counts, classes)
+    shown, learning = by_images(methods)
+    real = from_real(methods, held_out, root / "held_out_small")
+    draw_curves({"evaluations of the last network": cost, "images shown to the last network": learning}, root / "curves.png")
+    pictures.save_picture(draw_images(methods[0]), root / "images.png")
+    real.append(["real images held out", *runs.cells([floor])])
+    tables = {
+        f"Settings of the samplers, first seed, {_USUAL.value} evaluations": (["method", "setting"], settings),
+        "By evaluations of the last network for an image": (["method", "evaluations", "GFLOPs, all stages"], evaluated),
+        f"By images shown to the last network, {_USUAL.value} evaluations": (["method", "images"], shown),
+        f"Stage 2 from real small images, {_USUAL.value} evaluations": (["method"], real),
+    }
+    print(
+        *(f"\n{title}\n\n{markdown([*header, *runs.columns(floor)], rows)}" for title, (header, rows) in tables.items()), sep="\n"
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)

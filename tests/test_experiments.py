@@ -1,0 +1,160 @@
+"""The experiments: that their configs are what they say, and that what they print is made from runs."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import runs
+from experiments.ablations.variants import GROUPS
+from experiments.relay_vs_cascade.variants import variants
+from rdm_jax import checks
+from rdm_jax.config import Config, parse
+from rdm_jax.data.sources import open_source
+from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
+from rdm_jax.sampling.sampler import evaluations, handover
+from tests.tiny import write_images
+
+ROOT = Path(__file__).parents[1]
+CHAINS = {"8-16-32": (2, 2), "4-32": (8,), "8x6-32x24": (4,), "emoji-16-64-256": (4, 4)}
+
+
+def config_of(path: str, *arguments: str) -> Config:
+    spec = importlib.util.spec_from_file_location("a_config", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return parse(module.get_config(*arguments))
+
+
+def test_the_methods_are_compared_on_equal_terms():
+    methods = variants(config_of("configs/digits.py"))
+    for config in methods.values():
+        checks.check_config(config)
+    relay, cascade, single = (methods[name] for name in ("relay", "cascade", "single"))
+    assert relay.stages[0] == cascade.stages[0]
+    assert [type(config.stages[-1].process) for config in (relay, cascade, single)] == [Relay, Cascade, Gaussian]
+    last = [config.stages[-1] for config in methods.values()]
+    assert len({stage.network for stage in last}) == len({stage.guidance for stage in last}) == 1
+    assert relay.stages[1].training == cascade.stages[1].training
+    assert single.stages[0].training.images == sum(stage.training.images for stage in relay.stages)
+    counts = [stage.build(1, 10).count() for stage in last]
+    stem = 9 * 2 * 4**2 * last[0].network.channels  # of two more channels, folded 4x4
+    assert counts[1] - counts[0] == stem and counts[2] == counts[0]
+
+
+@pytest.mark.parametrize("wanted", [5, 49])
+def test_a_network_runs_as_often_as_is_asked_for(wanted):
+    for config in variants(config_of("configs/digits.py")).values():
+        last = len(config.stages)
+        changed = runs.with_evaluations(config, last, wanted)
+        checks.check_config(changed)
+        assert evaluations(changed.stages[-1]) == wanted and changed.stages[:-1] == config.stages[:-1]
+
+
+def test_a_number_of_evaluations_that_no_ladder_has_is_refused():
+    with pytest.raises(ValueError, match="no ladder of stage 1 makes 4"):
+        runs.with_evaluations(config_of("configs/digits.py"), 1, 4)
+
+
+def test_operations_of_sampling():
+    config = config_of("configs/digits.py")
+    first, second = (stage.multiply_adds(1, 10) for stage in config.stages)
+    assert config.stages[0].guidance == 2 and config.stages[1].guidance == 1
+    assert runs.sampling_flops(config.stages, 1, 10) == 2 * (2 * 23 * first + 7 * second)
+
+
+def test_small_images_are_the_means_in_their_class_folders(tmp_path):
+    class Images:
+        class_names = ("a", "b")
+        image_shape = (4, 4, 1)
+
+        def __len__(self):
+            return 3
+
+        def batch(self, numbers):
+            images = np.zeros((3, 4, 4, 1), np.uint8)
+            images[1, :2, :2, 0] = [[10, 20], [30, 40]]
+            return {"image": images[numbers], "label": np.array([0, 1, 0])[numbers]}
+
+    runs.write_small(Images(), 2, tmp_path / "small")
+    source = open_source(f"folder:{tmp_path / 'small'}")
+    assert source.class_names == ("a", "b") and len(source) == 3 and [source.label(n) for n in range(3)] == [0, 0, 1]
+    assert source.decode(2, channels=1, background=(0, 0, 0))[..., 0].tolist() == [[25, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("variant", [v for group in GROUPS.values() for v in group], ids=lambda v: v.name)
+def test_variants_of_the_ablations_differ_where_they_should(variant):
+    base = config_of("configs/digits.py")
+    changed = variant.change(base)
+    checks.check_config(changed)
+    assert evaluations(changed.stages[1]) == evaluations(base.stages[1])
+    for number, (stage, before) in enumerate(zip(changed.stages, base.stages, strict=True), 1):
+        learnt = [(s.network, s.process, s.training) for s in (stage, before)]
+        assert learnt[0] == learnt[1] or number == variant.stage
+    assert len({v.name for group in GROUPS.values() for v in group}) == sum(map(len, GROUPS.values()))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_chains(chain):
+    config = config_of("experiments/chain/config.py", chain)
+    checks.check_config(config)
+    assert tuple(stage.factor for stage in config.stages[1:]) == CHAINS[chain]
+    if not chain.startswith("emoji"):
+        left = re.compile("where ([0-9.]+)% ")
+        published = left.search(handover(config_of("configs/digits.py").stages[1]))[1]
+        assert {left.search(handover(stage))[1] for stage in config.stages[1:]} == {published}
+
+
+def run(*arguments: str) -> str:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def tables(printed: str) -> dict[str, list[list[str]]]:
+    found = re.findall(r"^(.+)\n\n((?:\|.*\|\n)+)", printed, re.MULTILINE)
+    return {title: [[cell.strip() for cell in line[1:-1].split("|")] for line in body.splitlines()] for title, body in found}
+
+
+def test_spectrum(tmp_path):
+    for number, small in enumerate(np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)):  # little detail
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC).save(tmp_path / "images" / f"{number}.png")
+    printed = run("experiments.spectrum.spectrum", f"--source=folder:{tmp_path / 'images'}", "--size=64", f"--out={tmp_path}")
+    (rows,) = tables(printed).values()
+    assert (tmp_path / "spectrum.png").is_file()
+    assert [row[0] for row in rows[2:]] == ["white noise on small images", "white, 64", "block, 64", "white + 0.15 block, 64"]
+    for row, expected in zip(rows[3:], (12.04, 0.0, 10.71), strict=True):
+        found, foretold = map(float, re.match(r"(.+) \((.+)\)", row[1]).groups())  # of one half-period
+        assert abs(foretold - expected) < 0.3 and abs(found - foretold) < 0.8  # the torus has no edges, images have
+
+
+@pytest.mark.long
+def test_relay_vs_cascade(tmp_path):
+    """The whole comparison at the smallest size: one seed, a few steps, four images."""
+    write_images(tmp_path / "images", count=16)
+    settings = ["--config.data.held_out=4", "--config.evaluation.features=classifier", "--config.evaluation.seeds=0-3"]
+    for number in (1, 2):
+        settings += [f"--config.stage{number}.training.{field}" for field in ("images=16", "checkpoint_every=8", "validation=4")]
+    command = [
+        "experiments.relay_vs_cascade.compare",
+        f"--config=tests/tiny.py:{tmp_path / 'images'}",
+        f"--workdir={tmp_path / 'runs'}",
+    ]
+    printed = run(*command, "--seeds=0", "--evaluations=3,5", "--usual=3", *settings)
+    found = {title.partition(",")[0]: rows[2:] for title, rows in tables(printed).items()}
+    names = ["relay", "classic cascade", "one stage"]
+    evaluated = found["By evaluations of the last network for an image"]
+    assert [row[:2] for row in evaluated] == [[name, count] for name in names for count in ("3", "5")]
+    assert {row[0] for row in found["By images shown to the last network"]} == set(names)
+    assert [row[0] for row in found["Stage 2 from real small images"]] == [*names[:2], "real images held out"]
+    assert all(float(row[-3]) > 0 for row in evaluated)
+    for picture in ("curves.png", "images.png"):
+        assert (tmp_path / "runs" / picture).stat().st_size > 1000
