@@ -27,6 +27,10 @@ def check_config(config: Config) -> None:
     for rule in (_check_network, _check_process, _check_stage, _check_training, _check_sampler):
         for number, stage in enumerate(config.stages, 1):
             rule(stage, f"config.stage{number}")
+    for number, stage in enumerate(config.stages, 1):
+        kind, would_do = kind_of(type(stage.process)), "'gaussian', 'vp' or 've'" if number == 1 else "'relay' or 'cascade'"
+        enlarges = isinstance(stage.process, (processes.Relay, processes.Cascade))
+        require(enlarges == (number > 1), f"config.stage{number}.process.kind", kind, would_do)
     for number, (before, stage) in enumerate(zip(config.stages, config.stages[1:], strict=False), 2):
         fitting = tuple(side * stage.factor for side in before.resolution)
         require(
@@ -35,10 +39,6 @@ def check_config(config: Config) -> None:
             stage.resolution,
             f"{fitting} (stage {number - 1}'s {before.resolution} times process.patch={stage.factor})",
         )
-    for number, stage in enumerate(config.stages, 1):
-        kind, would_do = kind_of(type(stage.process)), "'gaussian', 'vp' or 've'" if number == 1 else "'relay' or 'cascade'"
-        enlarges = isinstance(stage.process, (processes.Relay, processes.Cascade))
-        require(enlarges == (number > 1), f"config.stage{number}.process.kind", kind, would_do)
     require(0 <= config.seed < 2**32, "config.seed", config.seed, "0 to 4294967295")
     require(config.sampling.batch_size > 0, "config.sampling.batch_size", config.sampling.batch_size, "a positive number")
     require(config.sampling.name.isidentifier(), "config.sampling.name", config.sampling.name, "one word, such as 'samples',")

@@ -10,8 +10,8 @@ import pytest
 
 from rdm_jax import checks
 from rdm_jax.config import Config, Parallel, Stage, parse, to_dict
-from rdm_jax.diffusion.processes import Relay
-from rdm_jax.diffusion.samplers import Heun, RelayHeun
+from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
+from rdm_jax.diffusion.samplers import CascadeHeun, Heun, RelayHeun
 from rdm_jax.errors import InputError
 from rdm_jax.models.adm import ADM
 from rdm_jax.sampling.sampler import evaluations, stage_levels
@@ -111,6 +111,23 @@ def test_refused(field, value, says):
     with pytest.raises(InputError, match=says) as refusal:
         checks.check_config(parse(changed(**{field: value})))
     assert str(refusal.value).endswith("would do.") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"sampler": RelayHeun()}, "stage2.sampler.kind='relayheun'.*'cascadeheun'"),
+        ({"sampler": CascadeHeun(augment=0.6)}, "stage2.sampler.augment=0.6.*0 to 0.5 .process.augment_max"),
+        ({"process": Cascade(patch=4, augment_max=-1.0)}, "stage2.process.augment_max=-1.0"),
+        ({"process": Gaussian(), "sampler": Heun()}, "stage2.process.kind='gaussian'.*'relay' or 'cascade'"),
+    ],
+)
+def test_cascades_refused(fields, says):
+    first, second = Config().stages
+    usual = {"process": Cascade(patch=4), "sampler": CascadeHeun()}
+    checks.check_config(Config(stages=(first, dataclasses.replace(second, **usual))))
+    with pytest.raises(InputError, match=says):
+        checks.check_config(Config(stages=(first, dataclasses.replace(second, **{**usual, **fields}))))
 
 
 def test_unknown_and_missing_fields_are_named():

@@ -136,19 +136,31 @@ def test_spectrum(tmp_path):
         assert abs(foretold - expected) < 0.3 and abs(found - foretold) < 0.8  # the torus has no edges, images have
 
 
+def smallest(folder: Path) -> list[str]:
+    """Arguments for a whole experiment at the smallest size: one seed, a few steps, four images."""
+    write_images(folder / "images", count=16)
+    arguments = [f"--config=tests/tiny.py:{folder / 'images'}", f"--workdir={folder / 'runs'}", "--seeds=0"]
+    arguments += ["--config.data.held_out=4", "--config.evaluation.features=classifier", "--config.evaluation.seeds=0-3"]
+    for number in (1, 2):
+        arguments += [f"--config.stage{number}.training.{field}" for field in ("images=16", "checkpoint_every=8", "validation=4")]
+    return arguments
+
+
+@pytest.mark.long
+def test_ablations(tmp_path):
+    printed = run("experiments.ablations.sweep", *smallest(tmp_path), "--groups=clock,order")
+    found = {title: rows[2:] for title, rows in tables(printed).items()}
+    assert {title: [row[0] for row in rows] for title, rows in found.items()} == {
+        group: [variant.setting for variant in GROUPS[group]] for group in ("clock", "order")
+    }
+    assert all(float(row[2]) > 0 for rows in found.values() for row in rows)
+    left = [float(row[1].partition("%")[0]) for row in found["clock"]]
+    assert left == sorted(left) and len(set(left)) > 1  # of a longer clock the join is further from the end
+
+
 @pytest.mark.long
 def test_relay_vs_cascade(tmp_path):
-    """The whole comparison at the smallest size: one seed, a few steps, four images."""
-    write_images(tmp_path / "images", count=16)
-    settings = ["--config.data.held_out=4", "--config.evaluation.features=classifier", "--config.evaluation.seeds=0-3"]
-    for number in (1, 2):
-        settings += [f"--config.stage{number}.training.{field}" for field in ("images=16", "checkpoint_every=8", "validation=4")]
-    command = [
-        "experiments.relay_vs_cascade.compare",
-        f"--config=tests/tiny.py:{tmp_path / 'images'}",
-        f"--workdir={tmp_path / 'runs'}",
-    ]
-    printed = run(*command, "--seeds=0", "--evaluations=3,5", "--usual=3", *settings)
+    printed = run("experiments.relay_vs_cascade.compare", *smallest(tmp_path), "--evaluations=3,5", "--usual=3")
     found = {title.partition(",")[0]: rows[2:] for title, rows in tables(printed).items()}
     names = ["relay", "classic cascade", "one stage"]
     evaluated = found["By evaluations of the last network for an image"]
