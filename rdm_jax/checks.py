@@ -266,6 +266,8 @@ def _check_sampler(stage: Stage, path: str) -> None:
         require(0 <= sampler.augment <= stage.process.augment_max, f"{path}.sampler.augment", sampler.augment, known)
     if relayed:
         require(sampler.order in (1, 2), f"{path}.sampler.order", sampler.order, "1 or 2")
+        averaged = ("slopes", "images")
+        require(sampler.corrector in averaged, f"{path}.sampler.corrector", sampler.corrector, " or ".join(map(repr, averaged)))
         walked = len(sampler.levels(stage.process).sigma)
         require(walked >= 2, f"{path}.sampler.steps", sampler.steps, f"more (only {walked} of them are under truncation_sigma)")
 

@@ -90,6 +90,7 @@ def test_any_number_of_stages_of_any_shape():
         ("stage2__process__patch", 1, "stage2.process.patch=1"),
         ("stage2__process__kind", "heat", "stage2.process.kind='heat'.*'gaussian' or 'vp' or 've' or 'relay'"),
         ("stage2__process__clock__length", 1.0, "clock.length=1.0"),
+        ("stage2__sampler__corrector", "both", "stage2.sampler.corrector='both'.*'slopes' or 'images'"),
         ("stage2__sampler__eta", 1.5, "stage2.sampler.eta=1.5"),
         ("stage2__sampler__steps", 3, "stage2.sampler.steps=3.*more"),
         ("stage1__sampler__sigma_min", 100.0, "stage1.sampler.sigma_min=100.0"),

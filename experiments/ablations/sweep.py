@@ -6,7 +6,6 @@ python -m experiments.ablations.sweep --config configs/digits.py --workdir runs/
 import dataclasses
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
@@ -20,7 +19,7 @@ from rdm_jax.config import Config, Stage
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
 from rdm_jax.evaluation.tables import markdown
-from rdm_jax.sampling.sampler import stage_levels
+from rdm_jax.sampling.sampler import joined_level
 from rdm_jax.training.step import to_float
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
@@ -31,7 +30,7 @@ _GROUPS = flags.DEFINE_list("groups", [], "Those of the groups that are wanted; 
 
 def handover_error(stage: Stage, images: ImageSet) -> str:
     """What the relay takes to be zero where it joins: the detail that the blur has left there, in units of the noise."""
-    first = jax.tree.map(lambda a: a[0], stage_levels(stage))
+    first = joined_level(stage)
     x = to_float(jnp.asarray(images.batch(np.arange(len(images)))["image"]), images.image_shape[0] // stage.resolution[0])
     detail = x - blurring.enlarge(blurring.mean_pool(x, factor=stage.factor), factor=stage.factor)
     left = blurring.over_patches(lambda patch: blurring.filter_patch(patch, first.blur), stage.factor)((detail,))

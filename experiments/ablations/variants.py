@@ -74,6 +74,18 @@ GROUPS = {
     "label dropout": (*(Variant(f"dropout_{d:g}", f"{d:g} in stage 1", label_dropout(d), 1) for d in (0.05, 0.1, 0.3)),),
     "eta": (*(Variant(f"eta_{e:g}", f"eta = {e:g}", sampler(eta=e), 0) for e in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)),),
     "order": (Variant("heun", "Heun", order(2), 0), Variant("euler", "Euler", order(1), 0)),
+    "corrector and start": (
+        *(
+            Variant(
+                f"{corrector}_{start}",
+                f"{corrector}, {start} start",
+                sampler(corrector=corrector, exact_start=start == "exact"),
+                0,
+            )
+            for corrector in ("slopes", "images")
+            for start in ("published", "exact")
+        ),
+    ),
     "guidance": (
         *(
             Variant(f"guidance_{first:g}_{second:g}", f"{first:g} in stage 1, {second:g} in stage 2", guidance(first, second), 0)

@@ -124,8 +124,11 @@ class RelayHeun:
       truncation_sigma: where the relay joins the ladder.
       truncation_time: the clock's length in sampling; 0 for the one it was trained with.
       eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
-      order: 2 for Heun, 1 for the plain update (half the evaluations). The published corrector averages the slopes alone: it
-        is of second order in the patch means, and of first where the blur changes.
+      order: 2 for Heun, 1 for the plain update (half the evaluations).
+      corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which is of second order in the
+        patch means and of first where the blur changes; or 'images', the denoised ones, which is of second order everywhere.
+      exact_start: let the first step go on from an image without any detail, which the enlarged one is; else, as published, from
+        one that is blurred as the process is at this level, so that what the blur has left there is missing from then on.
     """
 
     steps: int = 18
@@ -136,15 +139,18 @@ class RelayHeun:
     truncation_time: float = 0.0
     eta: float = 0.2
     order: int = 2
+    corrector: str = "slopes"
+    exact_start: bool = False
 
     def levels(self, process: Relay) -> Levels:
-        """The levels that are walked, with the blur that the process has at each."""
+        """The levels that are walked, with the blur that the state has at each: the process's, but for an exact start."""
         ladder = schedules.edm_ladder(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
         sigma = schedules.truncate(ladder, self.truncation_sigma)
         clock = process.clock
         if self.truncation_time:
             clock = dataclasses.replace(clock, length=self.truncation_time)
-        return Levels(sigma, process.blur_weights(clock.time(sigma)))
+        blur = process.blur_weights(clock.time(sigma))
+        return Levels(sigma, blur.at[0].set(0.0).at[0, 0, 0].set(1.0) if self.exact_start else blur)
 
     def start(self, low: Float[Array, "b h w c"], level: Levels, noise: Noise) -> Float[Array, "b h2 w2 c"]:
         """The state at the first level: the small image, enlarged so that every patch is constant, plus noise."""
@@ -154,13 +160,16 @@ class RelayHeun:
         self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, to: Levels, noise: Noise
     ) -> Float[Array, "b h w c"]:
         """From level i to the next. The corrector draws fresh noise: with the predictor's, the marginal would be too narrow."""
-        update = lambda slope, n: self._update(x, slope, n, level, to)  # noqa: E731
-        slope = (x - denoise(x, level.sigma)) / level.sigma
-        predicted = update(slope, noise(2 * i + 1))
+        image = denoise(x, level.sigma)
+        predicted = self._update(x, image, noise(2 * i + 1), level, to)
         if self.order == 1:
             return predicted
-        slope_there = (predicted - denoise(predicted, to.sigma)) / to.sigma
-        return update((slope + slope_there) / 2, noise(2 * i + 2))
+        there = denoise(predicted, to.sigma)
+        if self.corrector == "images":
+            image = (image + there) / 2
+        else:  # the image that the mean of the slopes (x - image) / sigma points away from
+            image = (x + image - level.sigma / to.sigma * (predicted - there)) / 2
+        return self._update(x, image, noise(2 * i + 2), level, to)
 
     def finish(
         self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, noise: Noise
@@ -168,18 +177,18 @@ class RelayHeun:
         """The last step returns the denoised image itself."""
         return denoise(x, level.sigma)
 
-    def _update(self, x: Array, slope: Array, noise: Array, level: Levels, to: Levels) -> Array:
+    def _update(self, x: Array, image: Array, noise: Array, level: Levels, to: Levels) -> Array:
         one_patch = functools.partial(relay_update, level=level, to=to, eta=self.eta)
-        moved = blurring.over_patches(one_patch, level.blur.shape[-1])((x, slope))
+        moved = blurring.over_patches(one_patch, level.blur.shape[-1])((x, image))
         return moved + self.eta * to.sigma * noise if self.eta else moved
 
 
 def relay_update(
-    x: Float[Array, "p p"], slope: Float[Array, "p p"], level: Levels, to: Levels, eta: float
+    x: Float[Array, "p p"], image: Float[Array, "p p"], level: Levels, to: Levels, eta: float
 ) -> Float[Array, "p p"]:
     """One patch, one level further, without the fresh noise (arXiv 2309.03350).
 
-    With u and u0 the DCTs of the state and of the image that its slope (u - u0) / sigma points away from:
+    With u and u0 the DCTs of the state and of the denoised image:
 
     u' = g u + (D' - g D) u0,    g = sqrt(1 - eta^2) sigma' / sigma
 
@@ -187,7 +196,7 @@ def relay_update(
     costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
     """
     g = (1 - eta**2) ** 0.5 * to.sigma / level.sigma
-    return g * x + blurring.filter_patch(x - level.sigma * slope, to.blur - g * level.blur)
+    return g * x + blurring.filter_patch(image, to.blur - g * level.blur)
 
 
 def walk(step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: Levels, *, scan: bool) -> Float[Array, "b h w c"]:

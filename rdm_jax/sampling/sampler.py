@@ -1,5 +1,6 @@
 """Sampling of one stage: parameters, labels and seeds in, images out."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,14 +24,21 @@ def stage_levels(stage: Stage) -> samplers.Levels:
     return levels if levels.blur is not None else levels._replace(sigma=stage.precondition.round(levels.sigma))
 
 
+def joined_level(stage: Stage) -> samplers.Levels:
+    """The level that a relay begins at, with the blur that its process has there."""
+    sampler = dataclasses.replace(stage.sampler, exact_start=False)
+    return jax.tree.map(lambda a: a[0], sampler.levels(stage.process))
+
+
 def handover(stage: Stage) -> str:
     """What a stage joins two images at: the paper takes the relay's blur to be complete there, and it is not quite."""
     if not isinstance(stage.process, Relay):
         return f"begins at pure noise, given the small image with noise of sigma {stage.sampler.augment:g}"
-    first = jax.tree.map(lambda a: a[0], stage_levels(stage))
+    first = joined_level(stage)
     end = stage.process.blur_weights(jnp.ones(1))[0]
     left = f"{first.blur[0, 1]:.1%} of a patch's lowest frequency is left ({end[0, 1]:.1%} where its training ends)"
-    return f"begins at sigma {first.sigma:.4g}, where {left}"
+    made_up = ", which the first step makes up for" if stage.sampler.exact_start else ""
+    return f"begins at sigma {first.sigma:.4g}, where {left}{made_up}"
 
 
 def stage_settings(config: Config, number: int) -> dict[str, Any]:

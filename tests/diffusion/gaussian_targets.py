@@ -147,9 +147,9 @@ def flow(target, basis, x, sigma):
     return basis.T @ u + np.asarray(m1)
 
 
-def relay(steps, *, eta=0.0, order=2):
+def relay(steps, *, eta=0.0, **settings):
     """A relay sampler that walks every level from 0.8 to 0.05: twice the steps walk the same levels and those between."""
-    return RelayHeun(steps=steps + 1, sigma_min=0.05, sigma_max=0.8, rho=7.0, truncation_sigma=0.81, eta=eta, order=order)
+    return RelayHeun(steps=steps + 1, sigma_min=0.05, sigma_max=0.8, rho=7.0, truncation_sigma=0.81, eta=eta, **settings)
 
 
 def relay_process(blur_sigma_max=3.0, patch=2, block_scale=0.0):

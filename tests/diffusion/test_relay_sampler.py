@@ -10,7 +10,7 @@ import pytest
 import scipy.fft
 
 from rdm_jax.diffusion import blurring, schedules
-from rdm_jax.diffusion.samplers import Levels, RelayHeun, relay_update
+from rdm_jax.diffusion.samplers import Levels, RelayHeun, relay_update, walk
 from tests.diffusion.gaussian_targets import (
     SHAPE,
     concrete_levels,
@@ -30,15 +30,24 @@ from tests.diffusion.gaussian_targets import (
 
 
 # The published corrector averages (u - u0) / sigma. That is the flow's noise only where nothing is blurred (D = 1): in patch
-# means, or without blur. In blurred coefficients it converges to the same flow, but at first order.
+# means, or without blur. In blurred coefficients it converges to the same flow, but at first order. With images u0 averaged,
+# d(u / sigma) = u0 d(D / sigma), the flow, is integrated by the trapezoidal rule.
 @pytest.mark.parametrize(
-    ("order", "blur_sigma_max", "patch", "of_means", "of_the_rest"),
-    [(1, 3.0, 4, 2.0, 2.0), (2, 3.0, 2, 4.0, 2.0), (2, 3.0, 4, 4.0, 2.0), (1, 0.0, 2, 2.0, 2.0), (2, 0.0, 4, 4.0, 4.0)],
+    ("settings", "blur_sigma_max", "patch", "of_means", "of_the_rest"),
+    [
+        ({"order": 1}, 3.0, 4, 2.0, 2.0),
+        ({}, 3.0, 2, 4.0, 2.0),
+        ({}, 3.0, 4, 4.0, 2.0),
+        ({"order": 1}, 0.0, 2, 2.0, 2.0),
+        ({}, 0.0, 4, 4.0, 4.0),
+        ({"corrector": "images"}, 3.0, 2, 4.0, 4.0),
+        ({"corrector": "images"}, 3.0, 4, 4.0, 4.0),
+    ],
 )
-def test_order_of_the_relay_sampler(x64, order, blur_sigma_max, patch, of_means, of_the_rest):
+def test_order_of_the_relay_sampler(x64, settings, blur_sigma_max, patch, of_means, of_the_rest):
     target, basis = relay_target(relay_process(blur_sigma_max, patch)), patch_dct_matrix(patch)
     x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
-    ladder = [relay(steps, order=order) for steps in (64, 128)]
+    ladder = [relay(steps, **settings) for steps in (64, 128)]
     errors = [np.abs(basis @ (out - flow(target, basis, x, sigma))) for out, sigma in integrate(ladder, target, x)]
     # Halving the step divides the error by 2 or 4, but for the next term of its series.
     mean = is_mean(patch)
@@ -84,6 +93,21 @@ def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
     target = relay_target(relay_process(blur_sigma_max=0.0))
     errors = [marginal_error(relay(steps, eta=eta), target) for steps in (64, 128)]
     assert errors[0] / 2 < errors[1] < (1 - (1 - eta**2) ** 0.5) / 2
+
+
+@pytest.mark.parametrize("corrector", ["slopes", "images"])
+@pytest.mark.parametrize("exact_start", [False, True])
+def test_a_single_image_from_its_means(x64, corrector, exact_start):
+    """The enlarged image has none of the detail that the process has left where the relay joins: an exact start knows."""
+    target = relay_target(relay_process(), variance=0.0)
+    sampler = relay(5, eta=0.2, corrector=corrector, exact_start=exact_start)
+    levels, image = sampler.levels(target.process), jnp.asarray(target.mean.reshape(SHAPE))
+    low, silent = blurring.mean_pool(image, factor=target.process.patch), lambda k: jnp.zeros(SHAPE)
+    assert jnp.abs(blurring.enlarge(low, factor=target.process.patch) - image).max() > 0.1
+    step = lambda x, i, level, to: sampler.step(lambda x, sigma: image, x, i, level, to, silent)  # noqa: E731
+    out = walk(step, lambda x, i, level: x, sampler.start(low, rungs(levels)[0], silent), levels, scan=False)
+    error = float(jnp.abs(out.ravel() - target.marginal(levels.sigma[-1])[0]).max())
+    assert (error < 1e-10) == (corrector == "images" and exact_start), error  # float64
 
 
 def test_the_corrector_must_draw_fresh_noise(x64):
@@ -146,11 +170,11 @@ def test_the_update_of_a_patch_is_the_same_in_pixels(x64, patch, eta):
     g = np.sqrt(1 - eta**2) * 0.6 / 0.8
     # u' = g u + (D' - g D) u0, before u0 is eliminated
     expected = g * x.ravel() + in_pixels(d2 - g * d1) @ x0.ravel()
-    update = jax.jit(lambda x, slope: relay_update(x, slope, level, to, eta))
-    out = update(jnp.asarray(x), jnp.asarray((x - x0) / 0.8))
+    update = jax.jit(lambda x, image: relay_update(x, image, level, to, eta))
+    out = update(jnp.asarray(x), jnp.asarray(x0))
     chex.assert_trees_all_close(np.asarray(out).ravel(), expected, atol=1e-12)
     # and after
     slope = rng.standard_normal((patch, patch))
     expected = in_pixels(d2 + g * (1 - d1)) @ x.ravel() + 0.8 * in_pixels(g * d1 - d2) @ slope.ravel()
-    out = update(jnp.asarray(x), jnp.asarray(slope))
+    out = update(jnp.asarray(x), jnp.asarray(x) - 0.8 * slope)
     chex.assert_trees_all_close(np.asarray(out).ravel(), expected, atol=1e-12)
