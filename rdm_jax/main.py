@@ -20,10 +20,9 @@ from ml_collections import config_flags
 from rdm_jax import config, distributed, run
 from rdm_jax.compile_cache import keep_compiled
 from rdm_jax.errors import InputError
-from rdm_jax.interrupt import Interrupted
+from rdm_jax.exit_status import exit_status
 from rdm_jax.plan.plan import plan
 from rdm_jax.terminal import show_log
-from rdm_jax.training.loop import Diverged
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; --config.field=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
@@ -61,6 +60,7 @@ def _parse_flags(argv: list[str]) -> None:
 
 
 def _run() -> None:
+    _parse_flags(sys.argv)  # config_flags looks at sys.argv itself, so nothing else would do
     if _MODE.value == "plan":
         about = {flag.name: flag.value for flag in (_TARGET, _UTILISATION, _CLASSES, _COMPILE, _STAGE)}
         return print(plan(config.parse(_CONFIG.value), **about))
@@ -75,20 +75,7 @@ def main() -> int:
     """Returns the exit status: 0 done, 1 diverged, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     show_log()
     logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
-    try:
-        _parse_flags(sys.argv)  # config_flags looks at sys.argv itself, so nothing else would do
-        _run()
-    except (InputError, Diverged) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Diverged) else 2
-    except OSError as error:
-        where, why = error.filename or _WORKDIR.value, error.strerror or error
-        print(f"error: {where} cannot be used ({why}); free space, or another --workdir, would do.", file=sys.stderr)
-        return 2
-    except Interrupted as error:
-        print(f"{error}; the same command goes on from here", file=sys.stderr)
-        return error.status
-    return 0
+    return exit_status(_run, lambda: _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -111,11 +111,21 @@ def test_chains(chain):
         assert {left.search(handover(stage))[1] for stage in config.stages[1:]} == {published}
 
 
-def run(*arguments: str) -> str:
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def run(*arguments: str) -> str:
+    done = command(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("experiment", ["relay_vs_cascade.compare", "ablations.sweep"])
+def test_a_config_that_an_experiment_cannot_use(experiment, tmp_path):
+    done = command(f"experiments.{experiment}", f"--workdir={tmp_path}", "--config.data.held_out=0")
+    assert done.returncode == 2 and re.search(r"^error: config.data.held_out=0 .*would do\.$", done.stderr, re.MULTILINE)
 
 
 def tables(printed: str) -> dict[str, list[list[str]]]:

@@ -19,6 +19,7 @@ from rdm_jax.config import Config, Stage
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
 from rdm_jax.evaluation.tables import markdown
+from rdm_jax.exit_status import exit_status
 from rdm_jax.sampling.sampler import joined_level
 from rdm_jax.training.step import to_float
 
@@ -52,9 +53,8 @@ def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path)
     return runs.measured(config, workdir, name), runs.measured(from_real, workdir, name.replace("relay", "real"))
 
 
-def main(_: list[str]) -> None:
+def sweep() -> None:
     """Prints a table for every group."""
-    runs.start()
     root, seeds = Path(_WORKDIR.value), parse_numbers(_SEEDS.value, "--seeds")
     base, held_out, floor = runs.prepared(configs.parse(_CONFIG.value), root)
     small = root / "held_out_small"
@@ -67,6 +67,12 @@ def main(_: list[str]) -> None:
             joined = handover_error(variant.change(base).stages[1], held_out)
             rows.append([variant.setting, joined, *runs.cells(relayed), runs.cells(real)[0]])
         print(f"\n{group}\n\n{markdown(['', 'left at the hand-over: blur, detail', *columns], rows)}", flush=True)
+
+
+def main(_: list[str]) -> int:
+    """Returns the exit status."""
+    runs.start()
+    return exit_status(sweep, lambda: _WORKDIR.value)
 
 
 if __name__ == "__main__":

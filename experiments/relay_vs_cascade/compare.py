@@ -20,14 +20,16 @@ from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.tables import markdown
+from rdm_jax.exit_status import exit_status
 from rdm_jax.files import whole_file
 from rdm_jax.run import run
 from rdm_jax.sampling import pictures
+from rdm_jax.sampling.sampler import evaluations
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/relay_vs_cascade", "Of all runs; the same command goes on where it stopped.")
 _SEEDS = flags.DEFINE_string("seeds", "0-2", "Of the runs: everything is trained once for each.")
-_EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "9", "19", "49", "99", "199"], "Of the last network, for an image.")
+_EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "9", "19", "49", "199"], "Of the last network, for an image.")
 _USUAL = flags.DEFINE_integer("usual", 19, "Evaluations of the last network where something else is varied.")
 
 SHOWN = 8  # columns of the picture
@@ -64,9 +66,12 @@ class Method:
         """The config of so many evaluations of the last network for an image."""
         return runs.with_evaluations(self.config, self.last, count)
 
-    def at_step(self, step: int) -> Config:
-        """The config of the last network as it was at a step of its training."""
-        return runs.with_stage(self.config, self.last, checkpoint=str(step))
+    def metrics_at(self, step: int) -> dict[str, float]:
+        """The same of the last network as it was at a step of its training; at its end, what `by_evaluations` measures."""
+        stage = self.config.stages[-1]
+        if step == stage.training.steps:
+            return self.metrics(f"evaluations_{evaluations(stage)}")
+        return self.metrics(f"step_{step}", runs.with_stage(self.config, self.last, checkpoint=str(step)))
 
     def from_images(self, folder: Path) -> Config:
         """The config that goes on from small images in a folder."""
@@ -115,7 +120,7 @@ def by_images(methods: list[list[Method]], points: int = 3) -> tuple[list[list[s
         training, relays = (several[0].config.stages[-1].training for several in (same, [methods[0][0]]))
         every = max(1, relays.steps // points)
         for step in sorted({*range(every, relays.steps + 1, every), training.steps}):
-            found = [method.metrics(f"step_{step}", method.at_step(step)) for method in same]
+            found = [method.metrics_at(step) for method in same]
             images = step * training.batch_size
             rows.append([TITLES[same[0].name], f"{images:,}", *runs.cells(found)])
             curves.setdefault(same[0].name, {})[images] = list(map(runs.distance, found))
@@ -157,9 +162,8 @@ def draw_images(methods: list[Method]) -> Image.Image:
     return pictures.labelled_rows(rows, [f"seed {n}" for n in range(SHOWN)])
 
 
-def main(_: list[str]) -> None:
+def compare() -> None:
     """Trains, measures, and prints the tables."""
-    runs.start()
     root = Path(_WORKDIR.value)
     base, held_out, floor = runs.prepared(configs.parse(_CONFIG.value), root)
     methods = [trained(base, root, seed, _USUAL.value) for seed in parse_numbers(_SEEDS.value, "--seeds")]
@@ -181,6 +185,12 @@ def main(_: list[str]) -> None:
     print(
         *(f"\n{title}\n\n{markdown([*header, *runs.columns(floor)], rows)}" for title, (header, rows) in tables.items()), sep="\n"
     )
+
+
+def main(_: list[str]) -> int:
+    """Returns the exit status."""
+    runs.start()
+    return exit_status(compare, lambda: _WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,30 @@
+"""How a command ends: one sentence where something is in its way, and a status that says what it was."""
+
+import sys
+from collections.abc import Callable
+
+from rdm_jax.errors import InputError
+from rdm_jax.interrupt import Interrupted
+from rdm_jax.training.loop import Diverged
+
+
+def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> int:
+    """Does the work; returns 0, 1 if it diverged, 2 for what cannot be used, 130 and 143 where Ctrl-C or SIGTERM stopped it.
+
+    Args:
+      work: what the command does.
+      workdir: where it writes; asked when a system's error names no file.
+    """
+    try:
+        work()
+    except (InputError, Diverged) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Diverged) else 2
+    except OSError as error:
+        where, why = error.filename or workdir(), error.strerror or error
+        print(f"error: {where} cannot be used ({why}); free space, or another --workdir, would do.", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"{error}; the same command goes on from here", file=sys.stderr)
+        return error.status
+    return 0
