@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from experiments import runs
-from experiments.ablations.variants import GROUPS, Variant
+from experiments.ablations.variants import GROUPS, Variant, unguided
 from rdm_jax import config as configs
 from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config, Stage
@@ -26,6 +26,7 @@ from rdm_jax.training.step import to_float
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Of all runs; the same command goes on where it stopped.")
 _SEEDS = flags.DEFINE_string("seeds", "0", "Of the runs: everything is trained once for each.")
+_EVALUATIONS = flags.DEFINE_integer("evaluations", 19, "Of stage 2's network for an image, so many that discretisation is small.")
 _GROUPS = flags.DEFINE_list("groups", [], "Those of the groups that are wanted; all without.")
 
 
@@ -45,7 +46,8 @@ def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path)
     for number in (1, 2):
         base = runs.with_stage(base, number, checkpoint=str(runs.trained(base, usual, number)))
     config = variant.change(base)
-    workdir = usual if config.stages == base.stages or not variant.stage else root / f"{variant.name}-{seed}"
+    learnt = [[(stage.network, stage.process, stage.training) for stage in each.stages] for each in (config, base)]
+    workdir = usual if learnt[0] == learnt[1] else root / f"{variant.name}-{seed}"
     if workdir != usual:
         config = runs.with_stage(config, variant.stage, checkpoint=str(runs.trained(config, workdir, variant.stage)))
     name = "relay_" + "".join(c if c.isalnum() else "_" for c in variant.name)
@@ -56,7 +58,7 @@ def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path)
 def sweep() -> None:
     """Prints a table for every group."""
     root, seeds = Path(_WORKDIR.value), parse_numbers(_SEEDS.value, "--seeds")
-    base, held_out, floor = runs.prepared(configs.parse(_CONFIG.value), root)
+    base, held_out, floor = runs.prepared(unguided(configs.parse(_CONFIG.value), _EVALUATIONS.value), root)
     small = root / "held_out_small"
     runs.write_small(held_out, base.stages[1].factor, small)
     columns = [*runs.columns(floor), *(f"{name}, from real small images" for name in runs.columns(floor)[:1])]

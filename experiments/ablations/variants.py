@@ -1,6 +1,7 @@
 """What is varied, group by group, as changes of a config."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ class Variant(NamedTuple):
     stage: int = 2
 
 
+def unguided(config: Config, count: int) -> Config:
+    """What all variants are changes of: the config without guidance, its stage 2 sampling with so many evaluations."""
+    return runs.with_evaluations(guidance(1.0, 1.0)(config), 2, count)
+
+
 def process(**fields) -> Change:
     """Another process of stage 2."""
     return lambda config: runs.with_stage(config, 2, process=dataclasses.replace(config.stages[1].process, **fields))
@@ -47,9 +53,9 @@ def guidance(first: float, second: float) -> Change:
     return lambda config: runs.with_stage(runs.with_stage(config, 1, guidance=first), 2, guidance=second)
 
 
-def label_dropout(rate: float) -> Change:
-    """Another share of hidden labels in stage 1."""
-    return lambda config: runs.with_stage(config, 1, training={"label_dropout": rate})
+def label_dropout(rate: float, weight: float) -> Change:
+    """Another share of hidden labels in stage 1, which is guided."""
+    return lambda config: runs.with_stage(config, 1, training={"label_dropout": rate}, guidance=weight)
 
 
 def order(number: int) -> Change:
@@ -67,25 +73,25 @@ def block_noise() -> Iterator[Variant]:
         yield Variant(f"block_0.5_{size}", f"a = 0.5, s = {size}", process(block_scale=0.5, block_size=size))
 
 
+def corrected() -> Iterator[Variant]:
+    """What Heun's method averages, and what the first step takes the enlarged image for, with few evaluations and with more."""
+    for count, corrector, exact in itertools.product((5, 9, 19), ("slopes", "images"), (False, True)):
+        setting = f"{count} evaluations, {corrector}, {'exact' if exact else 'published'} start"
+        settings = sampler(corrector=corrector, exact_start=exact)
+        change = lambda config, settings=settings, count=count: runs.with_evaluations(settings(config), 2, count)  # noqa: E731
+        yield Variant(f"{corrector}_{exact}_{count}", setting, change, 0)
+
+
 GROUPS = {
     "block noise": (*block_noise(),),
     "blur": (*(Variant(f"blur_{b:g}", f"at most {b:g} pixels", clock(blur_sigma_max=b)) for b in (1.0, 2.0, 3.0, 6.0)),),
     "clock": (*(Variant(f"clock_{n:g}", f"L = {n:g}", clock(length=n)) for n in (0.85, 0.89, 0.93, 0.97)),),
-    "label dropout": (*(Variant(f"dropout_{d:g}", f"{d:g} in stage 1", label_dropout(d), 1) for d in (0.05, 0.1, 0.3)),),
+    "label dropout": (
+        *(Variant(f"dropout_{d:g}", f"{d:g} in stage 1, guided by 1.5", label_dropout(d, 1.5), 1) for d in (0.05, 0.1, 0.3)),
+    ),
     "eta": (*(Variant(f"eta_{e:g}", f"eta = {e:g}", sampler(eta=e), 0) for e in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)),),
     "order": (Variant("heun", "Heun", order(2), 0), Variant("euler", "Euler", order(1), 0)),
-    "corrector and start": (
-        *(
-            Variant(
-                f"{corrector}_{start}",
-                f"{corrector}, {start} start",
-                sampler(corrector=corrector, exact_start=start == "exact"),
-                0,
-            )
-            for corrector in ("slopes", "images")
-            for start in ("published", "exact")
-        ),
-    ),
+    "corrector and start": (*corrected(),),
     "guidance": (
         *(
             Variant(f"guidance_{first:g}_{second:g}", f"{first:g} in stage 1, {second:g} in stage 2", guidance(first, second), 0)
