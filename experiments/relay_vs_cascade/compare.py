@@ -4,17 +4,19 @@ python -m experiments.relay_vs_cascade.compare --config configs/digits.py --work
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 from PIL import Image
 
 from experiments import runs
-from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, TITLES, variants
+from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, SIGMAS, TITLES, variants
 from rdm_jax import config as configs
 from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config
@@ -113,6 +115,17 @@ def by_evaluations(methods: list[list[Method]], counts: Sequence[int], classes: 
     return rows, curves
 
 
+def by_ladder(methods: Sequence[Method], counts: Sequence[int]) -> list[list[str]]:
+    """Rows of distances by the noise level that the methods which generate from noise begin at, a column a count."""
+    rows = []
+    for method, (number, sigma) in itertools.product(methods[1:], enumerate(SIGMAS)):
+        begun = method.with_sampler(sigma_max=sigma)
+        name = "evaluations" if begun == method else f"ladder_{number}"
+        found = [begun.metrics(f"{name}_{count}", begun.with_evaluations(count)) for count in counts]
+        rows.append([TITLES[method.name], f"{sigma:g}", *(runs.cells([metrics])[0] for metrics in found)])
+    return rows
+
+
 def by_images(methods: list[list[Method]], points: int = 3) -> tuple[list[list[str]], dict]:
     """The same by images that the last network has been shown: `points` checkpoints of the relay's, and all of the others'."""
     rows, curves = [], {}
@@ -144,7 +157,11 @@ def draw_curves(panels: dict[str, dict[str, dict[int, list[float]]]], path: Path
             axes.plot(x, mean, "o-", markersize=3, label=TITLES[name])
             axes.fill_between(x, mean - std, mean + std, alpha=0.2)
         axes.set(xlabel=title, ylabel="Frechet distance", xscale="log", yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
+        axes.grid(alpha=0.3)
         axes.legend()
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
@@ -171,6 +188,8 @@ def compare() -> None:
     methods = [[method.with_sampler(**best.get(method.name, {})) for method in same_seed] for same_seed in methods]
     counts, classes = [int(count) for count in _EVALUATIONS.value], len(held_out.class_names)
     evaluated, cost = by_evaluations(methods, counts, classes)
+    few = [count for count in counts if count <= _USUAL.value]
+    ladders = by_ladder(methods[0], few)
     shown, learning = by_images(methods)
     real = from_real(methods, held_out, root / "held_out_small")
     draw_curves({"evaluations of the last network": cost, "images shown to the last network": learning}, root / "curves.png")
@@ -183,7 +202,10 @@ def compare() -> None:
         f"Stage 2 from real small images, {_USUAL.value} evaluations": (["method"], real),
     }
     print(
-        *(f"\n{title}\n\n{markdown([*header, *runs.columns(floor)], rows)}" for title, (header, rows) in tables.items()), sep="\n"
+        f"\nBy the level where the ladder begins, first seed: {runs.columns(floor)[0]}\n",
+        markdown(["method", "sigma_max", *(f"{count} evaluations" for count in few)], ladders),
+        *(f"\n{title}\n\n{markdown([*header, *runs.columns(floor)], rows)}" for title, (header, rows) in tables.items()),
+        sep="\n",
     )
 
 

@@ -9,6 +9,7 @@ from rdm_jax.diffusion.samplers import CascadeHeun, Heun
 
 TITLES = {"relay": "relay", "cascade": "classic cascade", "single": "one stage"}
 ETAS = (0.0, 0.1, 0.2, 0.3)  # of the relay's sampler
+SIGMAS = (80.0, 20.0, 10.0, 5.0, 2.5)  # where the ladders of those that begin with noise begin; 80 is EDM's
 AUGMENTS = (0.0, 0.05, 0.1, 0.2, 0.4)  # noise levels of the cascade's small image in sampling
 
 
