@@ -25,12 +25,12 @@ class Begun(NamedTuple):
 
     Attributes:
       stages: of each stage's images uint8 (b, h, w, c).
-      finite: whether all of them are made of finite numbers.
+      finite: of each image, whether it is made of finite numbers.
       count: of the images that were asked for; the rest fill up the batch.
     """
 
     stages: list[UInt8[Array, "b h w c"]]
-    finite: Bool[Array, ""]
+    finite: Bool[Array, " b"]
     count: int
 
 
@@ -98,7 +98,7 @@ class Relay:
         """Sets the devices to work, and does not wait: what is begun next follows without a gap."""
         padded = np.resize(seeds, self.config.sampling.batch_size)
         device_seeds, labels = sharding.put_batch((padded.astype(np.uint32), self.labels(padded)), self.mesh)
-        stages, low, finite = [], None, jnp.array(True)
+        stages, low, finite = [], None, jnp.ones(len(padded), bool)
         if self.low:
             stages.append(sharding.put_batch(self.low.images(padded), self.mesh))
             low = _to_float(stages[0])
@@ -112,7 +112,7 @@ class Relay:
 
     def finish(self, begun: Begun) -> list[np.ndarray]:
         """Waits for the images, and returns them as `sample` does."""
-        if not begun.finite:  # as bytes they would look like images
+        if not np.all(begun.finite):  # as bytes they would look like images
             raise InputError("a checkpoint makes images that are not finite numbers; an earlier checkpoint would do.")
         images = [np.asarray(stage)[: begun.count] for stage in begun.stages]
         images[-1] = postprocess(images[-1], self.config.sampling.postprocess)
@@ -120,7 +120,7 @@ class Relay:
 
 
 _to_float = jax.jit(lambda images: to_float(images, 1))
-_to_bytes = jax.jit(lambda images: (to_uint8(images), jnp.isfinite(images).all()))
+_to_bytes = jax.jit(lambda images: (to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))))
 
 
 def _common_classes(config: Config, known: list[tuple[str, ...]], first: int) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int,
         def conditional(x, sigma, one_hot):
             def net(x, c_noise):
                 if given is not None:  # guidance has each image twice
-                    x = jnp.concatenate([x, jnp.tile(given, (len(x) // len(given), 1, 1, 1))], -1)
+                    x = jnp.concatenate([x, jnp.repeat(given, len(x) // len(given), axis=0)], -1)
                 return network.apply(params, x, c_noise, one_hot if classes else None)
 
             return preconditioning.denoiser(net, stage.precondition)(x, sigma)

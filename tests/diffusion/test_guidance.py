@@ -65,9 +65,11 @@ def test_both_passes_are_one_call(x, sigma):
     calls = []
     guidance.classifier_free(counted(calls), LABELS, 3.5)(x, sigma)
     ((seen, levels, labels),) = calls
-    chex.assert_trees_all_equal(seen, jnp.concatenate([x, x]))
-    chex.assert_trees_all_equal(levels, jnp.tile(jnp.broadcast_to(sigma, (3,)), 2))
-    chex.assert_trees_all_equal(labels, jnp.concatenate([LABELS, jnp.zeros_like(LABELS)]))
+    chex.assert_shape(seen, (6, *x.shape[1:]))
+    for which, expected in ((slice(0, None, 2), LABELS), (slice(1, None, 2), jnp.zeros_like(LABELS))):
+        chex.assert_trees_all_equal(seen[which], x)
+        chex.assert_trees_all_equal(levels[which], jnp.broadcast_to(sigma, (3,)))
+        chex.assert_trees_all_equal(labels[which], expected)
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])

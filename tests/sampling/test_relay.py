@@ -73,12 +73,15 @@ def test_scan_equals_loop(kind, monkeypatch):
 
 @every_kind
 def test_devices_do_not_matter(kind):
-    sample, params, low, labels, seeds = make(kind)
+    """Each makes its images by itself: nothing is sent from one to another."""
+    sample, params, low, labels, seeds = make(kind, guidance=2.0)
     mesh = sharding.local_mesh()
     shared = sharding.put_batch(jax.device_get((low, labels, seeds)), mesh)
-    there = sample(jax.device_put(params, sharding.replicated(mesh)), *shared)
+    spread = jax.device_put(params, sharding.replicated(mesh))
+    there = sample(spread, *shared)
     assert len(there.sharding.device_set) == 8
     np.testing.assert_allclose(there, sample(params, low, labels, seeds), atol=1e-4)
+    assert sharding.collectives(jax.jit(sample).lower(spread, *shared).compile()) == {}
 
 
 def test_a_cascade_sees_the_small_image_alone():
