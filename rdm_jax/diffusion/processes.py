@@ -208,5 +208,6 @@ def diffuse(process: FromNoise | Relay, x: Float[Array, "b h w c"], keys: Key[Ar
     noise = jax.vmap(lambda key: process.draw_noise(key, x.shape[1:]))(noise_keys)
     noised = process.noised(x, level, noise)
     if isinstance(process, Cascade):
-        return noised._replace(given=process.given_in_training(x, jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)))
+        own_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)  # 0 and 1 would be the two that `split` has made
+        return noised._replace(given=process.given_in_training(x, own_keys))
     return noised
