@@ -14,7 +14,7 @@ from PIL import Image
 
 from rdm_jax import checks
 from rdm_jax.compile_cache import keep_compiled
-from rdm_jax.config import Config, Stage
+from rdm_jax.config import Config, Stage, kind_of
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.tables import cell
 from rdm_jax.run import run
@@ -24,7 +24,7 @@ from rdm_jax.stage_data import open_sets
 from rdm_jax.terminal import show_log
 from rdm_jax.training.step import to_float
 
-COLUMNS = ("fid", "frechet_distance", "accuracy", "precision", "recall")
+COLUMNS = ("fid", "frechet_distance", "kid", "accuracy", "precision", "recall")
 
 
 def start() -> None:
@@ -32,6 +32,13 @@ def start() -> None:
     show_log()
     logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
     keep_compiled()
+
+
+def check_relay(config: Config) -> None:
+    """Refuses what is no relay of two stages, or cannot work. Raises InputError."""
+    checks.check_config(config)
+    kinds = [kind_of(type(stage.process)) for stage in config.stages]
+    checks.require(kinds[1:] == ["relay"], "--config", kinds, "a config of two stages, the second a relay,")
 
 
 def with_stage(config: Config, number: int, **fields) -> Config:
@@ -90,17 +97,16 @@ def measured(config: Config, workdir: Path, name: str, what: str = "samples") ->
 def with_evaluations(config: Config, number: int, wanted: int) -> Config:
     """The config whose stage `number` runs its network `wanted` times for an image.
 
-    Where several ladders of a relay do, the one that joins closest to `truncation_sigma`.
+    Where several ladders of a relay do, the shortest, which joins closest to `truncation_sigma`.
 
     Raises:
-      ValueError: no ladder does.
+      InputError: no ladder does.
     """
-    ladders = range(2, 8 * wanted)
+    ladders = range(2, 8 * wanted + 3)
     of = lambda steps: with_stage(config, number, sampler={"steps": steps})  # noqa: E731
     count = lambda steps: evaluations(of(steps).stages[number - 1])  # noqa: E731
-    steps = ladders[max(0, bisect.bisect_right(ladders, wanted, key=count) - 1)]  # the longest that makes no more
-    if count(steps) != wanted:
-        raise ValueError(f"no ladder of stage {number} makes {wanted} evaluations")
+    steps = ladders[min(bisect.bisect_left(ladders, wanted, key=count), len(ladders) - 1)]
+    checks.require(count(steps) == wanted, "evaluations", wanted, "an odd number, 3 or more,")
     return of(steps)
 
 
@@ -131,10 +137,10 @@ def _cell(metric: str, values: Sequence[float]) -> str:
 
 
 def write_small(images: ImageSet, factor: int, folder: Path) -> None:
-    """The means of factor x factor cells of images, in class folders, as `sampling.low` takes them."""
+    """The means of factor x factor cells of images as `sampling.low` takes them, in class folders if there are classes."""
     batch = images.batch(np.arange(len(images)))
     small = np.asarray(to_uint8(to_float(jnp.asarray(batch["image"]), factor)))
     for number, (image, label) in enumerate(zip(small, batch["label"], strict=True)):
-        path = folder / images.class_names[label] / f"{number:05d}.png"
+        path = folder / (images.class_names[label] if images.class_names else "") / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.save_picture(Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), path)

@@ -1,5 +1,6 @@
 """The experiments: that their configs are what they say, and that what they print is made from runs."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -13,12 +14,14 @@ from PIL import Image
 
 from experiments import runs
 from experiments.ablations.variants import GROUPS, unguided
-from experiments.relay_vs_cascade.variants import variants
+from experiments.relay_vs_cascade.variants import points, variants
 from rdm_jax import checks
 from rdm_jax.config import Config, parse
 from rdm_jax.data.sources import open_source
 from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
-from rdm_jax.sampling.sampler import evaluations, handover
+from rdm_jax.errors import InputError
+from rdm_jax.sampling.sampler import evaluations, handover, joined_level
+from rdm_jax.training.window import is_due
 from tests.tiny import write_images
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +51,18 @@ def test_the_methods_are_compared_on_equal_terms():
     assert counts[1] - counts[0] == stem and counts[2] == counts[0]
 
 
+@pytest.mark.parametrize(("config", "of_relay"), [("digits", [200, 400, 600]), ("emoji", [10416, 20832, 31250])])
+def test_methods_are_compared_at_checkpoints_that_are_kept(config, of_relay):
+    methods = variants(config_of(f"configs/{config}.py"))
+    relays = methods["relay"].stages[-1].training
+    for name, changed in methods.items():
+        training = changed.stages[-1].training
+        compared = points(training, relays)
+        assert compared == (of_relay if name != "single" else [*of_relay[:2], relays.steps // 6 * 6, training.steps])
+        due = [step for step in range(1, training.steps) if is_due(step, training.batch_size, training.checkpoint_every)]
+        assert {*compared} <= {*due, training.steps} and len(due) + 1 <= training.keep_newest
+
+
 @pytest.mark.parametrize("wanted", [5, 49])
 def test_a_network_runs_as_often_as_is_asked_for(wanted):
     for config in variants(config_of("configs/digits.py")).values():
@@ -57,8 +72,16 @@ def test_a_network_runs_as_often_as_is_asked_for(wanted):
         assert evaluations(changed.stages[-1]) == wanted and changed.stages[:-1] == config.stages[:-1]
 
 
+def test_of_the_relays_ladders_the_one_that_joins_closest_to_the_truncation():
+    for wanted in (5, 9):
+        stage = runs.with_evaluations(config_of("configs/digits.py"), 2, wanted).stages[1]
+        every = [dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, steps=n)) for n in range(2, 3 * wanted)]
+        joined = [float(joined_level(each).sigma) for each in every if evaluations(each) == wanted]
+        assert float(joined_level(stage).sigma) == max(joined) <= stage.sampler.truncation_sigma
+
+
 def test_a_number_of_evaluations_that_no_ladder_has_is_refused():
-    with pytest.raises(ValueError, match="no ladder of stage 1 makes 4"):
+    with pytest.raises(InputError, match="evaluations=4 cannot be used; an odd number, 3 or more"):
         runs.with_evaluations(config_of("configs/digits.py"), 1, 4)
 
 
@@ -69,9 +92,10 @@ def test_operations_of_sampling():
     assert runs.sampling_flops(config.stages, 1, 10) == 2 * (2 * 23 * first + 7 * second)
 
 
-def test_small_images_are_the_means_in_their_class_folders(tmp_path):
+@pytest.mark.parametrize("classes", [("a", "b"), ()])
+def test_small_images_are_the_means_in_their_class_folders(tmp_path, classes):
     class Images:
-        class_names = ("a", "b")
+        class_names = classes
         image_shape = (4, 4, 1)
 
         def __len__(self):
@@ -80,12 +104,12 @@ def test_small_images_are_the_means_in_their_class_folders(tmp_path):
         def batch(self, numbers):
             images = np.zeros((3, 4, 4, 1), np.uint8)
             images[1, :2, :2, 0] = [[10, 20], [30, 40]]
-            return {"image": images[numbers], "label": np.array([0, 1, 0])[numbers]}
+            return {"image": images[numbers], "label": np.array([0, 1, 0] if classes else [-1, -1, -1])[numbers]}
 
     runs.write_small(Images(), 2, tmp_path / "small")
     source = open_source(f"folder:{tmp_path / 'small'}")
-    assert source.class_names == ("a", "b") and len(source) == 3 and [source.label(n) for n in range(3)] == [0, 0, 1]
-    assert source.decode(2, channels=1, background=(0, 0, 0))[..., 0].tolist() == [[25, 0], [0, 0]]
+    assert source.class_names == classes and [source.label(n) for n in range(len(source))] == ([0, 0, 1] if classes else [-1] * 3)
+    assert source.decode(2 if classes else 1, channels=1, background=(0, 0, 0))[..., 0].tolist() == [[25, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("variant", [v for group in GROUPS.values() for v in group], ids=lambda v: v.name)
@@ -98,6 +122,8 @@ def test_variants_of_the_ablations_differ_where_they_should(variant):
     for number, (stage, before) in enumerate(zip(changed.stages, base.stages, strict=True), 1):
         learnt = [(s.network, s.process, s.training) for s in (stage, before)]
         assert learnt[0] == learnt[1] or number == variant.stage
+    second = changed.stages[1]
+    assert second.process.clock.time(joined_level(second).sigma) < 1 + 1e-6  # not beyond what it was trained for
     assert len({v.name for group in GROUPS.values() for v in group}) == sum(map(len, GROUPS.values()))
 
 
@@ -123,10 +149,19 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("experiment", ["relay_vs_cascade.compare", "ablations.sweep"])
-def test_a_config_that_an_experiment_cannot_use(experiment, tmp_path):
-    done = command(f"experiments.{experiment}", f"--workdir={tmp_path}", "--config.data.held_out=0")
-    assert done.returncode == 2 and re.search(r"^error: config.data.held_out=0 .*would do\.$", done.stderr, re.MULTILINE)
+@pytest.mark.parametrize(
+    ("experiment", "argument", "said"),
+    [
+        ("relay_vs_cascade.compare", "--config.data.held_out=0", "config.data.held_out=0 "),
+        ("relay_vs_cascade.compare", "--evaluations=5,8", "evaluations=8 "),
+        ("ablations.sweep", "--groups=clocks", "--groups='clocks' "),
+        ("ablations.sweep", "--config=experiments/chain/config.py:8-16-32", r"--config=\['gaussian', 'relay', 'relay'\] "),
+    ],
+)
+def test_what_an_experiment_cannot_use_is_refused_before_any_work(experiment, argument, said, tmp_path):
+    done = command(f"experiments.{experiment}", f"--workdir={tmp_path / 'runs'}", argument)
+    assert done.returncode == 2 and re.search(rf"^error: {said}.*would do\.$", done.stderr, re.MULTILINE), done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def tables(printed: str) -> dict[str, list[list[str]]]:

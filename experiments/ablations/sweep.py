@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from experiments import runs
 from experiments.ablations.variants import GROUPS, Variant, unguided
+from rdm_jax import checks
 from rdm_jax import config as configs
 from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config, Stage
@@ -31,12 +32,12 @@ _GROUPS = flags.DEFINE_list("groups", [], "Those of the groups that are wanted; 
 
 
 def handover_error(stage: Stage, images: ImageSet) -> str:
-    """What the relay takes to be zero where it joins: the detail that the blur has left there, in units of the noise."""
+    """Where the relay joins, and what it takes to be zero there: the detail that the blur has left, in units of the noise."""
     first = joined_level(stage)
     x = to_float(jnp.asarray(images.batch(np.arange(len(images)))["image"]), images.image_shape[0] // stage.resolution[0])
     detail = x - blurring.enlarge(blurring.mean_pool(x, factor=stage.factor), factor=stage.factor)
     left = blurring.over_patches(lambda patch: blurring.filter_patch(patch, first.blur), stage.factor)((detail,))
-    return f"{first.blur[0, 1]:.1%}, {jnp.sqrt(jnp.mean(left**2)) / first.sigma:.3f}"
+    return f"{first.sigma:.3f}, {first.blur[0, 1]:.1%}, {jnp.sqrt(jnp.mean(left**2)) / first.sigma:.3f}"
 
 
 def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path) -> tuple[dict[str, float], dict[str, float]]:
@@ -57,8 +58,11 @@ def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path)
 
 def sweep() -> None:
     """Prints a table for every group."""
-    root, seeds = Path(_WORKDIR.value), parse_numbers(_SEEDS.value, "--seeds")
-    base, held_out, floor = runs.prepared(unguided(configs.parse(_CONFIG.value), _EVALUATIONS.value), root)
+    root, seeds, config = Path(_WORKDIR.value), parse_numbers(_SEEDS.value, "--seeds"), configs.parse(_CONFIG.value)
+    for group in _GROUPS.value:
+        checks.require(group in GROUPS, "--groups", group, ", ".join(GROUPS))
+    runs.check_relay(config)
+    base, held_out, floor = runs.prepared(unguided(config, _EVALUATIONS.value), root)
     small = root / "held_out_small"
     runs.write_small(held_out, base.stages[1].factor, small)
     columns = [*runs.columns(floor), *(f"{name}, from real small images" for name in runs.columns(floor)[:1])]
@@ -68,7 +72,7 @@ def sweep() -> None:
             relayed, real = zip(*(measured(base, variant, root, seed, small) for seed in seeds), strict=True)
             joined = handover_error(variant.change(base).stages[1], held_out)
             rows.append([variant.setting, joined, *runs.cells(relayed), runs.cells(real)[0]])
-        print(f"\n{group}\n\n{markdown(['', 'left at the hand-over: blur, detail', *columns], rows)}", flush=True)
+        print(f"\n{group}\n\n{markdown(['', 'hand-over: sigma, blur left, detail left', *columns], rows)}", flush=True)
 
 
 def main(_: list[str]) -> int:

@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from experiments import runs
 from rdm_jax.config import Config
 from rdm_jax.sampling.sampler import evaluations
@@ -43,6 +45,17 @@ def clock(**fields) -> Change:
     return lambda config: process(clock=dataclasses.replace(config.stages[1].process.clock, **fields))(config)
 
 
+def length(value: float) -> Change:
+    """Another length of the clock, at whose end, as far out as the network is trained, the relay joins."""
+
+    def change(config: Config) -> Config:
+        config = clock(length=value)(config)
+        end = float(config.stages[1].process.clock.sigma(jnp.ones(())))
+        return runs.with_evaluations(sampler(truncation_sigma=end)(config), 2, evaluations(config.stages[1]))
+
+    return change
+
+
 def sampler(**fields) -> Change:
     """Another sampler of stage 2."""
     return lambda config: runs.with_stage(config, 2, sampler=fields)
@@ -73,6 +86,15 @@ def block_noise() -> Iterator[Variant]:
         yield Variant(f"block_0.5_{size}", f"a = 0.5, s = {size}", process(block_scale=0.5, block_size=size))
 
 
+def freshened() -> Iterator[Variant]:
+    """Shares of fresh noise, with the usual evaluations and with so many that what is left is not the steps' length."""
+    for eta in (0.0, 0.05, 0.1, 0.2, 0.3):
+        yield Variant(f"eta_{eta:g}", f"eta = {eta:g}", sampler(eta=eta), 0)
+    for eta in (0.0, 0.1, 0.3):
+        change = lambda config, eta=eta: runs.with_evaluations(sampler(eta=eta)(config), 2, 199)  # noqa: E731
+        yield Variant(f"eta_{eta:g}_199", f"199 evaluations, eta = {eta:g}", change, 0)
+
+
 def corrected() -> Iterator[Variant]:
     """What Heun's method averages, and what the first step takes the enlarged image for, with few evaluations and with more."""
     for count, corrector, exact in itertools.product((5, 9, 19), ("slopes", "images"), (False, True)):
@@ -85,11 +107,11 @@ def corrected() -> Iterator[Variant]:
 GROUPS = {
     "block noise": (*block_noise(),),
     "blur": (*(Variant(f"blur_{b:g}", f"at most {b:g} pixels", clock(blur_sigma_max=b)) for b in (1.0, 2.0, 3.0, 6.0)),),
-    "clock": (*(Variant(f"clock_{n:g}", f"L = {n:g}", clock(length=n)) for n in (0.85, 0.89, 0.93, 0.97)),),
+    "clock": (*(Variant(f"clock_{n:g}", f"L = {n:g}", length(n)) for n in (0.85, 0.89, 0.93, 0.97)),),
     "label dropout": (
         *(Variant(f"dropout_{d:g}", f"{d:g} in stage 1, guided by 1.5", label_dropout(d, 1.5), 1) for d in (0.05, 0.1, 0.3)),
     ),
-    "eta": (*(Variant(f"eta_{e:g}", f"eta = {e:g}", sampler(eta=e), 0) for e in (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)),),
+    "eta": (*freshened(),),
     "order": (Variant("heun", "Heun", order(2), 0), Variant("euler", "Euler", order(1), 0)),
     "corrector and start": (*corrected(),),
     "guidance": (

@@ -5,7 +5,7 @@ python -m experiments.relay_vs_cascade.compare --config configs/digits.py --work
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from experiments import runs
-from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, SIGMAS, TITLES, variants
+from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, SIGMAS, TITLES, points, variants
 from rdm_jax import config as configs
 from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config
@@ -26,12 +26,12 @@ from rdm_jax.exit_status import exit_status
 from rdm_jax.files import whole_file
 from rdm_jax.run import run
 from rdm_jax.sampling import pictures
-from rdm_jax.sampling.sampler import evaluations
+from rdm_jax.sampling.sampler import evaluations, stage_levels
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/relay_vs_cascade", "Of all runs; the same command goes on where it stopped.")
 _SEEDS = flags.DEFINE_string("seeds", "0-2", "Of the runs: everything is trained once for each.")
-_EVALUATIONS = flags.DEFINE_list("evaluations", ["5", "9", "19", "49", "199"], "Of the last network, for an image.")
+_EVALUATIONS = flags.DEFINE_string("evaluations", "5,9,19,49,199", "Of the last network, for an image.")
 _USUAL = flags.DEFINE_integer("usual", 19, "Evaluations of the last network where something else is varied.")
 
 SHOWN = 8  # columns of the picture
@@ -45,11 +45,13 @@ class Method:
       name: as in `TITLES`.
       config: whose last stage samples with `usual` evaluations.
       workdir: where it was trained, and where its evaluations are kept.
+      begins: of those that generate from noise, the noise level where a ladder of so many evaluations begins.
     """
 
     name: str
     config: Config
     workdir: Path
+    begins: dict[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def last(self) -> int:
@@ -64,9 +66,10 @@ class Method:
         """The same, its last stage's sampler having other fields."""
         return dataclasses.replace(self, config=runs.with_stage(self.config, self.last, sampler=fields))
 
-    def with_evaluations(self, count: int) -> Config:
-        """The config of so many evaluations of the last network for an image."""
-        return runs.with_evaluations(self.config, self.last, count)
+    def with_evaluations(self, count: int) -> "Method":
+        """The same with so many evaluations of the last network for an image, its ladder beginning where `begins` says."""
+        begun = self.with_sampler(sigma_max=self.begins[count]) if count in self.begins else self
+        return dataclasses.replace(begun, config=runs.with_evaluations(begun.config, self.last, count))
 
     def metrics_at(self, step: int) -> dict[str, float]:
         """The same of the last network as it was at a step of its training; at its end, what `by_evaluations` measures."""
@@ -83,13 +86,15 @@ class Method:
 
 def trained(base: Config, root: Path, seed: int, usual: int) -> list[Method]:
     """Trains the three methods with one seed, to be sampled with `usual` evaluations; the cascade has the relay's stage 1."""
-    config_of = variants(dataclasses.replace(base, seed=seed))
+    config_of, methods = variants(dataclasses.replace(base, seed=seed)), []
     first = runs.trained(config_of["relay"], root / f"relay-{seed}", 1)
-    config_of["cascade"] = runs.with_stage(config_of["cascade"], 1, checkpoint=str(first))
-    methods = [Method(name, config, root / f"{name}-{seed}") for name, config in config_of.items()]
-    for method in methods:
-        runs.trained(method.config, method.workdir, method.last)
-    return [dataclasses.replace(method, config=method.with_evaluations(usual)) for method in methods]
+    for name, config in config_of.items():
+        if len(config.stages) > 1:
+            config = runs.with_stage(config, 1, checkpoint=str(first))
+        last = runs.trained(config, root / f"{name}-{seed}", len(config.stages))
+        config = runs.with_stage(config, len(config.stages), checkpoint=str(last))
+        methods.append(Method(name, config, root / f"{name}-{seed}").with_evaluations(usual))
+    return methods
 
 
 def best_settings(methods: list[Method]) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
@@ -102,37 +107,47 @@ def best_settings(methods: list[Method]) -> tuple[dict[str, dict[str, float]], l
     return best, rows
 
 
-def by_evaluations(methods: list[list[Method]], counts: Sequence[int], classes: int) -> tuple[list[list[str]], dict]:
-    """Rows of the first table, and for its picture the distances of every method by operations: all methods at all counts."""
-    rows, curves = [], {}
+def by_evaluations(methods: list[list[Method]], counts: Sequence[int], classes: int) -> tuple[list[list[str]], dict, dict]:
+    """Rows of the first table, and the distances of every method by evaluations of its last network, and by GFLOPs of all."""
+    rows, by_count, by_cost = [], {}, {}
     for same in zip(*methods, strict=True):
         for count in counts:
-            config = same[0].with_evaluations(count)
-            flops = runs.sampling_flops(config.stages, config.data.channels, classes)
-            found = [method.metrics(f"evaluations_{count}", method.with_evaluations(count)) for method in same]
-            rows.append([TITLES[same[0].name], str(count), f"{flops / 1e9:.2f}", *runs.cells(found)])
-            curves.setdefault(same[0].name, {})[count] = list(map(runs.distance, found))
-    return rows, curves
+            counted = [method.with_evaluations(count) for method in same]
+            config = counted[0].config
+            cost = runs.sampling_flops(config.stages, config.data.channels, classes) / 1e9
+            begin = float(stage_levels(config.stages[-1]).sigma[0])
+            found = [method.metrics(f"evaluations_{count}") for method in counted]
+            rows.append([TITLES[same[0].name], str(count), f"{cost:.2f}", f"{begin:.3g}", *runs.cells(found)])
+            distances = list(map(runs.distance, found))
+            by_count.setdefault(same[0].name, {})[count] = by_cost.setdefault(same[0].name, {})[cost] = distances
+    return rows, by_count, by_cost
 
 
-def by_ladder(methods: Sequence[Method], counts: Sequence[int]) -> list[list[str]]:
-    """Rows of distances by the noise level that the methods which generate from noise begin at, a column a count."""
-    rows = []
-    for method, (number, sigma) in itertools.product(methods[1:], enumerate(SIGMAS)):
-        begun = method.with_sampler(sigma_max=sigma)
-        name = "evaluations" if begun == method else f"ladder_{number}"
-        found = [begun.metrics(f"{name}_{count}", begun.with_evaluations(count)) for count in counts]
-        rows.append([TITLES[method.name], f"{sigma:g}", *(runs.cells([metrics])[0] for metrics in found)])
-    return rows
+def best_begins(methods: Sequence[Method], counts: Sequence[int]) -> tuple[dict[str, dict[int, float]], list[list[str]]]:
+    """Where the methods that generate from noise best begin with so many evaluations, by the first seed's distance.
+
+    Returns:
+      The best noise level by method and count, and rows of all distances, a column a count.
+    """
+    best, rows = {method.name: {} for method in methods}, []
+    for method in methods[1:]:
+        found = {}
+        for sigma, count in itertools.product(SIGMAS, counts):
+            begun = dataclasses.replace(method, begins={count: sigma}).with_evaluations(count)
+            found[sigma, count] = begun.metrics(f"begin_{sigma:g}_{count}".replace(".", "_"))
+        for count in counts:
+            best[method.name][count] = min(SIGMAS, key=lambda sigma, count=count: runs.distance(found[sigma, count]))
+        rows += [[TITLES[method.name], f"{s:g}", *(runs.cells([found[s, count]])[0] for count in counts)] for s in SIGMAS]
+    return best, rows
 
 
-def by_images(methods: list[list[Method]], points: int = 3) -> tuple[list[list[str]], dict]:
-    """The same by images that the last network has been shown: `points` checkpoints of the relay's, and all of the others'."""
+def by_images(methods: list[list[Method]]) -> tuple[list[list[str]], dict]:
+    """The same by images that the last network has been shown."""
     rows, curves = [], {}
+    relays = methods[0][0].config.stages[-1].training
     for same in zip(*methods, strict=True):
-        training, relays = (several[0].config.stages[-1].training for several in (same, [methods[0][0]]))
-        every = max(1, relays.steps // points)
-        for step in sorted({*range(every, relays.steps + 1, every), training.steps}):
+        training = same[0].config.stages[-1].training
+        for step in points(training, relays):
             found = [method.metrics_at(step) for method in same]
             images = step * training.batch_size
             rows.append([TITLES[same[0].name], f"{images:,}", *runs.cells(found)])
@@ -151,8 +166,8 @@ def draw_curves(panels: dict[str, dict[str, dict[int, list[float]]]], path: Path
     """A panel for each of what is on the horizontal axis: the mean over seeds, and a band of their standard deviation."""
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, points in curves.items():
-            x, values = list(points), np.array(list(points.values()))
+        for name, curve in curves.items():
+            x, values = list(curve), np.array(list(curve.values()))
             mean, std = values.mean(1), values.std(1, ddof=1) if values.shape[1] > 1 else 0
             axes.plot(x, mean, "o-", markersize=3, label=TITLES[name])
             axes.fill_between(x, mean - std, mean + std, alpha=0.2)
@@ -179,31 +194,48 @@ def draw_images(methods: list[Method]) -> Image.Image:
     return pictures.labelled_rows(rows, [f"seed {n}" for n in range(SHOWN)])
 
 
+def check(config: Config, counts: Iterable[int]) -> None:
+    """Refuses, before anything is trained, what one of the methods cannot do. Raises InputError."""
+    runs.check_relay(config)
+    for changed, count in itertools.product(variants(config).values(), counts):
+        runs.with_evaluations(changed, len(changed.stages), count)
+
+
 def compare() -> None:
     """Trains, measures, and prints the tables."""
-    root = Path(_WORKDIR.value)
-    base, held_out, floor = runs.prepared(configs.parse(_CONFIG.value), root)
-    methods = [trained(base, root, seed, _USUAL.value) for seed in parse_numbers(_SEEDS.value, "--seeds")]
+    root, usual = Path(_WORKDIR.value), _USUAL.value
+    config, seeds, counts = configs.parse(_CONFIG.value), *(parse_numbers(f.value, f"--{f.name}") for f in (_SEEDS, _EVALUATIONS))
+    check(config, {*counts, usual})
+    base, held_out, floor = runs.prepared(config, root)
+    methods = [trained(base, root, seed, usual) for seed in seeds]
     best, settings = best_settings(methods[0])
     methods = [[method.with_sampler(**best.get(method.name, {})) for method in same_seed] for same_seed in methods]
-    counts, classes = [int(count) for count in _EVALUATIONS.value], len(held_out.class_names)
-    evaluated, cost = by_evaluations(methods, counts, classes)
-    few = [count for count in counts if count <= _USUAL.value]
-    ladders = by_ladder(methods[0], few)
+    few = sorted({count for count in counts if count < usual} | {usual})
+    begins, begun = best_begins(methods[0], few)
+    for method in itertools.chain(*methods):  # with more evaluations it matters less, and is what it is with the usual
+        found = begins[method.name]
+        method.begins = {count: found.get(count, found[usual]) for count in {*counts, usual}} if found else {}
+    evaluated, by_count, by_cost = by_evaluations(methods, counts, len(held_out.class_names))
+    methods = [[method.with_evaluations(usual) for method in same_seed] for same_seed in methods]
     shown, learning = by_images(methods)
     real = from_real(methods, held_out, root / "held_out_small")
-    draw_curves({"evaluations of the last network": cost, "images shown to the last network": learning}, root / "curves.png")
+    curves = {
+        "evaluations of the last network": by_count,
+        "GFLOPs of an image, all stages": by_cost,
+        "images shown to the last network": learning,
+    }
+    draw_curves(curves, root / "curves.png")
     pictures.save_picture(draw_images(methods[0]), root / "images.png")
     real.append(["real images held out", *runs.cells([floor])])
     tables = {
-        f"Settings of the samplers, first seed, {_USUAL.value} evaluations": (["method", "setting"], settings),
-        "By evaluations of the last network for an image": (["method", "evaluations", "GFLOPs, all stages"], evaluated),
-        f"By images shown to the last network, {_USUAL.value} evaluations": (["method", "images"], shown),
-        f"Stage 2 from real small images, {_USUAL.value} evaluations": (["method"], real),
+        f"Settings of the samplers, first seed, {usual} evaluations": (["method", "setting"], settings),
+        "By evaluations of the last network for an image": (["method", "evaluations", "GFLOPs", "first sigma"], evaluated),
+        f"By images shown to the last network, {usual} evaluations": (["method", "images"], shown),
+        f"Stage 2 from real small images, {usual} evaluations": (["method"], real),
     }
     print(
         f"\nBy the level where the ladder begins, first seed: {runs.columns(floor)[0]}\n",
-        markdown(["method", "sigma_max", *(f"{count} evaluations" for count in few)], ladders),
+        markdown(["method", "sigma_max", *(f"{count} evaluations" for count in few)], begun),
         *(f"\n{title}\n\n{markdown([*header, *runs.columns(floor)], rows)}" for title, (header, rows) in tables.items()),
         sep="\n",
     )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from experiments import runs
-from rdm_jax.config import Config
+from rdm_jax.config import Config, Training
 from rdm_jax.diffusion.processes import Cascade, Gaussian
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun
 
@@ -13,25 +13,43 @@ SIGMAS = (80.0, 20.0, 10.0, 5.0, 2.5)  # where the ladders of those that begin w
 AUGMENTS = (0.0, 0.05, 0.1, 0.2, 0.4)  # noise levels of the cascade's small image in sampling
 
 
+POINTS = 3  # checkpoints of the relay at which all methods are compared
+
+
 def variants(config: Config) -> dict[str, Config]:
-    """The three methods, none guided; they differ in what is said here alone.
+    """The three methods, none guided, all ladders ending at one noise level; they differ in what is said here alone.
 
     relay: as the config has it.
     cascade: stage 2 generates from pure noise and is given the small image (CDM, arXiv 2106.15282); its network is the relay's
       but for these channels of its input.
     single: stage 2's network alone generates at full resolution, and is shown as many images as both stages together.
+
+    Every checkpoint of the last networks is kept, and `points` are among them.
     """
-    config = runs.with_evaluation(config, images="samples")
-    for number, stage in enumerate(config.stages, 1):
-        kept = stage.training.images // stage.training.checkpoint_every + 1
-        config = runs.with_stage(config, number, guidance=1.0, training={"keep_newest": kept})
+    config = runs.with_stage(runs.with_evaluation(config, images="samples"), 1, guidance=1.0)
     first, second = config.stages
-    cascade = Cascade(patch=second.process.patch, augment_max=max(AUGMENTS))
+    interval = second.training.batch_size * _interval(second.training)
     images = first.training.images + second.training.images
-    kept = images // second.training.checkpoint_every + 1
-    alone = dataclasses.replace(config, stages=(dataclasses.replace(second, process=Gaussian(), sampler=Heun()),))
+    kept = {"checkpoint_every": interval, "keep_newest": images // interval + 1}
+    config = runs.with_stage(config, 2, guidance=1.0, training=kept)
+    second = config.stages[1]
+    cascade = Cascade(patch=second.process.patch, augment_max=max(AUGMENTS))
+    begin = {"sigma_min": second.sampler.sigma_min}
+    alone = dataclasses.replace(config, stages=(dataclasses.replace(second, process=Gaussian(), sampler=Heun(**begin)),))
     return {
         "relay": config,
-        "cascade": runs.with_stage(config, 2, process=cascade, sampler=CascadeHeun()),
-        "single": runs.with_stage(alone, 1, training={"images": images, "keep_newest": kept}),
+        "cascade": runs.with_stage(config, 2, process=cascade, sampler=CascadeHeun(**begin)),
+        "single": runs.with_stage(alone, 1, training={"images": images}),
     }
+
+
+def _interval(relays: Training) -> int:
+    """Steps between checkpoints: whole parts of the relay's training, two to a point."""
+    return max(1, relays.steps // (2 * POINTS))
+
+
+def points(training: Training, relays: Training) -> list[int]:
+    """Steps of a last network's checkpoints that are compared: at `POINTS` parts of the relay's training, and the last."""
+    interval = _interval(relays)
+    parts = [2 * interval * part for part in range(1, POINTS + 1)]
+    return [step for step in parts if step + interval <= training.steps] + [training.steps]

@@ -69,7 +69,7 @@ class Heun:
     ) -> Float[Array, "b h w c"]:
         """From level i to the next: churn, an Euler step, and Heun's correction of it, each of the two with fresh noise if eta.
 
-        x' = x + (sqrt(1 - eta^2) sigma' - sigma) d + eta sigma' n, which for any eta keeps the marginals if d is exact.
+        x' = x + (sqrt(1 - eta^2) sigma' - sigma) d + eta sigma' n, which for any eta keeps the marginals if d is the true noise.
         """
         x, sigma = self._churned(x, level.sigma, noise(3 * i + 1))
         slope = (x - denoise(x, sigma)) / sigma
@@ -125,10 +125,11 @@ class RelayHeun:
       truncation_time: the clock's length in sampling; 0 for the one it was trained with.
       eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
       order: 2 for Heun, 1 for the plain update (half the evaluations).
-      corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which is of second order in the
-        patch means and of first where the blur changes; or 'images', the denoised ones, which is of second order everywhere.
+      corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which for eta = 0 is of second order
+        in the patch means and of first where the blur changes; or 'images', the denoised ones, of second order in both.
       exact_start: let the first step go on from an image without any detail, which the enlarged one is; else, as published, from
-        one that is blurred as the process is at this level, so that what the blur has left there is missing from then on.
+        one that is blurred as the process is at this level, so that what the blur has left there is missing from then on. It is
+        made up for by order 1 and the corrector 'images'; 'slopes' takes a part of it away again.
     """
 
     steps: int = 18

@@ -37,7 +37,8 @@ def handover(stage: Stage) -> str:
     first = joined_level(stage)
     end = stage.process.blur_weights(jnp.ones(1))[0]
     left = f"{first.blur[0, 1]:.1%} of a patch's lowest frequency is left ({end[0, 1]:.1%} where its training ends)"
-    made_up = ", which the first step makes up for" if stage.sampler.exact_start else ""
+    exact = stage.sampler.exact_start and (stage.sampler.order == 1 or stage.sampler.corrector == "images")
+    made_up = ", which the first step makes up for" if exact else ""
     return f"begins at sigma {first.sigma:.4g}, where {left}{made_up}"
 
 
