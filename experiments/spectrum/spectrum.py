@@ -29,7 +29,7 @@ _SIGMA = flags.DEFINE_float("sigma", 1.0, "Noise level, per pixel the same every
 _COUNT = flags.DEFINE_integer("count", 256, "Images of each source, evenly chosen, and draws of each noise.")
 _OUT = flags.DEFINE_string("out", "experiments/spectrum", "Folder for the pictures.")
 
-SHOWN = (1, 2, 4, 8, 16, 31)  # frequencies of the table, in half-periods over an image's side
+SHOWN = (1, 2, 4, 8, 16, 31, 48, 63)  # frequencies of the table, in half-periods over an image's side
 BATCH = 16
 MIXTURE = Relay().block_scale
 
