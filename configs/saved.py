@@ -3,12 +3,11 @@
 python -m rdm_jax.main --config configs/saved.py:runs/digits/config.json --workdir runs/digits --mode sample
 """
 
-import json
 from pathlib import Path
 
-from rdm_jax.config import parse
+from rdm_jax.config import parse, read_saved
 
 
 def get_config(path: str):
     """The config in a config.json as an ml_collections ConfigDict."""
-    return parse(json.loads(Path(path).expanduser().read_text())).to_config_dict()
+    return parse(read_saved(Path(path).expanduser())).to_config_dict()

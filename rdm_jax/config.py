@@ -7,8 +7,10 @@ their own schema: the dataclasses that do the work are the ones that are filled 
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -73,6 +75,8 @@ class Training:
         works on images at twice their size and reflected on every side, 36 times their memory; `accumulate` divides that.
       start_from: folder of a checkpoint's step, whose averaged parameters training begins with; '' for random ones.
       checkpoint_every, keep_newest, keep_best: when to save, and how many of the newest and of the best to keep.
+      max_failed_saves: saves in a row that may fail, as on a full disk, and training goes on; the last one must not, and with
+        several processes none may.
       preview_every: when to draw a grid of samples; 0 for never.
       evaluate_every: when to evaluate the stage (`evaluation.seeds_in_training`); 0 for never.
       log_every: when to write a line of metrics.
@@ -98,6 +102,7 @@ class Training:
     checkpoint_every: int = 50_000
     keep_newest: int = 2
     keep_best: int = 1
+    max_failed_saves: int = 2
     preview_every: int = 50_000
     evaluate_every: int = 0
     log_every: int = 2_000
@@ -284,10 +289,21 @@ def parse(values: ConfigDict | dict[str, Any]) -> Config:
     return _from_plain(Config, values, "config")
 
 
+def read_saved(path: Path) -> dict[str, Any]:
+    """The values in a config.json, for `parse`. Raises InputError where there are none."""
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no fields")
+        return values
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as a config ({error}); the config.json of a workdir would do.") from error
+
+
 def _stage_number(name: str) -> int:
     """3 for 'stage3', 0 for what is no stage's name."""
     number = name.removeprefix("stage")
-    return int(number) if number != name and number.isdecimal() else 0
+    return int(number) if number != name and number.isdecimal() and len(number) < 4 else 0
 
 
 def to_dict(config: Config) -> dict[str, Any]:

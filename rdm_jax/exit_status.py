@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted
+from rdm_jax.terminal import go_on_unread
 from rdm_jax.training.loop import Diverged
 
 
@@ -15,10 +16,15 @@ def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> 
       work: what the command does.
       workdir: where it writes; asked when a system's error names no file.
     """
+    with go_on_unread():
+        return _exit_status(work, workdir)
+
+
+def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> int:
     try:
         work()
     except (InputError, Diverged) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_one_line(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, Diverged) else 2
     except OSError as error:
         where, why = error.filename or workdir(), error.strerror or error
@@ -28,3 +34,8 @@ def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> 
         print(f"{error}; the same command goes on from here", file=sys.stderr)
         return error.status
     return 0
+
+
+def _in_one_line(text: str) -> str:
+    """Without line breaks and the like, which a name in a stranger's file may have."""
+    return "".join(c if c.isprintable() else " " for c in text)

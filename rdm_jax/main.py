@@ -51,12 +51,22 @@ def _parse_flags(argv: list[str]) -> None:
             raise InputError("--config and --workdir are needed, as in --config configs/digits.py --workdir runs/digits.")
         _CONFIG.value.to_dict()  # a config that could not be loaded says so when it is used
     except flags.Error as error:
-        raise InputError(f"{error}; --helpshort lists the flags.") from error
+        said = _without_traceback(str(error))
+        raise InputError(said if said.endswith("would do.") else f"{said}; --helpshort lists the flags.") from error
     except InputError:
         raise
     except Exception as error:  # the config file is code, and may fail in any way
         reason = " ".join(str(error).replace("\\n", " ").replace("\\'", "'").split())
         raise InputError(f"the config cannot be used ({reason}); one that loads, such as configs/digits.py, would do.") from error
+
+
+def _without_traceback(text: str) -> str:
+    """What an error in a config file says, of which ml_collections shows the whole traceback as text."""
+    before, found, traceback = text.partition(" Error whilst parsing config file")
+    lines = traceback.strip().splitlines()
+    code = [number for number, line in enumerate(lines) if line.startswith(" ")]  # all but the error itself is indented
+    reason = " ".join(lines[code[-1] + 1 if code else 0 :]).removeprefix("rdm_jax.errors.InputError: ")
+    return f"{before} {reason}" if found else text
 
 
 def _run() -> None:

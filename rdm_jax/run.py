@@ -61,6 +61,7 @@ FREE_FIELDS += (
     "validation",
     "keep_newest",
     "keep_best",
+    "max_failed_saves",
 )
 
 
@@ -187,7 +188,7 @@ def _with_imported(config: Config, workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         return config
-    saved, stages = configs.parse(_read_json(path)), list(config.stages)
+    saved, stages = configs.parse(configs.read_saved(path)), list(config.stages)
     for index, before in enumerate(saved.stages[: len(stages)]):
         if (workdir / f"stage{index + 1}" / "checkpoints").is_dir():
             kept = {field: getattr(before, field) for field in ("resolution", "network", "precondition")}
@@ -267,7 +268,7 @@ def _check_unchanged(config: Config, workdir: Path) -> None:
     trained = [n for n in range(1, len(config.stages) + 1) if checkpoint.is_trained(workdir / f"stage{n}" / "checkpoints")]
     if not path.exists() or not trained:
         return
-    before, now = _read_json(path), json.loads(json.dumps(configs.to_dict(config)))
+    before, now = configs.read_saved(path), json.loads(json.dumps(configs.to_dict(config)))
     bound = [key for key in {**before, **now} if not key.startswith("stage") or key in {f"stage{n}" for n in trained}]
     pairs = [({key: both.get(key) for key in bound}) for both in (before, now)]
     changes = _differences(*pairs, "config")
@@ -275,13 +276,6 @@ def _check_unchanged(config: Config, workdir: Path) -> None:
     listed = ", ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in bad)
     if listed:
         raise InputError(f"--workdir={str(workdir)!r} was made with another config ({listed}); another workdir would do.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); another workdir would do.") from error
 
 
 def _write_config(config: Config, workdir: Path) -> None:

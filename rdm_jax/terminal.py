@@ -1,7 +1,11 @@
 """What a user sees while it runs: log lines on stdout, bars on stderr."""
 
+import contextlib
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,6 +18,47 @@ class _BesideBars(logging.Handler):
     def emit(self, record: logging.LogRecord):
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
+
+
+class _MayBeUnread:
+    """A stream whose reader may have gone, or whose disk may be full: what cannot be written is lost, and nothing else."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # the second where it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def leave(self) -> None:
+        """Lets Python end without another attempt, whose failure would be its exit status."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
+@contextlib.contextmanager
+def go_on_unread() -> Iterator[None]:
+    """A part in which work goes on where stdout or stderr are closed, their reader has gone, or their disk is full."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout, sys.stderr = streams = [_MayBeUnread(stream or nowhere) for stream in before]
+        try:
+            yield
+        finally:
+            for stream in streams:
+                stream.leave()
+            sys.stdout, sys.stderr = before
 
 
 def show_log(quiet: bool = False) -> None:

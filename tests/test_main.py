@@ -280,5 +280,5 @@ def test_damaged_checkpoint_is_refused(finished, images, tmp_path, refused):
     (largest,) = sorted((workdir / "stage2/checkpoints/20/ema/d").iterdir(), key=lambda p: p.stat().st_size)[-1:]
     largest.write_bytes(largest.read_bytes()[:100])
     flags = ["--mode=sample", "--config.sampling.name=again"]
-    refused(command(images, workdir, *flags), r"stage2/checkpoints/20 cannot be read.*moving it away.*step 15")
+    refused(command(images, workdir, *flags), r"stage2/checkpoints/20 is damaged .ema/d/.* has 100 bytes.*moving it.*step 15")
     assert not (workdir / "again").exists()

@@ -1,15 +1,16 @@
 """What a prepared set says of itself, and whether its files still are what they were."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from rdm_jax.errors import InputError
+from rdm_jax.files import sha256
 from rdm_jax.terminal import log, progress
 
 MANIFEST = "manifest.json"
-FIELDS = {"settings", "count", "classes", "enlarged", "skipped", "shards"}
+FIELDS = {"settings": dict, "count": int, "classes": dict, "enlarged": int, "skipped": dict, "shards": list}
+SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
 def verify_files(directory: Path) -> None:
@@ -28,17 +29,20 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a prepared set. Raises InputError where there is none."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        if not manifest.keys() >= FIELDS:
+        if not manifest.keys() >= FIELDS.keys():
             raise ValueError("fields are missing")
+        for field, kind in FIELDS.items():
+            if type(manifest[field]) is not kind:
+                raise ValueError(f"{field} is no {kind.__name__}")
+        for shard in manifest["shards"]:
+            _check_shard(shard)
         return manifest
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{directory} is there and is no prepared data ({error}); another directory would do.") from error
 
 
-def sha256(path: Path) -> str:
-    """The hash of a file's content in hexadecimal; '' where there is no such file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return ""
+def _check_shard(shard: Any) -> None:
+    if not isinstance(shard, dict) or any(type(shard.get(field)) is not kind for field, kind in SHARD.items()):
+        raise ValueError("what it says of a file is not complete")
+    if Path(shard["file"]).name != shard["file"]:  # it may be a stranger's, and the file is going to be opened
+        raise ValueError(f"{shard['file'][:200]!r} is no file beside it")

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from rdm_jax.data.images import MAX_BYTES, open_image
+from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.errors import BadImage, InputError
 
 # Images are compressed already, so that a member which shrinks to less than this share of itself is no honest one.
@@ -240,7 +241,7 @@ class Tfds(Reader):
 
     def __init__(self, directory: Path, split: str):
         self._directory, self._split = directory, split
-        info = tfds.builder_from_directory(directory).info
+        info = open_directory(directory).info
         self.features, self.place = dict(info.features), f"{directory} {info.full_name} {split}"
         try:
             _open_records(directory, split)
@@ -277,7 +278,7 @@ class Tfds(Reader):
 def _open_records(directory: Path, split: str):
     # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where it is missing.
     decoders = {"image": tfds.decode.SkipDecoding()}
-    return tfds.builder_from_directory(directory).as_data_source(split, decoders=decoders)
+    return open_directory(directory).as_data_source(split, decoders=decoders)
 
 
 @functools.lru_cache(maxsize=16)  # An image and its label are asked for in turn.

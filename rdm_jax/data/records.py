@@ -16,10 +16,11 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import rdm_jax
 from rdm_jax.data.images import Form, encode, open_image, to_uint8
-from rdm_jax.data.manifest import MANIFEST, sha256
+from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.sources import Source
+from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.errors import BadImage, InputError
-from rdm_jax.files import whole_file
+from rdm_jax.files import sha256, whole_file
 
 ENCODINGS = ("png", "jpeg", "raw")
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
@@ -210,7 +211,7 @@ class RecordReader(Sequence):
 
     def __init__(self, directory: Path):
         self.directory = directory
-        builder = tfds.builder_from_directory(directory)
+        builder = open_directory(directory)
         self.features, split = builder.info.features, builder.info.splits["train"]
         self.declared, self._records = split.num_examples, ArrayRecordDataSource([str(file) for file in split.filepaths])
         self.image_shape = tuple(self.features["image"].shape)

@@ -1,7 +1,6 @@
 """Import of published weights into a run, and export of a run's averaged parameters under the original's names."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 from rdm_jax import sharding
 from rdm_jax.config import Config, Stage, to_dict
 from rdm_jax.errors import InputError
-from rdm_jax.files import whole_file
+from rdm_jax.files import sha256, whole_file
 from rdm_jax.interop import original
 from rdm_jax.interop.torch_files import open_torch
 from rdm_jax.terminal import log
@@ -124,7 +123,7 @@ def save_imported(weights: Weights, config: Config, number: int, parameters: dic
       workdir: of the run.
     """
     classes = parameters["map_label"]["kernel"].shape[0] if "map_label" in parameters else 0
-    imported = {"file": path.name, "sha256": _sha256(path), "class_name": weights.class_name, "settings": weights.settings}
+    imported = {"file": path.name, "sha256": sha256(path), "class_name": weights.class_name, "settings": weights.settings}
     about = {"stage": to_dict(config)[f"stage{number}"], "classes": [str(i) for i in range(classes)], "seed": config.seed}
     checkpoints = checkpoint.Checkpoints(workdir / f"stage{number}" / "checkpoints")
     checkpoints.save_ema(0, parameters, {**about, "imported": imported})
@@ -169,11 +168,6 @@ def _names(stage: Stage, abstract: dict[str, Any]) -> dict[tuple[str, ...], str]
 
 def _strings(keys: tuple) -> tuple[str, ...]:
     return tuple(key.key for key in keys)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None:

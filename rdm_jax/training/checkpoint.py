@@ -1,7 +1,12 @@
-"""Checkpoints with Orbax: asynchronous, atomic, the newest and the best kept; all that a bit-exact resume needs."""
+"""Checkpoints with Orbax: asynchronous, atomic, the newest and the best kept; all that a bit-exact resume needs.
 
+A step's folder is there whole or not at all, with the checksums of its files, and is compared with them before it is read.
+"""
+
+import errno
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +18,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from orbax.checkpoint import checkpoint_managers
 
+from rdm_jax import distributed
 from rdm_jax.errors import InputError
+from rdm_jax.terminal import log
+from rdm_jax.training.checksums import damage, write_checksums
 from rdm_jax.training.step import TrainState
 
 
@@ -23,12 +31,30 @@ class Checkpoints:
     'train' (parameters, moments, counters), 'ema' (the averaged parameters, all that sampling reads) and 'about' (JSON: the
     stage's config, classes, validation loss, and the data iterator's state).
 
+    Args:
+      directory: of the stage's checkpoints. Unless `read_only`, those that are damaged are moved out of it if others are not.
+      keep_newest, keep_best: how many are kept.
+      max_failed_saves: how many saves in a row may fail, as on a full disk, and be given up.
+
     Raises:
-      InputError: a checkpoint in `directory` is damaged.
+      InputError: the checkpoints in `directory` are damaged.
     """
 
-    def __init__(self, directory: Path, *, keep_newest: int = 1, keep_best: int = 0, read_only: bool = False):
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_newest: int = 1,
+        keep_best: int = 0,
+        max_failed_saves: int = 0,
+        read_only: bool = False,
+    ):
+        self.directory, self._max_failed, self._failed, self._lost, self._sound = directory, max_failed_saves, 0, "", set()
+        self._saving = None
+        if not read_only:
+            with distributed.together():
+                if distributed.is_first():
+                    set_damaged_aside(directory)
         # The newest alone would be deleted by a policy of the best alone, so both kinds are kept.
         keep = [checkpoint_managers.LatestN(keep_newest), _Imported(self)]
         if keep_best:
@@ -40,6 +66,8 @@ class Checkpoints:
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            # Once everything is written, and before the folder gets its name; in the first process alone.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
         )
         arrays, json = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler
         handlers = {"train": arrays(), "ema": arrays(), "about": json()}
@@ -54,21 +82,22 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
-        """Starts to save `state` in the background; an error of the save before it surfaces here.
+        """Starts to save `state` in the background, after the save before it.
 
         Args:
           state: what to save; may be donated to the next step once this returns.
           about: JSON; 'validation_loss' in it ranks the checkpoint.
+
+        Raises:
+          OSError: the save before this one, or the beginning of this one, has failed, and no more may.
         """
+        self.wait()
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         train = {k: v for k, v in vars(state).items() if k != "ema"}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(train=_saving(train), ema=_saving(state.ema), about=ocp.args.JsonSave(about)),
-            metrics={"validation_loss": about["validation_loss"]},
-        )
+        args = ocp.args.Composite(train=_saving(train), ema=_saving(state.ema), about=ocp.args.JsonSave(about))
+        self._save(step, args, about["validation_loss"])
 
     def save_ema(self, step: int, ema: Any, about: dict[str, Any]) -> None:
         """Saves averaged parameters alone, enough to sample and to start from, and waits until they are on disk.
@@ -76,11 +105,8 @@ class Checkpoints:
         Args:
           about: like that of `save`, without a validation loss.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(ema=_saving(ema), about=ocp.args.JsonSave(about)),
-            metrics={"validation_loss": math.inf},  # any that is trained from here is better
-        )
+        args = ocp.args.Composite(ema=_saving(ema), about=ocp.args.JsonSave(about))
+        self._save(step, args, math.inf)  # any that is trained from here is better
         self.wait()
 
     def can_resume(self, step: int) -> bool:
@@ -101,7 +127,7 @@ class Checkpoints:
         """
         train = {k: v for k, v in vars(abstract).items() if k != "ema"}
         args = {"train": _restoring(train), "ema": _restoring(abstract.ema)}
-        restored = self._read(step, args, {"params": abstract.params, "ema": abstract.ema})
+        restored = self._read(step, args, {"ema": abstract.ema, "train": train})
         return TrainState(**restored.train, ema=restored.ema), restored.about
 
     def restore_ema(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
@@ -113,11 +139,54 @@ class Checkpoints:
         """What is known of a checkpoint without reading its arrays. Raises InputError when it is damaged."""
         return self._read(step, {}, {}).about
 
+    def _save(self, step: int, args: ocp.args.Composite, validation_loss: float) -> None:
+        self._saving = step
+        try:
+            self._manager.save(step, args=args, metrics={"validation_loss": validation_loss})
+        except Exception as error:
+            self._give_up(error)
+
+    def _write_checksums(self) -> None:
+        """Adds the checksums to the folder that is being written."""
+        partial = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        write_checksums(partial[0] if partial else self.directory / str(self._saving))  # no other name on an object store
+
+    def _give_up(self, error: Exception) -> None:
+        """Leaves nothing of a save that has failed, and says so. Raises OSError where no more may fail."""
+        for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        if self.directory.is_dir():
+            self._manager.reload()
+        self._failed, where = self._failed + 1, str(self.directory / str(self._saving))
+        self._saving, self._lost = None, f"{where} cannot be written: {_reason(error)}"
+        if self._failed > self._max_failed or jax.process_count() > 1:  # others may wait for this process
+            self._raise_lost(error)
+        log.warning("checkpoint %s; training goes on without it", self._lost)
+
+    def _raise_lost(self, error: Exception | None = None) -> None:
+        lost, self._lost = self._lost, ""
+        if lost:
+            where, _, reason = lost.partition(" cannot be written: ")
+            raise OSError(errno.EIO, reason, where) from error
+
     def _read(self, step: int, args: dict[str, Any], networks: dict[str, Any]) -> Any:
         with self._readable(step):
+            self._check_sound(step)
             for name, abstract in networks.items():
                 self._same_network(step, name, abstract)
             return self._manager.restore(step, args=ocp.args.Composite(**args, about=ocp.args.JsonRestore()))
+
+    def _check_sound(self, step: int) -> None:
+        """Raises InputError where a file of a checkpoint is not as it was written."""
+        with distributed.together():
+            found = "" if step in self._sound or not distributed.is_first() else damage(self.directory / str(step))
+            if found:
+                raise InputError(f"checkpoint {self.directory / str(step)} is damaged ({found}); {self._remedy(step)} would do.")
+        self._sound.add(step)
+
+    def _remedy(self, step: int) -> str:
+        others = [s for s in self.steps() if s != step]
+        return f"moving it away, so that step {others[-1]} is the newest," if others else "training again in another workdir"
 
     @contextmanager
     def _readable(self, step: int) -> Iterator[None]:
@@ -127,17 +196,11 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each report damage in their own way.
-            others = [s for s in self.steps() if s != step]
-            remedy = (
-                f"moving it away, so that step {others[-1]} is the newest," if others else "training again in another workdir"
-            )
             where = f"checkpoint {self.directory / str(step)}"
-            raise InputError(f"{where} cannot be read ({_reason(error)}); {remedy} would do.") from error
+            raise InputError(f"{where} cannot be read ({_reason(error)}); {self._remedy(step)} would do.") from error
 
     def _same_network(self, step: int, name: str, abstract: Any) -> None:
-        saved = _tree(self._manager.item_metadata(step)["ema" if name == "ema" else "train"])
-        saved = _shapes(saved if name == "ema" else saved["params"])
-        wanted = _shapes(abstract)
+        saved, wanted = _shapes(_tree(self._manager.item_metadata(step)[name])), _shapes(abstract)
         for path in sorted(saved.keys() | wanted.keys()):
             if saved.get(path) != wanted.get(path):
                 had, needs = saved.get(path, "nothing"), wanted.get(path, "nothing")
@@ -147,12 +210,21 @@ class Checkpoints:
                 )
 
     def wait(self) -> None:
-        """Blocks until every save is on disk; errors of the background surface here."""
-        self._manager.wait_until_finished()
+        """Blocks until the save under way is on disk. Raises OSError where it has failed, and no more may."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax, TensorStore and the system each have their own
+            return self._give_up(error)
+        if self._saving is not None:
+            self._saving, self._failed, self._lost = None, 0, ""
 
     def close(self) -> None:
-        """Waits and lets go of the folder."""
-        self._manager.close()
+        """Waits and lets go of the folder. Raises OSError where the last save has failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+        self._raise_lost()
 
 
 class _Imported:
@@ -168,6 +240,32 @@ class _Imported:
 
 def _is_whole(folder: Path) -> bool:
     return (folder / "train").exists()
+
+
+def set_damaged_aside(directory: Path) -> None:
+    """Moves checkpoints that are not as they were written to `<directory>_damaged`, beside it, where others are sound.
+
+    The newest sound one is read as a whole; of those before it, large files are measured only.
+
+    Raises:
+      InputError: none is sound; nothing was moved.
+    """
+    wrong, sound = {}, []
+    for folder in sorted(step_folders(directory), key=lambda folder: int(folder.name), reverse=True):
+        found = damage(folder, thorough=not sound)
+        if found:
+            wrong[folder] = found
+        else:
+            sound.append(folder)
+    for folder, found in wrong.items():
+        if not sound:
+            raise InputError(
+                f"checkpoint {folder} is damaged ({found}), and there is no other; training again in another workdir would do."
+            )
+        aside = directory.with_name(f"{directory.name}_damaged") / f"{folder.name}-{time.time_ns()}"
+        aside.parent.mkdir(exist_ok=True)
+        folder.rename(aside)
+        log.warning("checkpoint %s is damaged (%s): it is %s now, and step %s the newest", folder, found, aside, sound[0].name)
 
 
 def step_folders(directory: Path) -> list[Path]:
@@ -199,8 +297,11 @@ def _tree(metadata: Any) -> Any:
     return metadata.tree if hasattr(metadata, "tree") else metadata
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+def _shapes(tree: Any) -> dict[str, str]:
+    """Shape and dtype of every leaf by its path, spelt as Orbax spells it, which knows dicts and lists alone."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    spelt = lambda path: "/".join(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)  # noqa: E731
+    return {spelt(path): f"{jnp.dtype(leaf.dtype)} {tuple(leaf.shape)}" for path, leaf in leaves}
 
 
 def with_sharding(abstract: Any, sharding: NamedSharding) -> Any:

@@ -75,10 +75,14 @@ class Trainer:
         Raises:
           Diverged: after `max_skipped` steps in a row that were not finite; the last good state is saved.
           InputError: the checkpoint cannot be used, or the disk is too small for more.
+          OSError: the last save has failed, or more than `max_failed_saves` in a row.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         checkpoints = checkpoint.Checkpoints(
-            self.directory / "checkpoints", keep_newest=self.training.keep_newest, keep_best=self.training.keep_best
+            self.directory / "checkpoints",
+            keep_newest=self.training.keep_newest,
+            keep_best=self.training.keep_best,
+            max_failed_saves=self.training.max_failed_saves,
         )
         try:
             self._run(checkpoints, stop, preview, evaluate)

@@ -1,7 +1,9 @@
 """Checkpoints: what is saved comes back, the newest and the best stay, and what is damaged is named."""
 
+import errno
 import functools
 import json
+import re
 
 import chex
 import jax
@@ -14,6 +16,7 @@ from rdm_jax import sharding
 from rdm_jax.errors import InputError
 from rdm_jax.models.functional import functional
 from rdm_jax.training import checkpoint
+from rdm_jax.training.checksums import LATER
 from rdm_jax.training.step import init_state
 from tests.tiny import NETWORK
 
@@ -103,31 +106,83 @@ def test_unknown_step_lists_the_known(tmp_path):
 
 def test_another_network_is_named(tmp_path):
     save(tmp_path, {3: 0.5})
-    with pytest.raises(InputError, match=r"another network.*map_label.*\(2, 32\) there, \(4, 32\) here"):
+    with pytest.raises(InputError, match=r"another network.*map_label/kernel is float32 \(2, 32\) there, float32 \(4, 32\) here"):
         checkpoint.Checkpoints(tmp_path).restore(3, abstract(classes=4))
     with pytest.raises(InputError, match="another network"):
         checkpoint.Checkpoints(tmp_path).restore_ema(3, abstract(classes=4).ema)
 
 
-def test_truncated_files_are_noticed(tmp_path):
-    """Every file that holds data, cut in half in turn: an error that names the checkpoint, or values that are still right."""
+def test_every_file_is_vouched_for(tmp_path):
+    """A byte cut from, and a bit flipped in, each file in turn; each taken away, and one added: an error that names it."""
     save(tmp_path, {1: 0.5, 3: 0.4}, keep_newest=2)
-    expected, harmless = jax.device_get(make_state(3)), []
-    files = sorted(p for p in (tmp_path / "3").rglob("*") if p.is_file() and p.stat().st_size > 1)
+    refused = lambda name: pytest.raises(InputError, match=f"{tmp_path / '3'} is damaged .({name}) .*step 1 is the newest")  # noqa: E731
+    read = lambda: checkpoint.Checkpoints(tmp_path, read_only=True).restore(3, abstract())  # noqa: E731
+    files = sorted(path for path in (tmp_path / "3").rglob("*") if path.is_file() and path.name not in LATER)
     for path in files:
-        content = path.read_bytes()
-        path.write_bytes(content[: len(content) // 2])
-        try:
-            state, known = checkpoint.Checkpoints(tmp_path, read_only=True).restore(3, abstract())
-            chex.assert_trees_all_equal(jax.device_get(state), expected)
-            assert known == about(0.4)
-            harmless.append(path.relative_to(tmp_path / "3"))
-        except InputError as error:
-            assert f"{tmp_path}" in str(error) and "cannot be read" in str(error)
+        content, name = path.read_bytes(), re.escape(str(path.relative_to(tmp_path / "3")))
+        flipped = bytearray(content)
+        if content:
+            flipped[len(content) // 2] ^= 4
+        for damaged in (content[:-1], bytes(flipped)):
+            if damaged != content:
+                path.write_bytes(damaged)
+                with refused(name):
+                    read()
+        path.unlink()
+        with refused(name):
+            read()
         path.write_bytes(content)
-    # Orbax reads the arrays from the two folders `d`; what each process wrote before they were merged is left over.
-    arrays = [path for path in harmless if len(path.parts) == 3 and path.parent.name == "d"]
-    assert not arrays and not [path for path in harmless if path.name in ("_METADATA", "metadata")], harmless
+    (tmp_path / "3" / "ema" / "new").touch()
+    with refused("ema/new"):
+        read()
+    (tmp_path / "3" / "ema" / "new").unlink()
+    chex.assert_trees_all_equal(jax.device_get(read()[0]), jax.device_get(make_state(3)))
+
+
+def test_what_is_damaged_is_set_aside_where_another_is_sound(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    save(folder, {1: 0.5, 2: 0.4, 3: 0.3}, keep_newest=3)
+    for name in ("3/ema/_METADATA", "1/about/metadata"):
+        (folder / name).write_text("{")
+    checkpoints = checkpoint.Checkpoints(folder)
+    assert checkpoints.steps() == [2]
+    chex.assert_trees_all_equal(jax.device_get(checkpoints.restore(2, abstract())[0]), jax.device_get(make_state(2)))
+    assert sorted(path.name.partition("-")[0] for path in (tmp_path / "checkpoints_damaged").iterdir()) == ["1", "3"]
+    (folder / "2" / "ema" / "_METADATA").write_text("{")
+    with pytest.raises(InputError, match="checkpoints/2 is damaged .ema/_METADATA has 1 bytes, .*no other"):
+        checkpoint.Checkpoints(folder)
+    assert (folder / "2").is_dir()
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_saves_that_fail(tmp_path, monkeypatch, allowed):
+    """As often as is allowed they are given up, and nothing is left of them; the last one must not be."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = checkpoint.Checkpoints(folder, keep_newest=3, max_failed_saves=allowed)
+    checkpoints.save(make_state(1), about(0.5))
+    checkpoints.wait()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    written = checkpoint.write_checksums
+    monkeypatch.setattr(checkpoint, "write_checksums", full)
+    for step in range(2, 2 + allowed):
+        checkpoints.save(make_state(step), about(0.5))
+        checkpoints.wait()
+    assert checkpoints.steps() == [1] and {path.name for path in folder.iterdir()} == {"1"}
+    checkpoints.save(make_state(8), about(0.5))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.wait()
+    monkeypatch.setattr(checkpoint, "write_checksums", written)
+    checkpoints.save(make_state(8), about(0.5))  # the same step as well
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 8]
+    monkeypatch.setattr(checkpoint, "write_checksums", full)
+    checkpoints.save(make_state(9), about(0.5))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.close()
+    assert checkpoint.Checkpoints(folder).steps() == [1, 8]
 
 
 def test_no_space(tmp_path):

@@ -1,0 +1,71 @@
+"""Data sets that a stranger may have made: what their files name is not imported, and not looked for elsewhere."""
+
+import json
+import sys
+
+import pytest
+import tensorflow_datasets as tfds
+
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import Form
+from rdm_jax.data.manifest import MANIFEST
+from rdm_jax.data.prepare import prepare
+from rdm_jax.errors import InputError
+from tests.tiny import write_images
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    write_images(tmp_path / "images", count=4)
+    prepare(f"folder:{tmp_path / 'images'}", tmp_path / "set", Form(8, 8))
+    return tmp_path / "set"
+
+
+def change(path, function):
+    path.write_text(json.dumps(function(json.loads(path.read_text()))))
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """A module in the way of an import, as the current folder is; it says so when it is run."""
+    (tmp_path / "canary_module.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "executed"
+    sys.modules.pop("canary_module", None)
+
+
+@pytest.mark.parametrize("form", ["today's", "older"])
+def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
+    name = "canary_module.Image"
+    hostile = {"pythonClassName": name} if form == "today's" else {"type": name, "content": {}}
+    change(prepared / "features.json", lambda features: features | hostile)
+    with pytest.raises(InputError, match="features.json wants 'canary_module.Image' to be imported"):
+        open_prepared(prepared)
+    assert not canary.exists()
+    with pytest.raises(ValueError):
+        tfds.builder_from_directory(prepared)  # the library itself does
+    assert canary.exists()
+
+
+def test_files_elsewhere_are_not_read(prepared):
+    def elsewhere(info):
+        info["splits"][0]["filepathTemplate"] = "../images/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        return info
+
+    change(prepared / "dataset_info.json", elsewhere)
+    with pytest.raises(InputError, match="dataset_info.json names .*images.*; files beside it would do"):
+        open_prepared(prepared)
+
+
+WRONG = [("file", "../images/a/000.png"), ("file", "/etc/hostname"), ("file", None), ("bytes", "7"), ("sha256", 7)]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_manifests_are_looked_at(prepared, field, value):
+    def hostile(manifest):
+        manifest["shards"][0][field] = value
+        return manifest
+
+    change(prepared / MANIFEST, hostile)
+    with pytest.raises(InputError, match="no prepared data"):
+        open_prepared(prepared)
