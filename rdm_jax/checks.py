@@ -93,6 +93,7 @@ def _check_data(config: Config) -> None:
         raise InputError(f"config.data.{error}") from error
     require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
     require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")
+    require(data.worker_timeout > 0, "config.data.worker_timeout", data.worker_timeout, "a positive number of seconds")
     require(data.held_out >= 0, "config.data.held_out", data.held_out, "0 or more")
     require(not last.source, f"config.stage{len(config.stages)}.source", last.source, "'', and config.data.source for this one,")
 

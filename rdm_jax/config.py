@@ -43,6 +43,7 @@ class Data:
         them with the others.
       cache_gib: the set is decoded into memory where it is not larger than this.
       workers: processes that read and decode batches of a set that is not in memory; 0 for two threads of the main one.
+      worker_timeout: seconds that they may take for a batch. Others take their place, once, where they take longer or are killed.
     """
 
     source: str = "folder:images"
@@ -56,6 +57,7 @@ class Data:
     held_out: int = 0
     cache_gib: float = 1.0
     workers: int = 0
+    worker_timeout: float = 300.0
 
 
 @dataclasses.dataclass(frozen=True)

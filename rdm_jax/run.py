@@ -47,8 +47,10 @@ MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "e
 ALONE = ("report", "import", "export")  # modes of one process
 LOCK, SECONDS_TO_APPEAR = ".lock", 60
 # What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
-FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "workers", "images", "max_skipped")
+FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "images", "max_skipped")
 FREE_FIELDS += (
+    "workers",
+    "worker_timeout",
     "evaluation",
     "parallel",
     "remat",

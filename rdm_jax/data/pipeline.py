@@ -1,7 +1,11 @@
 """An image set -> batches: the same order whatever the number of processes and workers, resumed exactly."""
 
 import functools
+import multiprocessing
+import queue
 import sys
+import threading
+from collections.abc import Iterator
 
 import grain
 import numpy as np
@@ -10,6 +14,7 @@ from absl import flags
 from rdm_jax.data.image_sets import Batch, ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import obey_parent_alone
+from rdm_jax.terminal import log
 
 
 def train_iterator(
@@ -20,6 +25,7 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
+    worker_timeout: float = 300.0,
     threads: int = 2,
     prefetch: int = 4,
 ) -> "TrainIterator":
@@ -35,10 +41,13 @@ def train_iterator(
       seed: of the orders.
       process_index, process_count: whose part to yield.
       workers: processes that make batches; 0 for threads of this one alone, as for a set in memory whatever is asked for.
+      worker_timeout: seconds that workers may take for a batch. Where they take longer, or are killed, others take their place,
+        once, with the same batch.
       threads, prefetch: how many threads make how many batches ahead of need, where there are no workers.
 
     Raises:
-      InputError: the batch size is not a positive multiple of the number of processes, or the seed is negative.
+      InputError: the batch size is not a positive multiple of the number of processes, or the seed is negative; and from the
+        iterator, where an image cannot be read, or workers have failed twice.
     """
     if batch_size < 1 or batch_size % process_count:
         raise InputError(f"batch_size={batch_size} cannot be shared by {process_count} processes; a multiple would do.")
@@ -50,7 +59,7 @@ def train_iterator(
     workers = 0 if images.is_cached else workers
     # A worker keeps two batches in the memory that processes share; threads that make more ahead would not make them sooner.
     options = grain.ReadOptions(num_threads=1 if workers else threads, prefetch_buffer_size=1 if workers else prefetch)
-    return TrainIterator(batches, options, workers)
+    return TrainIterator(batches, options, workers, worker_timeout)
 
 
 class TrainIterator:
@@ -59,9 +68,10 @@ class TrainIterator:
     Its state is its own and not grain's, whose state with workers fits the same number of workers alone.
     """
 
-    def __init__(self, batches: "_Batches", options: grain.ReadOptions, workers: int):
+    def __init__(self, batches: "_Batches", options: grain.ReadOptions, workers: int, worker_timeout: float):
         self._batches, self._options, self._workers = grain.MapDataset.source(batches), options, workers
-        self._next, self._iterator = 0, None
+        self._worker_timeout = worker_timeout
+        self._next, self._iterator, self._others = 0, None, set()
 
     def __iter__(self) -> "TrainIterator":
         return self
@@ -69,15 +79,38 @@ class TrainIterator:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start()
-        batch = next(self._iterator)
+        batch = self._from_workers() if self._workers else next(self._iterator)
         self._next += 1
         return batch
+
+    def _from_workers(self) -> Batch:
+        """The next batch of the workers or, where they fail, of others; grain alone would wait for ever for one that hangs."""
+        try:
+            return _within(self._worker_timeout, self._iterator)
+        except _WorkersFailed as failure:
+            log.warning("data: %s; others take their place, with the same batch", failure)
+        self._kill_workers()
+        self._iterator = self._start()
+        try:
+            return _within(self._worker_timeout, self._iterator)
+        except _WorkersFailed as failure:
+            self._kill_workers()
+            would_do = "none (config.data.workers=0), or a larger config.data.worker_timeout,"
+            raise InputError(
+                f"config.data.workers={self._workers} have failed twice ({failure}); {would_do} would do."
+            ) from failure
+
+    def _kill_workers(self) -> None:
+        for process in set(multiprocessing.active_children()) - self._others:
+            process.kill()
+        self.close()
 
     def _start(self) -> grain.DatasetIterator:
         remaining = self._batches[self._next :].to_iter_dataset(self._options)
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers ask for them, in a notebook too
                 flags.FLAGS.mark_as_parsed()
+            self._others = set(multiprocessing.active_children())
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             remaining = remaining.mp_prefetch(options, worker_init_fn=_in_worker)
         return iter(remaining)
@@ -96,6 +129,32 @@ class TrainIterator:
         if self._iterator is not None:
             self._iterator.close()
         self._iterator = None
+
+
+class _WorkersFailed(RuntimeError):
+    """A worker was killed, or hangs."""
+
+
+def _within(seconds: float, batches: Iterator[Batch]) -> Batch:
+    """The next batch. Raises `_WorkersFailed` where none comes in so many seconds, or a worker has ended."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((next(batches), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        batch, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise _WorkersFailed(f"workers have made no batch in {seconds:g} s") from None
+    if isinstance(error, RuntimeError):  # grain's, for a worker that is gone
+        raise _WorkersFailed(" ".join(str(error).split())) from error
+    if error is not None:
+        raise error
+    return batch
 
 
 def _in_worker(index: int, count: int) -> None:

@@ -60,7 +60,7 @@ class Trainer:
         self._init_key, self._validation_key, self._held_out = key(Stream.INIT), key(Stream.VALIDATE), held_out or source
         self._validated = dataclasses.replace(self.objective, augmentation=None, flip=False)
         self._about = {"stage": to_dict(config)[self.name], "classes": list(source.class_names), "seed": config.seed}
-        self._workers = config.data.workers
+        self._worker_options = {"workers": config.data.workers, "worker_timeout": config.data.worker_timeout}
         self._data_seed = config.seed * 2**8 + number  # no stage of a run shares its order with another run's
 
     def run(self, stop: StopOnSignal, preview: Preview | None = None, evaluate: Evaluate | None = None) -> None:
@@ -190,7 +190,7 @@ class Trainer:
         return bool(every) and (is_due(step, self.training.batch_size, every) or step == self.training.steps)
 
     def _iterator(self) -> TrainIterator:
-        kwargs = {"process_index": jax.process_index(), "process_count": jax.process_count(), "workers": self._workers}
+        kwargs = {"process_index": jax.process_index(), "process_count": jax.process_count()} | self._worker_options
         return train_iterator(self.source, batch_size=self.training.batch_size, seed=self._data_seed, **kwargs)
 
     def _draw(self, preview: Preview, params: Any, step: int) -> None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -330,3 +331,26 @@ def test_killed_in_each_of_two_epochs_the_order_is_the_undisturbed_one(directory
             process.kill()
         assert all(ends(int(child)) for child in children)
     assert seen == undisturbed and sorted(seen[:COUNT]) == list(range(COUNT))
+
+
+def workers_of_this():
+    return [process for process in multiprocessing.active_children() if process.is_alive()]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_others_take_the_place_of_workers_that_fail_with_the_same_order(directory, sent):
+    undisturbed = take(12, train_iterator(open_prepared(directory), batch_size=4, seed=9))
+    batches = train_iterator(open_prepared(directory), batch_size=4, seed=9, workers=2, worker_timeout=10.0)
+    seen = take(5, batches)
+    for process in workers_of_this():
+        os.kill(process.pid, sent)
+    seen += take(7, batches)
+    batches.close()
+    chex.assert_trees_all_equal(seen, undisturbed)
+
+
+def test_workers_that_fail_twice_end_with_an_error(directory):
+    batches = train_iterator(open_prepared(directory), batch_size=4, seed=9, workers=1, worker_timeout=0.01)  # less than a start
+    with pytest.raises(InputError, match="config.data.workers=1 have failed twice .*no batch in 0.01 s.*worker_timeout"):
+        next(batches)
+    assert all(ends(process.pid) for process in workers_of_this())
