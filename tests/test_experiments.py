@@ -91,7 +91,7 @@ def test_operations_of_sampling():
     config = config_of("configs/digits.py")
     first, second = (stage.multiply_adds(1, 10) for stage in config.stages)
     assert config.stages[0].guidance == 2 and config.stages[1].guidance == 1
-    assert runs.sampling_flops(config.stages, 1, 10) == 2 * (2 * 23 * first + 7 * second)
+    assert runs.sampling_flops(config.stages, 1, 10) == 2 * (2 * 23 * first + 5 * second)
 
 
 @pytest.mark.parametrize("classes", [("a", "b"), ()])
