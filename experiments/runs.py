@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from rdm_jax import checks
@@ -21,7 +20,7 @@ from rdm_jax.run import run
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.sampler import evaluations, to_uint8
 from rdm_jax.stage_data import open_sets
-from rdm_jax.terminal import show_log
+from rdm_jax.terminal import quiet_libraries, show_log
 from rdm_jax.training.step import to_float
 
 COLUMNS = ("fid", "frechet_distance", "kid", "accuracy", "precision", "recall")
@@ -30,7 +29,7 @@ COLUMNS = ("fid", "frechet_distance", "kid", "accuracy", "precision", "recall")
 def start() -> None:
     """What every experiment begins with: a log of this project's lines alone, and a place for what is compiled."""
     show_log()
-    logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
+    quiet_libraries()
     keep_compiled()
 
 

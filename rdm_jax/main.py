@@ -14,7 +14,7 @@ if __name__ == "__main__":
 # Before anything imports TensorStore or XLA, whose C++ logging is decided at import.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from rdm_jax import config, distributed, run
@@ -22,7 +22,7 @@ from rdm_jax.compile_cache import keep_compiled
 from rdm_jax.errors import InputError
 from rdm_jax.exit_status import exit_status
 from rdm_jax.plan.plan import plan
-from rdm_jax.terminal import show_log
+from rdm_jax.terminal import quiet_libraries, show_log
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file; --config.field=value overrides.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
@@ -84,7 +84,7 @@ def _run() -> None:
 def main() -> int:
     """Returns the exit status: 0 done, 1 diverged, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     show_log()
-    logging.set_verbosity(logging.ERROR)  # of libraries; what matters in them surfaces as an exception
+    quiet_libraries()
     return exit_status(_run, lambda: _WORKDIR.value)
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from absl import logging as absl_logging
 from tqdm import tqdm
 
 log = logging.getLogger("rdm_jax")
@@ -69,6 +70,12 @@ def show_log(quiet: bool = False) -> None:
         log.addHandler(handler)
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Of what libraries log, nothing: what matters in it surfaces as an exception."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of several failures in a save, it tells those after the first
 
 
 def progress(total: int, description: str, done: int = 0) -> tqdm:

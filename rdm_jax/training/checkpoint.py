@@ -5,6 +5,7 @@ A step's folder is there whole or not at all, with the checksums of its files, a
 
 import errno
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -66,8 +67,12 @@ class Checkpoints:
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
-            # Once everything is written, and before the folder gets its name; in the first process alone.
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            async_options=ocp.AsyncOptions(
+                # Once everything is written, and before the folder gets its name; in the first process alone.
+                post_finalization_callback=self._write_checksums,
+                # Threads would wait for ten minutes for a folder that cannot be made, and keep the process from ending.
+                create_directories_asynchronously=False,
+            ),
         )
         arrays, json = ocp.PyTreeCheckpointHandler, ocp.JsonCheckpointHandler
         handlers = {"train": arrays(), "ema": arrays(), "about": json()}
@@ -288,7 +293,10 @@ def _restoring(abstract: Any) -> ocp.args.PyTreeRestore:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what a library says, cut to a length that fits a sentence."""
+    """What the system said, where a library passes that on; else its own first line, cut to a length that fits a sentence."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -315,7 +323,7 @@ def check_space(directory: Path, abstract: TrainState, copies: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < need:
         raise InputError(
-            f"{directory} has {free / 2**30:.2f} GiB free, and {copies} checkpoints take {need / 2**30:.2f} GiB; another "
+            f"{directory} has {free / 2**30:.3g} GiB free, and {copies} checkpoints take {need / 2**30:.3g} GiB; another "
             "workdir, or fewer in training.keep_newest and keep_best, would do."
         )
 

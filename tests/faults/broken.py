@@ -1,0 +1,90 @@
+"""The command with a fault built in that cannot be made from outside: python -m tests.faults.broken FAULT [its arguments]."""
+
+import errno
+import functools
+import itertools
+import os
+import signal
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from rdm_jax import distributed
+from rdm_jax.main import main
+from rdm_jax.training import checkpoint, step
+
+SECOND = 2  # the save that a fault strikes
+
+
+def at_save(which, action) -> None:
+    """Does something in the writer's thread, when everything of a save is written and nothing committed."""
+    written, saves = checkpoint.write_checksums, itertools.count(1)
+
+    def write_checksums(folder):
+        written(folder)
+        if which(next(saves)):
+            action()
+
+    checkpoint.write_checksums = write_checksums
+
+
+def full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def killed_before_commit() -> None:
+    at_save(lambda number: number == SECOND, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def one_save_fails() -> None:
+    at_save(lambda number: number == SECOND, full)
+
+
+def saves_fail() -> None:
+    at_save(lambda number: number >= SECOND, full)
+
+
+def last_save_fails() -> None:
+    at_save(lambda number: number == 4, full)
+
+
+def is_white(batch) -> jax.Array:
+    return jnp.all(batch["image"] == 255, (1, 2, 3))
+
+
+def white_is(value: float) -> None:
+    """The loss of a white image is not finite."""
+    loss = step.Objective.loss
+
+    def of(self, params, batch, keys, *, dropout):
+        return jnp.where(is_white(batch), value, loss(self, params, batch, keys, dropout=dropout))
+
+    step.Objective.loss = of
+
+
+def white_has_no_gradient() -> None:
+    """The gradient of a white image is not finite, its loss is."""
+    loss = step.Objective.loss
+
+    @jax.custom_vjp
+    def nothing(leaf, flag):
+        return jnp.zeros_like(flag, leaf.dtype)
+
+    nothing.defvjp(
+        lambda leaf, flag: (nothing(leaf, flag), (leaf, flag)),
+        lambda kept, g: (jnp.where(kept[1].any(), jnp.full_like(kept[0], jnp.nan), 0), None),
+    )
+
+    def of(self, params, batch, keys, *, dropout):
+        return loss(self, params, batch, keys, dropout=dropout) + nothing(jax.tree.leaves(params)[0], is_white(batch))
+
+    step.Objective.loss = of
+
+
+FAULTS = {f.__name__: f for f in (killed_before_commit, one_save_fails, saves_fail, last_save_fails, white_has_no_gradient)}
+FAULTS |= {"white_is_nan": functools.partial(white_is, jnp.nan), "white_is_inf": functools.partial(white_is, jnp.inf)}
+
+if __name__ == "__main__":
+    FAULTS[sys.argv.pop(1)]()
+    distributed.exit_with(main)

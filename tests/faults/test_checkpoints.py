@@ -1,0 +1,181 @@
+"""Faults 1, 2 and 6 to 10: what happens to checkpoints while they are written, and afterwards."""
+
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from rdm_jax.training.checksums import LATER
+from tests.faults import commands
+from tests.faults.commands import STAGE, assert_equal, run, said, start, state, steps, wait_for
+
+EVERY_STEP = ("--config.stage1.training.checkpoint_every=8", "--config.stage1.training.keep_newest=2")
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """An undisturbed training of stage 1, with the checkpoints of steps 10, 15 and 20."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    run(images, workdir, *STAGE)
+    return workdir
+
+
+@pytest.fixture
+def trained(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def killed_until_done(images, workdir, kills: int, seed: int) -> int:
+    """Kills training, which saves after every step, again and again at random moments of its steps and saves."""
+    moments, done, newest = random.Random(seed), 0, lambda: max(steps(workdir, sound=False), default=0)
+    for _ in range(kills):
+        before = newest()
+        process = start(images, workdir, *STAGE, *EVERY_STEP)
+        if not wait_for(lambda before=before: newest() > before, process):
+            break
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        done += 1
+        steps(workdir)  # all of them are sound
+    return done
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
+def test_1_killed_at_random_moments(images, finished, tmp_path, fault, kills):
+    done = attempt = 0
+    while done < kills:
+        workdir, attempt = tmp_path / str(attempt), attempt + 1
+        done += killed_until_done(images, workdir, kills=min(5, kills - done), seed=attempt)
+        run(images, workdir, *STAGE, *EVERY_STEP)
+        assert_equal(state(workdir), state(finished))
+    fault(1, done, "a sound step was found, the end is bit-equal, nothing partial was listed")
+
+
+def test_2_killed_between_the_last_write_and_the_commit(images, finished, tmp_path, fault):
+    workdir = tmp_path / "run"
+    run(images, workdir, *STAGE, broken="killed_before_commit", status=-signal.SIGKILL)
+    left = {path.name for path in (workdir / "stage1/checkpoints").iterdir()}
+    assert steps(workdir) == [5] and any(name.startswith("10.") for name in left)
+    run(images, workdir, *STAGE)  # which saves the same step
+    assert steps(workdir) == [10, 15, 20] == sorted(int(path.name) for path in (workdir / "stage1/checkpoints").iterdir())
+    assert_equal(state(workdir), state(finished))
+    fault(2, 1, "the step was not listed, its rest is gone, and it was saved again")
+
+
+def damaged(path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[:-1]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def files_of(step) -> list:
+    return [path for path in sorted(step.rglob("*")) if path.is_file() and path.name not in LATER and path.stat().st_size]
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(10**6, marks=pytest.mark.long)])
+def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(images, trained, finished, fault, count):
+    files = files_of(trained / "stage1/checkpoints/20")
+    chosen = files[:: max(1, len(files) // count)]
+    for number, path in enumerate(chosen):
+        how = ("cut", "flipped")[number % 2] if count < len(files) else None
+        for each in [how] if how else ("cut", "flipped"):
+            shutil.rmtree(trained)
+            shutil.copytree(finished, trained)
+            damaged(path, each)
+            stdout, _ = run(images, trained, *STAGE)
+            named = path.relative_to(trained / "stage1/checkpoints/20")
+            assert f"20 is damaged ({named} " in stdout and "step 15 the newest" in stdout
+            assert_equal(state(trained), state(finished))  # trained again from step 15
+    fault(6, len(chosen) * (1 if count < len(files) else 2), "named; the step before was used; the end is bit-equal")
+
+
+def test_6_sampling_refuses_what_training_would_set_aside(images, trained, fault):
+    damaged(files_of(trained / "stage1/checkpoints/20/ema")[-1], "flipped")
+    flags = ("--mode=sample", "--config.stage2.checkpoint=newest")
+    assert "checkpoints/20 is damaged (ema/" in said(run(images, trained, *flags, status=2)[1])
+    for step in (10, 15):
+        damaged(files_of(trained / f"stage1/checkpoints/{step}/train")[0], "cut")
+    assert "checkpoints/20 is damaged (ema/" in said(run(images, trained, *STAGE, status=2)[1])
+    assert {path.name for path in (trained / "stage1/checkpoints").iterdir()} == {"10", "15", "20"}
+    fault(6, 2, "where nothing else is sound, or sampling was asked for, the run refuses and changes nothing")
+
+
+def test_7_files_gone_added_and_configs_changed(images, trained, finished, fault):
+    files = files_of(trained / "stage1/checkpoints/20")
+    files[0].unlink()
+    stdout, _ = run(images, trained, *STAGE)
+    assert f"20 is damaged ({files[0].relative_to(trained / 'stage1/checkpoints/20')} is missing)" in stdout
+    (trained / "stage1/checkpoints/20/ema/more").touch()
+    stdout, _ = run(images, trained, *STAGE)
+    assert "20 is damaged (ema/more does not belong to it)" in stdout
+    assert_equal(state(trained), state(finished))
+    for flag in ("network.channels=16", "network.dtype=bfloat16"):
+        refusal = said(run(images, trained, *STAGE, f"--config.stage1.{flag}", status=2)[1])
+        assert f"config.stage1.{flag.partition('=')[0]} was" in refusal
+    fault(7, 4, "an error or a line that names the file or the field")
+
+
+@pytest.mark.parametrize(("broken", "status"), [("one_save_fails", 0), ("saves_fail", 2), ("last_save_fails", 2)])
+def test_9_a_failure_in_the_writers_thread(images, tmp_path, fault, broken, status):
+    flags = ("--config.stage1.training.max_failed_saves=1",)
+    stdout, stderr = run(images, tmp_path / "run", *STAGE, *flags, broken=broken, status=status)
+    assert "/10 cannot be written: " in stdout + stderr or broken == "last_save_fails"
+    assert "No space left" in (said(stderr) if status else stdout)
+    expected = {"one_save_fails": [5, 15, 20], "saves_fail": [5], "last_save_fails": [5, 10, 15]}[broken]
+    assert steps(tmp_path / "run") == expected[-3:]
+    assert not list((tmp_path / "run/stage1/checkpoints").glob("*tmp*"))
+    fault(9, 1, f"{broken}: said, with status {status}; older checkpoints are sound")
+
+
+def on_small_disk(folder, size: str, script: str) -> subprocess.CompletedProcess:
+    """Runs a shell script with a disk of its own, of that size, at `folder`; skips where that is not allowed."""
+    mount = f"mount -t tmpfs -o size={size} none {folder}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no disk may be mounted here")
+    whole = ["unshare", "-rm", "sh", "-c", f"{mount} && {script}"]
+    return subprocess.run(whole, env=commands.environment(), cwd=commands.ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_8_the_disk_is_full(images, tmp_path, fault):
+    """A small disk of its own, filled while training saves on it; what lies there is copied, as it goes with the script."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    train = " ".join(commands.command(images, disk / "run", *STAGE, "--config.stage1.training.images=1600000"))
+    begun = f"while [ ! -d {disk}/run/stage1/checkpoints/5 ]; do sleep 0.05; done"
+    fill = f"cat /dev/zero > {disk}/zeros 2> {tmp_path}/full"
+    left = f"rm {disk}/zeros; cp -r {disk}/run {tmp_path}/run"
+    done = on_small_disk(disk, "20M", f"{train} & {begun}; {fill}; wait $!; status=$?; {left}; exit $status")
+    assert done.returncode == 2 and "No space left" in said(done.stderr, alone=False), done.stdout  # TensorStore speaks too
+    listed = steps(tmp_path / "run")
+    assert listed and not list((tmp_path / "run/stage1/checkpoints").glob("*tmp*"))
+    fault(8, 1, f"a full disk is said, with status 2; {len(listed)} older checkpoints are sound, nothing is half listed")
+
+
+def test_8_the_directory_goes_away(images, tmp_path, fault):
+    workdir = tmp_path / "run"
+    process = start(images, workdir, *STAGE, "--config.stage1.training.images=160000")
+    assert wait_for(lambda: steps(workdir, sound=False), process), process.communicate()
+    (workdir / "stage1").rename(tmp_path / "elsewhere")
+    (workdir / "stage1").write_text("in the way")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2 and "cannot be" in said(stderr)
+    fault(8, 1, "a directory that goes away ends the run, with status 2")
+
+
+def test_10_retention_keeps_the_only_sound_checkpoint(images, trained, finished, fault):
+    """All but the oldest damaged, one to be kept, and a kill in the second save: one is sound at any time."""
+    for step in (15, 20):
+        damaged(files_of(trained / f"stage1/checkpoints/{step}/train")[-1], "flipped")
+    run(images, trained, *STAGE, "--config.stage1.training.keep_newest=1", broken="killed_before_commit", status=-9)
+    assert steps(trained) == [15]  # which was saved anew before 10 was deleted; 20 was not to be
+    run(images, trained, *STAGE)
+    assert_equal(state(trained), state(finished))
+    fault(10, 1, "the sound one was kept and gone on from, the end is bit-equal")
