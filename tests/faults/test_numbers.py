@@ -1,0 +1,98 @@
+"""Fault 12: losses and gradients that are not finite."""
+
+import json
+import re
+import socket
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import Form
+from rdm_jax.data.pipeline import train_iterator
+from rdm_jax.data.prepare import prepare
+from tests.faults.commands import STAGE, run, said, start, state
+from tests.tiny import write_images
+
+LINES = (
+    "--config.stage1.training.log_every=8",
+    "--config.stage1.training.checkpoint_every=8",
+    "--config.stage1.training.keep_newest=40",
+)
+LINES += ("--config.stage1.training.validation=1",)
+
+
+def folder_with_white(folder, white: int):
+    """Images of which the last are white."""
+    write_images(folder)
+    for path in sorted(folder.glob("*/*.png"))[-white:]:
+        Image.new("RGB", (12, 8), "white").save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_white(tmp_path_factory):
+    """24 images, three batches an epoch, of which one white; and whether each of the 20 batches has it."""
+    folder = folder_with_white(tmp_path_factory.mktemp("white") / "images", 1)
+    images = open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", Form(8, 12)))
+    batches = train_iterator(images, batch_size=8, seed=1)  # of stage 1 of seed 0
+    return folder, [bool((next(batches)["image"] == 255).all((1, 2, 3)).any()) for _ in range(20)]
+
+
+def skipped(workdir) -> list[bool]:
+    lines = map(json.loads, (workdir / "stage1/metrics.jsonl").read_text().splitlines())
+    return [bool(line["skipped"]) for line in lines if "skipped" in line]
+
+
+def check_untouched(workdir, struck: list[bool]) -> None:
+    """A struck step has changed the counters alone; any other has changed the parameters; everything is finite."""
+    before = state(workdir, 1)
+    for step, hit in enumerate(struck[1:], 2):
+        after = state(workdir, step)
+        changed = {name for name, value in after.items() if value.tobytes() != before[name].tobytes()}
+        counters = {name for name in changed if any(word in name for word in ("'step'", "'skipped'", "'skipped_in_a_row'"))}
+        assert (changed == counters) == hit, (step, hit, sorted(changed - counters)[:3])
+        assert all(np.isfinite(value).all() for value in after.values())
+        before = after
+    assert int(before["train['skipped']"]) == sum(struck)
+
+
+CASES = [("white_is_nan", ()), ("white_is_inf", ("--config.stage1.network.dtype=bfloat16",)), ("white_has_no_gradient", ())]
+
+
+@pytest.mark.parametrize(("broken", "flags"), CASES, ids=["nan", "inf in bfloat16", "gradient"])
+def test_12_one_image_in_many(one_white, tmp_path, fault, broken, flags):
+    images, struck = one_white
+    assert 5 < sum(struck) < 10
+    run(images, tmp_path / "run", *STAGE, *LINES, *flags, broken=broken)
+    assert skipped(tmp_path / "run") == struck
+    check_untouched(tmp_path / "run", struck)
+    fault(12, sum(struck), f"{broken} {' '.join(flags)}: skipped and counted; parameters, moments and EMA unchanged")
+
+
+def two(images, workdir, *flags, broken):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = (f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2")
+    return [start(images, workdir, *flags, *where, f"--process={n}", broken=broken) for n in range(2)]
+
+
+def test_12_in_one_host_of_two(one_white, tmp_path, fault):
+    images, struck = one_white
+    pair = two(images, tmp_path / "run", *STAGE, *LINES, broken="white_is_nan")
+    said_by = [process.communicate(timeout=300) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said_by
+    assert skipped(tmp_path / "run") == struck
+    check_untouched(tmp_path / "run", struck)
+    fault(12, sum(struck), "in one host of two: skipped alike in both")
+
+
+def test_12_many_in_a_row_end_the_run(tmp_path, fault):
+    images = folder_with_white(tmp_path / "images", 24)
+    _, stderr = run(images, tmp_path / "run", *STAGE, "--config.stage1.training.max_skipped=4", broken="white_is_nan", status=1)
+    found = int(re.search(r"([0-9]+) steps in a row", said(stderr))[1])
+    assert 4 <= found <= 6  # what a step has found is read a step or two later, so that the device need not wait
+    saved = state(tmp_path / "run", found)
+    assert all(np.isfinite(value).all() for value in saved.values()) and int(saved["train['skipped']"]) == found
+    fault(12, 1, "as many in a row as are configured end the run, with status 1 and the last good state saved")

@@ -1,0 +1,120 @@
+"""Faults 3, 4, 5 and 11: stopped by signals, cut in two, moved to other devices, and started twice."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.faults.commands import STAGE, assert_equal, logged, run, said, start, state, steps, wait_for
+
+LONG = ("--config.stage1.training.images=160000",)
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+SECONDS = 30
+
+
+def in_a_step(workdir):
+    return logged(workdir, 96)
+
+
+def in_a_save(workdir):
+    """While a second checkpoint is being written."""
+    return lambda: list((workdir / "stage1/checkpoints").glob("1*.orbax-checkpoint-tmp*"))
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """An undisturbed training of stage 1."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    run(images, workdir, *STAGE)
+    return workdir
+
+
+@pytest.mark.parametrize("number", STATUS, ids=["SIGTERM", "CtrlC"])
+@pytest.mark.parametrize("moment", [in_a_step, in_a_save])
+def test_3_a_signal(images, tmp_path, fault, number, moment):
+    workdir = tmp_path / "run"
+    process = start(images, workdir, *STAGE, *LONG)
+    assert wait_for(moment(workdir), process), process.communicate()
+    began = time.monotonic()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=SECONDS)
+    assert process.returncode == STATUS[number] and "stopped by" in stderr and time.monotonic() - began < SECONDS
+    saved = steps(workdir)[-1]
+    seen = [line["images"] for line in map(json.loads, (workdir / "stage1/metrics.jsonl").read_text().splitlines())]
+    assert saved * 8 == max(seen)  # the step that it was stopped at, whose validation loss is the last line
+    fault(3, 1, f"{moment.__name__}: a checkpoint of that step is there, status {STATUS[number]}, within {SECONDS} s")
+
+
+@pytest.mark.parametrize("number", STATUS, ids=["SIGTERM", "CtrlC"])
+def test_3_a_signal_twice_in_a_row(images, finished, tmp_path, fault, number):
+    workdir = tmp_path / "run"
+    process = start(images, workdir, *STAGE)
+    assert wait_for(in_a_save(workdir), process), process.communicate()
+    for _ in range(2):
+        process.send_signal(number)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == STATUS[number] and steps(workdir)
+    run(images, workdir, *STAGE)
+    assert_equal(state(workdir), state(finished))
+    fault(3, 1, f"twice in a row: status {STATUS[number]} at once, nothing is half listed, the end is bit-equal")
+
+
+def shortened(trained, workdir, step: int):
+    """A copy of a workdir as it was at a step."""
+    shutil.copytree(trained, workdir)
+    for folder in (workdir / "stage1/checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    return workdir
+
+
+def about(workdir) -> dict:
+    return json.loads((workdir / "stage1/checkpoints/20/about/metadata").read_text())
+
+
+def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp_path, fault):
+    for name in ("one", "other"):
+        workdir = shortened(finished, tmp_path / name, 10)
+        assert "going on from 80 images" in run(images, workdir, *STAGE)[0]
+        assert_equal(state(workdir), state(finished))  # parameters, average, moments, step, counters
+        assert about(workdir) == about(finished)  # the place in the data, the loss of fixed images under fixed noise
+    fault(4, 2, "parameters, EMA, moments, step, data position and losses are bit-equal")
+
+
+@pytest.mark.parametrize("devices", [(8, 1), pytest.param((8, 2, 4, 1, 8), marks=pytest.mark.long)], ids=str)
+def test_5_on_other_devices(images, tmp_path, fault, devices):
+    """Each part of a run on another number of devices: what it begins with is what was saved, and the order is the same."""
+    import numpy as np
+
+    workdir, losses = tmp_path / "run", {}
+    for number, count in enumerate(devices, 1):
+        flags = (*STAGE, f"--config.stage1.training.images={40 * number}", "--config.stage1.training.log_every=8")
+        run(images, workdir, *flags, devices=count)
+    run(
+        images,
+        tmp_path / "alone",
+        *STAGE,
+        f"--config.stage1.training.images={40 * len(devices)}",
+        "--config.stage1.training.log_every=8",
+    )
+    for place in (workdir, tmp_path / "alone"):
+        lines = map(json.loads, (place / "stage1/metrics.jsonl").read_text().splitlines())
+        losses[place] = [line["loss"] for line in lines if "loss" in line]
+    one, other = losses.values()
+    # The same images under the same noise, batch after batch, or the losses would differ in their first digits.
+    assert len(one) == 5 * len(devices) and np.allclose(one, other, rtol=1e-4)
+    fault(5, len(devices) - 1, f"devices {devices}: the losses of all global batches are those of one device")
+
+
+def test_11_two_runs_on_one_workdir(images, tmp_path, fault):
+    workdir = tmp_path / "run"
+    first = start(images, workdir, *STAGE, *LONG)
+    assert wait_for(logged(workdir, 16), first), first.communicate()
+    assert "in use by another run" in said(run(images, workdir, *STAGE, status=2)[1])
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert (workdir / ".lock").exists()
+    run(images, workdir, *STAGE)
+    fault(11, 2, "the second refuses; the lock of one that was killed does not block")
