@@ -3,9 +3,13 @@
 import hashlib
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @contextmanager
@@ -18,6 +22,25 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_whole_zip(path: Path) -> bool:
+    """Whether a zip, which an .npz is, is there and every member has the checksum that it should have."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError):
+        return False
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG is there and ends as one ends: what was cut off, or never written, does not."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from rdm_jax import distributed
-from rdm_jax.files import whole_file
+from rdm_jax.files import is_whole_zip, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.relay import Relay
@@ -60,7 +60,7 @@ def sample_in_parts(relay: Relay, seeds: Int[np.ndarray, " n"], folder: Path, st
     firsts = range(0, len(seeds), size)
     parts = Parts([folder / f"{first:010d}-{min(size, len(seeds) - first)}.npz" for first in firsts], size, len(seeds))
     share = range(jax.process_index(), len(firsts), jax.process_count())
-    missing = [(parts.paths[n], seeds[firsts[n] : firsts[n] + size]) for n in share if not parts.paths[n].exists()]
+    missing = [(parts.paths[n], seeds[firsts[n] : firsts[n] + size]) for n in share if not is_whole_zip(parts.paths[n])]
     rate = _make(relay, missing, stop, done=sum(len(seeds[firsts[n] : firsts[n] + size]) for n in share))
     distributed.wait_for_all("made all parts")
     return parts, rate
@@ -120,12 +120,17 @@ def _member(name: str) -> zipfile.ZipInfo:
     return info
 
 
+def png_name(seed: int | np.integer) -> str:
+    """What the image of a seed is called."""
+    return f"{seed:010d}.png"
+
+
 def write_png(parts: Parts, seeds: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], folder: Path) -> None:
     """A .png of each final image, named by its seed, and their labels in dataset.json, as EDM's tools have it."""
     partial = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    names = [f"{seed:010d}.png" for seed in seeds]
+    names = [png_name(seed) for seed in seeds]
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
         for index, part_path in enumerate(parts.paths):
             with np.load(part_path) as part:

@@ -15,10 +15,10 @@ from rdm_jax import distributed
 from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.files import whole_file
+from rdm_jax.files import is_whole_png, is_whole_zip, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
-from rdm_jax.sampling.parts import Parts, sample_in_parts, write_npz, write_png
+from rdm_jax.sampling.parts import Parts, png_name, sample_in_parts, write_npz, write_png
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.sampling.sampler import evaluations, handover, stage_settings
 from rdm_jax.terminal import log
@@ -58,7 +58,7 @@ def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: 
     config, folder = relay.config, workdir / relay.config.sampling.name
     made_with, seeds = describe(config, relay), _seeds(config)
     distributed.check_same("what the samples are made with", _digest(made_with))
-    if distributed.gathered(np.int32(_is_done(folder, config.sampling.files, made_with))).all():
+    if distributed.gathered(np.int32(_is_done(folder, seeds, config.sampling.files, made_with))).all():
         log.info("samples: %d images are already in %s", len(seeds), folder)
         return
     _say_what_is_made(relay)
@@ -102,10 +102,13 @@ def _write(
         shutil.rmtree(leftover)
 
 
-def _is_done(folder: Path, files: str, made_with: dict[str, Any]) -> bool:
-    """Whether the images are there as such files, made with the same."""
-    written = "images/dataset.json" if files == "png" else "samples.npz"
-    return all((folder / name).is_file() for name in (written, "grid.png")) and _is_vouched_for(folder, made_with)
+def _is_done(folder: Path, seeds: np.ndarray, files: str, made_with: dict[str, Any]) -> bool:
+    """Whether the images are there, whole, as such files, made with the same."""
+    if not _is_vouched_for(folder, made_with) or not is_whole_png(folder / "grid.png"):
+        return False
+    if files == "npz":
+        return is_whole_zip(folder / "samples.npz")
+    return (folder / "images/dataset.json").is_file() and all(is_whole_png(folder / "images" / png_name(seed)) for seed in seeds)
 
 
 def _is_vouched_for(folder: Path, made_with: dict[str, Any]) -> bool:

@@ -1,0 +1,173 @@
+"""Faults 13 to 15: the order of the data under kills, workers that fail, and every kind of damaged image and archive."""
+
+import io
+import itertools
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.faults import commands
+from tests.faults.commands import STAGE, assert_equal, logged, run, said, start, state, wait_for
+from tests.tiny import write_images
+
+NOT_IN_MEMORY = ("--config.data.cache_gib=0",)
+GIB = 2**30
+
+# Writes the index of every image, a line a batch, until it is killed.
+READ_ON = """
+import sys
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.pipeline import train_iterator
+if __name__ == "__main__":
+    directory, workers, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    batches = train_iterator(open_prepared(directory), batch_size=4, seed=9, workers=workers)
+    batches.set_state({"next_index": first})
+    for batch in batches:
+        print(*batch["image"][:, 0, 0, 0], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """23 prepared images, whose number is their colour."""
+    from rdm_jax.data.images import Form
+    from rdm_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("numbered") / "images"
+    folder.mkdir()
+    for number in range(23):
+        Image.new("RGB", (4, 4), (number,) * 3).save(folder / f"{number:02d}.png")
+    return prepare(f"folder:{folder}", f"{folder}_prepared", Form(4, 4))
+
+
+def read_until(numbered, script, workers: int, lines: list[int]) -> list[int]:
+    """The indices that are handed out, by a process that is killed after so many batches, and by others that go on."""
+    script.write_text(READ_ON)
+    seen: list[int] = []
+    for count in lines:
+        command = [sys.executable, str(script), str(numbered), str(workers), str(len(seen) // 4)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=commands.environment()) as process:
+            seen += [int(index) for line in itertools.islice(process.stdout, count) for index in line.split()]
+            process.kill()
+    return seen
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long), 2])
+def test_13_the_order_of_two_epochs_with_a_kill_in_each(numbered, tmp_path, fault, workers):
+    """12 batches of 4 for two epochs of 23 images and two more."""
+    seen = read_until(numbered, tmp_path / "read_on.py", workers, [3, 6, 3])
+    assert seen == read_until(numbered, tmp_path / "read_on.py", 0, [12])
+    assert sorted(seen[:23]) == sorted(seen[23:46]) == list(range(23))
+    fault(13, 2, f"{workers} workers: every index once an epoch, in the undisturbed order")
+
+
+def workers_of(process) -> list[int]:
+    """The processes that a command has started and that decode."""
+    children = [c for task in Path(f"/proc/{process.pid}/task").glob("*/children") for c in task.read_text().split()]
+    return [int(child) for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)], ids=["killed", "hanging"]
+)
+def test_14_a_worker(images, tmp_path, fault, sent):
+    flags = (*STAGE, *NOT_IN_MEMORY, "--config.data.worker_timeout=15", "--config.stage1.training.images=800")
+    run(images, tmp_path / "undisturbed", *flags, "--config.data.workers=0")
+    process = start(images, tmp_path / "run", *flags, "--config.data.workers=1")
+    assert wait_for(lambda: workers_of(process), process), process.communicate()
+    assert wait_for(logged(tmp_path / "run", 16), process), process.communicate()
+    for worker in workers_of(process):
+        os.kill(worker, sent)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and "others take their place" in stdout, (stdout, stderr)
+    assert_equal(state(tmp_path / "run", 100), state(tmp_path / "undisturbed", 100))
+    fault(14, 1, f"a worker {'killed' if sent == signal.SIGKILL else 'hanging'}: noticed, others go on, the end is bit-equal")
+
+
+def png(size=(12, 8)) -> bytes:
+    with io.BytesIO() as file:
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)).save(file, "png")
+        return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of 30,000 x 30,000 pixels in some kilobytes."""
+    chunk = lambda name, data: len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")  # noqa: E731
+    header = (30_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+
+
+def archive(**members: bytes) -> bytes:
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made:
+            for name, content in members.items():
+                made.writestr(zipfile.ZipInfo(name) if name.startswith("/") else name, content)
+        return file.getvalue()
+
+
+IMAGES = {
+    "empty": b"",
+    "truncated": png()[: len(png()) // 2],
+    "of noise": np.random.default_rng(0).bytes(1000),
+    "a text": b"no image at all",
+    "a bomb": bomb(),
+    "a flipped bit": png()[:100] + bytes([png()[100] ^ 1]) + png()[101:],
+}
+# And what the refusal names.
+ARCHIVES = {
+    "truncated": (archive(**{"a/0.png": png()})[:-30], "hostile.zip"),
+    "not one": (b"PK but no archive", "hostile.zip"),
+    "a member outside": (archive(**{"../../outside.png": png(), "a/0.png": png()}), "../../outside.png"),
+    "an absolute member": (archive(**{"/tmp/outside.png": png(), "a/0.png": png()}), "/tmp/outside.png"),
+    "a bomb": (archive(**{"a/0.png": bytes(GIB // 2 + 10**6)}), "a/0.png"),
+    "a damaged member": (archive(**{"a/0.png": png()}).replace(png()[40:60], bytes(20)), "a/0.png"),
+    "labels of no file": (archive(**{"dataset.json": b'{"labels": [["nothing.png", 1]]}', "a.png": png()}), "nothing.png"),
+    "hostile labels": (archive(**{"dataset.json": b"[" * 10**6, "a.png": png()}), "dataset.json"),
+    "no images": (archive(**{"a.txt": b"text"}), "hostile.zip"),
+}
+PREPARE = ("--mode=prepare",)
+
+
+def refused(folder, source: str, name: str) -> str:
+    """What the command says, in bounded time and memory; that it leaves nothing is asserted."""
+    before = set(folder.rglob("*"))
+    flags = (*PREPARE, f"--config.data.source={source}", f"--config.data.directory={folder / name}")
+    process = start(folder / "images", folder / "run", *flags)
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (6 * GIB, 6 * GIB))  # beyond it, there would be no sentence
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2 and time.monotonic() - began < 60, stderr
+    left = {path for path in set(folder.rglob("*")) - before if "run" not in path.parts and ".incomplete" not in str(path)}
+    assert not left, left
+    return said(stderr)
+
+
+def short_and_long(kinds, short: str) -> list:
+    return [short, *(pytest.param(kind, marks=pytest.mark.long) for kind in kinds if kind != short)]
+
+
+@pytest.mark.parametrize("kind", short_and_long(IMAGES, "a bomb"))
+def test_15_a_damaged_image(tmp_path, fault, kind):
+    write_images(tmp_path / "images", count=4)
+    (tmp_path / "images/a/bad.png").write_bytes(IMAGES[kind])
+    assert "a/bad.png" in refused(tmp_path, f"folder:{tmp_path / 'images'}", "set")
+    fault(15, 1, f"an image that is {kind}: refused by its name, in bounded time and memory, nothing written")
+
+
+@pytest.mark.parametrize("kind", short_and_long(ARCHIVES, "a member outside"))
+def test_15_a_damaged_archive(tmp_path, fault, kind):
+    content, named = ARCHIVES[kind]
+    (tmp_path / "hostile.zip").write_bytes(content)
+    assert named in refused(tmp_path, f"zip:{tmp_path / 'hostile.zip'}", "set")
+    assert not Path("/tmp/outside.png").exists() and not (tmp_path.parent / "outside.png").exists()
+    fault(15, 1, f"an archive, {kind}: refused by its name, in bounded time and memory, nothing written")

@@ -1,0 +1,84 @@
+"""Fault 18: the surroundings of a run."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.faults import commands
+from tests.faults.commands import STAGE, assert_equal, run, said, state
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """An undisturbed training of stage 1."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    run(images, workdir, *STAGE)
+    return workdir
+
+
+def shell(images, workdir, how: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    """The command within a line of shell, where {} stands for it."""
+    command = " ".join(commands.command(images, workdir, *STAGE, *flags))
+    kwargs = {
+        "env": commands.environment(**environment),
+        "cwd": commands.ROOT,
+        "capture_output": True,
+        "text": True,
+        "timeout": 300,
+    }
+    return subprocess.run(["bash", "-c", how.replace("{}", command)], **kwargs)
+
+
+UNAFFECTED = {
+    "stdout closed": "{} >&-",
+    "stdout and stderr closed": "{} >&- 2>&-",
+    "a reader that goes away": "{ {}; echo $? > STATUS; } | head -1 > /dev/null; exit $(cat STATUS)",
+    "a full disk for the log": "{} > /dev/full",
+    "locale C": "LC_ALL=C LANG=C {}",
+    "no home directory": "env -u HOME {}",
+    "a home directory that is not there": "HOME=/nowhere {}",
+    "no network": "unshare -rn {}",
+    "HOME and TMPDIR with spaces": "mkdir -p 'SPACES/a b' && HOME='SPACES/a b' TMPDIR='SPACES/a b' {}",
+}
+SHORT = ("stdout closed", "a reader that goes away", "a full disk for the log", "no home directory")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in SHORT else [pytest.mark.long]) for k in UNAFFECTED])
+def test_18_training_is_unaffected(images, finished, tmp_path, fault, kind):
+    how = UNAFFECTED[kind].replace("STATUS", str(tmp_path / "status")).replace("SPACES", str(tmp_path))
+    if kind == "no network" and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("no network can be made here")
+    done = shell(images, tmp_path / "run", how)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert_equal(state(tmp_path / "run"), state(finished))
+    fault(18, 1, f"{kind}: training is unaffected")
+
+
+@pytest.mark.long
+def test_18_a_read_only_source_tree(images, finished, tmp_path, fault):
+    mount = f"mount --bind {commands.ROOT} {commands.ROOT} && mount -o remount,ro,bind {commands.ROOT}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    train = " ".join(commands.command(images, tmp_path / "run", *STAGE))
+    whole = ["unshare", "-rm", "sh", "-c", f"{mount} && cd {commands.ROOT} && ! touch here && {train}"]
+    done = subprocess.run(whole, env=commands.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_equal(state(tmp_path / "run"), state(finished))
+    fault(18, 1, "a read-only source tree: training is unaffected")
+
+
+def test_18_a_clock_that_is_set_back(images, finished, tmp_path, fault):
+    """The files of the newest checkpoint, and of all that was written with it, seem to be the oldest."""
+    shutil.copytree(finished, tmp_path / "run")
+    for path in [*(tmp_path / "run/stage1/checkpoints/20").rglob("*"), tmp_path / "run/stage1/metrics.jsonl"]:
+        os.utime(path, (10**9, 10**9))
+    assert "already trained on 160 images" in run(images, tmp_path / "run", *STAGE)[0]
+    fault(18, 1, "a clock set back: the newest checkpoint is the one of the last step")
+
+
+def test_18_a_workdir_that_cannot_be_written(images, tmp_path, fault):
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be written" in said(run(images, tmp_path / "file/run", *STAGE, status=2)[1])
+    fault(18, 1, "a workdir that cannot be written is refused")
