@@ -27,7 +27,7 @@ def damage(folder: Path, thorough: bool = True) -> str:
         expected = {name: (int(about["bytes"]), str(about["sha256"])) for name, about in _read(folder / CHECKSUMS).items()}
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"{CHECKSUMS} is damaged: {error}"
     found = _files(folder)
     for name in sorted(expected.keys() | found.keys()):

@@ -1,0 +1,148 @@
+"""Every reader of a stranger's file: how to write a sound one, and how it is read."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from hypothesis import strategies as st
+
+from rdm_jax import checks, config
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import Form, open_image
+from rdm_jax.data.manifest import MANIFEST, read_manifest
+from rdm_jax.data.prepare import prepare
+from rdm_jax.data.sources import open_source
+from rdm_jax.evaluation.npz import Npz
+from rdm_jax.interop.torch_files import open_state_dict
+from rdm_jax.interop.weights import open_weights
+from rdm_jax.training.checksums import CHECKSUMS, damage, write_checksums
+from tests.interop.torch_standins import dump_legacy, state_dict, write_pkl, write_pt
+from tests.tiny import tiny_config, write_images
+
+TENSORS = {"model.w": np.arange(4, dtype=np.float32), "model.b": np.ones((2, 3), np.float16)}
+
+
+class Reader(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+      write: leaves a sound one in a folder, and returns the path of what is to be damaged.
+      read: reads all of it.
+    """
+
+    write: Callable[[Path], Path]
+    read: Callable[[Path], object]
+
+
+def _writer(write: Callable[[Path], object]) -> Callable[[Path], Path]:
+    def of(folder: Path) -> Path:
+        write(folder / "file")
+        return folder / "file"
+
+    return of
+
+
+def _read_weights(path: Path) -> None:
+    with open_weights(path) as weights:
+        for name in weights.shapes:
+            weights.read(name)
+
+
+def _read_state_dict(path: Path) -> None:
+    with open_state_dict(path) as tensors:
+        for tensor in tensors.values():
+            tensor.read()
+
+
+def _read_npz(path: Path) -> None:
+    with Npz(path) as file:
+        for name in ("mu", "images"):
+            file.read(name)
+
+
+def _images(folder: Path) -> Path:
+    write_images(folder / "images", count=4, size=4)
+    return folder / "images"
+
+
+def _zip(folder: Path) -> Path:
+    return Path(shutil.make_archive(str(folder / "images"), "zip", _images(folder)))
+
+
+def _labels(folder: Path) -> Path:
+    names = [str(path.relative_to(folder / "images")) for path in _images(folder).glob("*/*.png")]
+    (folder / "images/dataset.json").write_text(json.dumps({"labels": [[name, 0] for name in names]}))
+    return folder / "images/dataset.json"
+
+
+def _read_source(spec: str) -> None:
+    source = open_source(spec)
+    for index in range(len(source)):
+        source.decode(index, channels=3, background=(0, 0, 0))
+
+
+def _png(folder: Path) -> Path:
+    return next(_images(folder).glob("a/*.png"))
+
+
+def _prepared(name: str) -> Callable[[Path], Path]:
+    return lambda folder: prepare(f"folder:{_images(folder)}", folder / "set", Form(4, 4)) / name
+
+
+def _read_prepared(path: Path) -> None:
+    images = open_prepared(path.parent)
+    images.batch(range(len(images)))
+
+
+def _config(path: Path) -> None:
+    path.write_text(json.dumps(config.to_dict(tiny_config(path.parent))))
+
+
+def _checksums(folder: Path) -> Path:
+    (folder / "data").write_bytes(b"some data")
+    write_checksums(folder)
+    return folder / CHECKSUMS
+
+
+READERS = {
+    "pickle": Reader(_writer(lambda path: write_pkl(path, "EDMPrecond", {"img_channels": 3}, TENSORS)), _read_weights),
+    "torch zip": Reader(_writer(lambda path: write_pt(path, "EDMPrecond", {"img_channels": 3}, TENSORS)), _read_weights),
+    "torch legacy": Reader(_writer(lambda path: dump_legacy(path, state_dict(TENSORS))), _read_state_dict),
+    "safetensors": Reader(_writer(lambda path: safetensors.numpy.save_file(TENSORS, path, {"settings": "{}"})), _read_weights),
+    "npz": Reader(
+        lambda folder: (
+            np.savez(folder / "file.npz", mu=np.ones(3), images=np.ones((2, 4, 4, 3), np.uint8)),
+            folder / "file.npz",
+        )[1],
+        _read_npz,
+    ),
+    "config": Reader(_writer(_config), lambda path: checks.check_config(config.parse(config.read_saved(path)))),
+    "manifest": Reader(_prepared(MANIFEST), lambda path: read_manifest(path.parent)),
+    "features": Reader(_prepared("features.json"), _read_prepared),
+    "dataset info": Reader(_prepared("dataset_info.json"), _read_prepared),
+    "labels": Reader(_labels, lambda path: _read_source(f"folder:{path.parent}")),
+    "zip": Reader(_zip, lambda path: _read_source(f"zip:{path}")),
+    "png": Reader(_png, lambda path: open_image(path.read_bytes())),
+    "checksums": Reader(_checksums, lambda path: damage(path.parent)),
+}
+
+# Where, as a share of the length; how many bytes go; and what comes in their place.
+CHANGE = st.tuples(
+    st.floats(0, 1), st.integers(0, 64), st.one_of(st.binary(max_size=16), st.sampled_from([b"../", b"{", b"[" * 5000]))
+)
+CHANGES = st.lists(CHANGE, min_size=1, max_size=4)
+
+
+def changed(content: bytes, changes: list[tuple[float, int, bytes]]) -> bytes:
+    """A file after some changes."""
+    with io.BytesIO(content) as file:
+        content = file.getvalue()
+    for where, gone, come in changes:
+        place = int(where * len(content))
+        content = content[:place] + come + content[place + gone :]
+    return content

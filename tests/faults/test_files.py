@@ -1,0 +1,116 @@
+"""Fault 16: files from strangers. Nothing in them is executed, written elsewhere, or waited for; they are refused by name."""
+
+import os
+import pickle
+import resource
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from rdm_jax.errors import InputError
+from tests.faults.commands import ROOT, said, start
+from tests.faults.fuzzing import CHANGES, READERS, changed
+
+SECONDS_EACH = 600  # of the long campaign
+GIB = 2**30
+
+
+class Hostile:
+    """What makes a canary when a pickle of it is loaded by Python's own reader."""
+
+    def __init__(self, path):
+        self._path = str(path)
+
+    def __reduce__(self):
+        return open, (self._path, "w")
+
+
+def archive_of(pickled: bytes, path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickled)
+        file.writestr("archive/version", "3\n")
+
+
+def write_hostile(kind: str, folder, canary):
+    """A file of that kind, and the arguments that have the command read it."""
+    path, pickled = folder / "hostile", pickle.dumps({"ema": Hostile(canary)})
+    load = ["--mode=import", "--stage=1", f"--weights={path}"]
+    if kind == "pickle":
+        path.write_bytes(pickled)
+    elif kind == "torch archive":
+        archive_of(pickled, path)
+    elif kind == "safetensors header":
+        path.write_bytes((2**40).to_bytes(8, "little") + b"{" + bytes(100))
+    elif kind == "npz of objects":
+        np.savez(path.with_suffix(".npz"), mu=np.array([Hostile(canary)], object), sigma=np.ones((1, 1)))
+        path = path.with_suffix(".npz")
+        load = ["--mode=evaluate", "--config.evaluation.features=classifier", f"--config.evaluation.images=npz:{path}"]
+    elif kind == "config":
+        path.write_text('{"stage1": ' * 10_000)
+        load = [f"--config={ROOT}/configs/saved.py:{path}"]
+    return path, load
+
+
+KINDS = ("pickle", "torch archive", "safetensors header", "npz of objects", "config")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_from_outside(images, tmp_path, fault, kind):
+    canary = tmp_path / "canary"
+    path, load = write_hostile(kind, tmp_path, canary)
+    process = start(images, tmp_path / "run", *load)
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (6 * GIB, 6 * GIB))
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2 and path.name in said(stderr) and time.monotonic() - began < 60, stderr
+    assert not canary.exists()
+    fault(16, 1, f"{kind}: refused by its name, nothing executed, in bounded time and memory")
+
+
+def test_the_canary_sings(tmp_path):
+    """Python's own reader would have made it."""
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "canary"))).close()
+    assert (tmp_path / "canary").exists()
+
+
+def fuzz(name: str, folder, **kwargs) -> int:
+    """Reads many changed files; all that a reader may say is an InputError. Returns how many."""
+    reader, trials = READERS[name], 0
+    path = reader.write(folder)
+    sound, before = path.read_bytes(), set(folder.rglob("*"))
+    reader.read(path)
+    deadline = time.monotonic() + kwargs.pop("seconds", 10**6)
+
+    @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **kwargs)
+    @given(CHANGES)
+    def try_one(changes):
+        nonlocal trials
+        if time.monotonic() > deadline:
+            return
+        trials += 1
+        path.write_bytes(changed(sound, changes))
+        try:
+            reader.read(path)
+        except InputError as error:
+            assert str(error)
+        assert set(folder.rglob("*")) == before
+
+    try_one()
+    return trials
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_16_fuzzed(tmp_path, fault, name):
+    trials = fuzz(name, tmp_path, max_examples=40, derandomize=True)
+    fault(16, trials, f"{name}, fuzzed: read, or the documented error")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", READERS)
+def test_16_fuzzed_for_ten_minutes(tmp_path, fault, name):
+    seconds = float(os.environ.get("FUZZ_SECONDS", SECONDS_EACH))
+    trials = fuzz(name, tmp_path, max_examples=10**6, seconds=seconds)
+    fault(16, trials, f"{name}, fuzzed for {seconds:.0f} s: read, or the documented error")
