@@ -11,6 +11,8 @@ import dataclasses
 from configs import digits, emoji
 from rdm_jax.config import Config, Stage, parse
 
+MORE_STEPS = 10  # of the ladder, of which four levels are below the smaller noise
+
 
 def get_config(chain: str = "8-16-32"):
     """The config of a chain as an ml_collections ConfigDict."""
@@ -21,14 +23,20 @@ def get_config(chain: str = "8-16-32"):
 
 
 def relay_stage(usual: Stage, before: tuple[int, int], resolution: tuple[int, int], fold: int) -> Stage:
-    """A relay stage like `usual` for another factor: the blur grows with it, so that as much is left at the hand-over."""
+    """A relay stage like `usual` for another factor: the blur grows with it, so that as much is left at the hand-over.
+
+    For a smaller factor the noise shrinks with it, too: the mean of fewer pixels has more of it left, and would be lost.
+    """
     factor = resolution[0] // before[0]
     pixels = usual.process.clock.blur_sigma_max * factor / usual.factor
+    joined = usual.sampler.truncation_sigma * min(1, factor / usual.factor)
+    steps = usual.sampler.steps if factor >= usual.factor else MORE_STEPS
+    sampler = dataclasses.replace(usual.sampler, truncation_sigma=joined, steps=steps)
     process = dataclasses.replace(
         usual.process, patch=factor, clock=dataclasses.replace(usual.process.clock, blur_sigma_max=pixels)
     )
     return dataclasses.replace(
-        usual, resolution=resolution, process=process, network=dataclasses.replace(usual.network, patch=fold)
+        usual, resolution=resolution, process=process, sampler=sampler, network=dataclasses.replace(usual.network, patch=fold)
     )
 
 

@@ -1,5 +1,6 @@
 """Fault 16: files from strangers. Nothing in them is executed, written elsewhere, or waited for; they are refused by name."""
 
+import contextlib
 import os
 import pickle
 import resource
@@ -76,29 +77,26 @@ def test_the_canary_sings(tmp_path):
     assert (tmp_path / "canary").exists()
 
 
-def fuzz(name: str, folder, **kwargs) -> int:
+def fuzz(name: str, folder, seconds: float = 0, **kwargs) -> int:
     """Reads many changed files; all that a reader may say is an InputError. Returns how many."""
     reader, trials = READERS[name], 0
     path = reader.write(folder)
     sound, before = path.read_bytes(), set(folder.rglob("*"))
     reader.read(path)
-    deadline = time.monotonic() + kwargs.pop("seconds", 10**6)
 
     @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **kwargs)
     @given(CHANGES)
-    def try_one(changes):
+    def try_some(changes):
         nonlocal trials
-        if time.monotonic() > deadline:
-            return
         trials += 1
         path.write_bytes(changed(sound, changes))
-        try:
+        with contextlib.suppress(InputError):
             reader.read(path)
-        except InputError as error:
-            assert str(error)
         assert set(folder.rglob("*")) == before
 
-    try_one()
+    began = time.monotonic()
+    while not trials or time.monotonic() - began < seconds:
+        try_some()
     return trials
 
 
@@ -112,5 +110,5 @@ def test_16_fuzzed(tmp_path, fault, name):
 @pytest.mark.parametrize("name", READERS)
 def test_16_fuzzed_for_ten_minutes(tmp_path, fault, name):
     seconds = float(os.environ.get("FUZZ_SECONDS", SECONDS_EACH))
-    trials = fuzz(name, tmp_path, max_examples=10**6, seconds=seconds)
+    trials = fuzz(name, tmp_path, max_examples=1000, seconds=seconds)
     fault(16, trials, f"{name}, fuzzed for {seconds:.0f} s: read, or the documented error")
