@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -300,37 +298,6 @@ def ends(process):
             return True
         time.sleep(0.1)
     return False
-
-
-# Writes the index of every image, a line a batch, until it is killed.
-READ_ON = """
-import sys
-from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.pipeline import train_iterator
-if __name__ == "__main__":
-    directory, workers, first = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    batches = train_iterator(open_prepared(directory), batch_size=4, seed=9, workers=workers)
-    batches.set_state({"next_index": first})
-    for batch in batches:
-        print(*batch["image"][:, 0, 0, 0], flush=True)
-"""
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_in_each_of_two_epochs_the_order_is_the_undisturbed_one(directory, tmp_path, workers):
-    per_run, script = (3, 6, 3), tmp_path / "read_on.py"  # 12 batches of 4 for two epochs of 23 images
-    script.write_text(READ_ON)
-    undisturbed = numbers(take(12, train_iterator(open_prepared(directory), batch_size=4, seed=9)))
-    seen, environment = [], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for count in per_run:
-        command = [sys.executable, str(script), str(directory), str(workers), str(len(seen) // 4)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-            seen += [int(index) for line in itertools.islice(process.stdout, count) for index in line.split()]
-            workers_of = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-            children = workers_of.read_text().split() if workers_of.exists() else []
-            process.kill()
-        assert all(ends(int(child)) for child in children)
-    assert seen == undisturbed and sorted(seen[:COUNT]) == list(range(COUNT))
 
 
 def workers_of_this():

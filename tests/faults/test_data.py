@@ -58,8 +58,22 @@ def read_until(numbered, script, workers: int, lines: list[int]) -> list[int]:
         command = [sys.executable, str(script), str(numbered), str(workers), str(len(seen) // 4)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=commands.environment()) as process:
             seen += [int(index) for line in itertools.islice(process.stdout, count) for index in line.split()]
+            children = workers_of(process)
             process.kill()
+        assert all(ends(child) for child in children)
     return seen
+
+
+def ends(process: int) -> bool:
+    """Whether a process that is not ours is gone, or nothing but its number is left, within some seconds."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long), 2])
@@ -77,9 +91,8 @@ def workers_of(process) -> list[int]:
     return [int(child) for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-@pytest.mark.parametrize(
-    "sent", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)], ids=["killed", "hanging"]
-)
+@pytest.mark.long  # tests/data/test_pipeline.py has the same within a process
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
 def test_14_a_worker(images, tmp_path, fault, sent):
     flags = (*STAGE, *NOT_IN_MEMORY, "--config.data.worker_timeout=15", "--config.stage1.training.images=800")
     run(images, tmp_path / "undisturbed", *flags, "--config.data.workers=0")

@@ -58,10 +58,14 @@ def check_untouched(workdir, struck: list[bool]) -> None:
     assert int(before["train['skipped']"]) == sum(struck)
 
 
-CASES = [("white_is_nan", ()), ("white_is_inf", ("--config.stage1.network.dtype=bfloat16",)), ("white_has_no_gradient", ())]
+CASES = [
+    ("white_is_nan", ()),
+    pytest.param("white_is_inf", ("--config.stage1.network.dtype=bfloat16",), marks=pytest.mark.long),
+    pytest.param("white_has_no_gradient", (), marks=pytest.mark.long),
+]
 
 
-@pytest.mark.parametrize(("broken", "flags"), CASES, ids=["nan", "inf in bfloat16", "gradient"])
+@pytest.mark.parametrize(("broken", "flags"), CASES, ids=str)
 def test_12_one_image_in_many(one_white, tmp_path, fault, broken, flags):
     images, struck = one_white
     assert 5 < sum(struck) < 10
@@ -78,6 +82,7 @@ def two(images, workdir, *flags, broken):
     return [start(images, workdir, *flags, *where, f"--process={n}", broken=broken) for n in range(2)]
 
 
+@pytest.mark.long
 def test_12_in_one_host_of_two(one_white, tmp_path, fault):
     images, struck = one_white
     pair = two(images, tmp_path / "run", *STAGE, *LINES, broken="white_is_nan")

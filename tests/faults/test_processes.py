@@ -4,6 +4,8 @@ import signal
 import socket
 import time
 
+import pytest
+
 from tests.faults.commands import STAGE, logged, run, start, steps, wait_for
 
 SECONDS = 180  # jax asks the others every ten, and gives up after a hundred
@@ -16,6 +18,7 @@ def two(images, workdir, *flags):
     return [start(images, workdir, *flags, *where, f"--process={n}") for n in range(2)]
 
 
+@pytest.mark.long
 def test_20_one_of_two_is_killed(images, tmp_path, fault):
     workdir = tmp_path / "run"
     first, second = two(images, workdir, *STAGE, "--config.stage1.training.images=160000")

@@ -31,8 +31,17 @@ def finished(images, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("number", STATUS, ids=["SIGTERM", "CtrlC"])
-@pytest.mark.parametrize("moment", [in_a_step, in_a_save])
+# The others are long: tests/test_main.py stops a whole run by each signal in a step.
+SIGNALS = [(in_a_save, signal.SIGTERM)]
+SIGNALS += [
+    pytest.param(moment, number, marks=pytest.mark.long)
+    for moment in (in_a_step, in_a_save)
+    for number in STATUS
+    if (moment, number) not in SIGNALS
+]
+
+
+@pytest.mark.parametrize(("moment", "number"), SIGNALS)
 def test_3_a_signal(images, tmp_path, fault, number, moment):
     workdir = tmp_path / "run"
     process = start(images, workdir, *STAGE, *LONG)
@@ -47,7 +56,7 @@ def test_3_a_signal(images, tmp_path, fault, number, moment):
     fault(3, 1, f"{moment.__name__}: a checkpoint of that step is there, status {STATUS[number]}, within {SECONDS} s")
 
 
-@pytest.mark.parametrize("number", STATUS, ids=["SIGTERM", "CtrlC"])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_3_a_signal_twice_in_a_row(images, finished, tmp_path, fault, number):
     workdir = tmp_path / "run"
     process = start(images, workdir, *STAGE)
@@ -83,7 +92,8 @@ def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp
     fault(4, 2, "parameters, EMA, moments, step, data position and losses are bit-equal")
 
 
-@pytest.mark.parametrize("devices", [(8, 1), pytest.param((8, 2, 4, 1, 8), marks=pytest.mark.long)], ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [(8, 1), (8, 2, 4, 1, 8)], ids=str)
 def test_5_on_other_devices(images, tmp_path, fault, devices):
     """Each part of a run on another number of devices: what it begins with is what was saved, and the order is the same."""
     import numpy as np
