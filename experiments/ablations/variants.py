@@ -112,6 +112,9 @@ GROUPS = {
         *(Variant(f"dropout_{d:g}", f"{d:g} in stage 1, guided by 1.5", label_dropout(d, 1.5), 1) for d in (0.05, 0.1, 0.3)),
     ),
     "eta": (*freshened(),),
+    "ladder": (
+        *(Variant(f"steps_{n}", f"{c} evaluations, N = {n}", sampler(steps=n), 0) for n, c in ((6, 5), (7, 5), (9, 7), (10, 7))),
+    ),
     "order": (Variant("heun", "Heun", order(2), 0), Variant("euler", "Euler", order(1), 0)),
     "corrector and start": (*corrected(),),
     "guidance": (
