@@ -1,6 +1,7 @@
 """The command as the campaign runs it: real processes, with a fault built in where none can be made from outside."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,14 @@ def command(images: Path, workdir: Path, *flags: str, broken: str = "") -> list[
 def start(images: Path, workdir: Path, *flags: str, broken: str = "", devices: int = 1, **popen) -> subprocess.Popen:
     kwargs = {"stdout": -1, "stderr": -1, "text": True, "env": environment(devices), "cwd": ROOT} | popen  # pipes
     return subprocess.Popen(command(images, workdir, *flags, broken=broken), **kwargs)
+
+
+def start_two(images: Path, workdir: Path, *flags: str, **kwargs) -> list[subprocess.Popen]:
+    """The command in two processes, as on two hosts."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = (f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2")
+    return [start(images, workdir, *flags, *where, f"--process={n}", **kwargs) for n in range(2)]
 
 
 def run(images: Path, workdir: Path, *flags: str, status: int = 0, timeout: float = 300, **kwargs) -> tuple[str, str]:

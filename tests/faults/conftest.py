@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from rdm_jax.evaluation.tables import markdown
+from tests.faults.commands import STAGE, run
 from tests.tiny import write_images
 
 
@@ -24,6 +25,14 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "images"
     write_images(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """An undisturbed training of stage 1, with the checkpoints of steps 10, 15 and 20."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    run(images, workdir, *STAGE)
+    return workdir
 
 
 def pytest_terminal_summary(terminalreporter):

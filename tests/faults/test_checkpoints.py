@@ -15,14 +15,6 @@ from tests.faults.commands import STAGE, assert_equal, run, said, start, state, 
 EVERY_STEP = ("--config.stage1.training.checkpoint_every=8", "--config.stage1.training.keep_newest=2")
 
 
-@pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
-    """An undisturbed training of stage 1, with the checkpoints of steps 10, 15 and 20."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    run(images, workdir, *STAGE)
-    return workdir
-
-
 @pytest.fixture
 def trained(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")

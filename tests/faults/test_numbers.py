@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.pipeline import train_iterator
 from rdm_jax.data.prepare import prepare
-from tests.faults.commands import STAGE, run, said, start, state
+from tests.faults.commands import STAGE, run, said, start_two, state
 from tests.tiny import write_images
 
 LINES = (
@@ -75,17 +74,10 @@ def test_12_one_image_in_many(one_white, tmp_path, fault, broken, flags):
     fault(12, sum(struck), f"{broken} {' '.join(flags)}: skipped and counted; parameters, moments and EMA unchanged")
 
 
-def two(images, workdir, *flags, broken):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        where = (f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2")
-    return [start(images, workdir, *flags, *where, f"--process={n}", broken=broken) for n in range(2)]
-
-
 @pytest.mark.long
 def test_12_in_one_host_of_two(one_white, tmp_path, fault):
     images, struck = one_white
-    pair = two(images, tmp_path / "run", *STAGE, *LINES, broken="white_is_nan")
+    pair = start_two(images, tmp_path / "run", *STAGE, *LINES, broken="white_is_nan")
     said_by = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said_by
     assert skipped(tmp_path / "run") == struck

@@ -1,27 +1,19 @@
 """Fault 20: one of two processes is killed."""
 
 import signal
-import socket
 import time
 
 import pytest
 
-from tests.faults.commands import STAGE, logged, run, start, steps, wait_for
+from tests.faults.commands import STAGE, logged, run, start_two, steps, wait_for
 
 SECONDS = 180  # jax asks the others every ten, and gives up after a hundred
-
-
-def two(images, workdir, *flags):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        where = (f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2")
-    return [start(images, workdir, *flags, *where, f"--process={n}") for n in range(2)]
 
 
 @pytest.mark.long
 def test_20_one_of_two_is_killed(images, tmp_path, fault):
     workdir = tmp_path / "run"
-    first, second = two(images, workdir, *STAGE, "--config.stage1.training.images=160000")
+    first, second = start_two(images, workdir, *STAGE, "--config.stage1.training.images=160000")
     assert wait_for(lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)(), first, timeout=240), (
         first.communicate()
     )
@@ -35,7 +27,7 @@ def test_20_one_of_two_is_killed(images, tmp_path, fault):
     ), stderr
     newest = steps(workdir)[-1]
     images_then = 8 * (newest + 10)
-    pair = two(images, workdir, *STAGE, f"--config.stage1.training.images={images_then}")
+    pair = start_two(images, workdir, *STAGE, f"--config.stage1.training.images={images_then}")
     said = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     assert f"going on from {8 * newest:,} images" in said[0][0] and steps(workdir)[-1] == newest + 10

@@ -23,14 +23,6 @@ def in_a_save(workdir):
     return lambda: list((workdir / "stage1/checkpoints").glob("1*.orbax-checkpoint-tmp*"))
 
 
-@pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
-    """An undisturbed training of stage 1."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    run(images, workdir, *STAGE)
-    return workdir
-
-
 # The others are long: tests/test_main.py stops a whole run by each signal in a step.
 SIGNALS = [(in_a_save, signal.SIGTERM)]
 SIGNALS += [

@@ -10,14 +10,6 @@ from tests.faults import commands
 from tests.faults.commands import STAGE, assert_equal, run, said, state
 
 
-@pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
-    """An undisturbed training of stage 1."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    run(images, workdir, *STAGE)
-    return workdir
-
-
 def shell(images, workdir, how: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     """The command within a line of shell, where {} stands for it."""
     command = " ".join(commands.command(images, workdir, *STAGE, *flags))
