@@ -216,6 +216,7 @@ def test_ablations(tmp_path):
         group: [variant.setting for variant in GROUPS[group]] for group in ("clock", "order")
     }
     assert all(float(row[2]) > 0 for rows in found.values() for row in rows)
+    assert (tmp_path / "runs/ablations.png").stat().st_size > 1000
     joined = [float(row[1].partition(",")[0]) for row in found["clock"]]
     assert joined == sorted(set(joined))  # a longer clock goes further out
 

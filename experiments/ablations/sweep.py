@@ -4,11 +4,13 @@ python -m experiments.ablations.sweep --config configs/digits.py --workdir runs/
 """
 
 import dataclasses
+import statistics
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from experiments import runs
@@ -21,6 +23,7 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
 from rdm_jax.evaluation.tables import markdown
 from rdm_jax.exit_status import exit_status
+from rdm_jax.files import whole_file
 from rdm_jax.sampling.sampler import joined_level
 from rdm_jax.training.step import to_float
 
@@ -56,8 +59,35 @@ def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path)
     return runs.measured(config, workdir, name), runs.measured(from_real, workdir, name.replace("relay", "real"))
 
 
+Distances = dict[str, tuple[list[float], list[float]]]  # of a group's settings: of the relay, and from real small images
+
+
+def draw(groups: dict[str, Distances], path: Path) -> None:
+    """A panel a group: means over seeds, with their standard deviation where there are several."""
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(5.4 * columns, 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    for axes, (title, distances) in zip(panels, groups.items(), strict=False):
+        for number, label in enumerate(("the relay", "from real small images")):
+            values = [found[number] for found in distances.values()]
+            spread = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
+            places = list(range(len(values)))
+            axes.errorbar(list(map(statistics.mean, values)), places, xerr=spread, fmt="os"[number], markersize=4, label=label)
+        axes.set(title=title, yticks=places, yticklabels=list(distances))
+        axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+    panels[0].set_xlim(left=0)  # of all
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.supxlabel("Frechet distance")
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=90)
+
+
 def sweep() -> None:
-    """Prints a table for every group."""
+    """Prints a table for every group, and draws all."""
     root, seeds, config = Path(_WORKDIR.value), parse_numbers(_SEEDS.value, "--seeds"), configs.parse(_CONFIG.value)
     for group in _GROUPS.value:
         checks.require(group in GROUPS, "--groups", group, ", ".join(GROUPS))
@@ -66,13 +96,16 @@ def sweep() -> None:
     small = root / "held_out_small"
     runs.write_small(held_out, base.stages[1].factor, small)
     columns = [*runs.columns(floor), *(f"{name}, from real small images" for name in runs.columns(floor)[:1])]
+    drawn: dict[str, Distances] = {}
     for group in _GROUPS.value or GROUPS:
-        rows = []
+        rows, drawn[group] = [], {}
         for variant in GROUPS[group]:
             relayed, real = zip(*(measured(base, variant, root, seed, small) for seed in seeds), strict=True)
             joined = handover_error(variant.change(base).stages[1], held_out)
             rows.append([variant.setting, joined, *runs.cells(relayed), runs.cells(real)[0]])
+            drawn[group][variant.setting] = (list(map(runs.distance, relayed)), list(map(runs.distance, real)))
         print(f"\n{group}\n\n{markdown(['', 'hand-over: sigma, blur left, detail left', *columns], rows)}", flush=True)
+    draw(drawn, root / "ablations.png")
 
 
 def main(_: list[str]) -> int:
