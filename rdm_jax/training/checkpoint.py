@@ -79,8 +79,10 @@ class Checkpoints:
         try:  # it reads the metrics of every checkpoint
             self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_handlers=handlers)
         except Exception as error:
-            remedy = "moving the damaged step's folder away"
-            raise InputError(f"a checkpoint in {directory} cannot be read ({_reason(error)}); {remedy} would do.") from error
+            found = {folder: damage(folder, thorough=False) for folder in sorted(step_folders(directory))}
+            which = next((f"{folder} is damaged ({what})" for folder, what in found.items() if what), "")
+            which = which or f"in {directory} cannot be read ({_reason(error)})"
+            raise InputError(f"checkpoint {which}; moving the damaged step's folder away would do.") from error
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, oldest first."""
@@ -205,7 +207,8 @@ class Checkpoints:
             raise InputError(f"{where} cannot be read ({_reason(error)}); {self._remedy(step)} would do.") from error
 
     def _same_network(self, step: int, name: str, abstract: Any) -> None:
-        saved, wanted = _shapes(_tree(self._manager.item_metadata(step)[name])), _shapes(abstract)
+        exact = name == "train"  # averaged parameters are read as float32, whatever they were imported as
+        saved, wanted = (_shapes(tree, exact) for tree in (_tree(self._manager.item_metadata(step)[name]), abstract))
         for path in sorted(saved.keys() | wanted.keys()):
             if saved.get(path) != wanted.get(path):
                 had, needs = saved.get(path, "nothing"), wanted.get(path, "nothing")
@@ -305,11 +308,13 @@ def _tree(metadata: Any) -> Any:
     return metadata.tree if hasattr(metadata, "tree") else metadata
 
 
-def _shapes(tree: Any) -> dict[str, str]:
-    """Shape and dtype of every leaf by its path, spelt as Orbax spells it, which knows dicts and lists alone."""
+def _shapes(tree: Any, exact: bool) -> dict[str, str]:
+    """Shape and, if that is to be exact, dtype of every leaf by its path, as Orbax spells it, which knows dicts and lists alone."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    spelt = lambda path: "/".join(str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part)))) for part in path)  # noqa: E731
-    return {spelt(path): f"{jnp.dtype(leaf.dtype)} {tuple(leaf.shape)}" for path, leaf in leaves}
+    name = lambda part: str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part))))  # noqa: E731
+    return {
+        "/".join(map(name, path)): f"{f'{jnp.dtype(leaf.dtype)} ' if exact else ''}{tuple(leaf.shape)}" for path, leaf in leaves
+    }
 
 
 def with_sharding(abstract: Any, sharding: NamedSharding) -> Any:

@@ -16,7 +16,7 @@ from rdm_jax import sharding
 from rdm_jax.errors import InputError
 from rdm_jax.models.functional import functional
 from rdm_jax.training import checkpoint
-from rdm_jax.training.checksums import LATER
+from rdm_jax.training.checksums import CHECKSUMS, LATER
 from rdm_jax.training.step import init_state
 from tests.tiny import NETWORK
 
@@ -106,7 +106,7 @@ def test_unknown_step_lists_the_known(tmp_path):
 
 def test_another_network_is_named(tmp_path):
     save(tmp_path, {3: 0.5})
-    with pytest.raises(InputError, match=r"another network.*map_label/kernel is float32 \(2, 32\) there, float32 \(4, 32\) here"):
+    with pytest.raises(InputError, match=r"another network.*map_label/kernel is \(2, 32\) there, \(4, 32\) here"):
         checkpoint.Checkpoints(tmp_path).restore(3, abstract(classes=4))
     with pytest.raises(InputError, match="another network"):
         checkpoint.Checkpoints(tmp_path).restore_ema(3, abstract(classes=4).ema)
@@ -115,11 +115,12 @@ def test_another_network_is_named(tmp_path):
 def test_every_file_is_vouched_for(tmp_path):
     """A byte cut from, and a bit flipped in, each file in turn; each taken away, and one added: an error that names it."""
     save(tmp_path, {1: 0.5, 3: 0.4}, keep_newest=2)
-    refused = lambda name: pytest.raises(InputError, match=f"{tmp_path / '3'} is damaged .({name}) .*step 1 is the newest")  # noqa: E731
+    refused = lambda name: pytest.raises(InputError, match=f"{tmp_path / '3'} is damaged .({name}) .*would do")  # noqa: E731
     read = lambda: checkpoint.Checkpoints(tmp_path, read_only=True).restore(3, abstract())  # noqa: E731
     files = sorted(path for path in (tmp_path / "3").rglob("*") if path.is_file() and path.name not in LATER)
     for path in files:
         content, name = path.read_bytes(), re.escape(str(path.relative_to(tmp_path / "3")))
+        name = ".*" if path.name == CHECKSUMS else name  # a bit in it may be of what it says of another
         flipped = bytearray(content)
         if content:
             flipped[len(content) // 2] ^= 4
