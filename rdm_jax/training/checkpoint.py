@@ -309,7 +309,7 @@ def _tree(metadata: Any) -> Any:
 
 
 def _shapes(tree: Any, exact: bool) -> dict[str, str]:
-    """Shape and, if that is to be exact, dtype of every leaf by its path, as Orbax spells it, which knows dicts and lists alone."""
+    """Shape and, if that is to be exact, dtype of every leaf by its path, as Orbax spells it: of dicts and lists alone."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     name = lambda part: str(getattr(part, "key", getattr(part, "idx", getattr(part, "name", part))))  # noqa: E731
     return {
