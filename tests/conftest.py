@@ -23,7 +23,7 @@ if jax.__version_info__ < (0, 11):  # nor does a newer one know the flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # they take a third of the time of compiling
 if jax.__version_info__ >= (0, 10):  # others may not know the flag
     # On busy cores eight devices take long to meet; XLA would end the process after 40 s.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=180"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

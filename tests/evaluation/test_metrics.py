@@ -28,7 +28,8 @@ def one_pass(values: np.ndarray, batch: int, devices: int = 8) -> tuple[np.ndarr
         filled = np.resize(here, (batch, values.shape[1]))
         filled, real = sharding.put_batch((filled, real), mesh)
         gathered = gathered or moments.start(jnp.asarray(here.mean(0)))
-        gathered = moments.update(gathered, filled, real)
+        # XLA's virtual devices can wait for each other for ever once 32 programs are on their way.
+        gathered = jax.block_until_ready(moments.update(gathered, filled, real))
     return moments.mean_and_covariance(gathered, len(values))
 
 
