@@ -19,6 +19,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+from tests.tiny import write_images
+
 if jax.__version_info__ < (0, 11):  # nor does a newer one know the flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # they take a third of the time of compiling
 if jax.__version_info__ >= (0, 10):  # others may not know the flag
@@ -36,6 +38,14 @@ LONGEST = (
     "training/test_checkpoint.py",
     "test_plan.py",
 )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 24 images in two classes, by whose name the config tests/tiny.py makes a run."""
+    folder = tmp_path_factory.mktemp("source") / "images"
+    write_images(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

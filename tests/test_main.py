@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 from PIL import Image
@@ -33,13 +34,6 @@ def command(images: Path, workdir: Path, *flags: str) -> list[str]:
 
 def run(images: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(images, workdir, *flags), env=ENVIRONMENT, cwd=ROOT, text=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "images"
-    write_images(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +102,16 @@ def check_equal_states(one: Path, other: Path, *stages: str):
                 np.testing.assert_array_equal(ours[name], theirs[name], err_msg=f"{stage} {item} {name}")
 
 
-def read_arrays(item: Path) -> dict[str, np.ndarray]:
-    import orbax.checkpoint as ocp
-
-    with ocp.PyTreeCheckpointer() as reader:  # as NumPy arrays, wherever they were saved
+def read_tree(item: Path) -> dict:
+    """As NumPy arrays, wherever they were saved."""
+    with ocp.PyTreeCheckpointer() as reader:
         args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(item).item_metadata.tree)
-        tree = reader.restore(item, ocp.args.PyTreeRestore(restore_args=args))
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+        return reader.restore(item, ocp.args.PyTreeRestore(restore_args=args))
+
+
+def read_arrays(item: Path) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_flatten_with_path(read_tree(item))[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def stop_when(process: subprocess.Popen, ready, signal_number: int) -> int:

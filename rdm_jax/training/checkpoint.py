@@ -50,8 +50,8 @@ class Checkpoints:
         max_failed_saves: int = 0,
         read_only: bool = False,
     ):
-        self.directory, self._max_failed, self._failed, self._lost, self._sound = directory, max_failed_saves, 0, "", set()
-        self._saving = None
+        self.directory, self._sound = directory, set()
+        self._saving, self._lost, self._failed, self._max_failed = None, None, 0, max_failed_saves
         if not read_only:
             with distributed.together():
                 if distributed.is_first():
@@ -164,17 +164,16 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         if self.directory.is_dir():
             self._manager.reload()
-        self._failed, where = self._failed + 1, str(self.directory / str(self._saving))
-        self._saving, self._lost = None, f"{where} cannot be written: {_reason(error)}"
+        lost = OSError(errno.EIO, _reason(error), str(self.directory / str(self._saving)))
+        self._saving, self._lost, self._failed = None, lost, self._failed + 1
         if self._failed > self._max_failed or jax.process_count() > 1:  # others may wait for this process
             self._raise_lost(error)
-        log.warning("checkpoint %s; training goes on without it", self._lost)
+        log.warning("checkpoint %s cannot be written: %s; training goes on without it", lost.filename, lost.strerror)
 
     def _raise_lost(self, error: Exception | None = None) -> None:
-        lost, self._lost = self._lost, ""
+        lost, self._lost = self._lost, None
         if lost:
-            where, _, reason = lost.partition(" cannot be written: ")
-            raise OSError(errno.EIO, reason, where) from error
+            raise lost from error
 
     def _read(self, step: int, args: dict[str, Any], networks: dict[str, Any]) -> Any:
         with self._readable(step):
@@ -226,7 +225,7 @@ class Checkpoints:
         except Exception as error:  # Orbax, TensorStore and the system each have their own
             return self._give_up(error)
         if self._saving is not None:
-            self._saving, self._failed, self._lost = None, 0, ""
+            self._saving, self._lost, self._failed = None, None, 0
 
     def close(self) -> None:
         """Waits and lets go of the folder. Raises OSError where the last save has failed."""

@@ -6,11 +6,13 @@ import itertools
 import os
 import signal
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 
 from rdm_jax import distributed
+from rdm_jax.evaluation import statistics
 from rdm_jax.main import main
 from rdm_jax.training import checkpoint, step
 
@@ -49,6 +51,20 @@ def last_save_fails() -> None:
     at_save(lambda number: number == 4, full)
 
 
+def last_save_is_slow() -> None:
+    at_save(lambda number: number == 4, lambda: time.sleep(8))
+
+
+def clock_goes_back() -> None:
+    """By a day, between two saves."""
+    now, now_ns = time.time, time.time_ns
+
+    def back() -> None:
+        time.time, time.time_ns = (lambda: now() - 86_400), (lambda: now_ns() - 86_400 * 10**9)
+
+    at_save(lambda number: number == SECOND, back)
+
+
 def is_white(batch) -> jax.Array:
     return jnp.all(batch["image"] == 255, (1, 2, 3))
 
@@ -82,7 +98,14 @@ def white_has_no_gradient() -> None:
     step.Objective.loss = of
 
 
-FAULTS = {f.__name__: f for f in (killed_before_commit, one_save_fails, saves_fail, last_save_fails, white_has_no_gradient)}
+def a_batch_is_lost() -> None:
+    """The second batch of images is measured, and does not arrive."""
+    add, batches = statistics.Tally.add, itertools.count(1)
+    statistics.Tally.add = lambda self, *batch: None if next(batches) == 2 else add(self, *batch)
+
+
+OF_SAVES = (killed_before_commit, one_save_fails, saves_fail, last_save_fails, last_save_is_slow, clock_goes_back)
+FAULTS = {f.__name__: f for f in (*OF_SAVES, white_has_no_gradient, a_batch_is_lost)}
 FAULTS |= {"white_is_nan": functools.partial(white_is, jnp.nan), "white_is_inf": functools.partial(white_is, jnp.inf)}
 
 if __name__ == "__main__":

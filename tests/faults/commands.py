@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from rdm_jax.training import metrics
 from rdm_jax.training.checksums import damage
@@ -51,6 +52,14 @@ def run(images: Path, workdir: Path, *flags: str, status: int = 0, timeout: floa
         process.kill()
     assert process.returncode == status, (process.returncode, stdout, stderr)
     return stdout, stderr
+
+
+def mounted(mount: str, script: str) -> subprocess.CompletedProcess:
+    """Runs a shell script with a mount of its own; skips the test where that is not allowed."""
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here")
+    whole = ["unshare", "-rm", "sh", "-c", f"{mount}\n{script}"]
+    return subprocess.run(whole, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def wait_for(ready, process: subprocess.Popen, timeout: float = 120) -> bool:

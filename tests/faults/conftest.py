@@ -6,7 +6,6 @@ import pytest
 
 from rdm_jax.evaluation.tables import markdown
 from tests.faults.commands import STAGE, run
-from tests.tiny import write_images
 
 
 @pytest.fixture
@@ -17,14 +16,6 @@ def fault(request) -> Callable[[int, int, str], None]:
         request.node.user_properties.append(("fault", (number, trials, what)))
 
     return held
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of 24 images in two classes, by whose name the config tests/tiny.py makes a run."""
-    folder = tmp_path_factory.mktemp("source") / "images"
-    write_images(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

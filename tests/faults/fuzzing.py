@@ -1,6 +1,5 @@
 """Every reader of a stranger's file: how to write a sound one, and how it is read."""
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -140,8 +139,6 @@ CHANGES = st.lists(CHANGE, min_size=1, max_size=4)
 
 def changed(content: bytes, changes: list[tuple[float, int, bytes]]) -> bytes:
     """A file after some changes."""
-    with io.BytesIO(content) as file:
-        content = file.getvalue()
     for where, gone, come in changes:
         place = int(where * len(content))
         content = content[:place] + come + content[place + gone :]

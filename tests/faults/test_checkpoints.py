@@ -3,14 +3,16 @@
 import random
 import shutil
 import signal
-import subprocess
 import time
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from rdm_jax.training.checksums import LATER
+from rdm_jax.training.checksums import LATER, write_checksums
 from tests.faults import commands
-from tests.faults.commands import STAGE, assert_equal, run, said, start, state, steps, wait_for
+from tests.faults.commands import STAGE, assert_equal, mounted, run, said, start, state, steps, wait_for
+from tests.test_main import read_tree
 
 EVERY_STEP = ("--config.stage1.training.checkpoint_every=8", "--config.stage1.training.keep_newest=2")
 
@@ -21,9 +23,9 @@ def trained(finished, tmp_path):
     return tmp_path / "run"
 
 
-def killed_until_done(images, workdir, kills: int, seed: int) -> int:
-    """Kills training, which saves after every step, again and again at random moments of its steps and saves."""
-    moments, done, newest = random.Random(seed), 0, lambda: max(steps(workdir, sound=False), default=0)
+def killed_until_done(images, workdir, kills: int, seed: int) -> list[bool]:
+    """Kills training, which saves after every step, again and again at random moments; whether each was within a save."""
+    moments, within, newest = random.Random(seed), [], lambda: max(steps(workdir, sound=False), default=0)
     for _ in range(kills):
         before = newest()
         process = start(images, workdir, *STAGE, *EVERY_STEP)
@@ -32,20 +34,21 @@ def killed_until_done(images, workdir, kills: int, seed: int) -> int:
         time.sleep(moments.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        done += 1
+        within.append(any((workdir / "stage1/checkpoints").glob("*.orbax-checkpoint-tmp*")))
         steps(workdir)  # all of them are sound
-    return done
+    return within
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_1_killed_at_random_moments(images, finished, tmp_path, fault, kills):
-    done = attempt = 0
-    while done < kills:
+    within, attempt = [], 0
+    while len(within) < kills:
         workdir, attempt = tmp_path / str(attempt), attempt + 1
-        done += killed_until_done(images, workdir, kills=min(5, kills - done), seed=attempt)
+        within += killed_until_done(images, workdir, kills=min(5, kills - len(within)), seed=attempt)
         run(images, workdir, *STAGE, *EVERY_STEP)
         assert_equal(state(workdir), state(finished))
-    fault(1, done, "a sound step was found, the end is bit-equal, nothing partial was listed")
+    what = f"{sum(within)} within a save: a sound step was found, the end is bit-equal, nothing partial was listed"
+    fault(1, len(within), what)
 
 
 def test_2_killed_between_the_last_write_and_the_commit(images, finished, tmp_path, fault):
@@ -115,6 +118,36 @@ def test_7_files_gone_added_and_configs_changed(images, trained, finished, fault
     fault(7, 4, "an error or a line that names the file or the field")
 
 
+def first_leaf(tree: dict) -> tuple[dict, str]:
+    """Where the first array of a tree of dicts lies: in which of them, under which key."""
+    key = next(iter(tree))
+    return first_leaf(tree[key]) if isinstance(tree[key], dict) else (tree, key)
+
+
+CHANGES = {
+    "of a wrong shape": lambda holder, key: holder.update({key: np.repeat(holder[key], 2, axis=0)}),
+    "missing": lambda holder, key: holder.pop(key),
+    "of another dtype": lambda holder, key: holder.update({key: holder[key].astype(np.float16)}),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", CHANGES)
+def test_7_a_checkpoint_of_other_arrays(images, trained, fault, how):
+    """Whose files are all as they were written."""
+    step = trained / "stage1/checkpoints/20"
+    tree = read_tree(step / "train")
+    holder, key = first_leaf(tree["params"])
+    CHANGES[how](holder, key)
+    shutil.rmtree(step / "train")
+    with ocp.PyTreeCheckpointer() as writer:
+        writer.save(step / "train", tree)
+    write_checksums(step)
+    refusal = said(run(images, trained, *STAGE, status=2)[1])
+    assert "checkpoints/20 is of another network (params/" in refusal and f"/{key} is " in refusal
+    fault(7, 1, f"an array that is {how}: an error that names it")
+
+
 @pytest.mark.parametrize(("broken", "status"), [("one_save_fails", 0), ("saves_fail", 2), ("last_save_fails", 2)])
 def test_9_a_failure_in_the_writers_thread(images, tmp_path, fault, broken, status):
     flags = ("--config.stage1.training.max_failed_saves=1",)
@@ -127,13 +160,11 @@ def test_9_a_failure_in_the_writers_thread(images, tmp_path, fault, broken, stat
     fault(9, 1, f"{broken}: said, with status {status}; older checkpoints are sound")
 
 
-def on_small_disk(folder, size: str, script: str) -> subprocess.CompletedProcess:
-    """Runs a shell script with a disk of its own, of that size, at `folder`; skips where that is not allowed."""
-    mount = f"mount -t tmpfs -o size={size} none {folder}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("no disk may be mounted here")
-    whole = ["unshare", "-rm", "sh", "-c", f"{mount} && {script}"]
-    return subprocess.run(whole, env=commands.environment(), cwd=commands.ROOT, capture_output=True, text=True, timeout=300)
+@pytest.mark.long
+def test_9_a_normal_exit_waits(images, finished, tmp_path, fault):
+    run(images, tmp_path / "run", *STAGE, broken="last_save_is_slow")
+    assert_equal(state(tmp_path / "run"), state(finished))
+    fault(9, 1, "a normal exit waits for a save that is under way")
 
 
 def test_8_the_disk_is_full(images, tmp_path, fault):
@@ -144,7 +175,8 @@ def test_8_the_disk_is_full(images, tmp_path, fault):
     begun = f"while [ ! -d {disk}/run/stage1/checkpoints/5 ]; do sleep 0.05; done"
     fill = f"cat /dev/zero > {disk}/zeros 2> {tmp_path}/full"
     left = f"rm {disk}/zeros; cp -r {disk}/run {tmp_path}/run"
-    done = on_small_disk(disk, "20M", f"{train} & {begun}; {fill}; wait $!; status=$?; {left}; exit $status")
+    small = f"mount -t tmpfs -o size=20M none {disk}"
+    done = mounted(small, f"{train} & {begun}; {fill}; wait $!; status=$?; {left}; exit $status")
     assert done.returncode == 2 and "No space left" in said(done.stderr, alone=False), done.stdout  # TensorStore speaks too
     assert steps(tmp_path / "run")
     run(images, tmp_path / "run", *STAGE)  # where there is space again
@@ -161,6 +193,21 @@ def test_8_the_directory_goes_away(images, tmp_path, fault):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2 and "cannot be" in said(stderr)
     fault(8, 1, "a directory that goes away ends the run, with status 2")
+
+
+@pytest.mark.long
+def test_8_the_directory_becomes_read_only(images, tmp_path, fault):
+    """It is mounted over itself, for reading only, while training saves in it."""
+    saved = tmp_path / "run/stage1/checkpoints"
+    flags = ("--config.stage1.training.images=1600000", "--config.stage1.training.max_failed_saves=1")
+    train = " ".join(commands.command(images, tmp_path / "run", *STAGE, *flags))
+    begun = f"while [ ! -d {saved}/5 ]; do sleep 0.05; done"
+    done = mounted("true", f"{train} & {begun}; mount --bind {saved} {saved}; mount -o remount,ro,bind {saved}; wait $!")
+    assert done.returncode == 2 and "Read-only file system" in said(done.stderr, alone=False), (done.stdout, done.stderr)
+    assert "Read-only file system; training goes on without it" in done.stdout and steps(tmp_path / "run")
+    run(images, tmp_path / "run", *STAGE)
+    assert steps(tmp_path / "run")[-1] >= 20
+    fault(8, 1, "a directory that becomes read-only is said, survived once as configured, and then ends the run with status 2")
 
 
 def test_10_retention_keeps_the_only_sound_checkpoint(images, trained, finished, fault):

@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from rdm_jax.data.images import Form
+from rdm_jax.data.manifest import MANIFEST
+from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
+from tests.faults import commands
 from tests.faults.commands import ROOT, said, start
 from tests.faults.fuzzing import CHANGES, READERS, changed
+from tests.tiny import write_images
 
 SECONDS_EACH = 600  # of the long campaign
 GIB = 2**30
@@ -35,8 +40,17 @@ def archive_of(pickled: bytes, path) -> None:
         file.writestr("archive/version", "3\n")
 
 
+FEATURES = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+# Files of a prepared set, what is written in them, what comes in its place, and what the refusal says.
+CHANGED = {
+    "manifest": (MANIFEST, '"file": "', '"file": "../', "is no file beside it"),
+    "features": ("features.json", FEATURES, "canary_module.Hostile", "to be imported"),
+    "data set": ("dataset_info.json", '"{DATASET}', '"../{DATASET}', "files beside it"),
+}
+
+
 def write_hostile(kind: str, folder, canary):
-    """A file of that kind, and the arguments that have the command read it."""
+    """Makes a file of that kind; what its refusal says, and the arguments that have the command read it."""
     path, pickled = folder / "hostile", pickle.dumps({"ema": Hostile(canary)})
     load = ["--mode=import", "--stage=1", f"--weights={path}"]
     if kind == "pickle":
@@ -52,21 +66,31 @@ def write_hostile(kind: str, folder, canary):
     elif kind == "config":
         path.write_text('{"stage1": ' * 10_000)
         load = [f"--config={ROOT}/configs/saved.py:{path}"]
-    return path, load
+    else:  # prepared images
+        name, old, new, says = CHANGED[kind]
+        write_images(folder / "images")
+        file = prepare(f"folder:{folder / 'images'}", path, Form(8, 12)) / name
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new))
+        (folder / "canary_module.py").write_text(f"open({str(canary)!r}, 'w')")
+        load = ["--mode=train", f"--config.data.source=folder:{folder / 'images'}", f"--config.data.directory={path}"]
+        return says, load
+    return path.name, load
 
 
-KINDS = ("pickle", "torch archive", "safetensors header", "npz of objects", "config")
+KINDS = ("pickle", "torch archive", "safetensors header", "npz of objects", "config", *CHANGED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_16_from_outside(images, tmp_path, fault, kind):
     canary = tmp_path / "canary"
-    path, load = write_hostile(kind, tmp_path, canary)
-    process = start(images, tmp_path / "run", *load)
+    says, load = write_hostile(kind, tmp_path, canary)
+    environment = commands.environment(PYTHONPATH=f"{ROOT}:{tmp_path}")
+    process = start(images, tmp_path / "run", *load, env=environment)
     resource.prlimit(process.pid, resource.RLIMIT_DATA, (6 * GIB, 6 * GIB))
     began = time.monotonic()
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2 and path.name in said(stderr) and time.monotonic() - began < 60, stderr
+    assert process.returncode == 2 and says in said(stderr) and time.monotonic() - began < 60, stderr
     assert not canary.exists()
     fault(16, 1, f"{kind}: refused by its name, nothing executed, in bounded time and memory")
 

@@ -1,6 +1,7 @@
 """Fault 17: killed while images are made and measured."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -9,9 +10,9 @@ import pytest
 
 from tests.faults.commands import run, start, wait_for
 
-MANY = ("--config.sampling.seeds=0-199", "--config.sampling.batch_size=8")
+SAMPLE = ("--mode=sample", "--config.sampling.seeds=0-199", "--config.data.held_out=8")
 EVALUATE = ("--mode=evaluate", "--config.evaluation.features=classifier", "--config.evaluation.images=samples")
-EVALUATE += ("--config.evaluation.seeds=0-199", "--config.sampling.batch_size=8", "--config.data.held_out=8")
+EVALUATE += ("--config.evaluation.seeds=0-199", "--config.data.held_out=8")
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,6 @@ def workdir(trained, tmp_path):
     return tmp_path / "run"
 
 
-def sample(images, workdir, name: str, *flags: str, **kwargs):
-    flags = ("--mode=sample", "--config.data.held_out=8", f"--config.sampling.name={name}", *MANY, *flags)
-    return run(images, workdir, *flags, **kwargs)
-
-
 def halve(path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -41,45 +37,60 @@ def images_of(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix in (".png", ".npz")}
 
 
-@pytest.mark.parametrize("files", ["npz", pytest.param("png", marks=pytest.mark.long)])
-def test_17_killed_while_sampling(images, workdir, fault, files):
+WAYS = [("npz", 8, 1), *(pytest.param(*way, marks=pytest.mark.long) for way in (("png", 8, 1), ("npz", 20, 4), ("png", 6, 2)))]
+
+
+@pytest.mark.parametrize(("files", "batch", "devices"), WAYS)
+def test_17_killed_while_sampling(images, workdir, fault, files, batch, devices):
     """Twice, when some parts are written; a part, and a file of the result, that are cut in half are made again."""
-    flags = ("--mode=sample", "--config.data.held_out=8", *MANY, f"--config.sampling.files={files}")
-    run(images, workdir, *flags, "--config.sampling.name=whole")
-    for count in (3, 9):
-        process = start(images, workdir, *flags, "--config.sampling.name=killed")
+    flags = (*SAMPLE, f"--config.sampling.files={files}", f"--config.sampling.batch_size={batch}")
+    again = lambda name: run(images, workdir, *flags, f"--config.sampling.name={name}", devices=devices)  # noqa: E731
+    again("whole")
+    for count in (2, 6):
+        process = start(images, workdir, *flags, "--config.sampling.name=killed", devices=devices)
         parts = lambda: sorted((workdir / "killed").glob(".parts-*/0*.npz"))  # noqa: E731
         assert wait_for(lambda count=count, parts=parts: len(parts()) >= count, process), process.communicate()
         process.send_signal(signal.SIGKILL)
         process.communicate()
     halve(parts()[0])
-    run(images, workdir, *flags, "--config.sampling.name=killed")
+    again("killed")
     assert images_of(workdir / "killed") == images_of(workdir / "whole")
     halve(workdir / "killed" / ("samples.npz" if files == "npz" else "images/0000000007.png"))
-    run(images, workdir, *flags, "--config.sampling.name=killed")
+    again("killed")
     assert images_of(workdir / "killed") == images_of(workdir / "whole")
-    fault(17, 4, f"{files}: killed twice, half a part, half a result: continued or made again, byte-equal")
+    what = "killed twice, half a part, half a result: continued or made again, byte-equal"
+    fault(17, 4, f"{files}, batches of {batch}, devices {devices}: {what}")
 
 
 @pytest.mark.long
 def test_17_on_other_devices(images, workdir, fault):
-    sample(images, workdir, "one")
-    sample(images, workdir, "four", devices=4)
-    one, four = (np.load(workdir / name / "samples.npz") for name in ("one", "four"))
-    assert np.abs(one["images"].astype(int) - four["images"].astype(int)).max() <= 1  # other programs, other roundings
+    for devices in (1, 4):
+        run(images, workdir, *SAMPLE, f"--config.sampling.name=on_{devices}", devices=devices)
+    one, four = (np.load(workdir / name / "samples.npz")["images"].astype(int) for name in ("on_1", "on_4"))
+    assert np.abs(one - four).max() <= 1  # other programs, other roundings
     fault(17, 1, "on 4 devices the same images, up to one level of uint8")
 
 
 @pytest.mark.long
-def test_17_killed_while_evaluating(images, workdir, fault):
-    whole = (*EVALUATE, "--config.evaluation.name=whole")
-    run(images, workdir, *whole)
-    flags = (*EVALUATE, "--config.evaluation.name=killed")
-    process = start(images, workdir, *flags)
+@pytest.mark.parametrize(("batch", "devices"), [(8, 1), (20, 4)])
+def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
+    batches = (*EVALUATE, f"--config.sampling.batch_size={batch}")
+    run(images, workdir, *batches, "--config.evaluation.name=whole", devices=devices)
+    flags = (*batches, "--config.evaluation.name=killed")
+    process = start(images, workdir, *flags, devices=devices)
     assert wait_for(lambda: any((workdir / "killed").rglob(".gathered*")), process), process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    run(images, workdir, *flags)
+    run(images, workdir, *flags, devices=devices)
     found = [json.loads((workdir / name / "evaluation.json").read_text())["results"]["samples"] for name in ("whole", "killed")]
     assert found[0]["metrics"] == found[1]["metrics"] and found[0]["images"] == found[1]["images"] == 200
-    fault(17, 1, "killed while evaluating, continued: the figures are equal to the last bit")
+    where = f"batches of {batch}, devices {devices}"
+    fault(17, 1, f"killed while evaluating, {where}, continued: the figures are equal to the last bit")
+
+
+@pytest.mark.long
+def test_17_short_of_images(images, workdir, fault):
+    _, stderr = run(images, workdir, *EVALUATE, "--config.evaluation.name=short", broken="a_batch_is_lost", status=1)
+    assert re.search(r"[0-9]+ of [0-9]+ images have been seen", stderr)
+    assert not list((workdir / "short").rglob("*.json"))
+    fault(17, 1, "a batch of images is lost on the way: no figures, status 1")

@@ -5,9 +5,16 @@ import shutil
 import signal
 import time
 
+import jax
+import numpy as np
 import pytest
 
+from rdm_jax import config as configs
+from rdm_jax import sharding
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.training import checkpoint, loop
 from tests.faults.commands import STAGE, assert_equal, logged, run, said, start, state, steps, wait_for
+from tests.tiny import LOW, tiny_config
 
 LONG = ("--config.stage1.training.images=160000",)
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -84,12 +91,28 @@ def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp
     fault(4, 2, "parameters, EMA, moments, step, data position and losses are bit-equal")
 
 
+def test_5_values_on_other_devices(images, finished, tmp_path, fault):
+    """Every checkpoint is restored from the one before it, on other devices, and saved again."""
+    config = configs.parse(tiny_config(images, low=LOW).to_config_dict())
+    source = open_prepared(f"{images}_prepared")
+    whole = loop.Trainer(config, 1, source, tmp_path).abstract
+    directory, wanted = finished / "stage1/checkpoints", state(finished)
+    for number, devices in enumerate((8, 1, 2, 4, 8)):
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        abstract = checkpoint.with_sharding(whole, sharding.replicated(mesh))
+        restored, about = checkpoint.Checkpoints(directory, read_only=True).restore(20, abstract)
+        directory = tmp_path / str(number) / "stage1/checkpoints"
+        saving = checkpoint.Checkpoints(directory)
+        saving.save(restored, about)
+        saving.close()
+        assert_equal(state(tmp_path / str(number)), wanted)
+    fault(5, 5, "saved and restored on 8, 1, 2, 4 and 8 devices in turn: all values are bit-equal")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("devices", [(8, 1), (8, 2, 4, 1, 8)], ids=str)
 def test_5_on_other_devices(images, tmp_path, fault, devices):
     """Each part of a run on another number of devices: what it begins with is what was saved, and the order is the same."""
-    import numpy as np
-
     workdir, losses = tmp_path / "run", {}
     for number, count in enumerate(devices, 1):
         flags = (*STAGE, f"--config.stage1.training.images={40 * number}", "--config.stage1.training.log_every=8")
