@@ -27,7 +27,7 @@ from tests.evaluation import inception_file
 from tests.tiny import write_images
 
 ROOT = Path(__file__).parents[1]
-CHAINS = {"8-16-32": (2, 2), "4-32": (8,), "8x6-32x24": (4,), "emoji-16-64-256": (4, 4)}
+CHAINS = {"8-16-32": (2, 2), "4-32": (8,), "8x6-32x24": (4,), "emoji-16-64-256": (4, 4), "emoji-16-64-256-tiny": (4, 4)}
 
 
 def config_of(path: str, *arguments: str) -> Config:
