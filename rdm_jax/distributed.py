@@ -1,5 +1,6 @@
 """Several processes, on several hosts or on one: how they find one another, and who does what is to be done once."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -7,7 +8,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -79,8 +79,9 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         traceback.print_exc()
         status = 1
     if status and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # its disk is full, or it is closed
+                stream.flush()
         if is_first():
             time.sleep(SECONDS_TO_LEAVE)
         os._exit(status)
@@ -107,7 +108,7 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-@contextmanager
+@contextlib.contextmanager
 def together() -> Iterator[None]:
     """A part that every process goes through: where it fails in one, it fails in all, and none waits for another for ever.
 

@@ -1,5 +1,6 @@
 """How a command ends: one sentence where something is in its way, and a status that says what it was."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -32,6 +33,10 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
         return 2
     except Interrupted as error:
         print(f"{error}; the same command goes on from here", file=sys.stderr)
+        if error.at_once:  # Python would wait for the threads of a save
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.status)
         return error.status
     return 0
 

@@ -4,10 +4,11 @@ import hashlib
 import os
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from rdm_jax.terminal import log
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -24,12 +25,21 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def is_whole_zip(path: Path) -> bool:
-    """Whether a zip, which an .npz is, is there and every member has the checksum that it should have."""
+@contextmanager
+def dispensable(path: Path) -> Iterator[None]:
+    """A part of a training that writes what it can do without: where the disk does not take it, that is said, and no more."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s cannot be written (%s); training goes on without it", path, error.strerror or error)
+
+
+def is_whole_npz(path: Path, names: Iterable[str]) -> bool:
+    """Whether an .npz is there, has these arrays and no others, and each has the checksum that it should have."""
     try:
         with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError):
+            return sorted(file.namelist()) == sorted(f"{name}.npy" for name in names) and file.testzip() is None
+    except Exception:  # a flipped bit may ask for a compression, or a password, that nobody knows
         return False
 
 

@@ -7,11 +7,11 @@ import threading
 
 
 class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except Exception` takes it for something else
-    """Work was stopped by a signal after saving; `status` is the exit status by the shell's convention, 128 + signal."""
+    """Work was stopped by a signal after saving, or `at_once`; `status` is the exit status by the shell's convention."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, at_once: bool = False):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.status = 128 + number
+        self.status, self.at_once = 128 + number, at_once
 
 
 class StopOnSignal:
@@ -33,7 +33,7 @@ class StopOnSignal:
 
     def _note(self, number: int, _frame):
         if self.requested:
-            raise Interrupted(number)
+            raise Interrupted(number, at_once=True)
         self.requested = number
 
     @property

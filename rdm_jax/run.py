@@ -20,7 +20,6 @@ from rdm_jax import checks, contact_sheet, distributed
 from rdm_jax import config as configs
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.data.sources import same_source
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.evaluate import Evaluator, generates, needs_data
 from rdm_jax.evaluation.report import write_report
@@ -42,29 +41,11 @@ from rdm_jax.stage_data import open_sets, set_for_pictures
 from rdm_jax.terminal import log
 from rdm_jax.training import checkpoint
 from rdm_jax.training.loop import Trainer
+from rdm_jax.unchanged import changes
 
 MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "export")
 ALONE = ("report", "import", "export")  # modes of one process
 LOCK, SECONDS_TO_APPEAR = ".lock", 60
-# What may change between two runs of one workdir: it does not touch what is learnt. Sampling checks its own.
-FREE_FIELDS = ("sampling", "guidance", "sampler", "checkpoint", "directory", "cache_gib", "images", "max_skipped")
-FREE_FIELDS += (
-    "workers",
-    "worker_timeout",
-    "evaluation",
-    "parallel",
-    "remat",
-    "accumulate",
-    "start_from",
-    "checkpoint_every",
-    "preview_every",
-    "evaluate_every",
-    "log_every",
-    "validation",
-    "keep_newest",
-    "keep_best",
-    "max_failed_saves",
-)
 
 
 def run(
@@ -213,7 +194,7 @@ def _train(
     def evaluate(params: Any, images_seen: int, folder: Path) -> dict[str, float]:
         try:
             return evaluator.run_stage(number, alone(), params, images_seen, folder)
-        except InputError as error:  # no reason to lose a training
+        except (InputError, OSError) as error:  # no reason to lose a training
             log.info("stage%d: not evaluated at %s images: %s", number, f"{images_seen:,}", error)
             return {}
 
@@ -268,16 +249,27 @@ def _check_unchanged(config: Config, workdir: Path) -> None:
     """Refuses a config that another run of the workdir did not train with. Imported weights alone bind nothing here."""
     path = workdir / "config.json"
     trained = [n for n in range(1, len(config.stages) + 1) if checkpoint.is_trained(workdir / f"stage{n}" / "checkpoints")]
-    if not path.exists() or not trained:
+    if not trained:
         return
-    before, now = configs.read_saved(path), json.loads(json.dumps(configs.to_dict(config)))
+    now = json.loads(json.dumps(configs.to_dict(config)))
+    before = configs.read_saved(path) if path.exists() else {**now, **_trained_with(workdir, trained)}
     bound = [key for key in {**before, **now} if not key.startswith("stage") or key in {f"stage{n}" for n in trained}]
     pairs = [({key: both.get(key) for key in bound}) for both in (before, now)]
-    changes = _differences(*pairs, "config")
-    bad = [change for change in changes if not _is_free(change[0]) and not _is_same_source(*change)]
-    listed = ", ".join(f"{field} was {old!r} and is {new!r}" for field, old, new in bad)
+    listed = changes(*pairs, "config")
     if listed:
         raise InputError(f"--workdir={str(workdir)!r} was made with another config ({listed}); another workdir would do.")
+
+
+def _trained_with(workdir: Path, numbers: list[int]) -> dict[str, Any]:
+    """What the checkpoints of these stages know of their config."""
+    known = {}
+    for number in numbers:
+        folder, step = checkpoint.find("newest", workdir / f"stage{number}" / "checkpoints")
+        checkpoints = checkpoint.Checkpoints(folder, read_only=True)
+        about = checkpoints.about(step)
+        checkpoints.close()
+        known |= {"seed": about["seed"], f"stage{number}": about["stage"]}
+    return known
 
 
 def _write_config(config: Config, workdir: Path) -> None:
@@ -296,18 +288,3 @@ def _check_named_checkpoints(config: Config, workdir: Path, training: list[int])
                 checkpoint.find(stage.training.start_from, Path())
             except InputError as error:
                 raise InputError(f"config.stage{number}.training.start_from: {error}") from error
-
-
-def _is_same_source(field: str, old: Any, new: Any) -> bool:
-    return field.endswith(".source") and isinstance(old, str) and isinstance(new, str) and same_source(old, new)
-
-
-def _is_free(field: str) -> bool:
-    return any(part in FREE_FIELDS for part in field.split("."))
-
-
-def _differences(old: Any, new: Any, path: str) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}")]
-    return [] if old == new else [(path, old, new)]

@@ -123,3 +123,16 @@ def test_alone_there_is_nothing_to_join():
         assert distributed.first_before_others(lambda: 3) == 3
     assert distributed.gathered({"a": np.arange(3)})["a"].tolist() == [[0, 1, 2]]
     assert not int(distributed.any_process(False)) and int(distributed.any_process(True))
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_ends_with_its_status_where_there_is_nothing_to_write_to(monkeypatch, closed):
+    """One of several processes, whose end is not to wait for the others."""
+    ended = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "SECONDS_TO_LEAVE", 0)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, closed, None)
+    with pytest.raises(SystemExit):  # which the real `_exit` leaves no time for
+        distributed.exit_with(lambda: 2)
+    assert ended == [2]

@@ -6,7 +6,6 @@ of resizing and pooling, which are not what libraries do by default. The weights
 names that its layers have there.
 """
 
-import hashlib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float, Num, UInt8
 
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.files import cache_folder
+from rdm_jax.files import cache_folder, sha256
 from rdm_jax.interop.torch_files import open_state_dict
 from rdm_jax.interop.torch_tensors import Tensor
 
@@ -276,8 +275,7 @@ def _sha256(path: Path) -> str:
     if not path.is_file():  # a pipe would be waited for
         raise InputError(f"{path} is no file; {_published(path)}")
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise InputError(f"{path} cannot be used ({error.strerror}); {_published(path)}") from error
 

@@ -1,6 +1,5 @@
 """Statistics of a set of images as files: ours, and those that are published, ADM's and EDM's."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.npz import Npz
 from rdm_jax.evaluation.statistics import Statistics
-from rdm_jax.files import whole_file
+from rdm_jax.files import sha256, whole_file
 
 # How ADM (guided-diffusion's evaluator) calls the mean and the covariance of each output, and all after it.
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -43,9 +42,7 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics:
             found = ", ".join(file.arrays) or "nothing"
             raise InputError(f"{path} has no mu and sigma, only {found}; statistics as ADM's, EDM's or ours would do.")
         features = _features(file, space)
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    about_images = {"file": path.name, "sha256": digest, "images": about.get("images")}
+    about_images = {"file": path.name, "sha256": sha256(path), "images": about.get("images")}
     return Statistics(about_images, about.get("count"), gaussians, features)
 
 

@@ -1,6 +1,7 @@
 """Import of published weights into a run, and export of a run's averaged parameters under the original's names."""
 
 import dataclasses
+import errno
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,14 @@ from safetensors.numpy import save_file
 
 from rdm_jax import sharding
 from rdm_jax.config import Config, Stage, to_dict
-from rdm_jax.errors import InputError
+from rdm_jax.errors import InputError, reason
 from rdm_jax.files import sha256, whole_file
 from rdm_jax.interop import original
 from rdm_jax.interop.torch_files import open_torch
 from rdm_jax.terminal import log
 from rdm_jax.training import checkpoint
+
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that are read; others would not be what they were as float32
 
 
 class Weights(NamedTuple):
@@ -70,7 +73,14 @@ def _open_safetensors(path: Path) -> Iterator[Weights]:
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be used ({error}); a whole safetensors file would do.") from error
     with file:
-        yield Weights(about.get("class_name"), settings, shapes, file.get_tensor)
+        yield Weights(about.get("class_name"), settings, shapes, lambda name: _read_safetensor(file, name, path))
+
+
+def _read_safetensor(file: safetensors.safe_open, name: str, path: Path) -> np.ndarray:
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in FLOATS:
+        raise InputError(f"{path} cannot be used ({name} is of dtype {dtype}); {', '.join(FLOATS)} would do.")
+    return file.get_tensor(name)
 
 
 def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int]:
@@ -178,6 +188,7 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
 
     Raises:
       InputError: there is no such checkpoint, or the original has no such network.
+      OSError: the file cannot be written.
     """
     stage = config.stages[number - 1]
     folder, step = checkpoint.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
@@ -192,5 +203,8 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
     for keys, leaf in jax.tree_util.tree_flatten_with_path(ema)[0]:
         tensors[names[_strings(keys)]] = np.ascontiguousarray(original.to_theirs(np.asarray(leaf)))
     with whole_file(path) as partial:
-        save_file(tensors, partial, metadata={"class_name": class_name, "settings": json.dumps(settings)})
+        try:
+            save_file(tensors, partial, metadata={"class_name": class_name, "settings": json.dumps(settings)})
+        except safetensors.SafetensorError as error:  # of a full disk as well
+            raise OSError(errno.EIO, reason(error), str(path)) from error
     log.info("export: %d tensors of stage%d, step %d -> %s", len(tensors), number, step, path)

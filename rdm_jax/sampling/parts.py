@@ -16,7 +16,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from rdm_jax import distributed
-from rdm_jax.files import is_whole_zip, whole_file
+from rdm_jax.files import is_whole_npz, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.relay import Relay
@@ -60,7 +60,8 @@ def sample_in_parts(relay: Relay, seeds: Int[np.ndarray, " n"], folder: Path, st
     firsts = range(0, len(seeds), size)
     parts = Parts([folder / f"{first:010d}-{min(size, len(seeds) - first)}.npz" for first in firsts], size, len(seeds))
     share = range(jax.process_index(), len(firsts), jax.process_count())
-    missing = [(parts.paths[n], seeds[firsts[n] : firsts[n] + size]) for n in share if not is_whole_zip(parts.paths[n])]
+    names = [_array_name(number) for number in range(len(relay.earlier) + 1)]
+    missing = [(parts.paths[n], seeds[firsts[n] : firsts[n] + size]) for n in share if not is_whole_npz(parts.paths[n], names)]
     rate = _make(relay, missing, stop, done=sum(len(seeds[firsts[n] : firsts[n] + size]) for n in share))
     distributed.wait_for_all("made all parts")
     return parts, rate
@@ -92,7 +93,12 @@ def _make(relay: Relay, missing: list[tuple[Path, np.ndarray]], stop: StopOnSign
 
 def _save(path: Path, stages: list[np.ndarray]) -> None:
     with whole_file(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **{f"stage{i}": images for i, images in enumerate(stages)})
+        np.savez_compressed(file, **{_array_name(number): images for number, images in enumerate(stages)})
+
+
+def _array_name(number: int) -> str:
+    """Of the images of a stage in a part, the first that is sampled being 0."""
+    return f"stage{number}"
 
 
 def write_npz(parts: Parts, names: list[str], others: dict[str, np.ndarray], path: Path) -> None:
@@ -102,7 +108,7 @@ def write_npz(parts: Parts, names: list[str], others: dict[str, np.ndarray], pat
             with file.open(_member(name), "w", force_zip64=True) as member:
                 for index, part_path in enumerate(parts.paths):
                     with np.load(part_path) as part:
-                        images = part[f"stage{number}"]
+                        images = part[_array_name(number)]
                     if not index:
                         shape = (parts.count, *images.shape[1:])
                         header = {"descr": np.lib.format.dtype_to_descr(images.dtype), "fortran_order": False, "shape": shape}

@@ -15,7 +15,7 @@ from rdm_jax import distributed
 from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.files import is_whole_png, is_whole_zip, whole_file
+from rdm_jax.files import is_whole_npz, is_whole_png, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.parts import Parts, png_name, sample_in_parts, write_npz, write_png
@@ -58,7 +58,7 @@ def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: 
     config, folder = relay.config, workdir / relay.config.sampling.name
     made_with, seeds = describe(config, relay), _seeds(config)
     distributed.check_same("what the samples are made with", _digest(made_with))
-    if distributed.gathered(np.int32(_is_done(folder, seeds, config.sampling.files, made_with))).all():
+    if distributed.gathered(np.int32(_is_done(folder, seeds, relay, made_with))).all():
         log.info("samples: %d images are already in %s", len(seeds), folder)
         return
     _say_what_is_made(relay)
@@ -94,7 +94,7 @@ def _write(
     if relay.config.sampling.files == "png":
         write_png(parts, seeds, labels, folder / "images")
     else:
-        write_npz(parts, [*relay.earlier, "images"], {"labels": labels, "seeds": seeds}, folder / "samples.npz")
+        write_npz(parts, _image_names(relay), {"labels": labels, "seeds": seeds}, folder / "samples.npz")
     pictures.save_picture(_draw(parts, labels, relay.class_names, source), folder / "grid.png")
     with whole_file(folder / SAMPLES) as partial:
         partial.write_text(json.dumps(made_with, indent=2))
@@ -102,12 +102,17 @@ def _write(
         shutil.rmtree(leftover)
 
 
-def _is_done(folder: Path, seeds: np.ndarray, files: str, made_with: dict[str, Any]) -> bool:
+def _image_names(relay: Relay) -> list[str]:
+    """Of the arrays in samples.npz that are images."""
+    return [*relay.earlier, "images"]
+
+
+def _is_done(folder: Path, seeds: np.ndarray, relay: Relay, made_with: dict[str, Any]) -> bool:
     """Whether the images are there, whole, as such files, made with the same."""
     if not _is_vouched_for(folder, made_with) or not is_whole_png(folder / "grid.png"):
         return False
-    if files == "npz":
-        return is_whole_zip(folder / "samples.npz")
+    if relay.config.sampling.files == "npz":
+        return is_whole_npz(folder / "samples.npz", [*_image_names(relay), "labels", "seeds"])
     return (folder / "images/dataset.json").is_file() and all(is_whole_png(folder / "images" / png_name(seed)) for seed in seeds)
 
 

@@ -5,7 +5,6 @@ A step's folder is there whole or not at all, with the checksums of its files, a
 
 import errno
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,10 +19,12 @@ from jax.sharding import NamedSharding
 from orbax.checkpoint import checkpoint_managers
 
 from rdm_jax import distributed
-from rdm_jax.errors import InputError
+from rdm_jax.errors import InputError, reason
 from rdm_jax.terminal import log
 from rdm_jax.training.checksums import damage, write_checksums
 from rdm_jax.training.step import TrainState
+
+DELETED = ".deleted"  # where steps are moved that are not kept
 
 
 class Checkpoints:
@@ -56,6 +57,7 @@ class Checkpoints:
             with distributed.together():
                 if distributed.is_first():
                     set_damaged_aside(directory)
+                    self._empty_bin()
         # The newest alone would be deleted by a policy of the best alone, so both kinds are kept.
         keep = [checkpoint_managers.LatestN(keep_newest), _Imported(self)]
         if keep_best:
@@ -65,6 +67,7 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
             best_fn=lambda m: m["validation_loss"],  # without it, Orbax does not write the metrics to disk
             best_mode="min",
+            todelete_subdir=None if read_only else DELETED,  # a step goes at once, and is never there in part
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             async_options=ocp.AsyncOptions(
@@ -81,7 +84,7 @@ class Checkpoints:
         except Exception as error:
             found = {folder: damage(folder, thorough=False) for folder in sorted(step_folders(directory))}
             which = next((f"{folder} is damaged ({what})" for folder, what in found.items() if what), "")
-            which = which or f"in {directory} cannot be read ({_reason(error)})"
+            which = which or f"in {directory} cannot be read ({reason(error)})"
             raise InputError(f"checkpoint {which}; moving the damaged step's folder away would do.") from error
 
     def steps(self) -> list[int]:
@@ -93,7 +96,7 @@ class Checkpoints:
 
         Args:
           state: what to save; may be donated to the next step once this returns.
-          about: JSON; 'validation_loss' in it ranks the checkpoint.
+          about: JSON; 'validation_loss' in it ranks the checkpoint, below all others where it is None.
 
         Raises:
           OSError: the save before this one, or the beginning of this one, has failed, and no more may.
@@ -104,7 +107,7 @@ class Checkpoints:
             return
         train = {k: v for k, v in vars(state).items() if k != "ema"}
         args = ocp.args.Composite(train=_saving(train), ema=_saving(state.ema), about=ocp.args.JsonSave(about))
-        self._save(step, args, about["validation_loss"])
+        self._save(step, args, _rank(about))
 
     def save_ema(self, step: int, ema: Any, about: dict[str, Any]) -> None:
         """Saves averaged parameters alone, enough to sample and to start from, and waits until they are on disk.
@@ -113,7 +116,7 @@ class Checkpoints:
           about: like that of `save`, without a validation loss.
         """
         args = ocp.args.Composite(ema=_saving(ema), about=ocp.args.JsonSave(about))
-        self._save(step, args, math.inf)  # any that is trained from here is better
+        self._save(step, args, _rank(about))  # any that is trained from here is better
         self.wait()
 
     def can_resume(self, step: int) -> bool:
@@ -164,7 +167,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         if self.directory.is_dir():
             self._manager.reload()
-        lost = OSError(errno.EIO, _reason(error), str(self.directory / str(self._saving)))
+        lost = OSError(errno.EIO, reason(error), str(self.directory / str(self._saving)))
         self._saving, self._lost, self._failed = None, lost, self._failed + 1
         if self._failed > self._max_failed or jax.process_count() > 1:  # others may wait for this process
             self._raise_lost(error)
@@ -205,7 +208,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax, TensorStore and JSON each report damage in their own way.
             where = f"checkpoint {self.directory / str(step)}"
-            raise InputError(f"{where} cannot be read ({_reason(error)}); {self._remedy(step)} would do.") from error
+            raise InputError(f"{where} cannot be read ({reason(error)}); {self._remedy(step)} would do.") from error
 
     def _same_network(self, step: int, name: str, abstract: Any) -> None:
         exact = name == "train"  # averaged parameters are read as float32, whatever they were imported as
@@ -226,6 +229,12 @@ class Checkpoints:
             return self._give_up(error)
         if self._saving is not None:
             self._saving, self._lost, self._failed = None, None, 0
+        if distributed.is_first():
+            self._empty_bin()
+
+    def _empty_bin(self) -> None:
+        """Deletes what retention has taken from among the steps."""
+        shutil.rmtree(self.directory / DELETED, ignore_errors=True)
 
     def close(self) -> None:
         """Waits and lets go of the folder. Raises OSError where the last save has failed."""
@@ -245,6 +254,12 @@ class _Imported:
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Orbax's `PreservationPolicy`."""
         return [not self._checkpoints.can_resume(each.step) for each in checkpoints]
+
+
+def _rank(about: dict[str, Any]) -> float:
+    """By which the best is the least: the validation loss; of imported parameters, and where it is not finite, infinity."""
+    loss = about.get("validation_loss")
+    return math.inf if loss is None else loss
 
 
 def _is_whole(folder: Path) -> bool:
@@ -294,14 +309,6 @@ def _saving(tree: Any) -> ocp.args.PyTreeSave:
 
 def _restoring(abstract: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
-
-
-def _reason(error: Exception) -> str:
-    """What the system said, where a library passes that on; else its own first line, cut to a length that fits a sentence."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
-        if os.strerror(number) in str(error):
-            return os.strerror(number)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _tree(metadata: Any) -> Any:
@@ -355,7 +362,7 @@ def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
     if stage_directory.is_dir():
         checkpoints = Checkpoints(stage_directory, read_only=True)
         steps = checkpoints.steps()
-        loss = {step: checkpoints.about(step).get("validation_loss", math.inf) for step in steps} if checkpoint == "best" else {}
+        loss = {step: _rank(checkpoints.about(step)) for step in steps} if checkpoint == "best" else {}
         checkpoints.close()
     if not steps:
         raise InputError(f"there is no checkpoint in {stage_directory}; training this stage first would do (--mode train).")

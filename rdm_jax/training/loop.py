@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import dataclasses
+import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,13 +18,16 @@ from rdm_jax import distributed, randomness, sharding
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
-from rdm_jax.interrupt import StopOnSignal
+from rdm_jax.errors import InputError
+from rdm_jax.files import dispensable
+from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.randomness import Stream
 from rdm_jax.terminal import log, progress
 from rdm_jax.training import checkpoint, metrics
 from rdm_jax.training.program import PROGRAMS
 from rdm_jax.training.step import TrainState
 from rdm_jax.training.window import Window, is_due
+from rdm_jax.unchanged import changes
 
 Preview = Callable[[Any, Path], None]
 Evaluate = Callable[[Any, int, Path], dict[str, float]]
@@ -84,10 +89,15 @@ class Trainer:
             keep_best=self.training.keep_best,
             max_failed_saves=self.training.max_failed_saves,
         )
+        waits = True
         try:
             self._run(checkpoints, stop, preview, evaluate)
+        except Interrupted as interruption:
+            waits = not interruption.at_once
+            raise
         finally:
-            checkpoints.close()  # waits for a save under way, also when something else went wrong
+            if waits:
+                checkpoints.close()  # after a save under way, also when something else went wrong
 
     def _run(
         self, checkpoints: checkpoint.Checkpoints, stop: StopOnSignal, preview: Preview | None, evaluate: Evaluate | None
@@ -116,10 +126,11 @@ class Trainer:
         def save() -> None:
             loss = float(np.mean([np.asarray(validate(state.ema, *part)) for part in self._held_images()]))
             writer.write(step, images=step * self.training.batch_size, validation_loss=loss)
-            about = {**self._about, "data": data_state, "validation_loss": loss}
+            about = {**self._about, "data": data_state, "validation_loss": loss if math.isfinite(loss) else None}
             checkpoints.save(state, about)
             if distributed.is_first():
-                metrics.draw_curves(self.directory)
+                with dispensable(self.directory / "loss.png"):
+                    metrics.draw_curves(self.directory)
 
         window, batches = Window(self.training, writer, bar), self._batches(iterator)
         running = self._program.place(state)
@@ -129,16 +140,14 @@ class Trainer:
                 running, values = self._program(running, batch)
                 step += 1
                 window.add(step, values | self._stop_of_any(stop))
-                previewed = preview and self._is_due(step, self.training.preview_every)
+                if preview and self._is_due(step, self.training.preview_every):
+                    with window.paused():
+                        self._draw(preview, self._here(self._program.whole(running)), step)
+                # What the steps in flight have found is known after a preview, so that only now it is clear what is to be saved.
                 evaluated, stopped = self._is_due(step, every), window.stopped or (self._alone and bool(stop.requested))
-                saved = self._is_due(step, self.training.checkpoint_every) or evaluated or stopped or window.diverged
-                if previewed or saved:
-                    state = self._program.whole(running)
-                if previewed:
+                if self._is_due(step, self.training.checkpoint_every) or evaluated or stopped or window.diverged:
                     with window.paused():
-                        self._draw(preview, self._here(state), step)
-                if saved:
-                    with window.paused():
+                        state = self._program.whole(running)
                         save()
                     if stopped:
                         raise stop.interruption
@@ -195,7 +204,9 @@ class Trainer:
 
     def _draw(self, preview: Preview, params: Any, step: int) -> None:
         if distributed.is_first():
-            preview(params, self.directory / "previews" / f"{step * self.training.batch_size:010d}.png")
+            path = self.directory / "previews" / f"{step * self.training.batch_size:010d}.png"
+            with dispensable(path):
+                preview(params, path)
 
     def _bar(self, step: int) -> tuple[int, str, int]:
         batch_size = self.training.batch_size
@@ -205,6 +216,7 @@ class Trainer:
         """The state to go on from: of the newest checkpoint, or a new one, with given parameters if there are any."""
         steps = checkpoints.steps()
         if steps and checkpoints.can_resume(steps[-1]):
+            self._check_unchanged(checkpoints.about(steps[-1]), checkpoints.directory / str(steps[-1]))
             state, about = checkpoints.restore(steps[-1], self.abstract)
             iterator.set_state(about["data"])
             self._about |= {k: about[k] for k in ("started_from",) if k in about}
@@ -223,6 +235,14 @@ class Trainer:
             state = self._with_parameters(state, given, step)
             given.close()
         return state, 0
+
+    def _check_unchanged(self, about: dict[str, Any], where: Path) -> None:
+        """Refuses to go on from what was learnt otherwise, whatever the workdir's config.json says. Raises InputError."""
+        fields = {"seed": "seed", "classes": "classes", self.name: "stage"}
+        before, now = ({field: known.get(name) for field, name in fields.items()} for known in (about, self._about))
+        listed = changes(before, json.loads(json.dumps(now)), "config")
+        if listed:
+            raise InputError(f"checkpoint {where} was trained with another config ({listed}); another workdir would do.")
 
     def _with_parameters(self, state: TrainState, given: checkpoint.Checkpoints, step: int) -> TrainState:
         """Puts averaged parameters of another training in place of random ones; the embedding of other classes stays random."""

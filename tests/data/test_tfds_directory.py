@@ -34,11 +34,25 @@ def canary(tmp_path, monkeypatch):
     sys.modules.pop("canary_module", None)
 
 
-@pytest.mark.parametrize("form", ["today's", "older"])
+NAME, OWN = "canary_module.Image", "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+HOSTILE = {
+    "today's": {"pythonClassName": NAME},
+    "older": {"type": NAME, "content": {}},
+    "within a string": {
+        "pythonClassName": OWN,
+        "jsonFeature": {"json": json.dumps({"image": {"type": NAME, "content": {}}})},
+    },
+    "within the text of a message": {
+        "type": OWN,
+        "proto_cls": "tensorflow_datasets.FeaturesDict",
+        "content": json.dumps({"features": {"image": {"pythonClassName": NAME}}}),
+    },
+}
+
+
+@pytest.mark.parametrize("form", HOSTILE)
 def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
-    name = "canary_module.Image"
-    hostile = {"pythonClassName": name} if form == "today's" else {"type": name, "content": {}}
-    change(prepared / "features.json", lambda features: features | hostile)
+    change(prepared / "features.json", lambda features: HOSTILE[form] if "within" in form else features | HOSTILE[form])
     with pytest.raises(InputError, match="features.json wants 'canary_module.Image' to be imported"):
         open_prepared(prepared)
     assert not canary.exists()

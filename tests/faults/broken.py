@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rdm_jax import distributed
-from rdm_jax.evaluation import statistics
+from rdm_jax.evaluation import evaluate, statistics
 from rdm_jax.main import main
 from rdm_jax.training import checkpoint, step
 
@@ -49,6 +49,10 @@ def saves_fail() -> None:
 
 def last_save_fails() -> None:
     at_save(lambda number: number == 4, full)
+
+
+def second_save_is_slow() -> None:
+    at_save(lambda number: number == SECOND, lambda: time.sleep(60))
 
 
 def last_save_is_slow() -> None:
@@ -104,8 +108,13 @@ def a_batch_is_lost() -> None:
     statistics.Tally.add = lambda self, *batch: None if next(batches) == 2 else add(self, *batch)
 
 
-OF_SAVES = (killed_before_commit, one_save_fails, saves_fail, last_save_fails, last_save_is_slow, clock_goes_back)
-FAULTS = {f.__name__: f for f in (*OF_SAVES, white_has_no_gradient, a_batch_is_lost)}
+def gathered_often() -> None:
+    """An evaluation keeps what it has gathered after every batch."""
+    evaluate.SAVE_SECONDS = 0
+
+
+OF_SAVES = (killed_before_commit, one_save_fails, saves_fail, last_save_fails, second_save_is_slow, last_save_is_slow)
+FAULTS = {f.__name__: f for f in (*OF_SAVES, clock_goes_back, white_has_no_gradient, a_batch_is_lost, gathered_often)}
 FAULTS |= {"white_is_nan": functools.partial(white_is, jnp.nan), "white_is_inf": functools.partial(white_is, jnp.inf)}
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command as the campaign runs it: real processes, with a fault built in where none can be made from outside."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from rdm_jax.training import metrics
 from rdm_jax.training.checksums import damage
 from tests.test_main import read_arrays
 
+GIB = 2**30
 ROOT = Path(__file__).parents[2]
 STAGE = ("--mode=train", "--stage=1")
 NO_PICTURES = ("--config.stage1.training.preview_every=0", "--config.stage2.training.preview_every=0")
@@ -52,6 +54,16 @@ def run(images: Path, workdir: Path, *flags: str, status: int = 0, timeout: floa
         process.kill()
     assert process.returncode == status, (process.returncode, stdout, stderr)
     return stdout, stderr
+
+
+def bounded(images: Path, workdir: Path, *flags: str, **kwargs) -> str:
+    """What a command said that refused its input, in bounded time and memory."""
+    process = start(images, workdir, *flags, **kwargs)
+    # Preparing takes 0.9 GiB where nothing is hostile; beyond the limit there would be no sentence.
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (3 * GIB, 3 * GIB))
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2, stderr
+    return said(stderr)
 
 
 def mounted(mount: str, script: str) -> subprocess.CompletedProcess:

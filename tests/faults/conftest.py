@@ -1,5 +1,6 @@
 """What a fault's test has seen, as the campaign's table at the end of pytest's output."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -27,12 +28,16 @@ def finished(images, tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table; a fault whose test has failed is not in it as held."""
+    """The table; a fault whose test has failed, or was skipped, is in it as such."""
     rows = []
-    for outcome in ("passed", "failed"):
+    for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
+            number = re.search(r"faults/.*::test_([0-9]+)_", report.nodeid)
             found = [value for name, value in getattr(report, "user_properties", []) if name == "fault"]
-            rows += [[int(n), int(trials), what if outcome == "passed" else f"FAILED: {what}"] for n, trials, what in found]
+            if number and outcome != "passed":
+                rows.append([int(number[1]), 0, f"{outcome.upper()}: {report.nodeid.rpartition('::')[2]}"])
+            elif outcome == "passed" and report.when == "call":
+                rows += [[int(n), int(trials), what] for n, trials, what in found]
     if rows:
         terminalreporter.section("faults")
         cells = [[str(cell) for cell in row] for row in sorted(rows)]

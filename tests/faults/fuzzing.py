@@ -19,6 +19,7 @@ from rdm_jax.data.sources import open_source
 from rdm_jax.evaluation.npz import Npz
 from rdm_jax.interop.torch_files import open_state_dict
 from rdm_jax.interop.weights import open_weights
+from rdm_jax.training import metrics
 from rdm_jax.training.checksums import CHECKSUMS, damage, write_checksums
 from tests.interop.torch_standins import dump_legacy, state_dict, write_pkl, write_pt
 from tests.tiny import tiny_config, write_images
@@ -102,6 +103,19 @@ def _config(path: Path) -> None:
     path.write_text(json.dumps(config.to_dict(tiny_config(path.parent))))
 
 
+def _shard(folder: Path) -> Path:
+    prepare(f"folder:{_images(folder)}", folder / "set", Form(4, 4))
+    return next((folder / "set").glob("*.array_record-*"))
+
+
+def _metrics(folder: Path) -> Path:
+    writer = metrics.MetricWriter(folder, 0)
+    for step in range(4):
+        writer.write(step, images=8 * step, loss=0.5)
+    writer.close()
+    return folder / "metrics.jsonl"
+
+
 def _checksums(folder: Path) -> Path:
     (folder / "data").write_bytes(b"some data")
     write_checksums(folder)
@@ -124,9 +138,11 @@ READERS = {
     "manifest": Reader(_prepared(MANIFEST), lambda path: read_manifest(path.parent)),
     "features": Reader(_prepared("features.json"), _read_prepared),
     "dataset info": Reader(_prepared("dataset_info.json"), _read_prepared),
+    "shard": Reader(_shard, _read_prepared),
     "labels": Reader(_labels, lambda path: _read_source(f"folder:{path.parent}")),
     "zip": Reader(_zip, lambda path: _read_source(f"zip:{path}")),
     "png": Reader(_png, lambda path: open_image(path.read_bytes())),
+    "metrics": Reader(_metrics, metrics.read),
     "checksums": Reader(_checksums, lambda path: damage(path.parent)),
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from rdm_jax.training import metrics
 from rdm_jax.training.checksums import LATER, write_checksums
 from tests.faults import commands
 from tests.faults.commands import STAGE, assert_equal, mounted, run, said, start, state, steps, wait_for
@@ -118,6 +119,20 @@ def test_7_files_gone_added_and_configs_changed(images, trained, finished, fault
     fault(7, 4, "an error or a line that names the file or the field")
 
 
+@pytest.mark.long
+def test_7_a_damaged_line_of_metrics_and_no_config(images, trained, fault):
+    lines = (trained / "stage1/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[3] = bytes([lines[3][0] | 0x80]) + lines[3][1:]
+    (trained / "stage1/metrics.jsonl").write_bytes(b"".join(lines))
+    (trained / "config.json").unlink()  # the checkpoint knows as well
+    refusal = said(run(images, trained, *STAGE, "--config.stage1.training.learning_rate=0.5", status=2)[1])
+    assert "config.stage1.training.learning_rate was 0.001 and is 0.5" in refusal
+    stdout, _ = run(images, trained, *STAGE, "--config.stage1.training.images=176")
+    assert "metrics.jsonl: line 4 is damaged, and left out" in stdout
+    assert len(metrics.read(trained / "stage1/metrics.jsonl")) >= len(lines)
+    fault(7, 2, "without config.json another config is named; a line of the metrics that is damaged is, and left out")
+
+
 def first_leaf(tree: dict) -> tuple[dict, str]:
     """Where the first array of a tree of dicts lies: in which of them, under which key."""
     key = next(iter(tree))
@@ -182,6 +197,29 @@ def test_8_the_disk_is_full(images, tmp_path, fault):
     run(images, tmp_path / "run", *STAGE)  # where there is space again
     assert steps(tmp_path / "run")[-1] == 20 and not list((tmp_path / "run/stage1/checkpoints").glob("*tmp*"))
     fault(8, 1, "a full disk is said, with status 2; older checkpoints are sound, nothing is half listed, training goes on")
+
+
+@pytest.mark.long
+def test_8_the_disk_is_full_for_a_while(images, tmp_path, fault):
+    """Training goes on without what it cannot write, as is configured, and writes again where there is space again."""
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    flags = ("--config.stage1.training.images=16000", "--config.stage1.training.checkpoint_every=400")
+    flags += ("--config.stage1.training.max_failed_saves=1000000",)
+    train = " ".join(commands.command(images, disk / "run", *STAGE, *flags))
+    script = [
+        f"{train} > {log} 2> {tmp_path}/stderr & while [ ! -d {disk}/run/stage1/checkpoints/50 ]; do sleep 0.05; done",
+        f"cat /dev/zero > {disk}/zeros 2> {tmp_path}/full",
+        f"while ! grep -q 'checkpoint .* cannot be written' {log}; do kill -0 $! || exit 9; sleep 0.05; done",
+        f"while ! grep -q 'metrics.jsonl cannot be written' {log}; do kill -0 $! || exit 9; sleep 0.05; done",
+        f"rm {disk}/zeros; wait $!; status=$?; cp -r {disk}/run {tmp_path}/run; exit $status",
+    ]
+    done = mounted(f"mount -t tmpfs -o size=20M none {disk}", "\n".join(script))
+    assert done.returncode == 0, (done.returncode, log.read_text(), (tmp_path / "stderr").read_text())
+    assert steps(tmp_path / "run")[-1] == 2000
+    seen = [line["step"] for line in metrics.read(tmp_path / "run/stage1/metrics.jsonl") if "loss" in line]
+    assert seen == list(range(2, 2001, 2))  # lines wait, and none is lost
+    fault(8, 1, "a disk that is full for a while: said, survived as configured; no line of the metrics is lost")
 
 
 def test_8_the_directory_goes_away(images, tmp_path, fault):

@@ -1,6 +1,5 @@
 """Fault 12: losses and gradients that are not finite."""
 
-import json
 import re
 
 import numpy as np
@@ -11,6 +10,7 @@ from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.pipeline import train_iterator
 from rdm_jax.data.prepare import prepare
+from rdm_jax.training import metrics
 from tests.faults.commands import STAGE, run, said, start_two, state
 from tests.tiny import write_images
 
@@ -40,8 +40,7 @@ def one_white(tmp_path_factory):
 
 
 def skipped(workdir) -> list[bool]:
-    lines = map(json.loads, (workdir / "stage1/metrics.jsonl").read_text().splitlines())
-    return [bool(line["skipped"]) for line in lines if "skipped" in line]
+    return [bool(line["skipped"]) for line in metrics.read(workdir / "stage1/metrics.jsonl") if "skipped" in line]
 
 
 def check_untouched(workdir, struck: list[bool]) -> None:
@@ -85,9 +84,13 @@ def test_12_in_one_host_of_two(one_white, tmp_path, fault):
     fault(12, sum(struck), "in one host of two: skipped alike in both")
 
 
-def test_12_many_in_a_row_end_the_run(tmp_path, fault):
+@pytest.mark.parametrize("pictures", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_12_many_in_a_row_end_the_run(tmp_path, fault, pictures):
+    """With pictures: one is drawn when the last steps are still being computed, and only then is it known that they are bad."""
     images = folder_with_white(tmp_path / "images", 24)
-    _, stderr = run(images, tmp_path / "run", *STAGE, "--config.stage1.training.max_skipped=4", broken="white_is_nan", status=1)
+    flags = ("--config.stage1.training.max_skipped=4", "--config.stage1.training.checkpoint_every=1600")
+    flags += ("--config.stage1.training.preview_every=32",) if pictures else ()
+    _, stderr = run(images, tmp_path / "run", *STAGE, *flags, broken="white_is_nan", status=1)
     found = int(re.search(r"([0-9]+) steps in a row", said(stderr))[1])
     assert 4 <= found <= 6  # what a step has found is read a step or two later, so that the device need not wait
     saved = state(tmp_path / "run", found)

@@ -46,12 +46,15 @@ def test_17_killed_while_sampling(images, workdir, fault, files, batch, devices)
     flags = (*SAMPLE, f"--config.sampling.files={files}", f"--config.sampling.batch_size={batch}")
     again = lambda name: run(images, workdir, *flags, f"--config.sampling.name={name}", devices=devices)  # noqa: E731
     again("whole")
+    kept = {}
     for count in (2, 6):
         process = start(images, workdir, *flags, "--config.sampling.name=killed", devices=devices)
         parts = lambda: sorted((workdir / "killed").glob(".parts-*/0*.npz"))  # noqa: E731
         assert wait_for(lambda count=count, parts=parts: len(parts()) >= count, process), process.communicate()
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        before, kept = kept, {path.name: path.stat().st_mtime_ns for path in parts()}
+        assert before.items() <= kept.items()  # they were not made again
     halve(parts()[0])
     again("killed")
     assert images_of(workdir / "killed") == images_of(workdir / "whole")
@@ -77,11 +80,12 @@ def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
     batches = (*EVALUATE, f"--config.sampling.batch_size={batch}")
     run(images, workdir, *batches, "--config.evaluation.name=whole", devices=devices)
     flags = (*batches, "--config.evaluation.name=killed")
-    process = start(images, workdir, *flags, devices=devices)
-    assert wait_for(lambda: any((workdir / "killed").rglob(".gathered*")), process), process.communicate()
+    process = start(images, workdir, *flags, devices=devices, broken="gathered_often")
+    assert wait_for(lambda: any((workdir / "killed").glob(".gathered*.npz")), process), process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    run(images, workdir, *flags, devices=devices)
+    stdout, _ = run(images, workdir, *flags, devices=devices)
+    assert re.search(r"going on from [0-9]+ of 200 images", stdout)
     found = [json.loads((workdir / name / "evaluation.json").read_text())["results"]["samples"] for name in ("whole", "killed")]
     assert found[0]["metrics"] == found[1]["metrics"] and found[0]["images"] == found[1]["images"] == 200
     where = f"batches of {batch}, devices {devices}"

@@ -18,7 +18,7 @@ from rdm_jax.diffusion import preconditioning
 from rdm_jax.diffusion.processes import Relay
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.errors import InputError
-from rdm_jax.interop import original
+from rdm_jax.interop import original, weights
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.song import Song
 from rdm_jax.run import run
@@ -344,6 +344,29 @@ def test_damaged_safetensors_are_refused(tmp_path, damage):
     path.write_bytes({"cut": data[:-50], "header": data[:8] + b"{" + bytes(len(data))}.get(damage, data))
     with pytest.raises(InputError, match="x.safetensors cannot be used"):
         run(values_of(config_for(tmp_path)), str(tmp_path / "run"), mode="import", stage=1, weights=str(path))
+
+
+def test_export_to_a_full_disk_is_the_disks_fault(imported, tmp_path, monkeypatch):
+    folder, config, _ = imported
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device.*x.safetensors"):
+        run(values_of(config), str(folder / "run"), mode="export", stage=1, weights=str(tmp_path / "x.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 1), ("C64", 8)])
+def test_safetensors_of_dtypes_that_would_be_lost_are_refused(tmp_path, dtype, size):
+    header = json.dumps({"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2 * size))
+    with (
+        weights.open_weights(tmp_path / "x.safetensors") as opened,
+        pytest.raises(InputError, match=f"x.safetensors cannot be used .x is of dtype {dtype}.*F16"),
+    ):
+        opened.read("x")
 
 
 def test_safetensors_without_metadata_are_read_as_the_config_says(imported, tmp_path):

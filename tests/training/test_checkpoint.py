@@ -40,11 +40,11 @@ def abstract(classes: int = 2, devices: int = 8):
     return checkpoint.with_sharding(abstract_state(classes), sharding.replicated(mesh))
 
 
-def about(loss: float) -> dict:
+def about(loss: float | None) -> dict:
     return {"validation_loss": loss, "data": {"next_index": 7}, "classes": ["a", "b"]}
 
 
-def save(folder, losses: dict[int, float], **kwargs):
+def save(folder, losses: dict[int, float | None], **kwargs):
     checkpoints = checkpoint.Checkpoints(folder, **kwargs)
     for step, loss in losses.items():
         checkpoints.save(make_state(step), about(loss))
@@ -82,6 +82,22 @@ def test_newest_and_best_stay(tmp_path):
     assert checkpoint.find("newest", tmp_path) == (tmp_path, 5)
     assert checkpoint.find("4", tmp_path) == (tmp_path, 4)
     assert checkpoint.find(str(tmp_path / "2"), tmp_path / "elsewhere") == (tmp_path, 2)
+
+
+def test_a_loss_that_is_not_finite_is_worse_than_any(tmp_path):
+    save(tmp_path, {1: 0.3, 2: None, 3: 0.5}, keep_newest=1, keep_best=1)
+    assert checkpoint.Checkpoints(tmp_path).steps() == [1, 3]
+    save(tmp_path / "first", {1: None, 2: 0.5}, keep_newest=2, keep_best=1)
+    assert checkpoint.find("best", tmp_path / "first")[1] == 2
+
+
+def test_what_retention_deletes_is_never_there_in_part(tmp_path):
+    """It is gone in one step, wherever its rest is while it is being deleted, and that is gone as well in the end."""
+    save(tmp_path, {1: 0.5, 2: 0.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    (tmp_path / checkpoint.DELETED / "1").mkdir(parents=True)  # of a run that was killed
+    assert checkpoint.Checkpoints(tmp_path).steps() == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
 def test_the_average_alone(tmp_path):

@@ -1,0 +1,70 @@
+"""Metrics on disk: lines and events, which a full disk holds up and does not lose, and lines that are damaged."""
+
+import errno
+import json
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter
+
+from rdm_jax.training import metrics
+
+
+def events(folder) -> list[Event]:
+    """Of all files: a length in 8 bytes, its checksum in 4, an event, its checksum in 4."""
+    found = []
+    for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            size = int.from_bytes(content[:8], "little")
+            found.append(Event.FromString(content[12 : 12 + size]))
+            content = content[16 + size :]
+    return found
+
+
+def scalars(folder) -> list[tuple[int, float]]:
+    return [(event.step, value.simple_value) for event in events(folder) for value in event.summary.value]
+
+
+def test_lines_and_events(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, 0)
+    writer.write(1, images=8, loss=0.5)
+    writer.write(2, images=16, loss=float("nan"))
+    assert [line["loss"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0.5, None]
+    assert scalars(tmp_path) == [(1, 8), (1, 0.5), (2, 16)]  # before it is closed
+    writer.close()
+    writer = metrics.MetricWriter(tmp_path, 1)
+    writer.write(2, images=16)
+    writer.close()
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [2]  # hides what came after step 1
+
+
+def test_a_full_disk_holds_lines_up(tmp_path, monkeypatch, caplog):
+    writer = metrics.MetricWriter(tmp_path, 0)
+    writer.write(1, loss=1.0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics.Path, "open", full)
+        patched.setattr(RecordWriter, "write", full)
+        writer.write(2, loss=2.0)
+        writer.write(3, loss=3.0)
+    assert "metrics.jsonl cannot be written (No space left on device); training goes on without it" in caplog.text
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1]
+    writer.write(4, loss=4.0)
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert scalars(tmp_path) == [(1, 1.0), (4, 4.0)]
+    writer.close()
+
+
+@pytest.mark.parametrize("bad", [b"\xff{", b"{", b"7", b'{"images": 8}', b'{"step": "1"}', b"[" * 5000])
+def test_a_damaged_line_is_left_out_and_named(tmp_path, caplog, bad):
+    sound = json.dumps({"step": 1, "images": 8}).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(sound + b"\n" + bad + b"\n" + sound + b"\n" + sound[:5])
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "images": 8}] * 2
+    metrics.MetricWriter(tmp_path, 1).close()
+    assert "metrics.jsonl: line 2 is damaged, and left out" in caplog.text and "line 4" not in caplog.text
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (sound + b"\n") * 2
