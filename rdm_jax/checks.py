@@ -265,8 +265,8 @@ def _check_sampler(stage: Stage, path: str) -> None:
     if isinstance(sampler, samplers.CascadeHeun):
         known = f"0 to {stage.process.augment_max:g} (process.augment_max)"
         require(0 <= sampler.augment <= stage.process.augment_max, f"{path}.sampler.augment", sampler.augment, known)
+    require(sampler.order in (1, 2), f"{path}.sampler.order", sampler.order, "1 or 2")
     if relayed:
-        require(sampler.order in (1, 2), f"{path}.sampler.order", sampler.order, "1 or 2")
         averaged = ("slopes", "images")
         require(sampler.corrector in averaged, f"{path}.sampler.corrector", sampler.corrector, " or ".join(map(repr, averaged)))
         walked = len(sampler.levels(stage.process).sigma)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiments import runs
 from experiments.ablations.variants import GROUPS, unguided
-from experiments.relay_vs_cascade.variants import points, variants
+from experiments.relay_vs_cascade.variants import ORDERS, points, variants
 from rdm_jax import checks
 from rdm_jax.config import Config, parse
 from rdm_jax.data.sources import open_source
@@ -57,10 +57,11 @@ def test_the_methods_are_compared_on_equal_terms():
 def test_methods_are_compared_at_checkpoints_that_are_kept(config, of_relay):
     methods = variants(config_of(f"configs/{config}.py"))
     relays = methods["relay"].stages[-1].training
-    for name, changed in methods.items():
+    for changed in methods.values():
         training = changed.stages[-1].training
         compared = points(training, relays)
-        assert compared == (of_relay if name != "single" else [*of_relay[:2], relays.steps // 6 * 6, training.steps])
+        offset = training.steps - relays.steps  # as many steps as one stage is trained for longer
+        assert np.abs(np.array(compared) - offset - of_relay).max() <= relays.steps // 12 and len(compared) == 3
         due = [step for step in range(1, training.steps) if is_due(step, training.batch_size, training.checkpoint_every)]
         assert {*compared} <= {*due, training.steps} and len(due) + 1 <= training.keep_newest
 
@@ -235,8 +236,8 @@ def test_relay_vs_cascade(labelled, tmp_path):
     names = ["relay", "classic cascade", "one stage"]
     evaluated = found["By evaluations of the last network for an image"]
     assert [row[:2] for row in evaluated] == [[name, count] for name in names for count in ("3", "5")]
-    assert {row[0] for row in found["By images shown to the last network"]} == set(names)
+    assert {row[0] for row in found["By images shown"]} == set(names)
     assert [row[0] for row in found["Stage 2 from real small images"]] == [*names[:2], "real images held out"]
-    assert all(float(row[4]) > 0 for row in evaluated)
+    assert all(float(row[5]) > 0 and row[4] in ORDERS.values() for row in evaluated)
     for picture in ("curves.png", "images.png"):
         assert (tmp_path / "runs" / picture).stat().st_size > 1000

@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 from experiments import runs
-from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, SIGMAS, TITLES, points, variants
+from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, ORDERS, SIGMAS, TITLES, points, variants
 from rdm_jax import config as configs
 from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config
@@ -45,13 +45,13 @@ class Method:
       name: as in `TITLES`.
       config: whose last stage samples with `usual` evaluations.
       workdir: where it was trained, and where its evaluations are kept.
-      begins: of those that generate from noise, the noise level where a ladder of so many evaluations begins.
+      ladders: fields of the last stage's sampler by the number of evaluations.
     """
 
     name: str
     config: Config
     workdir: Path
-    begins: dict[int, float] = dataclasses.field(default_factory=dict)
+    ladders: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
     @property
     def last(self) -> int:
@@ -67,9 +67,9 @@ class Method:
         return dataclasses.replace(self, config=runs.with_stage(self.config, self.last, sampler=fields))
 
     def with_evaluations(self, count: int) -> "Method":
-        """The same with so many evaluations of the last network for an image, its ladder beginning where `begins` says."""
-        begun = self.with_sampler(sigma_max=self.begins[count]) if count in self.begins else self
-        return dataclasses.replace(begun, config=runs.with_evaluations(begun.config, self.last, count))
+        """The same with so many evaluations of the last network for an image, its ladder being what `ladders` says."""
+        changed = self.with_sampler(**self.ladders.get(count, {}))
+        return dataclasses.replace(changed, config=runs.with_evaluations(changed.config, self.last, count))
 
     def metrics_at(self, step: int) -> dict[str, float]:
         """The same of the last network as it was at a step of its training; at its end, what `by_evaluations` measures."""
@@ -98,12 +98,15 @@ def trained(base: Config, root: Path, seed: int, usual: int) -> list[Method]:
 
 
 def best_settings(methods: list[Method]) -> tuple[dict[str, dict[str, float]], list[list[str]]]:
-    """What the relay and the cascade each have of their own to set in sampling, chosen by the first seed's distance."""
-    best, rows = {}, []
-    for method, field, values in ((methods[0], "eta", ETAS), (methods[1], "augment", AUGMENTS)):
-        found = {v: method.with_sampler(**{field: v}).metrics(f"{field}_{n}") for n, v in enumerate(values)}
-        best[method.name] = {field: min(found, key=lambda v: runs.distance(found[v]))}
-        rows += [[TITLES[method.name], f"{field} {v:g}", *runs.cells([found[v]])] for v in values]
+    """What each sampler has of its own to set, chosen one after the other by the first seed's distance."""
+    best, rows = {method.name: {} for method in methods}, []
+    for method in methods:
+        for field, values in (("augment", AUGMENTS if method.name == "cascade" else ()), ("eta", ETAS)):
+            chosen = method.with_sampler(**best[method.name])
+            found = {value: chosen.with_sampler(**{field: value}).metrics(f"{field}_{n}") for n, value in enumerate(values)}
+            if found:
+                best[method.name][field] = min(found, key=lambda value: runs.distance(found[value]))
+            rows += [[TITLES[method.name], f"{field} {value:g}", *runs.cells([found[value]])] for value in values]
     return best, rows
 
 
@@ -117,40 +120,48 @@ def by_evaluations(methods: list[list[Method]], counts: Sequence[int], classes: 
             cost = runs.sampling_flops(config.stages, config.data.channels, classes) / 1e9
             begin = float(stage_levels(config.stages[-1]).sigma[0])
             found = [method.metrics(f"evaluations_{count}") for method in counted]
-            rows.append([TITLES[same[0].name], str(count), f"{cost:.2f}", f"{begin:.3g}", *runs.cells(found)])
+            ladder = [f"{begin:.3g}", ORDERS[config.stages[-1].sampler.order]]
+            rows.append([TITLES[same[0].name], str(count), f"{cost:.2f}", *ladder, *runs.cells(found)])
             distances = list(map(runs.distance, found))
             by_count.setdefault(same[0].name, {})[count] = by_cost.setdefault(same[0].name, {})[cost] = distances
     return rows, by_count, by_cost
 
 
-def best_begins(methods: Sequence[Method], counts: Sequence[int]) -> tuple[dict[str, dict[int, float]], list[list[str]]]:
-    """Where the methods that generate from noise best begin with so many evaluations, by the first seed's distance.
+def best_ladders(methods: Sequence[Method], counts: Sequence[int]) -> tuple[dict[str, dict[int, dict]], list[list[str]]]:
+    """Of Euler's and Heun's method, and of the levels where those that generate from noise may begin, what does best with so many
+    evaluations, by the first seed's distance.
 
     Returns:
-      The best noise level by method and count, and rows of all distances, a column a count.
+      The best fields of the sampler by method and count, and rows of all distances, a column a count.
     """
     best, rows = {method.name: {} for method in methods}, []
-    for method in methods[1:]:
+    for method in methods:
+        begins = [{}] if method.name == "relay" else [{"sigma_max": sigma} for sigma in SIGMAS]
+        tried = [{"order": order, **begin} for order, begin in itertools.product(ORDERS, begins)]
         found = {}
-        for sigma, count in itertools.product(SIGMAS, counts):
-            begun = dataclasses.replace(method, begins={count: sigma}).with_evaluations(count)
-            found[sigma, count] = begun.metrics(f"begin_{sigma:g}_{count}".replace(".", "_"))
+        for (number, fields), count in itertools.product(enumerate(tried), counts):
+            changed = dataclasses.replace(method, ladders={count: fields}).with_evaluations(count)
+            name = "_".join(f"{field}_{value:g}".replace(".", "_") for field, value in fields.items())
+            found[number, count] = changed.metrics(f"ladder_{name}_{count}")
         for count in counts:
-            best[method.name][count] = min(SIGMAS, key=lambda sigma, count=count: runs.distance(found[sigma, count]))
-        rows += [[TITLES[method.name], f"{s:g}", *(runs.cells([found[s, count]])[0] for count in counts)] for s in SIGMAS]
+            least = min(range(len(tried)), key=lambda number, count=count: runs.distance(found[number, count]))
+            best[method.name][count] = tried[least]
+        for number, fields in enumerate(tried):
+            distances = [runs.cells([found[number, count]])[0] for count in counts]
+            rows.append([TITLES[method.name], ORDERS[fields["order"]], f"{fields.get('sigma_max', '')}", *distances])
     return best, rows
 
 
 def by_images(methods: list[list[Method]]) -> tuple[list[list[str]], dict]:
-    """The same by images that the last network has been shown."""
+    """The same by images that all networks of a method have been shown."""
     rows, curves = [], {}
     relays = methods[0][0].config.stages[-1].training
     for same in zip(*methods, strict=True):
-        training = same[0].config.stages[-1].training
-        for step in points(training, relays):
+        *earlier, last = (stage.training for stage in same[0].config.stages)
+        for step in points(last, relays):
             found = [method.metrics_at(step) for method in same]
-            images = step * training.batch_size
-            rows.append([TITLES[same[0].name], f"{images:,}", *runs.cells(found)])
+            images = step * last.batch_size + sum(training.images for training in earlier)
+            rows.append([TITLES[same[0].name], f"{step * last.batch_size:,}", f"{images:,}", *runs.cells(found)])
             curves.setdefault(same[0].name, {})[images] = list(map(runs.distance, found))
     return rows, curves
 
@@ -162,8 +173,12 @@ def from_real(methods: list[list[Method]], held_out: ImageSet, folder: Path) -> 
     return [[TITLES[same[0].name], *runs.cells([m.metrics("from_real", m.from_images(folder)) for m in same])] for same in joined]
 
 
-def draw_curves(panels: dict[str, dict[str, dict[int, list[float]]]], path: Path) -> None:
-    """A panel for each of what is on the horizontal axis: the mean over seeds, and a band of their standard deviation."""
+def draw_curves(panels: dict[str, dict[str, dict[int, list[float]]]], floor: float, path: Path) -> None:
+    """A panel for each of what is on the horizontal axis: the mean over seeds, and a band of their standard deviation.
+
+    Args:
+      floor: the distance of real images that were held out.
+    """
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, curve in curves.items():
@@ -171,9 +186,10 @@ def draw_curves(panels: dict[str, dict[str, dict[int, list[float]]]], path: Path
             mean, std = values.mean(1), values.std(1, ddof=1) if values.shape[1] > 1 else 0
             axes.plot(x, mean, "o-", markersize=3, label=TITLES[name])
             axes.fill_between(x, mean - std, mean + std, alpha=0.2)
+        axes.axhline(floor, color="grey", linestyle=":", label="real images held out")
         axes.set(xlabel=title, ylabel="Frechet distance", xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if axis is axes.yaxis else (1, 2, 4, 6, 8)))
             axis.set_major_formatter("{x:,g}")
             axis.set_minor_formatter(ticker.NullFormatter())
         axes.grid(alpha=0.3)
@@ -211,10 +227,10 @@ def compare() -> None:
     best, settings = best_settings(methods[0])
     methods = [[method.with_sampler(**best.get(method.name, {})) for method in same_seed] for same_seed in methods]
     few = sorted({count for count in counts if count < usual} | {usual})
-    begins, begun = best_begins(methods[0], few)
+    ladders, laddered = best_ladders(methods[0], few)
     for method in itertools.chain(*methods):  # with more evaluations it matters less, and is what it is with the usual
-        found = begins[method.name]
-        method.begins = {count: found.get(count, found[usual]) for count in {*counts, usual}} if found else {}
+        found = ladders[method.name]
+        method.ladders = {count: found.get(count, found[usual]) for count in {*counts, usual}}
     evaluated, by_count, by_cost = by_evaluations(methods, counts, len(held_out.class_names))
     methods = [[method.with_evaluations(usual) for method in same_seed] for same_seed in methods]
     shown, learning = by_images(methods)
@@ -222,20 +238,23 @@ def compare() -> None:
     curves = {
         "evaluations of the last network": by_count,
         "GFLOPs of an image, all stages": by_cost,
-        "images shown to the last network": learning,
+        "images shown, all stages": learning,
     }
-    draw_curves(curves, root / "curves.png")
+    draw_curves(curves, runs.distance(floor), root / "curves.png")
     pictures.save_picture(draw_images(methods[0]), root / "images.png")
     real.append(["real images held out", *runs.cells([floor])])
     tables = {
         f"Settings of the samplers, first seed, {usual} evaluations": (["method", "setting"], settings),
-        "By evaluations of the last network for an image": (["method", "evaluations", "GFLOPs", "first sigma"], evaluated),
-        f"By images shown to the last network, {usual} evaluations": (["method", "images"], shown),
+        "By evaluations of the last network for an image": (
+            ["method", "evaluations", "GFLOPs", "first sigma", "solver"],
+            evaluated,
+        ),
+        f"By images shown, {usual} evaluations": (["method", "to the last network", "to all"], shown),
         f"Stage 2 from real small images, {usual} evaluations": (["method"], real),
     }
     print(
-        f"\nBy the level where the ladder begins, first seed: {runs.columns(floor)[0]}\n",
-        markdown(["method", "sigma_max", *(f"{count} evaluations" for count in few)], begun),
+        f"\nBy solver and the level where the ladder begins, first seed: {runs.columns(floor)[0]}\n",
+        markdown(["method", "solver", "sigma_max", *(f"{count} evaluations" for count in few)], laddered),
         *(f"\n{title}\n\n{markdown([*header, *runs.columns(floor)], rows)}" for title, (header, rows) in tables.items()),
         sep="\n",
     )

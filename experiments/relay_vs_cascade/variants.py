@@ -8,7 +8,8 @@ from rdm_jax.diffusion.processes import Cascade, Gaussian
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun
 
 TITLES = {"relay": "relay", "cascade": "classic cascade", "single": "one stage"}
-ETAS = (0.0, 0.1, 0.2, 0.3)  # of the relay's sampler
+ETAS = (0.0, 0.1, 0.2, 0.3)  # of all samplers
+ORDERS = {1: "Euler", 2: "Heun"}
 SIGMAS = (80.0, 20.0, 10.0, 5.0, 2.5)  # where the ladders of those that begin with noise begin; 80 is EDM's
 AUGMENTS = (0.0, 0.05, 0.1, 0.2, 0.4)  # noise levels of the cascade's small image in sampling
 
@@ -49,7 +50,11 @@ def _interval(relays: Training) -> int:
 
 
 def points(training: Training, relays: Training) -> list[int]:
-    """Steps of a last network's checkpoints that are compared: at `POINTS` parts of the relay's training, and the last."""
+    """Steps of a last network's checkpoints that are compared: at `POINTS` parts of the relay's training, the last its end.
+
+    Of one stage, which is trained for longer: those at which it has seen as many images as both stages of the relay, but for
+    less than half of the steps between two checkpoints.
+    """
     interval = _interval(relays)
-    parts = [2 * interval * part for part in range(1, POINTS + 1)]
-    return [step for step in parts if step + interval <= training.steps] + [training.steps]
+    before = round((training.steps - relays.steps) / interval) * interval
+    return [before + 2 * interval * part for part in range(1, POINTS)] + [training.steps]

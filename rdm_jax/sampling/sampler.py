@@ -51,7 +51,7 @@ def stage_settings(config: Config, number: int) -> dict[str, Any]:
 def evaluations(stage: Stage) -> int:
     """How often the stage's network runs for an image, the two passes of guidance counted as one."""
     levels = len(stage.sampler.levels(stage.process).sigma)
-    return levels if getattr(stage.sampler, "order", 2) == 1 else 2 * levels - 1
+    return levels if stage.sampler.order == 1 else 2 * levels - 1
 
 
 def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int, classes: int, run_seed: int) -> StageSampler:

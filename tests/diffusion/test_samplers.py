@@ -56,6 +56,7 @@ def test_samples_are_distributed_as_propagated(x64, sampler):
 
 SAMPLERS = {
     "heun": Heun(steps=6, sigma_min=0.1, sigma_max=10.0),
+    "euler": Heun(steps=6, sigma_min=0.1, sigma_max=10.0, order=1),
     "heun-churn": Heun(steps=6, sigma_min=0.1, sigma_max=10.0, churn=2.0),
     "heun-eta": Heun(steps=6, sigma_min=0.1, sigma_max=10.0, eta=0.5),
     "relay-1": relay(5, eta=0.2, order=1),
@@ -83,7 +84,8 @@ def test_scan_is_the_loop(sampler):
 
 
 @pytest.mark.parametrize(
-    ("name", "evaluations"), [("heun", 11), ("heun-churn", 11), ("heun-eta", 11), ("relay-1", 6), ("relay-2", 11)]
+    ("name", "evaluations"),
+    [("heun", 11), ("euler", 6), ("heun-churn", 11), ("heun-eta", 11), ("relay-1", 6), ("relay-2", 11)],
 )
 def test_evaluations_and_levels(name, evaluations):
     """N levels take 2 N - 1 evaluations, or N at first order: at both ends of every step, and at the last level."""
@@ -97,7 +99,7 @@ def test_evaluations_and_levels(name, evaluations):
     sigma = np.asarray(sampler.levels(process_of(sampler)).sigma).tolist()
     assert len(sigma) == 6 and len(calls) == evaluations
     both_ends = [s for pair in zip(sigma, sigma[1:], strict=False) for s in pair]
-    assert calls == (sigma if name == "relay-1" else [*both_ends, sigma[-1]])
+    assert calls == (sigma if name in ("euler", "relay-1") else [*both_ends, sigma[-1]])
 
 
 @every_sampler
