@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ml_collections import config_flags
 
 from experiments import runs
-from experiments.ablations.variants import GROUPS, Variant, unguided
+from experiments.ablations.variants import GROUPS, SEVERAL, Variant, unguided
 from rdm_jax import checks
 from rdm_jax import config as configs
 from rdm_jax.checks import parse_numbers
@@ -29,7 +29,7 @@ from rdm_jax.training.step import to_float
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Of all runs; the same command goes on where it stopped.")
-_SEEDS = flags.DEFINE_string("seeds", "0", "Of the runs: everything is trained once for each.")
+_SEEDS = flags.DEFINE_string("seeds", "0-2", "Of the runs that some groups have several of; the others have the first alone.")
 _EVALUATIONS = flags.DEFINE_integer("evaluations", 19, "Of stage 2's network for an image, so many that discretisation is small.")
 _GROUPS = flags.DEFINE_list("groups", [], "Those of the groups that are wanted; all without.")
 
@@ -100,7 +100,8 @@ def sweep() -> None:
     for group in _GROUPS.value or GROUPS:
         rows, drawn[group] = [], {}
         for variant in GROUPS[group]:
-            relayed, real = zip(*(measured(base, variant, root, seed, small) for seed in seeds), strict=True)
+            of_group = seeds if group in SEVERAL else seeds[:1]
+            relayed, real = zip(*(measured(base, variant, root, seed, small) for seed in of_group), strict=True)
             joined = handover_error(variant.change(base).stages[1], held_out)
             rows.append([variant.setting, joined, *runs.cells(relayed), runs.cells(real)[0]])
             drawn[group][variant.setting] = (list(map(runs.distance, relayed)), list(map(runs.distance, real)))

@@ -108,9 +108,6 @@ GROUPS = {
     "block noise": (*block_noise(),),
     "blur": (*(Variant(f"blur_{b:g}", f"at most {b:g} pixels", clock(blur_sigma_max=b)) for b in (1.0, 2.0, 3.0, 6.0)),),
     "clock": (*(Variant(f"clock_{n:g}", f"L = {n:g}", length(n)) for n in (0.85, 0.89, 0.93, 0.97)),),
-    "label dropout": (
-        *(Variant(f"dropout_{d:g}", f"{d:g} in stage 1, guided by 1.5", label_dropout(d, 1.5), 1) for d in (0.05, 0.1, 0.3)),
-    ),
     "eta": (*freshened(),),
     "ladder": (
         *(Variant(f"steps_{n}", f"{c} evaluations, N = {n}", sampler(steps=n), 0) for n, c in ((6, 5), (7, 5), (9, 7), (10, 7))),
@@ -124,4 +121,9 @@ GROUPS = {
             for second in (1.0, 2.0)
         ),
     ),
+    "label dropout": (
+        *(Variant(f"dropout_{d:g}", f"{d:g} in stage 1, guided by 1.5", label_dropout(d, 1.5), 1) for d in (0.05, 0.1, 0.3)),
+    ),
 }
+# In which some settings are so close that one seed does not tell them apart, and nothing but the base is trained.
+SEVERAL = ("ladder", "corrector and start")

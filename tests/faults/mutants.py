@@ -59,6 +59,14 @@ MUTANTS = [
     ),
     (
         16,
+        "a data set's features are imported, whatever they are",
+        "data/tfds_directory.py",
+        "if not OWN_FEATURE.fullmatch(name):",
+        "if not name:",
+        "test_16_from_outside and features",
+    ),
+    (
+        16,
         "a config that is nested too deep is not expected",
         "config.py",
         "(OSError, ValueError, RecursionError) as error",
