@@ -195,6 +195,8 @@ def _train(
         try:
             return evaluator.run_stage(number, alone(), params, images_seen, folder)
         except (InputError, OSError) as error:  # no reason to lose a training
+            if isinstance(error, OSError) and jax.process_count() > 1:  # of this process alone, and others wait for it
+                raise
             log.info("stage%d: not evaluated at %s images: %s", number, f"{images_seen:,}", error)
             return {}
 
