@@ -38,7 +38,9 @@ class Npz:
         self._file.close()
 
     def read(self, name: str) -> np.ndarray:
-        """One array. Raises InputError when it is damaged."""
+        """One array. Raises InputError when it is damaged, or not there."""
+        if name not in self.arrays:
+            raise self._refused(f"it has no {name}, only {', '.join(self.arrays) or 'nothing'}")
         shape, dtype = self.arrays[name]
         flat = np.frombuffer(self._bytes(name, 0, int(np.prod(shape)) * dtype.itemsize), dtype)
         return flat.reshape(shape)

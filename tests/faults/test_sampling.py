@@ -13,6 +13,7 @@ from tests.faults.commands import run, start, wait_for
 SAMPLE = ("--mode=sample", "--config.sampling.seeds=0-199", "--config.data.held_out=8")
 EVALUATE = ("--mode=evaluate", "--config.evaluation.features=classifier", "--config.evaluation.images=samples")
 EVALUATE += ("--config.evaluation.seeds=0-199", "--config.data.held_out=8")
+SECONDS = 1200  # a classifier is trained first, which takes minutes as tests compile, and where others run beside it
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +79,13 @@ def test_17_on_other_devices(images, workdir, fault):
 @pytest.mark.parametrize(("batch", "devices"), [(8, 1), (20, 4)])
 def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
     batches = (*EVALUATE, f"--config.sampling.batch_size={batch}")
-    run(images, workdir, *batches, "--config.evaluation.name=whole", devices=devices)
+    run(images, workdir, *batches, "--config.evaluation.name=whole", devices=devices, timeout=SECONDS)
     flags = (*batches, "--config.evaluation.name=killed")
     process = start(images, workdir, *flags, devices=devices, broken="gathered_often")
-    assert wait_for(lambda: any((workdir / "killed").glob(".gathered*.npz")), process), process.communicate()
+    assert wait_for(lambda: any((workdir / "killed").glob(".gathered*.npz")), process, timeout=SECONDS), process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    stdout, _ = run(images, workdir, *flags, devices=devices)
+    stdout, _ = run(images, workdir, *flags, devices=devices, timeout=SECONDS)
     assert re.search(r"going on from [0-9]+ of 200 images", stdout)
     found = [json.loads((workdir / name / "evaluation.json").read_text())["results"]["samples"] for name in ("whole", "killed")]
     assert found[0]["metrics"] == found[1]["metrics"] and found[0]["images"] == found[1]["images"] == 200
@@ -94,7 +95,8 @@ def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
 
 @pytest.mark.long
 def test_17_short_of_images(images, workdir, fault):
-    _, stderr = run(images, workdir, *EVALUATE, "--config.evaluation.name=short", broken="a_batch_is_lost", status=1)
+    flags = (*EVALUATE, "--config.evaluation.name=short")
+    _, stderr = run(images, workdir, *flags, broken="a_batch_is_lost", status=1, timeout=SECONDS)
     assert re.search(r"[0-9]+ of [0-9]+ images have been seen", stderr)
     assert not list((workdir / "short").rglob("*.json"))
     fault(17, 1, "a batch of images is lost on the way: no figures, status 1")
