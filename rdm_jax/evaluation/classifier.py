@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,22 @@ class Classifier(nnx.Module):
         return features, self.to_logits(features)
 
 
-def classifier_space(images: ImageSet, held_out: ImageSet | None, path: Path, *, train: bool) -> FeatureSpace:
+def classifier_space(
+    images: ImageSet,
+    held_out: ImageSet | None,
+    path: Path,
+    *,
+    train: bool,
+    check_stop: Callable[[], None] = lambda: None,
+) -> FeatureSpace:
     """The classifier in a file; one that is not there is trained, if `train`, and written.
 
     Args:
       images: to learn from; a classifier from a file must have been made for images of this shape and these classes.
       held_out: images that tell how good it is; None if there are none.
       path: of the file, safetensors.
+      train: whether one that is not there is trained.
+      check_stop: called between steps of that training; what it raises ends the work, and the next call begins it anew.
 
     Raises:
       InputError: the data has no classes, or the file is not there (without `train`), damaged, or of other classes or images.
@@ -65,7 +75,7 @@ def classifier_space(images: ImageSet, held_out: ImageSet | None, path: Path, *,
         raise InputError(f"config.evaluation.weights={str(path)!r} is no file; a classifier that an evaluation wrote would do.")
     graph, abstract = nnx.split(_build(images), nnx.Param)
     if train and not _is_of(images, path, abstract):
-        _write(path, _trained(graph, abstract, images), images, held_out, graph)
+        _write(path, _trained(graph, abstract, images, check_stop), images, held_out, graph)
     params, about = _read(path, abstract)
     ours = {"image_shape": list(images.image_shape), "class_names": list(images.class_names)}
     for name, value in ours.items():
@@ -104,7 +114,7 @@ def _build(images: ImageSet) -> Classifier:
     return Classifier(images.image_shape, len(images.class_names), rngs=nnx.Rngs(0))
 
 
-def _trained(graph: Any, params: Any, images: ImageSet) -> Any:
+def _trained(graph: Any, params: Any, images: ImageSet, check_stop: Callable[[], None]) -> Any:
     """Parameters after training, with random shifts by up to a sixteenth; the run's seed has no part in it."""
     steps, most = IMAGES_SHOWN // BATCH_SIZE, max(images.image_shape[0] // 16, 1)
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
@@ -128,6 +138,7 @@ def _trained(graph: Any, params: Any, images: ImageSet) -> Any:
     moments, began = optimizer.init(params), time.perf_counter()
     with progress(steps * BATCH_SIZE, "training the classifier") as bar:
         for number in range(steps):
+            check_stop()
             while len(order) < BATCH_SIZE:
                 order = np.concatenate([order, random.permutation(len(images))])
             params, moments = step(params, moments, images.batch(order[:BATCH_SIZE]), jax.random.key(number))

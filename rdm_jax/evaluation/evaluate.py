@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,14 @@ RESULT = "evaluation.json"
 SAVE_SECONDS = 60.0
 
 
-def open_space(config: Config, sets: dict[str, ImageSet], workdir: Path) -> FeatureSpace:
+def open_space(config: Config, sets: dict[str, ImageSet], workdir: Path, check_stop: Callable[[], None]) -> FeatureSpace:
     """The features that the config asks for; a classifier that no path is given for is kept in the workdir."""
     values = config.evaluation
     given = Path(values.weights).expanduser() if values.weights else None
     if values.features == "inception":
         return inception.inception_space(given or inception.default_path())
     path = given or workdir / "classifier.safetensors"
-    return classifier_space(sets["training"], sets.get("held_out"), path, train=given is None)
+    return classifier_space(sets["training"], sets.get("held_out"), path, train=given is None, check_stop=check_stop)
 
 
 class Evaluator:
@@ -62,6 +62,7 @@ class Evaluator:
     Raises:
       InputError: the network that makes the features, or a set that is measured or compared with, is not there or cannot be
         used; nothing has been measured yet.
+      Interrupted: the stop was asked for while the classifier was trained.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Evaluator:
         self._config, self._stop, self._folder = config, stop, workdir / config.evaluation.name
         self._sets = {name: part for name, part in (("training", images), ("held_out", held_out)) if part is not None}
         given = {spec: open_stream(spec, config, self._sets) for spec in _specs(config) if not _is_generated(spec)}
-        self._space = space or distributed.first_before_others(lambda: open_space(config, self._sets, workdir))
+        self._space = space or distributed.first_before_others(lambda: open_space(config, self._sets, workdir, stop.check))
         self._given, (self._published, self._reference_stream, self._reference_about) = given, self._open_reference()
         self._params = jax.device_put(self._space.params, sharding.replicated(sharding.local_mesh()))
         self._apply = jax.jit(self._space.apply)

@@ -312,16 +312,6 @@ def test_labels_go_by_the_classes_names(source):
     assert 5 < labels[:20].sum() < 15 and sorted(labels.tolist()) == sorted(1 - images.batch(np.arange(40))["label"])
 
 
-def test_a_classifier_of_other_images_is_trained_again(source, tmp_path, caplog):
-    caplog.set_level("INFO", logger="rdm_jax")
-    digests = []
-    for held_out in (20, 20, 30):
-        parts = parts_of(config_of(source, held_out=held_out))
-        digests.append(classifier.classifier_space(*parts, tmp_path / "classifier.safetensors", train=True).digest)
-    assert digests[0] == digests[1] != digests[2]
-    assert caplog.text.count("classifier trained in") == 2 and "it was trained on other images" in caplog.text
-
-
 def test_held_out_images_are_of_every_class():
     """Of a sorted set in equal parts, and of one whose classes take turns at random."""
     for labels in (np.arange(1000) // 100, np.arange(1000) % 10):
@@ -386,12 +376,6 @@ def test_refused_in_one_sentence(source, workdir, tmp_path, case):
     with pytest.raises(InputError, match=pattern) as caught:
         run(config.to_config_dict(), str(workdir), mode="evaluate")
     assert "\n" not in str(caught.value) and re.search(r"would\s+do", str(caught.value))
-
-
-def test_data_without_classes_has_no_classifier(tmp_path, workdir):
-    write_folder(tmp_path / "plain")
-    with pytest.raises(InputError, match="features='classifier' needs classes"):
-        run(config_of(tmp_path / "plain", held_out=5).to_config_dict(), str(tmp_path / "run"), mode="evaluate")
 
 
 def test_networks_that_make_no_numbers_are_refused(source, relay, tmp_path):

@@ -1,0 +1,57 @@
+"""Features of a classifier: when it is trained, and when not."""
+
+import numpy as np
+import pytest
+
+from rdm_jax.data.image_sets import ImageSet, open_direct
+from rdm_jax.data.images import Form
+from rdm_jax.errors import InputError
+from rdm_jax.evaluation import classifier
+from tests.tiny import write_images
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(classifier, "IMAGES_SHOWN", 300)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> ImageSet:
+    """60 of two classes."""
+    folder = tmp_path_factory.mktemp("source")
+    write_images(folder, count=60)
+    return open_direct(f"folder:{folder}", Form(8, 8), cache_bytes=2**30)
+
+
+def test_one_of_other_images_is_trained_again(images, tmp_path, caplog):
+    caplog.set_level("INFO", logger="rdm_jax")
+    digests = []
+    for held_out in (20, 20, 30):
+        parts = images.split(held_out)
+        digests.append(classifier.classifier_space(*parts, tmp_path / "classifier.safetensors", train=True).digest)
+    assert digests[0] == digests[1] != digests[2]
+    assert caplog.text.count("classifier trained in") == 2 and "it was trained on other images" in caplog.text
+
+
+def test_training_is_stopped_between_steps(images, tmp_path):
+    """It may take minutes, and a host may give a process half of one to end."""
+
+    class Stopped(BaseException):
+        pass
+
+    calls = []
+
+    def check_stop():
+        calls.append(None)
+        if len(calls) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        classifier.classifier_space(images, None, tmp_path / "x.safetensors", train=True, check_stop=check_stop)
+    assert len(calls) == 2 and not list(tmp_path.iterdir())
+
+
+def test_data_without_classes_has_none(tmp_path):
+    plain = ImageSet([(np.zeros((8, 8, 3), np.uint8), 0)] * 4, (8, 8, 3), ())
+    with pytest.raises(InputError, match="features='classifier' needs classes"):
+        classifier.classifier_space(plain, None, tmp_path / "x.safetensors", train=True)
