@@ -158,12 +158,16 @@ class Checkpoints:
 
     def _write_checksums(self) -> None:
         """Adds the checksums to the folder that is being written."""
-        partial = list(self.directory.glob(f"{self._saving}.orbax-checkpoint-tmp*"))
+        partial = [folder for folder in self._partial() if folder.name.startswith(f"{self._saving}.")]
         write_checksums(partial[0] if partial else self.directory / str(self._saving))  # no other name on an object store
+
+    def _partial(self) -> list[Path]:
+        """The folders of saves that are under way, or were. One pattern for all steps: Python keeps every pattern it compiled."""
+        return list(self.directory.glob("*.orbax-checkpoint-tmp*"))
 
     def _give_up(self, error: Exception) -> None:
         """Leaves nothing of a save that has failed, and says so. Raises OSError where no more may fail."""
-        for partial in self.directory.glob("*.orbax-checkpoint-tmp*"):
+        for partial in self._partial():
             shutil.rmtree(partial, ignore_errors=True)
         if self.directory.is_dir():
             self._manager.reload()
