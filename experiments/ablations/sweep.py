@@ -62,8 +62,8 @@ def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path)
 Distances = dict[str, tuple[list[float], list[float]]]  # of a group's settings: of the relay, and from real small images
 
 
-def draw(groups: dict[str, Distances], path: Path) -> None:
-    """A panel a group: means over seeds, with their standard deviation where there are several."""
+def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
+    """A panel a group: means over seeds, with their standard deviation where there are several, and the floor."""
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(5.4 * columns, 2.6 * rows), layout="constrained")
@@ -76,11 +76,12 @@ def draw(groups: dict[str, Distances], path: Path) -> None:
             spread = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
             places = list(range(len(values)))
             axes.errorbar(list(map(statistics.mean, values)), places, xerr=spread, fmt="os"[number], markersize=4, label=label)
+        axes.axvline(floor, color="0.5", linestyle=":", label="real images held out")
         axes.set(title=title, yticks=places, yticklabels=list(distances))
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
     panels[0].set_xlim(left=0)  # of all
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     figure.supxlabel("Frechet distance")
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=90)
@@ -104,9 +105,10 @@ def sweep() -> None:
             relayed, real = zip(*(measured(base, variant, root, seed, small) for seed in of_group), strict=True)
             joined = handover_error(variant.change(base).stages[1], held_out)
             rows.append([variant.setting, joined, *runs.cells(relayed), runs.cells(real)[0]])
-            drawn[group][variant.setting] = (list(map(runs.distance, relayed)), list(map(runs.distance, real)))
+            as_in_config = " (config)" if variant.change(base) == base else ""
+            drawn[group][variant.setting + as_in_config] = (list(map(runs.distance, relayed)), list(map(runs.distance, real)))
         print(f"\n{group}\n\n{markdown(['', 'hand-over: sigma, blur left, detail left', *columns], rows)}", flush=True)
-    draw(drawn, root / "ablations.png")
+    draw(drawn, runs.distance(floor), root / "ablations.png")
 
 
 def main(_: list[str]) -> int:
