@@ -14,8 +14,19 @@ from rdm_jax.interop import torch_files
 from rdm_jax.interop.torch_files import open_state_dict
 from tests.interop.refusals import peak_of
 from tests.interop.test_inert_pickle import DANGEROUS, HOSTILE, IDS, named, text
-from tests.interop.test_torch_files import FOUR, VIEWS
-from tests.interop.torch_standins import Call, Named, Storage, View, dump_legacy, dump_pt, legacy_header, state_dict, write_pkl
+from tests.interop.test_torch_files import VIEWS
+from tests.interop.torch_standins import (
+    FOUR,
+    Call,
+    Named,
+    Storage,
+    View,
+    dump_legacy,
+    dump_pt,
+    legacy_header,
+    state_dict,
+    write_pkl,
+)
 
 DUMPS = {"zip": dump_pt, "legacy": dump_legacy}
 FORMATS = pytest.mark.parametrize("kind", DUMPS)

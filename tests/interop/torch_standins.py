@@ -343,3 +343,19 @@ def write_pt(
     adam = {0: {"step": View.of(np.float32(5), False), "exp_avg": View.of(np.zeros(4, np.float32), False)}}
     optimizer = {"state": adam, "param_groups": [ADAM | {"params": [0]}]}
     dump_pt(path, {key: network(class_name, settings, tensors, module_src), "optimizer_state": optimizer, "step": 5} | extra)
+
+
+FOUR = np.arange(4, dtype=np.float32)
+SETTINGS = {
+    "img_resolution": 64,
+    "label_dim": 1000,
+    "model_type": "DhariwalUNet",
+    "sigma_max": float("inf"),
+    "sigma_data": np.float64(0.5),
+    "levels": np.int64(-3),
+    "fast": np.bool_(True),
+    "attn_resolutions": [32, 16, 8],
+    "nested": {"a": (1, None, True, 2.5), "b": []},
+}
+WRITERS = {"pkl": write_pkl, "pt": write_pt}
+DUMPS = {"pkl": dump_pkl, "pt": dump_pt}
