@@ -67,7 +67,7 @@ def _emoji(size: str) -> Config:
     middle = dataclasses.replace(large, resolution=(64, 64), network=small.network, training=small.training)
     stages = (dataclasses.replace(small, resolution=(16, 16), network=network), middle, large)
     if size == "tiny":
-        longer = zip(stages, (64_000, 19_200, 6_400), strict=True)
+        longer = zip(stages, (48_000, 12_800, 4_800), strict=True)
         noise = EDM(noise_scale=1.0)  # as for digits.py's networks, which are as small
         stages = tuple(
             dataclasses.replace(stage, precondition=noise, training=_short(stage.training, images)) for stage, images in longer

@@ -27,12 +27,15 @@ IMAGES_SHOWN, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 40_000, 100, 2e-3, 0.01
 
 
 class Classifier(nnx.Module):
-    """Three strided convolutions, the mean over a 4 x 4 grid of what they see, and two dense layers."""
+    """Three strided convolutions, the mean over a 4 x 4 grid of what they see, and two dense layers.
+
+    The first one's stride grows with images above 64 pixels, which would cost minutes otherwise; it sees every pixel still.
+    """
 
     def __init__(self, image_shape: tuple[int, ...], classes: int, *, rngs: nnx.Rngs):
-        halving = lambda inputs, outputs: nnx.Conv(inputs, outputs, (3, 3), strides=2, rngs=rngs)  # noqa: E731
-        self.conv1 = halving(image_shape[-1], WIDTHS[0])
-        self.conv2, self.conv3 = halving(WIDTHS[0], WIDTHS[1]), halving(WIDTHS[1], WIDTHS[2])
+        strided = lambda by, *widths: nnx.Conv(*widths, (by + 1, by + 1), strides=by, rngs=rngs)  # noqa: E731
+        self.conv1 = strided(max(2, min(image_shape[:2]) // 32), image_shape[-1], WIDTHS[0])
+        self.conv2, self.conv3 = strided(2, WIDTHS[0], WIDTHS[1]), strided(2, WIDTHS[1], WIDTHS[2])
         self.to_features = nnx.Linear(16 * WIDTHS[-1], FEATURES, rngs=rngs)
         self.to_logits = nnx.Linear(FEATURES, classes, rngs=rngs)
 
