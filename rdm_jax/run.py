@@ -90,6 +90,7 @@ def run(
         if mode == "export":
             return export_stage(config, stage, folder, Path(weights).expanduser())
         _work(config, mode, stage, folder, stop, skip_bad)
+        stop.check()  # one that came when all was done is not lost on a caller with more to do
     log.info("%s: done", mode)
 
 

@@ -19,7 +19,9 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from rdm_jax.config import parse
+from rdm_jax.interrupt import Interrupted
 from rdm_jax.main import main
+from rdm_jax.run import run as run_here
 from rdm_jax.training import checkpoint, metrics
 from tests.tiny import LOW, tiny_config, write_images
 
@@ -156,6 +158,13 @@ def test_stopping_loses_nothing_and_goes_on_bit_equal(finished, images, tmp_path
     done = run(images, workdir, *flags)
     assert done.returncode == 0 and f"going on from {step * 8} images" in done.stdout, done.stderr
     check_equal_states(workdir, finished[0], "stage1")
+
+
+def test_a_signal_when_all_is_done_is_not_lost(images, tmp_path, monkeypatch):
+    """An experiment makes many runs in one process."""
+    monkeypatch.setattr("rdm_jax.run._work", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        run_here(tiny_config(images).to_config_dict(), str(tmp_path))
 
 
 def test_bad_images_are_refused_or_left_out_and_listed(tmp_path):
