@@ -93,6 +93,7 @@ def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp
     fault(4, 2, "parameters, EMA, moments, step, data position and losses are bit-equal")
 
 
+@pytest.mark.long
 def test_5_values_on_other_devices(images, finished, tmp_path, fault):
     """Every checkpoint is restored from the one before it, on other devices, and saved again."""
     config = configs.parse(tiny_config(images, low=LOW).to_config_dict())

@@ -34,7 +34,7 @@ UNAFFECTED = {
     "no network": "unshare -rn {}",
     "HOME and TMPDIR with spaces": "mkdir -p 'SPACES/a b' && HOME='SPACES/a b' TMPDIR='SPACES/a b' {}",
 }
-SHORT = ("stdout closed", "a reader that goes away", "a full disk for the log", "no home directory")
+SHORT = ("stdout closed", "a full disk for the log")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in SHORT else [pytest.mark.long]) for k in UNAFFECTED])
