@@ -103,9 +103,10 @@ def sweep() -> None:
         for variant in GROUPS[group]:
             of_group = seeds if group in SEVERAL else seeds[:1]
             relayed, real = zip(*(measured(base, variant, root, seed, small) for seed in of_group), strict=True)
-            joined = handover_error(variant.change(base).stages[1], held_out)
+            changed = variant.change(base)
+            joined = handover_error(changed.stages[1], held_out)
             rows.append([variant.setting, joined, *runs.cells(relayed), runs.cells(real)[0]])
-            as_in_config = " (config)" if variant.change(base) == base else ""
+            as_in_config = " (config)" if changed == base else ""
             drawn[group][variant.setting + as_in_config] = (list(map(runs.distance, relayed)), list(map(runs.distance, real)))
         print(f"\n{group}\n\n{markdown(['', 'hand-over: sigma, blur left, detail left', *columns], rows)}", flush=True)
     draw(drawn, runs.distance(floor), root / "ablations.png")

@@ -9,7 +9,7 @@ an accelerator, `emoji-16-64-256-tiny` the same in minutes on two cores. README.
 import dataclasses
 
 from configs import digits, emoji
-from rdm_jax.config import Config, Evaluation, Stage, Training, parse
+from rdm_jax.config import Config, Evaluation, Stage, parse
 from rdm_jax.diffusion.preconditioning import EDM
 
 MORE_STEPS = 10  # of the ladder, of which four levels are below the smaller noise
@@ -67,11 +67,7 @@ def _emoji(size: str) -> Config:
     middle = dataclasses.replace(large, resolution=(64, 64), network=small.network, training=small.training)
     stages = (dataclasses.replace(small, resolution=(16, 16), network=network), middle, large)
     if size == "tiny":
-        longer = zip(stages, (48_000, 12_800, 4_800), strict=True)
-        noise = EDM(noise_scale=1.0)  # as for digits.py's networks, which are as small
-        stages = tuple(
-            dataclasses.replace(stage, precondition=noise, training=_short(stage.training, images)) for stage, images in longer
-        )
+        stages = tuple(_brief(stage, images) for stage, images in zip(stages, (48_000, 12_800, 4_800), strict=True))
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, directory="data/emoji_256_tones", skin_tones="mark", held_out=339),
@@ -81,9 +77,9 @@ def _emoji(size: str) -> Config:
     )
 
 
-def _short(training: Training, images: int) -> Training:
-    """So many images, in a quarter of an hour on two cores for all stages: a larger learning rate, an average of fewer."""
+def _brief(stage: Stage, images: int) -> Stage:
+    """A stage shown so few images: a larger learning rate, an average of fewer, and the noise told as to digits.py's networks."""
     often = {"checkpoint_every": images // 4, "preview_every": images // 2, "log_every": images // 40}
-    return dataclasses.replace(
-        training, images=images, learning_rate=1e-3, warmup=images // 20, ema_halflife=images / 10, ema_rampup=0.0, **often
-    )
+    rates = {"learning_rate": 1e-3, "warmup": images // 20, "ema_halflife": images / 10, "ema_rampup": 0.0}
+    training = dataclasses.replace(stage.training, images=images, **rates, **often)
+    return dataclasses.replace(stage, precondition=EDM(noise_scale=1.0), training=training)

@@ -1,11 +1,9 @@
 """Features of a classifier: when it is trained, and when not."""
 
-import numpy as np
 import pytest
 
 from rdm_jax.data.image_sets import ImageSet, open_direct
 from rdm_jax.data.images import Form
-from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier
 from tests.tiny import write_images
 
@@ -49,9 +47,3 @@ def test_training_is_stopped_between_steps(images, tmp_path):
     with pytest.raises(Stopped):
         classifier.classifier_space(images, None, tmp_path / "x.safetensors", train=True, check_stop=check_stop)
     assert len(calls) == 2 and not list(tmp_path.iterdir())
-
-
-def test_data_without_classes_has_none(tmp_path):
-    plain = ImageSet([(np.zeros((8, 8, 3), np.uint8), 0)] * 4, (8, 8, 3), ())
-    with pytest.raises(InputError, match="features='classifier' needs classes"):
-        classifier.classifier_space(plain, None, tmp_path / "x.safetensors", train=True)

@@ -378,6 +378,12 @@ def test_refused_in_one_sentence(source, workdir, tmp_path, case):
     assert "\n" not in str(caught.value) and re.search(r"would\s+do", str(caught.value))
 
 
+def test_data_without_classes_has_no_classifier(tmp_path, workdir):
+    write_folder(tmp_path / "plain")
+    with pytest.raises(InputError, match="features='classifier' needs classes"):
+        run(config_of(tmp_path / "plain", held_out=5).to_config_dict(), str(tmp_path / "run"), mode="evaluate")
+
+
 def test_networks_that_make_no_numbers_are_refused(source, relay, tmp_path):
     broken = copy.copy(relay)
     broken._stages = [(sampler, jax.tree.map(lambda x: x * jnp.nan, params)) for sampler, params in relay._stages]

@@ -76,7 +76,7 @@ def files_of(step) -> list:
     return [path for path in sorted(step.rglob("*")) if path.is_file() and path.name not in LATER and path.stat().st_size]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(10**6, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [3, pytest.param(10**6, marks=pytest.mark.long)])
 def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(images, trained, finished, fault, count):
     files = files_of(trained / "stage1/checkpoints/20")
     chosen = files[:: max(1, len(files) // count)]

@@ -23,6 +23,20 @@ def refuse(path, *named, key="ema"):
         assert words in message, message
 
 
+def of_changed(path, places, random, read) -> list:
+    """What is read of a file with the byte at one place changed, for each of the places; None where it is refused."""
+    content, found = path.read_bytes(), []
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= random.integers(1, 256)
+        path.write_bytes(changed)
+        try:
+            found.append(read(path))
+        except InputError:
+            found.append(None)
+    return found
+
+
 def with_tensor(view) -> Module:
     return Module("EDMPrecond", state_of({"weight": view}, {}, {}, _init_args=(), _init_kwargs={}))
 
