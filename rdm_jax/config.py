@@ -7,7 +7,6 @@ their own schema: the dataclasses that do the work are the ones that are filled 
 
 import dataclasses
 import difflib
-import json
 import types
 import typing
 from pathlib import Path
@@ -17,6 +16,7 @@ from ml_collections import ConfigDict
 
 from rdm_jax.diffusion import preconditioning, processes, samplers
 from rdm_jax.errors import InputError
+from rdm_jax.files import parse_json
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
@@ -294,11 +294,11 @@ def parse(values: ConfigDict | dict[str, Any]) -> Config:
 def read_saved(path: Path) -> dict[str, Any]:
     """The values in a config.json, for `parse`. Raises InputError where there are none."""
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text())
         if not isinstance(values, dict):
             raise ValueError("it holds no fields")
         return values
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a config ({error}); the config.json of a workdir would do.") from error
 
 

@@ -1,12 +1,14 @@
 """Files that are there whole or not at all."""
 
 import hashlib
+import json
 import os
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rdm_jax.terminal import log
 
@@ -51,6 +53,14 @@ def is_whole_png(path: Path) -> bool:
             return file.read() == PNG_END
     except OSError:
         return False
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON from a file says. Raises ValueError where it is none, and where it is nested too deep for Python's own parser."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def sha256(path: Path) -> str:

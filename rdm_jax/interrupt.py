@@ -1,8 +1,10 @@
 """Stopping without losing anything: Ctrl-C and SIGTERM are noted, and obeyed between two steps."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 
 
@@ -15,13 +17,15 @@ class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except 
 
 
 class StopOnSignal:
-    """A context in which the first SIGINT or SIGTERM sets `requested`, and a second one interrupts at once.
+    """A context in which the first SIGINT or SIGTERM sets `requested`, and a third one interrupts at once.
 
-    Long loops call `check` where everything is saved, or look at `requested` and save first.
+    A second one is warned of that, and no more: a shell and what it started may each send the same one. Long loops call `check`
+    where everything is saved, or look at `requested` and save first.
     """
 
     def __init__(self):
         self.requested: int | None = None
+        self._warned = False
 
     def __enter__(self) -> "StopOnSignal":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -32,9 +36,13 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame):
-        if self.requested:
+        if self._warned:
             raise Interrupted(number, at_once=True)
-        self.requested = number
+        if self.requested:
+            self._warned = True
+            with contextlib.suppress(OSError, AttributeError):  # not by print, in the middle of which the signal may have come
+                os.write(sys.stderr.fileno(), b"stopping as soon as everything is saved; once more stops at once, and loses the last steps\n")
+        self.requested = self.requested or number
 
     @property
     def interruption(self) -> Interrupted:

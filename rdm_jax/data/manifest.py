@@ -1,15 +1,16 @@
 """What a prepared set says of itself, and whether its files still are what they were."""
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
 from rdm_jax.errors import InputError
-from rdm_jax.files import sha256
+from rdm_jax.files import parse_json, sha256
 from rdm_jax.terminal import log, progress
 
 MANIFEST = "manifest.json"
 FIELDS = {"settings": dict, "count": int, "classes": dict, "enlarged": int, "skipped": dict, "shards": list}
+FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
@@ -28,7 +29,7 @@ def verify_files(directory: Path) -> None:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a prepared set. Raises InputError where there is none."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = parse_json((directory / MANIFEST).read_text())
         if not manifest.keys() >= FIELDS.keys():
             raise ValueError("fields are missing")
         for field, kind in FIELDS.items():
@@ -37,12 +38,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         for shard in manifest["shards"]:
             _check_shard(shard)
         return manifest
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{directory} is there and is no prepared data ({error}); another directory would do.") from error
 
 
 def _check_shard(shard: Any) -> None:
     if not isinstance(shard, dict) or any(type(shard.get(field)) is not kind for field, kind in SHARD.items()):
         raise ValueError("what it says of a file is not complete")
-    if Path(shard["file"]).name != shard["file"]:  # it may be a stranger's, and the file is going to be opened
+    if not FILE_NAME.fullmatch(shard["file"]):  # it may be a stranger's, and the file is going to be opened
         raise ValueError(f"{shard['file'][:200]!r} is no file beside it")

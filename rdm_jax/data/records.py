@@ -20,7 +20,7 @@ from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.sources import Source
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.errors import BadImage, InputError
-from rdm_jax.files import sha256, whole_file
+from rdm_jax.files import parse_json, sha256, whole_file
 
 ENCODINGS = ("png", "jpeg", "raw")
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
@@ -147,7 +147,7 @@ def _write_records(path: Path, examples) -> None:
 
 def _read_voucher(voucher: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(voucher.read_text())
+        found = parse_json(voucher.read_text())
         return found if {"records", "skipped", "sha256", "made_from"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):
         return None

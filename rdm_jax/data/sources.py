@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from jaxtyping import UInt8
 from rdm_jax.data import readers
 from rdm_jax.data.images import SUFFIXES, Form, fit, to_uint8
 from rdm_jax.errors import BadImage, InputError
+from rdm_jax.files import parse_json
 from rdm_jax.terminal import log
 
 SKIN_TONES = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
@@ -208,9 +208,9 @@ def _with_labels(source: Source, labels_file: bytes) -> Source:
 
 def _parse_labels(labels_file: bytes) -> dict[str, int]:
     try:
-        pairs = json.loads(labels_file)["labels"] or []
+        pairs = parse_json(labels_file)["labels"] or []
         bad = next((pair for pair in pairs if [type(v) for v in pair] != [str, int]), None)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f'{LABELS_FILE} cannot be read ({error!r}); {{"labels": [["NAME", 0], ...]}} would do.') from error
     if bad is not None:
         raise InputError(f'{LABELS_FILE} has the label {str(bad)[:80]}; ["NAME", 0], with a class number, would do.')

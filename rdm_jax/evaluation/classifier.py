@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.files import whole_file
+from rdm_jax.files import parse_json, whole_file
 from rdm_jax.terminal import log, progress
 
 FEATURES, WIDTHS = 64, (32, 64, 64)
@@ -174,7 +174,7 @@ def _accuracy(graph: Any, params: Any, images: ImageSet) -> float:
 def _read(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            about = json.loads((file.metadata() or {})["about"])
+            about = parse_json((file.metadata() or {})["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         params = jax.tree.map_with_path(lambda keys, _: jnp.asarray(tensors[jax.tree_util.keystr(keys)]), abstract)
         same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype and jnp.isfinite(a).all(), params, abstract)

@@ -27,7 +27,7 @@ from rdm_jax.evaluation.statistics import Statistics, Tally, compare
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.evaluation.streams import Stream, open_stream
 from rdm_jax.evaluation.tables import PUBLISHED, result_table
-from rdm_jax.files import whole_file
+from rdm_jax.files import parse_json, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.preview import StageAlone
@@ -284,7 +284,7 @@ def picture_names(names: Iterable[str]) -> dict[str, str]:
 def read_result(path: Path) -> dict[str, Any] | None:
     """What an evaluation has written; None where there is none, or only a damaged one."""
     try:
-        result = json.loads(path.read_text())
+        result = parse_json(path.read_text())
         for row in result["results"].values():
             result_table({"": row})
         made_with, published = result["made_with"], result["published"]

@@ -58,9 +58,13 @@ def _titles(folders: list[Path], workdir: Path) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """An evaluation that makes a section of a page."""
     result = read_result(path)
-    if result is None:
-        raise InputError(f"{path} is no evaluation, or damaged; an {RESULT} that --mode=evaluate has written would do.")
+    try:
+        _section("", result, {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        would_do = f"an {RESULT} that --mode=evaluate has written would do."
+        raise InputError(f"{path} is no evaluation, or damaged; {would_do}") from error
     return result
 
 

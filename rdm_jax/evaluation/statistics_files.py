@@ -11,7 +11,7 @@ from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.npz import Npz
 from rdm_jax.evaluation.statistics import Statistics
-from rdm_jax.files import sha256, whole_file
+from rdm_jax.files import parse_json, sha256, whole_file
 
 # How ADM (guided-diffusion's evaluator) calls the mean and the covariance of each output, and all after it.
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -52,7 +52,7 @@ def _about(file: Npz, space: FeatureSpace) -> dict[str, Any]:
     about = {"space": {"name": "inception", "digest": space.digest}}
     if "about" in file.arrays:
         try:
-            about = json.loads(str(file.read("about")))
+            about = parse_json(str(file.read("about")))
             known = isinstance(about["count"], int | None) and isinstance(about["space"], dict)
             if not known or (about["count"] is not None and about["count"] < 1):
                 raise ValueError("no number of images, or no feature space")

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from rdm_jax import sharding
 from rdm_jax.config import Config, Stage, to_dict
 from rdm_jax.errors import InputError, reason
-from rdm_jax.files import sha256, whole_file
+from rdm_jax.files import parse_json, sha256, whole_file
 from rdm_jax.interop import original
 from rdm_jax.interop.torch_files import open_torch
 from rdm_jax.terminal import log
@@ -66,11 +66,11 @@ def _open_safetensors(path: Path) -> Iterator[Weights]:
     try:
         file = safetensors.safe_open(path, framework="np")
         about = file.metadata() or {}
-        settings = json.loads(about["settings"]) if "settings" in about else None
+        settings = parse_json(about["settings"]) if "settings" in about else None
         if not isinstance(settings, dict | None):
             raise ValueError("its settings are no dict")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be used ({error}); a whole safetensors file would do.") from error
     with file:
         yield Weights(about.get("class_name"), settings, shapes, lambda name: _read_safetensor(file, name, path))

@@ -15,7 +15,7 @@ from rdm_jax import distributed
 from rdm_jax.checks import parse_numbers
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.files import is_whole_npz, is_whole_png, whole_file
+from rdm_jax.files import is_whole_npz, is_whole_png, parse_json, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.parts import Parts, png_name, sample_in_parts, write_npz, write_png
@@ -118,7 +118,7 @@ def _is_done(folder: Path, seeds: np.ndarray, relay: Relay, made_with: dict[str,
 
 def _is_vouched_for(folder: Path, made_with: dict[str, Any]) -> bool:
     try:
-        return json.loads((folder / SAMPLES).read_text()) == made_with
+        return parse_json((folder / SAMPLES).read_text()) == made_with
     except (FileNotFoundError, ValueError):
         return False
 

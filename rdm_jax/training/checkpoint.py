@@ -152,6 +152,7 @@ class Checkpoints:
     def _save(self, step: int, args: ocp.args.Composite, validation_loss: float) -> None:
         self._saving = step
         try:
+            self.directory.stat()  # Orbax would make it anew, and nobody would hear that what was saved before is gone
             self._manager.save(step, args=args, metrics={"validation_loss": validation_loss})
         except Exception as error:
             self._give_up(error)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rdm_jax.files import sha256
+from rdm_jax.files import parse_json, sha256
 
 CHECKSUMS = "checksums.json"
 # Orbax writes these after everything else: the time of its commit, and that it was one. Nothing of a training is in them.
@@ -27,7 +27,7 @@ def damage(folder: Path, thorough: bool = True) -> str:
         expected = {name: (int(about["bytes"]), str(about["sha256"])) for name, about in _read(folder / CHECKSUMS).items()}
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{CHECKSUMS} is damaged: {error}"
     found = _files(folder)
     for name in sorted(expected.keys() | found.keys()):
@@ -44,7 +44,7 @@ def damage(folder: Path, thorough: bool = True) -> str:
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return parse_json(path.read_text())
 
 
 def _files(folder: Path) -> dict[str, Path]:

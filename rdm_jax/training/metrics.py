@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from rdm_jax.files import dispensable, whole_file
+from rdm_jax.files import dispensable, parse_json, whole_file
 from rdm_jax.terminal import log
 
 
@@ -51,12 +51,13 @@ class MetricWriter:
 
     def _append(self) -> None:
         """Writes the lines that wait, all or none."""
-        size = self._path.stat().st_size
+        size = self._path.stat().st_size if self._path.exists() else 0  # someone may have moved it away
         try:
             with self._path.open("a") as file:
                 file.write(self._waiting)
         except OSError:
-            os.truncate(self._path, size)
+            with contextlib.suppress(OSError):  # where it is gone, the first error says so
+                os.truncate(self._path, size)
             raise
         self._waiting = ""
 
@@ -121,8 +122,8 @@ def _parsed(path: Path) -> list[dict[str, Any] | None]:
     lines: list[dict[str, Any] | None] = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             line = None
         lines.append(line if isinstance(line, dict) and isinstance(line.get("step"), int) else None)
     return lines

@@ -4,6 +4,7 @@ import random
 import shutil
 import signal
 import time
+from typing import NamedTuple
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -24,32 +25,60 @@ def trained(finished, tmp_path):
     return tmp_path / "run"
 
 
-def killed_until_done(images, workdir, kills: int, seed: int) -> list[bool]:
-    """Kills training, which saves after every step, again and again at random moments; whether each was within a save."""
-    moments, within, newest = random.Random(seed), [], lambda: max(steps(workdir, sound=False), default=0)
+def newest(workdir) -> int:
+    return max(steps(workdir, sound=False), default=0)
+
+
+class Pace(NamedTuple):
+    """Of a training that saves after every step, in seconds."""
+
+    first: float  # from its start until its first checkpoint is listed
+    each: float  # from there to the next
+
+    @classmethod
+    def seen(cls, images, workdir) -> "Pace":
+        began, process, listed = time.monotonic(), start(images, workdir, *STAGE, *EVERY_STEP), []
+        for step in (1, 3):
+            assert wait_for(lambda step=step: newest(workdir) >= step, process), process.communicate()
+            listed.append(time.monotonic())
+        process.kill()
+        process.communicate()
+        return cls(listed[0] - began, (listed[1] - listed[0]) / 2)
+
+
+def killed_until_done(images, workdir, kills: int, moments: random.Random, pace: Pace) -> list[str]:
+    """Kills training again and again; within what each was.
+
+    One in four falls anywhere between its start and its first checkpoint, the others anywhere in two saves after that.
+    """
+    within = []
     for _ in range(kills):
-        before = newest()
+        before, early = newest(workdir), moments.random() < 0.25
         process = start(images, workdir, *STAGE, *EVERY_STEP)
-        if not wait_for(lambda before=before: newest() > before, process):
+        if not early and not wait_for(lambda before=before: newest(workdir) > before, process):
             break
-        time.sleep(moments.uniform(0, 0.3))
+        time.sleep(moments.uniform(0, pace.first if early else 2 * pace.each))
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        within.append(any((workdir / "stage1/checkpoints").glob("*.orbax-checkpoint-tmp*")))
+        if process.returncode != -signal.SIGKILL:  # it was done before
+            break
+        saving = any((workdir / "stage1/checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        within.append("a start" if early else "a save" if saving else "a step")
         steps(workdir)  # all of them are sound
     return within
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_1_killed_at_random_moments(images, finished, tmp_path, fault, kills):
-    within, attempt = [], 0
+    within, attempt, pace = [], 0, Pace.seen(images, tmp_path / "pace")
     while len(within) < kills:
         workdir, attempt = tmp_path / str(attempt), attempt + 1
-        within += killed_until_done(images, workdir, kills=min(5, kills - len(within)), seed=attempt)
+        within += killed_until_done(images, workdir, min(5, kills - len(within)), random.Random(attempt), pace)
         run(images, workdir, *STAGE, *EVERY_STEP)
         assert_equal(state(workdir), state(finished))
-    what = f"{sum(within)} within a save: a sound step was found, the end is bit-equal, nothing partial was listed"
-    fault(1, len(within), what)
+    assert kills < 50 or {"a start", "a save"} <= set(within)
+    counts = ", ".join(f"{within.count(what)} within {what}" for what in sorted(set(within)))
+    fault(1, len(within), f"{counts}: a sound step was found, the end is bit-equal, nothing partial was listed")
 
 
 def test_2_killed_between_the_last_write_and_the_commit(images, finished, tmp_path, fault):
@@ -73,7 +102,8 @@ def damaged(path, how: str) -> None:
 
 
 def files_of(step) -> list:
-    return [path for path in sorted(step.rglob("*")) if path.is_file() and path.name not in LATER and path.stat().st_size]
+    found = [path for path in sorted(step.rglob("*")) if path.is_file() and path.stat().st_size]
+    return [path for path in found if str(path.relative_to(step)) not in LATER]
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(10**6, marks=pytest.mark.long)])
@@ -163,6 +193,13 @@ def test_7_a_checkpoint_of_other_arrays(images, trained, fault, how):
     fault(7, 1, f"an array that is {how}: an error that names it")
 
 
+def test_10_retention_keeps_the_only_checkpoint_when_others_fail(images, tmp_path, fault):
+    flags = ("--config.stage1.training.max_failed_saves=1", "--config.stage1.training.keep_newest=1")
+    run(images, tmp_path / "run", *STAGE, *flags, broken="saves_fail", status=2)
+    assert steps(tmp_path / "run") == [5]
+    fault(10, 2, "one is to be kept, and the saves after it fail: it is kept")
+
+
 @pytest.mark.parametrize(("broken", "status"), [("one_save_fails", 0), ("saves_fail", 2), ("last_save_fails", 2)])
 def test_9_a_failure_in_the_writers_thread(images, tmp_path, fault, broken, status):
     flags = ("--config.stage1.training.max_failed_saves=1",)
@@ -222,14 +259,17 @@ def test_8_the_disk_is_full_for_a_while(images, tmp_path, fault):
     fault(8, 1, "a disk that is full for a while: said, survived as configured; no line of the metrics is lost")
 
 
-def test_8_the_directory_goes_away(images, tmp_path, fault):
+@pytest.mark.parametrize("in_the_way", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_8_the_directory_goes_away(images, tmp_path, fault, in_the_way):
     workdir = tmp_path / "run"
     process = start(images, workdir, *STAGE, "--config.stage1.training.images=160000")
     assert wait_for(lambda: steps(workdir, sound=False), process), process.communicate()
     (workdir / "stage1").rename(tmp_path / "elsewhere")
-    (workdir / "stage1").write_text("in the way")
+    if in_the_way:
+        (workdir / "stage1").write_text("in the way")
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2 and "cannot be" in said(stderr)
+    assert process.returncode == 2 and "stage1" in said(stderr) and "cannot be" in said(stderr), stderr
+    assert not (workdir / "stage1/checkpoints").exists()  # or nobody would notice
     fault(8, 1, "a directory that goes away ends the run, with status 2")
 
 

@@ -1,5 +1,6 @@
 """Faults 3, 4, 5 and 11: stopped by signals, cut in two, moved to other devices, and started twice."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -31,44 +32,47 @@ def in_a_save(workdir):
 
 
 # The others are long: tests/test_main.py stops a whole run by each signal in a step.
-SIGNALS = [(in_a_save, signal.SIGTERM)]
+SIGNALS = [(in_a_save, signal.SIGTERM, 2)]
 SIGNALS += [
-    pytest.param(moment, number, marks=pytest.mark.long)
-    for moment in (in_a_step, in_a_save)
-    for number in STATUS
-    if (moment, number) not in SIGNALS
+    pytest.param(*signals, marks=pytest.mark.long)
+    for signals in itertools.product((in_a_step, in_a_save), STATUS, (1, 2))
+    if signals not in SIGNALS
 ]
 
 
-@pytest.mark.parametrize(("moment", "number"), SIGNALS)
-def test_3_a_signal(images, tmp_path, fault, number, moment):
+@pytest.mark.parametrize(("moment", "number", "times"), SIGNALS)
+def test_3_a_signal(images, tmp_path, fault, number, moment, times):
     workdir = tmp_path / "run"
     process = start(images, workdir, *STAGE, *LONG)
     assert wait_for(moment(workdir), process), process.communicate()
     began = time.monotonic()
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.05)  # or both would be one; still before the process is done
     _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode == STATUS[number] and "stopped by" in stderr and time.monotonic() - began < SECONDS
+    assert ("once more stops at once" in stderr) == (times > 1)
     saved = steps(workdir)[-1]
     seen = [line["images"] for line in metrics.read(workdir / "stage1/metrics.jsonl")]
     assert saved * 8 == max(seen)  # the step that it was stopped at, whose validation loss is the last line
-    fault(3, 1, f"{moment.__name__}: a checkpoint of that step is there, status {STATUS[number]}, within {SECONDS} s")
+    what = f"{moment.__name__}, {times} of them"
+    fault(3, 1, f"{what}: a checkpoint of that step is there, status {STATUS[number]}, within {SECONDS} s")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
-def test_3_a_signal_twice_in_a_row(images, finished, tmp_path, fault, number):
-    """The first one waits for a save, which takes a minute; the second one does not."""
+def test_3_a_signal_three_times_in_a_row(images, finished, tmp_path, fault, number):
+    """The first and the second one wait for a save, which takes a minute; the third one does not."""
     workdir = tmp_path / "run"
     process = start(images, workdir, *STAGE, broken="second_save_is_slow")
     assert wait_for(in_a_save(workdir), process), process.communicate()
-    for _ in range(2):
+    for _ in range(3):
         process.send_signal(number)
-        time.sleep(1)  # or both would be one
+        time.sleep(1)  # or all would be one
     _, stderr = process.communicate(timeout=10)
     assert process.returncode == STATUS[number] and steps(workdir) == [5] and "Traceback" not in stderr
     run(images, workdir, *STAGE)
     assert_equal(state(workdir), state(finished))
-    fault(3, 1, f"twice in a row: status {STATUS[number]} at once, nothing is half listed, the end is bit-equal")
+    fault(3, 1, f"three times in a row: status {STATUS[number]} at once, nothing is half listed, the end is bit-equal")
 
 
 def shortened(trained, workdir, step: int):
