@@ -41,7 +41,10 @@ class StopOnSignal:
         if self.requested:
             self._warned = True
             with contextlib.suppress(OSError, AttributeError):  # not by print, in the middle of which the signal may have come
-                os.write(sys.stderr.fileno(), b"stopping as soon as everything is saved; once more stops at once, and loses the last steps\n")
+                os.write(
+                    sys.stderr.fileno(),
+                    b"stopping as soon as everything is saved; once more stops at once, and loses the last steps\n",
+                )
         self.requested = self.requested or number
 
     @property

@@ -79,7 +79,7 @@ def classifier_space(
     graph, abstract = nnx.split(_build(images), nnx.Param)
     if train and not _is_of(images, path, abstract):
         _write(path, _trained(graph, abstract, images, check_stop), images, held_out, graph)
-    params, about = _read(path, abstract)
+    params, about = read_parameters(path, abstract)
     ours = {"image_shape": list(images.image_shape), "class_names": list(images.class_names)}
     for name, value in ours.items():
         if about[name] != value:
@@ -99,7 +99,7 @@ def _is_of(images: ImageSet, path: Path, abstract: Any) -> bool:
     if not path.is_file():
         return False
     try:
-        _, about = _read(path, abstract)
+        _, about = read_parameters(path, abstract)
         if about["trained_on"] == _trained_on(images):
             return True
         reason = "it was trained on other images"
@@ -171,7 +171,8 @@ def _accuracy(graph: Any, params: Any, images: ImageSet) -> float:
     return right / len(images)
 
 
-def _read(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
+def read_parameters(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    """Parameters like `abstract`, and what is known of them. Raises InputError where a file has none."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
             about = parse_json((file.metadata() or {})["about"])

@@ -26,7 +26,7 @@ def write_report(workdir: Path, paths: list[Path]) -> None:
       InputError: a file is no evaluation, or there is none.
     """
     paths = paths or sorted(workdir.glob(f"*/{RESULT}"))
-    results = [_read(path) for path in paths]
+    results = [read_section(path) for path in paths]
     stages = [stage for folder in sorted({path.parent.parent for path in paths} | {workdir}) for stage in folder.glob("stage*")]
     curves = {title: _over_training(stage) for stage, title in zip(stages, _titles(stages, workdir), strict=True)}
     curves = {title: points for title, points in sorted(curves.items()) if points}
@@ -57,8 +57,8 @@ def _titles(folders: list[Path], workdir: Path) -> list[str]:
     return titles
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """An evaluation that makes a section of a page."""
+def read_section(path: Path) -> dict[str, Any]:
+    """What makes a section of a page. Raises InputError where a file is no evaluation."""
     result = read_result(path)
     try:
         _section("", result, {})
@@ -110,7 +110,7 @@ def _over_training(stage: Path) -> dict[int, dict[str, float]]:
     """The metrics of a stage by the images that it had seen."""
     points = {}
     for path in sorted(stage.glob(f"evaluations/*/{RESULT}")):
-        (result,) = _read(path)["results"].values()
+        (result,) = read_section(path)["results"].values()
         points[int(path.parent.name)] = result["metrics"]
     return points
 

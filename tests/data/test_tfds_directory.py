@@ -71,7 +71,8 @@ def test_files_elsewhere_are_not_read(prepared):
         open_prepared(prepared)
 
 
-WRONG = [("file", "../images/a/000.png"), ("file", "/etc/hostname"), ("file", None), ("bytes", "7"), ("sha256", 7)]
+NO_NAMES = ("../images/a/000.png", "/etc/hostname", "..", "a\0b", "\ud800", None)
+WRONG = [*(("file", name) for name in NO_NAMES), ("bytes", "7"), ("sha256", 7)]
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)

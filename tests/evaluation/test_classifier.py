@@ -1,9 +1,12 @@
 """Features of a classifier: when it is trained, and when not."""
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from rdm_jax.data.image_sets import ImageSet, open_direct
 from rdm_jax.data.images import Form
+from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier
 from tests.tiny import write_images
 
@@ -29,6 +32,13 @@ def test_one_of_other_images_is_trained_again(images, tmp_path, caplog):
         digests.append(classifier.classifier_space(*parts, tmp_path / "classifier.safetensors", train=True).digest)
     assert digests[0] == digests[1] != digests[2]
     assert caplog.text.count("classifier trained in") == 2 and "it was trained on other images" in caplog.text
+
+
+@pytest.mark.parametrize("about", ["{", "[" * 5000, "[]", None])
+def test_files_that_are_no_classifier_are_refused(tmp_path, about):
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "x", {"about": about} if about else None)
+    with pytest.raises(InputError, match="x is no classifier"):
+        classifier.read_parameters(tmp_path / "x", {"w": np.ones(3, np.float32)})
 
 
 def test_training_is_stopped_between_steps(images, tmp_path):

@@ -65,6 +65,7 @@ def test_published_figures_are_of_inception_alone(tmp_path):
 
 DAMAGED = [
     "[]",
+    "[" * 5000,
     '{"results": [], "made_with": {}}',
     '{"results": {"a": {}}}',
     '{"results": {"a": {"images": 1, "metrics": {"fid": "x"}}}}',
@@ -76,6 +77,13 @@ def test_damaged_evaluations_are_refused(tmp_path, text):
     (tmp_path / "evaluation.json").write_text(text)
     with pytest.raises(InputError, match="no evaluation, or damaged"):
         write_report(tmp_path, [tmp_path / "evaluation.json"])
+
+
+def test_an_evaluation_with_something_missing_is_refused(tmp_path):
+    path = write_evaluation(tmp_path / "evaluation", "samples", fid=3.0)
+    path.write_text(path.read_text().replace('"devices"', '"others"'))
+    with pytest.raises(InputError, match="no evaluation, or damaged"):
+        write_report(tmp_path, [path])
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path):

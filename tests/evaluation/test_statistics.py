@@ -166,6 +166,7 @@ REFUSED = {
         "inception",
         "other feat",
     ),
+    "deep about": ({"about": np.array("[" * 5000)}, "inception", "'about' is damaged"),
     "damaged about": ({"about": np.array("{")}, "inception", "'about' is damaged"),
     "features of another size": ({"features": np.zeros((9, 2))}, "inception", r"features of shape \(9, 2\)"),
 }

@@ -6,24 +6,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import safetensors.numpy
 from hypothesis import strategies as st
+from PIL import Image
 
 from rdm_jax import checks, config
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import Form, open_image
-from rdm_jax.data.manifest import MANIFEST, read_manifest
+from rdm_jax.data.images import Form, open_image, to_uint8
+from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.sources import open_source
+from rdm_jax.evaluation import classifier, report
+from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.npz import Npz
+from rdm_jax.evaluation.statistics import Statistics
+from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.interop.torch_files import open_state_dict
 from rdm_jax.interop.weights import open_weights
 from rdm_jax.training import metrics
 from rdm_jax.training.checksums import CHECKSUMS, damage, write_checksums
+from tests.evaluation.test_report import write_evaluation
 from tests.interop.torch_standins import dump_legacy, state_dict, write_pkl, write_pt
 from tests.tiny import tiny_config, write_images
 
+SPACE = FeatureSpace("classifier", "digest", {"features": 4}, None, lambda params, images: images)
+CLASSIFIER = {"dense": {"bias": np.ones(3, np.float32), "kernel": np.ones((2, 3), np.float32)}}
 TENSORS = {"model.w": np.arange(4, dtype=np.float32), "model.b": np.ones((2, 3), np.float16)}
 
 
@@ -86,8 +95,30 @@ def _read_source(spec: str) -> None:
         source.decode(index, channels=3, background=(0, 0, 0))
 
 
-def _png(folder: Path) -> Path:
-    return next(_images(folder).glob("a/*.png"))
+def _image(kind: str) -> Callable[[Path], Path]:
+    """Of two frames, where a format has them."""
+
+    def write(path: Path) -> None:
+        frames = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8, 3), np.uint8)) for n in range(2)]
+        frames[0].save(path, kind, **({"save_all": True, "append_images": frames[1:]} if kind != "jpeg" else {}))
+
+    return _writer(write)
+
+
+def _read_image(path: Path) -> None:
+    to_uint8(open_image(path.read_bytes()), 3, (0, 0, 0))
+
+
+def _statistics(path: Path) -> None:
+    random = np.random.default_rng(0).normal(size=(9, 4))
+    gaussian = (random.mean(0), np.cov(random, rowvar=False))
+    save_statistics(path, Statistics({"set": "images", "images": 9}, 9, {"features": gaussian}, random.astype(np.float32)), SPACE)
+
+
+def _classifier(path: Path) -> None:
+    about = {"image_shape": [4, 4, 3], "class_names": ["a", "b"], "trained_on": {}, "accuracy": None}
+    named = {jax.tree_util.keystr(at): leaf for at, leaf in jax.tree_util.tree_leaves_with_path(CLASSIFIER)}
+    safetensors.numpy.save_file(named, path, {"about": json.dumps(about)})
 
 
 def _prepared(name: str) -> Callable[[Path], Path]:
@@ -135,21 +166,25 @@ READERS = {
         _read_npz,
     ),
     "config": Reader(_writer(_config), lambda path: checks.check_config(config.parse(config.read_saved(path)))),
-    "manifest": Reader(_prepared(MANIFEST), lambda path: read_manifest(path.parent)),
+    "manifest": Reader(_prepared(MANIFEST), _read_prepared),
     "features": Reader(_prepared("features.json"), _read_prepared),
     "dataset info": Reader(_prepared("dataset_info.json"), _read_prepared),
     "shard": Reader(_shard, _read_prepared),
     "labels": Reader(_labels, lambda path: _read_source(f"folder:{path.parent}")),
     "zip": Reader(_zip, lambda path: _read_source(f"zip:{path}")),
-    "png": Reader(_png, lambda path: open_image(path.read_bytes())),
+    **{kind: Reader(_image(kind), _read_image) for kind in ("png", "jpeg", "webp", "gif", "tiff")},
+    "evaluation": Reader(
+        lambda folder: write_evaluation(folder / "evaluation", "samples", frechet_distance=1.5), report.read_section
+    ),
+    "statistics": Reader(_writer(_statistics), lambda path: read_statistics(path, SPACE)),
+    "classifier": Reader(_writer(_classifier), lambda path: classifier.read_parameters(path, CLASSIFIER)),
     "metrics": Reader(_metrics, metrics.read),
     "checksums": Reader(_checksums, lambda path: damage(path.parent)),
 }
 
 # Where, as a share of the length; how many bytes go; and what comes in their place.
-CHANGE = st.tuples(
-    st.floats(0, 1), st.integers(0, 64), st.one_of(st.binary(max_size=16), st.sampled_from([b"../", b"{", b"[" * 5000]))
-)
+COMES = st.one_of(st.binary(max_size=16), st.sampled_from([b"../", b"{", b"[" * 5000, b"\\u0000"]))
+CHANGE = st.tuples(st.floats(0, 1), st.integers(0, 64), COMES)
 CHANGES = st.lists(CHANGE, min_size=1, max_size=4)
 
 
