@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import itertools
 import os
 import signal
@@ -10,6 +11,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rdm_jax import distributed
 from rdm_jax.evaluation import evaluate, statistics
@@ -102,6 +104,25 @@ def white_has_no_gradient() -> None:
     step.Objective.loss = of
 
 
+def each_host_tells() -> None:
+    """Every process writes down, at each save, what its own devices hold."""
+    save = checkpoint.Checkpoints.save
+
+    def of(self, state, about):
+        held = [shard.data for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+        digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in held)).hexdigest()
+        with (self.directory.parent / f"told_by_{jax.process_index()}").open("a") as file:
+            file.write(f"{int(state.step)} {digest}\n")
+        save(self, state, about)
+
+    checkpoint.Checkpoints.save = of
+
+
+def white_is_nan_in_one_host() -> None:
+    white_is(jnp.nan)
+    each_host_tells()
+
+
 def a_batch_is_lost() -> None:
     """The second batch of images is measured, and does not arrive."""
     add, batches = statistics.Tally.add, itertools.count(1)
@@ -115,6 +136,7 @@ def gathered_often() -> None:
 
 OF_SAVES = (killed_before_commit, one_save_fails, saves_fail, last_save_fails, second_save_is_slow, last_save_is_slow)
 FAULTS = {f.__name__: f for f in (*OF_SAVES, clock_goes_back, white_has_no_gradient, a_batch_is_lost, gathered_often)}
+FAULTS |= {"white_is_nan_in_one_host": white_is_nan_in_one_host}
 FAULTS |= {"white_is_nan": functools.partial(white_is, jnp.nan), "white_is_inf": functools.partial(white_is, jnp.inf)}
 
 if __name__ == "__main__":

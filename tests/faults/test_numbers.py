@@ -76,12 +76,14 @@ def test_12_one_image_in_many(one_white, tmp_path, fault, broken, flags):
 @pytest.mark.long
 def test_12_in_one_host_of_two(one_white, tmp_path, fault):
     images, struck = one_white
-    pair = start_two(images, tmp_path / "run", *STAGE, *LINES, broken="white_is_nan")
+    pair = start_two(images, tmp_path / "run", *STAGE, *LINES, broken="white_is_nan_in_one_host")
     said_by = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said_by
     assert skipped(tmp_path / "run") == struck
     check_untouched(tmp_path / "run", struck)
-    fault(12, sum(struck), "in one host of two: skipped alike in both")
+    one, other = ((tmp_path / f"run/stage1/told_by_{process}").read_text().splitlines() for process in range(2))
+    assert one == other and len(one) == len(struck)  # parameters, moments, EMA and counters, as each host has them
+    fault(12, sum(struck), "in one host of two: skipped in both, which hold the same after every step")
 
 
 @pytest.mark.parametrize("pictures", [False, pytest.param(True, marks=pytest.mark.long)])

@@ -99,21 +99,23 @@ def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp
 
 @pytest.mark.long
 def test_5_values_on_other_devices(images, finished, tmp_path, fault):
-    """Every checkpoint is restored from the one before it, on other devices, and saved again."""
+    """Every checkpoint is restored from the one before it, cut over other devices, and saved again."""
     config = configs.parse(tiny_config(images, low=LOW).to_config_dict())
     source = open_prepared(f"{images}_prepared")
     whole = loop.Trainer(config, 1, source, tmp_path).abstract
     directory, wanted = finished / "stage1/checkpoints", state(finished)
     for number, devices in enumerate((8, 1, 2, 4, 8)):
-        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-        abstract = checkpoint.with_sharding(whole, sharding.replicated(mesh))
+        mesh = sharding.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+        abstract = sharding.by_rules(whole, mesh)
         restored, about = checkpoint.Checkpoints(directory, read_only=True).restore(20, abstract)
         directory = tmp_path / str(number) / "stage1/checkpoints"
         saving = checkpoint.Checkpoints(directory)
         saving.save(restored, about)
         saving.close()
+        cut = [leaf for leaf in jax.tree.leaves(restored.params) if not leaf.sharding.is_fully_replicated]
+        assert bool(cut) == (devices > 1)
         assert_equal(state(tmp_path / str(number)), wanted)
-    fault(5, 5, "saved and restored on 8, 1, 2, 4 and 8 devices in turn: all values are bit-equal")
+    fault(5, 5, "cut over 8, 1, 2, 4 and 8 devices in turn, saved and restored: all values are bit-equal")
 
 
 @pytest.mark.long

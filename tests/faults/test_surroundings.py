@@ -23,16 +23,18 @@ def shell(images, workdir, how: str, *flags: str, **environment: str) -> subproc
     return subprocess.run(["bash", "-c", how.replace("{}", command)], **kwargs)
 
 
+SPACES = "HOME and TMPDIR with spaces"
 UNAFFECTED = {
     "stdout closed": "{} >&-",
     "stdout and stderr closed": "{} >&- 2>&-",
     "a reader that goes away": "{ {}; echo $? > STATUS; } | head -1 > /dev/null; exit $(cat STATUS)",
     "a full disk for the log": "{} > /dev/full",
     "locale C": "LC_ALL=C LANG=C {}",
+    "full disks for the log and for errors": "{} > /dev/full 2> /dev/full",
     "no home directory": "env -u HOME {}",
-    "a home directory that is not there": "HOME=/nowhere {}",
+    "a home directory that cannot be made": "HOME=/proc/nowhere {}",
     "no network": "unshare -rn {}",
-    "HOME and TMPDIR with spaces": "mkdir -p 'SPACES/a b' && HOME='SPACES/a b' TMPDIR='SPACES/a b' {}",
+    SPACES: "mkdir -p 'SPACES/a b' && HOME='SPACES/a b' TMPDIR='SPACES/a b' {}",
 }
 SHORT = ("stdout closed", "a full disk for the log")
 
@@ -42,9 +44,11 @@ def test_18_training_is_unaffected(images, finished, tmp_path, fault, kind):
     how = UNAFFECTED[kind].replace("STATUS", str(tmp_path / "status")).replace("SPACES", str(tmp_path))
     if kind == "no network" and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
         pytest.skip("no network can be made here")
-    done = shell(images, tmp_path / "run", how)
+    # Where a home is the matter, what is compiled is kept where a user's would be, and not where the tests have it.
+    done = shell(images, tmp_path / "run", how, **({"JAX_COMPILATION_CACHE_DIR": ""} if "home" in kind.lower() else {}))
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert_equal(state(tmp_path / "run"), state(finished))
+    assert kind != SPACES or list((tmp_path / "a b/.cache/rdm_jax/compiled").iterdir())
     fault(18, 1, f"{kind}: training is unaffected")
 
 
