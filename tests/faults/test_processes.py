@@ -11,18 +11,21 @@ SECONDS = 180  # jax asks the others every ten, and gives up after a hundred
 
 
 @pytest.mark.long
-def test_20_one_of_two_is_killed(images, tmp_path, fault):
+@pytest.mark.parametrize("killed", [0, 1])
+def test_20_one_of_two_is_killed(images, tmp_path, fault, killed):
+    """The second, or the first, which writes what is saved and which the others ask who is there."""
     workdir = tmp_path / "run"
-    first, second = start_two(images, workdir, *STAGE, "--config.stage1.training.images=160000")
-    assert wait_for(lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)(), first, timeout=240), (
-        first.communicate()
+    pair = start_two(images, workdir, *STAGE, "--config.stage1.training.images=160000")
+    assert wait_for(lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)(), pair[0], timeout=240), (
+        pair[0].communicate()
     )
-    second.send_signal(signal.SIGKILL)
+    pair[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()
-    stdout, stderr = first.communicate(timeout=SECONDS)
-    second.communicate()
+    stdout, stderr = pair[1 - killed].communicate(timeout=SECONDS)
+    pair[killed].communicate()
     took = time.monotonic() - began
-    assert first.returncode != 0 and any(
+    print(pair[1 - killed].returncode, stdout, stderr)
+    assert pair[1 - killed].returncode != 0 and any(
         word in stderr for word in ("another task died", "closed by peer", "Gloo", "heartbeat")
     ), stderr
     newest = steps(workdir)[-1]
