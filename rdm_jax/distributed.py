@@ -22,6 +22,8 @@ from rdm_jax.interrupt import StopOnSignal
 
 Result = TypeVar("Result")
 SECONDS_TO_LEAVE = 5
+# In what jax, Gloo and gRPC say where a process that they talk to is gone.
+GONE = ("coordination service", "closed by peer", "reset by peer", "another task", "heartbeat")
 
 
 def join(coordinator: str, processes: int | None, process: int | None) -> None:
@@ -63,6 +65,11 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes pictures, logs and results."""
     return jax.process_index() == 0
+
+
+def is_of_another_gone(error: BaseException) -> bool:
+    """Whether an error means that another process of the run has ended, without which this one cannot go on."""
+    return jax.distributed.is_initialized() and any(words in str(error) for words in GONE)
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:

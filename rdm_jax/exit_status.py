@@ -4,18 +4,22 @@ import os
 import sys
 from collections.abc import Callable
 
-from rdm_jax.errors import InputError
+from rdm_jax import distributed
+from rdm_jax.errors import InputError, reason
 from rdm_jax.interrupt import Interrupted
 from rdm_jax.terminal import go_on_unread
 from rdm_jax.training.loop import Diverged
 
 
 def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> int:
-    """Does the work; returns 0, 1 if it diverged, 2 for what cannot be used, 130 and 143 where Ctrl-C or SIGTERM stopped it.
+    """Does the work, and says in one sentence why it was not done.
 
     Args:
       work: what the command does.
       workdir: where it writes; asked when a system's error names no file.
+
+    Returns:
+      0; 1 if it diverged or another process is gone, 2 for what cannot be used, 130 and 143 if Ctrl-C or SIGTERM stopped it.
     """
     with go_on_unread():
         return _exit_status(work, workdir)
@@ -31,6 +35,12 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
         where, why = error.filename or workdir(), error.strerror or error
         print(f"error: {where} cannot be used ({why}); free space, or another --workdir, would do.", file=sys.stderr)
         return 2
+    except Exception as error:
+        if not distributed.is_of_another_gone(error):
+            raise
+        what = f"another process of this run is gone ({_in_one_line(reason(error))})"
+        print(f"error: {what}; starting all of them again would do, from the last checkpoint.", file=sys.stderr)
+        return 1
     except Interrupted as error:
         print(f"{error}; the same command goes on from here", file=sys.stderr)
         if error.at_once:  # Python would wait for the threads of a save

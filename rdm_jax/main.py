@@ -82,7 +82,7 @@ def _run() -> None:
 
 
 def main() -> int:
-    """Returns the exit status: 0 done, 1 diverged, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
+    """Returns the exit status: 0 done, 1 diverged or left alone, 2 bad input, 130 and 143 stopped by Ctrl-C and SIGTERM."""
     show_log()
     quiet_libraries()
     return exit_status(_run, lambda: _WORKDIR.value)

@@ -16,18 +16,17 @@ def test_20_one_of_two_is_killed(images, tmp_path, fault, killed):
     """The second, or the first, which writes what is saved and which the others ask who is there."""
     workdir = tmp_path / "run"
     pair = start_two(images, workdir, *STAGE, "--config.stage1.training.images=160000")
-    assert wait_for(lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)(), pair[0], timeout=240), (
-        pair[0].communicate()
-    )
+    assert wait_for(lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)(), pair[0], timeout=240), pair[
+        0
+    ].communicate()
     pair[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()
     stdout, stderr = pair[1 - killed].communicate(timeout=SECONDS)
     pair[killed].communicate()
     took = time.monotonic() - began
-    print(pair[1 - killed].returncode, stdout, stderr)
-    assert pair[1 - killed].returncode != 0 and any(
-        word in stderr for word in ("another task died", "closed by peer", "Gloo", "heartbeat")
-    ), stderr
+    # Or jax, which looks every ten seconds, has seen it first, and ends the process.
+    said = any(words in stderr for words in ("error: another process of this run is gone", "another task died"))
+    assert pair[1 - killed].returncode != 0 and said, (pair[1 - killed].returncode, stdout, stderr)
     newest = steps(workdir)[-1]
     images_then = 8 * (newest + 10)
     pair = start_two(images, workdir, *STAGE, f"--config.stage1.training.images={images_then}")
