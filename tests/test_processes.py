@@ -21,6 +21,7 @@ from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier
+from rdm_jax.exit_status import exit_status
 from tests.test_main import read_arrays
 from tests.tiny import write_images
 
@@ -136,3 +137,16 @@ def test_ends_with_its_status_where_there_is_nothing_to_write_to(monkeypatch, cl
     with pytest.raises(SystemExit):  # which the real `_exit` leaves no time for
         distributed.exit_with(lambda: 2)
     assert ended == [2]
+
+
+def test_one_that_is_left_alone_says_so(monkeypatch, capsys):
+    def work():
+        raise RuntimeError("INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout.")
+
+    with pytest.raises(RuntimeError):
+        exit_status(work, lambda: None)  # not one of several
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert exit_status(work, lambda: None) == 1
+    assert re.fullmatch(
+        "error: another process of this run is gone .*would do, from the last checkpoint.\n", capsys.readouterr().err
+    )
