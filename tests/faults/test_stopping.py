@@ -68,7 +68,7 @@ def test_3_a_signal_three_times_in_a_row(images, finished, tmp_path, fault, numb
     for _ in range(3):
         process.send_signal(number)
         time.sleep(1)  # or all would be one
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=SECONDS)
     assert process.returncode == STATUS[number] and steps(workdir) == [5] and "Traceback" not in stderr
     run(images, workdir, *STAGE)
     assert_equal(state(workdir), state(finished))
