@@ -67,7 +67,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def is_of_another_gone(error: BaseException) -> bool:
+def is_lost_peer(error: BaseException) -> bool:
     """Whether an error means that another process of the run has ended, without which this one cannot go on."""
     return jax.distributed.is_initialized() and any(words in str(error) for words in GONE)
 

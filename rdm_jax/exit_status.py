@@ -36,7 +36,7 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
         print(f"error: {where} cannot be used ({why}); free space, or another --workdir, would do.", file=sys.stderr)
         return 2
     except Exception as error:
-        if not distributed.is_of_another_gone(error):
+        if not distributed.is_lost_peer(error):
             raise
         what = f"another process of this run is gone ({_in_one_line(reason(error))})"
         print(f"error: {what}; starting all of them again would do, from the last checkpoint.", file=sys.stderr)

@@ -168,7 +168,7 @@ class Checkpoints:
 
     def _give_up(self, error: Exception) -> None:
         """Leaves nothing of a save that has failed, and says so. Raises OSError where no more may fail."""
-        if distributed.is_of_another_gone(error):  # which is no fault of the disk
+        if distributed.is_lost_peer(error):  # which is no fault of the disk
             raise error
         for partial in self._partial():
             shutil.rmtree(partial, ignore_errors=True)
