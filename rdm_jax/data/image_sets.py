@@ -179,9 +179,10 @@ def _check_whole(directory: Path, reader: RecordReader) -> None:
     if list(manifest["classes"]) != list(reader.class_names):
         raise InputError(f"{directory} has other classes than its manifest; deleting it and preparing it again would do.")
     for shard in manifest["shards"]:
-        size = (directory / shard["file"]).stat().st_size
+        path = directory / shard["file"]
+        size = path.stat().st_size if path.is_file() else None
         if size != shard["bytes"]:
-            named = f"{directory / shard['file']} has {size:,} of {shard['bytes']:,} bytes"
+            named = f"{path} is missing" if size is None else f"{path} has {size:,} of {shard['bytes']:,} bytes"
             raise InputError(f"{named}; deleting the directory and preparing it again would do.")
 
 

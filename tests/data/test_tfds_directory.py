@@ -71,6 +71,16 @@ def test_files_elsewhere_are_not_read(prepared):
         open_prepared(prepared)
 
 
+def test_a_file_that_is_gone_is_named(prepared):
+    def renamed(manifest):
+        manifest["shards"][0]["file"] = "another"
+        return manifest
+
+    change(prepared / MANIFEST, renamed)
+    with pytest.raises(InputError, match="another is missing; deleting the directory and preparing it again would do"):
+        open_prepared(prepared)
+
+
 NO_NAMES = ("../images/a/000.png", "/etc/hostname", "..", "a\0b", "\ud800", None)
 WRONG = [*(("file", name) for name in NO_NAMES), ("bytes", "7"), ("sha256", 7)]
 
