@@ -24,7 +24,8 @@ def damage(folder: Path, thorough: bool = True) -> str:
       thorough: read all files; else only those under a MiB, and measure the others.
     """
     try:
-        expected = {name: (int(about["bytes"]), str(about["sha256"])) for name, about in _read(folder / CHECKSUMS).items()}
+        listed = parse_json((folder / CHECKSUMS).read_text())
+        expected = {name: (int(about["bytes"]), str(about["sha256"])) for name, about in listed.items()}
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -41,10 +42,6 @@ def damage(folder: Path, thorough: bool = True) -> str:
         if (thorough or size < SMALL) and sha256(found[name]) != digest:
             return f"{name} is not as it was written"
     return ""
-
-
-def _read(path: Path) -> dict:
-    return parse_json(path.read_text())
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -135,8 +135,8 @@ def gathered_often() -> None:
 
 
 OF_SAVES = (killed_before_commit, one_save_fails, saves_fail, last_save_fails, second_save_is_slow, last_save_is_slow)
-FAULTS = {f.__name__: f for f in (*OF_SAVES, clock_goes_back, white_has_no_gradient, a_batch_is_lost, gathered_often)}
-FAULTS |= {"white_is_nan_in_one_host": white_is_nan_in_one_host}
+OF_NUMBERS = (white_has_no_gradient, white_is_nan_in_one_host)
+FAULTS = {f.__name__: f for f in (*OF_SAVES, *OF_NUMBERS, clock_goes_back, a_batch_is_lost, gathered_often)}
 FAULTS |= {"white_is_nan": functools.partial(white_is, jnp.nan), "white_is_inf": functools.partial(white_is, jnp.inf)}
 
 if __name__ == "__main__":

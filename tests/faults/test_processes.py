@@ -16,9 +16,8 @@ def test_20_one_of_two_is_killed(images, tmp_path, fault, killed):
     """The second, or the first, which writes what is saved and which the others ask who is there."""
     workdir = tmp_path / "run"
     pair = start_two(images, workdir, *STAGE, "--config.stage1.training.images=160000")
-    assert wait_for(lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)(), pair[0], timeout=240), pair[
-        0
-    ].communicate()
+    ready = lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)()  # noqa: E731
+    assert wait_for(ready, pair[0], timeout=240), pair[0].communicate()
     pair[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()
     stdout, stderr = pair[1 - killed].communicate(timeout=SECONDS)

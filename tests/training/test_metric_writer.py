@@ -68,3 +68,12 @@ def test_a_damaged_line_is_left_out_and_named(tmp_path, caplog, bad):
     metrics.MetricWriter(tmp_path, 1).close()
     assert "metrics.jsonl: line 2 is damaged, and left out" in caplog.text and "line 4" not in caplog.text
     assert (tmp_path / "metrics.jsonl").read_bytes() == (sound + b"\n") * 2
+
+
+def test_lines_are_written_again_where_the_file_was_moved_away(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, 0)
+    writer.write(1, loss=1.0)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "moved.jsonl")
+    writer.write(2, loss=0.5)
+    writer.close()
+    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [2]
