@@ -121,16 +121,15 @@ class Trainer:
         checkpoint.check_space(self.directory, self.abstract, copies)
         self._compile()
         validate = jax.jit(self._validation_loss, out_shardings=sharding.replicated(self.mesh))
-        writer, bar = self._writer(step), progress(*self._bar(step))
+        writer, bar, curves = self._writer(step), progress(*self._bar(step)), metrics.Curves(self.directory)
 
-        def save() -> None:
+        def save(last: bool) -> None:
             loss = float(np.mean([np.asarray(validate(state.ema, *part)) for part in self._held_images()]))
             writer.write(step, images=step * self.training.batch_size, validation_loss=loss)
             about = {**self._about, "data": data_state, "validation_loss": loss if math.isfinite(loss) else None}
             checkpoints.save(state, about)
             if distributed.is_first():
-                with dispensable(self.directory / "loss.png"):
-                    metrics.draw_curves(self.directory)
+                curves.draw(last)
 
         window, batches = Window(self.training, writer, bar), self._batches(iterator)
         running = self._program.place(state)
@@ -145,10 +144,11 @@ class Trainer:
                         self._draw(preview, self._here(self._program.whole(running)), step)
                 # What the steps in flight have found is known after a preview, so that only now it is clear what is to be saved.
                 evaluated, stopped = self._is_due(step, every), window.stopped or (self._alone and bool(stop.requested))
-                if self._is_due(step, self.training.checkpoint_every) or evaluated or stopped or window.diverged:
+                ends = step == self.training.steps or stopped or bool(window.diverged)
+                if self._is_due(step, self.training.checkpoint_every) or evaluated or ends:
                     with window.paused():
                         state = self._program.whole(running)
-                        save()
+                        save(last=ends)
                     if stopped:
                         raise stop.interruption
                 if window.diverged:

@@ -16,6 +16,8 @@ from tensorboardX.summary import scalar
 from rdm_jax.files import dispensable, parse_json, whole_file
 from rdm_jax.terminal import log
 
+SECONDS_BETWEEN_CURVES = 60
+
 
 class MetricWriter:
     """Appends metrics of one stage to `metrics.jsonl` and to TensorBoard events.
@@ -129,8 +131,22 @@ def _parsed(path: Path) -> list[dict[str, Any] | None]:
     return lines
 
 
-def draw_curves(directory: Path) -> None:
-    """Draws `metrics.jsonl` as `loss.png`: the training loss and the averaged parameters' validation loss, by images seen."""
+class Curves:
+    """Draws a stage's `metrics.jsonl` as `loss.png`: at most once a minute, as training waits for a second until it is done."""
+
+    def __init__(self, directory: Path):
+        self._directory, self._due = directory, time.monotonic() + SECONDS_BETWEEN_CURVES
+
+    def draw(self, last: bool) -> None:
+        """Draws them if a minute has passed, or if it is for the last time."""
+        if last or time.monotonic() >= self._due:
+            with dispensable(self._directory / "loss.png"):
+                _draw_curves(self._directory)
+            self._due = time.monotonic() + SECONDS_BETWEEN_CURVES
+
+
+def _draw_curves(directory: Path) -> None:
+    """The training loss and the averaged parameters' validation loss, by images seen."""
     lines = read(directory / "metrics.jsonl")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -7,6 +7,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
+from rdm_jax.files import is_whole_png
 from rdm_jax.training import metrics
 
 
@@ -77,3 +78,18 @@ def test_lines_are_written_again_where_the_file_was_moved_away(tmp_path):
     writer.write(2, loss=0.5)
     writer.close()
     assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [2]
+
+
+def test_curves_are_drawn_at_the_end_and_at_most_once_a_minute(tmp_path, monkeypatch):
+    writer, picture = metrics.MetricWriter(tmp_path, 0), tmp_path / "loss.png"
+    writer.write(1, images=8, loss=0.5)
+    curves = metrics.Curves(tmp_path)
+    curves.draw(last=False)
+    assert not picture.exists()
+    curves.draw(last=True)
+    assert is_whole_png(picture)
+    picture.unlink()
+    monkeypatch.setattr(metrics, "SECONDS_BETWEEN_CURVES", 0)
+    metrics.Curves(tmp_path).draw(last=False)
+    assert is_whole_png(picture)
+    writer.close()
