@@ -7,6 +7,9 @@ import signal
 import sys
 import threading
 
+# To the first signal and to the second one. (Not by print, in the middle of which a signal may come.)
+ANSWERS = (b"\nstopping as soon as everything is saved\n", b"once more stops at once, and loses the last steps\n")
+
 
 class Interrupted(BaseException):  # like KeyboardInterrupt, so that no `except Exception` takes it for something else
     """Work was stopped by a signal after saving, or `at_once`; `status` is the exit status by the shell's convention."""
@@ -25,7 +28,7 @@ class StopOnSignal:
 
     def __init__(self):
         self.requested: int | None = None
-        self._warned = False
+        self._signals = 0
 
     def __enter__(self) -> "StopOnSignal":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -36,16 +39,12 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame):
-        if self._warned:
-            raise Interrupted(number, at_once=True)
-        if self.requested:
-            self._warned = True
-            with contextlib.suppress(OSError, AttributeError):  # not by print, in the middle of which the signal may have come
-                os.write(
-                    sys.stderr.fileno(),
-                    b"stopping as soon as everything is saved; once more stops at once, and loses the last steps\n",
-                )
         self.requested = self.requested or number
+        self._signals += 1
+        if self._signals > len(ANSWERS):
+            raise Interrupted(number, at_once=True)
+        with contextlib.suppress(OSError, AttributeError):  # there may be no stderr
+            os.write(sys.stderr.fileno(), ANSWERS[self._signals - 1])
 
     @property
     def interruption(self) -> Interrupted:

@@ -13,6 +13,7 @@ import pytest
 from rdm_jax import config as configs
 from rdm_jax import sharding
 from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.interrupt import ANSWERS
 from rdm_jax.training import checkpoint, loop, metrics
 from tests.faults.commands import STAGE, assert_equal, logged, run, said, start, state, steps, wait_for
 from tests.tiny import LOW, tiny_config
@@ -40,18 +41,25 @@ SIGNALS += [
 ]
 
 
+def send(process, number: int, times: int, log) -> None:
+    """Sends a signal so many times, each when the command has answered to the one before: or several would be one."""
+    for answer in (b"", *ANSWERS)[:times]:
+        assert wait_for(lambda answer=answer: answer in log.read_bytes(), process)
+        process.send_signal(number)
+
+
 @pytest.mark.parametrize(("moment", "number", "times"), SIGNALS)
 def test_3_a_signal(images, tmp_path, fault, number, moment, times):
-    workdir = tmp_path / "run"
-    process = start(images, workdir, *STAGE, *LONG)
-    assert wait_for(moment(workdir), process), process.communicate()
+    workdir, log = tmp_path / "run", tmp_path / "stderr"
+    with log.open("wb") as stderr:
+        process = start(images, workdir, *STAGE, *LONG, stderr=stderr)
+    assert wait_for(moment(workdir), process), log.read_text()
     began = time.monotonic()
-    for _ in range(times):
-        process.send_signal(number)
-        time.sleep(0.05)  # or both would be one; still before the process is done
-    _, stderr = process.communicate(timeout=SECONDS)
-    assert process.returncode == STATUS[number] and "stopped by" in stderr and time.monotonic() - began < SECONDS
-    assert ("once more stops at once" in stderr) == (times > 1)
+    send(process, number, times, log)
+    process.communicate(timeout=SECONDS)
+    said_at_last = log.read_bytes()
+    assert process.returncode == STATUS[number] and b"stopped by" in said_at_last and time.monotonic() - began < SECONDS
+    assert [answer in said_at_last for answer in ANSWERS] == [True, times > 1]
     saved = steps(workdir)[-1]
     seen = [line["images"] for line in metrics.read(workdir / "stage1/metrics.jsonl")]
     assert saved * 8 == max(seen)  # the step that it was stopped at, whose validation loss is the last line
@@ -62,14 +70,13 @@ def test_3_a_signal(images, tmp_path, fault, number, moment, times):
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_3_a_signal_three_times_in_a_row(images, finished, tmp_path, fault, number):
     """The first and the second one wait for a save, which takes a minute; the third one does not."""
-    workdir = tmp_path / "run"
-    process = start(images, workdir, *STAGE, broken="second_save_is_slow")
-    assert wait_for(in_a_save(workdir), process), process.communicate()
-    for _ in range(3):
-        process.send_signal(number)
-        time.sleep(1)  # or all would be one
-    _, stderr = process.communicate(timeout=SECONDS)
-    assert process.returncode == STATUS[number] and steps(workdir) == [5] and "Traceback" not in stderr
+    workdir, log = tmp_path / "run", tmp_path / "stderr"
+    with log.open("wb") as stderr:
+        process = start(images, workdir, *STAGE, broken="second_save_is_slow", stderr=stderr)
+    assert wait_for(in_a_save(workdir), process), log.read_text()
+    send(process, number, 3, log)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == STATUS[number] and steps(workdir) == [5] and b"Traceback" not in log.read_bytes()
     run(images, workdir, *STAGE)
     assert_equal(state(workdir), state(finished))
     fault(3, 1, f"three times in a row: status {STATUS[number]} at once, nothing is half listed, the end is bit-equal")
