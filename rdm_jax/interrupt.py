@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 
-# To the first signal and to the second one. (Not by print, in the middle of which a signal may come.)
+# To the first signal and to the second one.
 ANSWERS = (b"\nstopping as soon as everything is saved\n", b"once more stops at once, and loses the last steps\n")
 
 
@@ -43,6 +43,7 @@ class StopOnSignal:
         self._signals += 1
         if self._signals > len(ANSWERS):
             raise Interrupted(number, at_once=True)
+        # Not by print, in the middle of which the signal may have come.
         with contextlib.suppress(OSError, AttributeError):  # there may be no stderr
             os.write(sys.stderr.fileno(), ANSWERS[self._signals - 1])
 
