@@ -67,7 +67,8 @@ def test_3_a_signal(images, tmp_path, fault, number, moment, times):
     fault(3, 1, f"{what}: a checkpoint of that step is there, status {STATUS[number]}, within {SECONDS} s")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long  # tests/test_interrupt.py has the same within a process
+@pytest.mark.parametrize("number", STATUS)
 def test_3_a_signal_three_times_in_a_row(images, finished, tmp_path, fault, number):
     """The first and the second one wait for a save, which takes a minute; the third one does not."""
     workdir, log = tmp_path / "run", tmp_path / "stderr"
@@ -95,6 +96,7 @@ def about(workdir) -> dict:
     return json.loads((workdir / "stage1/checkpoints/20/about/metadata").read_text())
 
 
+@pytest.mark.long  # tests/test_main.py has whole runs that are stopped and go on
 def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp_path, fault):
     for name in ("one", "other"):
         workdir = shortened(finished, tmp_path / name, 10)
@@ -148,6 +150,7 @@ def test_5_on_other_devices(images, tmp_path, fault, devices):
     fault(5, len(devices) - 1, f"devices {devices}: the losses of all global batches are those of one device")
 
 
+@pytest.mark.long  # tests/test_main.py has a second run refused
 def test_11_two_runs_on_one_workdir(images, tmp_path, fault):
     workdir = tmp_path / "run"
     first = start(images, workdir, *STAGE, *LONG)
