@@ -1,13 +1,18 @@
 """The command with a fault built in that cannot be made from outside: python -m tests.faults.broken FAULT [its arguments]."""
 
+import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import itertools
+import json
 import os
 import signal
 import sys
+import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +123,23 @@ def each_host_tells() -> None:
     checkpoint.Checkpoints.save = of
 
 
+def each_save_tells() -> None:
+    """The process writes down, before each save, what it has: bytes of memory in use, threads, open files."""
+    save, libc = checkpoint.Checkpoints.save, ctypes.CDLL(None)
+
+    def of(self, state, about):
+        gc.collect()
+        libc.malloc_trim(0)  # or what malloc keeps of freed memory would count, 300 MiB after compiling
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        files = len(os.listdir("/proc/self/fd"))
+        line = {"step": int(state.step), "memory": memory, "threads": threading.active_count(), "files": files}
+        with (self.directory.parent / "told.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        save(self, state, about)
+
+    checkpoint.Checkpoints.save = of
+
+
 def white_is_nan_in_one_host() -> None:
     white_is(jnp.nan)
     each_host_tells()
@@ -136,7 +158,7 @@ def gathered_often() -> None:
 
 OF_SAVES = (killed_before_commit, one_save_fails, saves_fail, last_save_fails, second_save_is_slow, last_save_is_slow)
 OF_NUMBERS = (white_has_no_gradient, white_is_nan_in_one_host)
-FAULTS = {f.__name__: f for f in (*OF_SAVES, *OF_NUMBERS, clock_goes_back, a_batch_is_lost, gathered_often)}
+FAULTS = {f.__name__: f for f in (*OF_SAVES, *OF_NUMBERS, clock_goes_back, each_save_tells, a_batch_is_lost, gathered_often)}
 FAULTS |= {"white_is_nan": functools.partial(white_is, jnp.nan), "white_is_inf": functools.partial(white_is, jnp.inf)}
 
 if __name__ == "__main__":
