@@ -21,7 +21,7 @@ import numpy as np
 from rdm_jax import distributed
 from rdm_jax.evaluation import evaluate, statistics
 from rdm_jax.main import main
-from rdm_jax.training import checkpoint, step
+from rdm_jax.training import checkpoint, metrics, step
 
 SECOND = 2  # the save that a fault strikes
 
@@ -125,6 +125,7 @@ def each_host_tells() -> None:
 
 def each_save_tells() -> None:
     """The process writes down, before each save, what it has: bytes of memory in use, threads, open files."""
+    metrics.SECONDS_BETWEEN_CURVES = 0  # so that the files of fonts, which stay open, are among the first
     save, libc = checkpoint.Checkpoints.save, ctypes.CDLL(None)
 
     def of(self, state, about):
