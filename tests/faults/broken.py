@@ -109,41 +109,42 @@ def white_has_no_gradient() -> None:
     step.Objective.loss = of
 
 
-def each_host_tells() -> None:
-    """Every process writes down, at each save, what its own devices hold."""
+def each_save_tells(what) -> None:
+    """Every process writes a line about the state to a file of its own, before each save."""
     save = checkpoint.Checkpoints.save
 
     def of(self, state, about):
-        held = [shard.data for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
-        digest = hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in held)).hexdigest()
         with (self.directory.parent / f"told_by_{jax.process_index()}").open("a") as file:
-            file.write(f"{int(state.step)} {digest}\n")
+            file.write(f"{what(state)}\n")
         save(self, state, about)
 
     checkpoint.Checkpoints.save = of
 
 
-def each_save_tells() -> None:
-    """The process writes down, before each save, what it has: bytes of memory in use, threads, open files."""
-    metrics.SECONDS_BETWEEN_CURVES = 0  # so that the files of fonts, which stay open, are among the first
-    save, libc = checkpoint.Checkpoints.save, ctypes.CDLL(None)
+def what_devices_hold(state) -> str:
+    """The step, and a hash of all that the devices of this process have of the state."""
+    held = [shard.data for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
+    return f"{int(state.step)} {hashlib.sha256(b''.join(np.asarray(array).tobytes() for array in held)).hexdigest()}"
 
-    def of(self, state, about):
-        gc.collect()
-        libc.malloc_trim(0)  # or what malloc keeps of freed memory would count, 300 MiB after compiling
-        memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        files = len(os.listdir("/proc/self/fd"))
-        line = {"step": int(state.step), "memory": memory, "threads": threading.active_count(), "files": files}
-        with (self.directory.parent / "told.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        save(self, state, about)
 
-    checkpoint.Checkpoints.save = of
+def what_the_process_has(state) -> str:
+    """The step, bytes of memory in use, threads and open files, as JSON."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what malloc keeps of freed memory would count, 300 MiB after compiling
+    memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    files = len(os.listdir("/proc/self/fd"))
+    return json.dumps({"step": int(state.step), "memory": memory, "threads": threading.active_count(), "files": files})
+
+
+def measured() -> None:
+    """No fault: what the process has is written down. Fonts, whose files stay open, are opened by the first save's curves."""
+    metrics.SECONDS_BETWEEN_CURVES = 0
+    each_save_tells(what_the_process_has)
 
 
 def white_is_nan_in_one_host() -> None:
     white_is(jnp.nan)
-    each_host_tells()
+    each_save_tells(what_devices_hold)
 
 
 def a_batch_is_lost() -> None:
@@ -159,7 +160,7 @@ def gathered_often() -> None:
 
 OF_SAVES = (killed_before_commit, one_save_fails, saves_fail, last_save_fails, second_save_is_slow, last_save_is_slow)
 OF_NUMBERS = (white_has_no_gradient, white_is_nan_in_one_host)
-FAULTS = {f.__name__: f for f in (*OF_SAVES, *OF_NUMBERS, clock_goes_back, each_save_tells, a_batch_is_lost, gathered_often)}
+FAULTS = {f.__name__: f for f in (*OF_SAVES, *OF_NUMBERS, clock_goes_back, measured, a_batch_is_lost, gathered_often)}
 FAULTS |= {"white_is_nan": functools.partial(white_is, jnp.nan), "white_is_inf": functools.partial(white_is, jnp.inf)}
 
 if __name__ == "__main__":

@@ -41,25 +41,29 @@ SIGNALS += [
 ]
 
 
-def send(process, number: int, times: int, log) -> None:
-    """Sends a signal so many times, each when the command has answered to the one before: or several would be one."""
+def stopped(images, workdir, *flags, moment, number: int, times: int, **kwargs) -> bytes:
+    """What a command wrote to stderr that got a signal so many times, each when it had answered to the one before.
+
+    (Several that come at once may be one.) That it ended in time, with the signal's status, is asserted.
+    """
+    log = workdir.with_suffix(".stderr")
+    with log.open("wb") as stderr:
+        process = start(images, workdir, *STAGE, *flags, stderr=stderr, **kwargs)
+    assert wait_for(moment(workdir), process), log.read_text()
+    began = time.monotonic()
     for answer in (b"", *ANSWERS)[:times]:
-        assert wait_for(lambda answer=answer: answer in log.read_bytes(), process)
+        assert wait_for(lambda answer=answer: answer in log.read_bytes(), process), log.read_text()
         process.send_signal(number)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == STATUS[number] and time.monotonic() - began < SECONDS, log.read_text()
+    return log.read_bytes()
 
 
 @pytest.mark.parametrize(("moment", "number", "times"), SIGNALS)
 def test_3_a_signal(images, tmp_path, fault, number, moment, times):
-    workdir, log = tmp_path / "run", tmp_path / "stderr"
-    with log.open("wb") as stderr:
-        process = start(images, workdir, *STAGE, *LONG, stderr=stderr)
-    assert wait_for(moment(workdir), process), log.read_text()
-    began = time.monotonic()
-    send(process, number, times, log)
-    process.communicate(timeout=SECONDS)
-    said_at_last = log.read_bytes()
-    assert process.returncode == STATUS[number] and b"stopped by" in said_at_last and time.monotonic() - began < SECONDS
-    assert [answer in said_at_last for answer in ANSWERS] == [True, times > 1]
+    workdir = tmp_path / "run"
+    stderr = stopped(images, workdir, *LONG, moment=moment, number=number, times=times)
+    assert b"stopped by" in stderr and [answer in stderr for answer in ANSWERS] == [True, times > 1]
     saved = steps(workdir)[-1]
     seen = [line["images"] for line in metrics.read(workdir / "stage1/metrics.jsonl")]
     assert saved * 8 == max(seen)  # the step that it was stopped at, whose validation loss is the last line
@@ -71,13 +75,9 @@ def test_3_a_signal(images, tmp_path, fault, number, moment, times):
 @pytest.mark.parametrize("number", STATUS)
 def test_3_a_signal_three_times_in_a_row(images, finished, tmp_path, fault, number):
     """The first and the second one wait for a save, which takes a minute; the third one does not."""
-    workdir, log = tmp_path / "run", tmp_path / "stderr"
-    with log.open("wb") as stderr:
-        process = start(images, workdir, *STAGE, broken="second_save_is_slow", stderr=stderr)
-    assert wait_for(in_a_save(workdir), process), log.read_text()
-    send(process, number, 3, log)
-    process.communicate(timeout=SECONDS)
-    assert process.returncode == STATUS[number] and steps(workdir) == [5] and b"Traceback" not in log.read_bytes()
+    workdir = tmp_path / "run"
+    stderr = stopped(images, workdir, moment=in_a_save, number=number, times=3, broken="second_save_is_slow")
+    assert steps(workdir) == [5] and b"Traceback" not in stderr
     run(images, workdir, *STAGE)
     assert_equal(state(workdir), state(finished))
     fault(3, 1, f"three times in a row: status {STATUS[number]} at once, nothing is half listed, the end is bit-equal")
