@@ -5,6 +5,7 @@ A step's folder is there whole or not at all, with the checksums of its files, a
 
 import errno
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -86,6 +87,7 @@ class Checkpoints:
             which = next((f"{folder} is damaged ({what})" for folder, what in found.items() if what), "")
             which = which or f"in {directory} cannot be read ({reason(error)})"
             raise InputError(f"checkpoint {which}; moving the damaged step's folder away would do.") from error
+        self._place = None if read_only else directory.stat()
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, oldest first."""
@@ -152,10 +154,15 @@ class Checkpoints:
     def _save(self, step: int, args: ocp.args.Composite, validation_loss: float) -> None:
         self._saving = step
         try:
-            self.directory.stat()  # Orbax would make it anew, and nobody would hear that what was saved before is gone
+            self._check_place()
             self._manager.save(step, args=args, metrics={"validation_loss": validation_loss})
         except Exception as error:
             self._give_up(error)
+
+    def _check_place(self) -> None:
+        """Raises OSError where the folder is gone, or another: Orbax makes it anew, and nobody would hear what is lost."""
+        if not os.path.samestat(self._place, self.directory.stat()):
+            raise OSError(errno.ESTALE, "what was saved before is not there any more: its folder is another one now")
 
     def _write_checksums(self) -> None:
         """Adds the checksums to the folder that is being written."""

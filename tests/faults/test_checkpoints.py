@@ -263,7 +263,9 @@ def test_8_the_disk_is_full_for_a_while(images, tmp_path, fault):
 @pytest.mark.parametrize("in_the_way", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_8_the_directory_goes_away(images, tmp_path, fault, in_the_way):
     workdir = tmp_path / "run"
-    process = start(images, workdir, *STAGE, "--config.stage1.training.images=160000")
+    # Between two saves: one that is beginning would make the directory anew, which the next one would notice.
+    flags = ("--config.stage1.training.images=160000", "--config.stage1.training.checkpoint_every=1600")
+    process = start(images, workdir, *STAGE, *flags)
     assert wait_for(lambda: steps(workdir, sound=False), process), process.communicate()
     (workdir / "stage1").rename(tmp_path / "elsewhere")
     if in_the_way:

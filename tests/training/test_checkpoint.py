@@ -202,6 +202,24 @@ def test_saves_that_fail(tmp_path, monkeypatch, allowed):
     assert checkpoint.Checkpoints(folder).steps() == [1, 8]
 
 
+def test_a_folder_that_is_another_one_is_not_saved_to(tmp_path):
+    """As when it is moved away while a save begins, which makes it anew."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(make_state(1), about(0.5))
+    checkpoints.wait()
+    folder.rename(tmp_path / "elsewhere")
+    folder.mkdir()
+    with pytest.raises(OSError, match="folder is another one now"):
+        checkpoints.save(make_state(2), about(0.5))
+    assert not list(folder.iterdir())
+    folder.rmdir()
+    (tmp_path / "elsewhere").rename(folder)
+    checkpoints.save(make_state(2), about(0.5))
+    checkpoints.close()
+    assert checkpoints.steps() == [2]
+
+
 def test_no_space(tmp_path):
     with pytest.raises(InputError, match="GiB free.*keep_newest"):
         checkpoint.check_space(tmp_path, abstract(), copies=10**12)
