@@ -146,6 +146,7 @@ def test_killed_and_continued_is_bit_equal(finished, images, tmp_path):
     np.testing.assert_array_equal(left["images"], right["images"])
 
 
+@pytest.mark.long  # tests/faults has a signal that is short
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "CtrlC"])
 def test_stopping_loses_nothing_and_goes_on_bit_equal(finished, images, tmp_path, number, status):
     workdir = tmp_path / "stopped"

@@ -96,12 +96,14 @@ def trained(tmp_path_factory):
     return execute("relay_diffusion_colab", **values), folder / "runs"
 
 
+@pytest.mark.long
 def test_colab_leaves_the_runtime_as_it_is(trained):
     cells, _ = trained
     assert cells["install"][0] == "nothing is missing, pip was not called\n"
     assert f"jax {jax.__version__} on 1 device(s)" in cells["imports"][0]
 
 
+@pytest.mark.long
 def test_colab_trains_and_samples_both_sets(trained):
     cells, runs = trained
     sizes = {"digits": (8, 32, 1), "emoji_small_tiny": (16, 64, 3)}
@@ -116,6 +118,7 @@ def test_colab_trains_and_samples_both_sets(trained):
     assert np.load(runs / "digits/threes/samples.npz")["labels"].tolist() == [3] * 8
 
 
+@pytest.mark.long
 def test_colab_goes_on_from_what_is_on_the_disk(trained):
     cells, runs = trained
     assert "stage1: trained" in cells["train-part"][0] and "stage2: trained" not in cells["train-part"][0]
@@ -124,6 +127,7 @@ def test_colab_goes_on_from_what_is_on_the_disk(trained):
     assert [line["images"] for line in lines] == [16, 32, 48, 64]
 
 
+@pytest.mark.long
 def test_colab_shows_its_pictures(trained):
     cells, _ = trained
     pictures = {"digits-prepare": 1, "blur": 1, "noise": 1, "digits-curves": 2, "digits-grid": 1, "sample": 1}

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = ("--config.evaluation.features=classifier", "--config.evaluation.images=samples", "--config.data.held_out=8")
 FLAGS += ("--config.stage1.training.preview_every=0", "--config.stage2.training.preview_every=0")
 FLAGS += ("--config.evaluation.seeds=0-19", "--config.evaluation.batch_size=8", "--config.sampling.batch_size=4")
+STAGE = ("--mode=train", "--stage=1")
 
 
 def start(images: Path, workdir: Path, devices: int, *flags: str, process: int = 0, processes: int = 1, port: int = 0):
@@ -69,13 +70,18 @@ def images(tmp_path_factory):
     return folder
 
 
-def check_same(one: Path, other: Path):
-    """Parameters, samples and figures, up to the order of sums over devices."""
-    for stage in ("stage1", "stage2"):
+def check_same_parameters(one: Path, other: Path, *stages: str):
+    """Up to the order of sums over devices."""
+    for stage in stages:
         ours, theirs = (read_arrays(workdir / stage / "checkpoints/20/ema") for workdir in (one, other))
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def check_same(one: Path, other: Path):
+    """Parameters, samples and figures, up to the order of sums over devices."""
+    check_same_parameters(one, other, "stage1", "stage2")
     ours, theirs = (np.load(workdir / "samples/samples.npz") for workdir in (one, other))
     for name in ("images", "stage1"):
         assert np.abs(ours[name].astype(int) - theirs[name].astype(int)).max() <= 1  # parameters differ in their last bits
@@ -86,6 +92,14 @@ def check_same(one: Path, other: Path):
         np.testing.assert_allclose([*row["metrics"].values()], [*theirs[name]["metrics"].values()], rtol=1e-3, atol=1e-4)
 
 
+def test_two_processes_learn_what_one_does(images, tmp_path):
+    ended([start(images, tmp_path / "one", 4, *STAGE)])
+    (first, _), _ = ended(start_two(images, tmp_path / "two", *STAGE, "--config.parallel.fsdp=2"))
+    assert "train on 4 cpu device(s) of 2 process(es)" in first
+    check_same_parameters(tmp_path / "one", tmp_path / "two", "stage1")
+
+
+@pytest.mark.long
 def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     ended([start(images, tmp_path / "one", 4)])
     pair, metrics = start_two(images, tmp_path / "two", "--config.parallel.fsdp=2"), tmp_path / "two/stage1/metrics.jsonl"

@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.evaluate import RESULT, picture_names, read_result
 from rdm_jax.evaluation.tables import METRICS, PUBLISHED, cell, markdown, result_table
@@ -121,6 +119,8 @@ def _draw(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     found = [name for name in found if name != "kid_standard_error"]
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
+    from matplotlib.figure import Figure  # Here, because it takes a second, and most commands draw nothing.
+
     figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, name in zip(panels, found, strict=False):

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
@@ -147,6 +146,8 @@ class Curves:
 
 def _draw_curves(directory: Path) -> None:
     """The training loss and the averaged parameters' validation loss, by images seen."""
+    from matplotlib.figure import Figure  # Here, because it takes a second, and most commands draw nothing.
+
     lines = read(directory / "metrics.jsonl")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

@@ -117,7 +117,7 @@ class Jitted(Program):
         return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(self.abstract, batch)
 
     def compile(self) -> None:  # noqa: D102
-        self._compiled = self.lower().compile()
+        self.compiled = self.lower().compile()
 
     def place(self, state: TrainState) -> TrainState:  # noqa: D102
         return state
@@ -129,7 +129,7 @@ class Jitted(Program):
         return sharding.put_batch(batch, self.mesh)
 
     def __call__(self, state, batch):  # noqa: D102
-        return self._compiled(state, batch)
+        return self.compiled(state, batch)
 
 
 class Pmapped(Program):

@@ -22,7 +22,9 @@ NO_PICTURES = ("--config.stage1.training.preview_every=0", "--config.stage2.trai
 
 
 def environment(devices: int = 1, **others: str) -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **others}
+    """What a command starts with; it runs on so many virtual devices, or on the accelerator that FAULTS_PLATFORM names."""
+    platform = os.environ.get("FAULTS_PLATFORM", "cpu")
+    return {**os.environ, "JAX_PLATFORMS": platform, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **others}
 
 
 def command(images: Path, workdir: Path, *flags: str, broken: str = "") -> list[str]:

@@ -48,7 +48,7 @@ MUTANTS = [
         "training/checksums.py",
         "    for name in sorted(expected.keys() | found.keys()):\n",
         "    for name in ():\n",
-        "test_6_a_byte and 3",
+        "test_6_a_byte and 2",
     ),
     (
         12,

@@ -68,7 +68,8 @@ def killed_until_done(images, workdir, kills: int, moments: random.Random, pace:
     return within
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.long  # tests/test_main.py has whole runs that are killed in each stage
+@pytest.mark.parametrize("kills", [3, 50])
 def test_1_killed_at_random_moments(images, finished, tmp_path, fault, kills):
     within, attempt, pace = [], 0, Pace.seen(images, tmp_path / "pace")
     while len(within) < kills:
@@ -106,11 +107,11 @@ def files_of(step) -> list:
     return [path for path in found if str(path.relative_to(step)) not in LATER]
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(10**6, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [2, pytest.param(10**6, marks=pytest.mark.long)])
 def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(images, trained, finished, fault, count):
     """Named is the file; where what is damaged is a checksum, the file that it is of."""
     files = files_of(trained / "stage1/checkpoints/20")
-    chosen = files[:: max(1, len(files) // count)]
+    chosen = files[:: max(1, len(files) // count)][:count]
     for number, path in enumerate(chosen):
         how = ("cut", "flipped")[number % 2] if count < len(files) else None
         for each in [how] if how else ("cut", "flipped"):
@@ -135,6 +136,7 @@ def test_6_sampling_refuses_what_training_would_set_aside(images, trained, fault
     fault(6, 2, "where nothing else is sound, or sampling was asked for, the run refuses and changes nothing")
 
 
+@pytest.mark.long  # tests/training has the same within a process
 def test_7_files_gone_added_and_configs_changed(images, trained, finished, fault):
     files = files_of(trained / "stage1/checkpoints/20")
     files[0].unlink()
@@ -194,6 +196,7 @@ def test_7_a_checkpoint_of_other_arrays(images, trained, fault, how):
     fault(7, 1, f"an array that is {how}: an error that names it")
 
 
+@pytest.mark.long
 def test_10_retention_keeps_the_only_checkpoint_when_others_fail(images, tmp_path, fault):
     flags = ("--config.stage1.training.max_failed_saves=1", "--config.stage1.training.keep_newest=1")
     run(images, tmp_path / "run", *STAGE, *flags, broken="saves_fail", status=2)
@@ -201,7 +204,14 @@ def test_10_retention_keeps_the_only_checkpoint_when_others_fail(images, tmp_pat
     fault(10, 2, "one is to be kept, and the saves after it fail: it is kept")
 
 
-@pytest.mark.parametrize(("broken", "status"), [("one_save_fails", 0), ("saves_fail", 2), ("last_save_fails", 2)])
+WRITERS = [
+    ("saves_fail", 2),
+    pytest.param("one_save_fails", 0, marks=pytest.mark.long),
+    pytest.param("last_save_fails", 2, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("broken", "status"), WRITERS)
 def test_9_a_failure_in_the_writers_thread(images, tmp_path, fault, broken, status):
     flags = ("--config.stage1.training.max_failed_saves=1",)
     stdout, stderr = run(images, tmp_path / "run", *STAGE, *flags, broken=broken, status=status)
@@ -260,7 +270,8 @@ def test_8_the_disk_is_full_for_a_while(images, tmp_path, fault):
     fault(8, 1, "a disk that is full for a while: said, survived as configured; no line of the metrics is lost")
 
 
-@pytest.mark.parametrize("in_the_way", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long  # tests/training has the same within a process
+@pytest.mark.parametrize("in_the_way", [False, True])
 def test_8_the_directory_goes_away(images, tmp_path, fault, in_the_way):
     workdir = tmp_path / "run"
     # Between two saves: one that is beginning would make the directory anew, which the next one would notice.
@@ -291,6 +302,7 @@ def test_8_the_directory_becomes_read_only(images, tmp_path, fault):
     fault(8, 1, "a directory that becomes read-only is said, survived once as configured, and then ends the run with status 2")
 
 
+@pytest.mark.long
 def test_10_retention_keeps_the_only_sound_checkpoint(images, trained, finished, fault):
     """All but the oldest damaged, one to be kept, and a kill in the second save: one is sound at any time."""
     for step in (15, 20):

@@ -58,11 +58,12 @@ def check_untouched(workdir, struck: list[bool]) -> None:
 
 CASES = [
     ("white_is_nan", ()),
-    pytest.param("white_is_inf", ("--config.stage1.network.dtype=bfloat16",), marks=pytest.mark.long),
-    pytest.param("white_has_no_gradient", (), marks=pytest.mark.long),
+    ("white_is_inf", ("--config.stage1.network.dtype=bfloat16",)),
+    ("white_has_no_gradient", ()),
 ]
 
 
+@pytest.mark.long  # tests/training/test_step.py has the same within a process
 @pytest.mark.parametrize(("broken", "flags"), CASES, ids=str)
 def test_12_one_image_in_many(one_white, tmp_path, fault, broken, flags):
     images, struck = one_white

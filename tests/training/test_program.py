@@ -29,6 +29,14 @@ def program(devices=1, fsdp=1, mode="pjit", accumulate=1, remat="none", dtype="f
     return PROGRAMS[mode](stage, SHAPE, CLASSES, jax.random.key(1), mesh)
 
 
+@functools.cache
+def compiled(**how):
+    """A program as above; compiling takes most of these tests' time, so that they share a few of them."""
+    made = program(**how)
+    made.compile()
+    return made
+
+
 def batch(number):
     random = np.random.default_rng(number)
     image, label = random.integers(0, 256, (BATCH, *SHAPE), np.uint8), random.integers(0, CLASSES, BATCH).astype(np.int32)
@@ -43,7 +51,6 @@ def before():
 
 def trained(made, steps=5, state=None, first=0):
     """The state after some steps, as checkpoints have it, and the metrics of each."""
-    made.compile()
     state = jax.device_put(before(), sharding.shardings(made.abstract)) if state is None else state
     state, metrics = made.place(state), []
     for number in range(first, first + steps):
@@ -54,7 +61,7 @@ def trained(made, steps=5, state=None, first=0):
 
 @functools.cache
 def on_one_device():
-    return jax.device_get(trained(program()))
+    return jax.device_get(trained(compiled()))
 
 
 def difference(tree, other):
@@ -67,16 +74,16 @@ def difference(tree, other):
     "how",
     [
         {"devices": 8},
-        {"devices": 8, "fsdp": 2},
+        {"devices": 8, "fsdp": 4},
         {"devices": 8, "fsdp": 8, "remat": "convolutions"},
-        {"devices": 8, "mode": "pmap"},
+        {"devices": 2, "mode": "pmap"},
         {"accumulate": 4},
         {"remat": "block"},
     ],
     ids=str,
 )
 def test_what_is_learnt_does_not_depend_on_how(how):
-    (state, metrics), (wanted, wanted_metrics) = trained(program(**how)), on_one_device()
+    (state, metrics), (wanted, wanted_metrics) = trained(compiled(**how)), on_one_device()
     assert int(state.step) == 5 and int(state.skipped) == 0
     chex.assert_trees_all_close(metrics, wanted_metrics, rtol=1e-5)
     assert difference(state.params, wanted.params) < 1e-5
@@ -88,7 +95,7 @@ def test_parameters_learn_in_those_steps():
 
 
 def test_arrays_are_where_the_rules_put_them():
-    made = program(devices=8, fsdp=4)
+    made = compiled(devices=8, fsdp=4)
     state, _ = trained(made, steps=1)
     for tree in (state, made.init(jax.random.key(0))):
         for params in (tree.params, tree.ema, tree.opt_state[0].mu, tree.opt_state[0].nu):
@@ -108,32 +115,32 @@ def test_rules():
 
 def test_a_state_saved_on_eight_devices_goes_on_on_two_and_on_one(tmp_path):
     saved = checkpoint.Checkpoints(tmp_path)
-    state, _ = trained(program(devices=8, fsdp=4), steps=2)
+    state, _ = trained(compiled(devices=8, fsdp=4), steps=2)
     saved.save(state, {"validation_loss": 1.0})
     saved.wait()
-    for how in ({"devices": 2, "mode": "pmap"}, {"devices": 1}):
-        made = program(**how)
+    for how in ({"devices": 2, "mode": "pmap"}, {}):
+        made = compiled(**how)
         restored, _ = saved.restore(2, made.abstract)
         chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
-        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {how["devices"]}
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {how.get("devices", 1)}
         after, _ = trained(made, steps=3, state=restored, first=2)
         assert difference(after.params, on_one_device()[0].params) < 1e-5
     saved.close()
 
 
 def test_devices_tell_each_other_gradients_and_nothing_else():
-    one, eight = (program(**how) for how in ({}, {"devices": 8}))
+    one, eight = compiled(), compiled(devices=8)
     parameters = 4 * eight.objective.network.count()
-    assert sharding.collectives(one.lower().compile()) == {}
-    told = sharding.collectives(eight.lower().compile())
+    assert sharding.collectives(one.compiled) == {}
+    told = sharding.collectives(eight.compiled)
     assert told.keys() == {"all-reduce"}
     assert parameters <= told["all-reduce"] <= parameters + 64  # and the loss
 
 
-@pytest.mark.parametrize("fsdp", [8, 2])
-def test_parameters_that_are_cut_are_fetched_once(fsdp):
-    made = program(devices=8, fsdp=fsdp)
-    told, params = sharding.collectives(made.lower().compile()), jax.tree.leaves(made.abstract.params)
+@pytest.mark.parametrize("how", [{"devices": 8, "fsdp": 8, "remat": "convolutions"}, {"devices": 8, "fsdp": 4}], ids=str)
+def test_parameters_that_are_cut_are_fetched_once(how):
+    made, fsdp = compiled(**how), how["fsdp"]
+    told, params = sharding.collectives(made.compiled), jax.tree.leaves(made.abstract.params)
     cut = sum(4 * leaf.size for leaf in params if not leaf.sharding.is_fully_replicated)
     assert cut > 0 and told["all-gather"] == cut and told.keys() == {"all-gather", "all-reduce"}
     # On CPU, gradients are summed whole along 'fsdp' (on TPU by a reduce-scatter, see test_plan.py), then their parts along
@@ -143,7 +150,7 @@ def test_parameters_that_are_cut_are_fetched_once(fsdp):
 
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
-    state, metrics = trained(program(dtype="bfloat16"), steps=2)
+    state, metrics = trained(compiled(dtype="bfloat16"), steps=2)
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state[0].mu))} == {np.dtype("float32")}
     _, wanted = on_one_device()
     np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in wanted[:2]], rtol=0.02)
