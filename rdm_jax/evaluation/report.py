@@ -115,12 +115,12 @@ def _over_training(stage: Path) -> dict[int, dict[str, float]]:
 
 def _draw(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     """A panel a metric, a curve a stage."""
+    from matplotlib.figure import Figure  # Here, because it takes a second, and most commands draw nothing.
+
     found = [name for name in METRICS if any(name in m for points in curves.values() for m in points.values())]
     found = [name for name in found if name != "kid_standard_error"]
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    from matplotlib.figure import Figure  # Here, because it takes a second, and most commands draw nothing.
-
     figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, name in zip(panels, found, strict=False):
