@@ -1,5 +1,6 @@
 """Eight virtual devices for every test, so that sharding is exercised on any machine."""
 
+import gc
 import logging
 import os
 import tempfile
@@ -26,6 +27,8 @@ if jax.__version_info__ < (0, 11):  # nor does a newer one know the flag
 if jax.__version_info__ >= (0, 10):  # others may not know the flag
     # On busy cores eight devices take long to meet; XLA would end the process after 40 s.
     os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=180"
+# Tracing makes many objects, and collecting them as often as usual takes a tenth of the tests' time.
+gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

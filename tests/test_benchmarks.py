@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TINY = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
 
@@ -25,6 +27,7 @@ def numbers(rows: list[dict[str, str]], *heads: str) -> list[float]:
     return [float(re.match(r"[\d.,]+", row[head])[0].replace(",", "")) for row in rows for head in heads]
 
 
+@pytest.mark.long
 def test_speed():
     asked = ["--stage=2", "--classes=2", "--batch=8", "--evaluations=3", "--variants=block+pmap"]
     training, sampling = tables("speed", *asked)

@@ -87,7 +87,8 @@ def test_12_in_one_host_of_two(one_white, tmp_path, fault):
     fault(12, sum(struck), "in one host of two: skipped in both, which hold the same after every step")
 
 
-@pytest.mark.parametrize("pictures", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long  # tests/test_main.py has a run that diverges
+@pytest.mark.parametrize("pictures", [False, True])
 def test_12_many_in_a_row_end_the_run(tmp_path, fault, pictures):
     """With pictures: one is drawn when the last steps are still being computed, and only then is it known that they are bad."""
     images = folder_with_white(tmp_path / "images", 24)

@@ -77,8 +77,8 @@ def difference(tree, other):
         {"devices": 8, "fsdp": 4},
         {"devices": 8, "fsdp": 8, "remat": "convolutions"},
         {"devices": 2, "mode": "pmap"},
-        {"accumulate": 4},
-        {"remat": "block"},
+        pytest.param({"accumulate": 4}, marks=pytest.mark.long),
+        pytest.param({"remat": "block"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
