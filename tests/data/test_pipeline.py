@@ -304,7 +304,10 @@ def workers_of_this():
     return [process for process in multiprocessing.active_children() if process.is_alive()]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+SENT = [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("sent", SENT)
 def test_others_take_the_place_of_workers_that_fail_with_the_same_order(directory, sent):
     undisturbed = take(12, train_iterator(open_prepared(directory), batch_size=4, seed=9))
     batches = train_iterator(open_prepared(directory), batch_size=4, seed=9, workers=2, worker_timeout=10.0)
