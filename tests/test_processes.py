@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,30 +21,17 @@ from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier
 from rdm_jax.exit_status import exit_status
+from tests.faults.commands import STAGE, start, start_two
 from tests.test_main import read_arrays
 from tests.tiny import write_images
 
-ROOT = Path(__file__).parent.parent
 FLAGS = ("--config.evaluation.features=classifier", "--config.evaluation.images=samples", "--config.data.held_out=8")
-FLAGS += ("--config.stage1.training.preview_every=0", "--config.stage2.training.preview_every=0")
 FLAGS += ("--config.evaluation.seeds=0-19", "--config.evaluation.batch_size=8", "--config.sampling.batch_size=4")
-STAGE = ("--mode=train", "--stage=1")
 
 
-def start(images: Path, workdir: Path, devices: int, *flags: str, process: int = 0, processes: int = 1, port: int = 0):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "rdm_jax.main", f"--config={ROOT}/tests/tiny.py:{images}", f"--workdir={workdir}"]
-    command += [*FLAGS, f"--config.evaluation.weights={images.parent / 'classifier.safetensors'}", *flags]
-    if processes > 1:
-        command += [f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={process}"]
-    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def start_two(images: Path, workdir: Path, *flags: str) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return [start(images, workdir, 2, *flags, process=n, processes=2, port=port) for n in range(2)]
+def flags(images: Path) -> list[str]:
+    """Those of every run here, for `tests.faults.commands.start` and `start_two`."""
+    return [*FLAGS, f"--config.evaluation.weights={images.parent / 'classifier.safetensors'}"]
 
 
 def ended(processes: list[subprocess.Popen], status: int = 0) -> list[tuple[str, str]]:
@@ -93,21 +79,22 @@ def check_same(one: Path, other: Path):
 
 
 def test_two_processes_learn_what_one_does(images, tmp_path):
-    ended([start(images, tmp_path / "one", 4, *STAGE)])
-    (first, _), _ = ended(start_two(images, tmp_path / "two", *STAGE, "--config.parallel.fsdp=2"))
+    ended([start(images, tmp_path / "one", *flags(images), *STAGE, devices=4)])
+    (first, _), _ = ended(start_two(images, tmp_path / "two", *flags(images), *STAGE, "--config.parallel.fsdp=2", devices=2))
     assert "train on 4 cpu device(s) of 2 process(es)" in first
     check_same_parameters(tmp_path / "one", tmp_path / "two", "stage1")
 
 
 @pytest.mark.long
 def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
-    ended([start(images, tmp_path / "one", 4)])
-    pair, metrics = start_two(images, tmp_path / "two", "--config.parallel.fsdp=2"), tmp_path / "two/stage1/metrics.jsonl"
+    ended([start(images, tmp_path / "one", *flags(images), devices=4)])
+    pair = start_two(images, tmp_path / "two", *flags(images), "--config.parallel.fsdp=2", devices=2)
+    metrics = tmp_path / "two/stage1/metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text()) and pair[0].poll() is None:
         time.sleep(0.05)
     pair[1].send_signal(signal.SIGTERM)  # one of them is enough
     ended(pair, 143)
-    (first, _), (second, _) = ended(start_two(images, tmp_path / "two"))  # on another mesh
+    (first, _), (second, _) = ended(start_two(images, tmp_path / "two", *flags(images), devices=2))  # on another mesh
     assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
     assert not re.search(r"^\d\d:\d\d:\d\d ", second, re.MULTILINE)  # the first alone logs (XLA's Gloo speaks in all)
     check_same(tmp_path / "one", tmp_path / "two")
@@ -116,7 +103,7 @@ def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
 def test_what_one_refuses_all_refuse(images, tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (_, first), (_, second) = ended(start_two(images, tmp_path), 2)
+        (_, first), (_, second) = ended(start_two(images, tmp_path, *flags(images), devices=2), 2)
     assert "is in use by another run" in first and "another process has failed" in second
 
 
