@@ -70,6 +70,9 @@ def difference(tree, other):
     return max(jax.tree.leaves(jax.tree.map(share, tree, other)))
 
 
+LONG = ({"devices": 8, "fsdp": 2}, {"devices": 8, "mode": "pmap"}, {"accumulate": 4}, {"remat": "block"})
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -77,8 +80,7 @@ def difference(tree, other):
         {"devices": 8, "fsdp": 4},
         {"devices": 8, "fsdp": 8, "remat": "convolutions"},
         {"devices": 2, "mode": "pmap"},
-        pytest.param({"accumulate": 4}, marks=pytest.mark.long),
-        pytest.param({"remat": "block"}, marks=pytest.mark.long),
+        *(pytest.param(how, marks=pytest.mark.long) for how in LONG),
     ],
     ids=str,
 )
@@ -137,7 +139,16 @@ def test_devices_tell_each_other_gradients_and_nothing_else():
     assert parameters <= told["all-reduce"] <= parameters + 64  # and the loss
 
 
-@pytest.mark.parametrize("how", [{"devices": 8, "fsdp": 8, "remat": "convolutions"}, {"devices": 8, "fsdp": 4}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"devices": 8, "fsdp": 8, "remat": "convolutions"},
+        {"devices": 8, "fsdp": 4},
+        pytest.param({"devices": 8, "fsdp": 8}, marks=pytest.mark.long),
+        pytest.param({"devices": 8, "fsdp": 2}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_parameters_that_are_cut_are_fetched_once(how):
     made, fsdp = compiled(**how), how["fsdp"]
     told, params = sharding.collectives(made.compiled), jax.tree.leaves(made.abstract.params)
