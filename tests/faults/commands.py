@@ -21,6 +21,11 @@ STAGE = ("--mode=train", "--stage=1")
 NO_PICTURES = ("--config.stage1.training.preview_every=0", "--config.stage2.training.preview_every=0")
 
 
+def short_and_long(kinds, short: str) -> list:
+    """A test's parameters, of which one is for every day."""
+    return [short, *(pytest.param(kind, marks=pytest.mark.long) for kind in kinds if kind != short)]
+
+
 def environment(devices: int = 1, **others: str) -> dict[str, str]:
     """What a command starts with; it runs on so many virtual devices, or on the accelerator that FAULTS_PLATFORM names."""
     platform = os.environ.get("FAULTS_PLATFORM", "cpu")

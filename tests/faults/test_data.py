@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.faults import commands
-from tests.faults.commands import GIB, STAGE, assert_equal, bounded, logged, run, start, state, steps, wait_for
+from tests.faults.commands import GIB, STAGE, assert_equal, bounded, logged, run, short_and_long, start, state, steps, wait_for
 from tests.tiny import write_images
 
 NOTICED = 60  # seconds that a worker may take; on a busy machine it needs many to start
@@ -189,10 +189,6 @@ def refused(folder, source: str, name: str) -> str:
     left = {path for path in set(folder.rglob("*")) - before if "run" not in path.parts and ".incomplete" not in str(path)}
     assert not left, left
     return stderr
-
-
-def short_and_long(kinds, short: str) -> list:
-    return [short, *(pytest.param(kind, marks=pytest.mark.long) for kind in kinds if kind != short)]
 
 
 @pytest.mark.parametrize("kind", short_and_long(IMAGES, "a bomb"))

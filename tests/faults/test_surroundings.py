@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.faults import commands
-from tests.faults.commands import STAGE, assert_equal, mounted, run, said, state
+from tests.faults.commands import STAGE, assert_equal, mounted, run, said, short_and_long, state
 
 
 def shell(images, workdir, how: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
@@ -36,10 +36,9 @@ UNAFFECTED = {
     "no network": "unshare -rn {}",
     SPACES: "mkdir -p 'SPACES/a b' && HOME='SPACES/a b' TMPDIR='SPACES/a b' {}",
 }
-SHORT = "stdout closed"
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == SHORT else [pytest.mark.long]) for k in UNAFFECTED])
+@pytest.mark.parametrize("kind", short_and_long(UNAFFECTED, "stdout closed"))
 def test_18_training_is_unaffected(images, finished, tmp_path, fault, kind):
     how = UNAFFECTED[kind].replace("STATUS", str(tmp_path / "status")).replace("SPACES", str(tmp_path))
     if kind == "no network" and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
