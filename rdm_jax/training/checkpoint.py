@@ -239,6 +239,8 @@ class Checkpoints:
         """Blocks until the save under way is on disk. Raises OSError where it has failed, and no more may."""
         try:
             self._manager.wait_until_finished()
+            if self._saving is not None:
+                self._check_place()  # the folder may have gone while this save began
         except Exception as error:  # Orbax, TensorStore and the system each have their own
             return self._give_up(error)
         if self._saving is not None:

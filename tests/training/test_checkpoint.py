@@ -220,6 +220,22 @@ def test_a_folder_that_is_another_one_is_not_saved_to(tmp_path):
     assert checkpoints.steps() == [2]
 
 
+def test_a_folder_that_becomes_another_one_during_the_last_save(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+
+    def moves_away(partial):
+        folder.rename(tmp_path / "elsewhere")
+        partial.mkdir(parents=True)
+
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(make_state(1), about(0.5))
+    checkpoints.wait()
+    monkeypatch.setattr(checkpoint, "write_checksums", moves_away)
+    checkpoints.save(make_state(2), about(0.5))
+    with pytest.raises(OSError, match="folder is another one now"):
+        checkpoints.close()
+
+
 def test_no_space(tmp_path):
     with pytest.raises(InputError, match="GiB free.*keep_newest"):
         checkpoint.check_space(tmp_path, abstract(), copies=10**12)
