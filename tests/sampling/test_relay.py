@@ -1,6 +1,7 @@
 """Sampling: an image is its seed's alone, the walk's form does not matter, and an interrupted run goes on."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,10 @@ def source(tmp_path_factory):
     return open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", Form(8, 8)))
 
 
-def stage_and_params(kind: str, guidance: float = 1.0):
-    """A stage and parameters that are no longer the zero output of initialisation."""
-    stage = dataclasses.replace(tiny_config("images").stages[NUMBER[kind] - 1], guidance=guidance)
+@functools.cache
+def stage_and_params(kind: str):
+    """A guided stage and parameters that are no longer the zero output of initialisation."""
+    stage = dataclasses.replace(tiny_config("images").stages[NUMBER[kind] - 1], guidance=2.0)
     if kind == "cascade":
         stage = dataclasses.replace(stage, process=Cascade(patch=2), sampler=CascadeHeun(steps=3))
     network = stage.build(3, 2)
@@ -43,8 +45,9 @@ def stage_and_params(kind: str, guidance: float = 1.0):
     return stage, network, jax.tree.map(nudge, params)
 
 
-def make(kind: str, guidance: float = 1.0):
-    stage, network, params = stage_and_params(kind, guidance)
+@functools.cache  # what is compiled for one test is there for the next
+def make(kind: str):
+    stage, network, params = stage_and_params(kind)
     sample = sampler.stage_sampler(stage, network, number=NUMBER[kind], channels=3, classes=2, run_seed=0)
     low = np.random.default_rng(1).uniform(-1, 1, (BATCH, 4, 4, 3)).astype(np.float32) if NUMBER[kind] > 1 else None
     return sample, params, low, jnp.arange(BATCH, dtype=jnp.int32) % 2, jnp.arange(BATCH, dtype=jnp.uint32)
@@ -52,7 +55,7 @@ def make(kind: str, guidance: float = 1.0):
 
 @every_kind
 def test_an_image_is_its_seeds_alone(kind):
-    sample, params, low, labels, seeds = make(kind, guidance=2.0)
+    sample, params, low, labels, seeds = make(kind)
     whole = sample(params, low, labels, seeds)
     order = np.array([3, 7, 0, 3, 1, 1, 5, 2])
     mixed = sample(params, None if low is None else low[order], labels[order], seeds[order])
@@ -64,17 +67,17 @@ def test_an_image_is_its_seeds_alone(kind):
 
 @every_kind
 def test_scan_equals_loop(kind, monkeypatch):
-    _, params, low, labels, seeds = make(kind)
-    looped = make(kind)[0](params, low, labels, seeds)
+    loop, *args = make(kind)
     monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
-    scanned = make(kind)[0](params, low, labels, seeds)
+    scan = make.__wrapped__(kind)[0]
+    looped, scanned = loop(*args), scan(*args)
     np.testing.assert_allclose(scanned, looped, atol=1e-4)
 
 
 @every_kind
 def test_devices_do_not_matter(kind):
     """Each makes its images by itself: nothing is sent from one to another."""
-    sample, params, low, labels, seeds = make(kind, guidance=2.0)
+    sample, params, low, labels, seeds = make(kind)
     mesh = sharding.local_mesh()
     shared = sharding.put_batch(jax.device_get((low, labels, seeds)), mesh)
     spread = jax.device_put(params, sharding.replicated(mesh))
@@ -94,6 +97,7 @@ def test_a_cascade_sees_the_small_image_alone():
 
 def test_run_seed_and_stage_change_the_noise():
     stage, network, params = stage_and_params("gaussian")
+    stage = dataclasses.replace(stage, guidance=1.0)
     outputs = []
     for run_seed, number in ((0, 1), (1, 1), (0, 2)):
         sample = sampler.stage_sampler(stage, network, number=number, channels=3, classes=2, run_seed=run_seed)
