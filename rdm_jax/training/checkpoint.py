@@ -87,7 +87,8 @@ class Checkpoints:
             which = next((f"{folder} is damaged ({what})" for folder, what in found.items() if what), "")
             which = which or f"in {directory} cannot be read ({reason(error)})"
             raise InputError(f"checkpoint {which}; moving the damaged step's folder away would do.") from error
-        self._place = None if read_only else directory.stat()
+        # Held open: file systems on a network may number a folder anew when the kernel has forgotten it.
+        self._place = None if read_only else os.open(directory, os.O_RDONLY)
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, oldest first."""
@@ -161,7 +162,7 @@ class Checkpoints:
 
     def _check_place(self) -> None:
         """Raises OSError where the folder is gone, or another: Orbax makes it anew, and nobody would hear what is lost."""
-        if not os.path.samestat(self._place, self.directory.stat()):
+        if not os.path.samestat(os.fstat(self._place), self.directory.stat()):
             raise OSError(errno.ESTALE, "what was saved before is not there any more: its folder is another one now")
 
     def _write_checksums(self) -> None:
@@ -258,6 +259,9 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+            if self._place is not None:
+                os.close(self._place)
+                self._place = None
         self._raise_lost()
 
 
