@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from rdm_jax import randomness, sharding
 from rdm_jax.diffusion import preconditioning, processes
@@ -94,9 +95,10 @@ def test_parts_of_a_batch_lie_on_all_devices():
     chex.assert_trees_all_close(compiled(*shared)[1], step_and_state()[0](state, batch())[1], rtol=2e-5)
 
 
-def test_parts_of_a_batch_give_the_same_step():
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_parts_of_a_batch_give_the_same_step(accumulate):
     step, state = step_and_state()
-    in_parts, _ = step_and_state(accumulate=4)
+    in_parts, _ = step_and_state(accumulate)
     whole, parts = step(state, batch()), in_parts(state, batch())
     # float32 sums in another order; Adam divides each gradient by its own size, so small ones show it most.
     chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5)
