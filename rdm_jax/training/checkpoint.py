@@ -242,10 +242,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if self._saving is not None:
                 self._check_place()  # the folder may have gone while this save began
+                self._saving, self._lost, self._failed = None, None, 0
         except Exception as error:  # Orbax, TensorStore and the system each have their own
             return self._give_up(error)
-        if self._saving is not None:
-            self._saving, self._lost, self._failed = None, None, 0
         if distributed.is_first():
             self._empty_bin()
 
