@@ -77,8 +77,9 @@ def mounted(mount: str, script: str) -> subprocess.CompletedProcess:
     """Runs a shell script with a mount of its own; skips the test where that is not allowed."""
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("nothing may be mounted here")
-    whole = ["unshare", "-rm", "sh", "-c", f"{mount}\n{script}"]
-    return subprocess.run(whole, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    # `timeout` ends all that the script has begun, and what they have said so far is still read.
+    whole = ["timeout", "-s", "KILL", "300", "unshare", "-rm", "sh", "-c", f"{mount}\n{script}"]
+    return subprocess.run(whole, env=environment(), cwd=ROOT, capture_output=True, text=True)
 
 
 def wait_for(ready, process: subprocess.Popen, timeout: float = 120) -> bool:

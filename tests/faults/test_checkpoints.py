@@ -290,11 +290,14 @@ def test_8_the_directory_goes_away(images, tmp_path, fault, in_the_way):
 @pytest.mark.long
 def test_8_the_directory_becomes_read_only(images, tmp_path, fault):
     """It is mounted over itself, for reading only, while training saves in it."""
-    saved = tmp_path / "run/stage1/checkpoints"
+    saved, elsewhere = tmp_path / "run/stage1/checkpoints", tmp_path / "elsewhere"
+    elsewhere.mkdir()
     flags = ("--config.stage1.training.images=1600000", "--config.stage1.training.max_failed_saves=1")
     train = " ".join(commands.command(images, tmp_path / "run", *STAGE, *flags))
     begun = f"while [ ! -d {saved}/5 ]; do sleep 0.05; done"
-    done = mounted("true", f"{train} & {begun}; mount --bind {saved} {saved}; mount -o remount,ro,bind {saved}; wait $!")
+    # Elsewhere first: where a file is being written, a mount cannot become read-only.
+    mount = f"mount --bind {saved} {elsewhere} && mount -o remount,ro,bind {elsewhere} && mount --bind {elsewhere} {saved}"
+    done = mounted("true", f"{train} & {begun}; {mount}; wait $!")
     assert done.returncode == 2 and "Read-only file system" in said(done.stderr, alone=False), (done.stdout, done.stderr)
     assert "Read-only file system; training goes on without it" in done.stdout and steps(tmp_path / "run")
     run(images, tmp_path / "run", *STAGE)
