@@ -10,9 +10,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rdm_jax.errors import InputError
 from rdm_jax.terminal import log
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def local_path(text: str | os.PathLike, field: str) -> Path:
+    """A path on this machine as the user gave it, with '~' expanded.
+
+    Args:
+      field: the flag or field that it was given by, for the message.
+
+    Raises:
+      InputError: it is a URL. `Path` would make a local folder called 'gs:' of gs://bucket, and everything written to it would
+        be lost with the machine.
+    """
+    scheme, found, _ = os.fspath(text).partition("://")
+    if found:
+        raise InputError(
+            f"{field}={os.fspath(text)!r} is a URL, and {scheme}:// is not supported; a local path, such as that of a mounted "
+            "bucket, would do."
+        )
+    return Path(text).expanduser()
 
 
 @contextmanager
