@@ -5,7 +5,8 @@ python -m rdm_jax.main --config configs/saved.py:runs/digits/config.json --workd
 
 from pathlib import Path
 
-from rdm_jax.config import parse, read_saved
+from rdm_jax.config import parse
+from rdm_jax.saved import read_saved
 
 
 def get_config(path: str):

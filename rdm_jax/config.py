@@ -9,14 +9,12 @@ import dataclasses
 import difflib
 import types
 import typing
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rdm_jax.diffusion import preconditioning, processes, samplers
 from rdm_jax.errors import InputError
-from rdm_jax.files import parse_json
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
@@ -76,7 +74,9 @@ class Training:
       augment: probability of each of EDM's geometric augmentations; with more than 0, network.augment_labels must be 9. It
         works on images at twice their size and reflected on every side, 36 times their memory; `accumulate` divides that.
       start_from: folder of a checkpoint's step, whose averaged parameters training begins with; '' for random ones.
-      checkpoint_every, keep_newest, keep_best: when to save, and how many of the newest and of the best to keep.
+      checkpoint_every, checkpoint_minutes: when to save: every so many images, and when so many minutes have passed since the
+        last save (0: never).
+      keep_newest, keep_best: how many of the newest and of the best checkpoints to keep.
       max_failed_saves: saves in a row that may fail, as on a full disk, and training goes on; the last one must not, and with
         several processes none may.
       preview_every: when to draw a grid of samples; 0 for never.
@@ -102,6 +102,7 @@ class Training:
     augment: float = 0.0
     start_from: str = ""
     checkpoint_every: int = 50_000
+    checkpoint_minutes: float = 30.0
     keep_newest: int = 2
     keep_best: int = 1
     max_failed_saves: int = 2
@@ -272,37 +273,26 @@ class Config:
 
     def to_config_dict(self) -> ConfigDict:
         """The same as an ml_collections ConfigDict, which `--config.field=value` overrides."""
-        fields = _to_plain(self)
+        fields = to_plain(self)
         stages = {f"stage{i + 1}": stage for i, stage in enumerate(fields.pop("stages"))}
         return ConfigDict({**fields, **stages}, sort_keys=False)
 
 
 def parse(values: ConfigDict | dict[str, Any]) -> Config:
-    """A Config from a ConfigDict or a nested dict (such as a saved config.json).
+    """A Config from a ConfigDict or a nested dict (such as `saved.read_saved` returns).
 
     Raises:
       InputError: a field is unknown or of the wrong type.
     """
     values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
-    names = sorted((k for k in values if _stage_number(k)), key=_stage_number)
-    if [_stage_number(name) for name in names] != list(range(1, len(names) + 1)) or not names:
+    names = sorted((k for k in values if stage_number(k)), key=stage_number)
+    if [stage_number(name) for name in names] != list(range(1, len(names) + 1)) or not names:
         raise InputError(f"config has the stages {', '.join(names) or 'none'}; stage1, stage2 and so on without a gap would do.")
     values["stages"] = tuple(_from_plain(Stage, values.pop(name), f"config.{name}") for name in names)
     return _from_plain(Config, values, "config")
 
 
-def read_saved(path: Path) -> dict[str, Any]:
-    """The values in a config.json, for `parse`. Raises InputError where there are none."""
-    try:
-        values = parse_json(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no fields")
-        return values
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a config ({error}); the config.json of a workdir would do.") from error
-
-
-def _stage_number(name: str) -> int:
+def stage_number(name: str) -> int:
     """3 for 'stage3', 0 for what is no stage's name."""
     number = name.removeprefix("stage")
     return int(number) if number != name and number.isdecimal() and len(number) < 4 else 0
@@ -313,17 +303,18 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.to_config_dict().to_dict()
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """A dataclass as a nested dict, whose unions have a field `kind`; tuples and single values as they are."""
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
-        plain = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         plain = {k: float(v) if hints[k] is float else v for k, v in plain.items()}
-        plain.update({k: {"kind": kind_of(type(getattr(value, k))), **plain[k]} for k in plain if _choices(hints[k])})
+        plain.update({k: {"kind": kind_of(type(getattr(value, k))), **plain[k]} for k in plain if choices(hints[k])})
         return plain
-    return tuple(map(_to_plain, value)) if isinstance(value, (tuple, list)) else value
+    return tuple(map(to_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
-def _choices(hint: Any) -> tuple[type, ...]:
+def choices(hint: Any) -> tuple[type, ...]:
     """The dataclasses of a union, () for any other type."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
 
@@ -334,10 +325,10 @@ def kind_of(cls: type) -> str:
 
 
 def _from_plain(hint: Any, value: Any, path: str) -> Any:
-    """The inverse of `_to_plain`: `value` as the type `hint`; `path` names it in errors."""
+    """The inverse of `to_plain`: `value` as the type `hint`; `path` names it in errors."""
     if dataclasses.is_dataclass(value):
         return value
-    if choices := _choices(hint):
+    if choices := choices(hint):
         kinds = {kind_of(c): c for c in choices}
         value = dict(value)
         kind = value.pop("kind", None)
