@@ -26,14 +26,16 @@ class ImageSet(Sequence):
       items: pixels, uint8 (h, w, c), and class number by index.
       image_shape: (h, w, c) of every image.
       class_names: the classes; empty when the images have none (every label is -1 then).
+      content: changes when an image does; '' for a hash of all pixels once they are in memory.
 
     Attributes:
       image_shape, class_names: as given.
     """
 
-    def __init__(self, items: Sequence, image_shape: tuple[int, ...], class_names: tuple[str, ...]):
+    def __init__(self, items: Sequence, image_shape: tuple[int, ...], class_names: tuple[str, ...], content: str = ""):
         self.image_shape, self.class_names = image_shape, class_names
-        self._items, self._cached = items, None
+        self._items, self._cached, self._content = items, None, content
+        self._whole: ImageSet | None = None  # the set that this one is a part of
         self._chosen: np.ndarray | None = None  # the images of a part, by their index in the whole set
 
     def __len__(self) -> int:
@@ -81,7 +83,18 @@ class ImageSet(Sequence):
     def _part(self, chosen: np.ndarray) -> "ImageSet":
         part = ImageSet(self._items, self.image_shape, self.class_names)
         part._cached, part._chosen = self._cached, chosen if self._chosen is None else self._chosen[chosen]
+        part._whole = self._whole or self
         return part
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal for the same images in the same order with the same classes, in memory or not, and wherever they lie.
+
+        That of a part is the whole set's and a hash of which images it has.
+        """
+        if self._whole is not None:
+            return f"{self._whole.identity} {hashlib.sha256(self._chosen.astype('<i8').tobytes()).hexdigest()[:16]}"
+        return self._content or self.fingerprint
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -163,7 +176,7 @@ def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> Imag
     _check_whole(directory, reader)
     if len(shape) != 3 or None in shape or dtype != np.uint8:
         raise InputError(f"the images in {directory} have shape {shape}, {dtype}; uint8 of one size would do.")
-    images = ImageSet(reader, shape, reader.class_names)
+    images = ImageSet(reader, shape, reader.class_names, reader.content())
     if images.nbytes <= cache_bytes:
         images.cache(f"decoding {directory.name}")
     return images

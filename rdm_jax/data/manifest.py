@@ -1,6 +1,9 @@
 """What a prepared set says of itself, and whether its files still are what they were."""
 
+import hashlib
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,12 @@ from rdm_jax.files import parse_json, sha256
 from rdm_jax.terminal import log, progress
 
 MANIFEST = "manifest.json"
+# Version 1 has no field 'version', and no 'content'.
+VERSION = 2
 FIELDS = {"settings": dict, "count": int, "classes": dict, "enlarged": int, "skipped": dict, "shards": list}
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+# Settings that version 1 does not have, with the values that mean what it did.
+NEW_SETTINGS: dict[str, Any] = {}
 SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
@@ -27,9 +34,15 @@ def verify_files(directory: Path) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a prepared set. Raises InputError where there is none."""
+    """The manifest of a prepared set, with settings that older versions lack. Raises InputError where there is none."""
     try:
         manifest = parse_json((directory / MANIFEST).read_text())
+        version = manifest.get("version", 1)
+        if type(version) is not int:
+            raise ValueError(f"version is {version!r:.40}")
+        if version > VERSION:
+            newer = f"{directory / MANIFEST} has version {version}, and this rdm_jax reads versions up to {VERSION}"
+            raise InputError(f"{newer}; a newer rdm_jax, or preparing the data again in another directory, would do.")
         if not manifest.keys() >= FIELDS.keys():
             raise ValueError("fields are missing")
         for field, kind in FIELDS.items():
@@ -37,9 +50,31 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 raise ValueError(f"{field} is no {kind.__name__}")
         for shard in manifest["shards"]:
             _check_shard(shard)
+        if version > 1 and type(manifest.get("content")) is not str:
+            raise ValueError("content is no str")
+        manifest["settings"] = NEW_SETTINGS | manifest["settings"]
         return manifest
+    except InputError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{directory} is there and is no prepared data ({error}); another directory would do.") from error
+
+
+def content_of(shards: Sequence[str], image_shape: Sequence[int], class_names: Sequence[str]) -> str:
+    """The hash of a set's names, labels and pixels before they were encoded: that of all shards, and what all images share."""
+    return hashlib.sha256(json.dumps([list(image_shape), list(class_names), list(shards)]).encode()).hexdigest()
+
+
+def identity(directory: Path) -> str:
+    """Tells the images of a prepared set from those of every other; older manifests have the hashes of files alone.
+
+    Raises:
+      InputError: there is no manifest.
+    """
+    manifest = read_manifest(directory)
+    if "content" in manifest:
+        return manifest["content"]
+    return content_of([shard["sha256"] for shard in manifest["shards"]], (), list(manifest["classes"]))
 
 
 def _check_shard(shard: Any) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rdm_jax.data.images import CROPS, Form
-from rdm_jax.data.manifest import MANIFEST, read_manifest, verify_files
+from rdm_jax.data.manifest import MANIFEST, VERSION, content_of, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
 from rdm_jax.data.sources import Source, cores, open_source, same_source
 from rdm_jax.errors import InputError
@@ -193,13 +193,16 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
     builder = RelayImages(finished, shards[0].features, settings["source"], made)
     with contextlib.redirect_stdout(io.StringIO()):  # It prints to stdout what we say better.
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    contents = [shard["content"] for shard in about]
     manifest = {
+        "version": VERSION,
         "settings": settings,
         "count": count,
         "classes": {name: sum(shard["of_class"][i] for shard in about) for i, name in enumerate(source.class_names)},
         "enlarged": sum(shard["enlarged"] for shard in about),
         "resampling": CROPS[settings["crop"]],
         "made_by": versions(),
+        "content": content_of(contents, (settings["height"], settings["width"], settings["channels"]), source.class_names),
         "skipped": skipped,
         "shards": [
             {"file": path.name, **{key: shard[key] for key in ("records", "bytes", "sha256")}}

@@ -16,7 +16,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import rdm_jax
 from rdm_jax.data.images import Form, encode, open_image, to_uint8
-from rdm_jax.data.manifest import MANIFEST
+from rdm_jax.data.manifest import MANIFEST, identity
 from rdm_jax.data.sources import Source
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.errors import BadImage, InputError
@@ -84,8 +84,9 @@ class Shard:
         """Writes the file, or leaves it alone where it was written from the same images before.
 
         Returns:
-          'bytes' and 'sha256' of the file; 'records' in it, how many of them were 'enlarged', and how many are 'of_class' 0,
-          1, ...; and 'skipped', reasons by the names of images left out.
+          'bytes' and 'sha256' of the file; 'content', a hash of names, labels and pixels in any encoding; 'records' in it,
+          how many of them were 'enlarged', and how many are 'of_class' 0, 1, ...; and 'skipped', reasons by the names of images
+          left out.
 
         Raises:
           InputError: as for `Source.read`; nothing is left behind.
@@ -96,7 +97,7 @@ class Shard:
         usable = found and found.pop("made_from") == made_from and (self.skip_bad or not found["skipped"])
         if usable and found["sha256"] == sha256(self.path):
             return found
-        seen = {"records": 0, "enlarged": 0, "of_class": [0] * len(self.source.class_names), "skipped": {}}
+        seen = {"content": "", "records": 0, "enlarged": 0, "of_class": [0] * len(self.source.class_names), "skipped": {}}
         with whole_file(self.path) as partial:
             _write_records(partial, self._examples(seen))
             if len(ArrayRecordDataSource([str(partial)])) != seen["records"]:
@@ -116,6 +117,7 @@ class Shard:
     def _examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
         """Serialized records by number; what was seen of them is added to `seen` on the way."""
         features, form = self.features, self.form
+        content = hashlib.sha256()
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         for index, name in enumerate(self.source.names):
             try:
@@ -130,6 +132,9 @@ class Shard:
             seen["enlarged"] += decoded.shape[0] < form.height or decoded.shape[1] < form.width
             if self.source.class_names:
                 seen["of_class"][label] += 1
+            content.update(json.dumps([name, label]).encode() + b"\n")
+            content.update(np.ascontiguousarray(pixels))
+            seen["content"] = content.hexdigest()
             image = pixels if self.encoding.kind == "raw" else encode(pixels, self.encoding.kind, self.encoding.quality)
             example = {"image": image, "name": name} | ({"label": label} if self.source.class_names else {})
             # Not by features.serialize_example, whose bytes differ from process to process.
@@ -148,7 +153,7 @@ def _write_records(path: Path, examples) -> None:
 def _read_voucher(voucher: Path) -> dict[str, Any] | None:
     try:
         found = parse_json(voucher.read_text())
-        return found if {"records", "skipped", "sha256", "made_from"} <= found.keys() else None
+        return found if {"content", "records", "skipped", "sha256", "made_from"} <= found.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -229,6 +234,13 @@ class RecordReader(Sequence):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def content(self) -> str:
+        """Changes when an image does, and not when the set is copied: by the manifest, or the sizes of another's files."""
+        if (self.directory / MANIFEST).is_file():
+            return identity(self.directory)
+        files = sorted(path for path in self.directory.iterdir() if path.is_file())
+        return hashlib.sha256(json.dumps([(path.name, path.stat().st_size) for path in files]).encode()).hexdigest()
 
     def identity(self) -> str:
         """Changes when a record does: the manifest, which has a hash of every file, or the sizes and times of another's files."""

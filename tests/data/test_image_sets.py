@@ -1,6 +1,8 @@
 """Sets of images: a small source decoded into memory, nothing written."""
 
+import json
 import pickle
+import shutil
 
 import chex
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from rdm_jax.data.image_sets import open_direct, open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
+from rdm_jax.data.records import Encoding
 from rdm_jax.errors import InputError
 from tests.tiny import write_images
 
@@ -67,3 +70,52 @@ def test_damaged_images_are_refused_or_left_out_with_a_line_each(folder, caplog,
 def test_a_prepared_set_can_be_sent_to_another_process(folder, tmp_path):
     images = open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM))
     chex.assert_trees_all_equal(pickle.loads(pickle.dumps(images)).batch([3, 1]), images.batch([3, 1]))
+
+
+def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(folder, tmp_path):
+    spec = f"folder:{folder}"
+    raw = prepare(spec, tmp_path / "raw", FORM, encoding=Encoding("raw"))
+    png = prepare(spec, tmp_path / "png", FORM)
+    one, cached = open_prepared(png), open_prepared(png, cache_bytes=2**20)
+    assert cached.is_cached and one.identity == cached.identity == open_prepared(raw).identity
+    assert one.identity == open_prepared(shutil.copytree(png, tmp_path / "copy")).identity
+    direct = [open_direct(spec, FORM, cache_bytes=2**20) for _ in range(2)]
+    assert direct[0].identity == direct[1].identity
+    parts = [part.identity for images in (one, cached) for part in images.split(4)]
+    assert parts[:2] == parts[2:] and len({one.identity, *parts}) == 3 and parts[0].startswith(one.identity)
+
+
+def _other_pixel(folder):
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "a" / "000.png")
+
+
+def _other_class(folder):
+    (folder / "b").rename(folder / "c")
+
+
+def _other_label(folder):
+    (folder / "b" / "001.png").rename(folder / "a" / "001.png")
+
+
+@pytest.mark.parametrize("change", [_other_pixel, _other_class, _other_label])
+def test_the_identity_changes_with_a_pixel_a_label_and_a_class(folder, tmp_path, change):
+    before = open_prepared(prepare(f"folder:{folder}", tmp_path / "before", FORM))
+    direct = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
+    change(folder)
+    assert open_prepared(prepare(f"folder:{folder}", tmp_path / "after", FORM)).identity != before.identity
+    assert open_direct(f"folder:{folder}", FORM, cache_bytes=2**20).identity != direct.identity
+
+
+def test_sets_of_older_versions_and_of_others_have_an_identity(folder, tmp_path):
+    path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for key in ("version", "content"):
+        del manifest[key]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    old = open_prepared(path).identity
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert open_prepared(path).identity != old
+    (path / "manifest.json").unlink()
+    others = open_prepared(path).identity
+    assert others != old and open_prepared(shutil.copytree(path, tmp_path / "copy")).identity == others

@@ -216,3 +216,16 @@ def test_enlarged_images_are_counted(folder, tmp_path):
     assert manifest["enlarged"] == 7
     manifest = json.loads((prepare(f"folder:{folder}", tmp_path / "smaller", Form(4, 3)) / "manifest.json").read_text())
     assert manifest["enlarged"] == 0
+
+
+def test_a_manifest_without_a_version_is_read_and_a_newer_one_refused_by_name(folder, tmp_path):
+    path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest.pop("version") == 2
+    del manifest["content"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(f"folder:{folder}", tmp_path / "set", FORM) == path and len(open_prepared(path)) == 7
+    for version, message in ((3, "version 3.*up to 2.*newer rdm_jax"), ("x", "no prepared data .*version")):
+        (path / "manifest.json").write_text(json.dumps({**manifest, "version": version}))
+        with pytest.raises(InputError, match=message):
+            prepare(f"folder:{folder}", tmp_path / "set", FORM)
