@@ -224,7 +224,15 @@ def _check_training(stage: Stage, path: str) -> None:
         require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
     for field in ("learning_rate", "ema_halflife", "epsilon"):
         require(getattr(training, field) > 0, f"{path}.training.{field}", getattr(training, field), "a positive number")
-    for field in ("warmup", "preview_every", "evaluate_every", "keep_best", "max_failed_saves", "ema_rampup", "checkpoint_minutes"):
+    for field in (
+        "warmup",
+        "preview_every",
+        "evaluate_every",
+        "keep_best",
+        "max_failed_saves",
+        "ema_rampup",
+        "checkpoint_minutes",
+    ):
         require(getattr(training, field) >= 0, f"{path}.training.{field}", getattr(training, field), "0 or more")
     for field in ("label_dropout", "augment", "beta1", "beta2"):
         require(

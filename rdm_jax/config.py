@@ -328,8 +328,7 @@ def _from_plain(hint: Any, value: Any, path: str) -> Any:
     """The inverse of `to_plain`: `value` as the type `hint`; `path` names it in errors."""
     if dataclasses.is_dataclass(value):
         return value
-    if choices := choices(hint):
-        kinds = {kind_of(c): c for c in choices}
+    if kinds := {kind_of(c): c for c in choices(hint)}:
         value = dict(value)
         kind = value.pop("kind", None)
         if kind not in kinds:

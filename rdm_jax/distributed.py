@@ -159,18 +159,28 @@ class StopOfAll:
         """A turn. Raises `Interrupted`."""
         if jax.process_count() == 1:
             return self._stop.check()
-        before, self._before = self._before, any_process(bool(self._stop.requested))
+        before, self._before = self._before, largest(bool(self._stop.requested))
         if before is not None and int(before):
             raise self._stop.interruption
 
 
-def any_process(flag: bool) -> jax.Array:
-    """Whether the flag is set in any process: a scalar (int32) that the devices may still be computing.
+def largest(value: int) -> jax.Array:
+    """The largest value that a process has: a scalar (int32) that the devices may still be computing.
 
     Every process must call it as often as the others, and then they read the same. Nothing waits before it is read.
     """
-    mesh, largest = _over_all()
-    return largest(sharding.put_batch(np.full(len(mesh.local_devices), flag, np.int32), mesh))
+    mesh, of_all = _over_all()
+    return of_all(sharding.put_batch(np.full(len(mesh.local_devices), value, np.int32), mesh))
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process, which all must ask together; waits for the answer."""
+    return bool(int(largest(flag))) if jax.process_count() > 1 else flag
+
+
+def from_first(value: int) -> int:
+    """What the first process has, in all: what one decides and all follow. All must call it together."""
+    return int(gathered(np.int32(value))[0])
 
 
 @functools.cache

@@ -37,6 +37,7 @@ _TARGET = flags.DEFINE_string("target", "here", "With --mode plan: chips, such a
 _UTILISATION = flags.DEFINE_float("utilisation", 0.4, "With --mode plan: the share of the peak FLOP/s that is reached.")
 _CLASSES = flags.DEFINE_integer("classes", 0, "With --mode plan: number of classes; 0 for none.", lower_bound=0)
 _COMPILE = flags.DEFINE_bool("compile", False, "With --mode plan: compile for the TPU target, for the compiler's own figures.")
+_ALLOW_CHANGES = flags.DEFINE_list("allow_changes", [], "Fields that may change in a run that goes on: learning_rate,batch_size.")
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out images that cannot be used, instead of refusing the set.")
 
 
@@ -77,7 +78,7 @@ def _run() -> None:
     distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     keep_compiled()
     show_log(quiet=not distributed.is_first())
-    part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD)}
+    part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD, _ALLOW_CHANGES)}
     return run.run(_CONFIG.value, _WORKDIR.value, **part)
 
 

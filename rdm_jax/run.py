@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rdm_jax import checks, contact_sheet, distributed
+from rdm_jax import checks, contact_sheet, distributed, saved, unchanged
 from rdm_jax import config as configs
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
@@ -39,9 +39,8 @@ from rdm_jax.sampling.relay import Relay
 from rdm_jax.sampling.results import sample_to_files
 from rdm_jax.stage_data import open_sets, set_for_pictures
 from rdm_jax.terminal import log
-from rdm_jax.training import checkpoint
-from rdm_jax.training.loop import Trainer
-from rdm_jax.unchanged import changes
+from rdm_jax.training import checkpoint_folders
+from rdm_jax.training.loop import Trainer, changed_since
 
 MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "export")
 ALONE = ("report", "import", "export")  # modes of one process
@@ -57,6 +56,7 @@ def run(
     weights: str | None = None,
     skip_bad: bool = False,
     evaluations: Sequence[str] = (),
+    allow_changes: Sequence[str] = (),
 ) -> None:
     """Does one part of a run, or all of it; what is done already is left alone.
 
@@ -67,6 +67,8 @@ def run(
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
       weights: the file to import from (.pkl, .pt, safetensors) or to export to (safetensors).
       evaluations: the evaluation.json files that a report is of; () for all in the workdir.
+      allow_changes: fields of the config, such as 'learning_rate', that may be others than those the run was trained with so far
+        (`unchanged.check_names`); training goes on with the new ones, and checkpoints say from which step on.
       skip_bad: prepare without the images that cannot be used, and list them in the manifest, instead of refusing the set.
 
     Raises:
@@ -84,12 +86,13 @@ def run(
         return _import(config, stage, Path(weights).expanduser(), folder)
     checks.check_config(config)
     checks.check_devices(config, jax.device_count(), jax.local_device_count())
+    unchanged.check_names(allow_changes, config)
     with _owned(folder), StopOnSignal() as stop:
         with distributed.together():
-            _check_unchanged(config, folder)
+            _check_unchanged(config, folder, mode in ("all", "train"), allow_changes)
         if mode == "export":
             return export_stage(config, stage, folder, Path(weights).expanduser())
-        _work(config, mode, stage, folder, stop, skip_bad)
+        _work(config, mode, stage, folder, stop, skip_bad, allow_changes)
         stop.check()  # one that came when all was done is not lost on a caller with more to do
     log.info("%s: done", mode)
 
@@ -107,7 +110,15 @@ def _check_part(config: Config, mode: str, stage: int | None, weights: str | Non
         raise InputError(f"--weights={weights} does not go with --mode={mode}; {would_do} would do.")
 
 
-def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal, skip_bad: bool) -> None:
+def _work(
+    config: Config,
+    mode: str,
+    stage: int | None,
+    folder: Path,
+    stop: StopOnSignal,
+    skip_bad: bool,
+    allow_changes: Sequence[str],
+) -> None:
     """Prepares, trains, samples and evaluates, or what of it the mode asks for."""
     about = (mode, jax.device_count(), jax.default_backend(), jax.process_count(), folder)
     log.info("%s on %d %s device(s) of %d process(es), workdir %s", *about)
@@ -131,7 +142,7 @@ def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: Stop
         if distributed.is_first():
             _write_config(config, folder)
     for number in training:
-        _train(config, number, *parts[number], folder, stop, evaluator)
+        _train(config, number, *parts[number], folder, stop, evaluator, allow_changes)
         if distributed.gathered(np.int32(bool(stop.requested))).any():
             raise stop.interruption
     relay = Relay(config, folder) if mode in ("all", "sample") or (mode == "evaluate" and generates(config)) else None
@@ -156,7 +167,7 @@ def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
         check_no_checkpoints(workdir, number)
         fitting, classes = stage_of(weights, _with_imported(config, workdir), number)
         checks.check_config(fitting)
-        _check_unchanged(fitting, workdir)
+        _check_unchanged(fitting, workdir, True, ())
         parameters = read_parameters(weights, fitting, number, classes, path)
         stop.check()
         _write_config(fitting, workdir)
@@ -172,8 +183,8 @@ def _with_imported(config: Config, workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         return config
-    saved, stages = configs.parse(configs.read_saved(path)), list(config.stages)
-    for index, before in enumerate(saved.stages[: len(stages)]):
+    imported, stages = configs.parse(saved.read_saved(path)), list(config.stages)
+    for index, before in enumerate(imported.stages[: len(stages)]):
         if (workdir / f"stage{index + 1}" / "checkpoints").is_dir():
             kept = {field: getattr(before, field) for field in ("resolution", "network", "precondition")}
             stages[index] = dataclasses.replace(stages[index], **kept)
@@ -188,6 +199,7 @@ def _train(
     workdir: Path,
     stop: StopOnSignal,
     evaluator: Evaluator | None,
+    allow_changes: Sequence[str],
 ) -> None:
     """Trains a stage, with pictures and, if there is an evaluator, figures of what it makes."""
     alone = functools.cache(lambda: StageAlone(config, number, held_out or images))  # only once it is needed
@@ -201,7 +213,7 @@ def _train(
             log.info("stage%d: not evaluated at %s images: %s", number, f"{images_seen:,}", error)
             return {}
 
-    trainer = Trainer(config, number, images, workdir / f"stage{number}", held_out)
+    trainer = Trainer(config, number, images, workdir / f"stage{number}", held_out, allow_changes)
     trainer.run(stop, lambda params, path: alone().preview(params, path), evaluate if evaluator else None)
 
 
@@ -248,46 +260,48 @@ def _locked(workdir: Path, token: str) -> Iterator[None]:
         yield
 
 
-def _check_unchanged(config: Config, workdir: Path) -> None:
-    """Refuses a config that another run of the workdir did not train with. Imported weights alone bind nothing here."""
-    path = workdir / "config.json"
-    trained = [n for n in range(1, len(config.stages) + 1) if checkpoint.is_trained(workdir / f"stage{n}" / "checkpoints")]
+def _check_unchanged(config: Config, workdir: Path, trains: bool, allow_changes: Sequence[str]) -> None:
+    """Refuses a config that another run of the workdir did not train with. Imported weights alone bind nothing here.
+
+    Args:
+      trains: stages are compared with their checkpoints too; what only samples them compares the network later.
+      allow_changes: what may differ all the same.
+    """
+    now, path = json.loads(json.dumps(configs.to_dict(config))), workdir / "config.json"
+    folders = {f"stage{n}": workdir / f"stage{n}" / "checkpoints" for n in range(1, len(config.stages) + 1)}
+    trained = {name: folder for name, folder in folders.items() if distributed.from_first(_is_trained(folder))}
     if not trained:
         return
-    now = json.loads(json.dumps(configs.to_dict(config)))
-    before = configs.read_saved(path) if path.exists() else {**now, **_trained_with(workdir, trained)}
-    bound = [key for key in {**before, **now} if not key.startswith("stage") or key in {f"stage{n}" for n in trained}]
-    pairs = [({key: both.get(key) for key in bound}) for both in (before, now)]
-    listed = changes(*pairs, "config")
-    if listed:
-        raise InputError(f"--workdir={str(workdir)!r} was made with another config ({listed}); another workdir would do.")
+    if path.exists():
+        before, bound = saved.read_saved(path), ("seed", "data")
+        found = unchanged.changes(*({key: values[key] for key in bound if key in values} for values in (before, now)))
+        unchanged.check_allowed(found, allow_changes, f"--workdir={str(workdir)!r}")
+    for name, folder in trained.items() if trains else ():
+        step = checkpoint_folders.find("newest", folder)[1]
+        about = checkpoint_folders.read_about(folder / str(step))
+        if "imported" not in about:
+            found = changed_since(about, {"seed": config.seed, "stage": now[name]}, name)
+            unchanged.check_allowed(found, allow_changes, f"checkpoint {folder / str(step)}")
 
 
-def _trained_with(workdir: Path, numbers: list[int]) -> dict[str, Any]:
-    """What the checkpoints of these stages know of their config."""
-    known = {}
-    for number in numbers:
-        folder, step = checkpoint.find("newest", workdir / f"stage{number}" / "checkpoints")
-        checkpoints = checkpoint.Checkpoints(folder, read_only=True)
-        about = checkpoints.about(step)
-        checkpoints.close()
-        known |= {"seed": about["seed"], f"stage{number}": about["stage"]}
-    return known
+def _is_trained(folder: Path) -> bool:
+    """Whether a stage has been trained, as the first process sees it; others may see that later."""
+    return distributed.is_first() and checkpoint_folders.is_trained(folder)
 
 
 def _write_config(config: Config, workdir: Path) -> None:
     with whole_file(workdir / "config.json") as partial:
-        partial.write_text(json.dumps(configs.to_dict(config), indent=2))
+        saved.save_config(config, partial)
 
 
 def _check_named_checkpoints(config: Config, workdir: Path, training: list[int]) -> None:
     """Refuses the path of a checkpoint that is needed and not there before anything is trained."""
     for number, stage in enumerate(config.stages, 1):
         if "/" in stage.checkpoint:
-            checkpoint.find(stage.checkpoint, Path())
-        trained = checkpoint.is_trained(workdir / f"stage{number}" / "checkpoints")
+            checkpoint_folders.find(stage.checkpoint, Path())
+        trained = distributed.from_first(_is_trained(workdir / f"stage{number}" / "checkpoints"))
         if stage.training.start_from and number in training and not trained:
             try:
-                checkpoint.find(stage.training.start_from, Path())
+                checkpoint_folders.find(stage.training.start_from, Path())
             except InputError as error:
                 raise InputError(f"config.stage{number}.training.start_from: {error}") from error

@@ -1,7 +1,7 @@
 """Configs that were saved: a version beside them, and what brings those of earlier versions to what the code reads now.
 
-A config is saved in a workdir's config.json, and a stage's in every checkpoint (`about`). Whoever adds, renames or removes a field
-keeps the runs that are there usable by a line in one of the tables below. `tests/test_golden.py` has a run of each version.
+A config is saved in a workdir's config.json, and a stage's in every checkpoint (`about`). Whoever adds, renames or removes a
+field keeps the runs that are there usable by a line in one of the tables below; `tests/test_golden.py` has a run of each version.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def check_version(version: Any, where: str) -> None:
 
 
 def about_now(about: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a checkpoint says of itself, with its stage's config as the code reads it now. Raises InputError like `check_version`."""
+    """What a checkpoint says of itself, its stage's config as the code reads it now. Raises InputError like `check_version`."""
     check_version(about.get("version", 1), where)
     return about | {"stage": completed(Stage, about["stage"])} if "stage" in about else about
 

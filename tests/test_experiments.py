@@ -22,7 +22,7 @@ from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation import inception
 from rdm_jax.sampling.sampler import evaluations, handover, joined_level
-from rdm_jax.training.window import is_due
+from rdm_jax.training.count import Count
 from tests.evaluation import inception_file
 from tests.tiny import write_images
 
@@ -62,7 +62,8 @@ def test_methods_are_compared_at_checkpoints_that_are_kept(config, of_relay):
         compared = points(training, relays)
         offset = training.steps - relays.steps  # as many steps as one stage is trained for longer
         assert np.abs(np.array(compared) - offset - of_relay).max() <= relays.steps // 12 and len(compared) == 3
-        due = [step for step in range(1, training.steps) if is_due(step, training.batch_size, training.checkpoint_every)]
+        count = Count(training.batch_size)
+        due = [step for step in range(1, training.steps) if count.is_due(step, training.checkpoint_every)]
         assert {*compared} <= {*due, training.steps} and len(due) + 1 <= training.keep_newest
 
 

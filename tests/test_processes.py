@@ -124,7 +124,7 @@ def test_alone_there_is_nothing_to_join():
     with distributed.together():
         assert distributed.first_before_others(lambda: 3) == 3
     assert distributed.gathered({"a": np.arange(3)})["a"].tolist() == [[0, 1, 2]]
-    assert not int(distributed.any_process(False)) and int(distributed.any_process(True))
+    assert [int(distributed.largest(value)) for value in (0, 2, 1)] == [0, 2, 1]
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])

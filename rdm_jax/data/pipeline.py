@@ -28,11 +28,12 @@ def train_iterator(
     worker_timeout: float = 300.0,
     threads: int = 2,
     prefetch: int = 4,
+    first: tuple[int, int] = (0, 0),
 ) -> "TrainIterator":
     """Batches without end, epoch after epoch in a new order, every image once an epoch.
 
-    Global batch k takes the positions k * batch_size, ... of the epochs laid end to end; process i takes its i-th
-    part. So neither the global batches nor the iterator's state, {'next_index': k} for the next k to be handed out
+    Global batch k takes the positions k * batch_size, ... of the epochs laid end to end (counted from `first`); process i takes
+    its i-th part. So neither the global batches nor the iterator's state, {'next_index': k} for the next k to be handed out
     (JSON), know of the number of processes and workers, and a run goes on exactly on another number of them.
 
     Args:
@@ -43,6 +44,7 @@ def train_iterator(
       workers: processes that make batches; 0 for threads of this one alone, as for a set in memory whatever is asked for.
       worker_timeout: seconds that workers may take for a batch. Where they take longer, or are killed, others take their place,
         once, with the same batch.
+      first: a batch, and the position that it begins with: where the batch size was another one before.
       threads, prefetch: how many threads make how many batches ahead of need, where there are no workers.
 
     Raises:
@@ -55,7 +57,7 @@ def train_iterator(
         raise InputError(f"process_index={process_index} of {process_count} processes; 0 to {process_count - 1} would do.")
     if seed < 0:
         raise InputError(f"seed={seed} is negative; 0 or more would do.")
-    batches = _Batches(images, batch_size, seed, process_index, process_count)
+    batches = _Batches(images, batch_size, seed, process_index, process_count, first)
     workers = 0 if images.is_cached else workers
     # A worker keeps two batches in the memory that processes share; threads that make more ahead would not make them sooner.
     options = grain.ReadOptions(num_threads=1 if workers else threads, prefetch_buffer_size=1 if workers else prefetch)
@@ -173,15 +175,18 @@ class _Batches:
     shuffle adds the epoch to the seed, so that the second epoch of seed 0 would be the first of seed 1.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int, process_index: int, process_count: int):
-        self._images, self._batch_size, self._seed = images, batch_size, seed
+    def __init__(
+        self, images: ImageSet, batch_size: int, seed: int, process_index: int, process_count: int, first: tuple[int, int]
+    ):
+        self._images, self._batch_size, self._seed, self._first = images, batch_size, seed, first
         self._part = np.arange(batch_size).reshape(process_count, -1)[process_index]
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Batch:
-        epochs, positions = np.divmod(index * self._batch_size + self._part, len(self._images))
+        batch, position = self._first
+        epochs, positions = np.divmod(position + (index - batch) * self._batch_size + self._part, len(self._images))
         several = range(int(epochs[0]), int(epochs[-1]) + 1)
         parts = [_order(self._seed, epoch, len(self._images))[positions[epochs == epoch]] for epoch in several]
         return self._images.batch(np.concatenate(parts))

@@ -19,8 +19,9 @@ from rdm_jax.errors import InputError, reason
 from rdm_jax.files import parse_json, sha256, whole_file
 from rdm_jax.interop import original
 from rdm_jax.interop.torch_files import open_torch
+from rdm_jax.saved import VERSION
 from rdm_jax.terminal import log
-from rdm_jax.training import checkpoint
+from rdm_jax.training import checkpoint, checkpoint_folders
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of safetensors that are read; others would not be what they were as float32
 
@@ -117,7 +118,7 @@ def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
 def check_no_checkpoints(workdir: Path, number: int) -> None:
     """Refuses to import into a stage that has checkpoints already. Raises InputError."""
     directory = workdir / f"stage{number}" / "checkpoints"
-    if checkpoint.step_folders(directory):
+    if checkpoint_folders.step_folders(directory):
         raise InputError(f"{directory} has checkpoints already; another --workdir would do.")
 
 
@@ -134,7 +135,8 @@ def save_imported(weights: Weights, config: Config, number: int, parameters: dic
     """
     classes = parameters["map_label"]["kernel"].shape[0] if "map_label" in parameters else 0
     imported = {"file": path.name, "sha256": sha256(path), "class_name": weights.class_name, "settings": weights.settings}
-    about = {"stage": to_dict(config)[f"stage{number}"], "classes": [str(i) for i in range(classes)], "seed": config.seed}
+    stage, names = to_dict(config)[f"stage{number}"], [str(i) for i in range(classes)]
+    about = {"version": VERSION, "stage": stage, "classes": names, "seed": config.seed}
     checkpoints = checkpoint.Checkpoints(workdir / f"stage{number}" / "checkpoints")
     checkpoints.save_ema(0, parameters, {**about, "imported": imported})
     checkpoints.close()
@@ -191,7 +193,7 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
       OSError: the file cannot be written.
     """
     stage = config.stages[number - 1]
-    folder, step = checkpoint.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
+    folder, step = checkpoint_folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
     checkpoints = checkpoint.Checkpoints(folder, read_only=True)
     classes = len(checkpoints.about(step)["classes"])
     class_name, settings = original.settings_of(stage, config.data.channels, classes)

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
-from rdm_jax import checks, distributed, sharding
+from rdm_jax import checks, sharding
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.postprocess import postprocess
 from rdm_jax.errors import InputError
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.sampler import stage_sampler, to_uint8
-from rdm_jax.training import checkpoint
+from rdm_jax.training import checkpoint, checkpoint_folders
 from rdm_jax.training.step import to_float
 
 
@@ -65,8 +65,7 @@ class Relay:
     def _load(self, number: int, workdir: Path) -> tuple[str, ...]:
         """Reads a stage's checkpoint and returns the classes that it knows."""
         stage, channels = self.config.stages[number - 1], self.config.data.channels
-        folder, step = checkpoint.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
-        step = int(distributed.gathered(np.int32(step))[0])  # others may see the newest one later
+        folder, step = checkpoint_folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
         checkpoints = checkpoint.Checkpoints(folder, read_only=True)
         about = checkpoints.about(step)
         _check_same_stage(self.config, number, folder / str(step), about)

@@ -21,18 +21,21 @@ from orbax.checkpoint import checkpoint_managers
 
 from rdm_jax import distributed
 from rdm_jax.errors import InputError, reason
+from rdm_jax.saved import about_now
 from rdm_jax.terminal import log
+from rdm_jax.training.checkpoint_folders import RETRAIN, is_whole, rank, read_about, set_damaged_aside, step_folders
 from rdm_jax.training.checksums import damage, write_checksums
 from rdm_jax.training.step import TrainState
 
 DELETED = ".deleted"  # where steps are moved that are not kept
+SECONDS_TO_APPEAR = 120  # that a file system on a network may take to show other hosts a new folder
 
 
 class Checkpoints:
     """The checkpoints of one stage: a folder a step, with the items
 
     'train' (parameters, moments, counters), 'ema' (the averaged parameters, all that sampling reads) and 'about' (JSON: the
-    stage's config, classes, validation loss, and the data iterator's state).
+    stage's config, classes, validation loss and what it was measured on, and the data iterator's state).
 
     Args:
       directory: of the stage's checkpoints. Unless `read_only`, those that are damaged are moved out of it if others are not.
@@ -52,17 +55,18 @@ class Checkpoints:
         max_failed_saves: int = 0,
         read_only: bool = False,
     ):
-        self.directory, self._sound = directory, set()
+        self.directory, self._sound, self._validated_on = directory, set(), None
         self._saving, self._lost, self._failed, self._max_failed = None, None, 0, max_failed_saves
         if not read_only:
             with distributed.together():
-                if distributed.is_first():
-                    set_damaged_aside(directory)
-                    self._empty_bin()
+                sound = set_damaged_aside(directory) if distributed.is_first() else None
+            self._empty_bin()
+            # It was read as a whole just now, and need not be again before it is restored.
+            self._sound = {distributed.from_first(-1 if sound is None else sound)}
         # The newest alone would be deleted by a policy of the best alone, so both kinds are kept.
         keep = [checkpoint_managers.LatestN(keep_newest), _Imported(self)]
         if keep_best:
-            best = checkpoint_managers.BestN(get_metric_fn=lambda m: -m["validation_loss"], n=keep_best)
+            best = checkpoint_managers.BestN(get_metric_fn=self._merit, n=keep_best)
             keep.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
@@ -94,12 +98,23 @@ class Checkpoints:
         """The steps of all complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def newest(self) -> int | None:
+        """The newest step, as the first process sees it; None where there is none. All processes must call it together."""
+        step = distributed.from_first(max(self.steps(), default=-1))
+        for _ in range(SECONDS_TO_APPEAR):
+            if step == -1 or step in self.steps():
+                break
+            time.sleep(1)
+            self._manager.reload()
+        return None if step == -1 else step
+
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
         """Starts to save `state` in the background, after the save before it.
 
         Args:
           state: what to save; may be donated to the next step once this returns.
-          about: JSON; 'validation_loss' in it ranks the checkpoint, below all others where it is None.
+          about: JSON; 'validation_loss' in it ranks the checkpoint, below all others where it is None, among those that have
+            the same 'validated_on': losses of different images say nothing of which is better.
 
         Raises:
           OSError: the save before this one, or the beginning of this one, has failed, and no more may.
@@ -110,7 +125,7 @@ class Checkpoints:
             return
         train = {k: v for k, v in vars(state).items() if k != "ema"}
         args = ocp.args.Composite(train=_saving(train), ema=_saving(state.ema), about=ocp.args.JsonSave(about))
-        self._save(step, args, _rank(about))
+        self._save(step, args, about)
 
     def save_ema(self, step: int, ema: Any, about: dict[str, Any]) -> None:
         """Saves averaged parameters alone, enough to sample and to start from, and waits until they are on disk.
@@ -119,12 +134,12 @@ class Checkpoints:
           about: like that of `save`, without a validation loss.
         """
         args = ocp.args.Composite(ema=_saving(ema), about=ocp.args.JsonSave(about))
-        self._save(step, args, _rank(about))  # any that is trained from here is better
+        self._save(step, args, about)  # any that is trained from here is better
         self.wait()
 
     def can_resume(self, step: int) -> bool:
         """Whether the checkpoint holds a whole training state, and not averaged parameters alone."""
-        return _is_whole(self.directory / str(step))
+        return is_whole(self.directory / str(step))
 
     def abstract_ema(self, step: int) -> dict[str, Any]:
         """The shapes and dtypes of the averaged parameters in a checkpoint, as float32. Raises InputError when it is damaged."""
@@ -141,22 +156,31 @@ class Checkpoints:
         train = {k: v for k, v in vars(abstract).items() if k != "ema"}
         args = {"train": _restoring(train), "ema": _restoring(abstract.ema)}
         restored = self._read(step, args, {"ema": abstract.ema, "train": train})
-        return TrainState(**restored.train, ema=restored.ema), restored.about
+        return TrainState(**restored.train, ema=restored.ema), self._about(step, restored)
 
     def restore_ema(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The averaged parameters alone, like `abstract`, and what is `about` them. Raises InputError like `restore`."""
         restored = self._read(step, {"ema": _restoring(abstract)}, {"ema": abstract})
-        return restored.ema, restored.about
+        return restored.ema, self._about(step, restored)
 
     def about(self, step: int) -> dict[str, Any]:
         """What is known of a checkpoint without reading its arrays. Raises InputError when it is damaged."""
-        return self._read(step, {}, {}).about
+        return read_about(self.directory / str(step), self._remedy(step), sound=step in self._sound)
 
-    def _save(self, step: int, args: ocp.args.Composite, validation_loss: float) -> None:
-        self._saving = step
+    def _about(self, step: int, restored: Any) -> dict[str, Any]:
+        return about_now(restored.about, f"checkpoint {self.directory / str(step)}")
+
+    def _merit(self, metrics: dict[str, Any]) -> float:
+        """The higher, the better, of what is on disk."""
+        comparable = metrics.get("validated_on", self._validated_on) == self._validated_on
+        return -metrics["validation_loss"] if comparable else -math.inf
+
+    def _save(self, step: int, args: ocp.args.Composite, about: dict[str, Any]) -> None:
+        self._saving, self._validated_on = step, about.get("validated_on")
+        metrics = {"validation_loss": rank(about), "validated_on": self._validated_on}
         try:
             self._check_place()
-            self._manager.save(step, args=args, metrics={"validation_loss": validation_loss})
+            self._manager.save(step, args=args, metrics=metrics)
         except Exception as error:
             self._give_up(error)
 
@@ -195,24 +219,24 @@ class Checkpoints:
 
     def _read(self, step: int, args: dict[str, Any], networks: dict[str, Any]) -> Any:
         with self._readable(step):
-            self._check_sound(step, thorough=bool(args))  # without arrays, small files are all that is read
+            self._check_sound(step)
             for name, abstract in networks.items():
                 self._same_network(step, name, abstract)
             return self._manager.restore(step, args=ocp.args.Composite(**args, about=ocp.args.JsonRestore()))
 
-    def _check_sound(self, step: int, thorough: bool) -> None:
+    def _check_sound(self, step: int) -> None:
         """Raises InputError where a file of a checkpoint is not as it was written."""
         if step in self._sound:
             return
         with distributed.together():
-            found = damage(self.directory / str(step), thorough) if distributed.is_first() else ""
+            found = damage(self.directory / str(step)) if distributed.is_first() else ""
             if found:
                 raise InputError(f"checkpoint {self.directory / str(step)} is damaged ({found}); {self._remedy(step)} would do.")
-        self._sound |= {step} if thorough else set()
+        self._sound |= {step}
 
     def _remedy(self, step: int) -> str:
         others = [s for s in self.steps() if s != step]
-        return f"moving it away, so that step {others[-1]} is the newest," if others else "training again in another workdir"
+        return f"moving it away, so that step {others[-1]} is the newest," if others else RETRAIN
 
     @contextmanager
     def _readable(self, step: int) -> Iterator[None]:
@@ -245,11 +269,12 @@ class Checkpoints:
                 self._saving, self._lost, self._failed = None, None, 0
         except Exception as error:  # Orbax, TensorStore and the system each have their own
             return self._give_up(error)
-        if distributed.is_first():
-            self._empty_bin()
+        self._empty_bin()
 
     def _empty_bin(self) -> None:
         """Deletes what retention has taken from among the steps."""
+        if not distributed.is_first():
+            return
         shutil.rmtree(self.directory / DELETED, ignore_errors=True)
 
     def close(self) -> None:
@@ -273,52 +298,6 @@ class _Imported:
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Orbax's `PreservationPolicy`."""
         return [not self._checkpoints.can_resume(each.step) for each in checkpoints]
-
-
-def _rank(about: dict[str, Any]) -> float:
-    """By which the best is the least: the validation loss; of imported parameters, and where it is not finite, infinity."""
-    loss = about.get("validation_loss")
-    return math.inf if loss is None else loss
-
-
-def _is_whole(folder: Path) -> bool:
-    return (folder / "train").exists()
-
-
-def set_damaged_aside(directory: Path) -> None:
-    """Moves checkpoints that are not as they were written to `<directory>_damaged`, beside it, where others are sound.
-
-    The newest sound one is read as a whole; of those before it, large files are measured only.
-
-    Raises:
-      InputError: none is sound; nothing was moved.
-    """
-    wrong, sound = {}, []
-    for folder in sorted(step_folders(directory), key=lambda folder: int(folder.name), reverse=True):
-        found = damage(folder, thorough=not sound)
-        if found:
-            wrong[folder] = found
-        else:
-            sound.append(folder)
-    for folder, found in wrong.items():
-        if not sound:
-            raise InputError(
-                f"checkpoint {folder} is damaged ({found}), and there is no other; training again in another workdir would do."
-            )
-        aside = directory.with_name(f"{directory.name}_damaged") / f"{folder.name}-{time.time_ns()}"
-        aside.parent.mkdir(exist_ok=True)
-        folder.rename(aside)
-        log.warning("checkpoint %s is damaged (%s): it is %s now, and step %s the newest", folder, found, aside, sound[0].name)
-
-
-def step_folders(directory: Path) -> list[Path]:
-    """The folders of a stage's complete checkpoints; none where the stage has no directory yet."""
-    return [child for child in directory.glob("*") if child.name.isdecimal()]
-
-
-def is_trained(directory: Path) -> bool:
-    """Whether a stage's checkpoints hold a training state, and not imported parameters alone."""
-    return any(map(_is_whole, step_folders(directory)))
 
 
 def _saving(tree: Any) -> ocp.args.PyTreeSave:
@@ -358,38 +337,3 @@ def check_space(directory: Path, abstract: TrainState, copies: int) -> None:
             f"{directory} has {free / 2**30:.3g} GiB free, and {copies} checkpoints take {need / 2**30:.3g} GiB; another "
             "workdir, or fewer in training.keep_newest and keep_best, would do."
         )
-
-
-def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
-    """The folder of checkpoints and the step that a config's `checkpoint` means.
-
-    Args:
-      checkpoint: 'newest', 'best', the number of a step, or the path of a step's folder.
-      stage_directory: where the run's own stage keeps its checkpoints.
-
-    Raises:
-      InputError: there is no such checkpoint.
-    """
-    path = Path(checkpoint).expanduser()
-    if checkpoint not in ("newest", "best") and not checkpoint.isdecimal():
-        if path.name.isdecimal() and path.is_dir():
-            return path.parent, int(path.name)
-        raise InputError(
-            f"checkpoint={checkpoint!r} is no checkpoint; 'newest', 'best', a step, or the folder of a step would do."
-        )
-    steps = []
-    if stage_directory.is_dir():
-        checkpoints = Checkpoints(stage_directory, read_only=True)
-        steps = checkpoints.steps()
-        loss = {step: _rank(checkpoints.about(step)) for step in steps} if checkpoint == "best" else {}
-        checkpoints.close()
-    if not steps:
-        raise InputError(f"there is no checkpoint in {stage_directory}; training this stage first would do (--mode train).")
-    if checkpoint == "newest":
-        return stage_directory, steps[-1]
-    if checkpoint == "best":
-        return stage_directory, min(steps, key=loss.__getitem__)
-    if int(checkpoint) not in steps:
-        known = ", ".join(map(str, steps))
-        raise InputError(f"checkpoint={checkpoint!r} is not among those in {stage_directory}; one of {known} would do.")
-    return stage_directory, int(checkpoint)

@@ -2,13 +2,12 @@
 
 import collections
 import contextlib
-import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,26 +17,44 @@ from rdm_jax import distributed, randomness, sharding
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
-from rdm_jax.errors import InputError
 from rdm_jax.files import dispensable
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.randomness import Stream
+from rdm_jax.saved import VERSION
 from rdm_jax.terminal import log, progress
-from rdm_jax.training import checkpoint, metrics
-from rdm_jax.training.program import PROGRAMS
+from rdm_jax.training import checkpoint, checkpoint_folders, metrics
+from rdm_jax.training.count import Count
+from rdm_jax.training.program import PROGRAMS, Program
 from rdm_jax.training.step import TrainState
-from rdm_jax.training.window import Window, is_due
-from rdm_jax.unchanged import changes
+from rdm_jax.training.validation import Validation
+from rdm_jax.training.window import Clock, Window
+from rdm_jax.unchanged import Change, changes, check_allowed
 
 Preview = Callable[[Any, Path], None]
 Evaluate = Callable[[Any, int, Path], dict[str, float]]
 
 # Batches on their way to the devices while a step runs.
 BATCHES_AHEAD = 2
+# What processes tell each other with every step: nothing, that the first one wants a save, that one has had a signal.
+SAVE, STOP = 1, 2
 
 
 class Diverged(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Point(NamedTuple):
+    """Where a training is.
+
+    Attributes:
+      state: as checkpoints have it.
+      step: steps taken.
+      data: the data iterator's state.
+    """
+
+    state: TrainState
+    step: int
+    data: dict[str, int]
 
 
 class Trainer:
@@ -49,22 +66,37 @@ class Trainer:
       source: the images to learn.
       directory: of the stage, for checkpoints, metrics and previews.
       held_out: the images whose loss tells the best checkpoint; None for those of `source`.
+      allow_changes: fields of the config that may have changed since the newest checkpoint (`unchanged.check_names`).
 
     Attributes:
       abstract: the state's shapes and shardings.
     """
 
-    def __init__(self, config: Config, number: int, source: ImageSet, directory: Path, held_out: ImageSet | None = None):
+    def __init__(
+        self,
+        config: Config,
+        number: int,
+        source: ImageSet,
+        directory: Path,
+        held_out: ImageSet | None = None,
+        allow_changes: Sequence[str] = (),
+    ):
         self.name, self.stage = f"stage{number}", config.stages[number - 1]
         self.training, self.source, self.directory = self.stage.training, source, directory
-        key = lambda stream: randomness.stream_key(config.seed, number - 1, stream)  # noqa: E731
-        self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
-        kind, classes = PROGRAMS[config.parallel.mode], len(source.class_names)
-        self._program = kind(self.stage, source.image_shape, classes, key(Stream.TRAIN), self.mesh)
+        self._key = lambda stream: randomness.stream_key(config.seed, number - 1, stream)
+        self.mesh, self._mode = sharding.make_mesh(config.parallel.data, config.parallel.fsdp), config.parallel.mode
+        self._count = Count(self.training.batch_size)
+        self._program = self._build()
         self.objective, self.abstract = self._program.objective, self._program.abstract
-        self._init_key, self._validation_key, self._held_out = key(Stream.INIT), key(Stream.VALIDATE), held_out or source
-        self._validated = dataclasses.replace(self.objective, augmentation=None, flip=False)
-        self._about = {"stage": to_dict(config)[self.name], "classes": list(source.class_names), "seed": config.seed}
+        self._allow_changes = tuple(allow_changes)
+        key = self._key(Stream.VALIDATE)
+        self._validation = Validation(self.objective, held_out or source, self.training, key, self.mesh)
+        self._about = {
+            "version": VERSION,
+            "stage": json.loads(json.dumps(to_dict(config)[self.name])),
+            "classes": list(source.class_names),
+            "seed": config.seed,
+        }
         self._worker_options = {"workers": config.data.workers, "worker_timeout": config.data.worker_timeout}
         self._data_seed = config.seed * 2**8 + number  # no stage of a run shares its order with another run's
 
@@ -72,10 +104,12 @@ class Trainer:
         """Trains to the configured number of images, from the newest checkpoint if there is one.
 
         Args:
-          stop: looked at after every step; when a signal has come, the state is saved and `Interrupted` raised.
+          stop: looked at after every step; when a signal has come, the state is saved at once and `Interrupted` raised.
           preview: called with the averaged parameters and the path of a picture to draw, every `preview_every` images.
           evaluate: called with the averaged parameters, the images seen and a folder for the results, every `evaluate_every`
-            images, after a checkpoint: an evaluation that is stopped is gone on with before training is. Returns metrics.
+            images: an evaluation that is stopped is gone on with before training is. Returns metrics.
+
+        Whatever may take long (a preview, an evaluation) comes after a checkpoint, as a signal is not obeyed before it ends.
 
         Raises:
           Diverged: after `max_skipped` steps in a row that were not finite; the last good state is saved.
@@ -83,6 +117,8 @@ class Trainer:
           OSError: the last save has failed, or more than `max_failed_saves` in a row.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._about["images"] = {"count": len(self.source), "identity": self.source.identity}
+        self._about["validated_on"] = self._validation.identity
         checkpoints = checkpoint.Checkpoints(
             self.directory / "checkpoints",
             keep_newest=self.training.keep_newest,
@@ -102,61 +138,49 @@ class Trainer:
     def _run(
         self, checkpoints: checkpoint.Checkpoints, stop: StopOnSignal, preview: Preview | None, evaluate: Evaluate | None
     ) -> None:
-        iterator = self._iterator()
-        state, step = self._start(checkpoints, iterator)
-        every = self.training.evaluate_every if evaluate else 0
-
-        def evaluation(writer: metrics.MetricWriter) -> None:
-            images = step * self.training.batch_size
-            values = evaluate(self._here(state), images, self.directory / "evaluations" / f"{images:010d}")
-            writer.write(step, images=images, **{f"evaluation/{name}": value for name, value in values.items()})
-
-        if step and self._is_due(step, every) and not self._is_evaluated(step):  # it was stopped
-            with contextlib.closing(self._writer(step)) as writer:
-                evaluation(writer)
-        if step >= self.training.steps:
-            log.info("%s: already trained on %s images", self.name, f"{step * self.training.batch_size:,}")
+        point = self._start(checkpoints)
+        evaluate_every, last = self.training.evaluate_every if evaluate else 0, self._count.steps_for(self.training.images)
+        preview_every = self.training.preview_every if preview else 0
+        if point.step and self._is_due(point.step, evaluate_every) and not self._is_evaluated(point.step):  # it was stopped
+            with contextlib.closing(self._writer(point.step)) as writer:
+                self._evaluate(evaluate, point, writer)
+        if point.step >= last:
+            log.info("%s: already trained on %s images", self.name, f"{self._count.images_at(point.step):,}")
             return
         copies = self.training.keep_newest + self.training.keep_best + 1 - len(checkpoints.steps())
         checkpoint.check_space(self.directory, self.abstract, copies)
         self._compile()
-        validate = jax.jit(self._validation_loss, out_shardings=sharding.replicated(self.mesh))
-        writer, bar, curves = self._writer(step), progress(*self._bar(step)), metrics.Curves(self.directory)
-
-        def save(last: bool) -> None:
-            loss = float(np.mean([np.asarray(validate(state.ema, *part)) for part in self._held_images()]))
-            writer.write(step, images=step * self.training.batch_size, validation_loss=loss)
-            about = {**self._about, "data": data_state, "validation_loss": loss if math.isfinite(loss) else None}
-            checkpoints.save(state, about)
-            if distributed.is_first():
-                curves.draw(last)
-
-        window, batches = Window(self.training, writer, bar), self._batches(iterator)
-        running = self._program.place(state)
+        iterator, clock = self._iterator(point.data), Clock(60 * self.training.checkpoint_minutes)
+        writer, bar, curves = self._writer(point.step), progress(*self._bar(point.step)), metrics.Curves(self.directory)
+        window, batches = Window(self.training, self._count, writer, bar), self._batches(iterator)
+        running, step = self._program.place(point.state), point.step
         try:
-            while step < self.training.steps:
+            while step < last:
                 batch, data_state = next(batches)
                 running, values = self._program(running, batch)
                 step += 1
-                window.add(step, values | self._stop_of_any(stop))
-                if preview and self._is_due(step, self.training.preview_every):
-                    with window.paused():
-                        self._draw(preview, self._here(self._program.whole(running)), step)
-                # What the steps in flight have found is known after a preview, so that only now it is clear what is to be saved.
-                evaluated, stopped = self._is_due(step, every), window.stopped or (self._alone and bool(stop.requested))
-                ends = step == self.training.steps or stopped or bool(window.diverged)
-                if self._is_due(step, self.training.checkpoint_every) or evaluated or ends:
-                    with window.paused():
-                        state = self._program.whole(running)
-                        save(last=ends)
-                    if stopped:
+                window.add(step, values | self._told(stop, clock))
+                previewed, evaluated = self._is_due(step, preview_every), self._is_due(step, evaluate_every)
+                due = previewed or evaluated or self._is_due(step, self.training.checkpoint_every)
+                if not due and not self._asked(window, stop, clock) and not window.diverged:
+                    continue
+                with window.paused():
+                    point = Point(self._program.whole(running), step, data_state)
+                    if self._asked(window, stop, clock) == STOP:
+                        self._save(checkpoints, point, None)  # and nothing before it: there may be no more than seconds
                         raise stop.interruption
-                if window.diverged:
-                    raise Diverged(window.diverged)
-                if evaluated:
-                    with window.paused():
+                    self._save(checkpoints, point, self._validate(point, writer, stop))
+                    clock.restart()
+                    window.told = 0
+                    if distributed.is_first():
+                        curves.draw(last=step == last or bool(window.diverged))
+                    if window.diverged:
+                        raise Diverged(window.diverged)
+                    if previewed:
+                        self._draw(preview, point)
+                    if evaluated:
                         checkpoints.wait()  # an evaluation that is stopped is gone on with from this checkpoint
-                        evaluation(writer)
+                        self._evaluate(evaluate, point, writer)
         finally:
             iterator.close()
             window.close()
@@ -169,9 +193,34 @@ class Trainer:
     def _alone(self) -> bool:
         return jax.process_count() == 1
 
-    def _stop_of_any(self, stop: StopOnSignal) -> dict[str, jax.Array]:
-        """A metric by which all processes learn, at the same step, that one of them was told to stop."""
-        return {} if self._alone else {"stop": distributed.any_process(bool(stop.requested))}
+    def _told(self, stop: StopOnSignal, clock: Clock) -> dict[str, jax.Array]:
+        """A metric by which all processes learn, at the same step, what one of them wants: SAVE, STOP or neither."""
+        if self._alone:
+            return {}
+        wanted = STOP if stop.requested else SAVE if distributed.is_first() and clock.is_over() else 0
+        return {"told": distributed.largest(wanted)}
+
+    def _asked(self, window: Window, stop: StopOnSignal, clock: Clock) -> int:
+        """What is to be done after this step besides what is due: SAVE, STOP or neither, the same in all processes."""
+        if not self._alone:
+            return window.told
+        return STOP if stop.requested else SAVE if clock.is_over() else 0
+
+    def _save(self, checkpoints: checkpoint.Checkpoints, point: Point, loss: float | None) -> None:
+        checkpoints.save(point.state, {**self._about, "data": point.data, "validation_loss": loss})
+
+    def _validate(self, point: Point, writer: metrics.MetricWriter | metrics.NoWriter, stop: StopOnSignal) -> float | None:
+        """Measures the validation loss and writes it down; None where it is not finite, or a signal has come meanwhile."""
+        loss = self._validation.loss(point.state.ema, stop)
+        if loss is None:
+            return None
+        writer.write(point.step, images=self._count.images_at(point.step), validation_loss=loss)
+        return loss if math.isfinite(loss) else None
+
+    def _evaluate(self, evaluate: Evaluate, point: Point, writer: metrics.MetricWriter | metrics.NoWriter) -> None:
+        images = self._count.images_at(point.step)
+        values = evaluate(self._here(point.state), images, self.directory / "evaluations" / f"{images:010d}")
+        writer.write(point.step, images=images, **{f"evaluation/{name}": value for name, value in values.items()})
 
     def _writer(self, step: int) -> metrics.MetricWriter | metrics.NoWriter:
         return metrics.MetricWriter(self.directory, step) if distributed.is_first() else metrics.NoWriter()
@@ -191,64 +240,91 @@ class Trainer:
             yield ahead.popleft()
 
     def _is_evaluated(self, step: int) -> bool:
-        lines = [line for line in metrics.read(self.directory / "metrics.jsonl") if line["step"] == step]
-        return any(name.startswith("evaluation/") for line in lines for name in line)
+        """Whether an evaluation of that step was written down, as the first process sees it."""
+        lines = metrics.read(self.directory / "metrics.jsonl") if distributed.is_first() else []
+        found = any(name.startswith("evaluation/") for line in lines if line["step"] == step for name in line)
+        return bool(distributed.from_first(found))
 
     def _is_due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many images, if they are more than 0, and at the end, happens after a step."""
-        return bool(every) and (is_due(step, self.training.batch_size, every) or step == self.training.steps)
+        return bool(every) and (self._count.is_due(step, every) or step == self._count.steps_for(self.training.images))
 
-    def _iterator(self) -> TrainIterator:
-        kwargs = {"process_index": jax.process_index(), "process_count": jax.process_count()} | self._worker_options
-        return train_iterator(self.source, batch_size=self.training.batch_size, seed=self._data_seed, **kwargs)
+    def _iterator(self, state: dict[str, int]) -> TrainIterator:
+        iterator = train_iterator(
+            self.source,
+            batch_size=self.training.batch_size,
+            seed=self._data_seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            first=(self._count.step, self._count.images),
+            **self._worker_options,
+        )
+        iterator.set_state(state)
+        return iterator
 
-    def _draw(self, preview: Preview, params: Any, step: int) -> None:
+    def _draw(self, preview: Preview, point: Point) -> None:
+        params = self._here(point.state)
         if distributed.is_first():
-            path = self.directory / "previews" / f"{step * self.training.batch_size:010d}.png"
+            path = self.directory / "previews" / f"{self._count.images_at(point.step):010d}.png"
             with dispensable(path):
                 preview(params, path)
 
     def _bar(self, step: int) -> tuple[int, str, int]:
-        batch_size = self.training.batch_size
-        return self.training.steps * batch_size, f"training {self.name}", step * batch_size
+        last = self._count.steps_for(self.training.images)
+        return self._count.images_at(last), f"training {self.name}", self._count.images_at(step)
 
-    def _start(self, checkpoints: checkpoint.Checkpoints, iterator: TrainIterator) -> tuple[TrainState, int]:
-        """The state to go on from: of the newest checkpoint, or a new one, with given parameters if there are any."""
-        steps = checkpoints.steps()
-        if steps and checkpoints.can_resume(steps[-1]):
-            self._check_unchanged(checkpoints.about(steps[-1]), checkpoints.directory / str(steps[-1]))
-            state, about = checkpoints.restore(steps[-1], self.abstract)
-            iterator.set_state(about["data"])
-            self._about |= {k: about[k] for k in ("started_from",) if k in about}
-            state = state.replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))  # a run that diverged may try again
-            if steps[-1] < self.training.steps:
-                log.info("%s: going on from %s images", self.name, f"{steps[-1] * self.training.batch_size:,}")
-            return state, steps[-1]
+    def _start(self, checkpoints: checkpoint.Checkpoints) -> Point:
+        """Where to go on from: the newest checkpoint, or the beginning, with given parameters if there are any."""
+        newest = checkpoints.newest()
+        if newest is not None and checkpoints.can_resume(newest):
+            return self._resume(checkpoints, newest)
         count = self.objective.network.count()
         log.info("%s: %s parameters, %d x %d pixels", self.name, f"{count:,}", *self.stage.resolution)
-        state = self._program.init(self._init_key)
-        if steps:
-            return self._with_parameters(state, checkpoints, steps[-1]), 0
-        if self.training.start_from:
-            folder, step = checkpoint.find(self.training.start_from, self.directory)
-            given = checkpoint.Checkpoints(folder, read_only=True)
-            state = self._with_parameters(state, given, step)
-            given.close()
-        return state, 0
+        state = self._program.init(self._key(Stream.INIT))
+        if newest is not None:
+            state = self._with_parameters(state, checkpoints, newest)
+        elif self.training.start_from:
+            folder, step = checkpoint_folders.find(self.training.start_from, self.directory)
+            with contextlib.closing(checkpoint.Checkpoints(folder, read_only=True)) as given:
+                state = self._with_parameters(state, given, step)
+        return Point(state, 0, {"next_index": 0})
 
-    def _check_unchanged(self, about: dict[str, Any], where: Path) -> None:
-        """Refuses to go on from what was learnt otherwise, whatever the workdir's config.json says. Raises InputError."""
-        fields = {"seed": "seed", "classes": "classes", self.name: "stage"}
-        before, now = ({field: known.get(name) for field, name in fields.items()} for known in (about, self._about))
-        listed = changes(before, json.loads(json.dumps(now)), "config")
-        if listed:
-            raise InputError(f"checkpoint {where} was trained with another config ({listed}); another workdir would do.")
+    def _resume(self, checkpoints: checkpoint.Checkpoints, step: int) -> Point:
+        about = checkpoints.about(step)
+        found = changed_since(about, self._about, self.name)
+        check_allowed(found, self._allow_changes, f"checkpoint {checkpoints.directory / str(step)}")
+        self._keep_history(about, step, found)
+        state, _ = checkpoints.restore(step, self.abstract)
+        state = state.replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))  # a run that diverged may try again
+        images = self._count.images_at(step)
+        for change in found:
+            log.warning("%s: from step %d (%s images) on, %s", self.name, step, f"{images:,}", change)
+        if step < self._count.steps_for(self.training.images):
+            log.info("%s: going on from %s images", self.name, f"{images:,}")
+        return Point(state, step, about["data"])
+
+    def _keep_history(self, about: dict[str, Any], step: int, found: Sequence[Change]) -> None:
+        """Takes over what a checkpoint knows of the training before it, with what changes now."""
+        self._about |= {name: about[name] for name in ("started_from", "changes", "count") if name in about}
+        if found:
+            self._about["changes"] = [*self._about.get("changes", []), *({"step": step, **each._asdict()} for each in found)]
+        before = Count(about["stage"]["training"]["batch_size"], **about.get("count", {}))
+        self._count = before.changed(self.training.batch_size, step)
+        if self._count.step:
+            self._about["count"] = {"step": self._count.step, "images": self._count.images}
+            self._program = self._build()
+
+    def _build(self) -> Program:
+        kind, classes = PROGRAMS[self._mode], len(self.source.class_names)
+        return kind(self.stage, self.source.image_shape, classes, self._key(Stream.TRAIN), self.mesh, self._count)
 
     def _with_parameters(self, state: TrainState, given: checkpoint.Checkpoints, step: int) -> TrainState:
         """Puts averaged parameters of another training in place of random ones; the embedding of other classes stays random."""
-        theirs, ours = given.abstract_ema(step), dict(self.abstract.ema)
+        theirs, ours, about = given.abstract_ema(step), dict(self.abstract.ema), given.about(step)
         label = theirs.get("map_label")
         same = jax.tree.map(lambda x: x.shape, label) == jax.tree.map(lambda x: x.shape, ours.get("map_label"))
+        # Imported weights know their classes by number alone.
+        same = same and ("imported" in about or about["classes"] == self._about["classes"])
         if not same:
             ours.pop("map_label", None)
             ours |= {"map_label": sharding.by_rules(label, self.mesh)} if label else {}
@@ -263,20 +339,23 @@ class Trainer:
         return state.replace(params=jax.tree.map(jnp.copy, ema), ema=ema)
 
     def _compile(self) -> None:
+        """Compiles all that comes between a signal and its checkpoint, and the validation loss, before anything can be lost."""
         began = time.perf_counter()
         log.info("%s: compiling the training step", self.name)
         self._program.compile()
         log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
+        self._validation.compile(self.abstract.ema)
 
-    def _held_images(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        """The images that tell the best checkpoint, evenly from their set (which may be sorted), in parts like training's."""
-        batch_size, count = self.training.batch_size, jax.process_count()
-        images = np.linspace(0, len(self._held_out) - 1, -(-self.training.validation // batch_size) * batch_size).astype(int)
-        size = batch_size // self.training.accumulate
-        for first in range(0, len(images), size):
-            here = np.arange(first, first + size).reshape(count, -1)[jax.process_index()]
-            yield sharding.put_batch((self._held_out.batch(images[here]), here), self.mesh)
 
-    def _validation_loss(self, params: Any, batch: dict[str, jax.Array], number: jax.Array) -> jax.Array:
-        """The loss of fixed images, as they are, at fixed levels with fixed noise, labels dropped as in training."""
-        return self._validated.loss(params, batch, randomness.image_keys(self._validation_key, number), dropout=False).mean()
+def changed_since(about: dict[str, Any], now: dict[str, Any], name: str) -> list[Change]:
+    """What is different between two checkpoints of the stage `name`, by what they know of themselves, and not free.
+
+    Those of older versions do not know their images.
+    """
+    known = about.keys() & now.keys()
+    as_config = lambda it: {  # noqa: E731
+        **{key: it[key] for key in ("seed", "classes") if key in known},
+        name: it["stage"],
+        "data": {"images": it["images"]} if "images" in known else {},
+    }
+    return changes(as_config(about), as_config(now))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from rdm_jax import sharding
 from rdm_jax.config import Stage, Training
 from rdm_jax.data.augment import Augmentation
+from rdm_jax.training.count import Count
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
 
@@ -47,6 +48,7 @@ class Program(ABC):
       classes: of the images; 0 for none.
       key: of the training's randomness.
       mesh: of all devices that train.
+      count: of images, where the batch size has changed during the training; None where it has not.
 
     Attributes:
       objective: what the stage learns.
@@ -55,7 +57,15 @@ class Program(ABC):
 
     AXIS: str | None = None  # over which the step itself averages gradients
 
-    def __init__(self, stage: Stage, image_shape: tuple[int, ...], classes: int, key: Key[Array, ""], mesh: Mesh):
+    def __init__(
+        self,
+        stage: Stage,
+        image_shape: tuple[int, ...],
+        classes: int,
+        key: Key[Array, ""],
+        mesh: Mesh,
+        count: Count | None = None,
+    ):
         self.mesh, self._image_shape, self._training = mesh, image_shape, stage.training
         self.objective, self._optimizer = build_objective(stage, image_shape, classes), build_optimizer(stage.training)
         shapes = jax.eval_shape(lambda params: init_state(params, self._optimizer), self.objective.network.abstract)
@@ -64,7 +74,7 @@ class Program(ABC):
             self.objective,
             self._optimizer,
             key,
-            batch_size=stage.training.batch_size,
+            count=count or Count(stage.training.batch_size),
             accumulate=stage.training.accumulate,
             ema_halflife=stage.training.ema_halflife,
             ema_rampup=stage.training.ema_rampup,

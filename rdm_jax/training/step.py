@@ -14,6 +14,7 @@ from rdm_jax import randomness
 from rdm_jax.data.augment import Augmentation, mirror
 from rdm_jax.diffusion import blurring, preconditioning, processes
 from rdm_jax.models.functional import Network
+from rdm_jax.training.count import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
     *,
-    batch_size: int,
+    count: Count,
     accumulate: int,
     ema_halflife: float,
     ema_rampup: float,
@@ -122,7 +123,7 @@ def make_step(
     skipped.
 
     Args:
-      batch_size: of the global batch.
+      count: of images, by the size of the global batch.
       fetch: makes parameters that are cut over devices whole.
       axis_name: under `pmap`, the axis over whose devices gradients are averaged; None under `jit`, where arrays are global.
     """
@@ -154,7 +155,8 @@ def make_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = ema_decay(state.step * float(batch_size), batch_size=batch_size, halflife=ema_halflife, rampup=ema_rampup)
+        images = (state.step - count.step) * float(count.batch_size) + float(count.images)
+        decay = ema_decay(images, batch_size=count.batch_size, halflife=ema_halflife, rampup=ema_rampup)
         ema = optax.incremental_update(params, state.ema, 1 - decay)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         new_state = TrainState(

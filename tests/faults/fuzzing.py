@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import strategies as st
 from PIL import Image
 
-from rdm_jax import checks, config
+from rdm_jax import checks, config, saved
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import Form, open_image, to_uint8
 from rdm_jax.data.manifest import MANIFEST
@@ -165,7 +165,7 @@ READERS = {
         )[1],
         _read_npz,
     ),
-    "config": Reader(_writer(_config), lambda path: checks.check_config(config.parse(config.read_saved(path)))),
+    "config": Reader(_writer(_config), lambda path: checks.check_config(config.parse(saved.read_saved(path)))),
     "manifest": Reader(_prepared(MANIFEST), _read_prepared),
     "features": Reader(_prepared("features.json"), _read_prepared),
     "dataset info": Reader(_prepared("dataset_info.json"), _read_prepared),

@@ -15,7 +15,7 @@ import pytest
 from rdm_jax import sharding
 from rdm_jax.errors import InputError
 from rdm_jax.models.functional import functional
-from rdm_jax.training import checkpoint
+from rdm_jax.training import checkpoint, checkpoint_folders
 from rdm_jax.training.checksums import CHECKSUMS, LATER
 from rdm_jax.training.step import init_state
 from tests.tiny import NETWORK
@@ -78,17 +78,17 @@ def test_newest_and_best_stay(tmp_path):
     save(tmp_path, {1: 0.9, 2: 0.1, 3: 0.8}, keep_newest=2, keep_best=1)
     save(tmp_path, {4: 0.7, 5: 0.6}, keep_newest=2, keep_best=1)  # another process goes on: it must know the losses too
     assert checkpoint.Checkpoints(tmp_path).steps() == [2, 4, 5]
-    assert checkpoint.find("best", tmp_path) == (tmp_path, 2)
-    assert checkpoint.find("newest", tmp_path) == (tmp_path, 5)
-    assert checkpoint.find("4", tmp_path) == (tmp_path, 4)
-    assert checkpoint.find(str(tmp_path / "2"), tmp_path / "elsewhere") == (tmp_path, 2)
+    assert checkpoint_folders.find("best", tmp_path) == (tmp_path, 2)
+    assert checkpoint_folders.find("newest", tmp_path) == (tmp_path, 5)
+    assert checkpoint_folders.find("4", tmp_path) == (tmp_path, 4)
+    assert checkpoint_folders.find(str(tmp_path / "2"), tmp_path / "elsewhere") == (tmp_path, 2)
 
 
 def test_a_loss_that_is_not_finite_is_worse_than_any(tmp_path):
     save(tmp_path, {1: 0.3, 2: None, 3: 0.5}, keep_newest=1, keep_best=1)
     assert checkpoint.Checkpoints(tmp_path).steps() == [1, 3]
     save(tmp_path / "first", {1: None, 2: 0.5}, keep_newest=2, keep_best=1)
-    assert checkpoint.find("best", tmp_path / "first")[1] == 2
+    assert checkpoint_folders.find("best", tmp_path / "first")[1] == 2
 
 
 def test_what_retention_deletes_is_never_there_in_part(tmp_path):
@@ -110,14 +110,14 @@ def test_the_average_alone(tmp_path):
 @pytest.mark.parametrize("asked", ["newest", "best", "7", "/nowhere/7", "latest"])
 def test_missing(tmp_path, asked):
     with pytest.raises(InputError, match="would do"):
-        checkpoint.find(asked, tmp_path / "checkpoints")
+        checkpoint_folders.find(asked, tmp_path / "checkpoints")
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_unknown_step_lists_the_known(tmp_path):
     save(tmp_path, {3: 0.5})
     with pytest.raises(InputError, match="'7'.*one of 3 would do"):
-        checkpoint.find("7", tmp_path)
+        checkpoint_folders.find("7", tmp_path)
 
 
 def test_another_network_is_named(tmp_path):

@@ -14,6 +14,7 @@ from rdm_jax import randomness, sharding
 from rdm_jax.diffusion import preconditioning, processes
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import Network, functional
+from rdm_jax.training.count import Count
 from rdm_jax.training.step import Objective, ema_decay, init_state, make_step, to_float
 
 BATCH, CLASSES = 16, 3
@@ -52,7 +53,7 @@ def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = Fal
     """A compiled step that may be traced once, and a state in which every parameter has a gradient."""
     goal = objective(dropout)
     chex.clear_trace_counter()  # it counts by the name of the function, which every step shares
-    kwargs = {"batch_size": BATCH, "accumulate": accumulate, "ema_halflife": 100.0, "ema_rampup": 0.05}
+    kwargs = {"count": Count(BATCH), "accumulate": accumulate, "ema_halflife": 100.0, "ema_rampup": 0.05}
     step = make_step(goal, OPTIMIZER, jax.random.key(1), **kwargs)
     state = jax.jit(lambda key: init_state(goal.network.init(key), OPTIMIZER))(jax.random.key(0))
     # The last convolutions start at zero; a nudge lets gradients reach all parameters from the first step.
