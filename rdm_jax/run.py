@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import os
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rdm_jax import checks, contact_sheet, distributed, saved, unchanged
+from rdm_jax import checks, contact_sheet, distributed, locks, saved, unchanged
 from rdm_jax import config as configs
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
@@ -245,18 +244,19 @@ def _appears(path: Path, text: str) -> bool:
 def _locked(workdir: Path, token: str) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / LOCK).open("a")
+        (workdir / LOCK).touch()
     except OSError as error:
         raise InputError(f"--workdir={str(workdir)!r} cannot be written ({error.strerror}); another folder would do.") from error
-    with lock:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            held.enter_context(locks.locked(workdir / LOCK))
+        except locks.InUse as error:
             raise InputError(f"--workdir={str(workdir)!r} is in use by another run; waiting for it would do.") from error
-        lock.truncate(0)
-        lock.write(token)
-        lock.flush()
-        os.fsync(lock.fileno())
+        with (workdir / LOCK).open("r+") as lock:  # not by renaming another file, which would be another lock
+            lock.truncate(0)
+            lock.write(token)
+            lock.flush()
+            os.fsync(lock.fileno())
         yield
 
 

@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import multiprocessing
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rdm_jax import locks
 from rdm_jax.data.images import CROPS, Form
 from rdm_jax.data.manifest import MANIFEST, VERSION, content_of, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
@@ -129,32 +129,31 @@ def _hidden(directory: Path) -> Path:
 
 @contextlib.contextmanager
 def _staging(directory: Path) -> Iterator[Path]:
-    """A hidden sibling of the directory, ours alone while its lock is held (the lock dies with its process)."""
+    """A hidden sibling of the directory, ours alone while a lock beside it is held (the lock dies with its process)."""
     staging = _hidden(directory)
-    descriptor = _lock(staging)
-    if descriptor is None:
-        raise InputError(f"{directory} is being prepared by another process; waiting for that would do.")
-    try:
-        yield staging
-    finally:
-        os.close(descriptor)
-
-
-def _lock(staging: Path) -> int | None:
-    """Locks a folder, which is made if need be; gives its descriptor, or None where another process has it."""
-    while True:
-        staging.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(staging, os.O_RDONLY)
+    lock = staging.with_suffix(".lock")  # a folder's own lock is no other host's on NFS
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), staging.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # The process that had the lock has just removed the folder.
+            while not _is_locked(lock, held):
+                pass
+        except locks.InUse as error:
+            raise InputError(f"{directory} is being prepared by another process; waiting for that would do.") from error
+        staging.mkdir(exist_ok=True)
+        yield staging
+        if not staging.exists():
+            lock.unlink(missing_ok=True)
+
+
+def _is_locked(lock: Path, held: contextlib.ExitStack) -> bool:
+    """Locks a file, which is made if need be; False where the process that had the lock has removed it meanwhile."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context(lock.open("a"))
+    if not locks.try_flock(file.fileno()):
+        held.enter_context(locks.owner_file(lock.with_suffix(".owner")))
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _remove_left_over(directory: Path) -> None:

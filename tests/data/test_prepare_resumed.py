@@ -1,5 +1,6 @@
 """Preparing, interrupted and shared out: whole or not at all, and the same to the last bit."""
 
+import errno
 import fcntl
 import json
 import os
@@ -8,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import tensorflow_datasets as tfds
 
+from rdm_jax import locks
 from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data import readers
 from rdm_jax.data.image_sets import open_prepared
@@ -48,13 +51,23 @@ def test_a_disk_that_fills_up_is_reported_and_leaves_nothing(folder, tmp_path, m
 
 
 def test_a_second_process_is_told_to_wait(folder, tmp_path):
-    (tmp_path / ".set.incomplete").mkdir()
-    descriptor = os.open(tmp_path / ".set.incomplete", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with (tmp_path / ".set.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="set is being prepared by another process"):
+            prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "set"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_prepares_where_there_is_no_flock(folder, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(locks.fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+    (tmp_path / ".set.owner").write_text(json.dumps({"host": "another", "process": 1}))
     with pytest.raises(InputError, match="set is being prepared by another process"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
-    os.close(descriptor)
+    (tmp_path / ".set.owner").unlink()
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "set"]
 
 
 def test_processes_write_the_same_files(folder, tmp_path, monkeypatch):
@@ -146,15 +159,15 @@ def test_shards_made_otherwise_are_not_used_again(folder, tmp_path, monkeypatch,
 
 def test_a_set_that_appears_while_one_waits_is_used(folder, tmp_path, monkeypatch):
     """Another process finishes between the first look and the lock."""
-    lock, calls = prepare_lib._lock, []
+    lock, calls = locks.try_flock, []
 
-    def slow(staging):
+    def slow(descriptor):
         if not calls:
             calls.append(1)
             prepare(f"folder:{folder}", tmp_path / "set", FORM)
-        return lock(staging)
+        return lock(descriptor)
 
-    monkeypatch.setattr(prepare_lib, "_lock", slow)
+    monkeypatch.setattr(locks, "try_flock", slow)
     monkeypatch.setattr(prepare_lib, "_log_made", lambda *args: None)
     assert len(open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM))) == 7
     assert not (tmp_path / ".set.incomplete").exists()

@@ -91,6 +91,17 @@ def test_a_loss_that_is_not_finite_is_worse_than_any(tmp_path):
     assert checkpoint_folders.find("best", tmp_path / "first")[1] == 2
 
 
+def test_losses_of_different_images_are_not_compared(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep_newest=1, keep_best=1)
+    for step, loss, images in ((1, 0.1, "one"), (2, 0.9, "other"), (3, 0.8, "other"), (4, 0.85, "other")):
+        checkpoints.save(make_state(step), about(loss) | {"validated_on": images})
+    checkpoints.close()
+    assert checkpoint.Checkpoints(tmp_path).steps() == [3, 4]
+    assert checkpoint_folders.find("best", tmp_path) == (tmp_path, 3)
+    save(tmp_path / "before", {1: 0.1, 2: 0.2}, keep_newest=2)  # of an older version, which did not say
+    assert checkpoint_folders.find("best", tmp_path / "before")[1] == 1
+
+
 def test_what_retention_deletes_is_never_there_in_part(tmp_path):
     """It is gone in one step, wherever its rest is while it is being deleted, and that is gone as well in the end."""
     save(tmp_path, {1: 0.5, 2: 0.5})

@@ -1,0 +1,201 @@
+"""The loop of a stage's training: what a signal, time and a changed config do to it."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rdm_jax.config import Config
+from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.errors import InputError
+from rdm_jax.interrupt import Interrupted, StopOnSignal
+from rdm_jax.training import checkpoint, checkpoint_folders, checksums, metrics
+from rdm_jax.training.loop import Trainer
+from rdm_jax.training.validation import Validation
+from tests.tiny import tiny_config
+
+QUIET = {"images": 80, "checkpoint_every": 10**6, "preview_every": 0, "validation": 8, "keep_newest": 9, "log_every": 8}
+
+
+class Items(list):
+    def identity(self) -> str:
+        raise AssertionError("a set in memory is known by its pixels")
+
+
+def image_set(seed: int = 0, count: int = 24) -> ImageSet:
+    random = np.random.default_rng(seed)
+    items = Items((random.integers(0, 256, (4, 4, 3), np.uint8), i % 2) for i in range(count))
+    images = ImageSet(items, (4, 4, 3), ("a", "b"))
+    images.cache("decoding")
+    return images
+
+
+def config(**training) -> Config:
+    return tiny_config("nowhere", **QUIET | training)
+
+
+def train(directory: Path, values: Config, *, images: ImageSet | None = None, allow=(), stop=None, preview=None) -> None:
+    Trainer(values, 1, images or image_set(), directory, allow_changes=allow).run(stop or StopOnSignal(), preview)
+
+
+def about(directory: Path, step: int) -> dict:
+    return checkpoint_folders.read_about(directory / "checkpoints" / str(step))
+
+
+def steps(directory: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in checkpoint_folders.step_folders(directory / "checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """80 images in batches of 8."""
+    directory = tmp_path_factory.mktemp("trained") / "stage1"
+    train(directory, config())
+    return directory
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """When each save began: (step, time)."""
+    began, save = [], checkpoint.Checkpoints.save
+
+    def noted(self, state, known):
+        began.append((int(state.step), time.monotonic()))
+        save(self, state, known)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", noted)
+    return began
+
+
+def test_signal_saves_and_measures_nothing(tmp_path, monkeypatch, saves):
+    """Nothing is validated, drawn or compiled between a signal and its checkpoint."""
+    stop, asked = StopOnSignal(), []
+    program = Trainer(config(), 1, image_set(), tmp_path)
+    step = type(program._program).__call__
+
+    def signalled(self, state, batch):
+        if len(asked) == 3:
+            stop.requested = signal.SIGTERM
+        asked.append(time.monotonic())
+        return step(self, state, batch)
+
+    monkeypatch.setattr(type(program._program), "__call__", signalled)
+    monkeypatch.setattr(Validation, "loss", lambda *_: time.sleep(600))
+    with pytest.raises(Interrupted):
+        program.run(stop)
+    assert [number for number, _ in saves] == [4] and saves[0][1] - asked[3] < 1
+    assert about(tmp_path, 4)["validation_loss"] is None and not (tmp_path / "loss.png").exists()
+    assert max(line["images"] for line in metrics.read(tmp_path / "metrics.jsonl")) == 32
+
+
+def test_signal_ends_a_validation_under_way(tmp_path, monkeypatch, saves):
+    stop, signalled, parts = StopOnSignal(), [], Validation._parts
+
+    def slow(self):
+        for number, part in enumerate(parts(self)):
+            time.sleep(0.2)
+            if number == 2:
+                stop.requested = signal.SIGTERM
+                signalled.append(time.monotonic())
+            yield part
+
+    monkeypatch.setattr(Validation, "_parts", slow)
+    with pytest.raises(Interrupted):
+        train(tmp_path, config(validation=400, checkpoint_every=16), stop=stop)  # ten seconds of validation
+    assert [number for number, _ in saves] == [2, 3] and saves[-1][1] - signalled[0] < 1
+
+
+def test_previews_come_after_a_checkpoint(tmp_path, saves):
+    """A sampler may take minutes to compile, and no signal is heard meanwhile."""
+    drawn = []
+    train(tmp_path, config(preview_every=32), preview=lambda params, path: drawn.append((path.stem, saves[-1][0])))
+    assert drawn == [("0000000032", 4), ("0000000064", 8), ("0000000080", 10)]
+
+
+@pytest.mark.parametrize("minutes, saved", [(1e-9, list(range(2, 11))), (30.0, [10])])
+def test_checkpoints_by_time(tmp_path, minutes, saved, saves):
+    train(tmp_path, config(checkpoint_minutes=minutes))
+    found = [number for number, _ in saves]
+    assert set(saved) <= set(found) <= {1, *saved}
+
+
+def test_files_of_the_newest_checkpoint_are_hashed_once(trained, monkeypatch):
+    read, sha256 = [], checksums.sha256
+    monkeypatch.setattr(checksums, "sha256", lambda path: read.append(path) or sha256(path))
+    before = (trained / "checkpoints/10/checksums.json").read_text()
+    train(trained, config())  # restores it, and has nothing to do
+    assert sorted(str(path.relative_to(trained / "checkpoints/10")) for path in read) == sorted(json.loads(before))
+
+
+def test_changes_are_refused_unless_they_are_asked_for(trained):
+    for changed, says in (
+        ({"learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001.*--allow_changes=learning_rate"),
+        ({"batch_size": 16}, "batch_size was 8 and is 16.*--allow_changes=batch_size"),
+        ({"label_dropout": 0.5}, "label_dropout was 0.1 and is 0.5"),
+    ):
+        with pytest.raises(InputError, match=says):
+            train(trained, config(images=160, **changed))
+        with pytest.raises(InputError, match=says):
+            train(trained, config(images=160, **changed), allow=["ema_halflife"])
+    values = config(images=160)
+    network = dataclasses.replace(values.stages[0].network, dropout=0.5, patch=2)
+    values = dataclasses.replace(values, stages=(dataclasses.replace(values.stages[0], network=network), *values.stages[1:]))
+    with pytest.raises(InputError, match="patch was 1 and is 2.; another workdir would do"):
+        train(trained, values, allow=["dropout", "patch", "network"])
+
+
+def test_training_goes_on_with_what_was_changed(trained, tmp_path, caplog):
+    """Of 80 images in batches of 8, then 80 in batches of 16; each epoch is still whole."""
+    directory = copied(trained, tmp_path)
+    values, seen = config(images=160, batch_size=16, learning_rate=1e-4), []
+    trainer = Trainer(values, 1, image_set(), directory, allow_changes=["batch_size", "training.learning_rate"])
+    trainer._program.put, put = lambda batch: seen.append(batch["image"]) or put(batch), trainer._program.put
+    build = trainer._build
+
+    def rebuilt():
+        program = build()
+        putting = program.put
+        program.put = lambda batch: seen.append(batch["image"]) or putting(batch)
+        return program
+
+    trainer._build = rebuilt
+    trainer.run(StopOnSignal())
+    assert steps(directory) == [10, 15]
+    known = about(directory, 15)
+    assert known["count"] == {"step": 10, "images": 80} and known["data"] == {"next_index": 15}
+    assert {(each["field"].rpartition(".")[2], each["was"], each["now"], each["step"]) for each in known["changes"]} == {
+        ("batch_size", 8, 16, 10),
+        ("learning_rate", 1e-3, 1e-4, 10),
+    }
+    assert "stage1: from step 10 (80 images) on, config.stage1.training.batch_size was 8 and is 16" in caplog.text
+    lines = metrics.read(directory / "metrics.jsonl")
+    assert [line["images"] for line in lines if "loss" in line] == [*range(8, 81, 8), *range(96, 161, 16)]
+    # Images 80 to 95 are the last 16 of the fourth epoch of 24.
+    order = np.random.default_rng((trainer._data_seed, 3)).permutation(24)
+    np.testing.assert_array_equal(seen[0], image_set().batch(order[8:])["image"])
+    train(directory, values)  # the change is part of the run now
+    with pytest.raises(InputError, match="batch_size was 16 and is 8"):
+        train(directory, config(images=240))
+
+
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "stage1"))
+
+
+def test_other_images_are_noticed(trained, tmp_path, monkeypatch):
+    """And the losses of different images are not ranked."""
+    directory = copied(trained, tmp_path)
+    other = image_set(seed=1)
+    for images in (other, image_set(count=32)):
+        with pytest.raises(InputError, match="data.images.identity was .*another workdir, or --allow_changes=data"):
+            train(directory, config(images=160), images=images)
+    monkeypatch.setattr(Validation, "loss", lambda *_: 100.0)
+    train(directory, config(images=160, keep_newest=1, keep_best=1, checkpoint_every=40), images=other, allow=["data"])
+    assert about(directory, 20)["images"]["identity"] == other.identity
+    assert 10 not in steps(directory)  # though its loss, of other images, was lower
+    assert about(directory, 20)["validated_on"] != about(trained, 10)["validated_on"]
