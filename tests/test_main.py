@@ -22,6 +22,7 @@ from rdm_jax.config import parse
 from rdm_jax.interrupt import Interrupted
 from rdm_jax.main import main
 from rdm_jax.run import run as run_here
+from rdm_jax.saved import read_saved
 from rdm_jax.training import checkpoint, metrics
 from tests.tiny import LOW, tiny_config, write_images
 
@@ -63,7 +64,7 @@ def test_everything_is_left_behind(finished, images):
         assert {10, 15, 20} <= set(checkpoint.Checkpoints(workdir / stage / "checkpoints", read_only=True).steps())
     for picture in ("samples/grid.png", "contact_sheet.png"):
         assert np.asarray(Image.open(workdir / picture)).std() > 0
-    assert parse(json.loads((workdir / "config.json").read_text())) == tiny_config(images, low=LOW)
+    assert parse(read_saved(workdir / "config.json")) == tiny_config(images, low=LOW)
     for said in ("24 images", "compiled in", "images/s", "left", "network evaluations", "done"):
         assert said in done.stdout + done.stderr, said
 

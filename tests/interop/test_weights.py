@@ -23,6 +23,7 @@ from rdm_jax.models.adm import ADM
 from rdm_jax.models.song import Song
 from rdm_jax.run import run
 from rdm_jax.sampling.low_images import LowImages
+from rdm_jax.saved import read_saved
 from rdm_jax.training.checkpoint import Checkpoints
 from tests.interop.torch_standins import write_pkl, write_pt
 from tests.tiny import tiny_config, write_images
@@ -102,7 +103,7 @@ def test_every_tensor_arrives(imported):
             np.testing.assert_array_equal(leaf, original.to_ours(tensors[number - 1][name]).astype(np.float32), err_msg=name)
         assert about["classes"] == ["0", "1", "2"]
         assert about["imported"]["settings"]["model_channels"] == 8
-    assert parse(json.loads((folder / "run/config.json").read_text())) == config
+    assert parse(read_saved(folder / "run/config.json")) == config
 
 
 def test_imported_weights_are_sampled_without_data(imported, sampled):
@@ -123,7 +124,7 @@ def test_settings_of_the_file_that_is_imported_first_are_kept(imported, tmp_path
         class_name, settings = settings_for(config.stages[number - 1])
         write_pkl(tmp_path / name, class_name, {**settings, "dropout": 0.1 + number / 10}, tensors[number - 1])
         run(values_of(config), str(tmp_path / "run"), mode="import", stage=number, weights=str(tmp_path / name))
-    saved = parse(json.loads((tmp_path / "run/config.json").read_text()))
+    saved = parse(read_saved(tmp_path / "run/config.json"))
     assert [stage.network.dropout for stage in saved.stages] == pytest.approx([0.2, 0.3])
 
 
@@ -265,7 +266,7 @@ def test_a_network_unlike_the_configs_changes_the_config(tmp_path, capsys):
     sampler = Heun(steps=3, sigma_min=0.02)
     one_stage = dataclasses.replace(one_stage, stages=(dataclasses.replace(one_stage.stages[0], sampler=sampler),))
     run(values_of(one_stage), str(tmp_path / "run"), mode="import", stage=1, weights=str(tmp_path / "ncsn.pkl"))
-    saved = parse(json.loads((tmp_path / "run/config.json").read_text()))
+    saved = parse(read_saved(tmp_path / "run/config.json"))
     assert saved.stages[0] == dataclasses.replace(stage, sampler=sampler)
     run(values_of(saved), str(tmp_path / "run"), mode="sample")
     assert np.load(tmp_path / "run/samples/samples.npz")["images"].std() > 0
