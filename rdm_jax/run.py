@@ -277,11 +277,11 @@ def _check_unchanged(config: Config, workdir: Path, trains: bool, allow_changes:
         found = unchanged.changes(*({key: values[key] for key in bound if key in values} for values in (before, now)))
         unchanged.check_allowed(found, allow_changes, f"--workdir={str(workdir)!r}")
     for name, folder in trained.items() if trains else ():
-        step = checkpoint_folders.find("newest", folder)[1]
-        about = checkpoint_folders.read_about(folder / str(step))
-        if "imported" not in about:
+        newest = checkpoint_folders.newest_trained(folder)
+        if newest:  # else they are damaged, and training says so
+            step_folder, about = newest
             found = changed_since(about, {"seed": config.seed, "stage": now[name]}, name)
-            unchanged.check_allowed(found, allow_changes, f"checkpoint {folder / str(step)}")
+            unchanged.check_allowed(found, allow_changes, f"checkpoint {step_folder}")
 
 
 def _is_trained(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier
 from rdm_jax.exit_status import exit_status
+from rdm_jax.training import checkpoint_folders
 from tests.faults.commands import STAGE, start, start_two
 from tests.test_main import read_arrays
 from tests.tiny import write_images
@@ -80,8 +81,11 @@ def check_same(one: Path, other: Path):
 
 def test_two_processes_learn_what_one_does(images, tmp_path):
     ended([start(images, tmp_path / "one", *flags(images), *STAGE, devices=4)])
-    (first, _), _ = ended(start_two(images, tmp_path / "two", *flags(images), *STAGE, "--config.parallel.fsdp=2", devices=2))
+    others = ["--config.parallel.fsdp=2", "--config.stage1.training.checkpoint_minutes=1e-6"]  # which the first alone decides
+    others += ["--config.stage1.training.checkpoint_every=100000", "--config.stage1.training.keep_newest=20"]
+    (first, _), _ = ended(start_two(images, tmp_path / "two", *flags(images), *STAGE, *others, devices=2))
     assert "train on 4 cpu device(s) of 2 process(es)" in first
+    assert len(checkpoint_folders.step_folders(tmp_path / "two/stage1/checkpoints")) > 2
     check_same_parameters(tmp_path / "one", tmp_path / "two", "stage1")
 
 

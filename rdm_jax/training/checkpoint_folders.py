@@ -86,6 +86,14 @@ def is_trained(directory: Path) -> bool:
     return any(map(is_whole, step_folders(directory)))
 
 
+def newest_trained(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest training state that is not seen to be damaged, and what it says of itself; None where there is none."""
+    for folder in sorted(filter(is_whole, step_folders(directory)), key=lambda folder: int(folder.name), reverse=True):
+        if not damage(folder, thorough=False):
+            return folder, read_about(folder, sound=True)
+    return None
+
+
 def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
     """The folder of checkpoints and the step that a config's `checkpoint` means.
 
