@@ -292,7 +292,8 @@ def parse(values: ConfigDict | dict[str, Any]) -> Config:
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """The values in a config.json, for `parse`. Raises InputError where there are none."""
+    """The values in a config.json, or in that of a folder, for `parse`. Raises InputError where there are none."""
+    path = path / "config.json" if path.is_dir() else path
     try:
         values = parse_json(path.read_text())
         if not isinstance(values, dict):
@@ -353,6 +354,8 @@ def _from_plain(hint: Any, value: Any, path: str) -> Any:
         return tuple(_from_plain(item, v, f"{path}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e3 in JSON
+        return int(value)
     if type(value) is not hint:
         raise InputError(f"{path}={value!r} is no {hint.__name__}; {EXAMPLES[hint]} would do.")
     return value

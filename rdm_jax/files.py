@@ -42,7 +42,7 @@ def nearest(path: Path) -> Path | None:
     if missing is None or not missing.parent.is_dir():
         return None
     there = [other.name for other in missing.parent.iterdir() if not other.name.startswith(".")]
-    for name in difflib.get_close_matches(missing.name, there):
+    for name in difflib.get_close_matches(missing.name, there, cutoff=0.75):
         found = missing.with_name(name) / path.relative_to(missing)
         if found.exists():
             return found

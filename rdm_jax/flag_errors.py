@@ -1,0 +1,39 @@
+"""Flags that cannot be used, in one sentence each."""
+
+import difflib
+import re
+
+from absl import app, flags
+
+from rdm_jax.config import Config
+from rdm_jax.config_flag import fields_called
+from rdm_jax.errors import InputError
+
+
+def parse_flags(argv: list[str]) -> None:
+    """absl's parser. Raises InputError for what is no flag, and for a value that a flag cannot have."""
+    app.define_help_flags()
+    try:
+        strays = flags.FLAGS(argv)[1:]
+    except flags.Error as error:
+        # absl keeps a parser's error as the context of its own, and its text alone in the message.
+        raise (error.__context__ if isinstance(error.__context__, InputError) else _in_words(error)) from error
+    if strays:
+        raise InputError(f"{strays[0]!r} is no flag; --{strays[0].lstrip('-')} would do.")
+
+
+def _in_words(error: flags.Error) -> InputError:
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        fields = fields_called(name, Config().to_config_dict())
+        close = [f"--{other}" for other in fields[:3] or difflib.get_close_matches(name, list(flags.FLAGS), n=1)]
+        return InputError(f"--{name} is not a flag; {' or '.join(close) or 'one of those that --helpshort lists'} would do.")
+    if not (found := re.fullmatch(r"flag (--[^=]+)=(.*?): (.*)", str(error), re.DOTALL)):
+        return InputError(f"{error}; --helpshort lists the flags.")
+    name, value, why = found.groups()
+    if one_of := re.fullmatch(r"value should be one of <(.*)>", why):
+        choices = one_of.group(1).split("|")
+        close = difflib.get_close_matches(value, choices, n=1) or choices
+        return InputError(f"{name}={value} is not known; {' or '.join(close)} would do.")
+    would_do = "" if why.endswith("would do.") else "; --helpshort says what would do."
+    return InputError(f"{name}={value}: {why}{would_do}")
