@@ -27,6 +27,7 @@ from rdm_jax.exit_status import exit_status
 from rdm_jax.flag_errors import parse_flags
 from rdm_jax.plan.plan import plan
 from rdm_jax.terminal import quiet_libraries, show_log
+from rdm_jax.waiting import SECONDS_TO_JOIN
 
 
 def _whole_number(name: str, default: int | None, help_string: str, lower_bound: int | None = None) -> flags.FlagHolder:
@@ -46,6 +47,7 @@ _EVALUATIONS = flags.DEFINE_list("evaluations", [], "With --mode report: evaluat
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0; '' where the cluster tells; 'none' to stay alone.")
 _PROCESSES = _whole_number("processes", None, "With --coordinator host:port: how many processes there are.")
 _PROCESS = _whole_number("process", None, "With --coordinator host:port: which of them this is, from 0.")
+_JOIN_TIMEOUT = _whole_number("join_timeout", SECONDS_TO_JOIN, "With several processes: seconds to wait for all.", lower_bound=1)
 _TARGET = flags.DEFINE_string("target", "here", "With --mode plan: chips, such as v5e-16 or h100-8; 'here' for these devices.")
 _UTILISATION = _number("utilisation", 0.4, "With --mode plan: the share of the peak FLOP/s that is reached.")
 _CLASSES = _whole_number("classes", 0, "With --mode plan: number of classes; 0 for none.", lower_bound=0)
@@ -60,7 +62,7 @@ def _run() -> None:
     if _MODE.value == "plan":
         about = {flag.name: flag.value for flag in (_TARGET, _UTILISATION, _CLASSES, _COMPILE, _STAGE)}
         return print(plan(config.parse(_CONFIG.value), **about))
-    distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value)
     keep_compiled()
     show_log(quiet=not distributed.is_first())
     part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD)}
