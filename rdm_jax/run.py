@@ -27,6 +27,7 @@ from rdm_jax.files import local_path, nearest, whole_file
 from rdm_jax.interop.weights import (
     check_no_checkpoints,
     export_stage,
+    fit_resolutions,
     open_weights,
     read_parameters,
     save_imported,
@@ -185,7 +186,10 @@ def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
     """Puts weights into a stage of a workdir, with a config.json that fits them and what was imported before."""
     with open_weights(path) as weights, _owned(workdir), StopOnSignal() as stop:
         check_no_checkpoints(workdir, number)
-        fitting, classes = stage_of(weights, _with_imported(config, workdir), number)
+        before = _with_imported(config, workdir)
+        fitting, classes = stage_of(weights, before, number)
+        if fitting.stages[number - 1].resolution != before.stages[number - 1].resolution:
+            fitting = fit_resolutions(fitting, number, _imported(config, workdir))
         checks.check_config(fitting)
         _check_unchanged(fitting, workdir)
         parameters = read_parameters(weights, fitting, number, classes, path)
@@ -204,11 +208,15 @@ def _with_imported(config: Config, workdir: Path) -> Config:
     if not path.exists():
         return config
     saved, stages = configs.parse(configs.read_saved(path)), list(config.stages)
-    for index, before in enumerate(saved.stages[: len(stages)]):
-        if (workdir / f"stage{index + 1}" / "checkpoints").is_dir():
-            kept = {field: getattr(before, field) for field in ("resolution", "network", "precondition")}
-            stages[index] = dataclasses.replace(stages[index], **kept)
+    for number in [n for n in _imported(config, workdir) if n <= len(saved.stages)]:
+        kept = {field: getattr(saved.stages[number - 1], field) for field in ("resolution", "network", "precondition")}
+        stages[number - 1] = dataclasses.replace(stages[number - 1], **kept)
     return dataclasses.replace(config, stages=tuple(stages))
+
+
+def _imported(config: Config, workdir: Path) -> list[int]:
+    """The stages, from 1, that have checkpoints in the workdir."""
+    return [n for n in range(1, len(config.stages) + 1) if (workdir / f"stage{n}" / "checkpoints").is_dir()]
 
 
 def _train(

@@ -326,9 +326,8 @@ def test_run_without_checkpoints_says_what_is_missing(images, tmp_path):
 
 def test_work_in_another_thread_goes_on_without_signal_handlers(images, tmp_path):
     """As in a notebook server."""
-    thread = threading.Thread(
-        target=run_here, args=(tiny_config(images).to_config_dict(), str(tmp_path)), kwargs={"mode": "prepare"}
-    )
+    values = tiny_config(images, low=LOW).to_config_dict()
+    thread = threading.Thread(target=run_here, args=(values, str(tmp_path)), kwargs={"mode": "prepare"})
     before = signal.getsignal(signal.SIGTERM)
     thread.start()
     thread.join()

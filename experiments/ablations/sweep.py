@@ -23,6 +23,7 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
 from rdm_jax.evaluation.tables import markdown
 from rdm_jax.exit_status import exit_status
+from rdm_jax.files import local_path
 from rdm_jax.files import whole_file
 from rdm_jax.sampling.sampler import joined_level
 from rdm_jax.training.step import to_float
@@ -89,7 +90,7 @@ def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
 
 def sweep() -> None:
     """Prints a table for every group, and draws all."""
-    root, seeds, config = Path(_WORKDIR.value), parse_numbers(_SEEDS.value, "--seeds"), configs.parse(_CONFIG.value)
+    root, seeds, config = local_path(_WORKDIR.value, "--workdir"), parse_numbers(_SEEDS.value, "--seeds"), configs.parse(_CONFIG.value)
     for group in _GROUPS.value:
         checks.require(group in GROUPS, "--groups", group, ", ".join(GROUPS))
     runs.check_relay(config)

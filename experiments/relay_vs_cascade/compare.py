@@ -23,6 +23,7 @@ from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.tables import markdown
 from rdm_jax.exit_status import exit_status
+from rdm_jax.files import local_path
 from rdm_jax.files import whole_file
 from rdm_jax.run import run
 from rdm_jax.sampling import pictures
@@ -219,7 +220,7 @@ def check(config: Config, counts: Iterable[int]) -> None:
 
 def compare() -> None:
     """Trains, measures, and prints the tables."""
-    root, usual = Path(_WORKDIR.value), _USUAL.value
+    root, usual = local_path(_WORKDIR.value, "--workdir"), _USUAL.value
     config, seeds, counts = configs.parse(_CONFIG.value), *(parse_numbers(f.value, f"--{f.name}") for f in (_SEEDS, _EVALUATIONS))
     check(config, {*counts, usual})
     base, held_out, floor = runs.prepared(config, root)
