@@ -74,14 +74,14 @@ class _ConfigParser(flags.ArgumentParser):
         return values
 
 
-def define_config(default: str | None = None, help_string: str = "") -> flags.FlagHolder:
+def define_config(help_string: str = "Config file; --config.field=value overrides.") -> flags.FlagHolder:
     """Defines --config with its overrides by ml_collections; its value is a locked ConfigDict.
 
-    What cannot be used raises `absl.flags.Error` when flags are parsed, which `rdm_jax.flag_errors` puts into words.
+    What cannot be used raises `absl.flags.Error` when flags are parsed, which `rdm_jax.command` puts into words.
     """
     for kind, parser in ((int, WholeNumber()), (float, Number()), (bool, TrueOrFalse())):
         config_flags.register_flag_parser_for_type(kind, parser)
-    holder = config_flags.DEFINE_config_file(NAME, default, help_string or "Config file; --config.field=value overrides.")
+    holder = config_flags.DEFINE_config_file(NAME, help_string=help_string)
     flags.FLAGS[NAME].parser = _ConfigParser()
     return holder
 

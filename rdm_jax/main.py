@@ -20,11 +20,11 @@ if __name__ == "__main__":
 from absl import flags
 
 from rdm_jax import config, distributed, run
+from rdm_jax.command import parse_flags
 from rdm_jax.compile_cache import keep_compiled
 from rdm_jax.config_flag import Number, WholeNumber, define_config
 from rdm_jax.errors import InputError
 from rdm_jax.exit_status import exit_status
-from rdm_jax.flag_errors import parse_flags
 from rdm_jax.plan.plan import plan
 from rdm_jax.terminal import quiet_libraries, show_log
 from rdm_jax.waiting import SECONDS_TO_JOIN

@@ -127,7 +127,7 @@ def _workdir(config: Config, workdir: str | os.PathLike, mode: str, evaluations:
         raise InputError(
             f"--workdir={str(folder)!r} does not exist, and --mode={mode} works on an existing run; {would_do} would do."
         )
-    if close and mode in ("all", "train"):
+    if close:
         log.warning("--workdir=%r is a new run; %r exists", str(folder), str(close))
     return folder
 

@@ -10,6 +10,7 @@ import pytest
 from absl.testing import flagsaver
 
 from rdm_jax import main
+from rdm_jax.command import command
 from rdm_jax.config import Config, parse, to_dict
 from rdm_jax.config_flag import WholeNumber, load
 from rdm_jax.errors import InputError
@@ -142,6 +143,19 @@ def test_flags_that_cannot_be_used_are_refused_in_one_sentence(monkeypatch, caps
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(REFUSED[flag], line) and line.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_commands_of_experiments_refuse_in_the_same_way(monkeypatch, capsys):
+    for given, says in (
+        (["--config.stage1.guidence=2"], "config.stage1.guidence=2 is not a field of the config .*; guidance would do"),
+        ([f"--config={ROOT}/configs/digts.py"], "digts.py does not exist; .*digits.py would do"),
+        (["--mode=tain"], "--mode=tain is not known; train would do"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare", *given])
+        with flagsaver.flagsaver(), pytest.raises(SystemExit, match="2"):
+            command(lambda: pytest.fail("it has begun"), config=f"{ROOT}/configs/digits.py")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(says, line) and line.startswith("error: ")
 
 
 def test_overrides_arrive(monkeypatch, tmp_path):

@@ -1,13 +1,36 @@
-"""Flags that cannot be used, in one sentence each."""
+"""How a command begins: its flags, of which those that cannot be used are refused in one sentence each."""
 
 import difflib
 import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, flags
 
 from rdm_jax.config import Config
-from rdm_jax.config_flag import fields_called
+from rdm_jax.config_flag import NAME, fields_called
 from rdm_jax.errors import InputError
+from rdm_jax.exit_status import exit_status
+
+
+def command(work: Callable[[], None], workdir: Callable[[], str | None] = lambda: None, config: str | None = None) -> NoReturn:
+    """Parses the flags and does the work of a script, as `exit_status` does it; then the process ends.
+
+    Args:
+      work, workdir: as in `exit_status`.
+      config: what --config is where it is not given.
+    """
+    if config and not any(re.match(f"--?{NAME}(=|$)", word) for word in sys.argv):
+        sys.argv.insert(1, f"--{NAME}={config}")  # where ml_collections looks for it
+
+    def parse_and_work() -> None:
+        parse_flags(sys.argv)
+        if NAME in flags.FLAGS and flags.FLAGS[NAME].value is None:
+            raise InputError("--config is not given; a config such as configs/digits.py would do.")
+        work()
+
+    sys.exit(exit_status(parse_and_work, workdir))
 
 
 def parse_flags(argv: list[str]) -> None:
