@@ -199,7 +199,7 @@ def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     log.info("import: %s parameters, %d classes -> stage%d of %s", f"{count:,}", classes, number, workdir)
     if fitting != config:
-        log.info("import: with these weights goes --config configs/saved.py:%s", workdir / "config.json")
+        log.info("import: with these weights goes --config %s", workdir)
 
 
 def _with_imported(config: Config, workdir: Path) -> Config:

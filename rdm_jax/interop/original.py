@@ -186,8 +186,8 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
     ):
         if value != published:
             raise InputError(
-                f"{field}={value!r} cannot be exported: the format of the published networks is the only one so far, and all of "
-                f"them have {published}; the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH) would do."
+                f"{field}={value!r} cannot be exported: the only format so far is that of the published networks, where it is "
+                f"{published!r}; the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH) would do."
             )
     class_name = {cls: name for name, cls in PRECONDITIONS.items()}[type(stage.precondition)]
     family = {cls: name for name, cls in NETWORKS.items()}[type(network)]

@@ -217,7 +217,10 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
     folder, step = checkpoint.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
     checkpoints = checkpoint.Checkpoints(folder, read_only=True)
     classes = len(checkpoints.about(step)["classes"])
-    class_name, settings = original.settings_of(stage, config.data.channels, classes)
+    try:
+        class_name, settings = original.settings_of(stage, config.data.channels, classes)
+    except InputError as error:
+        raise InputError(f"config.stage{number}.{error}") from error
     abstract = stage.build(config.data.channels, classes).abstract
     ema, _ = checkpoints.restore_ema(step, checkpoint.with_sharding(abstract, sharding.replicated(sharding.local_mesh())))
     checkpoints.close()

@@ -420,8 +420,17 @@ def test_safetensors_without_metadata_are_read_as_the_config_says(imported, tmp_
     ids=["not-square", "patch", "heads", "noise-scale"],
 )
 def test_networks_that_the_original_has_not_cannot_be_exported(stage, field):
-    with pytest.raises(InputError, match=re.escape(f"{field} cannot be exported") + ".*only one so far.*checkpoint as it is"):
+    with pytest.raises(InputError, match=re.escape(f"{field} cannot be exported") + ".*only format so far.*checkpoint as it is"):
         original.settings_of(stage, 3, 0)
+
+
+def test_export_of_another_network_names_the_stage(imported, tmp_path):
+    folder, config, _ = imported
+    first = dataclasses.replace(config.stages[0], network=dataclasses.replace(NETWORK, head_channels=8))
+    changed = dataclasses.replace(config, stages=(first, config.stages[1]))
+    with pytest.raises(InputError, match="^config.stage1.network.head_channels=8 cannot be exported: .* it is 64; "):
+        run(values_of(changed), str(folder / "run"), mode="export", stage=1, weights=str(tmp_path / "x.safetensors"))
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_the_relays_own_process_is_the_configs(imported):
