@@ -1,14 +1,15 @@
 """The config of a run that was made, or into which weights were imported: any workdir's config.json.
 
-python -m rdm_jax.main --config configs/saved.py:runs/digits/config.json --workdir runs/digits --mode sample
+python -m rdm_jax.main --config configs/saved.py:runs/digits --workdir runs/digits --mode sample
+
+`--config runs/digits` does the same.
 """
 
-from pathlib import Path
-
 from rdm_jax.config import parse
+from rdm_jax.files import local_path
 from rdm_jax.saved import read_saved
 
 
 def get_config(path: str):
-    """The config in a config.json as an ml_collections ConfigDict."""
-    return parse(read_saved(Path(path).expanduser())).to_config_dict()
+    """The config in a config.json, or in that of a folder, as an ml_collections ConfigDict."""
+    return parse(read_saved(local_path(path, "--config"))).to_config_dict()

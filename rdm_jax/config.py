@@ -343,6 +343,8 @@ def _from_plain(hint: Any, value: Any, path: str) -> Any:
         return tuple(_from_plain(item, v, f"{path}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():  # 1e3 in JSON
+        return int(value)
     if type(value) is not hint:
         raise InputError(f"{path}={value!r} is no {hint.__name__}; {EXAMPLES[hint]} would do.")
     return value

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from rdm_jax import sharding
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import StopOnSignal
+from rdm_jax.waiting import SECONDS_TO_JOIN, waiting
 
 Result = TypeVar("Result")
 SECONDS_TO_LEAVE = 5
@@ -26,13 +27,14 @@ SECONDS_TO_LEAVE = 5
 GONE = ("coordination service", "closed by peer", "reset by peer", "another task", "heartbeat")
 
 
-def join(coordinator: str, processes: int | None, process: int | None) -> None:
+def join(coordinator: str, processes: int | None, process: int | None, timeout: int = SECONDS_TO_JOIN) -> None:
     """Makes this process one of several, before jax looks for devices.
 
     Args:
       coordinator: 'host:port' of the first process, '' to ask the surroundings (what jax knows: Cloud TPU, SLURM, Open MPI,
         Kubernetes; elsewhere the process stays alone), or 'none' to stay alone.
       processes, process: how many there are, and which this is, from 0; with 'host:port' only.
+      timeout: seconds to wait for the others, after which this process ends with status 2 and a line that says so.
 
     Raises:
       InputError: the three do not go together, or the others cannot be reached.
@@ -43,13 +45,12 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
         raise InputError(f"{found} do not go together; a host:port with both numbers, or none of the three, would do.")
     if given and not 0 <= process < processes:
         raise InputError(f"--process={process} of --processes={processes} is none of them; 0 to {processes - 1} would do.")
-    # On one TPU host, Colab's among them, there is nobody to join, and jax might ask a server that is not there.
-    host = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    one_host = host and "," not in host and "MEGASCALE_COORDINATOR_ADDRESS" not in os.environ
-    if coordinator == "none" or (one_host and not given):
+    if coordinator == "none" or (not given and _is_alone()):
         return
     try:
-        jax.distributed.initialize(coordinator or None, processes, process)
+        with waiting(timeout):
+            # jax itself would give up later, as XLA ends the process then.
+            jax.distributed.initialize(coordinator or None, processes, process, initialization_timeout=timeout + 300)
     except Exception as error:
         # jax found no cluster, or half of one (a SLURM job without srun); or it works already, by itself.
         alone = ("coordinator_address", "must be called before")
@@ -60,6 +61,15 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
         raise InputError(
             f"the other processes ({where}) cannot be reached ({reason}); --coordinator=none would do alone."
         ) from error
+
+
+def _is_alone() -> bool:
+    """Whether the surroundings say that there is nobody to join, though jax might wait, or ask a server that is not there."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
+        return False
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # one on Colab, among others
+    tasks = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_NTASKS")  # as jax does, Open MPI's first
+    return tasks == "1" or bool(tpu_hosts and "," not in tpu_hosts)
 
 
 def is_first() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from rdm_jax import distributed
 from rdm_jax.errors import InputError, reason
 from rdm_jax.interrupt import Interrupted
+from rdm_jax.surroundings import backend_error
 from rdm_jax.terminal import go_on_unread
 from rdm_jax.training.loop import Diverged
 
@@ -36,6 +37,9 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
         print(f"error: {where} cannot be used ({why}); free space, or another --workdir, would do.", file=sys.stderr)
         return 2
     except Exception as error:
+        if refused := backend_error(error):
+            print(f"error: {_in_one_line(str(refused))}", file=sys.stderr)
+            return 2
         if not distributed.is_lost_peer(error):
             raise
         what = f"another process of this run is gone ({_in_one_line(reason(error))})"

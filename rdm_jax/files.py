@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, and JSON in them."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -33,6 +34,19 @@ def local_path(text: str | os.PathLike, field: str) -> Path:
             "bucket, would do."
         )
     return Path(text).expanduser()
+
+
+def nearest(path: Path) -> Path | None:
+    """The path that exists and is spelt almost as this one, which does not: one of its folders or the last name is another."""
+    missing = next((folder for folder in reversed([path, *path.parents]) if not folder.exists()), None)
+    if missing is None or not missing.parent.is_dir():
+        return None
+    there = [other.name for other in missing.parent.iterdir() if not other.name.startswith(".")]
+    for name in difflib.get_close_matches(missing.name, there, cutoff=0.75):
+        found = missing.with_name(name) / path.relative_to(missing)
+        if found.exists():
+            return found
+    return None
 
 
 @contextmanager

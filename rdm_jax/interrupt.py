@@ -23,7 +23,8 @@ class StopOnSignal:
     """A context in which the first SIGINT or SIGTERM sets `requested`, and a third one interrupts at once.
 
     A second one is warned of that, and no more: a shell and what it started may each send the same one. Long loops call `check`
-    where everything is saved, or look at `requested` and save first.
+    where everything is saved, or look at `requested` and save first. Python gives signals to its main thread alone: in another
+    thread, such as a notebook server's, nothing is installed, and the context leaves signals to the caller.
     """
 
     def __init__(self):
@@ -31,7 +32,8 @@ class StopOnSignal:
         self._signals = 0
 
     def __enter__(self) -> "StopOnSignal":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        here = threading.current_thread() is threading.main_thread()
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM) if here}
         return self
 
     def __exit__(self, *_):

@@ -22,10 +22,11 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.evaluate import Evaluator, generates, needs_data
 from rdm_jax.evaluation.report import write_report
-from rdm_jax.files import whole_file
+from rdm_jax.files import local_path, nearest, whole_file
 from rdm_jax.interop.weights import (
     check_no_checkpoints,
     export_stage,
+    fit_resolutions,
     open_weights,
     read_parameters,
     save_imported,
@@ -76,13 +77,17 @@ def run(
     """
     config = configs.parse(values)
     _check_part(config, mode, stage, weights)
-    folder = Path(workdir).expanduser()
+    _check_paths(config)
+    with distributed.together():
+        folder = _workdir(config, workdir, mode, evaluations)
+    paths = [local_path(path, "--evaluations") for path in evaluations]
+    weights = local_path(weights, "--weights") if weights else None
     if jax.process_count() > 1 and mode in ALONE:
         raise InputError(f"--mode={mode} with {jax.process_count()} processes is no use; --coordinator=none would do.")
     if mode == "report":
-        return write_report(folder, [Path(path).expanduser() for path in evaluations])
+        return write_report(folder, paths)
     if mode == "import":
-        return _import(config, stage, Path(weights).expanduser(), folder)
+        return _import(config, stage, weights, folder)
     checks.check_config(config)
     checks.check_devices(config, jax.device_count(), jax.local_device_count())
     unchanged.check_names(allow_changes, config)
@@ -90,7 +95,7 @@ def run(
         with distributed.together():
             _check_unchanged(config, folder, mode in ("all", "train"), allow_changes)
         if mode == "export":
-            return export_stage(config, stage, folder, Path(weights).expanduser())
+            return export_stage(config, stage, folder, weights)
         _work(config, mode, stage, folder, stop, skip_bad, allow_changes)
         stop.check()  # one that came when all was done is not lost on a caller with more to do
     log.info("%s: done", mode)
@@ -107,6 +112,33 @@ def _check_part(config: Config, mode: str, stage: int | None, weights: str | Non
     if wanted != bool(weights):
         would_do = "the path of a file" if wanted else "--mode=import or --mode=export"
         raise InputError(f"--weights={weights} does not go with --mode={mode}; {would_do} would do.")
+
+
+def _workdir(config: Config, workdir: str | os.PathLike, mode: str, evaluations: Sequence[str]) -> Path:
+    """The folder of a run. Refuses one that is not there where the mode goes on from what is in it, before anything is made."""
+    if not os.fspath(workdir).strip():
+        raise InputError("--workdir='' names no folder; the path of a folder, '.' for the current one, would do.")
+    folder = local_path(workdir, "--workdir")
+    if folder.exists():
+        return folder
+    reads = {"sample": True, "export": True, "report": not evaluations, "evaluate": generates(config)}.get(mode, False)
+    elsewhere = any("/" in stage.checkpoint for stage in config.stages)  # the checkpoints of another run
+    close = nearest(folder)
+    if reads and not (elsewhere and mode != "report"):
+        would_do = f"--workdir={str(close)!r}" if close else "the folder of a run, or training first (--mode=train),"
+        raise InputError(
+            f"--workdir={str(folder)!r} does not exist, and --mode={mode} works on an existing run; {would_do} would do."
+        )
+    if close:
+        log.warning("--workdir=%r is a new run; %r exists", str(folder), str(close))
+    return folder
+
+
+def _check_paths(config: Config) -> None:
+    """Refuses URLs among the checkpoints that a config names."""
+    for number, stage in enumerate(config.stages, 1):
+        local_path(stage.checkpoint, f"config.stage{number}.checkpoint")
+        local_path(stage.training.start_from, f"config.stage{number}.training.start_from")
 
 
 def _work(
@@ -164,7 +196,10 @@ def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
     """Puts weights into a stage of a workdir, with a config.json that fits them and what was imported before."""
     with open_weights(path) as weights, _owned(workdir), StopOnSignal() as stop:
         check_no_checkpoints(workdir, number)
-        fitting, classes = stage_of(weights, _with_imported(config, workdir), number)
+        before = _with_imported(config, workdir)
+        fitting, classes = stage_of(weights, before, number)
+        if fitting.stages[number - 1].resolution != before.stages[number - 1].resolution:
+            fitting = fit_resolutions(fitting, number, _imported(config, workdir))
         checks.check_config(fitting)
         _check_unchanged(fitting, workdir, True, ())
         parameters = read_parameters(weights, fitting, number, classes, path)
@@ -174,7 +209,7 @@ def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     log.info("import: %s parameters, %d classes -> stage%d of %s", f"{count:,}", classes, number, workdir)
     if fitting != config:
-        log.info("import: with these weights goes --config configs/saved.py:%s", workdir / "config.json")
+        log.info("import: with these weights goes --config %s", workdir)
 
 
 def _with_imported(config: Config, workdir: Path) -> Config:
@@ -183,11 +218,15 @@ def _with_imported(config: Config, workdir: Path) -> Config:
     if not path.exists():
         return config
     imported, stages = configs.parse(saved.read_saved(path)), list(config.stages)
-    for index, before in enumerate(imported.stages[: len(stages)]):
-        if (workdir / f"stage{index + 1}" / "checkpoints").is_dir():
-            kept = {field: getattr(before, field) for field in ("resolution", "network", "precondition")}
-            stages[index] = dataclasses.replace(stages[index], **kept)
+    for number in [n for n in _imported(config, workdir) if n <= len(imported.stages)]:
+        kept = {field: getattr(imported.stages[number - 1], field) for field in ("resolution", "network", "precondition")}
+        stages[number - 1] = dataclasses.replace(stages[number - 1], **kept)
     return dataclasses.replace(config, stages=tuple(stages))
+
+
+def _imported(config: Config, workdir: Path) -> list[int]:
+    """The stages, from 1, that have checkpoints in the workdir."""
+    return [n for n in range(1, len(config.stages) + 1) if (workdir / f"stage{n}" / "checkpoints").is_dir()]
 
 
 def _train(

@@ -29,11 +29,12 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """The values in a config.json of any version, for `config.parse`.
+    """The values in a config.json of any version, or in that of a folder, for `config.parse`.
 
     Raises:
       InputError: it is no JSON object, or a newer version of this package wrote it.
     """
+    path = path / "config.json" if path.is_dir() else path
     try:
         values = parse_json(path.read_text())
         if not isinstance(values, dict):

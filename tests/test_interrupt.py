@@ -1,6 +1,7 @@
 """What signals do: the first two are answered and obeyed where everything is saved, the third one at once."""
 
 import signal
+import threading
 
 import pytest
 
@@ -28,3 +29,18 @@ def test_where_there_is_no_stderr_it_is_obeyed_all_the_same(monkeypatch):
     with StopOnSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
     assert stop.requested == signal.SIGTERM
+
+
+def test_outside_of_the_main_thread_signals_are_left_to_the_caller():
+    before, found = (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)), []
+
+    def work():
+        with StopOnSignal() as stop:
+            found.extend([stop.requested, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)])
+            stop.check()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None, *before]
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

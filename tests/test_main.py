@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from rdm_jax.config import parse
+from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted
 from rdm_jax.main import main
 from rdm_jax.run import run as run_here
@@ -211,7 +213,7 @@ REFUSED = {
     "stray word": (["config.seed=5"], "config.seed=5.*--config.seed=5 would do"),
     "checkpoint that is not there": (["--config.stage2.checkpoint=/nowhere/9"], "/nowhere/9"),
     "checkpoint of no kind": (["--config.stage2.checkpoint=bset"], "checkpoint='bset'"),
-    "nothing to sample from": (["--mode=sample"], r"no checkpoint.*stage1"),
+    "nothing to sample from": (["--mode=sample"], r"/run' does not exist.*training first"),
     "guidance without dropout": (
         ["--config.stage1.guidance=2.0", "--config.stage1.training.label_dropout=0.0"],
         r"stage1.guidance=2.0.*label_dropout",
@@ -273,6 +275,64 @@ def test_batch_that_devices_cannot_share_is_refused(images, tmp_path, refused):
 def test_workdir_that_cannot_be_written_is_refused(images, tmp_path, refused):
     (tmp_path / "file").write_text("in the way")
     refused(command(images, tmp_path / "file" / "run"), "cannot be written")
+
+
+@pytest.mark.parametrize(
+    ("workdir", "flags", "says"),
+    [
+        ("", {}, "--workdir='' names no folder"),
+        ("gs://bucket/run", {}, "--workdir='gs://bucket/run' is a URL"),
+        ("file:///run", {"mode": "report"}, "--workdir='file:///run' is a URL"),
+        ("run", {"mode": "import", "stage": 1, "weights": "s3://b/x.pkl"}, "--weights='s3://b/x.pkl' is a URL"),
+        ("run", {"mode": "report", "evaluations": ["hdfs://x"]}, "--evaluations='hdfs://x' is a URL"),
+        ("run", {"change": {"checkpoint": "gs://b/run/5"}}, "config.stage1.checkpoint='gs://b/run/5' is a URL"),
+        ("run", {"change": {"training.start_from": "gs://b/5"}}, "config.stage1.training.start_from='gs://b/5' is a URL"),
+    ],
+)
+def test_paths_that_are_none_are_refused_before_anything_is_made(images, tmp_path, monkeypatch, workdir, flags, says):
+    monkeypatch.chdir(tmp_path)
+    values = tiny_config(images).to_config_dict()
+    values.stage1.update_from_flattened_dict(flags.pop("change", {}))
+    with pytest.raises(InputError, match=re.escape(says)):
+        run_here(values, workdir, **flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "report", "export"])
+def test_workdir_with_a_typo_is_refused_where_a_run_is_needed(images, tmp_path, mode):
+    flags = {"stage": 1, "weights": str(tmp_path / "x.safetensors")} if mode == "export" else {}
+    values = tiny_config(images).to_config_dict()
+    values.evaluation.features = "classifier"
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    for wrong in ("runs/digts", "run/digits"):
+        says = rf"{wrong}' does not exist, and --mode={mode}.*--workdir='{tmp_path}/runs/digits' would do"
+        with pytest.raises(InputError, match=says):
+            run_here(values, str(tmp_path / wrong), mode=mode, **flags)
+    with pytest.raises(InputError, match="elsewhere' does not exist.*--mode=train"):
+        run_here(values, str(tmp_path / "elsewhere"), mode=mode, **flags)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["digits", "runs"]
+
+
+def test_new_workdir_that_is_spelt_almost_as_another_is_told(tmp_path, caplog):
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(InputError, match="nowhere"):
+        run_here(tiny_config("/nowhere").to_config_dict(), str(tmp_path / "digts"), mode="train", stage=2)
+    assert f"--workdir='{tmp_path}/digts' is a new run; '{tmp_path}/digits' exists" in caplog.text
+
+
+def test_run_without_checkpoints_says_what_is_missing(images, tmp_path):
+    with pytest.raises(InputError, match=r"no checkpoint in .*stage1/checkpoints.*--mode train"):
+        run_here(tiny_config(images).to_config_dict(), str(tmp_path), mode="sample")
+
+
+def test_work_in_another_thread_goes_on_without_signal_handlers(images, tmp_path):
+    """As in a notebook server."""
+    values = tiny_config(images, low=LOW).to_config_dict()
+    thread = threading.Thread(target=run_here, args=(values, str(tmp_path)), kwargs={"mode": "prepare"})
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    thread.join()
+    assert (tmp_path / "contact_sheet.png").is_file() and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_workdir_in_use_is_refused(images, tmp_path, refused):

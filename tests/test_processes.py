@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,7 +101,8 @@ def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     ended(pair, 143)
     (first, _), (second, _) = ended(start_two(images, tmp_path / "two", *flags(images), devices=2))  # on another mesh
     assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
-    assert not re.search(r"^\d\d:\d\d:\d\d ", second, re.MULTILINE)  # the first alone logs (XLA's Gloo speaks in all)
+    # The first alone logs, but for the wait for it (XLA's Gloo speaks in all).
+    assert not re.search(r"^\d\d:\d\d:\d\d (?!waiting up to)", second, re.MULTILINE)
     check_same(tmp_path / "one", tmp_path / "two")
 
 
@@ -120,6 +122,51 @@ def test_flags_that_do_not_go_together_are_refused(given):
 def test_a_process_that_is_none_of_them_is_refused():
     with pytest.raises(InputError, match="--process=2 of --processes=2 .* 0 to 1 would do"):
         distributed.join("localhost:1", 2, 2)
+
+
+JOIN = "import sys; from rdm_jax import distributed, terminal; terminal.show_log(); distributed.join(*eval(sys.argv[1]))"
+
+
+def joining(coordinator: str, processes: int | None, process: int | None, **surroundings: str) -> subprocess.Popen:
+    """A process that waits 3 s for others."""
+    arguments = [sys.executable, "-c", JOIN, repr((coordinator, processes, process, 3))]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "JAX_PLATFORMS": "cpu", **surroundings}
+    return subprocess.Popen(arguments, env=environment, text=True, stdout=-1, stderr=-1)
+
+
+def test_processes_that_never_come_are_waited_for_and_named():
+    """The first and another one of three SLURM tasks, and the second of two without its first."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "3", "JAX_COORDINATOR_PORT": str(port)}
+    some = [joining("", None, None, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID="0") for i in range(2)]
+    outputs = ended([*some, joining("localhost:1", 2, 1)], 2)
+    where = [(3, f"localhost:{port}", 0), (3, f"localhost:{port}", 1), (2, "localhost:1", 1)]
+    for (said, errors), (count, address, number) in zip(outputs, where, strict=True):
+        who = rf"the {count} processes of this run at {address} .this is process {number}."
+        assert re.search(rf"waiting up to 3 s for {who}; --coordinator=none works alone", said)
+        (line,) = errors.splitlines()
+        assert re.fullmatch(rf"error: {who} have not all come within 3 s; .*--coordinator=none to work alone, would do.", line)
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "x", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+        {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://x:1", "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # in an allocation, but not in a step of it
+    ],
+    ids=["slurm", "open-mpi", "tpu", "allocation"],
+)
+def test_one_process_of_a_cluster_is_alone(monkeypatch, surroundings):
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: asked.append(1) or {}["coordinator_address"])
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    distributed.join("", None, None)
+    assert bool(asked) == (surroundings.get("SLURM_NTASKS") == "4")  # jax itself tells that one
 
 
 def test_alone_there_is_nothing_to_join():

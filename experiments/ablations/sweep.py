@@ -9,25 +9,25 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 
 from experiments import runs
 from experiments.ablations.variants import GROUPS, SEVERAL, Variant, unguided
 from rdm_jax import checks
 from rdm_jax import config as configs
 from rdm_jax.checks import parse_numbers
+from rdm_jax.command import command
 from rdm_jax.config import Config, Stage
+from rdm_jax.config_flag import define_config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
 from rdm_jax.evaluation.tables import markdown
-from rdm_jax.exit_status import exit_status
-from rdm_jax.files import whole_file
+from rdm_jax.files import local_path, whole_file
 from rdm_jax.sampling.sampler import joined_level
 from rdm_jax.training.step import to_float
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
+_CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Of all runs; the same command goes on where it stopped.")
 _SEEDS = flags.DEFINE_string("seeds", "0-2", "Of the runs that some groups have several of; the others have the first alone.")
 _EVALUATIONS = flags.DEFINE_integer("evaluations", 19, "Of stage 2's network for an image, so many that discretisation is small.")
@@ -89,7 +89,8 @@ def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
 
 def sweep() -> None:
     """Prints a table for every group, and draws all."""
-    root, seeds, config = Path(_WORKDIR.value), parse_numbers(_SEEDS.value, "--seeds"), configs.parse(_CONFIG.value)
+    root, config = local_path(_WORKDIR.value, "--workdir"), configs.parse(_CONFIG.value)
+    seeds = parse_numbers(_SEEDS.value, "--seeds")
     for group in _GROUPS.value:
         checks.require(group in GROUPS, "--groups", group, ", ".join(GROUPS))
     runs.check_relay(config)
@@ -112,11 +113,6 @@ def sweep() -> None:
     draw(drawn, runs.distance(floor), root / "ablations.png")
 
 
-def main(_: list[str]) -> int:
-    """Returns the exit status."""
-    runs.start()
-    return exit_status(sweep, lambda: _WORKDIR.value)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    runs.start()
+    command(sweep, lambda: _WORKDIR.value, config="configs/digits.py")

@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jaxtyping import Array, Float
-from ml_collections import config_flags
 
 from experiments.benchmarks import timing
 from rdm_jax import config as configs
+from rdm_jax.command import command
+from rdm_jax.config_flag import define_config
 from rdm_jax.models import layers
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/imagenet.py", "Whose networks' sizes to take.")
+_CONFIG = define_config("Whose networks' sizes to take; configs/imagenet.py if it is not given.")
 _BATCH = flags.DEFINE_integer("batch", 2, "Images at a time.", 1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of queries, keys and values.")
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long to time each thing.")
@@ -95,7 +96,7 @@ def _difference(x: Array, exact: Array) -> float:
     return float(jnp.abs(x.astype(jnp.float32) - exact).max())
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints the table."""
     print(timing.machine())
     timing.start_table(f"Batches of {_BATCH.value}", COLUMNS)
@@ -107,4 +108,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main, config="configs/imagenet.py")

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from PIL import Image
 
 from rdm_jax import config as configs
 from rdm_jax import sharding
+from rdm_jax.command import command
 from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
 from rdm_jax.data.images import Form, encode, fit
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
@@ -194,7 +195,7 @@ def training_rows(name: str, folder: Path) -> Iterator[list[str]]:
         yield [name, str(number), " x ".join(map(str, images.image_shape)), kept, f"{rate:,.0f}", f"{share:.2%}"]
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints the tables."""
     logging.set_verbosity(logging.WARNING)
     what, images = pictures()
@@ -214,4 +215,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

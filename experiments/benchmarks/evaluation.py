@@ -21,9 +21,10 @@ import numpy as np
 import scipy.linalg
 import sklearn.metrics
 import sklearn.neighbors
-from absl import app, flags, logging
+from absl import flags, logging
 from jaxtyping import Float
 
+from rdm_jax.command import command
 from rdm_jax.data.sources import cores
 from rdm_jax.evaluation import inception, metrics, moments
 
@@ -170,7 +171,7 @@ def table(title: str, *names: str) -> list[dict[str, str]]:
     return rows
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints the tables, or measures a row."""
     logging.set_verbosity(logging.WARNING)
     if _ROW.value:
@@ -188,4 +189,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

@@ -25,15 +25,16 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jaxtyping import Array, Float
-from ml_collections import config_flags
 
 from experiments.benchmarks import timing
 from rdm_jax import config as configs
+from rdm_jax.command import command
+from rdm_jax.config_flag import define_config
 from rdm_jax.diffusion import blurring, preconditioning, processes, samplers
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/imagenet.py", "Whose relay stage to take.")
+_CONFIG = define_config("Whose relay stage to take; configs/imagenet.py if it is not given.")
 _STAGE = flags.DEFINE_integer("stage", 2, "Number of the stage.", 2)
 _BATCH = flags.DEFINE_integer("batch", 8, "Images at a time.", 1)
 _SIZE = flags.DEFINE_integer("size", 0, "Height and width; 0 for the stage's.", 0)
@@ -207,7 +208,7 @@ def _figures(seconds: float | None, operations: float) -> list[str]:
     return ["-" if seconds is None else timing.milliseconds(seconds), f"{operations / 1e9:,.2f} G"]
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints the tables."""
     config = configs.parse(_CONFIG.value)
     stage, channels = relay_stage(config), config.data.channels
@@ -227,4 +228,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main, config="configs/imagenet.py")

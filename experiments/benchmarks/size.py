@@ -3,16 +3,17 @@
 python -m experiments.benchmarks.size --config configs/imagenet.py --classes 1000
 """
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from rdm_jax import config as configs
+from rdm_jax.command import command
+from rdm_jax.config_flag import define_config
 
-_CONFIG = config_flags.DEFINE_config_file("config")
+_CONFIG = define_config()
 _CLASSES = flags.DEFINE_integer("classes", 0, "Number of classes; 0 for unconditional networks.")
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints the table."""
     config = configs.parse(_CONFIG.value)
     channels, classes = config.data.channels, _CLASSES.value
@@ -24,4 +25,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

@@ -36,19 +36,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
 from experiments.benchmarks import timing
 from rdm_jax import checks, sharding
 from rdm_jax import config as configs
+from rdm_jax.command import command
+from rdm_jax.config_flag import define_config
+from rdm_jax.errors import InputError
+from rdm_jax.files import local_path
 from rdm_jax.models.functional import Network
 from rdm_jax.models.unet import REMAT
 from rdm_jax.sampling.sampler import evaluations, stage_sampler
 from rdm_jax.training.program import PROGRAMS
 from rdm_jax.training.window import STEPS_IN_FLIGHT
 
-_CONFIG = config_flags.DEFINE_config_file("config")
+_CONFIG = define_config()
 _STAGE = flags.DEFINE_multi_integer("stage", [], "Numbers of the stages to time; all if it is not given.", 1)
 _VARIANTS = flags.DEFINE_list("variants", ["config"], "Rows of each stage.")
 _BATCH = flags.DEFINE_integer("batch", 0, "Images a step and a batch of samples, over all devices; 0 for the config's.", 0)
@@ -100,7 +103,7 @@ def varied(config: configs.Config, variant: str) -> configs.Config:
         elif change == "fsdp":
             parallel |= {"data": 1, "fsdp": -1}
         elif change != "config":
-            raise app.UsageError(f"--variants: {change!r} is not known")
+            raise InputError(f"--variants: {change!r} is not known; those in --helpshort would do.")
     stages = tuple(
         dataclasses.replace(
             stage,
@@ -253,8 +256,9 @@ def rows(config: configs.Config) -> Iterator[tuple[configs.Config, int, str]]:
         yield changed, number, variant
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints the tables."""
+    local_path(_PROFILE.value, "--profile")  # refuses a URL before anything is timed
     config, arguments = resized(configs.parse(_CONFIG.value), _BATCH.value), (_CLASSES.value, _SECONDS.value)
     print(timing.machine())
     if _TRAINING.value:
@@ -272,4 +276,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

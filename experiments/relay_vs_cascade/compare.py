@@ -9,26 +9,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from matplotlib import ticker
 from matplotlib.figure import Figure
-from ml_collections import config_flags
 from PIL import Image
 
 from experiments import runs
 from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, ORDERS, SIGMAS, TITLES, points, variants
 from rdm_jax import config as configs
 from rdm_jax.checks import parse_numbers
+from rdm_jax.command import command
 from rdm_jax.config import Config
+from rdm_jax.config_flag import define_config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.tables import markdown
-from rdm_jax.exit_status import exit_status
-from rdm_jax.files import whole_file
+from rdm_jax.files import local_path, whole_file
 from rdm_jax.run import run
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.sampler import evaluations, stage_levels
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "Of a relay of two stages.")
+_CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/relay_vs_cascade", "Of all runs; the same command goes on where it stopped.")
 _SEEDS = flags.DEFINE_string("seeds", "0-2", "Of the runs: everything is trained once for each.")
 _EVALUATIONS = flags.DEFINE_string("evaluations", "5,9,19,49,199", "Of the last network, for an image.")
@@ -219,7 +219,7 @@ def check(config: Config, counts: Iterable[int]) -> None:
 
 def compare() -> None:
     """Trains, measures, and prints the tables."""
-    root, usual = Path(_WORKDIR.value), _USUAL.value
+    root, usual = local_path(_WORKDIR.value, "--workdir"), _USUAL.value
     config, seeds, counts = configs.parse(_CONFIG.value), *(parse_numbers(f.value, f"--{f.name}") for f in (_SEEDS, _EVALUATIONS))
     check(config, {*counts, usual})
     base, held_out, floor = runs.prepared(config, root)
@@ -260,11 +260,6 @@ def compare() -> None:
     )
 
 
-def main(_: list[str]) -> int:
-    """Returns the exit status."""
-    runs.start()
-    return exit_status(compare, lambda: _WORKDIR.value)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    runs.start()
+    command(compare, lambda: _WORKDIR.value, config="configs/digits.py")

@@ -9,17 +9,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from experiments import runs
+from rdm_jax.command import command
 from rdm_jax.data.image_sets import ImageSet, open_direct
 from rdm_jax.data.images import Form
 from rdm_jax.diffusion import blurring
 from rdm_jax.diffusion.processes import Relay
 from rdm_jax.evaluation.tables import markdown
-from rdm_jax.files import whole_file
+from rdm_jax.files import local_path, whole_file
 from rdm_jax.training.step import to_float
 
 _SOURCES = flags.DEFINE_multi_string("source", [], "Of images, as config.data.source; may be given several times.")
@@ -124,9 +125,10 @@ def table(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> str:
     return markdown(["half-periods over the image's side", *map(str, shown)], cells)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints a table for every source, and draws them."""
     runs.start()
+    out = local_path(_OUT.value, "--out")
     form, curves = Form(_SIZE.value, _SIZE.value, 3), {}
     for spec in _SOURCES.value:
         skin_tones = "drop" if spec.startswith("emoji:") else ""
@@ -134,8 +136,8 @@ def main(_: list[str]) -> None:
         name = f"{Path(spec.partition(':')[2]).name if not skin_tones else 'emoji'} ({min(_COUNT.value, len(images)):,} images)"
         curves[name] = list(ratios(images))
         print(f"\n{name}\n\n{table(curves[name])}")
-    draw(curves, Path(_OUT.value) / "spectrum.png")
+    draw(curves, out / "spectrum.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command(main)

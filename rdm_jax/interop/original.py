@@ -185,7 +185,10 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
         ("precondition.noise_scale", getattr(stage.precondition, "noise_scale", 0.25), 0.25),
     ):
         if value != published:
-            raise InputError(f"{field}={value!r} has no counterpart in the original; a network with {published} would do.")
+            raise InputError(
+                f"{field}={value!r} cannot be exported: the only format so far is that of the published networks, where it is "
+                f"{published!r}; the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH) would do."
+            )
     class_name = {cls: name for name, cls in PRECONDITIONS.items()}[type(stage.precondition)]
     family = {cls: name for name, cls in NETWORKS.items()}[type(network)]
     settings = {"img_resolution": height, "img_channels": channels, "label_dim": classes, "model_type": family}

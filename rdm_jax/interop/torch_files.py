@@ -18,6 +18,7 @@ from rdm_jax.interop.inert_pickle import (
     quoted,
 )
 from rdm_jax.interop.torch_tensors import (
+    MAGIC,
     Reader,
     Source,
     Storage,
@@ -59,7 +60,7 @@ def open_torch(path: str | os.PathLike, key: str = "ema") -> Iterator[Original]:
     `read`; that all of them are there, and lie apart, is checked at once.
 
     Args:
-      path: an EDM snapshot, which is a pickle, or an RDM training state in torch's zip format.
+      path: an EDM snapshot, which is a pickle, or an RDM training state in torch's zip format or the one before it.
       key: which network of the file; 'ema' is in both formats, 'net' in training states.
 
     Raises:
@@ -114,6 +115,8 @@ def _network(source: Source, opened: ExitStack, key: str) -> Original:
         graph, find = open_zip(source.file, opened, Unpickler)
     else:
         graph, find = Unpickler(Stream(_whole(source.file))).load(), embedded_storage
+        if type(graph) is int and graph == MAGIC:
+            graph, find = open_sequential(_whole(source.file))
     if type(graph) is not dict:
         raise Refused(f"it holds {describe(graph)} and no dict of networks")
     if key not in graph:

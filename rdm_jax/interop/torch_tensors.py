@@ -23,7 +23,7 @@ MAX_ELEMENTS = 2**40
 
 # torch's format before zip: these two numbers, a dict, the object with its storages as persistent ids, a list of their keys, and
 # then for each key the number of its elements, and the elements.
-_MAGIC, _PROTOCOL, _EMBEDDED_BUDGET = 0x1950A86A20F9469CFC6C, 1001, 2**14
+MAGIC, _PROTOCOL, _EMBEDDED_BUDGET = 0x1950A86A20F9469CFC6C, 1001, 2**14
 
 _DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -193,7 +193,7 @@ def open_sequential(region: Region, budget: int = BUDGET) -> tuple[Any, Callable
     """The object in a file of torch's format before zip, and what finds its storages. Raises Refused, or as `Unpickler` does."""
     stream = Stream(region, budget)
     magic, protocol, system = [Unpickler(stream).load() for _ in range(3)]
-    if type(magic) is not int or magic != _MAGIC or type(protocol) is not int or protocol != _PROTOCOL:
+    if type(magic) is not int or magic != MAGIC or type(protocol) is not int or protocol != _PROTOCOL:
         raise Refused("it is not in torch's format 1001")
     if type(system) is not dict or system.get("little_endian") is not True:
         raise Refused("it is not little-endian")

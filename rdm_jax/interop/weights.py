@@ -2,8 +2,9 @@
 
 import dataclasses
 import errno
+import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +106,28 @@ def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int
     return dataclasses.replace(config, stages=stages, data=data), found.classes
 
 
+def fit_resolutions(config: Config, number: int, kept: Sequence[int]) -> Config:
+    """The config with the resolutions of the other stages as they go with that of stage `number` (from 1).
+
+    A published relay is imported stage by stage, and until the last one is there the others' sizes are the config's.
+
+    Args:
+      kept: stages that have been imported before; they stay as they are, and so does what lies beyond them.
+    """
+    stages = list(config.stages)
+    after = itertools.takewhile(lambda index: index + 1 not in kept, range(number, len(stages)))
+    before = itertools.takewhile(lambda index: index + 1 not in kept, range(number - 2, -1, -1))
+    for index in [*after, *before]:
+        if index >= number:
+            size = tuple(side * stages[index].factor for side in stages[index - 1].resolution)
+        else:
+            size = tuple(side // stages[index + 1].factor for side in stages[index + 1].resolution)
+        if size != stages[index].resolution:
+            log.info("config.stage%d.resolution: %s -> %s, to go with stage%d", index + 1, stages[index].resolution, size, number)
+        stages[index] = dataclasses.replace(stages[index], resolution=size)
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
 def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
     if type(before) is not type(after):
         log.info("config.stage%d.%s: %s -> %s, as the weights say", number, part, before, after)
@@ -196,7 +219,10 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
     folder, step = checkpoint_folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
     checkpoints = checkpoint.Checkpoints(folder, read_only=True)
     classes = len(checkpoints.about(step)["classes"])
-    class_name, settings = original.settings_of(stage, config.data.channels, classes)
+    try:
+        class_name, settings = original.settings_of(stage, config.data.channels, classes)
+    except InputError as error:
+        raise InputError(f"config.stage{number}.{error}") from error
     abstract = stage.build(config.data.channels, classes).abstract
     ema, _ = checkpoints.restore_ema(step, checkpoint.with_sharding(abstract, sharding.replicated(sharding.local_mesh())))
     checkpoints.close()

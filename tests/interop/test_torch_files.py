@@ -23,7 +23,9 @@ from tests.interop.torch_standins import (
     Named,
     Storage,
     View,
+    dump_legacy,
     dump_pkl,
+    dump_pt,
     legacy_header,
     network,
     state_of,
@@ -53,6 +55,25 @@ def read(path, key="ema"):
 
 
 # What is read.
+
+
+def test_training_states_of_the_format_before_zip_are_read(tmp_path):
+    """The same as from the zip format; cut anywhere they are refused."""
+    tensors = example()
+    for name, dump in (("new.pt", dump_pt), ("old.pt", dump_legacy)):
+        write_pt(tmp_path / name, "EDMPrecond", SETTINGS, tensors, dump=dump, net=network("EDMPrecond", SETTINGS, tensors))
+    with open_torch(tmp_path / "old.pt") as old, open_torch(tmp_path / "new.pt") as new:
+        assert (old.class_name, old.settings) == (new.class_name, new.settings)
+        assert [*old.tensors] == [*new.tensors]
+    for key in ("ema", "net"):
+        for name, array in read(tmp_path / "old.pt", key).items():
+            np.testing.assert_array_equal(array, tensors[name])
+    whole = (tmp_path / "old.pt").read_bytes()
+    for length in (3, 20, 200, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.pt").write_bytes(whole[:length])
+        refuse(tmp_path / "cut.pt")
+    dump_legacy(tmp_path / "other.pt", [View.of(FOUR)])
+    refuse(tmp_path / "other.pt", "it holds a list and no dict of networks")
 
 
 @FORMATS

@@ -291,7 +291,6 @@ REFUSED = {
     "huge": ({}, {"dropout": 10**400}, "dropout=1000.*cannot be used"),
     "word": ({}, {"embedding_type": [1]}, "embedding_type=.*cannot be used; a word would do"),
     "encoder": ({}, {"model_type": "SongUNet", "encoder_type": "skip"}, "encoder_type='skip'"),
-    "resolution": ({}, {"img_resolution": 16}, r"config.stage2.resolution=\(8, 8\)"),
 }
 
 
@@ -305,6 +304,36 @@ def test_weights_that_do_not_fit_are_refused(case, imported, tmp_path):
         run(values_of(config), str(tmp_path / "run"), mode="import", stage=1, weights=str(tmp_path / "x.pkl"))
     assert "would do" in str(refused.value)
     assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_two_stages_of_other_sizes_than_the_configs_are_imported_in_any_order(imported, tmp_path, order):
+    """The config has 4x4 -> 8x8, the files have 8x8 -> 16x16."""
+    _, config, tensors = imported
+    for number in order:
+        class_name, settings = settings_for(config.stages[number - 1])
+        write_pkl(tmp_path / "x.pkl", class_name, {**settings, "img_resolution": 8 * number}, renamed(tensors[number - 1], 2))
+        run(values_of(config), str(tmp_path / "run"), mode="import", stage=number, weights=str(tmp_path / "x.pkl"))
+        saved = parse(json.loads((tmp_path / "run/config.json").read_text()))
+        assert [stage.resolution for stage in saved.stages] == [(8, 8), (16, 16)]
+
+
+def renamed(tensors: dict, factor: int) -> dict:
+    """The tensors under the names that they have in a network for images so much larger."""
+
+    def larger(match: re.Match) -> str:
+        return f".{int(match[1]) * factor}x{int(match[2]) * factor}_"
+
+    return {re.sub(r"\.(\d+)x(\d+)_", larger, name): value for name, value in tensors.items()}
+
+
+def test_a_stage_that_does_not_fit_the_one_imported_before_is_refused(imported, tmp_path):
+    folder, config, tensors = imported
+    run(values_of(config), str(tmp_path / "run"), mode="import", stage=1, weights=str(folder / "one.pkl"))
+    class_name, settings = settings_for(config.stages[1])
+    write_pkl(tmp_path / "x.pkl", class_name, {**settings, "img_resolution": 16}, renamed(tensors[1], 2))
+    with pytest.raises(InputError, match=r"config.stage2.resolution=\(16, 16\).*8, 8"):
+        run(values_of(config), str(tmp_path / "run"), mode="import", stage=2, weights=str(tmp_path / "x.pkl"))
 
 
 def test_an_unknown_preconditioning_is_refused(imported, tmp_path):
@@ -392,8 +421,17 @@ def test_safetensors_without_metadata_are_read_as_the_config_says(imported, tmp_
     ids=["not-square", "patch", "heads", "noise-scale"],
 )
 def test_networks_that_the_original_has_not_cannot_be_exported(stage, field):
-    with pytest.raises(InputError, match=re.escape(f"{field} has no counterpart in the original")):
+    with pytest.raises(InputError, match=re.escape(f"{field} cannot be exported") + ".*only format so far.*checkpoint as it is"):
         original.settings_of(stage, 3, 0)
+
+
+def test_export_of_another_network_names_the_stage(imported, tmp_path):
+    folder, config, _ = imported
+    first = dataclasses.replace(config.stages[0], network=dataclasses.replace(NETWORK, head_channels=8))
+    changed = dataclasses.replace(config, stages=(first, config.stages[1]))
+    with pytest.raises(InputError, match="^config.stage1.network.head_channels=8 cannot be exported: .* it is 64; "):
+        run(values_of(changed), str(folder / "run"), mode="export", stage=1, weights=str(tmp_path / "x.safetensors"))
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_the_relays_own_process_is_the_configs(imported):

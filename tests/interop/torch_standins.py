@@ -337,12 +337,16 @@ def write_pt(
     *,
     module_src: str = SOURCE,
     key: str = "ema",
+    dump: Callable[[Path, Any], None] = dump_pt,
     **extra,
 ) -> None:
-    """A training state as RDM's training writes it; `extra` are more entries of its dict, such as `net` (`network`)."""
+    """A training state as RDM's training writes it; `extra` are more entries of its dict, such as `net` (`network`).
+
+    With `dump=dump_legacy` as an old torch, or `_use_new_zipfile_serialization=False`, writes it.
+    """
     adam = {0: {"step": View.of(np.float32(5), False), "exp_avg": View.of(np.zeros(4, np.float32), False)}}
     optimizer = {"state": adam, "param_groups": [ADAM | {"params": [0]}]}
-    dump_pt(path, {key: network(class_name, settings, tensors, module_src), "optimizer_state": optimizer, "step": 5} | extra)
+    dump(path, {key: network(class_name, settings, tensors, module_src), "optimizer_state": optimizer, "step": 5} | extra)
 
 
 FOUR = np.arange(4, dtype=np.float32)
