@@ -33,6 +33,7 @@ from rdm_jax.interop.weights import (
     stage_of,
 )
 from rdm_jax.interrupt import StopOnSignal
+from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
@@ -82,8 +83,9 @@ def run(
         return write_report(folder, [Path(path).expanduser() for path in evaluations])
     if mode == "import":
         return _import(config, stage, Path(weights).expanduser(), folder)
-    checks.check_config(config)
-    checks.check_devices(config, jax.device_count(), jax.local_device_count())
+    evaluates = mode in ("all", "evaluate") or (mode == "train" and any(s.training.evaluate_every for s in config.stages))
+    checks.check_config(config, evaluates=evaluates)
+    checks.check_devices(config, jax.device_count(), jax.local_device_count(), evaluates=evaluates)
     with _owned(folder), StopOnSignal() as stop:
         with distributed.together():
             _check_unchanged(config, folder)
@@ -113,8 +115,9 @@ def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: Stop
     log.info("%s on %d %s device(s) of %d process(es), workdir %s", *about)
     training = [n for n in range(1, len(config.stages) + 1) if mode in ("all", "train") and stage in (None, n)]
     with distributed.together():
-        if config.sampling.low and mode in ("all", "sample"):
-            LowImages(config)  # so that one that cannot be used is refused before training
+        if mode in ("all", "sample"):  # so that what cannot be used is refused before training
+            low = LowImages(config) if config.sampling.low else None
+            check_settings(config, low.stage + 1 if low else 1, folder)
         _check_named_checkpoints(config, folder, training)
     everything, last = list(range(1, len(config.stages) + 1)), len(config.stages)
     evaluating = _is_evaluated(config, mode, training)
@@ -155,7 +158,7 @@ def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
     with open_weights(path) as weights, _owned(workdir), StopOnSignal() as stop:
         check_no_checkpoints(workdir, number)
         fitting, classes = stage_of(weights, _with_imported(config, workdir), number)
-        checks.check_config(fitting)
+        checks.check_config(fitting, evaluates=False)
         _check_unchanged(fitting, workdir)
         parameters = read_parameters(weights, fitting, number, classes, path)
         stop.check()

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from rdm_jax import __version__, distributed, sharding
+from rdm_jax.checks import is_generated, measured_sets
+from rdm_jax.classes import Classes
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
@@ -27,14 +29,15 @@ from rdm_jax.evaluation.statistics import Statistics, Tally, compare
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.evaluation.streams import Stream, open_stream
 from rdm_jax.evaluation.tables import PUBLISHED, result_table
-from rdm_jax.files import parse_json, whole_file
+from rdm_jax.files import move_aside, parse_json, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
+from rdm_jax.sampling.made_with import completed
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.terminal import log, progress
 
-RESULT = "evaluation.json"
+RESULT, REFERENCE = "evaluation.json", "reference.npz"
 # What is gathered is saved so often, but for no more than a twentieth of the time.
 SAVE_SECONDS = 60.0
 
@@ -76,23 +79,30 @@ class Evaluator:
     ):
         self._config, self._stop, self._folder = config, stop, workdir / config.evaluation.name
         self._sets = {name: part for name, part in (("training", images), ("held_out", held_out)) if part is not None}
-        given = {spec: open_stream(spec, config, self._sets) for spec in _specs(config) if not _is_generated(spec)}
+        given_sets = [spec for spec in measured_sets(config) if not is_generated(spec)]
+        # The classifier, which may be trained yet, is going to know the classes of what it is trained on.
+        known = self._sets["training"].class_names if config.evaluation.features == "classifier" else ()
+        self._classes = Classes(space.class_names if space else known)
+        given = {spec: self._open(spec) for spec in given_sets}
         self._space = space or distributed.first_before_others(lambda: open_space(config, self._sets, workdir, stop.check))
         self._given, (self._published, self._reference_stream, self._reference_about) = given, self._open_reference()
         self._params = jax.device_put(self._space.params, sharding.replicated(sharding.local_mesh()))
         self._apply = jax.jit(self._space.apply)
 
+    def _open(self, spec: str) -> Stream:
+        return open_stream(spec, self._config, self._sets, self._classes)
+
     def _open_reference(self) -> tuple[Statistics | None, Stream | None, dict[str, Any]]:
         """Published statistics, images whose features are needed, and what tells both from others."""
         spec, kept = self._config.evaluation.reference, {"kept": self._config.evaluation.kept}
         if not spec.startswith("npz:"):
-            stream = open_stream(spec, self._config, self._sets)
+            stream = self._open(spec)
             return None, stream, stream.about | kept
         path = Path(spec.removeprefix("npz:")).expanduser()
         published = read_statistics(path, self._space)
         with Npz(path) as file:
             has_images = "arr_0" in file.arrays  # as in ADM's: what precision and recall compare with
-        stream = open_stream(spec, self._config, self._sets) if has_images and published.features is None else None
+        stream = self._open(spec) if has_images and published.features is None else None
         return published, stream, published.about | (kept if stream else {})
 
     def run(self, relay: Relay | None) -> dict[str, Any]:
@@ -108,9 +118,8 @@ class Evaluator:
           InputError: images are not finite, or a file cannot be read any more.
           Interrupted: the stop was asked for; the same call goes on.
         """
-        generated = tuple(spec for spec in _specs(self._config) if _is_generated(spec))
-        class_names = self._space.class_names
-        streams = [*self._given.values(), *([RelayStream(relay, generated, class_names)] if generated else [])]
+        generated = tuple(spec for spec in measured_sets(self._config) if is_generated(spec))
+        streams = [*self._given.values(), *([RelayStream(relay, generated, self._classes)] if generated else [])]
         return self._measure(streams, self._folder)
 
     def run_stage(self, number: int, alone: StageAlone, params: Any, images_seen: int, folder: Path) -> dict[str, float]:
@@ -131,11 +140,13 @@ class Evaluator:
         }
         made_with = json.loads(json.dumps(made_with))
         result = read_result(folder / RESULT)
-        done = bool(result) and result["made_with"] == made_with
+        done = bool(result) and _same(result["made_with"], made_with)
         distributed.check_same(f"what is in {folder} and measured", f"{done} {json.dumps(made_with, sort_keys=True)}")
         if done:
             log.info("evaluation: already in %s\n%s", folder, result_table(result["results"]))
         else:
+            if (folder / RESULT).exists() and distributed.is_first():
+                self._keep_earlier(result, folder)
             result = {"results": self._results(streams, folder), "made_with": made_with, **_surroundings(self._config)}
             if distributed.is_first():
                 with whole_file(folder / RESULT) as partial:
@@ -145,13 +156,20 @@ class Evaluator:
             self._partial(stream, folder).unlink(missing_ok=True)
         return result
 
+    def _keep_earlier(self, result: dict[str, Any] | None, folder: Path) -> None:
+        """Moves the results that are in a folder, of something else or damaged, out of the way of new ones."""
+        names = list(picture_names(result["results"]).values()) if result else []
+        names += [REFERENCE] if result and result["made_with"]["reference"] != self._reference_about else []
+        kept = move_aside(folder, [*names, RESULT])
+        log.info("evaluation: what %s has is of something else, or damaged, and is kept in %s", folder / RESULT, kept)
+
     def _results(self, streams: list[Stream], folder: Path) -> dict[str, Any]:
         """Metrics of every set by its name, and its picture in the folder."""
         results = {}
         for stream in streams:
             for name, tally in self._gather(stream, folder).items():
                 metrics, notes = compare(self._reference, tally.statistics(stream.about), self._space)
-                results[name] = {"images": tally.count, "metrics": metrics, "notes": notes}
+                results[name] = {"images": tally.count, "metrics": metrics, "notes": [*notes, *stream.notes]}
                 shown = np.stack([tally.pictures[n] for n in sorted(tally.pictures)])
                 if distributed.is_first():
                     pictures.save_picture(pictures.plain_grid(shown, columns=10), folder / picture_names(results)[name])
@@ -160,7 +178,7 @@ class Evaluator:
     @functools.cached_property
     def _reference(self) -> Statistics:
         """Of the reference: read, or gathered and kept in the folder for the next time."""
-        stream, path, kept = self._reference_stream, self._folder / "reference.npz", None
+        stream, path, kept = self._reference_stream, self._folder / REFERENCE, None
         if stream is None:
             return self._published
         try:
@@ -177,6 +195,8 @@ class Evaluator:
             published = {"count": self._published.count, "gaussians": self._published.gaussians}
             statistics = dataclasses.replace(statistics, **published)
         if distributed.is_first():
+            if kept:
+                log.info("evaluation: the statistics of another reference are kept in %s", move_aside(self._folder, [REFERENCE]))
             save_statistics(path, statistics, self._space)
             self._partial(stream, self._folder).unlink()
         return statistics
@@ -255,21 +275,19 @@ class Evaluator:
 
 def generates(config: Config) -> bool:
     """Whether an evaluation measures what the stages make."""
-    return any(map(_is_generated, _specs(config)))
+    return any(map(is_generated, measured_sets(config)))
 
 
 def needs_data(config: Config) -> bool:
     """Whether an evaluation needs the config's own images."""
     values = config.evaluation
-    return values.features == "classifier" or not {"training", "held_out"}.isdisjoint([*_specs(config), values.reference])
+    return values.features == "classifier" or not {"training", "held_out"}.isdisjoint([*measured_sets(config), values.reference])
 
 
-def _specs(config: Config) -> list[str]:
-    return [spec.strip() for spec in config.evaluation.images.split(",")]
-
-
-def _is_generated(spec: str) -> bool:
-    return spec == "samples" or spec.startswith("stage")
+def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two evaluations were made with the same; the old one may be of an earlier version of this project."""
+    images = [completed(about) if "sampling" in about else about for about in old["images"]]
+    return {**old, "images": images} == new
 
 
 def picture_names(names: Iterable[str]) -> dict[str, str]:

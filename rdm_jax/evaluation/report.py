@@ -107,7 +107,8 @@ def _copied(path: Path, result: dict[str, Any], folder: Path, number: int) -> di
 def _over_training(stage: Path) -> dict[int, dict[str, float]]:
     """The metrics of a stage by the images that it had seen."""
     points = {}
-    for path in sorted(stage.glob(f"evaluations/*/{RESULT}")):
+    paths = (path for path in stage.glob(f"evaluations/*/{RESULT}") if path.parent.name.isdecimal())
+    for path in sorted(paths):
         (result,) = read_section(path)["results"].values()
         points[int(path.parent.name)] = result["metrics"]
     return points
