@@ -169,10 +169,3 @@ def test_guidance_needs_labels():
     checks.check_classes(config, ("a", "b"))
     with pytest.raises(InputError, match="stage1.guidance=2.0"):
         checks.check_classes(config, ())
-
-
-def test_seeds():
-    assert checks.parse_numbers("0-3, 7", "config.sampling.seeds") == (0, 1, 2, 3, 7)
-    for wrong in ("", "a", "3-1", "-1", "4294967296", "1.5"):
-        with pytest.raises(InputError, match="sampling.seeds"):
-            checks.parse_numbers(wrong, "config.sampling.seeds")

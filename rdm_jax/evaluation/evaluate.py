@@ -286,7 +286,7 @@ def needs_data(config: Config) -> bool:
 
 def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether two evaluations were made with the same; the old one may be of an earlier version of this project."""
-    images = [completed(about) if "sampling" in about else about for about in old["images"]]
+    images = [completed(about) if "sampling" in about else about for about in old.get("images", [])]
     return {**old, "images": images} == new
 
 

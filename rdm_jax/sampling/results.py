@@ -60,7 +60,7 @@ def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: 
         return
     _say_what_is_made(relay, missing, there)
     began = time.perf_counter()
-    made_with = describe(with_seeds(config, missing), relay)
+    made_with = describe(with_seeds(config, missing.tolist()), relay)
     place = folder / f".parts-{_digest(made_with)}"
     parts, rate = sample_in_parts(relay, missing, place, stop)
     seconds = time.perf_counter() - began
