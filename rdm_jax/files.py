@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -46,6 +47,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_aside(folder: Path) -> bool:
+    """Whether a folder is called as `move_aside` calls one."""
+    return re.search(r"-earlier-\d+$", folder.name) is not None
 
 
 def move_aside(folder: Path, names: Iterable[str]) -> Path:

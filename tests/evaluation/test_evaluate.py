@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rdm_jax.classes import Classes
 from rdm_jax.config import Evaluation, to_dict
 from rdm_jax.data.image_sets import ImageSet, open_direct
 from rdm_jax.data.images import Form
@@ -18,6 +19,7 @@ from rdm_jax.evaluation import classifier, evaluate
 from rdm_jax.evaluation.evaluate import Evaluator, read_result
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.generated import StageStream
+from rdm_jax.evaluation.report import write_report
 from rdm_jax.evaluation.streams import SetStream, labels_by_name
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.run import run
@@ -207,10 +209,52 @@ def test_statistics_are_used_again_and_by_others(source, relay, tmp_path, caplog
     assert measured(given, relay, tmp_path)["results"]["held_out"]["metrics"] == first["metrics"]
     assert path.stat().st_mtime_ns == before
     path.write_bytes(b"damaged")
-    assert measured(
-        dataclasses.replace(config, seed=2, evaluation=dataclasses.replace(config.evaluation, kept=30)), relay, tmp_path
-    )
+    assert measured(config_of(source, images="held_out, training"), relay, tmp_path)["results"]["held_out"] == first
     assert "measured again" in caplog.text
+
+
+def test_earlier_results_are_kept(source, relay, tmp_path, caplog):
+    """Of another set, and with another reference; and a file that is no evaluation."""
+    caplog.set_level("INFO", logger="rdm_jax")
+    folder = tmp_path / "evaluation"
+    files = lambda number: {path.name: path.read_bytes() for path in (tmp_path / f"evaluation{number}").iterdir()}  # noqa: E731
+    measured(config_of(source, images="held_out"), relay, tmp_path)
+    (folder / "mine.txt").write_text("mine")
+    first = files("")
+    measured(config_of(source, images="training"), relay, tmp_path)
+    assert files("-earlier-1") == {name: first[name] for name in ("evaluation.json", "held_out.png")}
+    second = files("")
+    assert {"mine.txt", "training.png"} < second.keys() and second["reference.npz"] == first["reference.npz"]
+    measured(config_of(source, images="training", reference="held_out"), relay, tmp_path)
+    assert files("-earlier-2") == {name: second[name] for name in ("evaluation.json", "training.png", "reference.npz")}
+    (folder / "evaluation.json").write_text("mine")
+    measured(config_of(source, images="training", reference="held_out"), relay, tmp_path)
+    assert files("-earlier-3") == {"evaluation.json": b"mine"} and read_result(folder / "evaluation.json")
+    assert caplog.text.count("is kept in") == 3
+    for paths, titles in (([], 1), ([tmp_path / f"evaluation{n}/evaluation.json" for n in ("", "-earlier-1")], 2)):
+        write_report(tmp_path, paths)
+        assert (tmp_path / "report/report.md").read_text().count("## evaluation") == titles
+
+
+def test_a_seed_that_is_named_twice_is_one_image(source, relay, tmp_path, caplog):
+    caplog.set_level("INFO", logger="rdm_jax")
+    once = measured(config_of(source, images="samples", seeds="0-9"), relay, tmp_path / "once")["results"]
+    twice = measured(config_of(source, images="samples", seeds="0-5,4-9"), relay, tmp_path / "twice")["results"]
+    assert once == twice and once["samples"]["images"] == 10
+    assert "evaluation.seeds='0-5,4-9' names 2 numbers again" in caplog.text
+
+
+def test_other_classes_are_refused_where_labels_count(source, relay, tmp_path):
+    """Folders '0' and '1' are no classes 'a' and 'b'; without them the same images are measured."""
+    write_folder(tmp_path / "made")
+    for number, path in enumerate(sorted((tmp_path / "made").glob("*.png"))):
+        (tmp_path / "made" / str(number % 2)).mkdir(exist_ok=True)
+        path.rename(tmp_path / "made" / str(number % 2) / path.name)
+    config = config_of(source, images=f"folder:{tmp_path}/made")
+    named = dataclasses.replace(SPACE, class_names=("a", "b"))
+    with pytest.raises(InputError, match=r"folder:.*made has the classes 0, 1 \(2\), and the accuracy is that of a, b \(2\)"):
+        measured(config, relay, tmp_path, named)
+    assert measured(config, relay, tmp_path)["results"][f"folder:{tmp_path}/made"]["images"] == 20
 
 
 def test_images_beside_published_statistics_are_compared_with(source, relay, tmp_path):
@@ -303,11 +347,16 @@ def test_what_was_gathered_and_is_damaged_is_gathered_again(source, relay, tmp_p
 
 
 def test_labels_go_by_the_classes_names(source):
-    assert labels_by_name(("b", "a", "c"), ("a", "b")).tolist() == [1, 0, -1, -1]
-    assert labels_by_name(("0", "1"), ("a", "b")).tolist() == [0, 1, -1]  # imported weights know numbers alone
-    assert labels_by_name(("0", "1"), ("a", "b", "c")).tolist() == [-1, -1, -1]
+    ab = Classes(("a", "b"))
+    assert labels_by_name("x", Classes(("b", "a")), ab).tolist() == [1, 0, -1]
+    assert labels_by_name("x", Classes(("b",)), ab).tolist() == [1, -1] and labels_by_name("x", Classes(), ab).tolist() == [-1]
+    assert labels_by_name("x", Classes(("0", "1"), by_number=True), ab).tolist() == [0, 1, -1]  # of imported weights
+    assert labels_by_name("x", ab, Classes()).tolist() == [-1, -1, -1]  # nothing counts labels
+    for others in (Classes(("a", "c")), Classes(("0", "1")), Classes(("0", "1", "2"), by_number=True)):
+        with pytest.raises(InputError, match="config.evaluation: x has the classes .*, and the accuracy is that of a, b"):
+            labels_by_name("x", others, ab)
     images, _ = parts_of(config_of(source))  # sorted by class; a score in splits of the order would say less of it
-    stream = SetStream("training", images, 8, ("b", "a"))
+    stream = SetStream("training", images, 8, Classes(("b", "a")))
     labels = stream.batch(0, 40)[1]
     assert 5 < labels[:20].sum() < 15 and sorted(labels.tolist()) == sorted(1 - images.batch(np.arange(40))["label"])
 
@@ -354,9 +403,17 @@ REFUSED = {
     "npz of other numbers": ({"images": "npz:{tmp}/float.npz"}, r"float.npz has images of shape .*float32"),
     "npz without images": ({"images": "npz:{tmp}/other.npz"}, r"other.npz has no images, only stuff"),
     "npz with objects": ({"images": "npz:{tmp}/objects.npz"}, r"objects.npz cannot be used .*never loaded"),
-    "folder of another size": ({"images": "folder:{tmp}/large"}, r"is of 9 x 9.*8 x 8"),
+    "folder of another size": (
+        {"images": "folder:{tmp}/large"},
+        r"image '00.png' of folder:.*/large is of 9 x 9 \(height x width\); 8 x 8, as config.stages say, would do",
+    ),
     "grey folder": ({"images": "folder:{tmp}/grey"}, r"the images of folder:.*grey are grey"),
     "one name for two": ({"name": "samples"}, r"evaluation.name='samples'"),
+    "a name of the run's": ({"name": "report"}, r"evaluation.name='report'"),
+    "a bucket to measure": ({"images": "samples, npz:gs://b/x.npz"}, r"evaluation.images='gs://b/x.npz' is a URL"),
+    "a bucket to compare with": ({"reference": "npz:s3://b/x.npz"}, r"evaluation.reference='s3://b/x.npz' is a URL"),
+    "weights in a bucket": ({"weights": "gs://b/x"}, r"evaluation.weights='gs://b/x' is a URL"),
+    "no JSON list": ({"images": '["samples'}, r"evaluation.images=.* is no JSON list"),
 }
 
 
