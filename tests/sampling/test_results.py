@@ -118,6 +118,22 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, case):
     check_settings(config_of(name="other"), 1, tmp_path)
 
 
+def test_seeds_are_added_to_samples_of_the_same_small_images(tmp_path):
+    (tmp_path / "low").mkdir()
+
+    def made(colour, seeds):
+        for number in range(3):
+            Image.new("RGB", (4, 4), (colour, number, 0)).save(tmp_path / f"low/{number}.png")
+        fake = FakeRelay(config_of(low=f"folder:{tmp_path / 'low'}", seeds=seeds))
+        fake.low, fake.first, fake.checkpoints = LowImages(fake.config), 2, [{"step": 20}]
+        results.sample_to_files(fake, None, tmp_path, StopOnSignal())
+        return [seed for batch in fake.made for seed in batch[: len(set(batch))]]
+
+    assert made(0, "0") == [0] and made(0, "0-2") == [1, 2] and made(0, "0") == []
+    with pytest.raises(InputError, match="low_images was"):
+        made(1, "5")
+
+
 def test_samples_of_earlier_checkpoints_are_moved_aside(tmp_path, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     folder = tmp_path / "samples"
