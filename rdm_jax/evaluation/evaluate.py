@@ -37,7 +37,7 @@ from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.terminal import log, progress
 
-RESULT, REFERENCE = "evaluation.json", "reference.npz"
+RESULT = "evaluation.json"
 # What is gathered is saved so often, but for no more than a twentieth of the time.
 SAVE_SECONDS = 60.0
 
@@ -79,30 +79,27 @@ class Evaluator:
     ):
         self._config, self._stop, self._folder = config, stop, workdir / config.evaluation.name
         self._sets = {name: part for name, part in (("training", images), ("held_out", held_out)) if part is not None}
-        given_sets = [spec for spec in measured_sets(config) if not is_generated(spec)]
         # The classifier, which may be trained yet, is going to know the classes of what it is trained on.
         known = self._sets["training"].class_names if config.evaluation.features == "classifier" else ()
         self._classes = Classes(space.class_names if space else known)
-        given = {spec: self._open(spec) for spec in given_sets}
+        given_sets = [spec for spec in measured_sets(config) if not is_generated(spec)]
+        given = {spec: open_stream(spec, config, self._sets, self._classes) for spec in given_sets}
         self._space = space or distributed.first_before_others(lambda: open_space(config, self._sets, workdir, stop.check))
         self._given, (self._published, self._reference_stream, self._reference_about) = given, self._open_reference()
         self._params = jax.device_put(self._space.params, sharding.replicated(sharding.local_mesh()))
         self._apply = jax.jit(self._space.apply)
 
-    def _open(self, spec: str) -> Stream:
-        return open_stream(spec, self._config, self._sets, self._classes)
-
     def _open_reference(self) -> tuple[Statistics | None, Stream | None, dict[str, Any]]:
         """Published statistics, images whose features are needed, and what tells both from others."""
         spec, kept = self._config.evaluation.reference, {"kept": self._config.evaluation.kept}
         if not spec.startswith("npz:"):
-            stream = self._open(spec)
+            stream = open_stream(spec, self._config, self._sets)
             return None, stream, stream.about | kept
         path = Path(spec.removeprefix("npz:")).expanduser()
         published = read_statistics(path, self._space)
         with Npz(path) as file:
             has_images = "arr_0" in file.arrays  # as in ADM's: what precision and recall compare with
-        stream = self._open(spec) if has_images and published.features is None else None
+        stream = open_stream(spec, self._config, self._sets) if has_images and published.features is None else None
         return published, stream, published.about | (kept if stream else {})
 
     def run(self, relay: Relay | None) -> dict[str, Any]:
@@ -146,7 +143,7 @@ class Evaluator:
             log.info("evaluation: already in %s\n%s", folder, result_table(result["results"]))
         else:
             if (folder / RESULT).exists() and distributed.is_first():
-                self._keep_earlier(result, folder)
+                _keep_earlier(result, made_with, folder)
             result = {"results": self._results(streams, folder), "made_with": made_with, **_surroundings(self._config)}
             if distributed.is_first():
                 with whole_file(folder / RESULT) as partial:
@@ -155,13 +152,6 @@ class Evaluator:
         for stream in streams if distributed.is_first() else ():
             self._partial(stream, folder).unlink(missing_ok=True)
         return result
-
-    def _keep_earlier(self, result: dict[str, Any] | None, folder: Path) -> None:
-        """Moves the results that are in a folder, of something else or damaged, out of the way of new ones."""
-        names = list(picture_names(result["results"]).values()) if result else []
-        names += [REFERENCE] if result and result["made_with"]["reference"] != self._reference_about else []
-        kept = move_aside(folder, [*names, RESULT])
-        log.info("evaluation: what %s has is of something else, or damaged, and is kept in %s", folder / RESULT, kept)
 
     def _results(self, streams: list[Stream], folder: Path) -> dict[str, Any]:
         """Metrics of every set by its name, and its picture in the folder."""
@@ -178,7 +168,7 @@ class Evaluator:
     @functools.cached_property
     def _reference(self) -> Statistics:
         """Of the reference: read, or gathered and kept in the folder for the next time."""
-        stream, path, kept = self._reference_stream, self._folder / REFERENCE, None
+        stream, path, kept = self._reference_stream, self._folder / "reference.npz", None
         if stream is None:
             return self._published
         try:
@@ -195,8 +185,6 @@ class Evaluator:
             published = {"count": self._published.count, "gaussians": self._published.gaussians}
             statistics = dataclasses.replace(statistics, **published)
         if distributed.is_first():
-            if kept:
-                log.info("evaluation: the statistics of another reference are kept in %s", move_aside(self._folder, [REFERENCE]))
             save_statistics(path, statistics, self._space)
             self._partial(stream, self._folder).unlink()
         return statistics
@@ -288,6 +276,15 @@ def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether two evaluations were made with the same; the old one may be of an earlier version of this project."""
     images = [completed(about) if "sampling" in about else about for about in old.get("images", [])]
     return {**old, "images": images} == new
+
+
+def _keep_earlier(result: dict[str, Any] | None, made_with: dict[str, Any], folder: Path) -> None:
+    """Moves the results that are in a folder, made with something else or damaged, out of the way of new ones."""
+    names = list(picture_names(result["results"]).values()) if result else []
+    if result and result["made_with"]["reference"] != made_with["reference"]:
+        names += sorted(path.name for path in folder.glob("reference*.npz"))
+    kept = move_aside(folder, [*names, RESULT])
+    log.info("evaluation: what %s has is of something else, or damaged, and is kept in %s", folder / RESULT, kept)
 
 
 def picture_names(names: Iterable[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from rdm_jax.evaluation.npz import Npz
 
 SHOWN = 50  # images of a picture
 CLASS_NAMES = "class_names"  # in an .npz: what its labels are numbers of
+NO_CLASSES = Classes()
 Batch = tuple[dict[str, np.ndarray], np.ndarray]
 
 
@@ -150,7 +151,7 @@ class _OfOneSize(DecodedSource):
         return pixels, self._source.label(index)
 
 
-def open_stream(spec: str, config: Config, sets: dict[str, ImageSet], classes: Classes) -> Stream:
+def open_stream(spec: str, config: Config, sets: dict[str, ImageSet], classes: Classes = NO_CLASSES) -> Stream:
     """Images that are there already.
 
     Args:
