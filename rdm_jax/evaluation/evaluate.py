@@ -274,8 +274,7 @@ def needs_data(config: Config) -> bool:
 
 def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether two evaluations were made with the same; the old one may be of an earlier version of this project."""
-    images = [completed(about) if "sampling" in about else about for about in old.get("images", [])]
-    return {**old, "images": images} == new
+    return {**old, "images": [completed(about) for about in old.get("images", [])]} == new
 
 
 def _keep_earlier(result: dict[str, Any] | None, made_with: dict[str, Any], folder: Path) -> None:

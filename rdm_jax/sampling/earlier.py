@@ -104,17 +104,18 @@ def find(relay: Relay, folder: Path) -> Earlier:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     """What samples.json says of the samples in a folder; None where there are no samples."""
-    pictures = (path.name for path in (folder / "images").glob("*.png")) if (folder / "images").is_dir() else ()
-    if not (folder / "samples.npz").exists() and not any(map(PICTURE.fullmatch, pictures)):
+    pictures = [path.name for path in (folder / "images").glob("*")] if (folder / "images").is_dir() else []
+    samples = (folder / "samples.npz").exists() or any(name == LABELS or PICTURE.fullmatch(name) for name in pictures)
+    if not samples and not (folder / SAMPLES).exists():
         return None
     try:
         made_with = parse_json((folder / SAMPLES).read_text())
         if not {"seed", "stages", "checkpoints"} <= made_with.keys() or not _seeds(made_with):
             raise ValueError("fields are missing")
-        return made_with
+        return made_with if samples else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"holds samples, and {SAMPLES} does not say what they were made with ({error})"
-        raise InputError(f"{folder} {why}; another --config.sampling.name would do.") from error
+        why = f"{SAMPLES} does not say what they were made with ({getattr(error, 'strerror', None) or error})"
+        raise InputError(f"{folder} holds samples, and {why}; another --config.sampling.name would do.") from error
 
 
 def _seeds(made_with: dict[str, Any]) -> tuple[int, ...]:

@@ -53,7 +53,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def completed(old: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version wrote, with the fields that it did not know at the values that mean what it did."""
+    """What an earlier version wrote, with the fields that it did not know at the values that mean what it did.
+
+    Args:
+      old: of samples, or what an evaluation says of a set of images.
+    """
+    if "sampling" not in old:
+        return old
     known = {field.name: field.default for field in dataclasses.fields(Sampling) if field.name not in NOT_IN_IMAGES}
     return {**old, "sampling": {**known, **old["sampling"]}}
 

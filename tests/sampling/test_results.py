@@ -165,6 +165,18 @@ def test_what_is_damaged_is_made_again(tmp_path):
     assert len(json.loads((folder / DATASET).read_text())["labels"]) == 4
 
 
+@pytest.mark.parametrize("file", ["samples.json", "samples.npz", DATASET, "images/0000000001.png"])
+def test_what_is_not_ours_is_refused(tmp_path, file):
+    (tmp_path / "samples/images").mkdir(parents=True)
+    (tmp_path / "samples" / file).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(
+        InputError, match=r"samples.json does not say what .*; another --config.sampling.name would do"
+    ) as refusal:
+        sample(tmp_path)
+    assert contents(tmp_path) == before and "\n" not in str(refusal.value)
+
+
 def test_interrupted_parts_of_other_seeds_stay(tmp_path):
     def stop():
         raise Interrupted(15)
