@@ -42,6 +42,11 @@ def with_seeds(config: Config, seeds: Sequence[int]) -> Config:
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seeds=as_ranges(seeds)))
 
 
+def any_seeds(made_with: dict[str, Any]) -> dict[str, Any]:
+    """The same without what is of its seeds alone."""
+    return {**made_with, "sampling": {**made_with["sampling"], "seeds": ""}, "low_images": ""}
+
+
 def same_settings(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether images made with both are the same; `old` may be of an earlier version of this project."""
     return not differences(old, new)

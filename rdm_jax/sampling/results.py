@@ -15,12 +15,12 @@ from rdm_jax import distributed
 from rdm_jax.classes import table
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.npz import Npz
-from rdm_jax.files import is_whole_png, whole_file
+from rdm_jax.files import is_whole_png, parse_json, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.lists import parse_numbers, repetition
 from rdm_jax.sampling import earlier, pictures
 from rdm_jax.sampling.earlier import SAMPLES, Earlier
-from rdm_jax.sampling.made_with import describe, with_seeds
+from rdm_jax.sampling.made_with import any_seeds, describe, same_settings, with_seeds
 from rdm_jax.sampling.parts import Parts, png_name, sample_in_parts, write_labels, write_npz, write_png
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.sampling.sampler import evaluations, handover
@@ -54,22 +54,45 @@ def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: 
     there = distributed.first_before_others(lambda: earlier.find(relay, folder))
     missing = _missing(relay, there, asked)
     if not len(missing):
-        if distributed.is_first() and config.sampling.files == "png":
-            _write_labels(relay, there.all_seeds(asked), folder / "images")
+        if distributed.is_first():
+            _complete(relay, there, asked)
         log.info("samples: %d images are already in %s", len(asked), folder)
         return
     _say_what_is_made(relay, missing, there)
     began = time.perf_counter()
-    made_with = describe(with_seeds(config, missing.tolist()), relay)
-    place = folder / f".parts-{_digest(made_with)}"
+    place = _place_of_parts(relay, missing, folder)
     parts, rate = sample_in_parts(relay, missing, place, stop)
     seconds = time.perf_counter() - began
     with distributed.together():
         if distributed.is_first():
             _write(relay, parts, missing, source, there, asked)
-            shutil.rmtree(place)
+            _remove_parts(relay, place)
     timed = (len(missing), seconds, "" if math.isnan(rate) else f", then {rate:.3g} images/s", folder)
     log.info("samples: %d images in %.1f s (compilation included)%s -> %s", *timed)
+
+
+def _place_of_parts(relay: Relay, seeds: np.ndarray, folder: Path) -> Path:
+    """Where finished batches of these seeds are kept; what they are made with lies beside them."""
+    made_with = describe(with_seeds(relay.config, seeds.tolist()), relay)
+    place = folder / f".parts-{_digest(made_with)}"
+    with distributed.together():
+        if distributed.is_first():
+            with whole_file(place / SAMPLES) as partial:
+                partial.write_text(json.dumps(made_with))
+    return place
+
+
+def _remove_parts(relay: Relay, place: Path) -> None:
+    """Deletes parts that are not needed any more: these, and what other settings have left, which can not be added here."""
+    ours = describe(relay.config, relay)
+    for parts in place.parent.glob(".parts-*"):
+        try:
+            made_with = parse_json((parts / SAMPLES).read_text())
+            useful = parts != place and same_settings(any_seeds(made_with), any_seeds(ours))
+        except (OSError, ValueError, KeyError, TypeError):
+            useful = False
+        if not useful:
+            shutil.rmtree(parts)
 
 
 def _missing(relay: Relay, there: Earlier, asked: tuple[int, ...]) -> np.ndarray:
@@ -111,6 +134,14 @@ def _write(relay: Relay, parts: Parts, made: np.ndarray, source: ImageSet | None
     if grid:
         pictures.save_picture(_draw(parts, relay.labels(made), relay.classes.names, source), grid)
     _write_made_with(relay, there.all_seeds(asked), folder)
+
+
+def _complete(relay: Relay, there: Earlier, asked: tuple[int, ...]) -> None:
+    """Writes what is said of images that are there, where a run was killed before it did, or an earlier version said less."""
+    if relay.config.sampling.files == "png":
+        _write_labels(relay, there.all_seeds(asked), there.folder / "images")
+    if not set(asked) <= set(there.seeds):
+        _write_made_with(relay, there.all_seeds(asked), there.folder)
 
 
 def _write_npz(relay: Relay, parts: Parts, made: np.ndarray, there: Earlier) -> None:

@@ -10,85 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax.classes import Classes
-from rdm_jax.config import Evaluation, to_dict
-from rdm_jax.data.image_sets import ImageSet, open_direct
-from rdm_jax.data.images import Form
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier, evaluate
-from rdm_jax.evaluation.evaluate import Evaluator, read_result
-from rdm_jax.evaluation.features import FeatureSpace
+from rdm_jax.evaluation.evaluate import read_result
 from rdm_jax.evaluation.generated import StageStream
-from rdm_jax.evaluation.report import write_report
-from rdm_jax.evaluation.streams import SetStream, labels_by_name
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.run import run
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.training import checkpoint
-from tests.tiny import tiny_config, write_images
-
-SIZE = 5
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "images"
-    write_images(folder, count=60)
-    return folder
+from tests.evaluation.small_evaluation import SIZE, SPACE, config_of, measured, parts_of
 
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
     monkeypatch.setattr(classifier, "IMAGES_SHOWN", 300)
-
-
-def config_of(source, *, held_out: int = 20, **evaluation):
-    config = tiny_config(source)
-    data = dataclasses.replace(config.data, directory="", held_out=held_out)
-    values = {"features": "classifier", "images": "held_out, stage1, samples", "batch_size": 8, "seeds": "0-19"} | evaluation
-    return dataclasses.replace(config, data=data, evaluation=Evaluation(**values))
-
-
-def parts_of(config) -> tuple[ImageSet, ImageSet | None]:
-    form = Form(*config.stages[-1].resolution, channels=3)
-    return open_direct(config.data.source, form, cache_bytes=2**30).split(config.data.held_out)
-
-
-@pytest.fixture(scope="module")
-def workdir(source, tmp_path_factory):
-    """A run whose stages have parameters that are random, and no longer the zero output of initialisation."""
-    workdir, config = tmp_path_factory.mktemp("run"), tiny_config(source)
-    for number, stage in enumerate(config.stages, 1):
-        params = jax.jit(stage.build(3, 2).init)(jax.random.key(number))
-        nudged = jax.tree.map(lambda x: np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
-        checkpoints = checkpoint.Checkpoints(workdir / f"stage{number}" / "checkpoints")
-        about = {"stage": to_dict(config)[f"stage{number}"], "classes": ["a", "b"], "seed": 0}
-        checkpoints.save_ema(0, nudged, about)
-        checkpoints.close()
-    return workdir
-
-
-def means(params, images):
-    """Features that are nothing but means of some pixels."""
-    return {"features": images.reshape(len(images), -1)[:, : 8 * SIZE].reshape(len(images), SIZE, 8).mean(-1) / params}
-
-
-SPACE = FeatureSpace("means", "of pixels", {"features": SIZE}, np.float32(64), means)
-
-
-@pytest.fixture(scope="module")
-def relay(source, workdir):
-    """Compiled once."""
-    return Relay(config_of(source), workdir)
-
-
-def measured(config, relay, folder, space=SPACE, stop=None):
-    """evaluation.json of the config, with a feature extractor of our own, in a folder of its own."""
-    relay = copy.copy(relay)
-    relay.config = config
-    evaluator = Evaluator(config, *parts_of(config), folder, stop or StopOnSignal(), space)
-    return evaluator.run(relay)
 
 
 def test_command(source, workdir, tmp_path, capsys, caplog):
@@ -213,50 +150,6 @@ def test_statistics_are_used_again_and_by_others(source, relay, tmp_path, caplog
     assert "measured again" in caplog.text
 
 
-def test_earlier_results_are_kept(source, relay, tmp_path, caplog):
-    """Of another set, and with another reference; and a file that is no evaluation."""
-    caplog.set_level("INFO", logger="rdm_jax")
-    folder = tmp_path / "evaluation"
-    files = lambda number: {path.name: path.read_bytes() for path in (tmp_path / f"evaluation{number}").iterdir()}  # noqa: E731
-    measured(config_of(source, images="held_out"), relay, tmp_path)
-    (folder / "mine.txt").write_text("mine")
-    first = files("")
-    measured(config_of(source, images="training"), relay, tmp_path)
-    assert files("-earlier-1") == {name: first[name] for name in ("evaluation.json", "held_out.png")}
-    second = files("")
-    assert {"mine.txt", "training.png"} < second.keys() and second["reference.npz"] == first["reference.npz"]
-    measured(config_of(source, images="training", reference="held_out"), relay, tmp_path)
-    assert files("-earlier-2") == {name: second[name] for name in ("evaluation.json", "training.png", "reference.npz")}
-    (folder / "evaluation.json").write_text("mine")
-    measured(config_of(source, images="training", reference="held_out"), relay, tmp_path)
-    assert files("-earlier-3") == {"evaluation.json": b"mine"} and read_result(folder / "evaluation.json")
-    assert caplog.text.count("is kept in") == 3
-    for paths, titles in (([], 1), ([tmp_path / f"evaluation{n}/evaluation.json" for n in ("", "-earlier-1")], 2)):
-        write_report(tmp_path, paths)
-        assert (tmp_path / "report/report.md").read_text().count("## evaluation") == titles
-
-
-def test_a_seed_that_is_named_twice_is_one_image(source, relay, tmp_path, caplog):
-    caplog.set_level("INFO", logger="rdm_jax")
-    once = measured(config_of(source, images="samples", seeds="0-9"), relay, tmp_path / "once")["results"]
-    twice = measured(config_of(source, images="samples", seeds="0-5,4-9"), relay, tmp_path / "twice")["results"]
-    assert once == twice and once["samples"]["images"] == 10
-    assert "evaluation.seeds='0-5,4-9' names 2 numbers again" in caplog.text
-
-
-def test_other_classes_are_refused_where_labels_count(source, relay, tmp_path):
-    """Folders '0' and '1' are no classes 'a' and 'b'; without them the same images are measured."""
-    write_folder(tmp_path / "made")
-    for number, path in enumerate(sorted((tmp_path / "made").glob("*.png"))):
-        (tmp_path / "made" / str(number % 2)).mkdir(exist_ok=True)
-        path.rename(tmp_path / "made" / str(number % 2) / path.name)
-    config = config_of(source, images=f"folder:{tmp_path}/made")
-    named = dataclasses.replace(SPACE, class_names=("a", "b"))
-    with pytest.raises(InputError, match=r"folder:.*made has the classes 0, 1 \(2\), and the accuracy is that of a, b \(2\)"):
-        measured(config, relay, tmp_path, named)
-    assert measured(config, relay, tmp_path)["results"][f"folder:{tmp_path}/made"]["images"] == 20
-
-
 def test_images_beside_published_statistics_are_compared_with(source, relay, tmp_path):
     """ADM's reference files have statistics of a whole set, and some of its images."""
     random = np.random.default_rng(1)
@@ -344,21 +237,6 @@ def test_what_was_gathered_and_is_damaged_is_gathered_again(source, relay, tmp_p
                 measured(config, relay, folder)
         assert without_surroundings(measured(config, relay, folder)) == without_surroundings(straight)
     assert caplog.text.count("begins again") == 2
-
-
-def test_labels_go_by_the_classes_names(source):
-    ab = Classes(("a", "b"))
-    assert labels_by_name("x", Classes(("b", "a")), ab).tolist() == [1, 0, -1]
-    assert labels_by_name("x", Classes(("b",)), ab).tolist() == [1, -1] and labels_by_name("x", Classes(), ab).tolist() == [-1]
-    assert labels_by_name("x", Classes(("0", "1"), by_number=True), ab).tolist() == [0, 1, -1]  # of imported weights
-    assert labels_by_name("x", ab, Classes()).tolist() == [-1, -1, -1]  # nothing counts labels
-    for others in (Classes(("a", "c")), Classes(("0", "1")), Classes(("0", "1", "2"), by_number=True)):
-        with pytest.raises(InputError, match="config.evaluation: x has the classes .*, and the accuracy is that of a, b"):
-            labels_by_name("x", others, ab)
-    images, _ = parts_of(config_of(source))  # sorted by class; a score in splits of the order would say less of it
-    stream = SetStream("training", images, 8, Classes(("b", "a")))
-    labels = stream.batch(0, 40)[1]
-    assert 5 < labels[:20].sum() < 15 and sorted(labels.tolist()) == sorted(1 - images.batch(np.arange(40))["label"])
 
 
 def test_held_out_images_are_of_every_class():

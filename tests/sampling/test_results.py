@@ -28,11 +28,12 @@ def config_of(**sampling):
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **sampling))
 
 
-def sample(workdir, *, classes=Classes(("a", "b")), steps=(10, 20), stop=None, **sampling):  # noqa: B008
+def sample(workdir, *, classes=Classes(("a", "b")), steps=(10, 20), interrupted=False, **sampling):  # noqa: B008
     """The seeds whose images were made."""
     fake = FakeRelay(config_of(**sampling), classes, steps)
-    fake.after_each = stop or fake.after_each
-    results.sample_to_files(fake, None, workdir, StopOnSignal())
+    stop = StopOnSignal()
+    fake.after_each = lambda: setattr(stop, "requested", 15 if interrupted else None)
+    results.sample_to_files(fake, None, workdir, stop)
     return sorted({seed for batch in fake.made for seed in batch})
 
 
@@ -177,14 +178,35 @@ def test_what_is_not_ours_is_refused(tmp_path, file):
     assert contents(tmp_path) == before and "\n" not in str(refusal.value)
 
 
-def test_interrupted_parts_of_other_seeds_stay(tmp_path):
-    def stop():
-        raise Interrupted(15)
+@pytest.mark.parametrize("files", ["npz", "png"])
+def test_killed_while_writing_and_continued(tmp_path, files, monkeypatch):
+    def killed(*_, **__):
+        raise SystemError("killed")
 
+    for seeds, after in (("0-3", [0, 1, 2, 3]), ("2-5", [0, 1, 2, 3, 4, 5])):
+        with monkeypatch.context() as dies:
+            dies.setattr(results, "_free_grid", killed)
+            with pytest.raises(SystemError):
+                sample(tmp_path, files=files, seeds=seeds)
+        assert sample(tmp_path, files=files, seeds=seeds) == []  # the parts are there, or the images are
+        assert made_with(tmp_path / "samples")["sampling"]["seeds"] == f"0-{after[-1]}"
+        names = (
+            seeds_of(tmp_path / "samples") if files == "npz" else [p.name for p in (tmp_path / "samples/images").glob("0*.png")]
+        )
+        assert len(names) == len(after)
+
+
+def test_interrupted_parts_of_other_seeds_stay(tmp_path):
+    parts = lambda: len(list((tmp_path / "samples").glob(".parts-*/0*.npz")))  # noqa: E731
     with pytest.raises(Interrupted):
-        sample(tmp_path, seeds="0-19", stop=stop)
+        sample(tmp_path, seeds="0-19", interrupted=True)
     sample(tmp_path, seeds="30")
-    assert len(list((tmp_path / "samples").glob(".parts-*"))) == 1
+    assert parts() == 1
+    assert sample(tmp_path, seeds="0-19") == list(range(8, 20)) and parts() == 0
+    with pytest.raises(Interrupted):
+        sample(tmp_path, seeds="40-59", interrupted=True)
+    sample(tmp_path, seeds="0", steps=(10, 30))
+    assert parts() == 0  # they are of an earlier checkpoint
 
 
 def test_samples_of_an_earlier_version_are_known(tmp_path):
