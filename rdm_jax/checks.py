@@ -2,24 +2,34 @@
 
 import functools
 import math
+import re
 from typing import Any
 
 from rdm_jax import sharding
+from rdm_jax.classes import LABEL_RULES, Classes, parse_labels
 from rdm_jax.config import Config, Stage, kind_of
 from rdm_jax.data import augment, images, postprocess, records
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
+from rdm_jax.files import local_path
+from rdm_jax.lists import parse_list, parse_numbers
 from rdm_jax.models.song import Song
 from rdm_jax.models.unet import REMAT
 
-MAX_NUMBERS = 1_000_000  # images of what is kept in memory until it is written to one file
 LEAST = 4  # images that can be measured: each has 3 neighbours
-LABEL_RULES = ("balanced", "random")
+FOLDER = re.compile(r"\w[\w.-]{0,99}")  # what a folder in a workdir may be called
+OF_THE_RUN = re.compile(  # what lies in a workdir besides
+    r"stage\d+|checkpoints|report|config\.json|contact_sheet\.png|classifier\.safetensors|tensorboard", re.IGNORECASE
+)
+IMAGES = ("folder", "zip", "tar")  # kinds of images that are read as they are
 FEATURES = ("none", "inception", "classifier")
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, *, evaluates: bool = True) -> None:
     """Refuses values that cannot work, alone or together.
+
+    Args:
+      evaluates: whether something is going to be measured; else `config.evaluation` is not looked at.
 
     Raises:
       InputError: names the first such field, its value and what would do.
@@ -41,18 +51,34 @@ def check_config(config: Config) -> None:
         )
     require(0 <= config.seed < 2**32, "config.seed", config.seed, "0 to 4294967295")
     require(config.sampling.batch_size > 0, "config.sampling.batch_size", config.sampling.batch_size, "a positive number")
-    require(config.sampling.name.isidentifier(), "config.sampling.name", config.sampling.name, "one word, such as 'samples',")
+    _check_folder(config.sampling.name, "config.sampling.name")
     names = " or ".join(map(repr, postprocess.PRESETS))
     require(config.sampling.postprocess in postprocess.PRESETS, "config.sampling.postprocess", config.sampling.postprocess, names)
     require(config.sampling.files in ("npz", "png"), "config.sampling.files", config.sampling.files, "'npz' or 'png'")
     low = config.sampling.low
-    fine = not low or low.startswith(("folder:", "zip:"))
-    require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', or '' for none,")
+    fine = not low or _is_of_kind(low, IMAGES, "config.sampling.low")
+    require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', 'tar:PATH', or '' for none,")
     _check_data(config)
     parse_numbers(config.sampling.seeds, "config.sampling.seeds")
-    if config.sampling.labels not in LABEL_RULES:
-        parse_numbers(config.sampling.labels, "config.sampling.labels")
-    _check_evaluation(config)
+    if config.sampling.labels not in LABEL_RULES:  # which classes there are is known later
+        named = all(parse_list(config.sampling.labels, "config.sampling.labels"))
+        would_do = "'balanced', 'random', or names or numbers of classes with commas between, such as 'cat, dog' or '0-3',"
+        require(named, "config.sampling.labels", config.sampling.labels, would_do)
+    if evaluates:
+        _check_evaluation(config)
+
+
+def _check_folder(name: str, field: str) -> None:
+    """What a folder of results in a workdir may be called."""
+    would_do = "one name of letters, digits, '-', '_' and '.', such as 'my-run', of nothing else in a workdir,"
+    require(FOLDER.fullmatch(name) and not OF_THE_RUN.fullmatch(name), field, name, would_do)
+
+
+def _is_of_kind(spec: str, kinds: tuple[str, ...], field: str) -> bool:
+    """Whether a text is 'KIND:PATH' of one of these kinds. Raises InputError where the path is a URL."""
+    kind, _, path = spec.partition(":")
+    local_path(path if kind in kinds else spec, field)
+    return kind in kinds and bool(path)
 
 
 def _check_evaluation(config: Config) -> None:
@@ -61,15 +87,20 @@ def _check_evaluation(config: Config) -> None:
     require(values.features in FEATURES, "config.evaluation.features", values.features, known)
     if values.features == "none":
         return
-    require(values.name.isidentifier(), "config.evaluation.name", values.name, "one word, such as 'evaluation',")
-    require(values.name != config.sampling.name, "config.evaluation.name", values.name, "another word than sampling.name")
-    for image_set in values.images.split(","):
-        _check_measured(image_set.strip(), config)
-    given = values.reference in ("training", "held_out") or values.reference.startswith(("prepared:", "npz:"))
+    _check_folder(values.name, "config.evaluation.name")
+    require(values.name != config.sampling.name, "config.evaluation.name", values.name, "another name than sampling.name")
+    local_path(values.weights, "config.evaluation.weights")
+    for image_set in measured_sets(config):
+        _check_measured(image_set, config)
+    given = values.reference in ("training", "held_out")
+    given = given or _is_of_kind(values.reference, ("prepared", "npz"), "config.evaluation.reference")
     require(given, "config.evaluation.reference", values.reference, "'training', 'held_out', 'prepared:PATH' or 'npz:PATH'")
-    for field, seeds in (("seeds", evaluated_seeds(config)), ("seeds_in_training", values.seeds_in_training)):
-        many = len(parse_numbers(seeds, f"config.evaluation.{field}"))
-        require(many >= LEAST, f"config.evaluation.{field}", seeds, f"{LEAST} or more, of too few images nothing can be said,")
+    field, generates = "evaluation.seeds" if values.seeds else "sampling.seeds", any(map(is_generated, measured_sets(config)))
+    generated = [(field, evaluated_seeds(config))] if generates else []
+    for field, seeds in (*generated, ("evaluation.seeds_in_training", values.seeds_in_training)):
+        enough = len(parse_numbers(seeds, f"config.{field}")) >= LEAST
+        would_do = f"{LEAST} or more seeds, as too few images cannot be measured, or other --config.evaluation.seeds,"
+        require(enough, f"config.{field}", seeds, would_do)
     require(values.kept >= LEAST, "config.evaluation.kept", values.kept, f"{LEAST} or more")
     require(values.batch_size > 0, "config.evaluation.batch_size", values.batch_size, "a positive number")
 
@@ -77,8 +108,9 @@ def _check_evaluation(config: Config) -> None:
 def _check_measured(image_set: str, config: Config) -> None:
     """What one part of `evaluation.images` may be."""
     stages = [f"stage{number}" for number in range(1, len(config.stages))]
-    given = image_set in ("samples", "held_out", *stages) or image_set.startswith(("prepared:", "folder:", "zip:", "npz:"))
-    known = ", ".join(map(repr, ["samples", *stages, "held_out", "folder:PATH", "zip:PATH", "prepared:PATH"]))
+    given = image_set in ("samples", "held_out", *stages)
+    given = given or _is_of_kind(image_set, (*IMAGES, "prepared", "npz"), "config.evaluation.images")
+    known = ", ".join(map(repr, ["samples", *stages, "held_out", *(f"{kind}:PATH" for kind in IMAGES), "prepared:PATH"]))
     require(given, "config.evaluation.images", config.evaluation.images, f"{known} or 'npz:PATH'")
     needs, held_out = "held_out" in (image_set, config.evaluation.reference), config.data.held_out
     require(held_out or not needs, "config.data.held_out", held_out, "more than 0, for 'held_out' in config.evaluation,")
@@ -100,22 +132,21 @@ def _check_data(config: Config) -> None:
 
 def check_classes(config: Config, class_names: tuple[str, ...]) -> None:
     """Refuses classes and guidance that the data has no labels for. Raises InputError."""
-    rule = config.sampling.labels
-    for label in () if rule in LABEL_RULES else parse_numbers(rule, "config.sampling.labels"):
-        would_do = f"classes from 0 to {len(class_names) - 1}" if class_names else "'balanced', for data without classes,"
-        require(label < len(class_names), "config.sampling.labels", rule, would_do)
+    if config.sampling.labels not in LABEL_RULES:
+        parse_labels(config.sampling.labels, Classes(class_names), "config.sampling.labels")
     for number, stage in enumerate(config.stages, 1):
         usable = stage.guidance == 1 or (class_names and stage.training.label_dropout > 0)
         would_do = "1.0, for data without classes or training.label_dropout=0,"
         require(usable, f"config.stage{number}.guidance", stage.guidance, would_do)
 
 
-def check_devices(config: Config, devices: int, local_devices: int) -> None:
+def check_devices(config: Config, devices: int, local_devices: int, *, evaluates: bool = True) -> None:
     """Refuses a mesh that the devices do not make, and batches that they cannot share. Raises InputError.
 
     Args:
       devices: of all processes, which train together.
       local_devices: of this one, which samples and evaluates by itself.
+      evaluates: whether something is going to be measured.
     """
     parallel = config.parallel
     require(parallel.mode in ("pjit", "pmap"), "config.parallel.mode", parallel.mode, "'pjit' or 'pmap'")
@@ -132,29 +163,24 @@ def check_devices(config: Config, devices: int, local_devices: int) -> None:
             f"a multiple of {devices * stage.training.accumulate} ({devices} devices, accumulate={stage.training.accumulate})"
         )
         require(part % devices == 0, field, stage.training.batch_size, would_do)
-    for part in ("sampling",) if config.evaluation.features == "none" else ("sampling", "evaluation"):
+    for part in ("sampling", "evaluation") if evaluates and config.evaluation.features != "none" else ("sampling",):
         batch_size, would_do = getattr(config, part).batch_size, f"a multiple of {local_devices} (the devices of a process)"
         require(batch_size % local_devices == 0, f"config.{part}.batch_size", batch_size, would_do)
-
-
-def parse_numbers(text: str, field: str) -> tuple[int, ...]:
-    """'0-3,7' as (0, 1, 2, 3, 7). Raises InputError for anything else, and for numbers (seeds, classes) beyond 2^32 - 1."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        ends = (first, last or first)
-        fine = all(n.isdecimal() and int(n) < 2**32 for n in ends) and int(first) <= int(ends[1])
-        require(fine, field, text, "ranges of numbers from 0 to 4294967295, such as '0-99,200',")
-        several = range(int(first), int(ends[1]) + 1)
-        fine = len(found) + len(several) <= MAX_NUMBERS
-        require(fine, field, text, f"at most {MAX_NUMBERS} of them, in several runs with other names,")
-        found.extend(several)
-    return tuple(found)
 
 
 def evaluated_seeds(config: Config) -> str:
     """The seeds of what an evaluation generates."""
     return config.evaluation.seeds or config.sampling.seeds
+
+
+def is_generated(image_set: str) -> bool:
+    """Whether a part of `evaluation.images` is what stages make."""
+    return image_set == "samples" or image_set.startswith("stage")
+
+
+def measured_sets(config: Config) -> tuple[str, ...]:
+    """The sets of images that an evaluation measures, each once."""
+    return tuple(dict.fromkeys(parse_list(config.evaluation.images, "config.evaluation.images")))
 
 
 def require(fine: Any, field: str, value: Any, would_do: str) -> None:

@@ -166,13 +166,14 @@ class Sampling:
     """Which images are made in the end.
 
     Attributes:
-      name: folder under the workdir.
+      name: folder under the workdir. Further seeds with the same settings are added to what is in it.
       seeds: '0-499', or '1,5,7-9'; an image is its seed's, whatever else is made with it.
       labels: 'balanced' (image of seed s has class s mod the number of classes: the same number of each, and the published
-        1.87), 'random' (uniform, from the seed alone), or a list of classes taken in turn, '3' or '0,2-5'.
-      low: 'folder:PATH' or 'zip:PATH' of small images, of the size of a stage's: the relay goes on from them, image s mod n for
-        seed s, with the class of its folder if labels are balanced, and the stages up to that one are left out; '' to begin with
-        stage 1.
+        1.87), 'random' (uniform, from the seed alone), or a list of classes taken in turn, by name ('cat, dog', or as JSON
+        '["crane, bird"]') or, where no class is called by a number, by number ('3', '0,2-5').
+      low: 'folder:PATH', 'zip:PATH' or 'tar:PATH' of small images, of the size of a stage's: the relay goes on from them, image
+        s mod n for seed s, with its class, known by name, if labels are balanced, and the stages up to that one are left out; ''
+        to begin with stage 1.
       postprocess: 'none', or what the released samplers do to the final images before FID is measured: 'rdm_imagenet'
         (brightness 1.06) or 'rdm_celebahq' (contrast 0.9, brightness 1.05, colour 0.99).
       batch_size: images at a time, over all devices of a process.
@@ -225,13 +226,13 @@ class Evaluation:
     """What is measured, with which features, against what.
 
     Attributes:
-      name: folder under the workdir.
+      name: folder under the workdir. Earlier results of something else are moved aside, to NAME-earlier-1 and so on.
       features: 'inception', 'classifier' (trained on the data's own labels), or 'none' to leave evaluation out.
       weights: file with the network of the features; '' for the usual place, which an error names, or for the classifier of
         this workdir.
-      images: what is measured, with commas between: 'samples' (generated while they are measured), 'stage1' and so on
-        (what that stage has made, enlarged to the final size), 'held_out' (real), 'prepared:PATH', 'folder:PATH', 'zip:PATH', or
-        'npz:PATH' (`arr_0` or `images`).
+      images: what is measured, with commas between, or as a JSON list: 'samples' (generated while they are measured), 'stage1'
+        and so on (what that stage has made, enlarged to the final size), 'held_out' (real), 'prepared:PATH', 'folder:PATH',
+        'zip:PATH', 'tar:PATH', or 'npz:PATH' (`arr_0` or `images`).
       reference: 'training', 'held_out', 'prepared:PATH', or 'npz:PATH' with statistics: ADM's, EDM's, or those that an evaluation
         has written.
       seeds: of what is generated; '' for those of `sampling`, whose labels and post-processing hold here too.

@@ -2,8 +2,10 @@
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -59,6 +61,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_aside(folder: Path) -> bool:
+    """Whether a folder is called as `move_aside` calls one."""
+    return re.search(r"-earlier-\d+$", folder.name) is not None
+
+
+def move_aside(folder: Path, names: Iterable[str]) -> Path:
+    """Moves what a folder has of these files, in this order, to a new folder beside it, NAME-earlier-1 or so; returns it."""
+    number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}-earlier-{n}").exists())
+    target = folder.with_name(f"{folder.name}-earlier-{number}")
+    target.mkdir()
+    for name in names:
+        if (folder / name).exists():
+            (target / name).parent.mkdir(exist_ok=True)
+            (folder / name).rename(target / name)
+    return target
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from rdm_jax.interop.weights import (
     stage_of,
 )
 from rdm_jax.interrupt import StopOnSignal
+from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
@@ -88,8 +89,9 @@ def run(
         return write_report(folder, paths)
     if mode == "import":
         return _import(config, stage, weights, folder)
-    checks.check_config(config)
-    checks.check_devices(config, jax.device_count(), jax.local_device_count())
+    evaluates = mode in ("all", "evaluate") or (mode == "train" and any(s.training.evaluate_every for s in config.stages))
+    checks.check_config(config, evaluates=evaluates)
+    checks.check_devices(config, jax.device_count(), jax.local_device_count(), evaluates=evaluates)
     unchanged.check_names(allow_changes, config)
     with _owned(folder), StopOnSignal() as stop:
         with distributed.together():
@@ -155,8 +157,9 @@ def _work(
     log.info("%s on %d %s device(s) of %d process(es), workdir %s", *about)
     training = [n for n in range(1, len(config.stages) + 1) if mode in ("all", "train") and stage in (None, n)]
     with distributed.together():
-        if config.sampling.low and mode in ("all", "sample"):
-            LowImages(config)  # so that one that cannot be used is refused before training
+        if mode in ("all", "sample"):  # so that what cannot be used is refused before training
+            low = LowImages(config) if config.sampling.low else None
+            check_settings(config, low.stage + 1 if low else 1, folder)
         _check_named_checkpoints(config, folder, training)
     everything, last = list(range(1, len(config.stages) + 1)), len(config.stages)
     evaluating = _is_evaluated(config, mode, training)
@@ -200,7 +203,7 @@ def _import(config: Config, number: int, path: Path, workdir: Path) -> None:
         fitting, classes = stage_of(weights, before, number)
         if fitting.stages[number - 1].resolution != before.stages[number - 1].resolution:
             fitting = fit_resolutions(fitting, number, _imported(config, workdir))
-        checks.check_config(fitting)
+        checks.check_config(fitting, evaluates=False)
         _check_unchanged(fitting, workdir, True, ())
         parameters = read_parameters(weights, fitting, number, classes, path)
         stop.check()

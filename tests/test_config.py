@@ -103,7 +103,13 @@ def test_any_number_of_stages_of_any_shape():
         ("stage1__training__beta1", 1.0, "stage1.training.beta1=1.0"),
         ("data__channels", 4, "data.channels=4.*1 or 3"),
         ("sampling__seeds", "5-1", "sampling.seeds='5-1'"),
-        ("sampling__name", "../x", "sampling.name"),
+        *(("sampling__name", name, "sampling.name='") for name in ("../x", "", ".x", "a/b", "a\\b", "a b", "-x", "stage1")),
+        *(("sampling__name", name, "sampling.name='") for name in ("report", "Report", "checkpoints", "config.json")),
+        ("sampling__low", "gs://b/x", "sampling.low='gs://b/x' is a URL"),
+        ("sampling__low", "folder:gs://b/x", "sampling.low='gs://b/x' is a URL"),
+        ("sampling__low", "emoji:x", "sampling.low='emoji:x'.*'tar:PATH'"),
+        ("sampling__labels", "", "sampling.labels=''"),
+        ("sampling__labels", "a,,b", "sampling.labels='a,,b'"),
         ("seed", -1, "seed=-1"),
         ("stage4", {}, "stage1, stage2, stage4"),
     ],
@@ -112,6 +118,35 @@ def test_refused(field, value, says):
     with pytest.raises(InputError, match=says) as refusal:
         checks.check_config(parse(changed(**{field: value})))
     assert str(refusal.value).endswith("would do.") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("sampling__name", "my-run_2.5"),
+        ("sampling__seeds", "0 - 3, 7"),
+        ("sampling__labels", "polar bear, 0-3"),
+        ("sampling__low", "tar:x.tar"),
+        ("evaluation__name", "my-run"),
+        ("evaluation__images", '["folder:/a, b", "tar:x.tar", "samples"]'),
+    ],
+)
+def test_accepted(field, value):
+    checks.check_config(parse(changed(evaluation__features="inception", **{field: value})))
+
+
+def test_evaluation_is_looked_at_where_something_is_measured():
+    one_image = parse(changed(evaluation__features="classifier", sampling__seeds="7"))
+    checks.check_config(one_image, evaluates=False)
+    with pytest.raises(InputError, match="sampling.seeds='7' cannot be used; 4 or more seeds"):
+        checks.check_config(one_image)
+    checks.check_config(parse(changed(evaluation__features="classifier", sampling__seeds="7", evaluation__seeds="0-9")))
+    nothing_made = changed(evaluation__features="classifier", sampling__seeds="7", evaluation__images="zip:x.zip")
+    checks.check_config(parse(nothing_made))
+    odd = parse(changed(evaluation__features="classifier", evaluation__batch_size=3))
+    with pytest.raises(InputError, match="evaluation.batch_size=3"):
+        checks.check_devices(odd, 4, 4)
+    checks.check_devices(odd, 4, 4, evaluates=False)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +204,3 @@ def test_guidance_needs_labels():
     checks.check_classes(config, ("a", "b"))
     with pytest.raises(InputError, match="stage1.guidance=2.0"):
         checks.check_classes(config, ())
-
-
-def test_seeds():
-    assert checks.parse_numbers("0-3, 7", "config.sampling.seeds") == (0, 1, 2, 3, 7)
-    for wrong in ("", "a", "3-1", "-1", "4294967296", "1.5"):
-        with pytest.raises(InputError, match="sampling.seeds"):
-            checks.parse_numbers(wrong, "config.sampling.seeds")

@@ -16,7 +16,6 @@ from experiments import runs
 from experiments.ablations.variants import GROUPS, SEVERAL, Variant, unguided
 from rdm_jax import checks
 from rdm_jax import config as configs
-from rdm_jax.checks import parse_numbers
 from rdm_jax.command import command
 from rdm_jax.config import Config, Stage
 from rdm_jax.config_flag import define_config
@@ -24,6 +23,7 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
 from rdm_jax.evaluation.tables import markdown
 from rdm_jax.files import local_path, whole_file
+from rdm_jax.lists import parse_numbers
 from rdm_jax.sampling.sampler import joined_level
 from rdm_jax.training.step import to_float
 

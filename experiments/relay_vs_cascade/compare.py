@@ -17,13 +17,13 @@ from PIL import Image
 from experiments import runs
 from experiments.relay_vs_cascade.variants import AUGMENTS, ETAS, ORDERS, SIGMAS, TITLES, points, variants
 from rdm_jax import config as configs
-from rdm_jax.checks import parse_numbers
 from rdm_jax.command import command
 from rdm_jax.config import Config
 from rdm_jax.config_flag import define_config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.tables import markdown
 from rdm_jax.files import local_path, whole_file
+from rdm_jax.lists import parse_numbers
 from rdm_jax.run import run
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.sampler import evaluations, stage_levels

@@ -186,6 +186,7 @@ def _with_class_folders(source: Source) -> Source:
 def _with_labels(source: Source, labels_file: bytes) -> Source:
     """Takes the classes from EDM's dataset.json."""
     labels, skipped = _parse_labels(labels_file), dict(source.skipped)
+    named = tuple(parse_json(labels_file).get("class_names") or ())
     if not labels:
         return source
     known = set(source.names)
@@ -197,12 +198,12 @@ def _with_labels(source: Source, labels_file: bytes) -> Source:
     skipped |= {name: negative for name, label in labels.items() if label < 0}
     places = [i for i, name in enumerate(source.names) if name not in skipped]
     found = sorted({label for name, label in labels.items() if name not in skipped})
-    if found != list(range(len(found))):
+    if not named and found != list(range(len(found))):
         gap = next(i for i, label in enumerate(found) if i != label)
         would_do = "renumbering them from 0 without a gap, or class folders,"
         raise InputError(f"{LABELS_FILE} has class numbers up to {found[-1]} but no {gap}; {would_do} would do.")
     kept = source.part(places)
-    class_names = tuple(str(label) for label in found)
+    class_names = named or tuple(str(label) for label in found)
     return dataclasses.replace(kept, class_names=class_names, labels=[labels[name] for name in kept.names], skipped=skipped)
 
 

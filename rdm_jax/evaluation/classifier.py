@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from safetensors.numpy import save
 
+from rdm_jax.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
@@ -80,10 +81,12 @@ def classifier_space(
     if train and not _is_of(images, path, abstract):
         _write(path, _trained(graph, abstract, images, check_stop), images, held_out, graph)
     params, about = read_parameters(path, abstract)
-    ours = {"image_shape": list(images.image_shape), "class_names": list(images.class_names)}
-    for name, value in ours.items():
-        if about[name] != value:
-            raise InputError(f"{path} is a classifier with {name} {about[name]}; one with {value} would do.")
+    if about["image_shape"] != list(images.image_shape):
+        found = f"{path} is a classifier of images of shape {about['image_shape']}"
+        raise InputError(f"{found}; one of {list(images.image_shape)} would do.")
+    theirs, ours = Classes(tuple(about["class_names"])), Classes(images.class_names)
+    if theirs != ours:
+        raise InputError(f"{path} is a classifier of the classes {theirs}; one of {ours}, in this order, would do.")
     log.info("evaluation: features of the classifier in %s, which names %s of held-out images rightly", path, about["accuracy"])
 
     def apply(params: Any, images: Array) -> dict[str, Array]:

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 from rdm_jax import __version__, distributed, sharding
+from rdm_jax.checks import is_generated, measured_sets
+from rdm_jax.classes import Classes
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
@@ -27,9 +29,10 @@ from rdm_jax.evaluation.statistics import Statistics, Tally, compare
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.evaluation.streams import Stream, open_stream
 from rdm_jax.evaluation.tables import PUBLISHED, result_table
-from rdm_jax.files import parse_json, whole_file
+from rdm_jax.files import move_aside, parse_json, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
+from rdm_jax.sampling.made_with import completed
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.terminal import log, progress
@@ -76,7 +79,11 @@ class Evaluator:
     ):
         self._config, self._stop, self._folder = config, stop, workdir / config.evaluation.name
         self._sets = {name: part for name, part in (("training", images), ("held_out", held_out)) if part is not None}
-        given = {spec: open_stream(spec, config, self._sets) for spec in _specs(config) if not _is_generated(spec)}
+        # The classifier, which may be trained yet, is going to know the classes of what it is trained on.
+        known = self._sets["training"].class_names if config.evaluation.features == "classifier" else ()
+        self._classes = Classes(space.class_names if space else known)
+        given_sets = [spec for spec in measured_sets(config) if not is_generated(spec)]
+        given = {spec: open_stream(spec, config, self._sets, self._classes) for spec in given_sets}
         self._space = space or distributed.first_before_others(lambda: open_space(config, self._sets, workdir, stop.check))
         self._given, (self._published, self._reference_stream, self._reference_about) = given, self._open_reference()
         self._params = jax.device_put(self._space.params, sharding.replicated(sharding.local_mesh()))
@@ -108,9 +115,8 @@ class Evaluator:
           InputError: images are not finite, or a file cannot be read any more.
           Interrupted: the stop was asked for; the same call goes on.
         """
-        generated = tuple(spec for spec in _specs(self._config) if _is_generated(spec))
-        class_names = self._space.class_names
-        streams = [*self._given.values(), *([RelayStream(relay, generated, class_names)] if generated else [])]
+        generated = tuple(spec for spec in measured_sets(self._config) if is_generated(spec))
+        streams = [*self._given.values(), *([RelayStream(relay, generated, self._classes)] if generated else [])]
         return self._measure(streams, self._folder)
 
     def run_stage(self, number: int, alone: StageAlone, params: Any, images_seen: int, folder: Path) -> dict[str, float]:
@@ -131,11 +137,13 @@ class Evaluator:
         }
         made_with = json.loads(json.dumps(made_with))
         result = read_result(folder / RESULT)
-        done = bool(result) and result["made_with"] == made_with
+        done = bool(result) and _same(result["made_with"], made_with)
         distributed.check_same(f"what is in {folder} and measured", f"{done} {json.dumps(made_with, sort_keys=True)}")
         if done:
             log.info("evaluation: already in %s\n%s", folder, result_table(result["results"]))
         else:
+            if (folder / RESULT).exists() and distributed.is_first():
+                _keep_earlier(result, made_with, folder)
             result = {"results": self._results(streams, folder), "made_with": made_with, **_surroundings(self._config)}
             if distributed.is_first():
                 with whole_file(folder / RESULT) as partial:
@@ -151,7 +159,7 @@ class Evaluator:
         for stream in streams:
             for name, tally in self._gather(stream, folder).items():
                 metrics, notes = compare(self._reference, tally.statistics(stream.about), self._space)
-                results[name] = {"images": tally.count, "metrics": metrics, "notes": notes}
+                results[name] = {"images": tally.count, "metrics": metrics, "notes": [*notes, *stream.notes]}
                 shown = np.stack([tally.pictures[n] for n in sorted(tally.pictures)])
                 if distributed.is_first():
                     pictures.save_picture(pictures.plain_grid(shown, columns=10), folder / picture_names(results)[name])
@@ -255,21 +263,27 @@ class Evaluator:
 
 def generates(config: Config) -> bool:
     """Whether an evaluation measures what the stages make."""
-    return any(map(_is_generated, _specs(config)))
+    return any(map(is_generated, measured_sets(config)))
 
 
 def needs_data(config: Config) -> bool:
     """Whether an evaluation needs the config's own images."""
     values = config.evaluation
-    return values.features == "classifier" or not {"training", "held_out"}.isdisjoint([*_specs(config), values.reference])
+    return values.features == "classifier" or not {"training", "held_out"}.isdisjoint([*measured_sets(config), values.reference])
 
 
-def _specs(config: Config) -> list[str]:
-    return [spec.strip() for spec in config.evaluation.images.split(",")]
+def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two evaluations were made with the same; the old one may be of an earlier version of this project."""
+    return {**old, "images": [completed(about) for about in old.get("images", [])]} == new
 
 
-def _is_generated(spec: str) -> bool:
-    return spec == "samples" or spec.startswith("stage")
+def _keep_earlier(result: dict[str, Any] | None, made_with: dict[str, Any], folder: Path) -> None:
+    """Moves the results that are in a folder, made with something else or damaged, out of the way of new ones."""
+    names = list(picture_names(result["results"]).values()) if result else []
+    if result and result["made_with"]["reference"] != made_with["reference"]:
+        names += sorted(path.name for path in folder.glob("reference*.npz"))
+    kept = move_aside(folder, [*names, RESULT])
+    log.info("evaluation: what %s has is of something else, or damaged, and is kept in %s", folder / RESULT, kept)
 
 
 def picture_names(names: Iterable[str]) -> dict[str, str]:

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rdm_jax.checks import evaluated_seeds, parse_numbers
+from rdm_jax.checks import evaluated_seeds
+from rdm_jax.classes import Classes
 from rdm_jax.config import Config
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.streams import Batch, Stream, labels_by_name
+from rdm_jax.lists import parse_numbers, repetition
+from rdm_jax.sampling.made_with import describe
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
-from rdm_jax.sampling.results import describe
+from rdm_jax.terminal import log
 
 
 class RelayStream(Stream):
@@ -22,21 +25,24 @@ class RelayStream(Stream):
 
     Args:
       names: which of these.
-      class_names: by which labels count.
+      classes: by whose numbers labels count.
 
     Raises:
       InputError: one of a stage that is not run, as the relay goes on from given images.
     """
 
-    def __init__(self, relay: Relay, names: tuple[str, ...], class_names: tuple[str, ...]):
+    def __init__(self, relay: Relay, names: tuple[str, ...], classes: Classes):
         config, seeds = relay.config, evaluated_seeds(relay.config)
         known = ["samples", *relay.earlier]
         if missing := set(names) - set(known):
             low = f"config.sampling.low={config.sampling.low!r}"
             raise InputError(f"config.evaluation.images has {missing.pop()!r}, and {low}; {' or '.join(known)} would do.")
         self.names, self.batch_size = names, config.sampling.batch_size
-        self._relay, self._seeds = relay, np.asarray(parse_numbers(seeds, "config.evaluation.seeds"), np.int64)
-        self.count, self._labels = len(self._seeds), labels_by_name(relay.class_names, class_names)
+        field = "config.evaluation.seeds" if config.evaluation.seeds else "config.sampling.seeds"
+        self._relay, self._seeds = relay, np.asarray(parse_numbers(seeds, field), np.int64)
+        self.count, self._labels = len(self._seeds), labels_by_name("samples", relay.classes, classes)
+        if said := repetition(seeds, field):
+            log.info("evaluation: %s", said)
         sampling = dataclasses.replace(config.sampling, seeds=seeds)
         self.about = {"set": ", ".join(names), **describe(dataclasses.replace(config, sampling=sampling), relay)}
 

@@ -8,7 +8,7 @@ from typing import Any
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.evaluate import RESULT, picture_names, read_result
 from rdm_jax.evaluation.tables import METRICS, PUBLISHED, cell, markdown, result_table
-from rdm_jax.files import whole_file
+from rdm_jax.files import is_aside, whole_file
 from rdm_jax.terminal import log
 
 PAGE = "report.md"
@@ -18,12 +18,12 @@ def write_report(workdir: Path, paths: list[Path]) -> None:
     """Writes workdir/report/report.md with its pictures beside it.
 
     Args:
-      paths: of the evaluations; none for all in the workdir, those made during training as curves.
+      paths: of the evaluations; none for all in the workdir but those moved aside, those made during training as curves.
 
     Raises:
       InputError: a file is no evaluation, or there is none.
     """
-    paths = paths or sorted(workdir.glob(f"*/{RESULT}"))
+    paths = paths or sorted(path for path in workdir.glob(f"*/{RESULT}") if not is_aside(path.parent))
     results = [read_section(path) for path in paths]
     stages = [stage for folder in sorted({path.parent.parent for path in paths} | {workdir}) for stage in folder.glob("stage*")]
     curves = {title: _over_training(stage) for stage, title in zip(stages, _titles(stages, workdir), strict=True)}
@@ -107,7 +107,7 @@ def _copied(path: Path, result: dict[str, Any], folder: Path, number: int) -> di
 def _over_training(stage: Path) -> dict[int, dict[str, float]]:
     """The metrics of a stage by the images that it had seen."""
     points = {}
-    for path in sorted(stage.glob(f"evaluations/*/{RESULT}")):
+    for path in sorted(path for path in stage.glob(f"evaluations/*/{RESULT}") if not is_aside(path.parent)):
         (result,) = read_section(path)["results"].values()
         points[int(path.parent.name)] = result["metrics"]
     return points

@@ -42,8 +42,8 @@ def plan(config: Config, target: str, *, utilisation: float, classes: int, compi
     numbers = range(1, len(config.stages) + 1)
     require(stage is None or stage in numbers, "--stage", stage, f"1 to {len(config.stages)}")
     chip, chips, name = _parse_target(target)
-    checks.check_config(config)
-    checks.check_devices(config, chips, 1)
+    checks.check_config(config, evaluates=False)
+    checks.check_devices(config, chips, 1, evaluates=False)
     devices = topology(config, chip, chips, target) if compile else None
     parts, totals = [_heading(config, chip, chips, name, utilisation)], []
     for number in numbers if stage is None else [stage]:

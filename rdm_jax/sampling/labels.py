@@ -6,22 +6,25 @@ import numpy as np
 from jaxtyping import Int
 
 from rdm_jax import randomness
-from rdm_jax.checks import parse_numbers
+from rdm_jax.classes import Classes, parse_labels
 from rdm_jax.randomness import Stream
 
 
-def labels_of(seeds: Int[np.ndarray, " b"], rule: str, *, classes: int, run_seed: int) -> Int[np.ndarray, " b"]:
-    """int32 classes of seeds, each from its seed alone; -1 where there are no classes.
+def labels_of(seeds: Int[np.ndarray, " b"], rule: str, classes: Classes, *, run_seed: int) -> Int[np.ndarray, " b"]:
+    """int32 numbers of the classes of seeds, each from its seed alone; -1 where there are no classes.
 
     Args:
-      rule: 'balanced', 'random', or a list such as '0,2-5' (config.Sampling.labels).
-      classes: how many there are.
+      rule: 'balanced', 'random', or a list of classes such as 'cat, dog' or '0,2-5' (config.Sampling.labels).
+      classes: of the network.
       run_seed: the config's seed.
+
+    Raises:
+      InputError: the list has something that is no class, or might be one of two.
     """
-    if not classes:
+    if not len(classes):
         return np.full(len(seeds), -1, np.int32)
     if rule == "random":
         keys = randomness.image_keys(randomness.stream_key(run_seed, 0, Stream.LABEL), jnp.asarray(seeds.astype(np.uint32)))
-        return np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(keys), np.int32)
-    listed = np.arange(classes) if rule == "balanced" else np.asarray(parse_numbers(rule, "config.sampling.labels"))
+        return np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(classes)))(keys), np.int32)
+    listed = np.arange(len(classes)) if rule == "balanced" else np.asarray(parse_labels(rule, classes, "config.sampling.labels"))
     return listed[seeds % len(listed)].astype(np.int32)

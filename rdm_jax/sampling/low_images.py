@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from rdm_jax.classes import Classes, matched
 from rdm_jax.config import Config
 from rdm_jax.data.sources import open_source
 from rdm_jax.errors import InputError
@@ -37,22 +38,23 @@ class LowImages:
         """The image of each seed: number s mod n for seed s. Raises InputError for one that is damaged or of another size."""
         return np.stack([self._image(int(seed) % len(self._source)) for seed in seeds])
 
-    def labels(self, seeds: Int[np.ndarray, " b"], class_names: tuple[str, ...]) -> Int[np.ndarray, " b"] | None:
-        """The classes of the images of seeds, by the names of their folders, or by the folders' order if there is one a class.
+    def labels(self, seeds: Int[np.ndarray, " b"], classes: Classes) -> Int[np.ndarray, " b"] | None:
+        """The classes of the images of seeds, by their names; None where the images have no classes.
 
-        None where the images are in no class folders. Raises InputError where the folders are no classes of the network.
+        Args:
+          classes: of the network.
+
+        Raises:
+          InputError: their classes are none of the network's.
         """
-        folders = self._source.class_names
-        if not folders:
+        theirs = Classes(self._source.class_names)
+        if not len(theirs):
             return None
-        if set(folders) <= set(class_names):
-            numbers = [class_names.index(name) for name in folders]
-        elif len(folders) == len(class_names):
-            numbers = list(range(len(folders)))
-        else:
-            known = f"{len(folders)} class folders ({', '.join(folders[:3])}, ...), the network {len(class_names)} other classes"
-            would_do = "folders named like its classes, or another --config.sampling.labels,"
-            raise InputError(f"config.sampling.low={self._spec!r} has {known}; {would_do} would do.")
+        numbers = matched(theirs, classes)
+        if numbers is None:
+            would_do = "classes of the same names, or another --config.sampling.labels, would do."
+            field = f"config.sampling.low={self._spec!r}"
+            raise InputError(f"{field} has images of the classes {theirs}, and the network knows {classes}; {would_do}")
         return np.asarray([numbers[self._source.label(int(seed) % len(self._source))] for seed in seeds], np.int32)
 
     def digest(self, seeds: Int[np.ndarray, " b"]) -> str:

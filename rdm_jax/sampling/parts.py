@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import json
 import os
-import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from rdm_jax import distributed
+from rdm_jax.evaluation.npz import Npz
 from rdm_jax.files import is_whole_npz, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
@@ -25,6 +25,8 @@ from rdm_jax.terminal import progress
 # Threads that compress and write, and the batches that may wait for them before the devices do.
 WRITERS = min(8, os.cpu_count() or 1)
 WAITING = 2 * WRITERS
+ROWS = 256  # images at a time, of a file that is copied
+LABELS = "dataset.json"
 
 
 class Parts(NamedTuple):
@@ -101,19 +103,34 @@ def _array_name(number: int) -> str:
     return f"stage{number}"
 
 
-def write_npz(parts: Parts, names: list[str], others: dict[str, np.ndarray], path: Path) -> None:
-    """One .npz of the images of every stage, by the names given, and other arrays; only a part at a time is in memory."""
+def write_npz(
+    parts: Parts,
+    names: list[str],
+    others: dict[str, np.ndarray],
+    path: Path,
+    before: Npz | None = None,
+    kept: Bool[np.ndarray, " m"] = np.zeros(0, bool),  # noqa: B008
+) -> None:
+    """One .npz of the images of every stage, by the names given, and other arrays; only a part at a time is in memory.
+
+    Args:
+      before: a file with such images, which come first; it may be at `path`.
+      kept: which of them.
+    """
     with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
         for number, name in enumerate(names):
             with file.open(_member(name), "w", force_zip64=True) as member:
-                for index, part_path in enumerate(parts.paths):
+                with np.load(parts.paths[0]) as part:
+                    form = part[_array_name(number)][0]
+                shape = (int(kept.sum()) + parts.count, *form.shape)
+                header = {"descr": np.lib.format.dtype_to_descr(form.dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_2_0(member, header)
+                for first in range(0, len(kept), ROWS):
+                    chosen = kept[first : first + ROWS]
+                    member.write(before.rows(name, first, len(chosen))[chosen].tobytes())
+                for part_path in parts.paths:
                     with np.load(part_path) as part:
-                        images = part[_array_name(number)]
-                    if not index:
-                        shape = (parts.count, *images.shape[1:])
-                        header = {"descr": np.lib.format.dtype_to_descr(images.dtype), "fortran_order": False, "shape": shape}
-                        np.lib.format.write_array_header_2_0(member, header)
-                    member.write(images.tobytes())
+                        member.write(part[_array_name(number)].tobytes())
         for name, array in others.items():
             with file.open(_member(name), "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -131,22 +148,25 @@ def png_name(seed: int | np.integer) -> str:
     return f"{seed:010d}.png"
 
 
-def write_png(parts: Parts, seeds: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], folder: Path) -> None:
-    """A .png of each final image, named by its seed, and their labels in dataset.json, as EDM's tools have it."""
-    partial = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def write_png(parts: Parts, seeds: Int[np.ndarray, " n"], folder: Path) -> None:
+    """A .png of each final image, named by its seed; whatever else is in the folder stays."""
+    folder.mkdir(parents=True, exist_ok=True)
     names = [png_name(seed) for seed in seeds]
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
         for index, part_path in enumerate(parts.paths):
             with np.load(part_path) as part:
                 images = part[part.files[-1]]
             here = names[index * parts.size :]
-            list(pool.map(lambda image, name: _save_png(image, partial / name), images, here))
-    labelled = [[name, int(label)] for name, label in zip(names, labels, strict=True)] if labels.min() >= 0 else None
-    (partial / "dataset.json").write_text(json.dumps({"labels": labelled}))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+            list(pool.map(lambda image, name: _save_png(image, folder / name), images, here))
+
+
+def write_labels(seeds: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], names: tuple[str, ...], folder: Path) -> None:
+    """EDM's dataset.json of pictures: their class numbers, and the names of the classes, which EDM's tools skip."""
+    listed = sorted((png_name(seed), int(label)) for seed, label in zip(seeds, labels, strict=True))
+    text = json.dumps({"labels": listed, "class_names": names} if names else {"labels": None}).encode()
+    if not (folder / LABELS).is_file() or (folder / LABELS).read_bytes() != text:
+        with whole_file(folder / LABELS) as partial:
+            partial.write_bytes(text)
 
 
 def _save_png(image: UInt8[np.ndarray, "h w c"], path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from rdm_jax import sharding
+from rdm_jax.classes import Classes
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.sampling import pictures
@@ -46,9 +47,9 @@ class StageAlone:
     def sample(self, params: Any, seeds: Int[np.ndarray, " b"]) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
         """Images and classes of any number of seeds up to the batch size; what is not finite is black."""
         padded, low = np.resize(seeds, self._config.sampling.batch_size), None
-        rule, classes = self._config.sampling.labels, len(self._real.class_names)
+        rule, classes = self._config.sampling.labels, Classes(self._real.class_names)
         if self._number == 1:
-            labels = labels_of(padded, rule, classes=classes, run_seed=self._config.seed)
+            labels = labels_of(padded, rule, classes, run_seed=self._config.seed)
         else:
             batch = self._real.batch(self._order[padded % len(self._order)])
             labels, pool = batch["label"], self._real.image_shape[0] // self._config.stages[self._number - 2].resolution[0]

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
 from rdm_jax import checks, sharding
+from rdm_jax.classes import Classes, matched, of_checkpoint
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.postprocess import postprocess
 from rdm_jax.errors import InputError
@@ -45,7 +46,7 @@ class Relay:
       low: the small images that it goes on from; None if it begins with stage 1.
       first: number of the first stage that is run.
       earlier: names of the stages before the last one whose images it makes or is given: 'stage1', ...
-      class_names: the classes that the networks know, as their checkpoints say.
+      classes: that the networks know, as their checkpoints say.
       checkpoints: what was loaded, as JSON.
 
     Raises:
@@ -59,10 +60,10 @@ class Relay:
         self.earlier = tuple(f"stage{n}" for n in range(self.low.stage if self.low else 1, len(config.stages)))
         self.checkpoints, self._stages = [], []
         known = [self._load(number, workdir) for number in range(self.first, len(config.stages) + 1)]
-        self.class_names = _common_classes(config, known, self.first)
-        checks.check_classes(config, self.class_names)
+        self.classes = _common_classes(config, known, self.first)
+        checks.check_classes(config, self.classes.names)
 
-    def _load(self, number: int, workdir: Path) -> tuple[str, ...]:
+    def _load(self, number: int, workdir: Path) -> Classes:
         """Reads a stage's checkpoint and returns the classes that it knows."""
         stage, channels = self.config.stages[number - 1], self.config.data.channels
         folder, step = checkpoint_folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
@@ -78,13 +79,13 @@ class Relay:
         self._stages.append((sampler, params))
         loaded = {"step": step, **{k: about[k] for k in ("validation_loss", "imported", "started_from") if k in about}}
         self.checkpoints.append(loaded | ({"folder": str(folder.resolve())} if "/" in stage.checkpoint else {}))
-        return tuple(about["classes"])
+        return of_checkpoint(about)
 
     def labels(self, seeds: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
         """The classes of seeds: those of the small images, or by the rule of `sampling.labels`; -1 where there are none."""
-        rule, classes = self.config.sampling.labels, len(self.class_names)
-        given = self.low.labels(seeds, self.class_names) if self.low and classes and rule == "balanced" else None
-        return labels_of(seeds, rule, classes=classes, run_seed=self.config.seed) if given is None else given
+        rule = self.config.sampling.labels
+        given = self.low.labels(seeds, self.classes) if self.low and len(self.classes) and rule == "balanced" else None
+        return labels_of(seeds, rule, self.classes, run_seed=self.config.seed) if given is None else given
 
     def sample(self, seeds: Int[np.ndarray, " b"]) -> list[np.ndarray]:
         """The images of the `earlier` stages and the last one's, uint8 NHWC, for any number of seeds up to the batch size.
@@ -122,21 +123,15 @@ _to_float = jax.jit(lambda images: to_float(images, 1))
 _to_bytes = jax.jit(lambda images: (to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))))
 
 
-def _common_classes(config: Config, known: list[tuple[str, ...]], first: int) -> tuple[str, ...]:
-    """The classes that all stages know. Imported weights know them by number alone, so another stage's names are theirs too."""
-    numbers = lambda names: tuple(map(str, range(len(names))))  # noqa: E731
-    named = next((names for names in known if names != numbers(names)), known[0])
-    for number, names in enumerate(known, first):
-        if names not in (named, numbers(named)):
+def _common_classes(config: Config, known: list[Classes], first: int) -> Classes:
+    """The classes that all stages know. Where one knows them by number alone, another stage's names are theirs too."""
+    common = next((classes for classes in known if not classes.by_number), known[0])
+    for number, classes in enumerate(known, first):
+        if matched(classes, common) != tuple(range(len(common))):  # the stages are given the same numbers
             field = f"config.stage{number}.checkpoint={config.stages[number - 1].checkpoint!r}"
-            others = f"{_listed(names)}, other stages {_listed(named)}"
-            raise InputError(f"{field} knows the classes {others}; checkpoints of the same classes would do.")
-    return named
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    """A few of the names, for a message."""
-    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+            would_do = "checkpoints of the same classes in the same order would do."
+            raise InputError(f"{field} knows the classes {classes}, other stages {common}; {would_do}")
+    return common
 
 
 def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""From seeds to files: samples.npz, grid.png and samples.json, made in parts so that an interrupted run goes on."""
+"""From seeds to files: samples.npz or pictures, grid.png and samples.json. What is there stays; further seeds are added to it."""
 
 import hashlib
 import json
@@ -12,69 +12,106 @@ import numpy as np
 from PIL import Image
 
 from rdm_jax import distributed
-from rdm_jax.checks import parse_numbers
-from rdm_jax.config import Config, to_dict
+from rdm_jax.classes import table
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.files import is_whole_npz, is_whole_png, parse_json, whole_file
+from rdm_jax.evaluation.npz import Npz
+from rdm_jax.files import is_whole_png, parse_json, whole_file
 from rdm_jax.interrupt import StopOnSignal
-from rdm_jax.sampling import pictures
-from rdm_jax.sampling.parts import Parts, png_name, sample_in_parts, write_npz, write_png
+from rdm_jax.lists import parse_numbers, repetition
+from rdm_jax.sampling import earlier, pictures
+from rdm_jax.sampling.earlier import SAMPLES, Earlier
+from rdm_jax.sampling.made_with import any_seeds, describe, same_settings, with_seeds
+from rdm_jax.sampling.parts import Parts, png_name, sample_in_parts, write_labels, write_npz, write_png
 from rdm_jax.sampling.relay import Relay
-from rdm_jax.sampling.sampler import evaluations, handover, stage_settings
+from rdm_jax.sampling.sampler import evaluations, handover
 from rdm_jax.terminal import log
 
-SAMPLES = "samples.json"
 COLUMNS, ROWS = 3, 10  # examples a row of the grid, and its rows
 
 
-def describe(config: Config, relay: Relay) -> dict[str, Any]:
-    """All that the images depend on, as JSON: what the samples were made with."""
-    stages = {f"stage{number}": stage_settings(config, number) for number in range(relay.first, len(config.stages) + 1)}
-    sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in ("name", "batch_size", "files")}
-    about = {"seed": config.seed, "sampling": sampling, "stages": stages, "checkpoints": relay.checkpoints}
-    if relay.low:
-        about["low_images"] = relay.low.digest(_seeds(config))
-    return json.loads(json.dumps(about))
-
-
-def _seeds(config: Config) -> np.ndarray:
-    return np.asarray(parse_numbers(config.sampling.seeds, "config.sampling.seeds"), np.int64)
-
-
 def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: StopOnSignal) -> None:
-    """Samples every configured seed and leaves, under workdir/<sampling.name>:
+    """Samples every configured seed that is not there yet, and leaves, under workdir/<sampling.name>:
 
-    samples.npz ('images' uint8 NHWC, 'labels', 'seeds', and 'stage1', ... uint8), or a folder images of <seed>.png files with
-    their labels in EDM's dataset.json; grid.png; and samples.json (what they were made with). Finished batches are kept in a
-    folder beside them until all are there, so that an interrupted run goes on.
+    samples.npz ('images' uint8 NHWC, 'labels', 'class_names', 'seeds', and 'stage1', ... uint8), or a folder images of <seed>.png
+    files with their labels and the names of the classes in EDM's dataset.json; grid.png, of further seeds grid-2.png and so on;
+    and samples.json (what they were made with). Finished batches are kept in a folder beside them until all are there, so that
+    an interrupted run goes on.
+
+    Samples that are there, of the same settings, stay. Those of earlier checkpoints of this run are moved aside.
 
     Args:
       source: prepared images, the nearest of which the grid shows; None to leave them out.
 
     Raises:
-      InputError: a small image to start from cannot be used.
+      InputError: a small image to start from cannot be used, or the folder holds something else.
       Interrupted: a signal came; the batches done so far are kept.
     """
     config, folder = relay.config, workdir / relay.config.sampling.name
-    made_with, seeds = describe(config, relay), _seeds(config)
-    distributed.check_same("what the samples are made with", _digest(made_with))
-    if distributed.gathered(np.int32(_is_done(folder, seeds, relay, made_with))).all():
-        log.info("samples: %d images are already in %s", len(seeds), folder)
+    asked = parse_numbers(config.sampling.seeds, "config.sampling.seeds")
+    if said := repetition(config.sampling.seeds, "config.sampling.seeds"):
+        log.info("samples: %s", said)
+    distributed.check_same("what the samples are made with", _digest(describe(config, relay)))
+    there = distributed.first_before_others(lambda: earlier.find(relay, folder))
+    missing = _missing(relay, there, asked)
+    if not len(missing):
+        if distributed.is_first():
+            _complete(relay, there, asked)
+        log.info("samples: %d images are already in %s", len(asked), folder)
         return
-    _say_what_is_made(relay)
+    _say_what_is_made(relay, missing, there)
     began = time.perf_counter()
-    parts, rate = sample_in_parts(relay, seeds, folder / f".parts-{_digest(made_with)}", stop)
+    place = _place_of_parts(relay, missing, folder)
+    parts, rate = sample_in_parts(relay, missing, place, stop)
     seconds = time.perf_counter() - began
     with distributed.together():
         if distributed.is_first():
-            _write(relay, parts, seeds, source, folder, made_with)
-    timed = (len(seeds), seconds, "" if math.isnan(rate) else f", then {rate:.3g} images/s", folder)
+            _write(relay, parts, missing, source, there, asked)
+            _remove_parts(relay, place)
+    timed = (len(missing), seconds, "" if math.isnan(rate) else f", then {rate:.3g} images/s", folder)
     log.info("samples: %d images in %.1f s (compilation included)%s -> %s", *timed)
 
 
-def _say_what_is_made(relay: Relay) -> None:
+def _place_of_parts(relay: Relay, seeds: np.ndarray, folder: Path) -> Path:
+    """Where finished batches of these seeds are kept; what they are made with lies beside them."""
+    made_with = describe(with_seeds(relay.config, seeds.tolist()), relay)
+    place = folder / f".parts-{_digest(made_with)}"
+    with distributed.together():
+        if distributed.is_first():
+            with whole_file(place / SAMPLES) as partial:
+                partial.write_text(json.dumps(made_with))
+    return place
+
+
+def _remove_parts(relay: Relay, place: Path) -> None:
+    """Deletes parts that are not needed any more: these, and what other settings have left, which can not be added here."""
+    ours = describe(relay.config, relay)
+    for parts in place.parent.glob(".parts-*"):
+        try:
+            made_with = parse_json((parts / SAMPLES).read_text())
+            useful = parts != place and same_settings(any_seeds(made_with), any_seeds(ours))
+        except (OSError, ValueError, KeyError, TypeError):
+            useful = False
+        if not useful:
+            shutil.rmtree(parts)
+
+
+def _missing(relay: Relay, there: Earlier, asked: tuple[int, ...]) -> np.ndarray:
+    """The seeds whose images are to be made, the same in every process: int64 (n,)."""
+    wanted = np.asarray(there.wanted(asked), np.int64)
+    drawn = is_whole_png(there.folder / "grid.png")
+    found = there.present(wanted, relay.config.sampling.files) if drawn else np.zeros(len(wanted), bool)
+    distributed.check_same(f"what is wanted in {there.folder}", str(wanted.tolist()))
+    return wanted[~distributed.gathered(found).all(0)]
+
+
+def _say_what_is_made(relay: Relay, missing: np.ndarray, there: Earlier) -> None:
+    if there.seeds:
+        log.info("samples: %d images are added to those in %s", len(missing), there.folder)
     if relay.low:
         log.info("samples: from the images of %s, in place of stage%d's", relay.config.sampling.low, relay.low.stage)
+    if len(relay.classes):
+        numbers = tuple(np.unique(relay.labels(missing)).tolist())
+        log.info("samples: of the classes (number and name) %s", table(relay.classes, numbers))
     for number, loaded in enumerate(relay.checkpoints, relay.first):
         stage = relay.config.stages[number - 1]
         about = (number, loaded["step"], evaluations(stage), stage.guidance)
@@ -83,49 +120,59 @@ def _say_what_is_made(relay: Relay) -> None:
             log.info("samples: stage%d %s", number, handover(stage))
 
 
-def _write(
-    relay: Relay, parts: Parts, seeds: np.ndarray, source: ImageSet | None, folder: Path, made_with: dict[str, Any]
-) -> None:
-    """Leaves the files, then deletes the parts."""
-    labels = relay.labels(seeds)
-    if not _is_vouched_for(folder, made_with):
-        _remove_images(folder)
-    (folder / SAMPLES).unlink(missing_ok=True)  # it vouches for the others, so it comes last
-    if relay.config.sampling.files == "png":
-        write_png(parts, seeds, labels, folder / "images")
+def _write(relay: Relay, parts: Parts, made: np.ndarray, source: ImageSet | None, there: Earlier, asked: tuple[int, ...]) -> None:
+    """Adds what was made to what is there."""
+    folder, files = there.folder, relay.config.sampling.files
+    if not there.made_with:  # from now on the folder is known to be ours, should this be killed
+        _write_made_with(relay, there.all_seeds(asked), folder)
+    if files == "png":
+        write_png(parts, made, folder / "images")
+        _write_labels(relay, there.all_seeds(asked), folder / "images")
     else:
-        write_npz(parts, _image_names(relay), {"labels": labels, "seeds": seeds}, folder / "samples.npz")
-    pictures.save_picture(_draw(parts, labels, relay.class_names, source), folder / "grid.png")
+        _write_npz(relay, parts, made, there)
+    grid = _free_grid(folder, again=set(made.tolist()) <= set(there.seeds))
+    if grid:
+        pictures.save_picture(_draw(parts, relay.labels(made), relay.classes.names, source), grid)
+    _write_made_with(relay, there.all_seeds(asked), folder)
+
+
+def _complete(relay: Relay, there: Earlier, asked: tuple[int, ...]) -> None:
+    """Writes what is said of images that are there, where a run was killed before it did, or an earlier version said less."""
+    if relay.config.sampling.files == "png":
+        _write_labels(relay, there.all_seeds(asked), there.folder / "images")
+    if not set(asked) <= set(there.seeds):
+        _write_made_with(relay, there.all_seeds(asked), there.folder)
+
+
+def _write_npz(relay: Relay, parts: Parts, made: np.ndarray, there: Earlier) -> None:
+    """samples.npz of what is there already, if anything, and what was made."""
+    path, names = there.folder / "samples.npz", [*relay.earlier, "images"]
+    before = Npz(path) if there.has_npz else None
+    kept = ~np.isin(there.npz_seeds, made)
+    seeds = np.concatenate([there.npz_seeds[kept], made])
+    others = {"labels": relay.labels(seeds), "seeds": seeds}
+    if len(relay.classes):
+        others["class_names"] = np.asarray(relay.classes.names)
+    write_npz(parts, names, others, path, before, kept)
+
+
+def _write_labels(relay: Relay, seeds: tuple[int, ...], folder: Path) -> None:
+    """The labels file of the pictures that are there."""
+    there = np.asarray([seed for seed in seeds if (folder / png_name(seed)).is_file()], np.int64)
+    write_labels(there, relay.labels(there), relay.classes.names, folder)
+
+
+def _write_made_with(relay: Relay, seeds: tuple[int, ...], folder: Path) -> None:
     with whole_file(folder / SAMPLES) as partial:
-        partial.write_text(json.dumps(made_with, indent=2))
-    for leftover in folder.glob(".parts-*"):
-        shutil.rmtree(leftover)
+        partial.write_text(json.dumps(describe(with_seeds(relay.config, seeds), relay), indent=2))
 
 
-def _image_names(relay: Relay) -> list[str]:
-    """Of the arrays in samples.npz that are images."""
-    return [*relay.earlier, "images"]
-
-
-def _is_done(folder: Path, seeds: np.ndarray, relay: Relay, made_with: dict[str, Any]) -> bool:
-    """Whether the images are there, whole, as such files, made with the same."""
-    if not _is_vouched_for(folder, made_with) or not is_whole_png(folder / "grid.png"):
-        return False
-    if relay.config.sampling.files == "npz":
-        return is_whole_npz(folder / "samples.npz", [*_image_names(relay), "labels", "seeds"])
-    return (folder / "images/dataset.json").is_file() and all(is_whole_png(folder / "images" / png_name(seed)) for seed in seeds)
-
-
-def _is_vouched_for(folder: Path, made_with: dict[str, Any]) -> bool:
-    try:
-        return parse_json((folder / SAMPLES).read_text()) == made_with
-    except (FileNotFoundError, ValueError):
-        return False
-
-
-def _remove_images(folder: Path) -> None:
-    (folder / "samples.npz").unlink(missing_ok=True)
-    shutil.rmtree(folder / "images", ignore_errors=True)
+def _free_grid(folder: Path, *, again: bool) -> Path | None:
+    """Where to draw what was made; None where it is drawn already."""
+    if not is_whole_png(folder / "grid.png"):
+        return folder / "grid.png"
+    number = next(n for n in range(2, 10**9) if not (folder / f"grid-{n}.png").exists())
+    return None if again else folder / f"grid-{number}.png"
 
 
 def _digest(made_with: dict[str, Any]) -> str:

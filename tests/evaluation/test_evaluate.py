@@ -10,83 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax.config import Evaluation, to_dict
-from rdm_jax.data.image_sets import ImageSet, open_direct
-from rdm_jax.data.images import Form
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier, evaluate
-from rdm_jax.evaluation.evaluate import Evaluator, read_result
-from rdm_jax.evaluation.features import FeatureSpace
+from rdm_jax.evaluation.evaluate import read_result
 from rdm_jax.evaluation.generated import StageStream
-from rdm_jax.evaluation.streams import SetStream, labels_by_name
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.run import run
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.training import checkpoint
-from tests.tiny import tiny_config, write_images
-
-SIZE = 5
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "images"
-    write_images(folder, count=60)
-    return folder
+from tests.evaluation.small_evaluation import SIZE, SPACE, config_of, measured, parts_of
 
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
     monkeypatch.setattr(classifier, "IMAGES_SHOWN", 300)
-
-
-def config_of(source, *, held_out: int = 20, **evaluation):
-    config = tiny_config(source)
-    data = dataclasses.replace(config.data, directory="", held_out=held_out)
-    values = {"features": "classifier", "images": "held_out, stage1, samples", "batch_size": 8, "seeds": "0-19"} | evaluation
-    return dataclasses.replace(config, data=data, evaluation=Evaluation(**values))
-
-
-def parts_of(config) -> tuple[ImageSet, ImageSet | None]:
-    form = Form(*config.stages[-1].resolution, channels=3)
-    return open_direct(config.data.source, form, cache_bytes=2**30).split(config.data.held_out)
-
-
-@pytest.fixture(scope="module")
-def workdir(source, tmp_path_factory):
-    """A run whose stages have parameters that are random, and no longer the zero output of initialisation."""
-    workdir, config = tmp_path_factory.mktemp("run"), tiny_config(source)
-    for number, stage in enumerate(config.stages, 1):
-        params = jax.jit(stage.build(3, 2).init)(jax.random.key(number))
-        nudged = jax.tree.map(lambda x: np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
-        checkpoints = checkpoint.Checkpoints(workdir / f"stage{number}" / "checkpoints")
-        about = {"stage": to_dict(config)[f"stage{number}"], "classes": ["a", "b"], "seed": 0}
-        checkpoints.save_ema(0, nudged, about)
-        checkpoints.close()
-    return workdir
-
-
-def means(params, images):
-    """Features that are nothing but means of some pixels."""
-    return {"features": images.reshape(len(images), -1)[:, : 8 * SIZE].reshape(len(images), SIZE, 8).mean(-1) / params}
-
-
-SPACE = FeatureSpace("means", "of pixels", {"features": SIZE}, np.float32(64), means)
-
-
-@pytest.fixture(scope="module")
-def relay(source, workdir):
-    """Compiled once."""
-    return Relay(config_of(source), workdir)
-
-
-def measured(config, relay, folder, space=SPACE, stop=None):
-    """evaluation.json of the config, with a feature extractor of our own, in a folder of its own."""
-    relay = copy.copy(relay)
-    relay.config = config
-    evaluator = Evaluator(config, *parts_of(config), folder, stop or StopOnSignal(), space)
-    return evaluator.run(relay)
 
 
 def test_command(source, workdir, tmp_path, capsys, caplog):
@@ -207,9 +146,7 @@ def test_statistics_are_used_again_and_by_others(source, relay, tmp_path, caplog
     assert measured(given, relay, tmp_path)["results"]["held_out"]["metrics"] == first["metrics"]
     assert path.stat().st_mtime_ns == before
     path.write_bytes(b"damaged")
-    assert measured(
-        dataclasses.replace(config, seed=2, evaluation=dataclasses.replace(config.evaluation, kept=30)), relay, tmp_path
-    )
+    assert measured(config_of(source, images="held_out, training"), relay, tmp_path)["results"]["held_out"] == first
     assert "measured again" in caplog.text
 
 
@@ -302,16 +239,6 @@ def test_what_was_gathered_and_is_damaged_is_gathered_again(source, relay, tmp_p
     assert caplog.text.count("begins again") == 2
 
 
-def test_labels_go_by_the_classes_names(source):
-    assert labels_by_name(("b", "a", "c"), ("a", "b")).tolist() == [1, 0, -1, -1]
-    assert labels_by_name(("0", "1"), ("a", "b")).tolist() == [0, 1, -1]  # imported weights know numbers alone
-    assert labels_by_name(("0", "1"), ("a", "b", "c")).tolist() == [-1, -1, -1]
-    images, _ = parts_of(config_of(source))  # sorted by class; a score in splits of the order would say less of it
-    stream = SetStream("training", images, 8, ("b", "a"))
-    labels = stream.batch(0, 40)[1]
-    assert 5 < labels[:20].sum() < 15 and sorted(labels.tolist()) == sorted(1 - images.batch(np.arange(40))["label"])
-
-
 def test_held_out_images_are_of_every_class():
     """Of a sorted set in equal parts, and of one whose classes take turns at random."""
     for labels in (np.arange(1000) // 100, np.arange(1000) % 10):
@@ -354,9 +281,17 @@ REFUSED = {
     "npz of other numbers": ({"images": "npz:{tmp}/float.npz"}, r"float.npz has images of shape .*float32"),
     "npz without images": ({"images": "npz:{tmp}/other.npz"}, r"other.npz has no images, only stuff"),
     "npz with objects": ({"images": "npz:{tmp}/objects.npz"}, r"objects.npz cannot be used .*never loaded"),
-    "folder of another size": ({"images": "folder:{tmp}/large"}, r"is of 9 x 9.*8 x 8"),
+    "folder of another size": (
+        {"images": "folder:{tmp}/large"},
+        r"image '00.png' of folder:.*/large is of 9 x 9 \(height x width\); 8 x 8, as config.stages say, would do",
+    ),
     "grey folder": ({"images": "folder:{tmp}/grey"}, r"the images of folder:.*grey are grey"),
     "one name for two": ({"name": "samples"}, r"evaluation.name='samples'"),
+    "a name of the run's": ({"name": "report"}, r"evaluation.name='report'"),
+    "a bucket to measure": ({"images": "samples, npz:gs://b/x.npz"}, r"evaluation.images='gs://b/x.npz' is a URL"),
+    "a bucket to compare with": ({"reference": "npz:s3://b/x.npz"}, r"evaluation.reference='s3://b/x.npz' is a URL"),
+    "weights in a bucket": ({"weights": "gs://b/x"}, r"evaluation.weights='gs://b/x' is a URL"),
+    "no JSON list": ({"images": '["samples'}, r"evaluation.images=.* is no JSON list"),
 }
 
 

@@ -13,6 +13,7 @@ import safetensors
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from rdm_jax.classes import Classes
 from rdm_jax.config import Config, Stage, parse
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.diffusion.processes import Relay
@@ -173,13 +174,16 @@ def low_images(config, folder, names, colour="black") -> LowImages:
 
 def test_small_images_bring_their_classes(tmp_path):
     config, seeds = config_for(tmp_path), np.arange(4)
+    imported, named = Classes(("0", "1", "2"), by_number=True), Classes(("0", "1", "2"))
     by_name = low_images(config, tmp_path / "by_name", ["2", "0"])
-    assert by_name.labels(seeds, ("0", "1", "2")).tolist() == [0, 2, 0, 2]
+    assert by_name.labels(seeds, imported).tolist() == by_name.labels(seeds, named).tolist() == [0, 2, 0, 2]
     by_order = low_images(config, tmp_path / "by_order", ["n02", "n01", "n03"])
-    assert by_order.labels(seeds, ("0", "1", "2")).tolist() == [0, 1, 2, 0]
-    assert low_images(config, tmp_path / "flat", ["."]).labels(seeds, ("0", "1", "2")) is None
-    with pytest.raises(InputError, match=r"2 class folders \(a, b, ...\), the network 3 other classes; folders named"):
-        low_images(config, tmp_path / "others", ["a", "b"]).labels(seeds, ("0", "1", "2"))
+    assert by_order.labels(seeds, imported).tolist() == [0, 1, 2, 0]  # of imported weights numbers are all that is known
+    assert low_images(config, tmp_path / "flat", ["."]).labels(seeds, imported) is None
+    with pytest.raises(InputError, match=r"classes n01, n02, n03 \(3\), and the network knows 0, 1, 2 \(3\); classes"):
+        by_order.labels(seeds, named)
+    with pytest.raises(InputError, match=r"classes a, b \(2\), and the network knows 0, 1, 2 \(3\), known by number alone"):
+        low_images(config, tmp_path / "others", ["a", "b"]).labels(seeds, imported)
 
 
 def test_other_small_images_are_other_samples(tmp_path):

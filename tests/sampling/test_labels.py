@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
+from rdm_jax.classes import Classes
 from rdm_jax.errors import InputError
 from rdm_jax.sampling.labels import labels_of
 
 
 def labels(rule: str, seeds=np.arange(2000), classes: int = 10, run_seed: int = 0):  # noqa: B008
-    return labels_of(seeds, rule, classes=classes, run_seed=run_seed)
+    return labels_of(seeds, rule, Classes(tuple("abcdefghijkl"[:classes])), run_seed=run_seed)
 
 
 def test_balanced_is_exactly_so():
@@ -29,6 +30,7 @@ def test_listed_ones_are_taken_in_turn():
     assert set(labels("3").tolist()) == {3}
     assert labels("3,1,5-6", np.arange(6)).tolist() == [3, 1, 5, 6, 3, 1]
     assert labels("9,9,0", np.array([2, 0])).tolist() == [0, 9]
+    assert labels("d, b, 5-6", np.arange(6)).tolist() == [3, 1, 5, 6, 3, 1]
 
 
 def test_data_without_classes_has_the_null_label():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rdm_jax import sharding
+from rdm_jax.classes import Classes
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
@@ -17,11 +18,13 @@ from rdm_jax.diffusion.processes import Cascade
 from rdm_jax.diffusion.samplers import CascadeHeun
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
-from rdm_jax.sampling import parts, pictures, relay, results, sampler
+from rdm_jax.sampling import parts, pictures, relay, sampler
 from rdm_jax.training.step import to_float
+from tests.sampling.fake_relay import FakeRelay
 from tests.tiny import tiny_config, write_images
 
 BATCH = 8
+AB, TWO = Classes(("a", "b")), Classes(("0", "1"), by_number=True)
 NUMBER = {"gaussian": 1, "relay": 2, "cascade": 2}  # of a stage of that process
 every_kind = pytest.mark.parametrize("kind", NUMBER)
 
@@ -105,25 +108,6 @@ def test_run_seed_and_stage_change_the_noise():
     assert np.abs(outputs[0] - outputs[1]).max() > 0.1 and np.abs(outputs[0] - outputs[2]).max() > 0.1
 
 
-class FakeRelay(relay.Relay):
-    """Counts the batches that are sampled; 'images' are the seeds."""
-
-    def __init__(self, config):
-        self.config, self.made, self.after_each = config, [], lambda: None
-        self.low, self.first, self.earlier, self.class_names, self.checkpoints = None, 1, ("stage1",), (), []
-
-    def labels(self, seeds):
-        return seeds % 2
-
-    def begin(self, seeds):
-        return relay.Begun([np.ones((8, 4, 4, 1), np.uint8), seeds.astype(np.uint8)[:, None, None, None]], True, len(seeds))
-
-    def finish(self, begun):
-        self.made.append(begun.stages[1].ravel().tolist())
-        self.after_each()
-        return [stage[: begun.count] for stage in begun.stages]
-
-
 def test_interrupted_sampling_goes_on(tmp_path):
     fake, stop = FakeRelay(tiny_config("images")), StopOnSignal()
     fake.after_each = lambda: setattr(stop, "requested", 15)
@@ -148,27 +132,14 @@ def test_parts_become_one_file(tmp_path):
 
 def test_parts_become_pictures(tmp_path):
     made, _ = parts.sample_in_parts(FakeRelay(tiny_config("images")), np.arange(12), tmp_path / "parts", StopOnSignal())
-    for _ in range(2):  # what stands there is replaced
-        parts.write_png(made, np.arange(12) + 5, np.arange(12) % 2, tmp_path / "images")
+    seeds = np.arange(12) + 5
+    for _ in range(2):  # the same pictures again
+        parts.write_png(made, seeds, tmp_path / "images")
+        parts.write_labels(seeds, np.arange(12) % 2, ("1", "10"), tmp_path / "images")
     source = open_source(f"folder:{tmp_path / 'images'}")
     assert source.names == [f"{seed:010d}.png" for seed in range(5, 17)] and source.labels == [0, 1] * 6
+    assert source.class_names == ("1", "10")
     assert np.asarray(source.reader.load(source.names[3])).ravel().tolist() == [3]
-
-
-def test_a_samples_folder_holds_either_kind_of_file_of_the_same_images_alone(tmp_path):
-    def there(**settings):
-        config = tiny_config("images")
-        fake = FakeRelay(dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **settings)))
-        results.sample_to_files(fake, None, tmp_path, StopOnSignal())
-        folder = tmp_path / "samples"
-        return bool(fake.made), {name for name in ("samples.npz", "images/dataset.json") if (folder / name).exists()}
-
-    npz, png = "samples.npz", "images/dataset.json"
-    assert there(files="npz") == (True, {npz})
-    assert there(files="png") == (True, {npz, png})
-    assert there(files="npz") == there(files="png") == (False, {npz, png})  # both are there
-    assert there(files="png", seeds="0-3") == (True, {png})  # the other would be of other images
-    assert there(files="npz", seeds="0-3") == (True, {npz, png})
 
 
 def test_a_part_that_cannot_be_written_is_told(tmp_path):
@@ -182,16 +153,18 @@ def test_a_part_that_cannot_be_written_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("known", "common"),
     [
-        ([("a", "b"), ("a", "b")], ("a", "b")),
-        ([("0", "1"), ("a", "b")], ("a", "b")),
-        ([("a", "b"), ("0", "1")], ("a", "b")),
-        ([("0", "1")], ("0", "1")),
-        ([(), ()], ()),
-        ([("a", "b"), ("b", "a")], None),
-        ([("0", "1"), ("a", "b", "c")], None),
-        ([("a", "b"), ("0", "1", "2")], None),
-        ([("a",), ()], None),
-        ([(), ("0",)], None),
+        ([AB, AB], AB),
+        ([TWO, AB], AB),
+        ([AB, TWO], AB),
+        ([TWO], TWO),
+        ([TWO, TWO], TWO),
+        ([Classes(), Classes()], Classes()),
+        ([AB, Classes(("b", "a"))], None),
+        ([AB, Classes(("0", "1"))], None),  # these are names
+        ([TWO, Classes(("1", "0"))], None),
+        ([TWO, Classes(("a", "b", "c"))], None),
+        ([Classes(("a",)), Classes()], None),
+        ([Classes(), Classes(("0",))], None),
     ],
 )
 def test_stages_know_the_same_classes(known, common):

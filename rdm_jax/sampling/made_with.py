@@ -1,0 +1,81 @@
+"""All that sampled images depend on, as JSON, and whether two of them are the same settings."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rdm_jax.config import Config, Sampling, to_dict
+from rdm_jax.lists import as_ranges, parse_numbers, repetition
+from rdm_jax.sampling.relay import Relay
+from rdm_jax.sampling.sampler import stage_settings
+
+NOT_IN_IMAGES = ("name", "batch_size", "files")
+
+
+def settings(config: Config, first: int) -> dict[str, Any]:
+    """What is known of it before any checkpoint is read.
+
+    Args:
+      first: number of the first stage that is run.
+    """
+    stages = {f"stage{number}": stage_settings(config, number) for number in range(first, len(config.stages) + 1)}
+    sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in NOT_IN_IMAGES}
+    sampling["seeds"] = _plain(sampling["seeds"])
+    return json.loads(json.dumps({"seed": config.seed, "sampling": sampling, "stages": stages}))
+
+
+def describe(config: Config, relay: Relay) -> dict[str, Any]:
+    """All that the images of the config's seeds depend on: what the samples were made with."""
+    about = settings(config, relay.first) | {"checkpoints": relay.checkpoints}
+    if relay.low:
+        about["low_images"] = relay.low.digest(np.asarray(parse_numbers(config.sampling.seeds, "config.sampling.seeds")))
+    return json.loads(json.dumps(about))
+
+
+def with_seeds(config: Config, seeds: Sequence[int]) -> Config:
+    """The config with these seeds in place of its own; the same text where they are the same, in the same order."""
+    if tuple(seeds) == parse_numbers(config.sampling.seeds, "config.sampling.seeds"):
+        return config
+    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seeds=as_ranges(seeds)))
+
+
+def any_seeds(made_with: dict[str, Any]) -> dict[str, Any]:
+    """The same without what is of its seeds alone."""
+    return {**made_with, "sampling": {**made_with["sampling"], "seeds": ""}, "low_images": ""}
+
+
+def same_settings(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether images made with both are the same; `old` may be of an earlier version of this project."""
+    return not differences(old, new)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What is not the same, as 'sampling.labels was 'balanced' and is '3''."""
+    return _differences(completed(old), new, "")
+
+
+def completed(old: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version wrote, with the fields that it did not know at the values that mean what it did.
+
+    Args:
+      old: of samples, or what an evaluation says of a set of images.
+    """
+    if "sampling" not in old:
+        return old
+    known = {field.name: field.default for field in dataclasses.fields(Sampling) if field.name not in NOT_IN_IMAGES}
+    return {**old, "sampling": {**known, **old["sampling"]}}
+
+
+def _plain(seeds: str) -> str:
+    """As it was given, unless it names seeds twice."""
+    field = "config.sampling.seeds"
+    return as_ranges(parse_numbers(seeds, field)) if repetition(seeds, field) else seeds
+
+
+def _differences(old: Any, new: Any, field: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [d for key in sorted(old.keys() | new.keys()) for d in _differences(old.get(key), new.get(key), f"{field}.{key}")]
+    return [] if old == new else [f"{field.removeprefix('.')} was {old!r} and is {new!r}"]
