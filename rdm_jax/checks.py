@@ -4,7 +4,7 @@ import functools
 import math
 from typing import Any
 
-from rdm_jax import sharding
+from rdm_jax import jax_settings, sharding
 from rdm_jax.config import Config, Stage, kind_of
 from rdm_jax.data import augment, images, postprocess, records
 from rdm_jax.diffusion import processes, samplers
@@ -19,11 +19,12 @@ FEATURES = ("none", "inception", "classifier")
 
 
 def check_config(config: Config) -> None:
-    """Refuses values that cannot work, alone or together.
+    """Refuses values that cannot work, alone or together, and settings of jax under which seeds would not mean the same.
 
     Raises:
       InputError: names the first such field, its value and what would do.
     """
+    jax_settings.check()
     for rule in (_check_network, _check_process, _check_stage, _check_training, _check_sampler):
         for number, stage in enumerate(config.stages, 1):
             rule(stage, f"config.stage{number}")

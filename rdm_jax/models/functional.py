@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from rdm_jax.randomness import root_key
+
 
 class Network(NamedTuple):
     """A network as pure functions.
@@ -78,7 +80,7 @@ class _SameKey(nnx.Rngs):
     """One key for everything: shapes do not depend on it, and counting the draws takes nnx most of the time of a trace."""
 
     def params(self) -> Key[Array, ""]:
-        return jax.random.key(0)
+        return root_key(0)
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:

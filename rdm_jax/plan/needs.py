@@ -15,6 +15,7 @@ from rdm_jax import sharding
 from rdm_jax.config import Config, Stage
 from rdm_jax.models.functional import has_equations
 from rdm_jax.plan.chips import Chip
+from rdm_jax.randomness import root_key
 from rdm_jax.training.program import build_objective, build_optimizer
 from rdm_jax.training.step import TrainState, init_state
 
@@ -187,7 +188,7 @@ def _activations(stage: Stage, image_shape: tuple[int, int, int], classes: int) 
     # Parameters as they are computed with: their copies are no activations.
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), objective.network.abstract)
     batch = {"image": jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8), "label": jax.ShapeDtypeStruct((1,), jnp.int32)}
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    keys = jax.eval_shape(lambda: jax.random.split(root_key(0), 1))
     loss = lambda params, batch, keys: objective.loss(params, batch, keys, dropout=True).mean()  # noqa: E731
     again = block_bytes(loss, params, batch, keys) if stage.network.remat == "block" else 0
     return residual_bytes(loss, params, batch, keys) + again

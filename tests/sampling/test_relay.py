@@ -65,6 +65,13 @@ def test_an_image_is_its_seeds_alone(kind):
     assert np.abs(whole[0] - whole[2]).max() > 0.1 and np.abs(whole).max() <= 1
 
 
+def test_the_default_generator_of_random_numbers_does_not_matter():
+    sample, *args = make("relay")
+    with jax.default_prng_impl("rbg"):
+        again, *_ = make.__wrapped__("relay")
+        np.testing.assert_array_equal(again(*args), sample(*args))
+
+
 @every_kind
 def test_scan_equals_loop(kind, monkeypatch):
     loop, *args = make(kind)
