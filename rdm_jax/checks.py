@@ -68,6 +68,7 @@ def _check_evaluation(config: Config) -> None:
         _check_measured(image_set.strip(), config)
     given = values.reference in ("training", "held_out") or values.reference.startswith(("prepared:", "npz:"))
     require(given, "config.evaluation.reference", values.reference, "'training', 'held_out', 'prepared:PATH' or 'npz:PATH'")
+    _check_native(config)
     for field, seeds in (("seeds", evaluated_seeds(config)), ("seeds_in_training", values.seeds_in_training)):
         many = len(parse_numbers(seeds, f"config.evaluation.{field}"))
         require(many >= LEAST, f"config.evaluation.{field}", seeds, f"{LEAST} or more, of too few images nothing can be said,")
@@ -75,13 +76,29 @@ def _check_evaluation(config: Config) -> None:
     require(values.batch_size > 0, "config.evaluation.batch_size", values.batch_size, "a positive number")
 
 
+def _check_native(config: Config) -> None:
+    """What stages may be compared with at their own size."""
+    values, field = config.evaluation, "config.evaluation.native_reference"
+    spec, of_data = values.native_reference, values.native_reference in ("training", "held_out")
+    given = of_data or spec.startswith(("prepared:", "npz:"))
+    require(given or not spec, field, spec, "'training', 'held_out', 'prepared:PATH', 'npz:PATH', or '' for none,")
+    native = next((name for name in values.images.split(",") if name.strip().endswith("@native")), "").strip()
+    require(spec or not native, field, spec, f"'training', 'held_out', 'prepared:PATH' or 'npz:PATH', for {native!r} in images,")
+    alone = "'', for features='classifier' are made for images of the final size alone; or features='inception'"
+    require(not spec or values.features != "classifier", field, spec, alone)
+    for number, stage in enumerate(config.stages[:-1], 1):
+        own = f"'prepared:PATH' or 'npz:PATH', for config.stage{number}.source is not what the last stage learns from,"
+        require(not (of_data and stage.source), field, spec, own)
+
+
 def _check_measured(image_set: str, config: Config) -> None:
     """What one part of `evaluation.images` may be."""
-    stages = [f"stage{number}" for number in range(1, len(config.stages))]
+    stages = [f"stage{number}{end}" for end in ("", "@native") for number in range(1, len(config.stages))]
     given = image_set in ("samples", "held_out", *stages) or image_set.startswith(("prepared:", "folder:", "zip:", "npz:"))
     known = ", ".join(map(repr, ["samples", *stages, "held_out", "folder:PATH", "zip:PATH", "prepared:PATH"]))
     require(given, "config.evaluation.images", config.evaluation.images, f"{known} or 'npz:PATH'")
-    needs, held_out = "held_out" in (image_set, config.evaluation.reference), config.data.held_out
+    values, held_out = config.evaluation, config.data.held_out
+    needs = "held_out" in (image_set, values.reference, values.native_reference)
     require(held_out or not needs, "config.data.held_out", held_out, "more than 0, for 'held_out' in config.evaluation,")
 
 

@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax.config import Evaluation, to_dict
-from rdm_jax.data.image_sets import ImageSet, open_direct
-from rdm_jax.data.images import Form
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation import classifier, evaluate
-from rdm_jax.evaluation.evaluate import Evaluator, read_result
-from rdm_jax.evaluation.features import FeatureSpace
+from rdm_jax.evaluation.evaluate import read_result
 from rdm_jax.evaluation.generated import StageStream
 from rdm_jax.evaluation.streams import SetStream, labels_by_name
 from rdm_jax.interrupt import Interrupted, StopOnSignal
@@ -24,69 +21,12 @@ from rdm_jax.run import run
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.training import checkpoint
-from tests.tiny import tiny_config, write_images
-
-SIZE = 5
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("source") / "images"
-    write_images(folder, count=60)
-    return folder
+from tests.evaluation.small_evaluation import SIZE, SPACE, config_of, measured, parts_of
 
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch):
     monkeypatch.setattr(classifier, "IMAGES_SHOWN", 300)
-
-
-def config_of(source, *, held_out: int = 20, **evaluation):
-    config = tiny_config(source)
-    data = dataclasses.replace(config.data, directory="", held_out=held_out)
-    values = {"features": "classifier", "images": "held_out, stage1, samples", "batch_size": 8, "seeds": "0-19"} | evaluation
-    return dataclasses.replace(config, data=data, evaluation=Evaluation(**values))
-
-
-def parts_of(config) -> tuple[ImageSet, ImageSet | None]:
-    form = Form(*config.stages[-1].resolution, channels=3)
-    return open_direct(config.data.source, form, cache_bytes=2**30).split(config.data.held_out)
-
-
-@pytest.fixture(scope="module")
-def workdir(source, tmp_path_factory):
-    """A run whose stages have parameters that are random, and no longer the zero output of initialisation."""
-    workdir, config = tmp_path_factory.mktemp("run"), tiny_config(source)
-    for number, stage in enumerate(config.stages, 1):
-        params = jax.jit(stage.build(3, 2).init)(jax.random.key(number))
-        nudged = jax.tree.map(lambda x: np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
-        checkpoints = checkpoint.Checkpoints(workdir / f"stage{number}" / "checkpoints")
-        about = {"stage": to_dict(config)[f"stage{number}"], "classes": ["a", "b"], "seed": 0}
-        checkpoints.save_ema(0, nudged, about)
-        checkpoints.close()
-    return workdir
-
-
-def means(params, images):
-    """Features that are nothing but means of some pixels."""
-    return {"features": images.reshape(len(images), -1)[:, : 8 * SIZE].reshape(len(images), SIZE, 8).mean(-1) / params}
-
-
-SPACE = FeatureSpace("means", "of pixels", {"features": SIZE}, np.float32(64), means)
-
-
-@pytest.fixture(scope="module")
-def relay(source, workdir):
-    """Compiled once."""
-    return Relay(config_of(source), workdir)
-
-
-def measured(config, relay, folder, space=SPACE, stop=None):
-    """evaluation.json of the config, with a feature extractor of our own, in a folder of its own."""
-    relay = copy.copy(relay)
-    relay.config = config
-    evaluator = Evaluator(config, *parts_of(config), folder, stop or StopOnSignal(), space)
-    return evaluator.run(relay)
 
 
 def test_command(source, workdir, tmp_path, capsys, caplog):
@@ -339,6 +279,20 @@ def test_refused_before_anything_is_trained(source, tmp_path, case):
 
 
 REFUSED = {
+    "own size without a reference": (
+        {"features": "inception", "images": "samples, stage1@native"},
+        r"native_reference='' cannot be used; .*'npz:PATH', for 'stage1@native' in images, would do",
+    ),
+    "own size for a classifier": (
+        {"native_reference": "training"},
+        r"native_reference='training'.*the final size alone",
+    ),
+    "unknown reference of own size": ({"features": "inception", "native_reference": "x"}, r"native_reference='x'.*'held_out'"),
+    "own size of the last stage": ({"features": "inception", "images": "stage2@native"}, r"images='stage2@native'.*'stage1@nati"),
+    "nothing held out for it": (
+        {"features": "inception", "held_out": 0, "native_reference": "held_out"},
+        r"data.held_out=0 cannot",
+    ),
     "no features": ({"features": "none"}, r"features='none' with --mode=evaluate; 'inception' or 'classifier'"),
     "unknown features": ({"features": "dino"}, r"features='dino'"),
     "unknown set": ({"images": "samples, stage2"}, r"images='samples, stage2'.*'stage1'"),
