@@ -78,7 +78,7 @@ def test_a_cascade_learns_from_the_image_that_it_is_given():
     """A network that answers with what it is given, at a noise level where nothing else is known."""
     process = processes.Cascade(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
     given = lambda params, x, c_noise, labels, augment, keys: params["scale"] * x[..., 3:6]  # noqa: E731
-    goal = Objective(Network(None, given, None), process, preconditioning.EDM(), 1, CLASSES, label_dropout=0.25)
+    goal = Objective(Network(None, given, None, None), process, preconditioning.EDM(), 1, CLASSES, label_dropout=0.25)
     smooth = batch()["image"][:, ::2, ::2].repeat(2, 1).repeat(2, 2)  # the same as its means, enlarged
     data, keys = jax.device_put({**batch(), "image": smooth}), jax.random.split(jax.random.key(0), BATCH)
     loss = jax.jit(lambda scale: goal.loss({"scale": scale}, data, keys, dropout=False).mean())
