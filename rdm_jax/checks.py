@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any
 
-from rdm_jax import sharding
+from rdm_jax import jax_settings, sharding
 from rdm_jax.classes import LABEL_RULES, Classes, parse_labels
 from rdm_jax.config import Config, Stage, kind_of
 from rdm_jax.data import augment, images, postprocess, records
@@ -26,7 +26,7 @@ FEATURES = ("none", "inception", "classifier")
 
 
 def check_config(config: Config, *, evaluates: bool = True) -> None:
-    """Refuses values that cannot work, alone or together.
+    """Refuses values that cannot work, alone or together, and settings of jax under which seeds would not mean the same.
 
     Args:
       evaluates: whether something is going to be measured; else `config.evaluation` is not looked at.
@@ -34,6 +34,7 @@ def check_config(config: Config, *, evaluates: bool = True) -> None:
     Raises:
       InputError: names the first such field, its value and what would do.
     """
+    jax_settings.check()
     for rule in (_check_network, _check_process, _check_stage, _check_training, _check_sampler):
         for number, stage in enumerate(config.stages, 1):
             rule(stage, f"config.stage{number}")
@@ -95,6 +96,7 @@ def _check_evaluation(config: Config) -> None:
     given = values.reference in ("training", "held_out")
     given = given or _is_of_kind(values.reference, ("prepared", "npz"), "config.evaluation.reference")
     require(given, "config.evaluation.reference", values.reference, "'training', 'held_out', 'prepared:PATH' or 'npz:PATH'")
+    _check_native(config)
     field, generates = "evaluation.seeds" if values.seeds else "sampling.seeds", any(map(is_generated, measured_sets(config)))
     generated = [(field, evaluated_seeds(config))] if generates else []
     for field, seeds in (*generated, ("evaluation.seeds_in_training", values.seeds_in_training)):
@@ -105,14 +107,30 @@ def _check_evaluation(config: Config) -> None:
     require(values.batch_size > 0, "config.evaluation.batch_size", values.batch_size, "a positive number")
 
 
+def _check_native(config: Config) -> None:
+    """What stages may be compared with at their own size."""
+    values, field = config.evaluation, "config.evaluation.native_reference"
+    spec, of_data = values.native_reference, values.native_reference in ("training", "held_out")
+    given = of_data or spec.startswith(("prepared:", "npz:"))
+    require(given or not spec, field, spec, "'training', 'held_out', 'prepared:PATH', 'npz:PATH', or '' for none,")
+    native = next((name for name in values.images.split(",") if name.strip().endswith("@native")), "").strip()
+    require(spec or not native, field, spec, f"'training', 'held_out', 'prepared:PATH' or 'npz:PATH', for {native!r} in images,")
+    alone = "'', for features='classifier' are made for images of the final size alone; or features='inception'"
+    require(not spec or values.features != "classifier", field, spec, alone)
+    for number, stage in enumerate(config.stages[:-1], 1):
+        own = f"'prepared:PATH' or 'npz:PATH', for config.stage{number}.source is not what the last stage learns from,"
+        require(not (of_data and stage.source), field, spec, own)
+
+
 def _check_measured(image_set: str, config: Config) -> None:
     """What one part of `evaluation.images` may be."""
-    stages = [f"stage{number}" for number in range(1, len(config.stages))]
+    stages = [f"stage{number}{end}" for end in ("", "@native") for number in range(1, len(config.stages))]
     given = image_set in ("samples", "held_out", *stages)
     given = given or _is_of_kind(image_set, (*IMAGES, "prepared", "npz"), "config.evaluation.images")
     known = ", ".join(map(repr, ["samples", *stages, "held_out", *(f"{kind}:PATH" for kind in IMAGES), "prepared:PATH"]))
     require(given, "config.evaluation.images", config.evaluation.images, f"{known} or 'npz:PATH'")
-    needs, held_out = "held_out" in (image_set, config.evaluation.reference), config.data.held_out
+    values, held_out = config.evaluation, config.data.held_out
+    needs = "held_out" in (image_set, values.reference, values.native_reference)
     require(held_out or not needs, "config.data.held_out", held_out, "more than 0, for 'held_out' in config.evaluation,")
 
 

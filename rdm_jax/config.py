@@ -231,10 +231,14 @@ class Evaluation:
       weights: file with the network of the features; '' for the usual place, which an error names, or for the classifier of
         this workdir.
       images: what is measured, with commas between, or as a JSON list: 'samples' (generated while they are measured), 'stage1'
-        and so on (what that stage has made, enlarged to the final size), 'held_out' (real), 'prepared:PATH', 'folder:PATH',
-        'zip:PATH', 'tar:PATH', or 'npz:PATH' (`arr_0` or `images`).
+        and so on (what that stage has made, enlarged to the final size), 'stage1@native' and so on (the same at the stage's own
+        size), 'held_out' (real), 'prepared:PATH', 'folder:PATH', 'zip:PATH', 'tar:PATH', or 'npz:PATH' (`arr_0` or `images`).
       reference: 'training', 'held_out', 'prepared:PATH', or 'npz:PATH' with statistics: ADM's, EDM's, or those that an evaluation
         has written.
+      native_reference: the same for 'stage1@native' and so on: what stages before the last are compared with at their own size,
+        during their training too. 'training' and 'held_out' are the means that a stage is trained on; 'npz:PATH' may be
+        published statistics of that size, such as EDM's of ImageNet at 64 x 64. Inception's features alone: a classifier knows
+        the final size only. '' for none: stages are then measured enlarged.
       seeds: of what is generated; '' for those of `sampling`, whose labels and post-processing hold here too.
       seeds_in_training: of what a stage makes alone while it is being trained, without post-processing; a relay stage goes on
         from the means of real images, those held out if there are any, and has their classes.
@@ -247,6 +251,7 @@ class Evaluation:
     weights: str = ""
     images: str = "samples"
     reference: str = "training"
+    native_reference: str = ""
     seeds: str = ""
     seeds_in_training: str = "0-499"
     kept: int = 10_000

@@ -95,17 +95,18 @@ def shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def fetcher(abstract: Any, dtype: jnp.dtype) -> Callable[[Any], Any]:
+def fetcher(abstract: Any, dtypes: Any) -> Callable[[Any], Any]:
     """What makes parameters that are cut over the devices whole again, for one use.
 
-    Without it the compiler would choose for each convolution whether to move parameters or images. What is cut travels as
-    `dtype`, that of the computation; gradients come back summed and cut.
+    Without it the compiler would choose for each convolution whether to move parameters or images. Gradients come back summed
+    and cut.
 
     Args:
       abstract: of the parameters, with their shardings.
+      dtypes: what each is computed with, as which what is cut travels.
     """
 
-    def of_leaf(leaf: jax.ShapeDtypeStruct) -> Callable[[Array], Array]:
+    def of_leaf(leaf: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> Callable[[Array], Array]:
         cut = leaf.sharding
         if cut.is_fully_replicated:
             return lambda x: x
@@ -122,7 +123,7 @@ def fetcher(abstract: Any, dtype: jnp.dtype) -> Callable[[Any], Any]:
         fetch.defvjp(lambda x: (fetch(x), None), backward)
         return fetch
 
-    fetchers = jax.tree.map(of_leaf, abstract)
+    fetchers = jax.tree.map(of_leaf, abstract, dtypes)
     return lambda params: jax.tree.map(lambda fetch, x: fetch(x), fetchers, params)
 
 

@@ -33,6 +33,7 @@ from rdm_jax import config as configs
 from rdm_jax.command import command
 from rdm_jax.config_flag import define_config
 from rdm_jax.diffusion import blurring, preconditioning, processes, samplers
+from rdm_jax.randomness import root_key
 
 _CONFIG = define_config("Whose relay stage to take; configs/imagenet.py if it is not given.")
 _STAGE = flags.DEFINE_integer("stage", 2, "Number of the stage.", 2)
@@ -156,7 +157,7 @@ def arithmetic(stage: configs.Stage, shape: tuple[int, ...]) -> Arithmetic:
     level, to = (jax.tree.map(lambda a, i=i: a[i], levels) for i in (middle, min(middle + 1, len(levels.sigma) - 1)))
     random = np.random.default_rng(0)
     x, denoised, noise = (jnp.asarray(random.standard_normal(shape, np.float32)) for _ in range(3))
-    keys = jax.random.split(jax.random.key(0), shape[0])
+    keys = jax.random.split(root_key(0), shape[0])
     flat = (x.reshape(-1), denoised.reshape(-1))
     work = {"adding": (jnp.add, (x, denoised)), "adding, flat": (jnp.add, flat)}
     work |= {name: (update, (x, denoised, noise, level, to)) for name, update in updates(stage.sampler).items()}

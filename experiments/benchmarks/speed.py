@@ -47,6 +47,7 @@ from rdm_jax.errors import InputError
 from rdm_jax.files import local_path
 from rdm_jax.models.functional import Network
 from rdm_jax.models.unet import REMAT
+from rdm_jax.randomness import root_key
 from rdm_jax.sampling.sampler import evaluations, stage_sampler
 from rdm_jax.training.program import PROGRAMS
 from rdm_jax.training.window import STEPS_IN_FLIGHT
@@ -140,8 +141,8 @@ class Training:
         stage = config.stages[number - 1]
         size, shape = stage.training.batch_size, (stage if stage.source else config.stages[-1]).resolution
         mesh, shape = sharding.make_mesh(config.parallel.data, config.parallel.fsdp), (*shape, config.data.channels)
-        self._program = PROGRAMS[config.parallel.mode](stage, shape, classes, jax.random.key(0), mesh)
-        self._state = self._program.place(self._program.init(jax.random.key(0)))
+        self._program = PROGRAMS[config.parallel.mode](stage, shape, classes, root_key(0), mesh)
+        self._state = self._program.place(self._program.init(root_key(0)))
         random, here = np.random.default_rng(0), size // jax.process_count()
         position = np.arange(here, dtype=np.int32) + here * jax.process_index()
         label = random.integers(0, max(1, classes), here, np.int32)

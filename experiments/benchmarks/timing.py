@@ -12,6 +12,7 @@ from rdm_jax.config import Stage
 from rdm_jax.data.sources import cores
 from rdm_jax.models.functional import Network
 from rdm_jax.plan.chips import chip_of
+from rdm_jax.randomness import root_key
 
 ROUNDS = 3  # at the least; what is told is their median
 
@@ -59,7 +60,7 @@ def parameters(network: Network) -> Any:
     whole = sharding.replicated(sharding.local_mesh())
     # It runs once: optimising the drawing of some hundred arrays takes longer than drawing them.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(network.init, out_shardings=whole, compiler_options=options)(jax.random.key(0))
+    return jax.jit(network.init, out_shardings=whole, compiler_options=options)(root_key(0))
 
 
 def forward_flops(stage: Stage, channels: int, classes: int) -> int:

@@ -21,6 +21,7 @@ from rdm_jax.diffusion import blurring
 from rdm_jax.diffusion.processes import Relay
 from rdm_jax.evaluation.tables import markdown
 from rdm_jax.files import local_path, whole_file
+from rdm_jax.randomness import root_key
 from rdm_jax.training.step import to_float
 
 _SOURCES = flags.DEFINE_multi_string("source", [], "Of images, as config.data.source; may be given several times.")
@@ -57,7 +58,7 @@ def noise_power(block_scale: float, white_scale: float, size: int, block: int) -
         return power(white_scale * white + block_scale * blurring.block_noise(block_white, block=block))
 
     draws = -(-_COUNT.value // BATCH)
-    return np.asarray(sum(draw(jax.random.key(n)) for n in range(draws))) / draws
+    return np.asarray(sum(draw(root_key(n)) for n in range(draws))) / draws
 
 
 def predicted_noise_power(block_scale: float, white_scale: float, size: int, block: int) -> np.ndarray:

@@ -14,7 +14,7 @@ PRESETS = {
 
 def postprocess(images: UInt8[np.ndarray, "b h w c"], preset: str) -> UInt8[np.ndarray, "b h w c"]:
     """Applies one of PRESETS to every image, of 1 or 3 channels."""
-    if not PRESETS[preset]:
+    if not PRESETS[preset] or not len(images):
         return images
     return np.stack([_enhanced(image, PRESETS[preset]) for image in images])
 

@@ -21,6 +21,7 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.files import parse_json, whole_file
+from rdm_jax.randomness import root_key
 from rdm_jax.terminal import log, progress
 
 FEATURES, WIDTHS = 64, (32, 64, 64)
@@ -117,7 +118,7 @@ def _trained_on(images: ImageSet) -> dict[str, Any]:
 
 
 def _build(images: ImageSet) -> Classifier:
-    return Classifier(images.image_shape, len(images.class_names), rngs=nnx.Rngs(0))
+    return Classifier(images.image_shape, len(images.class_names), rngs=nnx.Rngs(root_key(0)))
 
 
 def _trained(graph: Any, params: Any, images: ImageSet, check_stop: Callable[[], None]) -> Any:
@@ -147,7 +148,7 @@ def _trained(graph: Any, params: Any, images: ImageSet, check_stop: Callable[[],
             check_stop()
             while len(order) < BATCH_SIZE:
                 order = np.concatenate([order, random.permutation(len(images))])
-            params, moments = step(params, moments, images.batch(order[:BATCH_SIZE]), jax.random.key(number))
+            params, moments = step(params, moments, images.batch(order[:BATCH_SIZE]), root_key(number))
             order = order[BATCH_SIZE:]
             bar.update(BATCH_SIZE)
     log.info("evaluation: classifier trained in %.1f s", time.perf_counter() - began)

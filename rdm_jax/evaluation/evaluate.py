@@ -1,7 +1,6 @@
 """From images to numbers one can trust: every metric of every set, and what they were measured with, as JSON and pictures."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import platform
@@ -25,6 +24,7 @@ from rdm_jax.evaluation.classifier import classifier_space
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.generated import RelayStream, StageStream
 from rdm_jax.evaluation.npz import Npz
+from rdm_jax.evaluation.references import Reference, open_references
 from rdm_jax.evaluation.statistics import Statistics, Tally, compare
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.evaluation.streams import Stream, open_stream
@@ -53,7 +53,7 @@ def open_space(config: Config, sets: dict[str, ImageSet], workdir: Path, check_s
 
 
 class Evaluator:
-    """Measures sets of images against one reference.
+    """Measures sets of images against a reference; a stage's images of their own size ('stage1@native') against one of that size.
 
     Args:
       config: of the run; `evaluation` says what.
@@ -85,22 +85,10 @@ class Evaluator:
         given_sets = [spec for spec in measured_sets(config) if not is_generated(spec)]
         given = {spec: open_stream(spec, config, self._sets, self._classes) for spec in given_sets}
         self._space = space or distributed.first_before_others(lambda: open_space(config, self._sets, workdir, stop.check))
-        self._given, (self._published, self._reference_stream, self._reference_about) = given, self._open_reference()
+        self._given, self._references = given, open_references(config, self._sets, self._space)
+        self._compared_with: dict[str, Statistics] = {}
         self._params = jax.device_put(self._space.params, sharding.replicated(sharding.local_mesh()))
         self._apply = jax.jit(self._space.apply)
-
-    def _open_reference(self) -> tuple[Statistics | None, Stream | None, dict[str, Any]]:
-        """Published statistics, images whose features are needed, and what tells both from others."""
-        spec, kept = self._config.evaluation.reference, {"kept": self._config.evaluation.kept}
-        if not spec.startswith("npz:"):
-            stream = open_stream(spec, self._config, self._sets)
-            return None, stream, stream.about | kept
-        path = Path(spec.removeprefix("npz:")).expanduser()
-        published = read_statistics(path, self._space)
-        with Npz(path) as file:
-            has_images = "arr_0" in file.arrays  # as in ADM's: what precision and recall compare with
-        stream = open_stream(spec, self._config, self._sets) if has_images and published.features is None else None
-        return published, stream, published.about | (kept if stream else {})
 
     def run(self, relay: Relay | None) -> dict[str, Any]:
         """Measures all sets of `evaluation.images`, and leaves evaluation.json and a picture of each in the folder.
@@ -126,15 +114,18 @@ class Evaluator:
           The metrics.
         """
         stream = StageStream(self._config, number, alone, params, images_seen)
-        return self._measure([stream], folder)["results"][f"stage{number}"]["metrics"]
+        return self._measure([stream], folder)["results"][stream.names[0]]["metrics"]
 
     def _measure(self, streams: list[Stream], folder: Path) -> dict[str, Any]:
         made_with = {
             "features": {"name": self._space.name, "digest": self._space.digest},
             "kept": self._config.evaluation.kept,
-            "reference": self._reference_about,
+            "reference": self._references[""].about,
             "images": [stream.about for stream in streams],
         }
+        natives = {name for stream in streams for name in stream.names} & self._references.keys()
+        if natives:
+            made_with["native_references"] = {name: self._references[name].about for name in sorted(natives)}
         made_with = json.loads(json.dumps(made_with))
         result = read_result(folder / RESULT)
         done = bool(result) and _same(result["made_with"], made_with)
@@ -158,31 +149,36 @@ class Evaluator:
         results = {}
         for stream in streams:
             for name, tally in self._gather(stream, folder).items():
-                metrics, notes = compare(self._reference, tally.statistics(stream.about), self._space)
+                reference = self._reference(name if name in self._references else "")
+                metrics, notes = compare(reference, tally.statistics(stream.about), self._space)
                 results[name] = {"images": tally.count, "metrics": metrics, "notes": [*notes, *stream.notes]}
                 shown = np.stack([tally.pictures[n] for n in sorted(tally.pictures)])
                 if distributed.is_first():
                     pictures.save_picture(pictures.plain_grid(shown, columns=10), folder / picture_names(results)[name])
         return results
 
-    @functools.cached_property
-    def _reference(self) -> Statistics:
-        """Of the reference: read, or gathered and kept in the folder for the next time."""
-        stream, path, kept = self._reference_stream, self._folder / "reference.npz", None
+    def _reference(self, name: str) -> Statistics:
+        """Of the reference of this name: read, or gathered and kept in the folder for the next time."""
+        if name not in self._compared_with:
+            self._compared_with[name] = self._read_or_gathered(self._references[name])
+        return self._compared_with[name]
+
+    def _read_or_gathered(self, reference: Reference) -> Statistics:
+        stream, path, kept = reference.stream, self._folder / reference.file, None
         if stream is None:
-            return self._published
+            return reference.published
         try:
             kept = read_statistics(path, self._space) if path.is_file() else None
         except InputError as error:
             log.info("evaluation: the reference is measured again: %s", error)
-        fits = kept is not None and kept.about["images"] == self._reference_about
+        fits = kept is not None and kept.about["images"] == reference.about
         distributed.check_same(f"what is in {path}", str(fits))
         if fits:
             return kept
         (tally,) = self._gather(stream, self._folder).values()
-        statistics = tally.statistics(self._reference_about)
-        if self._published:
-            published = {"count": self._published.count, "gaussians": self._published.gaussians}
+        statistics = tally.statistics(reference.about)
+        if reference.published:
+            published = {"count": reference.published.count, "gaussians": reference.published.gaussians}
             statistics = dataclasses.replace(statistics, **published)
         if distributed.is_first():
             save_statistics(path, statistics, self._space)
@@ -269,7 +265,8 @@ def generates(config: Config) -> bool:
 def needs_data(config: Config) -> bool:
     """Whether an evaluation needs the config's own images."""
     values = config.evaluation
-    return values.features == "classifier" or not {"training", "held_out"}.isdisjoint([*measured_sets(config), values.reference])
+    named = {*measured_sets(config), values.reference, values.native_reference}
+    return values.features == "classifier" or not {"training", "held_out"}.isdisjoint(named)
 
 
 def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:

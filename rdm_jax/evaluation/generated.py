@@ -12,6 +12,7 @@ from rdm_jax.checks import evaluated_seeds
 from rdm_jax.classes import Classes
 from rdm_jax.config import Config
 from rdm_jax.errors import InputError
+from rdm_jax.evaluation.references import NATIVE
 from rdm_jax.evaluation.streams import Batch, Stream, labels_by_name
 from rdm_jax.lists import parse_numbers, repetition
 from rdm_jax.sampling.made_with import describe
@@ -21,7 +22,8 @@ from rdm_jax.terminal import log
 
 
 class RelayStream(Stream):
-    """What a relay makes in the end ('samples'), and its earlier stages' images enlarged to the same size ('stage1', ...).
+    """What a relay makes in the end ('samples'), and its earlier stages' images, enlarged to the same size ('stage1', ...) or as
+    they are ('stage1@native', ...).
 
     Args:
       names: which of these.
@@ -33,7 +35,7 @@ class RelayStream(Stream):
 
     def __init__(self, relay: Relay, names: tuple[str, ...], classes: Classes):
         config, seeds = relay.config, evaluated_seeds(relay.config)
-        known = ["samples", *relay.earlier]
+        known = ["samples", *relay.earlier, *(f"{name}{NATIVE}" for name in relay.earlier)]
         if missing := set(names) - set(known):
             low = f"config.sampling.low={config.sampling.low!r}"
             raise InputError(f"config.evaluation.images has {missing.pop()!r}, and {low}; {' or '.join(known)} would do.")
@@ -50,20 +52,27 @@ class RelayStream(Stream):
         seeds = self._seeds[first : first + count]
         made = dict(zip((*self._relay.earlier, "samples"), self._relay.sample(seeds), strict=True))
         height = made["samples"].shape[1]
-        return {name: enlarged(made[name], height) for name in self.names}, self._labels[self._relay.labels(seeds)]
+        sets = {}
+        for name in self.names:
+            images = made[name.removesuffix(NATIVE)]
+            sets[name] = images if name.endswith(NATIVE) else enlarged(images, height)
+        return sets, self._labels[self._relay.labels(seeds)]
 
 
 class StageStream(Stream):
-    """What one stage makes with the given parameters, enlarged to the last stage's size.
+    """What one stage makes with the given parameters: enlarged to the last stage's size, or where the config has a reference of
+    the stage's own size, as it is ('stage1@native').
 
     Args:
       images_seen: in training so far.
     """
 
     def __init__(self, config: Config, number: int, alone: StageAlone, params: Any, images_seen: int):
-        name, seeds = f"stage{number}", config.evaluation.seeds_in_training
+        native = bool(config.evaluation.native_reference) and number < len(config.stages)
+        name, seeds = f"stage{number}{NATIVE if native else ''}", config.evaluation.seeds_in_training
         self.names, self.batch_size = (name,), config.sampling.batch_size
-        self._alone, self._params, self._height = alone, params, config.stages[-1].resolution[0]
+        self._alone, self._params = alone, params
+        self._height = config.stages[number - 1 if native else -1].resolution[0]
         self._seeds = np.asarray(parse_numbers(seeds, "config.evaluation.seeds_in_training"), np.int64)
         self.count = len(self._seeds)
         # So that nothing is taken for the same that is not: a few sums tell one training's parameters from another's.

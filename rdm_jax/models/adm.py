@@ -37,14 +37,12 @@ class ADMNetwork(UNetNetwork):
     """ADM: the embedding scales and shifts, every block of an attending level attends."""
 
     def __init__(self, config: ADM, in_out: tuple[int, int], classes: int, *, rngs: nnx.Rngs):
-        kwargs = {"dtype": jnp.dtype(config.dtype), "rngs": rngs}
         emb, labels = config.emb_mult * config.channels, config.augment_labels
-        self.map_layer0 = layers.linear(config.channels, emb, init=DEFAULT, **kwargs)
-        self.map_layer1 = layers.linear(emb, emb, init=DEFAULT, **kwargs)
-        unit = {"kernel_init": nnx.initializers.normal(1.0), "use_bias": False}
-        self.map_label = nnx.Linear(classes, emb, **unit, **kwargs) if classes else None
-        zero = {"init": ZERO, "use_bias": False}
-        self.map_augment = layers.linear(labels, config.channels, **zero, **kwargs) if labels else None
+        self.map_layer0 = layers.linear(config.channels, emb, init=DEFAULT, rngs=rngs)
+        self.map_layer1 = layers.linear(emb, emb, init=DEFAULT, rngs=rngs)
+        unit = {"kernel_init": nnx.initializers.normal(1.0), "use_bias": False, "dtype": jnp.dtype("float32")}
+        self.map_label = nnx.Linear(classes, emb, **unit, rngs=rngs) if classes else None
+        self.map_augment = layers.linear(labels, config.channels, init=ZERO, use_bias=False, rngs=rngs) if labels else None
         super().__init__(config, STYLE, in_out, config.channels * config.channel_mult[0], rngs=rngs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
@@ -57,7 +55,7 @@ class ADMNetwork(UNetNetwork):
         class_label: Float[Array, "b classes"] | None,
         augment_label: Float[Array, "b a"] | None,
     ) -> Float[Array, "b e"]:
-        emb = layers.positional_embedding(noise_label, self.config.channels).astype(self.dtype)
+        emb = layers.positional_embedding(noise_label, self.config.channels)
         if self.map_augment is not None and augment_label is not None:
             emb = emb + self.map_augment(augment_label)
         emb = self.map_layer1(nnx.silu(self.map_layer0(emb)))

@@ -1,5 +1,6 @@
 """From an nnx module to a pair of pure functions, split once: merging inside `jit` costs nothing at run time."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from rdm_jax.randomness import root_key
+
 
 class Network(NamedTuple):
     """A network as pure functions.
@@ -17,11 +20,13 @@ class Network(NamedTuple):
       init: key -> params, a nested dict of float32 arrays.
       apply: (params, x, noise_label, class_label, augment_label, dropout_keys) -> F; the last three may be None.
       abstract: the shapes and dtypes of the parameters, a tree of `jax.ShapeDtypeStruct`.
+      dtypes: what each is computed with, a tree of dtypes.
     """
 
     init: Callable[[Key[Array, ""]], dict[str, Any]]
     apply: Callable[..., Float[Array, "b h w c"]]
     abstract: dict[str, Any]
+    dtypes: dict[str, Any]
 
     def count(self) -> int:
         """Number of parameters."""
@@ -78,12 +83,13 @@ class _SameKey(nnx.Rngs):
     """One key for everything: shapes do not depend on it, and counting the draws takes nnx most of the time of a trace."""
 
     def params(self) -> Key[Array, ""]:
-        return jax.random.key(0)
+        return root_key(0)
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     """Splits what `build` makes into structure and parameters."""
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(_SameKey(0))), nnx.Param)
+    module = nnx.eval_shape(lambda: build(_SameKey(0)))
+    graph, abstract = nnx.split(module, nnx.Param)
 
     def init(key):
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)), nnx.Param)[1])
@@ -93,4 +99,9 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)(x, noise_label, class_label, augment_label, dropout_keys)
 
-    return Network(init, apply, nnx.to_pure_dict(abstract))
+    def dtype_of(path, leaf):
+        *owners, name = (key.key for key in path)
+        return jnp.dtype(functools.reduce(getattr, owners, module).dtype if name == "kernel" else leaf.dtype)
+
+    leaves = nnx.to_pure_dict(abstract)
+    return Network(init, apply, leaves, jax.tree.map_with_path(dtype_of, leaves))

@@ -1,8 +1,15 @@
-"""Layers of the U-Nets: blocks, attention, resampling and embeddings. NHWC; parameters float32, computation in `dtype`."""
+"""Layers of the U-Nets: blocks, attention, resampling and embeddings. NHWC; parameters and embeddings float32, images `dtype`.
 
+Whatever that is, sums over an image are float32, of statistics and in the backward pass.
+"""
+
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,19 +77,54 @@ class Style:
     filter: tuple[int, ...] = (1, 1)
 
 
-def conv(
-    c_in: int, c_out: int, kernel: int, *, init: FanIn | Xavier, margin: int = 0, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Conv:
+class Conv(nnx.Conv):
+    """Flax's layer for NHWC images, with the bias added in float32: its gradient, a sum over all pixels, is then float32 too."""
+
+    def __call__(self, x: Float[Array, "b h w c"], *, wide: bool = False) -> Float[Array, "b h2 w2 c2"]:
+        """Convolves x in the layer's dtype, in which the result is too; with `wide` it is float32."""
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        padding, dtype = tuple(self.padding), jnp.dtype("float32") if wide else self.dtype
+        y = _convolved(x, kernel, padding) if dtype == self.dtype else _convolved_wide(x, kernel, padding)
+        return (y.astype(jnp.float32) + self.bias[...]).astype(dtype)
+
+
+def _convolved(x: Array, kernel: Array, padding: tuple, dtype: jnp.dtype | None = None) -> Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=numbers, preferred_element_type=dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolved_wide(x: Array, kernel: Array, padding: tuple) -> Array:
+    """The sums of a convolution of narrow numbers as the accelerator has them, in float32.
+
+    Its gradients are those of a narrow result: jax alone would compute them with float32 copies, or, in older versions, refuse.
+    """
+    return _convolved(x, kernel, padding, jnp.dtype("float32"))
+
+
+def _wide_forward(x, kernel, padding):
+    return _convolved_wide(x, kernel, padding), (x, kernel)
+
+
+def _wide_backward(padding, inputs, gradient):
+    _, backward = jax.vjp(lambda x, kernel: _convolved(x, kernel, padding), *inputs)
+    return backward(gradient.astype(inputs[0].dtype))
+
+
+_convolved_wide.defvjp(_wide_forward, _wide_backward)
+
+
+def conv(c_in: int, c_out: int, kernel: int, *, init: FanIn | Xavier, margin: int = 0, dtype: jnp.dtype, rngs: nnx.Rngs) -> Conv:
     """A kernel x kernel convolution that keeps the size, or makes it `margin` larger on every side."""
     padding = [(kernel // 2 + margin,) * 2] * 2
     inits = {"kernel_init": init.kernel, "bias_init": init.bias(c_in * kernel**2)}
-    return nnx.Conv(c_in, c_out, (kernel, kernel), padding=padding, dtype=dtype, rngs=rngs, **inits)
+    return Conv(c_in, c_out, (kernel, kernel), padding=padding, dtype=dtype, rngs=rngs, **inits)
 
 
-def linear(c_in: int, c_out: int, *, init: FanIn | Xavier, use_bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A dense layer."""
+def linear(c_in: int, c_out: int, *, init: FanIn | Xavier, use_bias: bool = True, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer of an embedding: float32, whatever images are computed in, as it costs next to nothing."""
     kwargs = {"kernel_init": init.kernel, "bias_init": init.bias(c_in), "use_bias": use_bias}
-    return nnx.Linear(c_in, c_out, dtype=dtype, rngs=rngs, **kwargs)
+    return nnx.Linear(c_in, c_out, dtype=jnp.dtype("float32"), rngs=rngs, **kwargs)
 
 
 class GroupNorm(nnx.GroupNorm):
@@ -91,13 +133,26 @@ class GroupNorm(nnx.GroupNorm):
     On TPUs the few channels of a group would be padded to 128, and the image copied there and back.
     """
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Normalises x; the statistics are float32 whatever its dtype is."""
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        scale: Float[Array, "b c"] | None = None,
+        shift: Float[Array, "b c"] | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """Normalises x, then multiplies it by 1 + `scale` and adds `shift`, if they are given.
+
+        All is float32 whatever x's dtype is, and rounded once, to the layer's.
+        """
         wide = x.astype(jnp.float32)
         mean, square = (self._over_group(m) for m in (wide.mean((1, 2)), (wide**2).mean((1, 2))))
-        scale = self.scale[...] * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.epsilon)
-        shift = self.bias[...] - mean * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).astype(self.dtype)
+        factor = self.scale[...] * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.epsilon)
+        offset = self.bias[...] - mean * factor
+        if scale is not None and self.dtype != jnp.float32:  # one multiply-add a value; the backward pass needs x alone
+            factor, offset, scale = factor * (1 + scale), offset * (1 + scale) + shift, None
+        normalised = wide * factor[:, None, None] + offset[:, None, None]
+        if scale is not None:  # in float32 one after the other, so that old results come out again to the last bit
+            normalised = normalised * (1 + scale[:, None, None]) + shift[:, None, None]
+        return normalised.astype(self.dtype)
 
     def _over_group(self, moment: Float[Array, "b c"]) -> Float[Array, "b c"]:
         grouped = moment.reshape(len(moment), self.num_groups, -1)
@@ -184,6 +239,19 @@ def named(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return checkpoint_name(x, CONVOLUTION)
 
 
+_target: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(device: Any) -> Iterator[None]:
+    """What is traced within is for this `jax.Device`, perhaps of a topology, and not for one that jax finds here."""
+    token = _target.set(device)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 def attend(q: Float[Array, "b n k d"], k: Float[Array, "b n k d"], v: Float[Array, "b n k d"]) -> Float[Array, "b n k d"]:
     """softmax(q k^T / sqrt(d)) v for each of k heads: cuDNN's fused kernel where it applies, else XLA's, softmax in float32."""
     fused = _knows_fused_attention() and q.dtype != jnp.float32 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
@@ -192,7 +260,8 @@ def attend(q: Float[Array, "b n k d"], k: Float[Array, "b n k d"], v: Float[Arra
 
 def _knows_fused_attention() -> bool:
     """NVIDIA's from Ampere on."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "") if jax.default_backend() == "gpu" else ""
+    device = _target.get() or jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
     return capability[:1].isdecimal() and float(capability) >= 8
 
 
@@ -250,7 +319,7 @@ class Block(nnx.Module):
         self.style, self.resample = style, resample
         self.norm0 = group_norm(c_in, epsilon=style.epsilon, **kwargs)
         self.conv0 = conv(c_in, c_out, 3, init=style.init, **kwargs)
-        self.affine = linear(emb_channels, c_out * (2 if style.scale_shift else 1), init=style.init, **kwargs)
+        self.affine = linear(emb_channels, c_out * (2 if style.scale_shift else 1), init=style.init, rngs=rngs)
         self.norm1 = group_norm(c_out, epsilon=style.epsilon, **kwargs)
         self.dropout = dropout
         self.conv1 = conv(c_out, c_out, 3, init=style.init_last, **kwargs)
@@ -270,8 +339,7 @@ class Block(nnx.Module):
         return h if self.attention is None else (h + self.attention(h)) * self.style.skip_scale
 
     def _modulated(self, h: Float[Array, "b h w c"], emb: Float[Array, "b e"]) -> Float[Array, "b h w c"]:
-        embedded = self.affine(emb)[:, None, None, :]
+        embedded = self.affine(emb)
         if not self.style.scale_shift:
-            return self.norm1(h + embedded)
-        scale, shift = jnp.split(embedded, 2, axis=-1)
-        return self.norm1(h) * (1 + scale) + shift
+            return self.norm1(h + embedded[:, None, None, :])  # in float32
+        return self.norm1(h, *jnp.split(embedded, 2, axis=-1))

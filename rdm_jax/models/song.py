@@ -48,7 +48,7 @@ class SongNetwork(UNetNetwork):
     """DDPM++ or NCSN++: the embedding is added, the decoder attends in the last block of a level only, with one head."""
 
     def __init__(self, config: Song, in_out: tuple[int, int], classes: int, *, rngs: nnx.Rngs):
-        kwargs = {"init": DEFAULT, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        kwargs = {"init": DEFAULT, "rngs": rngs}
         emb, width = config.emb_mult * config.channels, config.noise_mult * config.channels
         labels = config.augment_labels
         fourier = config.embedding == "fourier"
@@ -89,11 +89,11 @@ class SongNetwork(UNetNetwork):
             emb = layers.positional_embedding(noise_label, self.config.noise_mult * self.config.channels, last=True)
         else:
             emb = layers.fourier_embedding(noise_label, 2 * jnp.pi * jax.lax.stop_gradient(self.frequencies[...]))
-        emb = jnp.concatenate(jnp.split(emb, 2, axis=1)[::-1], axis=1).astype(self.dtype)  # sin before cos
+        emb = jnp.concatenate(jnp.split(emb, 2, axis=1)[::-1], axis=1)  # sin before cos
         if self.map_label is not None and class_label is not None:
             emb = emb + self.map_label(class_label * class_label.shape[-1] ** 0.5)
         elif self.map_label is not None:
-            emb = emb + self.map_label.bias[...].astype(self.dtype)  # the null label's embedding
+            emb = emb + self.map_label.bias[...]  # the null label's embedding
         if self.map_augment is not None and augment_label is not None:
             emb = emb + self.map_augment(augment_label)
         return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))

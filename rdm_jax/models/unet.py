@@ -33,8 +33,9 @@ class UNet:
       augment_labels: values of the augmentation label that conditions the network; 0 for none, 9 for EDM's augmentation.
       dropout: rate in every block.
       patch: side of the pixel patches that are folded into channels before level 0 (space-to-depth), and unfolded at the end.
-      dtype: 'float32' or 'bfloat16' for the computation; parameters, and the statistics of normalisation and attention, are
-        float32 always.
+      dtype: 'float32' or 'bfloat16' for what images are computed in. Always float32 are parameters, embeddings and how they
+        modulate, the statistics of normalisation and attention, sums over an image in the backward pass, and the output.
+        Gradients of convolutions are of this dtype, also on their way between devices.
       remat: what training computes again in the backward pass instead of keeping it: 'none'; 'convolutions' for all but the
         outputs of convolutions (little more time); or 'block' for all but the inputs of blocks (least memory, a third more time).
     """
@@ -176,5 +177,5 @@ class UNetNetwork(nnx.Module):
         h = skips[-1]
         for name in self.decoder:
             h = self._run(name, h, emb, dropout_keys, skips.pop() if name.startswith("decoder") else None)
-        h = self.out_conv(nnx.silu(self.out_norm(h)))
-        return layers.depth_to_space(h, self.config.patch).astype(jnp.float32)
+        h = self.out_conv(nnx.silu(self.out_norm(h)), wide=True)
+        return layers.depth_to_space(h, self.config.patch)

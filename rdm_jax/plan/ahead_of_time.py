@@ -19,6 +19,7 @@ from rdm_jax.evaluation.tables import markdown
 from rdm_jax.plan.chips import Chip
 from rdm_jax.plan.needs import image_shape, shard_bytes
 from rdm_jax.plan.units import GIB, in_gib, short
+from rdm_jax.randomness import root_key
 from rdm_jax.training.program import PROGRAMS
 
 # Slices that libtpu compiles for, by their number of chips.
@@ -67,7 +68,7 @@ def compiled_stage(config: Config, number: int, classes: int, devices: list[Any]
     """What the compiler says of a stage's step."""
     stage = config.stages[number - 1]
     mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp, devices)
-    program = PROGRAMS["pjit"](stage, image_shape(config, number), classes, jax.random.key(0), mesh)
+    program = PROGRAMS["pjit"](stage, image_shape(config, number), classes, root_key(0), mesh)
     start, images = time.monotonic(), stage.training.batch_size // stage.training.accumulate // len(devices)
     try:
         with _alone():

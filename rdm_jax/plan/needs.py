@@ -15,6 +15,7 @@ from rdm_jax import sharding
 from rdm_jax.config import Config, Stage
 from rdm_jax.models.functional import has_equations
 from rdm_jax.plan.chips import Chip
+from rdm_jax.randomness import root_key
 from rdm_jax.training.program import build_objective, build_optimizer
 from rdm_jax.training.step import TrainState, init_state
 
@@ -130,8 +131,9 @@ def stage_needs(config: Config, number: int, chips: int, classes: int) -> Needs:
     state = sharding.by_rules(state, AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 2))
     images = training.batch_size // training.accumulate // chips
     forward = _forward(_plain(stage), shape[-1], classes)
-    dtype, jitted = jnp.dtype(stage.network.dtype), config.parallel.mode == "pjit"
-    copied = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated or leaf.dtype != dtype]
+    dtypes, jitted = _dtypes(_untrained(stage), shape[-1], classes), config.parallel.mode == "pjit"
+    copied = lambda leaf, dtype: not leaf.sharding.is_fully_replicated or leaf.dtype != dtype  # noqa: E731
+    copies = jax.tree.map(lambda leaf, dtype: leaf.size * dtype.itemsize * copied(leaf, dtype), state.params, dtypes)
     return Needs(
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         multiply_adds=forward,
@@ -139,10 +141,10 @@ def stage_needs(config: Config, number: int, chips: int, classes: int) -> Needs:
         flops=2 * 3 * forward * training.batch_size,
         state=shard_bytes(state),
         gradients=shard_bytes(state.params) * (1 if training.accumulate == 1 else 2),  # of the part, and their sum
-        copies=sum(leaf.size for leaf in copied) * dtype.itemsize,
+        copies=sum(jax.tree.leaves(copies)),
         activations=images * _activations(_untrained(stage), shape, classes),
         # `pmap` averages once, at the end; what the compiler adds for `jit` is where a part's gradients are made.
-        exchanges=_exchanges(state.params, sizes, dtype, training.accumulate if jitted else 1, narrow=jitted),
+        exchanges=_exchanges(state.params, dtypes, sizes, training.accumulate if jitted else 1, narrow=jitted),
     )
 
 
@@ -175,6 +177,12 @@ def _state(stage: Stage, channels: int, classes: int) -> TrainState:
 
 
 @functools.lru_cache(maxsize=64)
+def _dtypes(stage: Stage, channels: int, classes: int) -> dict[str, Any]:
+    """What each parameter is computed with."""
+    return stage.build(channels, classes).dtypes
+
+
+@functools.lru_cache(maxsize=64)
 def _forward(stage: Stage, channels: int, classes: int) -> int:
     """Multiply-adds of the network for an image."""
     return stage.multiply_adds(channels, classes)
@@ -183,28 +191,31 @@ def _forward(stage: Stage, channels: int, classes: int) -> int:
 @functools.lru_cache(maxsize=64)
 def _activations(stage: Stage, image_shape: tuple[int, int, int], classes: int) -> int:
     """Bytes kept for the backward pass, an image; with those of the one block that is being computed again."""
-    objective, dtype = build_objective(stage, image_shape, classes), jnp.dtype(stage.network.dtype)
+    objective = build_objective(stage, image_shape, classes)
     # Parameters as they are computed with: their copies are no activations.
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), objective.network.abstract)
+    as_computed = lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype)  # noqa: E731
+    params = jax.tree.map(as_computed, objective.network.abstract, objective.network.dtypes)
     batch = {"image": jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8), "label": jax.ShapeDtypeStruct((1,), jnp.int32)}
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    keys = jax.eval_shape(lambda: jax.random.split(root_key(0), 1))
     loss = lambda params, batch, keys: objective.loss(params, batch, keys, dropout=True).mean()  # noqa: E731
     again = block_bytes(loss, params, batch, keys) if stage.network.remat == "block" else 0
     return residual_bytes(loss, params, batch, keys) + again
 
 
-def _exchanges(params: Any, sizes: tuple[int, int], dtype: jnp.dtype, rounds: int, narrow: bool) -> tuple[Exchange, ...]:
+def _exchanges(params: Any, dtypes: Any, sizes: tuple[int, int], rounds: int, narrow: bool) -> tuple[Exchange, ...]:
     """A step's, for gradients and for parameters that are cut.
 
     Args:
       params: abstract, with their shardings.
+      dtypes: what each is computed with.
       rounds: parts of a batch, each of which has its own.
-      narrow: gradients of kernels travel as `dtype`, in which they are computed, and not as float32.
+      narrow: gradients travel as what they are computed with, and not as float32.
     """
-    (data, fsdp), leaves = sizes, jax.tree.leaves(params)
-    width = lambda leaf: dtype.itemsize if narrow and len(leaf.shape) > 1 else leaf.dtype.itemsize  # noqa: E731
-    cut = rounds * dtype.itemsize * sum(leaf.size for leaf in leaves if not leaf.sharding.is_fully_replicated)
-    uncut = rounds * sum(width(leaf) * leaf.size for leaf in leaves if leaf.sharding.is_fully_replicated)
+    data, fsdp = sizes
+    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(dtypes), strict=True))
+    cut = rounds * sum(leaf.size * dtype.itemsize for leaf, dtype in pairs if not leaf.sharding.is_fully_replicated)
+    whole = [(leaf.size, dtype if narrow else leaf.dtype) for leaf, dtype in pairs if leaf.sharding.is_fully_replicated]
+    uncut = rounds * sum(size * dtype.itemsize for size, dtype in whole)
     found = (
         Exchange("all-reduce", uncut, data * fsdp),
         Exchange("all-gather", cut, fsdp),

@@ -13,7 +13,7 @@ from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.sampling import pictures
 from rdm_jax.sampling.labels import labels_of
-from rdm_jax.sampling.sampler import evaluations, stage_sampler, stage_settings, to_uint8
+from rdm_jax.sampling.sampler import evaluations, in_batches, stage_sampler, stage_settings, to_uint8
 from rdm_jax.terminal import log
 from rdm_jax.training.step import to_float
 
@@ -44,8 +44,15 @@ class StageAlone:
         self.about |= {"labels": config.sampling.labels} if number == 1 else {"begins with": real.fingerprint}
         log.info("stage%d: samples during training, %d network evaluations an image", number, evaluations(stage))
 
-    def sample(self, params: Any, seeds: Int[np.ndarray, " b"]) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
-        """Images and classes of any number of seeds up to the batch size; what is not finite is black."""
+    def sample(self, params: Any, seeds: Int[np.ndarray, " n"]) -> tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, " n"]]:
+        """Images and classes of any number of seeds, in their order; an image that is not finite is black."""
+        shape = (0, *self._config.stages[self._number - 1].resolution, self._real.image_shape[-1])
+        made = [(np.zeros(shape, np.uint8), np.zeros(0, np.int32))]
+        made += [self._batch(params, batch) for batch in in_batches(seeds, self._config.sampling.batch_size)]
+        images, labels = zip(*made, strict=True)
+        return np.concatenate(images), np.concatenate(labels)
+
+    def _batch(self, params: Any, seeds: Int[np.ndarray, " b"]) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
         padded, low = np.resize(seeds, self._config.sampling.batch_size), None
         rule, classes = self._config.sampling.labels, Classes(self._real.class_names)
         if self._number == 1:
@@ -55,8 +62,9 @@ class StageAlone:
             labels, pool = batch["label"], self._real.image_shape[0] // self._config.stages[self._number - 2].resolution[0]
             low = sharding.put_batch(np.asarray(to_float(jnp.asarray(batch["image"]), pool)), self._mesh)
         device_seeds, device_labels = sharding.put_batch((padded.astype(np.uint32), labels), self._mesh)
-        images = self._sampler(params, low, device_labels, device_seeds)
-        return np.asarray(to_uint8(images))[: len(seeds)], labels[: len(seeds)]
+        images, finite = self._sampler(params, low, device_labels, device_seeds)
+        images = np.where(np.asarray(finite)[:, None, None, None], np.asarray(to_uint8(images)), np.uint8(0))
+        return images[: len(seeds)], labels[: len(seeds)]
 
     def preview(self, params: Any, path: Path) -> None:
         """Draws the samples of one batch."""

@@ -16,7 +16,7 @@ from rdm_jax.data.postprocess import postprocess
 from rdm_jax.errors import InputError
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
-from rdm_jax.sampling.sampler import stage_sampler, to_uint8
+from rdm_jax.sampling.sampler import in_batches, stage_sampler, to_uint8
 from rdm_jax.training import checkpoint, checkpoint_folders
 from rdm_jax.training.step import to_float
 
@@ -25,13 +25,13 @@ class Begun(NamedTuple):
     """Images that the devices may still be computing.
 
     Attributes:
-      stages: of each stage's images uint8 (b, h, w, c).
-      finite: of each image, whether it is made of finite numbers.
-      count: of the images that were asked for; the rest fill up the batch.
+      stages: of each stage the images of each batch, uint8 (b, h, w, c).
+      finite: of each batch bool (b,), whether an image is made of finite numbers.
+      count: of the images that were asked for; the rest fill up the last batch.
     """
 
-    stages: list[UInt8[Array, "b h w c"]]
-    finite: Bool[Array, " b"]
+    stages: list[list[UInt8[Array, "b h w c"]]]
+    finite: list[Bool[Array, " b"]]
     count: int
 
 
@@ -87,15 +87,29 @@ class Relay:
         given = self.low.labels(seeds, self.classes) if self.low and len(self.classes) and rule == "balanced" else None
         return labels_of(seeds, rule, self.classes, run_seed=self.config.seed) if given is None else given
 
-    def sample(self, seeds: Int[np.ndarray, " b"]) -> list[np.ndarray]:
-        """The images of the `earlier` stages and the last one's, uint8 NHWC, for any number of seeds up to the batch size.
+    def sample(self, seeds: Int[np.ndarray, " n"]) -> list[np.ndarray]:
+        """The images of the `earlier` stages and the last one's, uint8 (n, h, w, c), for any number of seeds, in their order.
 
-        A short batch is filled up, so that nothing is compiled again. Raises InputError where they are not finite numbers.
+        They are made a batch of `sampling.batch_size` at a time; a short one is filled up, so that nothing is compiled again.
+        Raises InputError where they are not finite numbers.
         """
-        return self.finish(self.begin(seeds))
+        made, begun = [], self.begin(seeds[:0])
+        for batch in in_batches(seeds, self.config.sampling.batch_size):
+            following = self.begin(batch)  # before the images of the one before are waited for
+            made.append(self.finish(begun))
+            begun = following
+        return [np.concatenate(stage) for stage in zip(*made, self.finish(begun), strict=True)]
 
-    def begin(self, seeds: Int[np.ndarray, " b"]) -> Begun:
-        """Sets the devices to work, and does not wait: what is begun next follows without a gap."""
+    def begin(self, seeds: Int[np.ndarray, " n"]) -> Begun:
+        """Sets the devices to work, and does not wait: what is begun next follows without a gap.
+
+        Of more seeds than a batch all batches are begun, and their images stay on the devices until `finish`.
+        """
+        batches = [self._begin_batch(batch) for batch in in_batches(seeds, self.config.sampling.batch_size)]
+        stages = [[stages[number] for stages, _ in batches] for number in range(len(self.earlier) + 1)]
+        return Begun(stages, [finite for _, finite in batches], len(seeds))
+
+    def _begin_batch(self, seeds: Int[np.ndarray, " b"]) -> tuple[list[UInt8[Array, "b2 h w c"]], Bool[Array, " b2"]]:
         padded = np.resize(seeds, self.config.sampling.batch_size)
         device_seeds, labels = sharding.put_batch((padded.astype(np.uint32), self.labels(padded)), self.mesh)
         stages, low, finite = [], None, jnp.ones(len(padded), bool)
@@ -103,24 +117,25 @@ class Relay:
             stages.append(sharding.put_batch(self.low.images(padded), self.mesh))
             low = _to_float(stages[0])
         for sampler, params in self._stages:
-            low = sampler(params, low, labels, device_seeds)
-            images, fine = _to_bytes(low)
-            stages, finite = [*stages, images], finite & fine
+            low, fine = sampler(params, low, labels, device_seeds)
+            stages, finite = [*stages, _to_uint8(low)], finite & fine
         for array in (*stages, finite):
             array.copy_to_host_async()
-        return Begun(stages, finite, len(seeds))
+        return stages, finite
 
     def finish(self, begun: Begun) -> list[np.ndarray]:
         """Waits for the images, and returns them as `sample` does."""
-        if not np.all(begun.finite):  # as bytes they would look like images
+        if not all(np.all(finite) for finite in begun.finite):  # as bytes they would look like images
             raise InputError("a checkpoint makes images that are not finite numbers; an earlier checkpoint would do.")
-        images = [np.asarray(stage)[: begun.count] for stage in begun.stages]
+        sizes = [stage.resolution for stage in self.config.stages[-len(begun.stages) :]]
+        none = [np.zeros((0, *size, self.config.data.channels), np.uint8) for size in sizes]
+        images = [np.concatenate([empty, *stage])[: begun.count] for empty, stage in zip(none, begun.stages, strict=True)]
         images[-1] = postprocess(images[-1], self.config.sampling.postprocess)
         return images
 
 
 _to_float = jax.jit(lambda images: to_float(images, 1))
-_to_bytes = jax.jit(lambda images: (to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))))
+_to_uint8 = jax.jit(to_uint8)
 
 
 def _common_classes(config: Config, known: list[Classes], first: int) -> Classes:

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rdm_jax import randomness
 from rdm_jax.config import Config, Stage, to_dict
@@ -15,7 +16,7 @@ from rdm_jax.diffusion.processes import Cascade, Relay
 from rdm_jax.models.functional import Network
 from rdm_jax.randomness import Stream
 
-StageSampler = Callable[..., Float[Array, "b h w c"]]
+StageSampler = Callable[..., tuple[Float[Array, "b h w c"], Bool[Array, " b"]]]
 
 
 def stage_levels(stage: Stage) -> samplers.Levels:
@@ -66,8 +67,9 @@ def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int,
 
     Returns:
       `sample(params, low, labels, seeds)`: parameters; the images of the stage before (b, h/p, w/p, c), None for stage 1;
-      int32 (b,) classes, -1 for the null label; uint32 (b,) seeds. It returns float32 (b, h, w, c) in [-1, 1]. Image i depends on
-      the parameters, low[i], labels[i] and seeds[i] alone.
+      int32 (b,) classes, -1 for the null label; uint32 (b,) seeds. It returns float32 (b, h, w, c) in [-1, 1], and bool (b,):
+      whether all values of an image were finite before they were clipped to that range. Image i depends on the parameters,
+      low[i], labels[i] and seeds[i] alone.
     """
     shape = (*stage.resolution, channels)
     levels = stage_levels(stage)
@@ -103,11 +105,15 @@ def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int,
     @jax.jit
     def finish(params, low, labels, seeds, x, i, level):
         noise = noise_of(seeds)
-        return jnp.clip(stage.sampler.finish(denoiser(params, low, labels, noise), x, i, level, noise), -1, 1)
+        return stage.sampler.finish(denoiser(params, low, labels, noise), x, i, level, noise)
+
+    @jax.jit
+    def bounded(images):
+        return jnp.clip(images, -1, 1), jnp.isfinite(images).all((1, 2, 3))
 
     def sample(params, low, labels, seeds, *, scan):
         bound = lambda f: lambda *args: f(params, low, labels, seeds, *args)  # noqa: E731
-        return samplers.walk(bound(step), bound(finish), start(low, seeds), levels, scan=scan)
+        return bounded(samplers.walk(bound(step), bound(finish), start(low, seeds), levels, scan=scan))
 
     scanned = jax.jit(lambda *args: sample(*args, scan=True))
     return (lambda *args: sample(*args, scan=False)) if jax.default_backend() == "cpu" else scanned
@@ -116,3 +122,8 @@ def stage_sampler(stage: Stage, network: Network, *, number: int, channels: int,
 def to_uint8(images: Float[Array, "b h w c"]) -> Array:
     """[-1, 1] to uint8, rounded."""
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def in_batches(seeds: Int[np.ndarray, " n"], size: int) -> list[Int[np.ndarray, " b"]]:
+    """The seeds in order, so many at a time; the last batch may be shorter. No seeds are no batches."""
+    return [seeds[first : first + size] for first in range(0, len(seeds), size)]

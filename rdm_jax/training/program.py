@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from rdm_jax import sharding
 from rdm_jax.config import Stage, Training
 from rdm_jax.data.augment import Augmentation
+from rdm_jax.models.layers import compiling_for
 from rdm_jax.training.count import Count
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
@@ -78,7 +79,7 @@ class Program(ABC):
             accumulate=stage.training.accumulate,
             ema_halflife=stage.training.ema_halflife,
             ema_rampup=stage.training.ema_rampup,
-            fetch=sharding.fetcher(self.abstract.params, jnp.dtype(stage.network.dtype)),
+            fetch=sharding.fetcher(self.abstract.params, self.objective.network.dtypes),
             axis_name=self.AXIS,
         )
 
@@ -124,7 +125,8 @@ class Jitted(Program):
         }
         batch = {name: jax.ShapeDtypeStruct(*about, sharding=cut) for name, about in shapes.items()}
         out = (sharding.shardings(self.abstract), whole)
-        return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(self.abstract, batch)
+        with compiling_for(self.mesh.devices.flat[0]):
+            return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(self.abstract, batch)
 
     def compile(self) -> None:  # noqa: D102
         self.compiled = self.lower().compile()

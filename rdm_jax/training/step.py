@@ -1,6 +1,7 @@
 """One training step as a pure function of (state, batch)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -94,13 +95,15 @@ def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) 
     return TrainState(zero, params, ema, optimizer.init(params), zero, zero)
 
 
-def ema_decay(images: Float[Array, ""], *, batch_size: int, halflife: float, rampup: float) -> Float[Array, ""]:
-    """Decay a step of an average with a half-life counted in images (EDM's rule).
+def ema_weight(images: Float[Array, ""], *, batch_size: int, halflife: float, rampup: float) -> Float[Array, ""]:
+    """What the new parameters weigh in a step of an average with a half-life counted in images (EDM's rule).
 
-    The half-life is at most `rampup` times the images seen so far; 0 images give 0: the average starts as the parameters.
+    w = 1 - 2^(-batch_size / halflife), float32. The half-life is at most `rampup` times the images seen so far; 0 images give 1:
+    the average starts as the parameters.
     """
     halflife = jnp.minimum(halflife, images * rampup) if rampup else jnp.asarray(halflife, jnp.float32)
-    return 0.5 ** (batch_size / jnp.maximum(halflife, 1e-8))
+    # Not 1 minus the power, which for long half-lives leaves no more than a digit or two of the difference.
+    return -jnp.expm1(-math.log(2) * batch_size / jnp.maximum(halflife, 1e-8))
 
 
 def make_step(
@@ -156,8 +159,8 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         images = (state.step - count.step) * float(count.batch_size) + float(count.images)
-        decay = ema_decay(images, batch_size=count.batch_size, halflife=ema_halflife, rampup=ema_rampup)
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        weight = ema_weight(images, batch_size=count.batch_size, halflife=ema_halflife, rampup=ema_rampup)
+        ema = optax.incremental_update(params, state.ema, weight)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         new_state = TrainState(
             step=state.step + 1,

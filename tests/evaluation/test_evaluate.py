@@ -266,6 +266,20 @@ def test_refused_before_anything_is_trained(source, tmp_path, case):
 
 
 REFUSED = {
+    "own size without a reference": (
+        {"features": "inception", "images": "samples, stage1@native"},
+        r"native_reference='' cannot be used; .*'npz:PATH', for 'stage1@native' in images, would do",
+    ),
+    "own size for a classifier": (
+        {"native_reference": "training"},
+        r"native_reference='training'.*the final size alone",
+    ),
+    "unknown reference of own size": ({"features": "inception", "native_reference": "x"}, r"native_reference='x'.*'held_out'"),
+    "own size of the last stage": ({"features": "inception", "images": "stage2@native"}, r"images='stage2@native'.*'stage1@nati"),
+    "nothing held out for it": (
+        {"features": "inception", "held_out": 0, "native_reference": "held_out"},
+        r"data.held_out=0 cannot",
+    ),
     "no features": ({"features": "none"}, r"features='none' with --mode=evaluate; 'inception' or 'classifier'"),
     "unknown features": ({"features": "dino"}, r"features='dino'"),
     "unknown set": ({"images": "samples, stage2"}, r"images='samples, stage2'.*'stage1'"),
@@ -316,7 +330,7 @@ def test_refused_in_one_sentence(source, workdir, tmp_path, case):
 def test_data_without_classes_has_no_classifier(tmp_path, workdir):
     write_folder(tmp_path / "plain")
     with pytest.raises(InputError, match="features='classifier' needs classes"):
-        run(config_of(tmp_path / "plain", held_out=5).to_config_dict(), str(tmp_path / "run"), mode="evaluate")
+        run(config_of(tmp_path / "plain", held_out=5).to_config_dict(), str(workdir), mode="evaluate")
 
 
 def test_networks_that_make_no_numbers_are_refused(source, relay, tmp_path):

@@ -19,9 +19,10 @@ class FakeRelay(relay.Relay):
         return labels_of(seeds, self.config.sampling.labels, self.classes, run_seed=0)
 
     def begin(self, seeds):
-        return relay.Begun([np.ones((8, 4, 4, 1), np.uint8), seeds.astype(np.uint8)[:, None, None, None]], True, len(seeds))
+        images = seeds.astype(np.uint8)[:, None, None, None]
+        return relay.Begun([[np.ones((8, 4, 4, 1), np.uint8)], [images]], [np.ones(8, bool)], len(seeds))
 
     def finish(self, begun):
-        self.made.append(begun.stages[1].ravel().tolist())
+        self.made.append(begun.stages[1][0].ravel().tolist())
         self.after_each()
-        return [stage[: begun.count] for stage in begun.stages]
+        return [batches[0][: begun.count] for batches in begun.stages]

@@ -19,6 +19,7 @@ from rdm_jax.diffusion.samplers import CascadeHeun
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.sampling import parts, pictures, relay, sampler
+from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.training.step import to_float
 from tests.sampling.fake_relay import FakeRelay
 from tests.tiny import tiny_config, write_images
@@ -56,9 +57,17 @@ def make(kind: str):
     return sample, params, low, jnp.arange(BATCH, dtype=jnp.int32) % 2, jnp.arange(BATCH, dtype=jnp.uint32)
 
 
+def images_of(kind, *args):
+    """What a compiled stage makes, all of it finite."""
+    images, finite = make(kind)[0](*args)
+    assert np.all(finite)
+    return images
+
+
 @every_kind
 def test_an_image_is_its_seeds_alone(kind):
-    sample, params, low, labels, seeds = make(kind)
+    _, params, low, labels, seeds = make(kind)
+    sample = functools.partial(images_of, kind)
     whole = sample(params, low, labels, seeds)
     order = np.array([3, 7, 0, 3, 1, 1, 5, 2])
     mixed = sample(params, None if low is None else low[order], labels[order], seeds[order])
@@ -68,13 +77,21 @@ def test_an_image_is_its_seeds_alone(kind):
     assert np.abs(whole[0] - whole[2]).max() > 0.1 and np.abs(whole).max() <= 1
 
 
+def test_the_default_generator_of_random_numbers_does_not_matter():
+    sample, *args = make("relay")
+    with jax.default_prng_impl("rbg"):
+        again, *_ = make.__wrapped__("relay")
+        np.testing.assert_array_equal(again(*args)[0], sample(*args)[0])
+
+
 @every_kind
 def test_scan_equals_loop(kind, monkeypatch):
     loop, *args = make(kind)
     monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
     scan = make.__wrapped__(kind)[0]
-    looped, scanned = loop(*args), scan(*args)
+    (looped, finite), (scanned, still_finite) = loop(*args), scan(*args)
     np.testing.assert_allclose(scanned, looped, atol=1e-4)
+    assert np.all(finite) and np.all(still_finite)
 
 
 @every_kind
@@ -84,16 +101,16 @@ def test_devices_do_not_matter(kind):
     mesh = sharding.local_mesh()
     shared = sharding.put_batch(jax.device_get((low, labels, seeds)), mesh)
     spread = jax.device_put(params, sharding.replicated(mesh))
-    there = sample(spread, *shared)
-    assert len(there.sharding.device_set) == 8
-    np.testing.assert_allclose(there, sample(params, low, labels, seeds), atol=1e-4)
+    there, finite = sample(spread, *shared)
+    assert len(there.sharding.device_set) == len(finite.sharding.device_set) == 8
+    np.testing.assert_allclose(there, sample(params, low, labels, seeds)[0], atol=1e-4)
     assert sharding.collectives(jax.jit(sample).lower(spread, *shared).compile()) == {}
 
 
 def test_a_cascade_sees_the_small_image_alone():
-    sample, params, low, labels, seeds = make("cascade")
+    _, params, low, labels, seeds = make("cascade")
     low_again = np.concatenate([low[:4], low[4:] + 0.1])
-    one, other = (np.asarray(sample(params, images, labels, seeds)) for images in (low, low_again))
+    one, other = (np.asarray(images_of("cascade", params, images, labels, seeds)) for images in (low, low_again))
     np.testing.assert_array_equal(one[:4], other[:4])
     assert (np.abs(one[4:] - other[4:]).max((1, 2, 3)) > 1e-3).all()
 
@@ -104,8 +121,102 @@ def test_run_seed_and_stage_change_the_noise():
     outputs = []
     for run_seed, number in ((0, 1), (1, 1), (0, 2)):
         sample = sampler.stage_sampler(stage, network, number=number, channels=3, classes=2, run_seed=run_seed)
-        outputs.append(np.asarray(sample(params, None, jnp.zeros(2, jnp.int32), jnp.arange(2, dtype=jnp.uint32))))
+        outputs.append(np.asarray(sample(params, None, jnp.zeros(2, jnp.int32), jnp.arange(2, dtype=jnp.uint32))[0]))
     assert np.abs(outputs[0] - outputs[1]).max() > 0.1 and np.abs(outputs[0] - outputs[2]).max() > 0.1
+
+
+class LoadedRelay(relay.Relay):
+    """A relay of two stages that no checkpoint is read for."""
+
+    def __init__(self, **sampling):
+        config = tiny_config("images")
+        self.config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **sampling))
+        self.low, self.first, self.earlier, self.classes, self.mesh = (
+            None,
+            1,
+            ("stage1",),
+            Classes(("a", "b")),
+            sharding.local_mesh(),
+        )
+        spread = lambda params: jax.device_put(params, sharding.replicated(self.mesh))  # noqa: E731
+        self._stages = [(make(kind)[0], spread(make(kind)[1])) for kind in ("gaussian", "relay")]
+
+
+@functools.cache
+def batch_by_batch():
+    """The images of 19 seeds, a batch at a time."""
+    made, seeds = LoadedRelay(), np.arange(19)[::-1]
+    batches = [made.sample(seeds[first : first + BATCH]) for first in range(0, 19, BATCH)]
+    return seeds, [np.concatenate(stage) for stage in zip(*batches, strict=True)]
+
+
+def test_more_seeds_than_a_batch_are_all_sampled_in_their_order():
+    made, (seeds, wanted) = LoadedRelay(), batch_by_batch()
+    for images in (made.sample(seeds), made.finish(made.begin(seeds))):
+        assert [stage.shape for stage in images] == [(19, 4, 4, 3), (19, 8, 8, 3)]
+        for stage, same in zip(images, wanted, strict=True):
+            np.testing.assert_array_equal(stage, same)
+    assert len({image.tobytes() for image in wanted[1]}) == 19
+
+
+@pytest.mark.parametrize("postprocess", ["none", "rdm_imagenet"])
+def test_no_seeds_are_no_images(postprocess):
+    made = LoadedRelay(postprocess=postprocess)
+    for images in (made.sample(np.arange(0)), made.finish(made.begin(np.arange(0)))):
+        assert [(stage.shape, stage.dtype) for stage in images] == [((0, 4, 4, 3), np.uint8), ((0, 8, 8, 3), np.uint8)]
+
+
+@every_kind
+def test_infinite_images_are_told_though_they_are_clipped(kind):
+    """A network that answers with an infinity at the last level, so that the last denoised image is one, and no NaN."""
+    stage, network, params = stage_and_params(kind)
+    stage = dataclasses.replace(stage, guidance=1.0, sampler=dataclasses.replace(stage.sampler, order=1))
+    last = stage.precondition(sampler.stage_levels(stage).sigma[-1:]).c_noise
+
+    def answer(value, x, c_noise, labels):
+        there = (c_noise < last + 1e-3) & (jnp.arange(len(x)) > 0)  # the first image stays finite
+        return jnp.broadcast_to(jnp.where(there, value, 0.0)[:, None, None, None], (*x.shape[:3], 3))
+
+    network = network._replace(apply=answer)
+    sample = sampler.stage_sampler(stage, network, number=NUMBER[kind], channels=3, classes=2, run_seed=0)
+    _, _, low, labels, seeds = make(kind)
+    images, finite = sample(jnp.float32(jnp.inf), low, labels, seeds)
+    np.testing.assert_array_equal(finite, np.arange(BATCH) == 0)
+    np.testing.assert_array_equal(images[1:], np.ones_like(images[1:]))  # as an image they would be white
+    _, finite = sample(jnp.float32(0.5), low, labels, seeds)
+    assert np.all(finite)
+
+
+def infinite(sample, *which):
+    """The same sampler, whose images of these numbers were not finite."""
+    return lambda *args: (sample(*args)[0], ~jnp.isin(jnp.arange(BATCH), jnp.asarray(which)))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_relay_refuses_infinite_images(stage):
+    made = LoadedRelay()
+    made._stages[stage] = (infinite(made._stages[stage][0], 2), made._stages[stage][1])
+    with pytest.raises(InputError, match="not finite numbers"):
+        made.sample(np.arange(11))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_one_stage_alone_samples_any_number_of_seeds(source, number):
+    kind, alone = ("gaussian", "relay")[number - 1], StageAlone(tiny_config("images"), number, source)
+    sample, params, *_ = make(kind)
+    alone._sampler, seeds = sample, np.arange(19)[::-1]
+    params = jax.device_put(params, sharding.replicated(sharding.local_mesh()))
+    images, labels = alone.sample(params, seeds)
+    assert images.shape == (19, 4 * number, 4 * number, 3) and labels.shape == (19,)
+    batches = [alone.sample(params, seeds[first : first + BATCH]) for first in range(0, 19, BATCH)]
+    for whole, batched in zip((images, labels), zip(*batches, strict=True), strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(batched))
+    assert len({image.tobytes() for image in images}) == 19
+    assert [array.shape for array in alone.sample(params, seeds[:0])] == [(0, *images.shape[1:]), (0,)]
+    alone._sampler = infinite(sample, 1)
+    black = alone.sample(params, seeds)[0]
+    np.testing.assert_array_equal(np.flatnonzero((black == 0).all((1, 2, 3))), [1, 9, 17])
+    np.testing.assert_array_equal(np.delete(black, [1, 9, 17], 0), np.delete(images, [1, 9, 17], 0))
 
 
 def test_interrupted_sampling_goes_on(tmp_path):

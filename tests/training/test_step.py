@@ -15,7 +15,7 @@ from rdm_jax.diffusion import preconditioning, processes
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.training.count import Count
-from rdm_jax.training.step import Objective, ema_decay, init_state, make_step, to_float
+from rdm_jax.training.step import Objective, ema_weight, init_state, make_step, to_float
 
 BATCH, CLASSES = 16, 3
 OPTIMIZER = optax.adam(3e-3)
@@ -79,7 +79,7 @@ def test_a_cascade_learns_from_the_image_that_it_is_given():
     """A network that answers with what it is given, at a noise level where nothing else is known."""
     process = processes.Cascade(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
     given = lambda params, x, c_noise, labels, augment, keys: params["scale"] * x[..., 3:6]  # noqa: E731
-    goal = Objective(Network(None, given, None), process, preconditioning.EDM(), 1, CLASSES, label_dropout=0.25)
+    goal = Objective(Network(None, given, None, None), process, preconditioning.EDM(), 1, CLASSES, label_dropout=0.25)
     smooth = batch()["image"][:, ::2, ::2].repeat(2, 1).repeat(2, 2)  # the same as its means, enlarged
     data, keys = jax.device_put({**batch(), "image": smooth}), jax.random.split(jax.random.key(0), BATCH)
     loss = jax.jit(lambda scale: goal.loss({"scale": scale}, data, keys, dropout=False).mean())
@@ -156,13 +156,30 @@ def test_label_dropout():
     chex.assert_trees_all_equal(labels[labels.sum(-1) > 0][:5], jnp.tile(jnp.array([0.0, 0.0, 1.0]), (5, 1)))
 
 
-def test_ema_decay_halves_in_a_halflife():
-    steps = 0.5 ** (1 / (1000 / 50))
-    np.testing.assert_allclose(ema_decay(jnp.float32(1e6), batch_size=50, halflife=1000.0, rampup=0.05), steps, rtol=1e-6)
-    assert float(ema_decay(jnp.float32(0), batch_size=50, halflife=1000.0, rampup=0.05)) == 0
-    # In the ramp-up the half-life is 5 % of the 2000 images seen.
-    np.testing.assert_allclose(ema_decay(jnp.float32(2000), batch_size=50, halflife=1e9, rampup=0.05), 0.5**0.5, rtol=1e-6)
-    np.testing.assert_allclose(ema_decay(jnp.float32(0), batch_size=50, halflife=1000.0, rampup=0.0), steps, rtol=1e-6)
+@pytest.mark.parametrize(
+    ("batch_size", "halflife", "images", "rampup"),
+    [(64, 50e6, 1e9, 0.0), (32, 500e6, 1e9, 0.0), (50, 1000.0, 1e6, 0.05), (50, 1e9, 2000.0, 0.05), (2048, 1e3, 1e9, 0.05)],
+)
+def test_ema_weight_is_right_to_the_last_digits(batch_size, halflife, images, rampup):
+    """Against float64; in the fourth case the half-life is 5 % of the images seen."""
+    effective = min(halflife, images * rampup) if rampup else halflife
+    weight = jax.jit(functools.partial(ema_weight, batch_size=batch_size, halflife=halflife, rampup=rampup))(jnp.float32(images))
+    assert weight.dtype == jnp.float32
+    np.testing.assert_allclose(weight, 1 - np.float64(0.5) ** (batch_size / effective), rtol=1e-6)
+
+
+def test_ema_weight_halves_in_a_halflife():
+    weight = float(ema_weight(jnp.float32(1e6), batch_size=50, halflife=1000.0, rampup=0.05))
+    np.testing.assert_allclose((1 - weight) ** (1000 / 50), 0.5, rtol=1e-5)
+
+
+def test_ema_starts_as_the_parameters():
+    assert float(ema_weight(jnp.float32(0), batch_size=50, halflife=1000.0, rampup=0.05)) == 1
+    without_rampup = float(ema_weight(jnp.float32(0), batch_size=50, halflife=1000.0, rampup=0.0))
+    np.testing.assert_allclose(without_rampup, 1 - 0.5 ** (50 / 1000), rtol=1e-6)
+    step, state = step_and_state()
+    after, _ = step(state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema)), batch())
+    chex.assert_trees_all_equal(after.ema, after.params)
 
 
 def test_ema_is_the_average_of_the_parameters():
