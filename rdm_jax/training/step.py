@@ -158,7 +158,9 @@ def make_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        images = (state.step - count.step) * float(count.batch_size) + float(count.images)
+        images = state.step * float(count.batch_size)
+        if count.step:
+            images += float(count.images - count.step * count.batch_size)
         weight = ema_weight(images, batch_size=count.batch_size, halflife=ema_halflife, rampup=ema_rampup)
         ema = optax.incremental_update(params, state.ema, weight)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
