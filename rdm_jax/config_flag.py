@@ -21,6 +21,8 @@ from rdm_jax import config as configs
 from rdm_jax.errors import InputError
 from rdm_jax.files import local_path, nearest
 
+flags.disclaim_key_flags()  # --config is one of the module's that defines it here, and so in its --helpshort
+
 NAME = "config"
 OVERRIDE = re.compile(rf"--?(?:no)?({NAME}\.[^=]*)=?(.*)", re.DOTALL)
 EXAMPLE = "Config(...).to_config_dict(), as in configs/default.py,"
