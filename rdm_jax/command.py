@@ -13,6 +13,12 @@ from rdm_jax.config_flag import NAME, fields_called
 from rdm_jax.errors import InputError
 from rdm_jax.exit_status import exit_status
 
+# What absl says of a value begins so, and what is said here instead.
+VALUES = {
+    "could not convert string to float": "it is not a number; one such as 0.1 or 1e-4 would do.",
+    "('Non-boolean argument": "it is neither true nor false; True or False would do.",
+}
+
 
 def command(work: Callable[[], None], workdir: Callable[[], str | None] = lambda: None, config: str | None = None) -> NoReturn:
     """Parses the flags and does the work of a script, as `exit_status` does it; then the process ends.
@@ -42,7 +48,16 @@ def parse_flags(argv: list[str]) -> None:
         # absl keeps a parser's error as the context of its own, and its text alone in the message.
         raise (error.__context__ if isinstance(error.__context__, InputError) else _in_words(error)) from error
     if strays:
-        raise InputError(f"{strays[0]!r} is no flag; --{strays[0].lstrip('-')} would do.")
+        raise InputError(f"{strays[0]!r} is no flag; {_meant(strays[0])} would do.")
+
+
+def _meant(stray: str) -> str:
+    """What a word that belongs to no flag may be meant for."""
+    if stray.partition(":")[0].endswith((".py", ".json")):
+        return f"--{NAME}={stray}"
+    if "=" in stray:
+        return f"--{stray.lstrip('-')}"
+    return "quotes around a value with spaces, or one of the flags that --helpshort lists,"
 
 
 def _in_words(error: flags.Error) -> InputError:
@@ -58,5 +73,6 @@ def _in_words(error: flags.Error) -> InputError:
         choices = one_of.group(1).split("|")
         close = difflib.get_close_matches(value, choices, n=1) or choices
         return InputError(f"{name}={value} is not known; {' or '.join(close)} would do.")
+    why = next((ours for theirs, ours in VALUES.items() if why.startswith(theirs)), why)
     would_do = "" if why.endswith("would do.") else "; --helpshort says what would do."
     return InputError(f"{name}={value}: {why}{would_do}")

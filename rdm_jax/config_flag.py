@@ -22,6 +22,8 @@ from rdm_jax.errors import InputError
 from rdm_jax.files import local_path, nearest
 from rdm_jax.saved import read_saved
 
+flags.disclaim_key_flags()  # --config is one of the module's that defines it here, and so in its --helpshort
+
 NAME = "config"
 OVERRIDE = re.compile(rf"--?(?:no)?({NAME}\.[^=]*)=?(.*)", re.DOTALL)
 EXAMPLE = "Config(...).to_config_dict(), as in configs/default.py,"
@@ -44,26 +46,6 @@ class WholeNumber(flags.IntegerParser):
         raise ValueError("it is not a whole number; one such as 1000, 1_000 or 1e3 would do.")
 
 
-class Number(flags.FloatParser):
-    """A number."""
-
-    def convert(self, argument: Any) -> float:
-        """The number. Raises ValueError for any other text."""
-        with contextlib.suppress(ValueError):
-            return super().convert(argument)
-        raise ValueError("it is not a number; one such as 0.1 or 1e-4 would do.")
-
-
-class TrueOrFalse(flags.BooleanParser):
-    """True or False."""
-
-    def parse(self, argument: Any) -> bool:
-        """The value. Raises ValueError for any other text."""
-        with contextlib.suppress(ValueError):
-            return super().parse(argument)
-        raise ValueError("it is neither true nor false; True or False would do.")
-
-
 class _ConfigParser(flags.ArgumentParser):
     """Loads what --config names, and refuses overrides of what is no field in it."""
 
@@ -80,8 +62,7 @@ def define_config(help_string: str = "Config file; --config.field=value override
 
     What cannot be used raises `absl.flags.Error` when flags are parsed, which `rdm_jax.command` puts into words.
     """
-    for kind, parser in ((int, WholeNumber()), (float, Number()), (bool, TrueOrFalse())):
-        config_flags.register_flag_parser_for_type(kind, parser)
+    config_flags.register_flag_parser_for_type(int, WholeNumber())
     holder = config_flags.DEFINE_config_file(NAME, help_string=help_string)
     flags.FLAGS[NAME].parser = _ConfigParser()
     return holder

@@ -22,7 +22,7 @@ from absl import flags
 from rdm_jax import config, distributed, run
 from rdm_jax.command import parse_flags
 from rdm_jax.compile_cache import keep_compiled
-from rdm_jax.config_flag import Number, WholeNumber, define_config
+from rdm_jax.config_flag import WholeNumber, define_config
 from rdm_jax.errors import InputError
 from rdm_jax.exit_status import exit_status
 from rdm_jax.plan.plan import plan
@@ -32,10 +32,6 @@ from rdm_jax.waiting import SECONDS_TO_JOIN
 
 def _whole_number(name: str, default: int | None, help_string: str, lower_bound: int | None = None) -> flags.FlagHolder:
     return flags.DEFINE(WholeNumber(lower_bound), name, default, help_string, serializer=flags.ArgumentSerializer())
-
-
-def _number(name: str, default: float, help_string: str) -> flags.FlagHolder:
-    return flags.DEFINE(Number(), name, default, help_string, serializer=flags.ArgumentSerializer())
 
 
 _CONFIG = define_config(help_string="Config file, config.json or a run's folder; --config.field=value overrides.")
@@ -49,7 +45,7 @@ _PROCESSES = _whole_number("processes", None, "With --coordinator host:port: how
 _PROCESS = _whole_number("process", None, "With --coordinator host:port: which of them this is, from 0.")
 _JOIN_TIMEOUT = _whole_number("join_timeout", SECONDS_TO_JOIN, "With several processes: seconds to wait for all.", lower_bound=1)
 _TARGET = flags.DEFINE_string("target", "here", "With --mode plan: chips, such as v5e-16 or h100-8; 'here' for these devices.")
-_UTILISATION = _number("utilisation", 0.4, "With --mode plan: the share of the peak FLOP/s that is reached.")
+_UTILISATION = flags.DEFINE_float("utilisation", 0.4, "With --mode plan: the share of the peak FLOP/s that is reached.")
 _CLASSES = _whole_number("classes", 0, "With --mode plan: number of classes; 0 for none.", lower_bound=0)
 _COMPILE = flags.DEFINE_bool("compile", False, "With --mode plan: compile for the TPU target, for the compiler's own figures.")
 _ALLOW_CHANGES = flags.DEFINE_list("allow_changes", [], "Fields that may change in a run that goes on: learning_rate,batch_size.")

@@ -61,9 +61,11 @@ def run(
 ) -> None:
     """Does one part of a run, or all of it; what is done already is left alone.
 
+    In the main thread the first Ctrl-C or SIGTERM saves and stops; in any other thread signals are left to the caller.
+
     Args:
       values: what a config file returns.
-      workdir: folder of the run; made if it is not there.
+      workdir: folder of the run; made if it is not there and the mode needs nothing in it.
       mode: one of MODES.
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
       weights: the file to import from (.pkl, .pt, safetensors) or to export to (safetensors).

@@ -10,7 +10,7 @@ from jax._src.distributed import global_state  # what jax has found in the surro
 
 from rdm_jax.terminal import log
 
-SECONDS_TO_SAY, SECONDS_TO_JOIN = 1, 60
+SECONDS_TO_SAY, SECONDS_TO_JOIN = 1, 120
 
 
 @contextlib.contextmanager

@@ -131,7 +131,11 @@ REFUSED = {
     "--mode=tain": "--mode=tain is not known; train would do",
     "--mode=fly": "--mode=fly is not known; all or prepare or train or",
     "--stage=abc": "--stage=abc: it is not a whole number",
-    "--utilisation=x": "--utilisation=x: it is not a number",
+    "--stage=0": "--stage=0: 0 is not a positive integer",
+    "--utilisation=x": "--utilisation=x: it is not a number; .*1e-4 would do",
+    "--skip_bad=maybe": "--skip_bad=maybe: it is neither true nor false; True or False would do",
+    "configs/digits.py:x": "'configs/digits.py:x' is no flag; --config=configs/digits.py:x would do",
+    "word": "'word' is no flag; quotes around a value with spaces",
 }
 
 

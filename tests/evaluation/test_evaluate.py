@@ -329,6 +329,7 @@ def test_refused_in_one_sentence(source, workdir, tmp_path, case):
 
 def test_data_without_classes_has_no_classifier(tmp_path, workdir):
     write_folder(tmp_path / "plain")
+    (tmp_path / "run").mkdir()
     with pytest.raises(InputError, match="features='classifier' needs classes"):
         run(config_of(tmp_path / "plain", held_out=5).to_config_dict(), str(workdir), mode="evaluate")
 

@@ -6,7 +6,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 import safetensors
@@ -14,10 +13,10 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from rdm_jax.classes import Classes
-from rdm_jax.config import Config, Stage, parse
+from rdm_jax.config import Stage, parse
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.diffusion.processes import Relay
-from rdm_jax.diffusion.samplers import Heun, RelayHeun
+from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.errors import InputError
 from rdm_jax.interop import original, weights
 from rdm_jax.models.adm import ADM
@@ -26,43 +25,9 @@ from rdm_jax.run import run
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.saved import read_saved
 from rdm_jax.training.checkpoint import Checkpoints
+from tests.interop.stages import CLASSES, NCSN, NETWORK, config_for, settings_for, tensors_of, values_of
 from tests.interop.torch_standins import write_pkl, write_pt
-from tests.tiny import tiny_config, write_images
-
-CLASSES = 3
-NETWORK = ADM(channels=8, channel_mult=(1,), blocks=1, attention_levels=(), dropout=0.1)
-NCSN = Song(8, (1, 2), 1, attention_levels=(1,), embedding="fourier", noise_mult=2, residual=True, filter=(1, 3, 3, 1))
-
-
-def config_for(folder, **sampling) -> Config:
-    """Two stages, 4x4 -> 8x8, with every published option of sampling at a small size."""
-    config = tiny_config(folder / "images", preview_every=0)
-    churned = Heun(steps=4, churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003)
-    truncated = RelayHeun(steps=12, rho=100.0, truncation_sigma=0.9, truncation_time=0.93)
-    first, second = config.stages
-    stages = (
-        dataclasses.replace(first, network=NETWORK, sampler=churned),
-        dataclasses.replace(second, network=NETWORK, sampler=truncated, guidance=3.5),
-    )
-    return dataclasses.replace(config, stages=stages, sampling=dataclasses.replace(config.sampling, **sampling))
-
-
-def values_of(config: Config) -> ml_collections.ConfigDict:
-    return config.to_config_dict()
-
-
-def tensors_of(stage: Stage, classes: int, seed: int, dtype=np.float32) -> dict[str, np.ndarray]:
-    """Random tensors for a stage, under the original's names and in its layout."""
-    rng, tensors = np.random.default_rng(seed), {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(stage.build(3, classes).abstract)[0]:
-        name = original.original_name(tuple(key.key for key in keys), stage.network, stage.resolution[0])
-        value = rng.standard_normal(leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
-        tensors[name] = original.to_theirs(value).astype(dtype)
-    return tensors | {name: value.astype(dtype) for name, value in original.buffers(stage).items()}
-
-
-def settings_for(stage: Stage, classes: int = CLASSES) -> tuple[str, dict]:
-    return original.settings_of(stage, 3, classes)
+from tests.tiny import write_images
 
 
 def restored(workdir, stage: Stage, number: int, classes: int = CLASSES):
@@ -308,36 +273,6 @@ def test_weights_that_do_not_fit_are_refused(case, imported, tmp_path):
         run(values_of(config), str(tmp_path / "run"), mode="import", stage=1, weights=str(tmp_path / "x.pkl"))
     assert "would do" in str(refused.value)
     assert not (tmp_path / "run/config.json").exists()
-
-
-@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
-def test_two_stages_of_other_sizes_than_the_configs_are_imported_in_any_order(imported, tmp_path, order):
-    """The config has 4x4 -> 8x8, the files have 8x8 -> 16x16."""
-    _, config, tensors = imported
-    for number in order:
-        class_name, settings = settings_for(config.stages[number - 1])
-        write_pkl(tmp_path / "x.pkl", class_name, {**settings, "img_resolution": 8 * number}, renamed(tensors[number - 1], 2))
-        run(values_of(config), str(tmp_path / "run"), mode="import", stage=number, weights=str(tmp_path / "x.pkl"))
-        saved = parse(json.loads((tmp_path / "run/config.json").read_text()))
-        assert [stage.resolution for stage in saved.stages] == [(8, 8), (16, 16)]
-
-
-def renamed(tensors: dict, factor: int) -> dict:
-    """The tensors under the names that they have in a network for images so much larger."""
-
-    def larger(match: re.Match) -> str:
-        return f".{int(match[1]) * factor}x{int(match[2]) * factor}_"
-
-    return {re.sub(r"\.(\d+)x(\d+)_", larger, name): value for name, value in tensors.items()}
-
-
-def test_a_stage_that_does_not_fit_the_one_imported_before_is_refused(imported, tmp_path):
-    folder, config, tensors = imported
-    run(values_of(config), str(tmp_path / "run"), mode="import", stage=1, weights=str(folder / "one.pkl"))
-    class_name, settings = settings_for(config.stages[1])
-    write_pkl(tmp_path / "x.pkl", class_name, {**settings, "img_resolution": 16}, renamed(tensors[1], 2))
-    with pytest.raises(InputError, match=r"config.stage2.resolution=\(16, 16\).*8, 8"):
-        run(values_of(config), str(tmp_path / "run"), mode="import", stage=2, weights=str(tmp_path / "x.pkl"))
 
 
 def test_an_unknown_preconditioning_is_refused(imported, tmp_path):
