@@ -86,26 +86,28 @@ def find(relay: Relay, folder: Path) -> Earlier:
     if not same_settings(before, ours):
         if not _went_on(relay, before, ours):
             _refuse(folder, differences(before, ours))
-        pictures = [f"images/{name}" for name in (*map(png_name, _seeds(before)), LABELS)]
+        pictures = [f"images/{name}" for name in _pictures(folder)]
         grids = sorted(path.name for path in folder.glob("grid*.png"))
         kept = move_aside(folder, [*pictures, "samples.npz", *grids, SAMPLES])
         steps = ", ".join(str(loaded["step"]) for loaded in before["checkpoints"])
         log.info("samples: those of the earlier checkpoints (steps %s) are kept in %s", steps, kept)
         return Earlier(folder)
     if relay.config.sampling.files == "png" or not (folder / "samples.npz").exists():
+        _check_labels(relay, folder, _labels_of_pictures(folder))
         return Earlier(folder, before, _seeds(before))
     names = [*relay.earlier, "images", "labels", "seeds"]
     if not any(is_whole_npz(folder / "samples.npz", [*names, *more]) for more in ((), ("class_names",))):
         log.warning("samples: %s is damaged; its images are made again", folder / "samples.npz")
         return Earlier(folder, before, _seeds(before), damaged=True)
     with Npz(folder / "samples.npz") as file:
-        return Earlier(folder, before, _seeds(before), file.read("seeds").astype(np.int64), has_npz=True)
+        seeds, labels = file.read("seeds").astype(np.int64), file.read("labels")
+    _check_labels(relay, folder, dict(zip(seeds.tolist(), labels.tolist(), strict=True)))
+    return Earlier(folder, before, _seeds(before), seeds, has_npz=True)
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
     """What samples.json says of the samples in a folder; None where there are no samples."""
-    pictures = [path.name for path in (folder / "images").glob("*")] if (folder / "images").is_dir() else []
-    samples = (folder / "samples.npz").exists() or any(name == LABELS or PICTURE.fullmatch(name) for name in pictures)
+    samples = (folder / "samples.npz").exists() or bool(_pictures(folder))
     if not samples and not (folder / SAMPLES).exists():
         return None
     try:
@@ -118,13 +120,37 @@ def _read(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{folder} holds samples, and {why}; another --config.sampling.name would do.") from error
 
 
+def _pictures(folder: Path) -> list[str]:
+    """The names of the pictures, and of their labels file."""
+    names = sorted(path.name for path in (folder / "images").glob("*")) if (folder / "images").is_dir() else []
+    return [name for name in names if name == LABELS or PICTURE.fullmatch(name)]
+
+
+def _labels_of_pictures(folder: Path) -> dict[int, int]:
+    """The class numbers of pictures by their seeds; none where their labels file is not there, or damaged."""
+    try:
+        pairs = parse_json((folder / "images" / LABELS).read_bytes())["labels"] or []
+        return {int(Path(name).stem): int(label) for name, label in pairs}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _check_labels(relay: Relay, folder: Path, labels: dict[int, int]) -> None:
+    """Refuses images of other classes than the settings mean now: an earlier version took a number for another class."""
+    ours = relay.labels(np.asarray([*labels], np.int64)) if labels else []
+    if list(ours) != [*labels.values()]:
+        meant = f"config.sampling.labels={relay.config.sampling.labels!r}"
+        raise InputError(f"{folder} holds samples of other classes than {meant} means; another --config.sampling.name would do.")
+
+
 def _seeds(made_with: dict[str, Any]) -> tuple[int, ...]:
     return parse_numbers(made_with["sampling"]["seeds"], "sampling.seeds")
 
 
 def _went_on(relay: Relay, before: dict[str, Any], ours: dict[str, Any]) -> bool:
     """Whether nothing is new but the newest or best checkpoints of the run itself."""
-    if not same_settings({**before, "checkpoints": ours["checkpoints"]}, ours):
+    same_stages = len(before["checkpoints"]) == len(ours["checkpoints"])
+    if not same_stages or not same_settings({**before, "checkpoints": ours["checkpoints"]}, ours):
         return False
     stages = relay.config.stages[relay.first - 1 :]
     pairs = zip(stages, before["checkpoints"], ours["checkpoints"], strict=True)

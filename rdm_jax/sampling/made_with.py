@@ -78,4 +78,4 @@ def _plain(seeds: str) -> str:
 def _differences(old: Any, new: Any, field: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [d for key in sorted(old.keys() | new.keys()) for d in _differences(old.get(key), new.get(key), f"{field}.{key}")]
-    return [] if old == new else [f"{field.removeprefix('.')} was {old!r} and is {new!r}"]
+    return [] if old == new else [f"{field.removeprefix('.')} was {old!r:.60} and is {new!r:.60}"]

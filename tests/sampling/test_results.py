@@ -151,6 +151,17 @@ def test_samples_of_earlier_checkpoints_are_moved_aside(tmp_path, caplog):
     assert seeds_of(tmp_path / "samples-earlier-2") == [2]
 
 
+def test_pictures_of_a_killed_run_are_moved_aside_too(tmp_path, monkeypatch):
+    """Whatever samples.json names: they are none of the new checkpoint's."""
+    sample(tmp_path, files="png", seeds="0-3")
+    with monkeypatch.context() as dies:
+        dies.setattr(results, "_write_labels", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample(tmp_path, files="png", seeds="4-5")
+    assert sample(tmp_path, files="png", seeds="0-5", steps=(10, 30)) == [0, 1, 2, 3, 4, 5]
+    assert len(list((tmp_path / "samples-earlier-1/images").glob("*.png"))) == 6
+
+
 def test_what_is_damaged_is_made_again(tmp_path):
     folder = tmp_path / "samples"
     sample(tmp_path, seeds="0-3")
@@ -176,6 +187,16 @@ def test_what_is_not_ours_is_refused(tmp_path, file):
     ) as refusal:
         sample(tmp_path)
     assert contents(tmp_path) == before and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("files", ["npz", "png"])
+def test_samples_whose_numbers_meant_other_classes_are_refused(tmp_path, files):
+    """An earlier version took labels=2 for the third folder."""
+    sample(tmp_path, classes=Classes(("0", "1", "2", "3")), files=files, labels="2")
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="holds samples of other classes than config.sampling.labels='2' means"):
+        sample(tmp_path, classes=Classes(("0", "1", "10", "2")), files=files, labels="2", seeds="20")
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("files", ["npz", "png"])
