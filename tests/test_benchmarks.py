@@ -1,10 +1,16 @@
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from experiments.benchmarks import timing
+from rdm_jax.config import parse
+from tests.tiny import get_config
 
 ROOT = Path(__file__).parents[1]
 TINY = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
@@ -24,7 +30,14 @@ def tables(script: str, *arguments: str) -> list[list[dict[str, str]]]:
 
 def numbers(rows: list[dict[str, str]], *heads: str) -> list[float]:
     """Figures of some columns, without their units."""
-    return [float(re.match(r"[\d.,]+", row[head])[0].replace(",", "")) for row in rows for head in heads]
+    return [float(re.match(r"[\d.,]+(e[+-]\d+)?", row[head])[0].replace(",", "")) for row in rows for head in heads]
+
+
+def test_times_are_those_of_a_call():
+    calls = {"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.02)}
+    found = timing.medians(calls, seconds=0.1)
+    assert 0.005 <= found["short"] < found["long"] < 0.1 and found["long"] >= 0.02  # sleep is never shorter
+    assert [timing.milliseconds(seconds) for seconds in (0.0000213, 0.0213, 0.213, 21.3)] == ["0.0213", "21.3", "213", "21,300"]
 
 
 @pytest.mark.long
@@ -32,9 +45,15 @@ def test_speed():
     asked = ["--stage=2", "--classes=2", "--batch=8", "--evaluations=3", "--variants=block+pmap"]
     training, sampling = tables("speed", *asked)
     assert [(row["stage"], row["variant"]) for row in training] == [("2: 8 x 12", "block+pmap")]
-    assert min(numbers(training, "parameters", "ms a step", "images/s", "TFLOP/s")) > 0
+    stage = parse(get_config("nowhere")).stages[1]
+    (count, milliseconds, rate, flops) = numbers(training, "parameters", "ms a step", "images/s", "TFLOP/s")
+    assert count == stage.build(3, 2).count()
+    assert rate == pytest.approx(8 / (milliseconds / 1e3), rel=0.02)  # of three digits each
+    assert flops == pytest.approx(3 * 2 * stage.multiply_adds(3, 2) * rate / 2 / 1e12, rel=0.02)  # on each of two devices
     assert [(row["stage"], row["variant"]) for row in sampling] == [("2: 8 x 12", "block+pmap")]
-    assert min(numbers(sampling, "evaluations", "ms an evaluation", "images/s", "own share")) > 0
+    evaluations, milliseconds, rate, share = numbers(sampling, "evaluations", "ms an evaluation", "images/s", "own share")
+    assert evaluations == 3 and 0 < share < 100
+    assert rate == pytest.approx(8 / (3 * milliseconds / 1e3), rel=0.02)
     assert {row["utilisation"] for row in (*training, *sampling)} == {"-"}  # no peak is known of a CPU
 
 
@@ -42,12 +61,15 @@ def test_relay():
     arithmetic, shares = tables("relay", "--batch=2", "--classes=0", "--size=8", "--factor=4")
     updates = ["the sampler's", "DCT, vmapped", "DCT, fused", "matrix, fused"]
     assert [row[""] for row in arithmetic] == ["adding", "adding, flat", *updates, "noise"]
-    assert min(numbers(arithmetic, "ms", "in addings", "in flat addings")) > 0
+    times, first, second = (numbers(arithmetic, head) for head in ("ms", "in addings", "in flat addings"))
+    for each, in_addings, in_flat_addings in zip(times, first, second, strict=True):
+        assert in_addings == pytest.approx(each / times[0], rel=0.02, abs=0.006)
+        assert in_flat_addings == pytest.approx(each / times[1], rel=0.02, abs=0.006)
     assert all(float(row["difference"]) < 1e-5 for row in arithmetic if row[""] in updates)
     assert [row[""] for row in shares] == ["network", "update and noise"]
-    assert min(numbers(shares, "ms")) > 0 and all(
-        0 < n < 100 for n in numbers(shares[1:], "share by operations", "share by time")
-    )
+    network, own = numbers(shares, "ms")
+    by_operations, by_time = numbers(shares[1:], "share by operations", "share by time")
+    assert by_time == pytest.approx(100 * own / (own + network), rel=0.02) and 0 < by_operations < 100
 
 
 def test_attention():
@@ -57,7 +79,8 @@ def test_attention():
     assert [(row["stage"], row["pixels"], row["dtype"], row[""]) for row in rows] == [
         (stage, pixels, *kind) for stage, pixels in (("1", "4 x 6"), ("2", "8 x 12")) for kind in kinds
     ]
-    assert min(numbers(rows, "forward, ms", "and backward, ms", "FLOP/s")) > 0
-    for row in rows:
+    for row, forward, flops in zip(rows, numbers(rows, "forward, ms"), numbers(rows, "FLOP/s"), strict=True):
+        n, d = math.prod(map(int, row["pixels"].split(" x "))), math.prod(map(int, row["heads"].split(" x ")))
+        assert flops * 1e9 == pytest.approx(4 * n**2 * d / (forward / 1e3), rel=0.02)
         limit = 1e-5 if row["dtype"] == "float32" else 5e-2
         assert float(row["difference"]) < limit and float(row["of gradients"]) < limit

@@ -21,6 +21,7 @@ from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.training import checkpoint
 from tests.evaluation.small_evaluation import SIZE, SPACE, config_of, measured, parts_of
+from tests.pictures import shows_images
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def test_command(source, workdir, tmp_path, capsys, caplog):
     assert reference["set"] == "training" and reference["images"] == 40
     assert {"jax", "rdm_jax", "python"} <= result["versions"].keys() and "cpu" in result["devices"].lower()
     for picture in ("held_out", "stage1", "samples"):
-        assert np.asarray(Image.open(workdir / f"evaluation/{picture}.png")).std() > 0
+        assert shows_images(workdir / f"evaluation/{picture}.png"), picture
     assert not list((workdir / "evaluation").glob(".gathered-*"))
     assert re.search(r"\| samples +\| 20 ", caplog.text)
     before = (workdir / "evaluation/evaluation.json").stat().st_mtime_ns
@@ -187,7 +188,7 @@ def test_a_stage_is_measured_during_training(source, tmp_path, monkeypatch):
     assert lines.read_text().count("evaluation/accuracy") == 1
     run(config.to_config_dict(), str(tmp_path), mode="report")
     page = (tmp_path / "report/report.md").read_text()
-    assert "Over training" in page and np.asarray(Image.open(tmp_path / "report/curves.png")).std() > 0
+    assert "Over training" in page and (tmp_path / "report/curves.png").is_file()  # of one point: see test_report.py
 
 
 def test_what_changes_is_measured_again(source, relay, tmp_path):

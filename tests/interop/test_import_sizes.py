@@ -1,7 +1,6 @@
 """Published stages of other sizes than the config's, imported one after the other."""
 
 import dataclasses
-import json
 
 import pytest
 
@@ -10,6 +9,7 @@ from rdm_jax.diffusion.processes import Relay
 from rdm_jax.errors import InputError
 from rdm_jax.interop.weights import fit_resolutions
 from rdm_jax.run import run
+from rdm_jax.saved import read_saved
 from tests.interop.stages import CLASSES, config_for, settings_for, tensors_of, values_of
 from tests.interop.torch_standins import write_pkl
 
@@ -19,7 +19,7 @@ def import_stage(folder, config: Config, number: int, size: int) -> Config:
     stage = dataclasses.replace(config.stages[number - 1], resolution=(size, size))
     write_pkl(folder / "x.pkl", *settings_for(stage), tensors_of(stage, CLASSES, 0))
     run(values_of(config), str(folder / "run"), mode="import", stage=number, weights=str(folder / "x.pkl"))
-    return parse(json.loads((folder / "run/config.json").read_text()))
+    return parse(read_saved(folder / "run/config.json"))
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])

@@ -4,6 +4,8 @@ import errno
 import functools
 import json
 import re
+import shutil
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -247,11 +249,24 @@ def test_a_folder_that_becomes_another_one_during_the_last_save(tmp_path, monkey
         checkpoints.close()
 
 
-def test_no_space(tmp_path):
-    with pytest.raises(InputError, match="GiB free.*keep_newest"):
-        checkpoint.check_space(tmp_path, abstract(), copies=10**12)
+def test_no_space(tmp_path, monkeypatch):
+    """Exactly as many bytes as the arrays of all copies have will do, and one less will not."""
+    copies, state = 3, make_state(1)
+    need = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need if path == tmp_path else 0))
+    checkpoint.check_space(tmp_path, abstract(), copies)
+    for too_many in (copies + 1, 10**12):
+        with pytest.raises(InputError, match=f"GiB free, and {too_many} checkpoints take .*keep_newest"):
+            checkpoint.check_space(tmp_path, abstract(), too_many)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
+    with pytest.raises(InputError, match="GiB free"):
+        checkpoint.check_space(tmp_path, abstract(), copies)
 
 
-def test_about_is_json(tmp_path):
-    save(tmp_path, {3: 0.5})
-    assert json.dumps(checkpoint.Checkpoints(tmp_path).about(3))
+def test_about_is_json_and_comes_back_as_it_was(tmp_path):
+    known = about(0.5) | {"nested": {"list": [1, 2.5, None, "x"], "empty": {}}, "true": True}
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(make_state(3), known)
+    checkpoints.close()
+    found = checkpoint.Checkpoints(tmp_path).about(3)
+    assert found == known == json.loads(json.dumps(found))

@@ -1,11 +1,15 @@
 """The same step on any mesh: one device, data-parallel, FSDP, pmap, in parts, rematerialised."""
 
+import collections
 import functools
+import math
+import re
 
 import chex
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 from rdm_jax import sharding
@@ -19,9 +23,12 @@ from rdm_jax.training.program import PROGRAMS
 BATCH, CLASSES, SHAPE = 16, 3, (8, 8, 3)
 
 
-def program(devices=1, fsdp=1, mode="pjit", accumulate=1, remat="none", dtype="float32"):
+LARGE, SMALL = {"channel_mult": (1, 2), "attention_levels": (1,)}, {"channel_mult": (1,), "attention_levels": ()}
+
+
+def program(devices=1, fsdp=1, mode="pjit", accumulate=1, remat="none", dtype="float32", size=LARGE):
     """A relay stage whose network has all that a large one has: two levels, attention, labels, dropout."""
-    network = ADM(8, (1, 2), 1, (1,), emb_mult=2, head_channels=8, dropout=0.2, remat=remat, dtype=dtype)
+    network = ADM(8, blocks=1, emb_mult=2, head_channels=8, dropout=0.2, remat=remat, dtype=dtype, **size)
     # Adam divides a gradient by its own size; where that is little more than rounding, epsilon should be no less.
     training = Training(batch_size=BATCH, accumulate=accumulate, learning_rate=1e-3, warmup=16, ema_halflife=64.0, epsilon=1e-3)
     stage = Stage(SHAPE[:2], network, process=Relay(patch=2), training=training, sampler=RelayHeun())
@@ -165,3 +172,43 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state[0].mu))} == {np.dtype("float32")}
     _, wanted = on_one_device()
     np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in wanted[:2]], rtol=0.02)
+
+
+def test_what_is_fetched_has_the_dtype_that_it_is_computed_with():
+    """And no narrower one: then a cut parameter would be another than a whole one."""
+    made = program(devices=8, fsdp=4, dtype="bfloat16")
+    dtypes, abstract = made.objective.network.dtypes, made.abstract.params
+    fetched = jax.eval_shape(sharding.fetcher(abstract, dtypes), abstract)
+    cut = jax.tree.map(lambda leaf: not leaf.sharding.is_fully_replicated, abstract)
+    wanted = jax.tree.map(lambda leaf, dtype, is_cut: dtype if is_cut else leaf.dtype, abstract, dtypes, cut)
+    assert jax.tree.map(lambda leaf: leaf.dtype, fetched) == wanted
+    assert cut["map_layer1"]["kernel"] and cut["middle0"]["affine"]["kernel"] and cut["middle0"]["conv0"]["kernel"]
+    assert {str(dtype) for dtype in jax.tree.leaves(wanted)} == {"bfloat16", "float32"}
+
+
+@pytest.fixture
+def compiling():
+    """The compiler works, and writes what it is asked to, whatever has been compiled before."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax looks at the setting once
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def test_gradients_are_summed_over_devices_as_what_they_are_computed_in(tmp_path, compiling):
+    """As the partitioner leaves the program: CPU's compiler makes float32 of it all afterwards, those of accelerators do not."""
+    made = program(devices=8, dtype="bfloat16", size=SMALL)
+    options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    made.lower().compile(compiler_options=options)
+    (text,) = (path.read_text() for path in tmp_path.glob("*after_spmd-partitioning*.txt"))
+    summed = collections.Counter()
+    for shapes in re.findall(r"= ([^%\n]*?) all-reduce\(", text):
+        for dtype, shape in re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", shapes):
+            summed[dtype] += math.prod(map(int, filter(None, shape.split(","))))
+    params, dtypes = made.objective.network.abstract, made.objective.network.dtypes
+    values = collections.Counter()
+    for leaf, dtype in zip(jax.tree.leaves(params), jax.tree.leaves(dtypes), strict=True):
+        values[{"bfloat16": "bf16", "float32": "f32"}[str(dtype)]] += leaf.size
+    assert values["bf16"] > values["f32"] > 0
+    assert summed == values + collections.Counter(f32=1)  # and the loss
