@@ -6,9 +6,10 @@ from typing import Any
 
 from rdm_jax import sharding
 from rdm_jax.config import Config, Stage, kind_of
-from rdm_jax.data import augment, images, postprocess, records
+from rdm_jax.data import augment, class_rules, images, postprocess, records, sources
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
+from rdm_jax.files import local_path
 from rdm_jax.models.song import Song
 from rdm_jax.models.unet import REMAT
 
@@ -46,8 +47,8 @@ def check_config(config: Config) -> None:
     require(config.sampling.postprocess in postprocess.PRESETS, "config.sampling.postprocess", config.sampling.postprocess, names)
     require(config.sampling.files in ("npz", "png"), "config.sampling.files", config.sampling.files, "'npz' or 'png'")
     low = config.sampling.low
-    fine = not low or low.startswith(("folder:", "zip:"))
-    require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', or '' for none,")
+    fine = not low or low.startswith(("folder:", "zip:", "tar:"))
+    require(fine, "config.sampling.low", low, "'folder:PATH', 'zip:PATH', 'tar:PATH', or '' for none,")
     _check_data(config)
     parse_numbers(config.sampling.seeds, "config.sampling.seeds")
     if config.sampling.labels not in LABEL_RULES:
@@ -77,8 +78,10 @@ def _check_evaluation(config: Config) -> None:
 def _check_measured(image_set: str, config: Config) -> None:
     """What one part of `evaluation.images` may be."""
     stages = [f"stage{number}" for number in range(1, len(config.stages))]
-    given = image_set in ("samples", "held_out", *stages) or image_set.startswith(("prepared:", "folder:", "zip:", "npz:"))
-    known = ", ".join(map(repr, ["samples", *stages, "held_out", "folder:PATH", "zip:PATH", "prepared:PATH"]))
+    given = image_set in ("samples", "held_out", *stages) or image_set.startswith(
+        ("prepared:", "folder:", "zip:", "tar:", "npz:")
+    )
+    known = ", ".join(map(repr, ["samples", *stages, "held_out", "folder:PATH", "zip:PATH", "tar:PATH", "prepared:PATH"]))
     require(given, "config.evaluation.images", config.evaluation.images, f"{known} or 'npz:PATH'")
     needs, held_out = "held_out" in (image_set, config.evaluation.reference), config.data.held_out
     require(held_out or not needs, "config.data.held_out", held_out, "more than 0, for 'held_out' in config.evaluation,")
@@ -91,6 +94,12 @@ def _check_data(config: Config) -> None:
         records.Encoding(data.encoding, data.quality).check()
     except InputError as error:
         raise InputError(f"config.data.{error}") from error
+    sources.check_local(data.source, "config.data.source")
+    local_path(data.directory, "config.data.directory")
+    for number, stage in enumerate(config.stages, 1):
+        sources.check_local(stage.source, f"config.stage{number}.source")
+    require(data.classes in class_rules.RULES, "config.data.classes", data.classes, " or ".join(map(repr, class_rules.RULES)))
+    require(0 <= data.max_left_out <= 1, "config.data.max_left_out", data.max_left_out, "a number from 0 to 1")
     require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
     require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")
     require(data.worker_timeout > 0, "config.data.worker_timeout", data.worker_timeout, "a positive number of seconds")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rdm_jax.config import Config
+from rdm_jax.data.class_rules import table
 from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
@@ -37,6 +38,8 @@ def open_sets(
             raise InputError(f"{error} --skip_bad leaves such images out.") from error
         about = (number, f"{len(sets[number]):,}", *sets[number].image_shape, len(sets[number].class_names))
         log.info("data: stage%d: %s images of %d x %d x %d, %d classes", *about)
+        if names := sets[number].class_names:
+            log.info("data: stage%d: classes by number: %s", number, table(names))
     for number, images in sets.items():
         others = sets.get(last, images).class_names
         if images.class_names != others:
@@ -68,7 +71,8 @@ def _open(config: Config, number: int, *, skip_bad: bool, verify: bool, check_st
     data, stage = config.data, config.stages[number - 1]
     field, spec = (f"config.stage{number}.source", stage.source) if stage.source else ("config.data.source", data.source)
     form = Form(*stage.resolution, channels=data.channels, background=data.background, crop=data.crop)
-    skin_tones = data.skin_tones if spec.startswith("emoji:") else ""
+    listed = {"skin_tones": data.skin_tones if spec.startswith("emoji:") else "", "classes": data.classes}
+    listed |= {"skip_bad": skip_bad, "max_left_out": data.max_left_out}
     cache_bytes = int(data.cache_gib * 2**30)
     if spec.startswith("prepared:"):
         images = open_prepared(spec.removeprefix("prepared:"), cache_bytes=cache_bytes)
@@ -77,15 +81,14 @@ def _open(config: Config, number: int, *, skip_bad: bool, verify: bool, check_st
             raise InputError(f"{field}={spec!r} has images of {found} (height x width x channels); {wanted} would do.")
         return images
     if not data.directory:
-        return open_direct(spec, form, cache_bytes=cache_bytes, skin_tones=skin_tones, skip_bad=skip_bad)
+        return open_direct(spec, form, cache_bytes=cache_bytes, **listed)
     directory = prepare(
         spec,
         f"{Path(data.directory)}_stage{number}" if stage.source else data.directory,
         form,
         encoding=Encoding(data.encoding, data.quality),
-        skin_tones=skin_tones,
-        skip_bad=skip_bad,
         verify=verify,
         check_stop=check_stop,
+        **listed,
     )
     return open_prepared(directory, cache_bytes=cache_bytes)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from rdm_jax.data.images import Form
+from rdm_jax.data.left_out import check_left_out
 from rdm_jax.data.manifest import MANIFEST, read_manifest
 from rdm_jax.data.records import RecordReader
 from rdm_jax.data.sources import cores, open_source
@@ -199,20 +200,31 @@ def _check_whole(directory: Path, reader: RecordReader) -> None:
             raise InputError(f"{named}; deleting the directory and preparing it again would do.")
 
 
-def open_direct(spec: str, form: Form, *, cache_bytes: int, skin_tones: str = "", skip_bad: bool = False) -> ImageSet:
+def open_direct(
+    spec: str,
+    form: Form,
+    *,
+    cache_bytes: int,
+    skin_tones: str = "",
+    classes: str = "auto",
+    skip_bad: bool = False,
+    max_left_out: float = 0.1,
+) -> ImageSet:
     """Decodes a small source into memory; nothing is written.
 
     Args:
-      spec, skin_tones: as for `sources.open_source`.
+      spec, skin_tones, classes: as for `sources.open_source`.
       form: what every image is brought to.
       cache_bytes: how much memory the pixels may take.
       skip_bad: leave out images that cannot be used, with a line in the log, instead of refusing the set.
+      max_left_out: as for `prepare.prepare`.
 
     Raises:
-      InputError: a setting or an image cannot be used, or the set is too large.
+      InputError: a setting or an image cannot be used, too many cannot, or the set is too large.
     """
     form.check()
-    source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
+    source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
+    check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
     images = ImageSet(DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names)
     if images.nbytes > cache_bytes:
         size = f"{len(source):,} images take {images.nbytes / 2**30:.3g} GiB in memory, more than {cache_bytes / 2**30:.3g}"
@@ -221,13 +233,18 @@ def open_direct(spec: str, form: Form, *, cache_bytes: int, skin_tones: str = ""
     skipped = dict(source.skipped)
 
     def skip(index: int, error: BadImage) -> None:
-        skipped[source.names[index]] = str(error)
+        name = source.names[index]
+        skipped[name] = str(error).removeprefix(f"image {name!r} ")
 
     images.cache(f"decoding {spec}", skip if skip_bad else None)
     for name, reason in skipped.items():
         log.info("data: left out: %s: %s", name, reason)
     if not len(images):
         raise InputError(f"no image of {spec} can be used; another source would do.")
+    if len(skipped) > len(source.skipped):
+        left = set(images.batch(np.arange(len(images)))["label"].tolist())
+        lost = {source.class_names[label] for label in {*source.labels} - left}
+        check_left_out(skipped, len(images), {*lost, *source.lost}, max_left_out, spec)
     return images
 
 

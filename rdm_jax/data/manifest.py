@@ -17,7 +17,7 @@ VERSION = 2
 FIELDS = {"settings": dict, "count": int, "classes": dict, "enlarged": int, "skipped": dict, "shards": list}
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 # Settings that version 1 does not have, with the values that mean what it did.
-NEW_SETTINGS: dict[str, Any] = {}
+NEW_SETTINGS = {"classes": "auto"}
 SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rdm_jax.data.images import CROPS, Form
+from rdm_jax.data.left_out import by_reason, check_left_out
 from rdm_jax.data.manifest import MANIFEST, VERSION, content_of, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
 from rdm_jax.data.sources import Source, cores, open_source, same_source
@@ -44,7 +45,9 @@ def prepare(
     *,
     encoding: Encoding = Encoding(),  # noqa: B008
     skin_tones: str = "",
+    classes: str = "auto",
     skip_bad: bool = False,
+    max_left_out: float = 0.1,
     verify: bool = False,
     check_stop: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -55,10 +58,13 @@ def prepare(
     the others wait for it.
 
     Args:
-      spec, skin_tones: as for `sources.open_source`; the spec is compared with that of an earlier run by `sources.same_source`.
+      spec, skin_tones, classes: as for `sources.open_source`; the spec is compared with that of an earlier run by
+        `sources.same_source`.
       directory: what is to become the data set, as `tfds.builder_from_directory` and `image_sets.open_prepared` read it.
       form, encoding: what every image is brought to, and how it is kept.
       skip_bad: leave out images that cannot be used, and list them in the manifest, instead of refusing the set.
+      max_left_out: the share of files that may be left out; a set without more of them, or without a whole class, is refused
+        unless this is 1.
       verify: compare a set that was there already with the hashes in its manifest.
       check_stop: called after every shard; what it raises ends the work.
 
@@ -71,7 +77,7 @@ def prepare(
     """
     form.check()
     encoding.check()
-    settings = _settings(spec, form, encoding, skin_tones)
+    settings = _settings(spec, form, encoding, skin_tones, classes)
     directory = Path(directory).expanduser().resolve()
     try:
         _check_place(directory)
@@ -84,9 +90,11 @@ def prepare(
             return directory
         with _staging(directory) as staging:
             if not _is_prepared(directory, settings):  # by another process, which has just let go of the lock
-                source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
+                source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
+                check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
                 shards = _shards(source, form, encoding, skip_bad, staging / "parts")
                 about = _write_shards(shards, f"preparing {spec}", check_stop)
+                _check_written(source, about, max_left_out, spec)
                 os.rename(_assemble(source, settings, shards, about, staging / "set"), directory)
             shutil.rmtree(staging)
         _log_made(directory, "is prepared")
@@ -96,11 +104,11 @@ def prepare(
     return directory
 
 
-def _settings(spec: str, form: Form, encoding: Encoding, skin_tones: str) -> dict[str, Any]:
+def _settings(spec: str, form: Form, encoding: Encoding, skin_tones: str, classes: str) -> dict[str, Any]:
     """What two sets must have in common to be the same."""
     quality = {"quality": encoding.quality} if encoding.kind == "jpeg" else {}
     settings = {"source": spec, **dataclasses.asdict(form), "encoding": encoding.kind, **quality, "skin_tones": skin_tones}
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings | {"classes": classes}))
 
 
 def _is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
@@ -180,9 +188,23 @@ def _shards(source: Source, form: Form, encoding: Encoding, skip_bad: bool, part
     ]
 
 
+def _check_written(source: Source, about: list[dict[str, Any]], max_left_out: float, spec: str) -> None:
+    """Refuses a set of which decoding has left too little, or nothing of a class."""
+    skipped = _skipped(source, about)
+    if len(skipped) == len(source.skipped):
+        return
+    left = np.sum([shard["of_class"] for shard in about], axis=0, dtype=int)
+    lost = {source.class_names[label] for label in set(source.labels) if not left[label]}
+    check_left_out(skipped, sum(shard["records"] for shard in about), {*lost, *source.lost}, max_left_out, spec)
+
+
+def _skipped(source: Source, about: list[dict[str, Any]]) -> dict[str, str]:
+    return {**source.skipped, **{name: reason for shard in about for name, reason in shard["skipped"].items()}}
+
+
 def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], about: list[dict[str, Any]], made: Path) -> Path:
     """Makes a data set, with its manifest, of finished shards; gives its directory."""
-    skipped = {**source.skipped, **{name: reason for shard in about for name, reason in shard["skipped"].items()}}
+    skipped = _skipped(source, about)
     count = sum(shard["records"] for shard in about)
     if not count:
         reason = next(iter(skipped.values()))
@@ -204,6 +226,8 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
         "made_by": versions(),
         "content": content_of(contents, (settings["height"], settings["width"], settings["channels"]), source.class_names),
         "skipped": skipped,
+        "skipped_by_reason": {reason: len(names) for reason, names in by_reason(skipped).items()},
+        "class_numbers": {name: number for number, name in enumerate(source.class_names)},
         "shards": [
             {"file": path.name, **{key: shard[key] for key in ("records", "bytes", "sha256")}}
             for path, shard in zip(builder.shard_paths, about, strict=True)
@@ -221,7 +245,11 @@ def _log_made(directory: Path, what: str) -> None:
         log.info("data: %s of them are smaller than the size asked for and were enlarged", f"{manifest['enlarged']:,}")
     if skipped := manifest["skipped"]:
         name, reason = next(iter(skipped.items()))
-        log.info("data: %s left out, listed in %s; the first: %s %s", f"{len(skipped):,}", directory / MANIFEST, name, reason)
+        most, total = log.warning if 10 * len(skipped) > manifest["count"] else log.info, len(skipped) + manifest["count"]
+        about = (f"{len(skipped):,}", f"{total:,}", directory / MANIFEST, name, reason)
+        most("data: %s of %s files were left out, listed in %s; the first: %s %s", *about)
+    if lost := [name for name, count in manifest["classes"].items() if not count]:
+        log.warning("data: there is no image of %d classes, such as %r", len(lost), lost[0])
 
 
 def _check_space(count: int, form: Form, encoding: Encoding, parts: Path) -> None:

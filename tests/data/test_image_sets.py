@@ -51,10 +51,10 @@ def test_a_source_that_does_not_fit_is_refused_before_it_is_decoded(folder):
 def test_damaged_images_are_refused_or_left_out_with_a_line_each(folder, caplog, monkeypatch):
     monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
     (folder / "a" / "002.png").write_bytes(b"no image")
-    (folder / "b" / "notes.txt").write_bytes(b"")
-    with pytest.raises(InputError, match="notes.txt"):
+    (folder / "b" / "notes.exe").write_bytes(b"")
+    with pytest.raises(InputError, match="notes.exe"):
         open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
-    (folder / "b" / "notes.txt").unlink()
+    (folder / "b" / "notes.exe").unlink()
     with pytest.raises(InputError, match="a/002.png"):
         open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
     with caplog.at_level("INFO"):
@@ -119,3 +119,11 @@ def test_sets_of_older_versions_and_of_others_have_an_identity(folder, tmp_path)
     (path / "manifest.json").unlink()
     others = open_prepared(path).identity
     assert others != old and open_prepared(shutil.copytree(path, tmp_path / "copy")).identity == others
+
+
+def test_too_many_that_cannot_be_used_are_refused_unless_that_is_allowed(folder):
+    for name in ("a/000.png", "a/002.png"):
+        (folder / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match="2 of 10 files .* would be left out \\(2 cannot be decoded\\).*data.max_left_out"):
+        open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True)
+    assert len(open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True, max_left_out=0.2)) == 8

@@ -106,7 +106,7 @@ def test_images_of_a_refused_run_are_not_read_again_when_bad_ones_may_be_left_ou
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
     reads, load = [], readers.Folder.load
     monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
-    assert len(open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True))) == 6
+    assert len(open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=0.5))) == 6
     assert reads == ["dog/3.png"]
 
 
