@@ -39,6 +39,8 @@ _CLASSES = flags.DEFINE_integer("classes", 0, "With --mode plan: number of class
 _COMPILE = flags.DEFINE_bool("compile", False, "With --mode plan: compile for the TPU target, for the compiler's own figures.")
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out images that cannot be used, instead of refusing the set.")
 
+_UPDATE = flags.DEFINE_bool("update", False, "With --mode prepare: compare the data with its source; prepare anew what changed.")
+
 
 def _parse_flags(argv: list[str]) -> None:
     """absl's parser, with what it raises for a wrong config turned into one sentence."""
@@ -77,7 +79,7 @@ def _run() -> None:
     distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     keep_compiled()
     show_log(quiet=not distributed.is_first())
-    part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD)}
+    part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD, _UPDATE)}
     return run.run(_CONFIG.value, _WORKDIR.value, **part)
 
 

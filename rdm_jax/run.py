@@ -56,6 +56,7 @@ def run(
     stage: int | None = None,
     weights: str | None = None,
     skip_bad: bool = False,
+    update: bool = False,
     evaluations: Sequence[str] = (),
 ) -> None:
     """Does one part of a run, or all of it; what is done already is left alone.
@@ -68,6 +69,7 @@ def run(
       weights: the file to import from (.pkl, .pt, safetensors) or to export to (safetensors).
       evaluations: the evaluation.json files that a report is of; () for all in the workdir.
       skip_bad: prepare without the images that cannot be used, and list them in the manifest, instead of refusing the set.
+      update: with mode 'prepare', compare prepared sets with their sources, and prepare those again that have changed.
 
     Raises:
       InputError: something that the user gave cannot be used; nothing was changed.
@@ -75,6 +77,7 @@ def run(
     """
     config = configs.parse(values)
     _check_part(config, mode, stage, weights)
+    checks.require(not update or mode == "prepare", "--update with --mode", mode, "--mode=prepare")
     folder = Path(workdir).expanduser()
     if jax.process_count() > 1 and mode in ALONE:
         raise InputError(f"--mode={mode} with {jax.process_count()} processes is no use; --coordinator=none would do.")
@@ -89,7 +92,7 @@ def run(
             _check_unchanged(config, folder)
         if mode == "export":
             return export_stage(config, stage, folder, Path(weights).expanduser())
-        _work(config, mode, stage, folder, stop, skip_bad)
+        _work(config, mode, stage, folder, stop, skip_bad, update)
         stop.check()  # one that came when all was done is not lost on a caller with more to do
     log.info("%s: done", mode)
 
@@ -107,7 +110,7 @@ def _check_part(config: Config, mode: str, stage: int | None, weights: str | Non
         raise InputError(f"--weights={weights} does not go with --mode={mode}; {would_do} would do.")
 
 
-def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal, skip_bad: bool) -> None:
+def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: StopOnSignal, skip_bad: bool, update: bool) -> None:
     """Prepares, trains, samples and evaluates, or what of it the mode asks for."""
     about = (mode, jax.device_count(), jax.default_backend(), jax.process_count(), folder)
     log.info("%s on %d %s device(s) of %d process(es), workdir %s", *about)
@@ -120,7 +123,7 @@ def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: Stop
     evaluating = _is_evaluated(config, mode, training)
     wanted = {"prepare": everything, "all": everything, "train": training}.get(mode, [])
     wanted = sorted({*wanted, *([last] if evaluating and needs_data(config) else [])})
-    kwargs = {"skip_bad": skip_bad, "verify": mode == "prepare", "check_stop": stop.check}
+    kwargs = {"workdir": folder, "skip_bad": skip_bad, "verify": mode == "prepare", "update": update, "check_stop": stop.check}
     sets = distributed.first_before_others(lambda: open_sets(config, wanted, **kwargs))
     if mode in ("prepare", "all") and distributed.is_first():
         contact_sheet.draw(config, sets, folder / "contact_sheet.png", again=mode == "prepare")

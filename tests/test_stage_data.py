@@ -131,3 +131,26 @@ def test_half_of_the_images_are_mirrored_each_by_its_own_key():
     np.testing.assert_array_equal(mirrored[~same], np.asarray(images)[~same][:, :, ::-1])
     assert 250 < same.sum() < 350
     np.testing.assert_array_equal(np.asarray(mirror(images[5:6], keys[5:6])), mirrored[5:6])
+
+
+def test_a_workdir_or_prepared_data_within_the_source_are_refused(config, tmp_path):
+    images = tmp_path / "images"
+    for changed, workdir in (
+        (config, images),
+        (config, images / "run"),
+        (change(config, directory=f"{images}/prepared"), tmp_path / "run"),
+        (change(config, directory=""), images),
+        (change(config, source=f"folder:{tmp_path}/run/samples/images"), tmp_path / "run"),
+    ):
+        (tmp_path / "run" / "samples" / "images").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(InputError, match="is to be written to, and the source 'folder:.* is, contains, or lies in it"):
+            open_sets(changed, [1, 2], workdir=workdir)
+    assert sorted(entry.name for entry in images.iterdir()) == ["a", "b"]
+    assert len(open_sets(config, [1, 2], workdir=tmp_path)[2]) == 24  # what it writes lies beside the images
+
+
+def test_the_table_of_classes_is_shown(config, caplog, monkeypatch):
+    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    with caplog.at_level("INFO"):
+        open_sets(config, [2])
+    assert "data: stage2: classes by number: 0 a, 1 b" in [record.getMessage() for record in caplog.records]

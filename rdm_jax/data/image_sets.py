@@ -13,7 +13,7 @@ from rdm_jax.data.images import Form
 from rdm_jax.data.left_out import check_left_out
 from rdm_jax.data.manifest import MANIFEST, read_manifest
 from rdm_jax.data.records import RecordReader
-from rdm_jax.data.sources import cores, open_source
+from rdm_jax.data.sources import check_apart, cores, open_source
 from rdm_jax.errors import BadImage, InputError
 from rdm_jax.terminal import log, progress
 
@@ -209,6 +209,7 @@ def open_direct(
     classes: str = "auto",
     skip_bad: bool = False,
     max_left_out: float = 0.1,
+    apart_from: Sequence[Path] = (),
 ) -> ImageSet:
     """Decodes a small source into memory; nothing is written.
 
@@ -217,12 +218,13 @@ def open_direct(
       form: what every image is brought to.
       cache_bytes: how much memory the pixels may take.
       skip_bad: leave out images that cannot be used, with a line in the log, instead of refusing the set.
-      max_left_out: as for `prepare.prepare`.
+      max_left_out, apart_from: as for `prepare.prepare`.
 
     Raises:
       InputError: a setting or an image cannot be used, too many cannot, or the set is too large.
     """
     form.check()
+    check_apart(spec, apart_from)
     source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
     check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
     images = ImageSet(DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names)

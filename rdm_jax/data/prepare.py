@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from rdm_jax.data.images import CROPS, Form
 from rdm_jax.data.left_out import by_reason, check_left_out
 from rdm_jax.data.manifest import MANIFEST, VERSION, content_of, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
-from rdm_jax.data.sources import Source, cores, open_source, same_source
+from rdm_jax.data.source_record import has_changed, save_record
+from rdm_jax.data.sources import Source, check_apart, cores, open_source, same_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
 from rdm_jax.interrupt import obey_parent_alone
@@ -49,6 +50,8 @@ def prepare(
     skip_bad: bool = False,
     max_left_out: float = 0.1,
     verify: bool = False,
+    update: bool = False,
+    apart_from: Sequence[Path] = (),
     check_stop: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes a source as records, unless that is done already.
@@ -66,6 +69,9 @@ def prepare(
       max_left_out: the share of files that may be left out; a set without more of them, or without a whole class, is refused
         unless this is 1.
       verify: compare a set that was there already with the hashes in its manifest.
+      update: compare a set that was there already with its source, and prepare it again where that has changed; the former one
+        stays until the new one is complete.
+      apart_from: folders that this program writes to, which must not be within the source, nor the source within them.
       check_stop: called after every shard; what it raises ends the work.
 
     Returns:
@@ -81,23 +87,29 @@ def prepare(
     directory = Path(directory).expanduser().resolve()
     try:
         _check_place(directory)
-        if _is_prepared(directory, settings):
-            _log_made(directory, "was prepared before, and the source is not looked at again")
+        if _is_prepared(directory, settings) and not update:
+            _log_made(directory, "was prepared before; its source is not looked at (--mode=prepare --update compares the two)")
             if verify:
                 verify_files(directory)
             with contextlib.suppress(InputError, OSError):
                 _remove_left_over(directory)
             return directory
+        check_apart(spec, (directory, *apart_from))
         with _staging(directory) as staging:
-            if not _is_prepared(directory, settings):  # by another process, which has just let go of the lock
+            _restore_former(directory)
+            prepared = _is_prepared(directory, settings)  # if not before, then by another process, which has let go of the lock
+            if update or not prepared:
                 source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
+            if not prepared or (update and has_changed(directory, source, spec)):
                 check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
                 shards = _shards(source, form, encoding, skip_bad, staging / "parts")
                 about = _write_shards(shards, f"preparing {spec}", check_stop)
                 _check_written(source, about, max_left_out, spec)
-                os.rename(_assemble(source, settings, shards, about, staging / "set"), directory)
+                _put(_assemble(source, settings, shards, about, staging / "set"), directory)
             shutil.rmtree(staging)
         _log_made(directory, "is prepared")
+        if verify and prepared:
+            verify_files(directory)
     except OSError as error:
         would_do = "space, or another place, would do."
         raise InputError(f"the data directory {directory} cannot be written ({error}); {would_do}") from error
@@ -165,10 +177,30 @@ def _lock(staging: Path) -> int | None:
         os.close(descriptor)  # The process that had the lock has just removed the folder.
 
 
+def _former(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.former")
+
+
+def _put(made: Path, directory: Path) -> None:
+    """Puts a set in its place; one that is there goes once the new one is there."""
+    if directory.exists():
+        os.rename(directory, _former(directory))
+    os.rename(made, directory)
+    shutil.rmtree(_former(directory), ignore_errors=True)
+
+
+def _restore_former(directory: Path) -> None:
+    """Mends what a kill between the two renames of `_put`, or after them, has left."""
+    if _former(directory).exists() and not directory.exists():
+        os.rename(_former(directory), directory)
+    shutil.rmtree(_former(directory), ignore_errors=True)
+
+
 def _remove_left_over(directory: Path) -> None:
     """Removes what a run that was killed in its last moment left beside a finished set."""
-    if _hidden(directory).exists():
+    if _hidden(directory).exists() or _former(directory).exists():
         with _staging(directory) as staging:
+            _restore_former(directory)
             shutil.rmtree(staging)
 
 
@@ -233,6 +265,7 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
             for path, shard in zip(builder.shard_paths, about, strict=True)
         ],
     }
+    save_record(Path(builder.data_path), source)
     with whole_file(Path(builder.data_path) / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
     return Path(builder.data_path)

@@ -1,5 +1,6 @@
 """Records of images: a data set of tensorflow-datasets as array_record files, written shard by shard and read at random."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -235,6 +236,14 @@ class RecordReader(Sequence):
     def __len__(self) -> int:
         return len(self._records)
 
+    def names(self) -> list[str]:
+        """The names of all images. Raises InputError for a damaged record."""
+        names = []
+        for index in range(len(self)):
+            with self._undamaged(index):
+                names.append(self._record(index)["name"].decode())
+        return names
+
     def content(self) -> str:
         """Changes when an image does, and not when the set is copied: by the manifest, or the sizes of another's files."""
         if (self.directory / MANIFEST).is_file():
@@ -251,12 +260,20 @@ class RecordReader(Sequence):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Pixels, uint8 (h, w, c), and class number, -1 for none. Raises InputError for a damaged record."""
-        try:
-            record = self.features.deserialize_example_np(self._records[index], decoders=self._decoders)
+        with self._undamaged(index):
+            record = self._record(index)
             image = record["image"]
             if isinstance(image, bytes):
                 image = to_uint8(open_image(image), self.image_shape[-1], (255, 255, 255))
             return image.reshape(self.image_shape), int(record["label"]) if self.class_names else -1
+
+    def _record(self, index: int) -> dict[str, Any]:
+        return self.features.deserialize_example_np(self._records[index], decoders=self._decoders)
+
+    @contextlib.contextmanager
+    def _undamaged(self, index: int) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # array_record, protobuf and Pillow each raise their own.
             where = f"record {index} of {self.directory}"
             raise InputError(f"{where} is damaged ({error}); deleting that and preparing it again would do.") from error

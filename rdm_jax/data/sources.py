@@ -5,7 +5,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +151,21 @@ def check_local(spec: str, field: str) -> None:
     """Refuses a source that is a URL, or whose path is one. Raises InputError, which names the field."""
     kind, _, path = spec.partition(":")
     local_path(path if kind in (*FILE_KINDS, "prepared") else spec, field)
+
+
+def check_apart(spec: str, outputs: Iterable[Path]) -> None:
+    """Refuses a folder of images that lies in one that is going to be written to, or has one in it.
+
+    Raises:
+      InputError: names both. What was written there would be read as images.
+    """
+    kind, _, path = spec.partition(":")
+    source = Path(path).expanduser().resolve()
+    for output in outputs if kind in FILE_KINDS and source.is_dir() else ():
+        resolved = output.expanduser().resolve()
+        if source == resolved or source in resolved.parents or resolved in source.parents:
+            would_do = "folders apart from one another would do."
+            raise InputError(f"{output} is to be written to, and the source {spec!r} is, contains, or lies in it; {would_do}")
 
 
 def same_source(spec: str, other: str) -> bool:
