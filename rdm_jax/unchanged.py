@@ -19,6 +19,7 @@ FREE_FIELDS = (
     "keep_newest",
     "log_every",
     "max_failed_saves",
+    "max_left_out",
     "max_skipped",
     "parallel",
     "preview_every",

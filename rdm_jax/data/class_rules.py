@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from rdm_jax.data.listing import NO_TEXT
 from rdm_jax.errors import InputError
 from rdm_jax.terminal import log
 
@@ -87,12 +88,11 @@ def kept_names(names: Sequence[str], spec: str) -> tuple[str, ...]:
       InputError: a name would not be kept, or two would be the same.
     """
     kept = tuple(name.strip() for name in names)
+    counts = collections.Counter(kept)
     for before, name in zip(names, kept, strict=True):
-        if not name or len(name.splitlines()) > 1 or kept.count(name) > 1:
-            would_do = "another name would do."
-            raise InputError(
-                f"the class {before!r} of {spec} is empty, has a line break, or is another's but for spaces; {would_do}"
-            )
+        if not name or NO_TEXT.search(name) or len(name.splitlines()) > 1 or counts[name] > 1:
+            wrong = "is empty, has a line break or another character that is no text, or is another's but for spaces"
+            raise InputError(f"the class {before!r} of {spec} {wrong}; another name would do.")
         if name != before:
             log.info("data: the class %r of %s is called %r, for names are kept without spaces about them", before, spec, name)
     return kept

@@ -89,6 +89,8 @@ def open_image(file: Path | bytes) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except (BadImage, MemoryError):
         raise
+    except Image.DecompressionBombError as error:  # of twice as many, before we are asked
+        raise BadImage(f"has more pixels than can be decoded safely; at most {MAX_PIXELS:,} in all would do.") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         # What the system says, but for a seek to where the file says that something is, is no fault of the image.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):

@@ -280,7 +280,7 @@ def _log_made(directory: Path, what: str) -> None:
         name, reason = next(iter(skipped.items()))
         most, total = log.warning if 10 * len(skipped) > manifest["count"] else log.info, len(skipped) + manifest["count"]
         about = (f"{len(skipped):,}", f"{total:,}", directory / MANIFEST, name, reason)
-        most("data: %s of %s files were left out, listed in %s; the first: %s %s", *about)
+        most("data: %s left out, of %s files, listed in %s; the first: %s %s", *about)
     if lost := [name for name, count in manifest["classes"].items() if not count]:
         log.warning("data: there is no image of %d classes, such as %r", len(lost), lost[0])
 

@@ -130,6 +130,7 @@ REFUSED = {
     "a fraction": ([[NAMED, 0.5], *LABELS[1:]], NAMED),
     "no number": ([[NAMED, np.nan], *LABELS[1:]], NAMED),
     "an empty name": ([[NAMED, " "], *LABELS[1:]], NAMED),
+    "a name that is no text": ([[NAMED, "\ud800"], *([name, "b"] for name, _ in LABELS[1:])], "no text"),
     "no name": ([[0, 0], *LABELS[1:]], r"\[0, 0\]"),
     "labels alone": ([0, 1, 2, 0, 1], "the label 0"),
     "truth and numbers": ([[NAMED, True], *LABELS[1:]], "several kinds .*true or false.*a number"),
