@@ -84,13 +84,15 @@ def open_image(file: Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"has {image.width:,} x {image.height:,} pixels; at most {MAX_PIXELS:,} in all would do.")
+                raise BadImage(
+                    f"has too many pixels ({image.width:,} x {image.height:,}); at most {MAX_PIXELS:,} in all would do."
+                )
             image.load()
             return ImageOps.exif_transpose(image)
     except (BadImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # of twice as many, before we are asked
-        raise BadImage(f"has more pixels than can be decoded safely; at most {MAX_PIXELS:,} in all would do.") from error
+        raise BadImage(f"has too many pixels (more than {2 * MAX_PIXELS:,}); at most {MAX_PIXELS:,} in all would do.") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         # What the system says, but for a seek to where the file says that something is, is no fault of the image.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
