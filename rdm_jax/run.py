@@ -123,7 +123,8 @@ def _work(config: Config, mode: str, stage: int | None, folder: Path, stop: Stop
     evaluating = _is_evaluated(config, mode, training)
     wanted = {"prepare": everything, "all": everything, "train": training}.get(mode, [])
     wanted = sorted({*wanted, *([last] if evaluating and needs_data(config) else [])})
-    kwargs = {"workdir": folder, "skip_bad": skip_bad, "verify": mode == "prepare", "update": update, "check_stop": stop.check}
+    kwargs = {"workdir": folder, "skip_bad": skip_bad, "verify": mode == "prepare", "check_stop": stop.check}
+    kwargs["update"] = update and distributed.is_first()  # once: the others then find it as it was left
     sets = distributed.first_before_others(lambda: open_sets(config, wanted, **kwargs))
     if mode in ("prepare", "all") and distributed.is_first():
         contact_sheet.draw(config, sets, folder / "contact_sheet.png", again=mode == "prepare")

@@ -93,6 +93,8 @@ def _open(
     listed = {"skin_tones": data.skin_tones if spec.startswith("emoji:") else "", "classes": data.classes}
     listed |= {"apart_from": apart_from, "skip_bad": skip_bad, "max_left_out": data.max_left_out}
     cache_bytes = int(data.cache_gib * 2**30)
+    if update and (spec.startswith("prepared:") or not data.directory):
+        log.info("data: there is nothing to update for %s=%r: it is prepared elsewhere, or read at every start", field, spec)
     if spec.startswith("prepared:"):
         images = open_prepared(spec.removeprefix("prepared:"), cache_bytes=cache_bytes)
         if images.image_shape != (form.height, form.width, form.channels):

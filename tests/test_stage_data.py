@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax import contact_sheet
+from rdm_jax import contact_sheet, run
+from rdm_jax.checks import check_config
 from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data.augment import mirror
 from rdm_jax.data.prepare import prepare
@@ -154,3 +155,35 @@ def test_the_table_of_classes_is_shown(config, caplog, monkeypatch):
     with caplog.at_level("INFO"):
         open_sets(config, [2])
     assert "data: stage2: classes by number: 0 a, 1 b" in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("source", "gs://bucket/images", "config.data.source='gs://bucket/images' is a URL"),
+        ("source", "tar:s3://bucket/images.tar", "config.data.source='s3://bucket/images.tar' is a URL"),
+        ("directory", "gs://bucket/prepared", "config.data.directory='gs://bucket/prepared' is a URL"),
+        ("classes", "deepest", "config.data.classes='deepest' cannot be used; 'auto' or 'top'"),
+        ("max_left_out", 1.5, "config.data.max_left_out=1.5 cannot be used; a number from 0 to 1"),
+    ],
+)
+def test_fields_that_cannot_be_used_are_refused_by_name(config, field, value, said):
+    with pytest.raises(InputError, match=said):
+        check_config(change(config, **{field: value}))
+
+
+def test_a_url_as_a_stages_own_source_is_refused_by_name(config):
+    with pytest.raises(InputError, match="config.stage1.source='gs://bucket/images' is a URL"):
+        check_config(change(config, 1, source="folder:gs://bucket/images"))
+
+
+def test_a_changed_source_is_prepared_again_through_the_run(config, tmp_path):
+    values, images = config.to_config_dict(), tmp_path / "images"
+    with pytest.raises(InputError, match="--update with --mode='train' cannot be used; --mode=prepare would do"):
+        run.run(values, str(tmp_path / "run"), mode="train", update=True)
+    assert not (tmp_path / "run").exists()
+    before = open_sets(config, [2])[2]
+    (images / "a" / "000.png").unlink()
+    run.run(values, str(tmp_path / "run"), mode="prepare", update=True)
+    after = open_sets(config, [2])[2]
+    assert (len(before), len(after)) == (24, 23) and before.identity != after.identity

@@ -33,8 +33,10 @@ def check_left_out(skipped: Mapping[str, str], count: int, lost: Iterable[str], 
         return
     lost, total = sorted(lost), count + len(skipped)
     too_many = len(skipped) > most * total
-    show = log.warning if too_many or lost else log.info
-    show("data: %s of %s files of %s are left out:", f"{len(skipped):,}", f"{total:,}", spec)
+    show = log.warning if too_many or lost or 10 * len(skipped) > total else log.info
+    show(
+        "data: %s%s of %s files of %s are left out:", "WARNING: " * (show == log.warning), f"{len(skipped):,}", f"{total:,}", spec
+    )
     for reason, names in by_reason(skipped).items():
         show("data:   %s: %s, such as %r", f"{len(names):,}", reason, names[0])
     if lost:
