@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from rdm_jax.data.images import MAGIC_BYTES, MAX_BYTES, open_image, read_head
-from rdm_jax.data.listing import NO_TEXT, is_rubbish
+from rdm_jax.data.listing import NO_TEXT, folders_of, is_rubbish
 from rdm_jax.data.readers import Reader
 from rdm_jax.errors import BadImage, InputError
 
@@ -122,11 +122,15 @@ class _Members(abc.ABC):
 
     def __init__(self, kind: str):
         self._kind, self.usable, self.unusable = kind, {}, {}
+        self._folders: set[str] = set()
 
     def _add(self, name: str, member: object, reason: str | None) -> None:
         """Takes note of a member, unless its name or kind is one that no archive of images needs."""
         name = name.removeprefix("./")
-        if any(is_rubbish(part) for part in name.split("/") if part != ".."):
+        if not name or any(is_rubbish(part) for part in name.split("/") if part != ".."):
+            return
+        if name.endswith("/"):
+            self._folders.add(name)
             return
         reason = reason or _unsafe_name(name, self._kind)
         if reason:
@@ -136,6 +140,13 @@ class _Members(abc.ABC):
             self.unusable[name] = f"is in the {self._kind} twice; one of them would do."
         else:
             self.usable[name] = member
+
+    def _note_empty(self) -> None:
+        """As for a folder: an empty class is more likely a slip than meant."""
+        parents = {name.rstrip("/").rpartition("/")[0] for name in (*self.usable, *self.unusable, *self._folders)}
+        filled = {f"{folder}/" for parent in parents for folder in (parent, *folders_of(parent))}
+        for name in self._folders - filled:
+            self.unusable[name] = "is an empty folder; at least one image in it would do."
 
     @abc.abstractmethod
     def sizes(self, name: str) -> tuple[int, int]:
@@ -167,9 +178,8 @@ class _ZipMembers(_Members):
         super().__init__("zip")
         self._file = zipfile.ZipFile(path)
         for member in self._file.infolist():
-            name = _zip_name(member)
-            if not name.endswith("/"):
-                self._add(name, member, _unsafe_kind(member))
+            self._add(_zip_name(member), member, _unsafe_kind(member))
+        self._note_empty()
 
     def sizes(self, name: str) -> tuple[int, int]:
         return self.usable[name].file_size, self.usable[name].compress_size
@@ -232,10 +242,10 @@ class _TarMembers(_Members):
         with tarfile.open(fileobj=self._file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # which the library would keep, at a kilobyte each
-                if not member.isdir():
-                    reason = None if member.isreg() and not member.issparse() else "is a link, a device or sparse"
-                    stamp = f"{member.size} {member.offset_data} {version}"  # a tar has no checksums of content
-                    self._add(member.name, (member.offset_data, member.size, stamp), reason)
+                reason = None if member.isdir() or member.isreg() and not member.issparse() else "is a link, a device or sparse"
+                stamp = f"{member.size} {member.offset_data} {version}"  # a tar has no checksums of content
+                self._add(member.name + "/" * member.isdir(), (member.offset_data, member.size, stamp), reason)
+            self._note_empty()
             self._check_end(archive.offset)
 
     def _check_end(self, end: int) -> None:

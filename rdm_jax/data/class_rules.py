@@ -132,15 +132,15 @@ def _looked_through(folders: Collection[str], rule: str, spec: str) -> str:
 
 def _refuse_split(folders: Iterable[str], spec: str, about: str) -> None:
     top = sorted({folder.split("/")[0] for folder in folders} - {""})
-    parts = [name for name in top if name.lower() in TRAINING | OTHERS]
-    if len(parts) < 2 or parts != top or not any(name.lower() in TRAINING for name in parts):
+    kinds = [re.split(r"[\W_\d]", name.lower())[0] for name in top]  # also of 'train2017' and 'test_set'
+    if len(top) < 2 or not set(kinds) <= TRAINING | OTHERS or not TRAINING & set(kinds):
         return
-    training = next(name for name in parts if name.lower() in TRAINING)
+    training = next(name for name, kind in zip(top, kinds, strict=True) if kind in TRAINING)
     path = "/".join(filter(None, (spec.partition(":")[2].rstrip("/"), about, training)))
     one = f"folder:{path} for that part"
     everything = "data.classes='leaf' (classes are the folders with the images), 'top' or 'none' for all images together"
     raise InputError(
-        f"{spec} has the folders {', '.join(parts)}, which are parts of one set and no classes; {one}, or {everything}, would do."
+        f"{spec} has the folders {', '.join(top)}, which are parts of one set and no classes; {one}, or {everything}, would do."
     )
 
 

@@ -1,6 +1,7 @@
 """EDM's dataset.json, and what others write in its place: as much of it as can mean one thing only."""
 
 import collections
+import functools
 import posixpath
 import re
 import unicodedata
@@ -75,20 +76,23 @@ def _parse(content: bytes) -> tuple[list[tuple[str, _Label]], tuple[str, ...]]:
     except (ValueError, KeyError) as error:
         raise InputError(f"{LABELS_FILE} cannot be read ({error!r:.200}); {FORMAT} would do.") from error
     pairs = [list(pair) for pair in pairs.items()] if isinstance(pairs, dict) else pairs or []
-    labels = [(pair[0], _label(pair[1])) for pair in map(_checked, pairs) if pair and pair[1] is not None]
+    labels = [named for named in map(_named_label, pairs) if named is not None]
     kinds = {label.kind: f"{name!r} has {label.kind}" for name, label in labels}
     if len(kinds) > 1:
         raise InputError(f"{LABELS_FILE} has labels of several kinds ({', '.join(kinds.values())}); one kind would do.")
     return labels, tuple(class_names)
 
 
-def _checked(pair: Any) -> Sequence[Any] | None:
-    """A name with its label, or with None where it has none; whatever comes after these is not looked at."""
-    fine = pair is None or (isinstance(pair, list) and len(pair) > 1 and isinstance(pair[0], str))
-    if not fine or (pair and pair[1] is not None and _label(pair[1]) is None):
+def _named_label(pair: Any) -> tuple[str, _Label] | None:
+    """A name with its label; None for a name that has none. Whatever comes after these is not looked at."""
+    is_pair = isinstance(pair, list) and len(pair) > 1 and isinstance(pair[0], str)
+    if pair is None or (is_pair and pair[1] is None):
+        return None
+    label = _label(pair[1]) if is_pair else None
+    if label is None:
         would_do = '["NAME", 0], with the number or the name of a class,'
         raise InputError(f"{LABELS_FILE} has the label {str(pair)[:80]}; {would_do} would do.")
-    return pair
+    return pair[0], label
 
 
 def _label(value: Any) -> _Label | None:
@@ -109,17 +113,24 @@ def _label(value: Any) -> _Label | None:
 
 def _resolver(images: Sequence[str], folder: str, places: Sequence[str]) -> Callable[[str], str | None]:
     """A function that finds the image that a name means, however its path is written; None where there is none, or several."""
-    known, alike = set(images), collections.defaultdict(list)
-    for image in images:
-        alike[_alike(image)].append(image)
+    known = set(images)
+
+    @functools.cache
+    def alike() -> dict[str, list[str]]:
+        found = collections.defaultdict(list)
+        for image in images:
+            found[_alike(image)].append(image)
+        return found
 
     def image_called(name: str) -> str | None:
+        if (written := posixpath.join(folder, name)) in known:  # as nearly all are
+            return written
         plain = posixpath.normpath(name.replace("\\", "/"))
         for place in places:
             plain = plain.removeprefix(f"{place}/")
-        written = [posixpath.join(folder, name), posixpath.join(folder, plain), plain]
-        exact = next((path for path in written if path in known), None)
-        found = next((alike[_alike(path)] for path in written if _alike(path) in alike), [])
+        paths = [posixpath.join(folder, plain), plain]
+        exact = next((path for path in paths if path in known), None)
+        found = next((alike()[_alike(path)] for path in paths if _alike(path) in alike()), [])
         return exact or (found[0] if len(found) == 1 else None)
 
     return image_called

@@ -3,7 +3,7 @@
 import collections
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from rdm_jax.data.images import SUFFIXES, is_image
@@ -18,6 +18,7 @@ RUBBISH = frozenset(
 # What people keep beside images; by suffix, and by name where there is none.
 SIDE_SUFFIX = re.compile(r"\.(txt|text|jsonl?|[ct]sv|xml|ya?ml|toml|md|rst|html?|css|js|pdf|log|bib|url|sha256|md5)")
 SIDE_NAME = re.compile("readme|licen[sc]e|copying|notice|authors|change(log|s)|citation|manifest|(md5|sha256)sums")
+ARCHIVE = re.compile(r"\.(zip|tar|tgz|gz|xz|bz2|7z|rar)$")
 NO_TEXT = re.compile("[\\x00-\\x1f\\x7f\\ud800-\\udfff]")  # control characters, and bytes that are no UTF-8
 
 
@@ -64,12 +65,27 @@ def sort_out(names: Iterable[str], read_head: Callable[[str], bytes], place: str
             side.append(name)
         elif is_image(read_head(name)):
             images.append(name)
+        elif ARCHIVE.search(name.lower()):
+            unusable[name] = "is not an image but an archive; unpacking it, or zip:PATH or tar:PATH for it alone, would do."
         else:
             unusable[name] = f"is not an image; nothing but {', '.join(SUFFIXES)} would do."
     if side:
         kinds = collections.Counter(os.path.splitext(name)[1].lower() or name.rpartition("/")[2] for name in side)
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
+        alone = sorted(
+            {folder for name in side for folder in folders_of(name)} - {f for name in images for f in folders_of(name)}
+        )
+        if alone:
+            log.info(
+                "data: no image is in the folder %s of %s", ", ".join(map(repr, alone[:5])) + ", ..." * (len(alone) > 5), place
+            )
         log.info(
             "data: %s files beside the images of %s are not looked at (%s), such as %r", f"{len(side):,}", place, kinds, side[0]
         )
     return Listing(images, labels_files, unusable)
+
+
+def folders_of(name: str) -> Iterator[str]:
+    """All folders that a file lies in."""
+    while name := name.rpartition("/")[0]:
+        yield name

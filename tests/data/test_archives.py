@@ -244,7 +244,9 @@ def test_a_compressed_tar_is_refused_with_the_remedy(tmp_path, mode, remedy):
 
 def test_a_tar_with_long_names_and_a_dot_before_them_is_read(tmp_path):
     names = [f"./{'long' * 40}/{i}.png" for i in range(3)]
-    source = open_source(write_tar(tmp_path / "set.tar", pngs(*names), "w"))
+    root = tarfile.TarInfo(".")
+    root.type = tarfile.DIRTYPE
+    source = open_source(write_tar(tmp_path / "set.tar", [(root, b""), *pngs(*names).items()]))
     assert values(source) == [0, 1, 2] and source.names[0] == names[0][2:]
 
 
@@ -290,3 +292,18 @@ def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, want
     (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes().replace(b"caf#", b"caf\x82"))
     source = open_source(spec)
     assert set(source.class_names) == {wanted, "d"} and sorted(values(source)) == [1, 2]
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_an_empty_folder_is_refused_in_an_archive_as_in_a_folder(tmp_path, write):
+    folder = tarfile.TarInfo("dog") if write is write_tar else "dog/"
+    if write is write_tar:
+        folder.type = tarfile.DIRTYPE
+    cat = [tarfile.TarInfo("cat") if write is write_tar else "cat/", png(1)]
+    if write is write_tar:
+        cat[0].type = tarfile.DIRTYPE
+    spec = write(tmp_path / "set", [(cat[0], b""), ("cat/1.png", png(1)), (folder, b"")])
+    with pytest.raises(InputError, match="'dog/' .* is an empty folder"):
+        open_source(spec)
+    source = open_source(spec, skip_bad=True)
+    assert values(source) == [1] and source.lost == ("dog",)

@@ -58,12 +58,20 @@ def test_a_single_folder_of_images_has_no_classes_unless_that_is_asked_for(writt
 
 
 @pytest.mark.parametrize(
-    "parts", [("train", "val"), ("Training", "valid", "test"), ("train", "validation"), ("mine/train", "mine/test")]
+    "parts",
+    [
+        ("train", "val"),
+        ("Training", "valid", "test"),
+        ("train", "validation"),
+        ("train2017", "val2017"),
+        ("test_set", "training_set"),
+        ("mine/train", "mine/test"),
+    ],
 )
 def test_a_split_on_top_is_asked_about(written, parts):
     spec = written(pngs(*(f"{part}/{name}/{part[-3:]}.png" for part in parts for name in ("cat", "dog"))))
     with pytest.raises(
-        InputError, match=f"parts of one set and no classes; folder:.*/{parts[0]} for .*data.classes='leaf'"
+        InputError, match=f"parts of one set and no classes; folder:.*/({'|'.join(parts)}) for .*data.classes='leaf'"
     ) as caught:
         open_source(spec)
     assert "\n" not in str(caught.value)

@@ -110,6 +110,19 @@ def test_content_decides_what_is_an_image_where_the_suffix_does_not(written):
     assert all(abs(value - 200) < 9 for value in values(source))
 
 
+def test_a_folder_of_side_files_alone_is_named(written, caplog, monkeypatch):
+    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    with caplog.at_level("INFO"):
+        source = sources.open_source(written({**pngs("cat/1.png", "dog/2.png"), "fox/notes.txt": b"", "cat/more/a.txt": b""}))
+    assert source.class_names == ("cat", "dog")
+    assert "no image is in the folder 'cat/more', 'fox' of" in caplog.text
+
+
+def test_an_archive_among_images_is_refused_with_the_remedy(written):
+    with pytest.raises(BadImage, match="'more.zip' .* is not an image but an archive; .*zip:PATH"):
+        sources.open_source(written({**pngs("1.png"), "more.zip": b"PK\3\4"}))
+
+
 def test_avif_that_this_pillow_cannot_read_is_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr("rdm_jax.data.images._HAS_AVIF", False)
     monkeypatch.setattr("rdm_jax.data.images.FORMATS", ("PNG", "JPEG"))
