@@ -48,7 +48,7 @@ class Archive(Reader):
     kind: str
 
     def __init__(self, path: Path):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"there is no {self.kind} {path}; the path of a file, or folder:PATH for a folder, would do.")
         try:
             self._path, self._version, self.place = path, _version(path), str(path.resolve())
@@ -134,6 +134,7 @@ class _Members(abc.ABC):
             return
         reason = reason or _unsafe_name(name, self._kind)
         if reason:
+            self.usable.pop(name, None)
             self.unusable[name] = f"{reason}; a plain file below the {self._kind}'s root would do."
         elif name in self.usable or name in self.unusable:
             self.usable.pop(name, None)  # Who is to say which of the two is meant?

@@ -90,8 +90,10 @@ def kept_names(names: Sequence[str], spec: str) -> tuple[str, ...]:
     kept = tuple(name.strip() for name in names)
     counts = collections.Counter(kept)
     for before, name in zip(names, kept, strict=True):
-        if not name or NO_TEXT.search(name) or len(name.splitlines()) > 1 or counts[name] > 1:
-            wrong = "is empty, has a line break or another character that is no text, or is another's but for spaces"
+        wrong = "has an empty name" * (not name) or "is called like another but for spaces" * (counts[name] > 1)
+        if NO_TEXT.search(name) or len(name.splitlines()) > 1:
+            wrong = "has a line break or another character that is no text in its name"
+        if wrong:
             raise InputError(f"the class {before!r} of {spec} {wrong}; another name would do.")
         if name != before:
             log.info("data: the class %r of %s is called %r, for names are kept without spaces about them", before, spec, name)
@@ -137,7 +139,7 @@ def _refuse_split(folders: Iterable[str], spec: str, about: str) -> None:
         return
     training = next(name for name, kind in zip(top, kinds, strict=True) if kind in TRAINING)
     path = "/".join(filter(None, (spec.partition(":")[2].rstrip("/"), about, training)))
-    one = f"folder:{path} for that part"
+    one = f"{spec.partition(':')[0]}:{path} for that part"
     everything = "data.classes='leaf' (classes are the folders with the images), 'top' or 'none' for all images together"
     raise InputError(
         f"{spec} has the folders {', '.join(top)}, which are parts of one set and no classes; {one}, or {everything}, would do."

@@ -74,7 +74,8 @@ def _parse(content: bytes) -> tuple[list[tuple[str, _Label]], tuple[str, ...]]:
         if not are_names or len(set(class_names)) < len(class_names):
             raise ValueError("class_names is no list of different names")
     except (ValueError, KeyError) as error:
-        raise InputError(f"{LABELS_FILE} cannot be read ({error!r:.200}); {FORMAT} would do.") from error
+        why = "it has no 'labels'" if isinstance(error, KeyError) else f"{error!s:.200}"
+        raise InputError(f"{LABELS_FILE} cannot be read ({why}); {FORMAT} would do.") from error
     pairs = [list(pair) for pair in pairs.items()] if isinstance(pairs, dict) else pairs or []
     labels = [named for named in map(_named_label, pairs) if named is not None]
     kinds = {label.kind: f"{name!r} has {label.kind}" for name, label in labels}

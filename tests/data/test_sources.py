@@ -95,7 +95,7 @@ def test_known_rubbish_is_ignored_and_side_files_are_counted(written, caplog, mo
         source = sources.open_source(written(members | {"cat/1.png": png(1), "dog/2.png": png(2)}))
     assert (values(source), source.class_names, source.skipped) == ([1, 2], ("cat", "dog"), {})
     said = [record.getMessage() for record in caplog.records if "beside the images" in record.getMessage()]
-    assert len(said) == 1 and f"data: {len(SIDE)} files" in said[0] and "'LICENSE'" in said[0]
+    assert len(said) == 1 and f"data: {len(SIDE)} file(s)" in said[0] and "'LICENSE'" in said[0]
 
 
 def test_content_decides_what_is_an_image_where_the_suffix_does_not(written):
@@ -193,7 +193,19 @@ def test_an_empty_class_folder_is_refused(tmp_path):
         sources.open_source(f"folder:{tmp_path}")
 
 
-@pytest.mark.parametrize("spec", ["", "folder", "folder:", "cifar", "digits:3", "folder:/no/such/folder"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "folder",
+        "folder:",
+        "cifar",
+        "digits:3",
+        "folder:/no/such/folder",
+        f"folder:/no/such/folder{300 * 'x'}",
+        "zip:/no/such/folder",
+    ],
+)
 def test_unknown_and_missing_sources_are_refused(spec):
     with pytest.raises(InputError, match=repr(spec) if "no/such" not in spec else "/no/such/folder"):
         sources.open_source(spec)
