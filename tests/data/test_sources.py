@@ -160,6 +160,9 @@ import sys
 from rdm_jax.data.readers import Folder
 folder = Folder(__import__("pathlib").Path(sys.argv[1]))
 (name,), unusable = folder.names()
+from rdm_jax.terminal import log, show_log
+show_log()
+log.info(name)
 print(ascii(name), folder.load(name).size, len(unusable), sys.getfilesystemencoding())
 """
 
@@ -176,7 +179,7 @@ def test_names_are_read_in_a_locale_that_has_no_letters_for_them(tmp_path):
     }
     command = [sys.executable, "-c", READ_NAMES, str(tmp_path / "set")]
     said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert said.split() == ["'caf\\xe9.png'", "(4,", "4)", "1", "ascii"]
+    assert said.split()[1:] == ["caf\\xe9.png", "'caf\\xe9.png'", "(4,", "4)", "1", "ascii"]
 
 
 @pytest.mark.parametrize("spec", ["gs://bucket/set", "folder:gs://bucket/set", "zip:s3://b/set.zip", "prepared:file:///set"])
