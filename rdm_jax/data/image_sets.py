@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rdm_jax.data.content import image_hash, set_hash, total
 from rdm_jax.data.images import Form
 from rdm_jax.data.left_out import check_left_out
 from rdm_jax.data.manifest import MANIFEST, read_manifest
@@ -27,14 +28,22 @@ class ImageSet(Sequence):
       items: pixels, uint8 (h, w, c), and class number by index.
       image_shape: (h, w, c) of every image.
       class_names: the classes; empty when the images have none (every label is -1 then).
-      content: changes when an image does; '' for a hash of all pixels once they are in memory.
+      content: the hash of the set by `content.set_hash`; '' where it is not known yet.
+      names: of the images, to find that hash once they are in memory; () where they have none.
 
     Attributes:
       image_shape, class_names: as given.
     """
 
-    def __init__(self, items: Sequence, image_shape: tuple[int, ...], class_names: tuple[str, ...], content: str = ""):
-        self.image_shape, self.class_names = image_shape, class_names
+    def __init__(
+        self,
+        items: Sequence,
+        image_shape: tuple[int, ...],
+        class_names: tuple[str, ...],
+        content: str = "",
+        names: Sequence[str] = (),
+    ):
+        self.image_shape, self.class_names, self._names = image_shape, class_names, names
         self._items, self._cached, self._content = items, None, content
         self._whole: ImageSet | None = None  # the set that this one is a part of
         self._chosen: np.ndarray | None = None  # the images of a part, by their index in the whole set
@@ -95,7 +104,10 @@ class ImageSet(Sequence):
         """
         if self._whole is not None:
             return f"{self._whole.identity} {hashlib.sha256(self._chosen.astype('<i8').tobytes()).hexdigest()[:16]}"
-        return self._content or self.fingerprint
+        if self._content or not (self._cached and len(self._names)):
+            return self._content or self.fingerprint
+        hashes = map(image_hash, self._names, self._cached["label"].tolist(), self._cached["image"])
+        return set_hash(total(hashes), self.image_shape, self.class_names)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -153,6 +165,7 @@ class ImageSet(Sequence):
                 raise
         if not kept.all():
             images, labels = images[kept], labels[kept]
+            self._names = [name for name, keep in zip(self._names, kept, strict=True) if keep]
         self._cached, self._items = {"image": images, "label": labels}, ()
 
 
@@ -227,7 +240,8 @@ def open_direct(
     check_apart(spec, apart_from)
     source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
     check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
-    images = ImageSet(DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names)
+    shape = (form.height, form.width, form.channels)
+    images = ImageSet(DecodedSource(source, form), shape, source.class_names, names=source.names)
     if images.nbytes > cache_bytes:
         size = f"{len(source):,} images take {images.nbytes / 2**30:.3g} GiB in memory, more than {cache_bytes / 2**30:.3g}"
         would_do = "a data.directory to prepare them in, or a larger data.cache_gib,"

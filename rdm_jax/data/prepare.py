@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from rdm_jax.data.content import set_hash, total
 from rdm_jax.data.images import CROPS, Form
 from rdm_jax.data.left_out import by_reason, check_left_out
-from rdm_jax.data.manifest import MANIFEST, VERSION, content_of, read_manifest, verify_files
+from rdm_jax.data.manifest import MANIFEST, VERSION, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
 from rdm_jax.data.source_record import has_changed, save_record
 from rdm_jax.data.sources import Source, check_apart, cores, open_source, same_source
@@ -247,7 +248,7 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
     builder = RelayImages(finished, shards[0].features, settings["source"], made)
     with contextlib.redirect_stdout(io.StringIO()):  # It prints to stdout what we say better.
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    contents = [shard["content"] for shard in about]
+    shape = (settings["height"], settings["width"], settings["channels"])
     manifest = {
         "version": VERSION,
         "settings": settings,
@@ -256,7 +257,7 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
         "enlarged": sum(shard["enlarged"] for shard in about),
         "resampling": CROPS[settings["crop"]],
         "made_by": versions(),
-        "content": content_of(contents, (settings["height"], settings["width"], settings["channels"]), source.class_names),
+        "content": set_hash(total(shard["content"] for shard in about), shape, source.class_names),
         "skipped": skipped,
         "skipped_by_reason": {reason: len(names) for reason, names in by_reason(skipped).items()},
         "class_numbers": {name: number for number, name in enumerate(source.class_names)},

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import rdm_jax
+from rdm_jax.data.content import image_hash, total
 from rdm_jax.data.images import Form, encode, open_image, to_uint8
 from rdm_jax.data.manifest import MANIFEST, identity
 from rdm_jax.data.sources import Source
@@ -98,7 +99,7 @@ class Shard:
         usable = found and found.pop("made_from") == made_from and (self.skip_bad or not found["skipped"])
         if usable and found["sha256"] == sha256(self.path):
             return found
-        seen = {"content": "", "records": 0, "enlarged": 0, "of_class": [0] * len(self.source.class_names), "skipped": {}}
+        seen = {"content": total(()), "records": 0, "enlarged": 0, "of_class": [0] * len(self.source.class_names), "skipped": {}}
         with whole_file(self.path) as partial:
             _write_records(partial, self._examples(seen))
             if len(ArrayRecordDataSource([str(partial)])) != seen["records"]:
@@ -118,7 +119,6 @@ class Shard:
     def _examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
         """Serialized records by number; what was seen of them is added to `seen` on the way."""
         features, form = self.features, self.form
-        content = hashlib.sha256()
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         for index, name in enumerate(self.source.names):
             try:
@@ -133,9 +133,7 @@ class Shard:
             seen["enlarged"] += decoded.shape[0] < form.height or decoded.shape[1] < form.width
             if self.source.class_names:
                 seen["of_class"][label] += 1
-            content.update(json.dumps([name, label]).encode() + b"\n")
-            content.update(np.ascontiguousarray(pixels))
-            seen["content"] = content.hexdigest()
+            seen["content"] = total((seen["content"], image_hash(name, label, pixels)))
             image = pixels if self.encoding.kind == "raw" else encode(pixels, self.encoding.kind, self.encoding.quality)
             example = {"image": image, "name": name} | ({"label": label} if self.source.class_names else {})
             # Not by features.serialize_example, whose bytes differ from process to process.

@@ -61,6 +61,8 @@ def test_damaged_images_are_refused_or_left_out_with_a_line_each(folder, caplog,
         images = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True)
     assert [record.message for record in caplog.records if "a/002.png" in record.message]
     assert len(images) == 9
+    prepared = prepare(f"folder:{folder}", folder.parent / "set", FORM, skip_bad=True)
+    assert open_prepared(prepared).identity == images.identity
     wanted = [file for file in sorted(folder.rglob("*.png")) if file.name != "002.png"]
     assert images.batch(range(9))["label"].tolist() == [file.parent.name == "b" for file in wanted]
     first = np.asarray(Image.open(wanted[0]))[:, 1:7]
@@ -72,15 +74,16 @@ def test_a_prepared_set_can_be_sent_to_another_process(folder, tmp_path):
     chex.assert_trees_all_equal(pickle.loads(pickle.dumps(images)).batch([3, 1]), images.batch([3, 1]))
 
 
-def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(folder, tmp_path):
+def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(folder, tmp_path, monkeypatch):
     spec = f"folder:{folder}"
     raw = prepare(spec, tmp_path / "raw", FORM, encoding=Encoding("raw"))
     png = prepare(spec, tmp_path / "png", FORM)
     one, cached = open_prepared(png), open_prepared(png, cache_bytes=2**20)
     assert cached.is_cached and one.identity == cached.identity == open_prepared(raw).identity
     assert one.identity == open_prepared(shutil.copytree(png, tmp_path / "copy")).identity
-    direct = [open_direct(spec, FORM, cache_bytes=2**20) for _ in range(2)]
-    assert direct[0].identity == direct[1].identity
+    monkeypatch.setattr("rdm_jax.data.prepare.SHARD_IMAGES", 3)
+    direct, shards = open_direct(spec, FORM, cache_bytes=2**20), open_prepared(prepare(spec, tmp_path / "shards", FORM))
+    assert one.identity == direct.identity == shards.identity
     parts = [part.identity for images in (one, cached) for part in images.split(4)]
     assert parts[:2] == parts[2:] and len({one.identity, *parts}) == 3 and parts[0].startswith(one.identity)
 
