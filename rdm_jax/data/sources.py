@@ -5,7 +5,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ class Source:
       class_names: the classes; empty when the images have none.
       labels: one class number an image; empty when there are no classes, or when the reader alone knows them.
       skipped: what was left out of the listing, and why.
+      single_folder: the one that all images are in, where it is taken for no class; '' where there is none.
       lost: classes of which nothing could be used; they are not in `class_names`.
     """
 
@@ -47,6 +48,7 @@ class Source:
     class_names: tuple[str, ...] = ()
     labels: Sequence[int] = ()
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    single_folder: str = ""
     lost: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -56,6 +58,12 @@ class Source:
         """The images at these places alone, in this order."""
         labels = [self.labels[i] for i in places] if self.labels else ()
         return dataclasses.replace(self, names=[self.names[i] for i in places], labels=labels, skipped={})
+
+    def among(self, class_names: Collection[str]) -> "Source":
+        """The source, with the single folder that all images are in as their class if it is called like one of these."""
+        if self.class_names or self.single_folder not in class_names:
+            return self
+        return dataclasses.replace(self, class_names=(self.single_folder,), labels=[0] * len(self))
 
     def label(self, index: int) -> int:
         """An image's class number; -1 where there are no classes. Raises BadImage where it is no class's."""
@@ -196,7 +204,9 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
     if not labels_file:
         if listing.labels_files:
             log.info("data: %s of %s is not looked at, for data.classes=%r", listing.labels_files[0], path, classes)
-        listed = dataclasses.replace(listed, lost=_lost(listed.names, listed.skipped))
+        folders = {name.rpartition("/")[0] for name in listed.names}
+        single = folders.pop().rpartition("/")[2] if len(folders) == 1 and classes == "auto" else ""
+        listed = dataclasses.replace(listed, lost=_lost(listed.names, listed.skipped), single_folder=single)
         return _labelled(listed, by_rule(listing.images, classes, f"{kind}:{path}"))
     try:
         content = reader.read(labels_file, LABEL_BYTES * len(listing.images) + 2**20)

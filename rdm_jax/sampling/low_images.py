@@ -42,7 +42,8 @@ class LowImages:
 
         None where the images are in no class folders. Raises InputError where the folders are no classes of the network.
         """
-        folders = self._source.class_names
+        source = self._source.among(class_names)
+        folders = source.class_names
         if not folders:
             return None
         if set(folders) <= set(class_names):
@@ -53,7 +54,7 @@ class LowImages:
             known = f"{len(folders)} class folders ({', '.join(folders[:3])}, ...), the network {len(class_names)} other classes"
             would_do = "folders named like its classes, or another --config.sampling.labels,"
             raise InputError(f"config.sampling.low={self._spec!r} has {known}; {would_do} would do.")
-        return np.asarray([numbers[self._source.label(int(seed) % len(self._source))] for seed in seeds], np.int32)
+        return np.asarray([numbers[source.label(int(seed) % len(self._source))] for seed in seeds], np.int32)
 
     def digest(self, seeds: Int[np.ndarray, " b"]) -> str:
         """A hash of the images of seeds, so that samples of other images are not taken for theirs."""
