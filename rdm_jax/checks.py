@@ -8,7 +8,7 @@ from typing import Any
 from rdm_jax import jax_settings, sharding
 from rdm_jax.classes import LABEL_RULES, Classes, parse_labels
 from rdm_jax.config import Config, Stage, kind_of
-from rdm_jax.data import augment, images, postprocess, records
+from rdm_jax.data import augment, class_rules, images, postprocess, records, sources
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.errors import InputError
 from rdm_jax.files import local_path
@@ -141,6 +141,12 @@ def _check_data(config: Config) -> None:
         records.Encoding(data.encoding, data.quality).check()
     except InputError as error:
         raise InputError(f"config.data.{error}") from error
+    sources.check_local(data.source, "config.data.source")
+    local_path(data.directory, "config.data.directory")
+    for number, stage in enumerate(config.stages, 1):
+        sources.check_local(stage.source, f"config.stage{number}.source")
+    require(data.classes in class_rules.RULES, "config.data.classes", data.classes, " or ".join(map(repr, class_rules.RULES)))
+    require(0 <= data.max_left_out <= 1, "config.data.max_left_out", data.max_left_out, "a number from 0 to 1")
     require(data.cache_gib >= 0, "config.data.cache_gib", data.cache_gib, "0 or more")
     require(data.workers >= 0, "config.data.workers", data.workers, "0 or more")
     require(data.worker_timeout > 0, "config.data.worker_timeout", data.worker_timeout, "a positive number of seconds")

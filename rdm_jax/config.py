@@ -27,8 +27,8 @@ class Data:
     """What is learnt. The images are prepared at the last stage's resolution; earlier stages see their means.
 
     Attributes:
-      source: 'digits', 'folder:PATH', 'zip:PATH', 'tfds:NAME', 'emoji:PATH' (all explained at `data.sources.open_source`), or
-        'prepared:PATH' for what has been prepared already.
+      source: 'digits', 'folder:PATH', 'zip:PATH', 'tar:PATH', 'tfds:NAME', 'emoji:PATH' (all explained at
+        `data.sources.open_source`), or 'prepared:PATH' for what has been prepared already.
       directory: where the prepared records are, or are to be written; '' to write nothing and decode the source, if it is not
         larger than `cache_gib`, into memory at every start.
       channels: 1 or 3.
@@ -37,6 +37,9 @@ class Data:
       encoding: 'png', 'jpeg', or 'raw' (next to nothing to decode in training, more space than 'png').
       quality: of 'jpeg', 1 to 100.
       skin_tones: of emoji: 'mark' makes the skin tone the label, 'drop' leaves the variants out; '' for all else.
+      classes: of folder:, zip: and tar: 'auto' (dataset.json; else the folders at the top; else none), 'top', 'leaf' (the folders
+        that the images lie in), 'prefix' (what is before the number in the names of files); 'none', for all sources.
+      max_left_out: the share of files that --skip_bad may leave out; with 1 all of them, and whole classes too.
       held_out: images, evenly from the set, that no stage is trained on: the validation loss is theirs, and evaluation compares
         them with the others.
       cache_gib: the set is decoded into memory where it is not larger than this.
@@ -52,6 +55,8 @@ class Data:
     encoding: str = "png"
     quality: int = 95
     skin_tones: str = ""
+    classes: str = "auto"
+    max_left_out: float = 0.1
     held_out: int = 0
     cache_gib: float = 1.0
     workers: int = 0

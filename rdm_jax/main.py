@@ -51,6 +51,8 @@ _COMPILE = flags.DEFINE_bool("compile", False, "With --mode plan: compile for th
 _ALLOW_CHANGES = flags.DEFINE_list("allow_changes", [], "Fields that may change in a run that goes on: learning_rate,batch_size.")
 _SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out images that cannot be used, instead of refusing the set.")
 
+_UPDATE = flags.DEFINE_bool("update", False, "With --mode prepare: compare the data with its source; prepare anew what changed.")
+
 
 def _run() -> None:
     parse_flags(sys.argv)  # config_flags looks at sys.argv itself, so nothing else would do
@@ -62,7 +64,7 @@ def _run() -> None:
     distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value)
     keep_compiled()
     show_log(quiet=not distributed.is_first())
-    part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD, _ALLOW_CHANGES)}
+    part = {flag.name: flag.value for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD, _UPDATE, _ALLOW_CHANGES)}
     return run.run(_CONFIG.value, _WORKDIR.value, **part)
 
 

@@ -56,6 +56,7 @@ def run(
     stage: int | None = None,
     weights: str | None = None,
     skip_bad: bool = False,
+    update: bool = False,
     evaluations: Sequence[str] = (),
     allow_changes: Sequence[str] = (),
 ) -> None:
@@ -73,6 +74,7 @@ def run(
       allow_changes: fields of the config, such as 'learning_rate', that may be others than those the run was trained with so far
         (`unchanged.check_names`); training goes on with the new ones, and checkpoints say from which step on.
       skip_bad: prepare without the images that cannot be used, and list them in the manifest, instead of refusing the set.
+      update: with mode 'prepare', compare prepared sets with their sources, and prepare those again that have changed.
 
     Raises:
       InputError: something that the user gave cannot be used; nothing was changed.
@@ -80,6 +82,7 @@ def run(
     """
     config = configs.parse(values)
     _check_part(config, mode, stage, weights)
+    checks.require(not update or mode == "prepare", "--update with --mode", mode, "--mode=prepare")
     _check_paths(config)
     with distributed.together():
         folder = _workdir(config, workdir, mode, evaluations)
@@ -100,7 +103,7 @@ def run(
             _check_unchanged(config, folder, mode in ("all", "train"), allow_changes)
         if mode == "export":
             return export_stage(config, stage, folder, weights)
-        _work(config, mode, stage, folder, stop, skip_bad, allow_changes)
+        _work(config, mode, stage, folder, stop, skip_bad, update, allow_changes)
         stop.check()  # one that came when all was done is not lost on a caller with more to do
     log.info("%s: done", mode)
 
@@ -152,6 +155,7 @@ def _work(
     folder: Path,
     stop: StopOnSignal,
     skip_bad: bool,
+    update: bool,
     allow_changes: Sequence[str],
 ) -> None:
     """Prepares, trains, samples and evaluates, or what of it the mode asks for."""
@@ -167,7 +171,8 @@ def _work(
     evaluating = _is_evaluated(config, mode, training)
     wanted = {"prepare": everything, "all": everything, "train": training}.get(mode, [])
     wanted = sorted({*wanted, *([last] if evaluating and needs_data(config) else [])})
-    kwargs = {"skip_bad": skip_bad, "verify": mode == "prepare", "check_stop": stop.check}
+    kwargs = {"workdir": folder, "skip_bad": skip_bad, "verify": mode == "prepare", "check_stop": stop.check}
+    kwargs["update"] = update and distributed.is_first()  # once: the others then find it as it was left
     sets = distributed.first_before_others(lambda: open_sets(config, wanted, **kwargs))
     if mode in ("prepare", "all") and distributed.is_first():
         contact_sheet.draw(config, sets, folder / "contact_sheet.png", again=mode == "prepare")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rdm_jax.config import Config
+from rdm_jax.data.class_rules import table
 from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
@@ -16,15 +17,18 @@ def open_sets(
     config: Config,
     numbers: Iterable[int],
     *,
+    workdir: Path | None = None,
     skip_bad: bool = False,
     verify: bool = False,
+    update: bool = False,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[int, ImageSet]:
     """Prepares what has not been prepared, and opens it.
 
     Args:
       numbers: of the stages that are to be trained, from 1. A stage without a `source` has the last one's set.
-      skip_bad, verify, check_stop: as for `prepare.prepare`.
+      workdir: of the run, for folders of images that overlap with what the run writes are refused before they are read.
+      skip_bad, verify, update, check_stop: as for `prepare.prepare`.
 
     Raises:
       InputError: an image or a setting cannot be used, or a stage's own images are of other classes.
@@ -32,11 +36,14 @@ def open_sets(
     last, sets = len(config.stages), {}
     for number in sorted({n if config.stages[n - 1].source else last for n in numbers}):
         try:
-            sets[number] = _open(config, number, skip_bad=skip_bad, verify=verify, check_stop=check_stop)
+            options = {"skip_bad": skip_bad, "verify": verify, "update": update, "check_stop": check_stop}
+            sets[number] = _open(config, number, _written_to(config, workdir), **options)
         except BadImage as error:
             raise InputError(f"{error} --skip_bad leaves such images out.") from error
         about = (number, f"{len(sets[number]):,}", *sets[number].image_shape, len(sets[number].class_names))
         log.info("data: stage%d: %s images of %d x %d x %d, %d classes", *about)
+        if names := sets[number].class_names:
+            log.info("data: stage%d: classes by number: %s", number, table(names))
     for number, images in sets.items():
         others = sets.get(last, images).class_names
         if images.class_names != others:
@@ -44,6 +51,12 @@ def open_sets(
             kinds = f"{_some(images.class_names)} and not, like config.data.source, {_some(others)}"
             raise InputError(f"{path} has the classes {kinds}; the same in the same order would do.")
     return {n: sets[n] if n in sets and config.stages[n - 1].source else sets[last] for n in numbers}
+
+
+def _written_to(config: Config, workdir: Path | None) -> list[Path]:
+    """What of a workdir may hold pictures of a run's own."""
+    names = [f"stage{number}" for number in range(1, len(config.stages) + 1)]
+    return [workdir / name for name in (*names, config.sampling.name, config.evaluation.name)] if workdir else []
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -64,12 +77,24 @@ def set_for_pictures(config: Config) -> ImageSet | None:
     return None
 
 
-def _open(config: Config, number: int, *, skip_bad: bool, verify: bool, check_stop: Callable[[], None]) -> ImageSet:
+def _open(
+    config: Config,
+    number: int,
+    apart_from: list[Path],
+    *,
+    skip_bad: bool,
+    verify: bool,
+    update: bool,
+    check_stop: Callable[[], None],
+) -> ImageSet:
     data, stage = config.data, config.stages[number - 1]
     field, spec = (f"config.stage{number}.source", stage.source) if stage.source else ("config.data.source", data.source)
     form = Form(*stage.resolution, channels=data.channels, background=data.background, crop=data.crop)
-    skin_tones = data.skin_tones if spec.startswith("emoji:") else ""
+    listed = {"skin_tones": data.skin_tones if spec.startswith("emoji:") else "", "classes": data.classes}
+    listed |= {"apart_from": apart_from, "skip_bad": skip_bad, "max_left_out": data.max_left_out}
     cache_bytes = int(data.cache_gib * 2**30)
+    if update and (spec.startswith("prepared:") or not data.directory):
+        log.info("data: there is nothing to update for %s=%r: it is prepared elsewhere, or read at every start", field, spec)
     if spec.startswith("prepared:"):
         images = open_prepared(spec.removeprefix("prepared:"), cache_bytes=cache_bytes)
         if images.image_shape != (form.height, form.width, form.channels):
@@ -77,15 +102,15 @@ def _open(config: Config, number: int, *, skip_bad: bool, verify: bool, check_st
             raise InputError(f"{field}={spec!r} has images of {found} (height x width x channels); {wanted} would do.")
         return images
     if not data.directory:
-        return open_direct(spec, form, cache_bytes=cache_bytes, skin_tones=skin_tones, skip_bad=skip_bad)
+        return open_direct(spec, form, cache_bytes=cache_bytes, **listed)
     directory = prepare(
         spec,
         f"{Path(data.directory)}_stage{number}" if stage.source else data.directory,
         form,
         encoding=Encoding(data.encoding, data.quality),
-        skin_tones=skin_tones,
-        skip_bad=skip_bad,
         verify=verify,
+        update=update,
         check_stop=check_stop,
+        **listed,
     )
     return open_prepared(directory, cache_bytes=cache_bytes)

@@ -17,7 +17,9 @@ class _BesideBars(logging.Handler):
     """Writes lines without tearing a bar that is on the screen."""
 
     def emit(self, record: logging.LogRecord):
-        tqdm.write(self.format(record), file=sys.stdout)
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        # A name that the terminal has no letters for is written with escapes, and ends nothing.
+        tqdm.write(self.format(record).encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -10,21 +10,21 @@ from rdm_jax.data.sources import same_source
 from rdm_jax.errors import InputError
 
 TRAINING = (
-    *(
-        "accumulate",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "evaluate_every",
-        "images",
-        "keep_best",
-        "keep_newest",
-        "log_every",
-    ),
-    *("max_failed_saves", "max_skipped", "preview_every", "start_from", "validation"),
+    *("accumulate", "checkpoint_every", "checkpoint_minutes", "evaluate_every", "images", "keep_best", "keep_newest"),
+    *("log_every", "max_failed_saves", "max_skipped", "preview_every", "start_from", "validation"),
 )
 # Free: they do not touch what is learnt. Sampling checks its own.
 FREE = (
-    *("evaluation", "parallel", "sampling", "data.cache_gib", "data.directory", "data.workers", "data.worker_timeout"),
+    *(
+        "evaluation",
+        "parallel",
+        "sampling",
+        "data.cache_gib",
+        "data.directory",
+        "data.workers",
+        "data.worker_timeout",
+        "data.max_left_out",
+    ),
     *("stage.checkpoint", "stage.guidance", "stage.sampler", "stage.network.remat"),
     *(f"stage.training.{field}" for field in TRAINING),
 )

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax import contact_sheet
+from rdm_jax import contact_sheet, run
+from rdm_jax.checks import check_config
 from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data.augment import mirror
 from rdm_jax.data.prepare import prepare
@@ -131,3 +132,58 @@ def test_half_of_the_images_are_mirrored_each_by_its_own_key():
     np.testing.assert_array_equal(mirrored[~same], np.asarray(images)[~same][:, :, ::-1])
     assert 250 < same.sum() < 350
     np.testing.assert_array_equal(np.asarray(mirror(images[5:6], keys[5:6])), mirrored[5:6])
+
+
+def test_a_workdir_or_prepared_data_within_the_source_are_refused(config, tmp_path):
+    images = tmp_path / "images"
+    for changed, workdir in (
+        (config, images),
+        (config, images / "run"),
+        (change(config, directory=f"{images}/prepared"), tmp_path / "run"),
+        (change(config, directory=""), images),
+        (change(config, source=f"folder:{tmp_path}/run/samples/images"), tmp_path / "run"),
+    ):
+        (tmp_path / "run" / "samples" / "images").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(InputError, match="is to be written to, and the source 'folder:.* is, contains, or lies in it"):
+            open_sets(changed, [1, 2], workdir=workdir)
+    assert sorted(entry.name for entry in images.iterdir()) == ["a", "b"]
+    assert len(open_sets(config, [1, 2], workdir=tmp_path)[2]) == 24  # what it writes lies beside the images
+
+
+def test_the_table_of_classes_is_shown(config, caplog, monkeypatch):
+    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    with caplog.at_level("INFO"):
+        open_sets(config, [2])
+    assert "data: stage2: classes by number: 0 a, 1 b" in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("source", "gs://bucket/images", "config.data.source='gs://bucket/images' is a URL"),
+        ("source", "tar:s3://bucket/images.tar", "config.data.source='s3://bucket/images.tar' is a URL"),
+        ("directory", "gs://bucket/prepared", "config.data.directory='gs://bucket/prepared' is a URL"),
+        ("classes", "deepest", "config.data.classes='deepest' cannot be used; 'auto' or 'top'"),
+        ("max_left_out", 1.5, "config.data.max_left_out=1.5 cannot be used; a number from 0 to 1"),
+    ],
+)
+def test_fields_that_cannot_be_used_are_refused_by_name(config, field, value, said):
+    with pytest.raises(InputError, match=said):
+        check_config(change(config, **{field: value}))
+
+
+def test_a_url_as_a_stages_own_source_is_refused_by_name(config):
+    with pytest.raises(InputError, match="config.stage1.source='gs://bucket/images' is a URL"):
+        check_config(change(config, 1, source="folder:gs://bucket/images"))
+
+
+def test_a_changed_source_is_prepared_again_through_the_run(config, tmp_path):
+    values, images = config.to_config_dict(), tmp_path / "images"
+    with pytest.raises(InputError, match="--update with --mode='train' cannot be used; --mode=prepare would do"):
+        run.run(values, str(tmp_path / "run"), mode="train", update=True)
+    assert not (tmp_path / "run").exists()
+    before = open_sets(config, [2])[2]
+    (images / "a" / "000.png").unlink()
+    run.run(values, str(tmp_path / "run"), mode="prepare", update=True)
+    after = open_sets(config, [2])[2]
+    assert (len(before), len(after)) == (24, 23) and before.identity != after.identity

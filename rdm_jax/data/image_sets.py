@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from rdm_jax.data.content import image_hash, set_hash, total
 from rdm_jax.data.images import Form
+from rdm_jax.data.left_out import check_left_out
 from rdm_jax.data.manifest import MANIFEST, read_manifest
 from rdm_jax.data.records import RecordReader
-from rdm_jax.data.sources import cores, open_source
+from rdm_jax.data.sources import check_apart, cores, open_source
 from rdm_jax.errors import BadImage, InputError
 from rdm_jax.terminal import log, progress
 
@@ -26,14 +28,22 @@ class ImageSet(Sequence):
       items: pixels, uint8 (h, w, c), and class number by index.
       image_shape: (h, w, c) of every image.
       class_names: the classes; empty when the images have none (every label is -1 then).
-      content: changes when an image does; '' for a hash of all pixels once they are in memory.
+      content: the hash of the set by `content.set_hash`; '' where it is not known yet.
+      names: of the images, to find that hash once they are in memory; () where they have none.
 
     Attributes:
       image_shape, class_names: as given.
     """
 
-    def __init__(self, items: Sequence, image_shape: tuple[int, ...], class_names: tuple[str, ...], content: str = ""):
-        self.image_shape, self.class_names = image_shape, class_names
+    def __init__(
+        self,
+        items: Sequence,
+        image_shape: tuple[int, ...],
+        class_names: tuple[str, ...],
+        content: str = "",
+        names: Sequence[str] = (),
+    ):
+        self.image_shape, self.class_names, self._names = image_shape, class_names, names
         self._items, self._cached, self._content = items, None, content
         self._whole: ImageSet | None = None  # the set that this one is a part of
         self._chosen: np.ndarray | None = None  # the images of a part, by their index in the whole set
@@ -94,7 +104,10 @@ class ImageSet(Sequence):
         """
         if self._whole is not None:
             return f"{self._whole.identity} {hashlib.sha256(self._chosen.astype('<i8').tobytes()).hexdigest()[:16]}"
-        return self._content or self.fingerprint
+        if self._content or not (self._cached and len(self._names)):
+            return self._content or self.fingerprint
+        hashes = map(image_hash, self._names, self._cached["label"].tolist(), self._cached["image"])
+        return set_hash(total(hashes), self.image_shape, self.class_names)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -152,6 +165,7 @@ class ImageSet(Sequence):
                 raise
         if not kept.all():
             images, labels = images[kept], labels[kept]
+            self._names = [name for name, keep in zip(self._names, kept, strict=True) if keep]
         self._cached, self._items = {"image": images, "label": labels}, ()
 
 
@@ -199,21 +213,35 @@ def _check_whole(directory: Path, reader: RecordReader) -> None:
             raise InputError(f"{named}; deleting the directory and preparing it again would do.")
 
 
-def open_direct(spec: str, form: Form, *, cache_bytes: int, skin_tones: str = "", skip_bad: bool = False) -> ImageSet:
+def open_direct(
+    spec: str,
+    form: Form,
+    *,
+    cache_bytes: int,
+    skin_tones: str = "",
+    classes: str = "auto",
+    skip_bad: bool = False,
+    max_left_out: float = 0.1,
+    apart_from: Sequence[Path] = (),
+) -> ImageSet:
     """Decodes a small source into memory; nothing is written.
 
     Args:
-      spec, skin_tones: as for `sources.open_source`.
+      spec, skin_tones, classes: as for `sources.open_source`.
       form: what every image is brought to.
       cache_bytes: how much memory the pixels may take.
       skip_bad: leave out images that cannot be used, with a line in the log, instead of refusing the set.
+      max_left_out, apart_from: as for `prepare.prepare`.
 
     Raises:
-      InputError: a setting or an image cannot be used, or the set is too large.
+      InputError: a setting or an image cannot be used, too many cannot, or the set is too large.
     """
     form.check()
-    source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
-    images = ImageSet(DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names)
+    check_apart(spec, apart_from)
+    source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
+    check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
+    shape = (form.height, form.width, form.channels)
+    images = ImageSet(DecodedSource(source, form), shape, source.class_names, names=source.names)
     if images.nbytes > cache_bytes:
         size = f"{len(source):,} images take {images.nbytes / 2**30:.3g} GiB in memory, more than {cache_bytes / 2**30:.3g}"
         would_do = "a data.directory to prepare them in, or a larger data.cache_gib,"
@@ -221,13 +249,18 @@ def open_direct(spec: str, form: Form, *, cache_bytes: int, skin_tones: str = ""
     skipped = dict(source.skipped)
 
     def skip(index: int, error: BadImage) -> None:
-        skipped[source.names[index]] = str(error)
+        name = source.names[index]
+        skipped[name] = str(error).removeprefix(f"image {name!r} ")
 
     images.cache(f"decoding {spec}", skip if skip_bad else None)
     for name, reason in skipped.items():
         log.info("data: left out: %s: %s", name, reason)
     if not len(images):
         raise InputError(f"no image of {spec} can be used; another source would do.")
+    if len(skipped) > len(source.skipped):
+        left = set(images.batch(np.arange(len(images)))["label"].tolist())
+        lost = {source.class_names[label] for label in {*source.labels} - left}
+        check_left_out(skipped, len(images), {*lost, *source.lost}, max_left_out, spec)
     return images
 
 

@@ -3,19 +3,27 @@
 import dataclasses
 import errno
 import io
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from rdm_jax.errors import BadImage, InputError
 
 # Pillow decides by content which of these a file is; what it could also open (EPS by running Ghostscript, PDF, HDF5)
 # is nothing to train on. The suffixes decide only which files of a folder are meant as images.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+_HAS_AVIF = "avif" in features.modules and features.check("avif")  # since Pillow 11.3, where it was built with libavif
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _HAS_AVIF else ()))
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".avif")
+# How files of these formats begin, for what has another suffix or none.
+MAGIC = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s|....ftypavi[fs]", re.DOTALL
+)
+MAGIC_BYTES = 16
 # Bounds of what one image may take in memory, whatever its file says. Of more pixels Pillow warns; here they are refused.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 512 * 2**20
@@ -58,6 +66,11 @@ class Form:
             raise InputError(f"crop={self.crop!r} is not known; {' or '.join(map(repr, CROPS))} would do.")
 
 
+def is_image(head: bytes) -> bool:
+    """Whether a file begins as one of FORMATS (or as AVIF) does, by its first MAGIC_BYTES."""
+    return MAGIC.match(head) is not None
+
+
 def open_image(file: Path | bytes) -> Image.Image:
     """Decodes an image, the first frame where there are several, and turns it upright (EXIF).
 
@@ -71,16 +84,33 @@ def open_image(file: Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"has {image.width:,} x {image.height:,} pixels; at most {MAX_PIXELS:,} in all would do.")
+                raise BadImage(
+                    f"has too many pixels ({image.width:,} x {image.height:,}); at most {MAX_PIXELS:,} in all would do."
+                )
             image.load()
             return ImageOps.exif_transpose(image)
     except (BadImage, MemoryError):
         raise
+    except Image.DecompressionBombError as error:  # of twice as many, before we are asked
+        raise BadImage(f"has too many pixels (more than {2 * MAX_PIXELS:,}); at most {MAX_PIXELS:,} in all would do.") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         # What the system says, but for a seek to where the file says that something is, is no fault of the image.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
+        if not _HAS_AVIF and _is_avif(file):
+            raise BadImage("is an AVIF image, which this Pillow cannot decode; `pip install 'pillow>=11.3'` would do.") from error
         raise BadImage(f"cannot be decoded ({error}); a whole copy, or the set without it, would do.") from error
+
+
+def _is_avif(file: Path | bytes) -> bool:
+    head = file[:MAGIC_BYTES] if isinstance(file, bytes) else read_head(file)
+    return head[4:11] == b"ftypavi"
+
+
+def read_head(path: Path) -> bytes:
+    """The first MAGIC_BYTES of a file."""
+    with path.open("rb") as file:
+        return file.read(MAGIC_BYTES)
 
 
 def to_uint8(image: Image.Image, channels: int, background: tuple[int, ...]) -> UInt8[np.ndarray, "h w c"]:

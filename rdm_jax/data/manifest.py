@@ -1,12 +1,10 @@
 """What a prepared set says of itself, and whether its files still are what they were."""
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rdm_jax.data.content import set_hash, total
 from rdm_jax.errors import InputError
 from rdm_jax.files import parse_json, sha256
 from rdm_jax.terminal import log, progress
@@ -17,7 +15,7 @@ VERSION = 2
 FIELDS = {"settings": dict, "count": int, "classes": dict, "enlarged": int, "skipped": dict, "shards": list}
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 # Settings that version 1 does not have, with the values that mean what it did.
-NEW_SETTINGS: dict[str, Any] = {}
+NEW_SETTINGS = {"classes": "auto"}
 SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
@@ -60,11 +58,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory} is there and is no prepared data ({error}); another directory would do.") from error
 
 
-def content_of(shards: Sequence[str], image_shape: Sequence[int], class_names: Sequence[str]) -> str:
-    """The hash of a set's names, labels and pixels before they were encoded: that of all shards, and what all images share."""
-    return hashlib.sha256(json.dumps([list(image_shape), list(class_names), list(shards)]).encode()).hexdigest()
-
-
 def identity(directory: Path) -> str:
     """Tells the images of a prepared set from those of every other; older manifests have the hashes of files alone.
 
@@ -74,7 +67,7 @@ def identity(directory: Path) -> str:
     manifest = read_manifest(directory)
     if "content" in manifest:
         return manifest["content"]
-    return content_of([shard["sha256"] for shard in manifest["shards"]], (), list(manifest["classes"]))
+    return set_hash(total(shard["sha256"] for shard in manifest["shards"]), (), list(manifest["classes"]))
 
 
 def _check_shard(shard: Any) -> None:

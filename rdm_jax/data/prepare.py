@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rdm_jax import locks
+from rdm_jax.data.content import set_hash, total
 from rdm_jax.data.images import CROPS, Form
-from rdm_jax.data.manifest import MANIFEST, VERSION, content_of, read_manifest, verify_files
+from rdm_jax.data.left_out import by_reason, check_left_out
+from rdm_jax.data.manifest import MANIFEST, VERSION, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
-from rdm_jax.data.sources import Source, cores, open_source, same_source
+from rdm_jax.data.source_record import has_changed, save_record
+from rdm_jax.data.sources import Source, check_apart, cores, open_source, same_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
 from rdm_jax.interrupt import obey_parent_alone
@@ -44,8 +47,12 @@ def prepare(
     *,
     encoding: Encoding = Encoding(),  # noqa: B008
     skin_tones: str = "",
+    classes: str = "auto",
     skip_bad: bool = False,
+    max_left_out: float = 0.1,
     verify: bool = False,
+    update: bool = False,
+    apart_from: Sequence[Path] = (),
     check_stop: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes a source as records, unless that is done already.
@@ -55,11 +62,17 @@ def prepare(
     the others wait for it.
 
     Args:
-      spec, skin_tones: as for `sources.open_source`; the spec is compared with that of an earlier run by `sources.same_source`.
+      spec, skin_tones, classes: as for `sources.open_source`; the spec is compared with that of an earlier run by
+        `sources.same_source`.
       directory: what is to become the data set, as `tfds.builder_from_directory` and `image_sets.open_prepared` read it.
       form, encoding: what every image is brought to, and how it is kept.
       skip_bad: leave out images that cannot be used, and list them in the manifest, instead of refusing the set.
+      max_left_out: the share of files that may be left out; a set without more of them, or without a whole class, is refused
+        unless this is 1.
       verify: compare a set that was there already with the hashes in its manifest.
+      update: compare a set that was there already with its source, and prepare it again where that has changed; the former one
+        stays until the new one is complete.
+      apart_from: folders that this program writes to, which must not be within the source, nor the source within them.
       check_stop: called after every shard; what it raises ends the work.
 
     Returns:
@@ -71,36 +84,44 @@ def prepare(
     """
     form.check()
     encoding.check()
-    settings = _settings(spec, form, encoding, skin_tones)
+    settings = _settings(spec, form, encoding, skin_tones, classes)
     directory = Path(directory).expanduser().resolve()
     try:
         _check_place(directory)
-        if _is_prepared(directory, settings):
-            _log_made(directory, "was prepared before, and the source is not looked at again")
+        if _is_prepared(directory, settings) and not update:
+            _log_made(directory, "was prepared before; its source is not looked at (--mode=prepare --update compares the two)")
             if verify:
                 verify_files(directory)
             with contextlib.suppress(InputError, OSError):
                 _remove_left_over(directory)
             return directory
+        check_apart(spec, (directory, *apart_from))
         with _staging(directory) as staging:
-            if not _is_prepared(directory, settings):  # by another process, which has just let go of the lock
-                source = open_source(spec, skin_tones=skin_tones, skip_bad=skip_bad)
+            _restore_former(directory)
+            prepared = _is_prepared(directory, settings)  # if not before, then by another process, which has let go of the lock
+            if update or not prepared:
+                source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
+            if not prepared or (update and has_changed(directory, source, spec)):
+                check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
                 shards = _shards(source, form, encoding, skip_bad, staging / "parts")
                 about = _write_shards(shards, f"preparing {spec}", check_stop)
-                os.rename(_assemble(source, settings, shards, about, staging / "set"), directory)
+                _check_written(source, about, max_left_out, spec)
+                _put(_assemble(source, settings, shards, about, staging / "set"), directory)
             shutil.rmtree(staging)
         _log_made(directory, "is prepared")
+        if verify and prepared:
+            verify_files(directory)
     except OSError as error:
         would_do = "space, or another place, would do."
         raise InputError(f"the data directory {directory} cannot be written ({error}); {would_do}") from error
     return directory
 
 
-def _settings(spec: str, form: Form, encoding: Encoding, skin_tones: str) -> dict[str, Any]:
+def _settings(spec: str, form: Form, encoding: Encoding, skin_tones: str, classes: str) -> dict[str, Any]:
     """What two sets must have in common to be the same."""
     quality = {"quality": encoding.quality} if encoding.kind == "jpeg" else {}
     settings = {"source": spec, **dataclasses.asdict(form), "encoding": encoding.kind, **quality, "skin_tones": skin_tones}
-    return json.loads(json.dumps(settings))
+    return json.loads(json.dumps(settings | {"classes": classes}))
 
 
 def _is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
@@ -156,10 +177,30 @@ def _is_locked(lock: Path, held: contextlib.ExitStack) -> bool:
         return False
 
 
+def _former(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.former")
+
+
+def _put(made: Path, directory: Path) -> None:
+    """Puts a set in its place; one that is there goes once the new one is there."""
+    if directory.exists():
+        os.rename(directory, _former(directory))
+    os.rename(made, directory)
+    shutil.rmtree(_former(directory), ignore_errors=True)
+
+
+def _restore_former(directory: Path) -> None:
+    """Mends what a kill between the two renames of `_put`, or after them, has left."""
+    if _former(directory).exists() and not directory.exists():
+        os.rename(_former(directory), directory)
+    shutil.rmtree(_former(directory), ignore_errors=True)
+
+
 def _remove_left_over(directory: Path) -> None:
     """Removes what a run that was killed in its last moment left beside a finished set."""
-    if _hidden(directory).exists():
+    if _hidden(directory).exists() or _former(directory).exists():
         with _staging(directory) as staging:
+            _restore_former(directory)
             shutil.rmtree(staging)
 
 
@@ -179,9 +220,23 @@ def _shards(source: Source, form: Form, encoding: Encoding, skip_bad: bool, part
     ]
 
 
+def _check_written(source: Source, about: list[dict[str, Any]], max_left_out: float, spec: str) -> None:
+    """Refuses a set of which decoding has left too little, or nothing of a class."""
+    skipped = _skipped(source, about)
+    if len(skipped) == len(source.skipped):
+        return
+    left = np.sum([shard["of_class"] for shard in about], axis=0, dtype=int)
+    lost = {source.class_names[label] for label in set(source.labels) if not left[label]}
+    check_left_out(skipped, sum(shard["records"] for shard in about), {*lost, *source.lost}, max_left_out, spec)
+
+
+def _skipped(source: Source, about: list[dict[str, Any]]) -> dict[str, str]:
+    return {**source.skipped, **{name: reason for shard in about for name, reason in shard["skipped"].items()}}
+
+
 def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], about: list[dict[str, Any]], made: Path) -> Path:
     """Makes a data set, with its manifest, of finished shards; gives its directory."""
-    skipped = {**source.skipped, **{name: reason for shard in about for name, reason in shard["skipped"].items()}}
+    skipped = _skipped(source, about)
     count = sum(shard["records"] for shard in about)
     if not count:
         reason = next(iter(skipped.values()))
@@ -192,7 +247,7 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
     builder = RelayImages(finished, shards[0].features, settings["source"], made)
     with contextlib.redirect_stdout(io.StringIO()):  # It prints to stdout what we say better.
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-    contents = [shard["content"] for shard in about]
+    shape = (settings["height"], settings["width"], settings["channels"])
     manifest = {
         "version": VERSION,
         "settings": settings,
@@ -201,13 +256,16 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
         "enlarged": sum(shard["enlarged"] for shard in about),
         "resampling": CROPS[settings["crop"]],
         "made_by": versions(),
-        "content": content_of(contents, (settings["height"], settings["width"], settings["channels"]), source.class_names),
+        "content": set_hash(total(shard["content"] for shard in about), shape, source.class_names),
         "skipped": skipped,
+        "skipped_by_reason": {reason: len(names) for reason, names in by_reason(skipped).items()},
+        "class_numbers": {name: number for number, name in enumerate(source.class_names)},
         "shards": [
             {"file": path.name, **{key: shard[key] for key in ("records", "bytes", "sha256")}}
             for path, shard in zip(builder.shard_paths, about, strict=True)
         ],
     }
+    save_record(Path(builder.data_path), source)
     with whole_file(Path(builder.data_path) / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
     return Path(builder.data_path)
@@ -220,7 +278,11 @@ def _log_made(directory: Path, what: str) -> None:
         log.info("data: %s of them are smaller than the size asked for and were enlarged", f"{manifest['enlarged']:,}")
     if skipped := manifest["skipped"]:
         name, reason = next(iter(skipped.items()))
-        log.info("data: %s left out, listed in %s; the first: %s %s", f"{len(skipped):,}", directory / MANIFEST, name, reason)
+        most, total = log.warning if 10 * len(skipped) > manifest["count"] else log.info, len(skipped) + manifest["count"]
+        about = (f"{len(skipped):,}", f"{total:,}", directory / MANIFEST, name, reason)
+        most("data: %s left out, of %s files, listed in %s; the first: %s %s", *about)
+    if lost := [name for name, count in manifest["classes"].items() if not count]:
+        log.warning("data: there is no image of %d classes, such as %r", len(lost), lost[0])
 
 
 def _check_space(count: int, form: Form, encoding: Encoding, parts: Path) -> None:

@@ -1,35 +1,25 @@
-"""Where images lie: in a folder, in a zip, in a data set of tensorflow-datasets, in a package. One image at a time, by name.
+"""Where images lie: in a folder, in a data set of tensorflow-datasets, in a package. One image at a time, by name.
 
 A reader can be sent to another process, where it opens what it needs for itself, once.
 """
 
 import abc
-import errno
+import collections
 import functools
-import lzma
 import os
-import re
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from rdm_jax.data.images import MAX_BYTES, open_image
+from rdm_jax.data.images import open_image, read_head
+from rdm_jax.data.listing import NO_TEXT, is_rubbish
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.errors import BadImage, InputError
+from rdm_jax.terminal import log
 
-# Images are compressed already, so that a member which shrinks to less than this share of itself is no honest one.
-MAX_RATIO, SMALL = 200, 2**20
-ENCRYPTED, LINK = 0x1, 0o120000
-NO_TEXT = re.compile("[\\x00-\\x1f\\x7f\\ud800-\\udfff]")  # control characters, and bytes that are no UTF-8
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder was put there by a system for its own ends, and is not meant."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+MAX_VISITS = 100  # of one folder by links; folders that link to one another can be reached by more ways than anyone can walk
 
 
 class Reader(abc.ABC):
@@ -63,41 +53,64 @@ class Folder(Reader):
         self._root, self.place = root, str(root.resolve())
 
     def names(self) -> tuple[list[str], dict[str, str]]:
-        """The names of the files, hidden ones left out, and of what cannot be used, with the reason.
+        """The names of the files, those of systems left out, and of what cannot be used, with the reason.
 
         Raises:
           InputError: a folder cannot be read.
         """
-
-        def refuse(error: OSError):
-            raise InputError(f"{error.filename} cannot be read ({error.strerror}); a folder of images would do.") from error
-
-        names, unusable, seen = [], {}, set()
-        for folder, folders, files in os.walk(self._root, onerror=refuse, followlinks=True):
-            status, below = os.stat(folder), Path(folder).relative_to(self._root)
-            if (status.st_dev, status.st_ino) in seen:  # a link to where we have been
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
-            if not files and not folders:  # an empty class is more likely a slip than meant
-                unusable[f"{below.as_posix()}/"] = "is an empty folder; at least one image in it would do."
-            for name in ((below / file).as_posix() for file in files if not is_hidden(file)):
-                if NO_TEXT.search(name):
-                    unusable[name] = "has a name that is no text; another would do."
-                else:
-                    names.append(name)
+        names, unusable = [], {}
+        self._walk(str(self._root), (), (), collections.Counter(), names, unusable)
         return names, unusable
+
+    def _walk(self, folder: str, above: tuple, below: tuple, visits: collections.Counter, names: list, unusable: dict) -> None:
+        """Adds what is in a folder; links are followed, but for those to a folder that they lie in.
+
+        Args:
+          above: device and inode of all folders that this one lies in.
+          below: the names that lead to it.
+        """
+        try:
+            status, entries = os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read ({error.strerror}); a folder of images would do.") from error
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            log.info("data: %s links to a folder that it lies in, and is not followed", folder)
+            return
+        visits[here] += 1
+        if visits[here] > MAX_VISITS:
+            raise InputError(f"{folder} is reached by more than {MAX_VISITS} links; a folder without them would do.")
+        entries = [entry for entry in entries if not is_rubbish(entry.name)]
+        if not entries and below:  # an empty class is more likely a slip than meant
+            unusable[f"{'/'.join(below)}/"] = "is an empty folder; at least one image in it would do."
+        for entry in entries:
+            name = "/".join((*below, _as_text(entry.name)))
+            if NO_TEXT.search(name):
+                unusable[name] = "has a name that is no text; another would do."
+            elif os.path.isdir(entry.path):  # which is False for a link to itself
+                self._walk(entry.path, (*above, here), (*below, _as_text(entry.name)), visits, names, unusable)
+            else:
+                names.append(name)
+
+    def _path(self, name: str) -> Path:
+        return self._root / os.fsdecode(name.encode())
 
     def read(self, name: str, most: int) -> bytes:
         """A file's bytes. Raises BadImage where there are more than `most`."""
-        if (size := (self._root / name).stat().st_size) > most:
+        if (size := self._path(name).stat().st_size) > most:
             raise BadImage(f"has {size:,} bytes; at most {most:,} would do.")
-        return (self._root / name).read_bytes()
+        return self._path(name).read_bytes()
+
+    def head(self, name: str) -> bytes:
+        """A file's first bytes; b'' where it cannot be read, or is none."""
+        try:
+            return read_head(self._path(name)) if self._path(name).is_file() else b""
+        except OSError:
+            return b""
 
     def load(self, name: str) -> Image.Image:
         """Decodes a file."""
-        path = self._root / name
+        path = self._path(name)
         if path.is_symlink() and not path.exists():
             raise BadImage("is a link to what is not there; a file would do.")
         return open_image(path)
@@ -105,105 +118,18 @@ class Folder(Reader):
     def stamp(self, name: str) -> str:
         """Size and time of the last change."""
         try:
-            status = (self._root / name).stat()
+            status = self._path(name).stat()
         except FileNotFoundError:
             return "gone"
         return f"{status.st_size} {status.st_mtime_ns}"
 
 
-class Zip(Reader):
-    """The members of a zip, by name. Nothing is ever unpacked to the disk.
-
-    Raises:
-      InputError: it cannot be read as a zip.
-    """
-
-    memory_per_image = 700
-
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise InputError(f"there is no zip {path}; the path of a file, or folder:PATH for a folder, would do.")
-        try:
-            self._path, self._version, self.place = path, _version(path), str(path.resolve())
-            self._open()
-        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as a zip ({error}); a whole copy would do.") from error
-
-    def _open(self) -> "_OpenZip":
-        if _version(self._path) != self._version:
-            raise OSError(errno.ESTALE, "the zip has changed since it was listed", str(self._path))
-        return _open_zip(self._path, self._version)
-
-    def names(self) -> tuple[list[str], dict[str, str]]:
-        """The names of its files, hidden ones left out, and of those that cannot be used, with the reason."""
-        opened = self._open()
-        return list(opened.members), dict(opened.unusable)
-
-    def read(self, name: str, most: int) -> bytes:
-        """A member's bytes. Raises BadImage where they are damaged, more than `most`, or suspiciously well compressed."""
-        opened = self._open()
-        member = opened.members[name]
-        if member.file_size > most:
-            raise BadImage(f"has {member.file_size:,} bytes; at most {most:,} would do.")
-        if member.file_size > max(SMALL, MAX_RATIO * member.compress_size):
-            sizes = f"{member.compress_size:,} to {member.file_size:,} bytes"
-            raise BadImage(f"unpacks from {sizes}, which no image does; the set without it would do.")
-        try:
-            return opened.file.read(member)
-        except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno:  # bz2 has none for data that are no bz2
-                raise
-            raise BadImage(f"cannot be unpacked ({error}); a whole copy, or the set without it, would do.") from error
-
-    def load(self, name: str) -> Image.Image:
-        """Decodes a member."""
-        return open_image(self.read(name, MAX_BYTES))
-
-    def stamp(self, name: str) -> str:
-        """Size and checksum as the zip has them."""
-        member = self._open().members[name]
-        return f"{member.file_size} {member.CRC:08x}"
-
-
-def _version(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-class _OpenZip:
-    """A zip, its members that can be used, by name, and what is wrong with the others; nothing is read by name alone."""
-
-    def __init__(self, path: Path):
-        self.file = zipfile.ZipFile(path)
-        self.members: dict[str, zipfile.ZipInfo] = {}
-        self.unusable: dict[str, str] = {}
-        for member in self.file.infolist():
-            name = member.orig_filename
-            reason = _unsafe(member)
-            if reason or member.filename in self.unusable:
-                self.unusable[name] = f"{reason or 'is in the zip twice'}; a plain file below the zip's root would do."
-            elif name in self.members:
-                del self.members[name]  # Who is to say which of the two is meant?
-                self.unusable[name] = "is in the zip twice; one of them would do."
-            elif not member.is_dir() and not any(map(is_hidden, name.split("/"))):
-                self.members[name] = member
-
-
-@functools.lru_cache(maxsize=4)  # Its directory of perhaps a million members is read once a process, not once a shard.
-def _open_zip(path: Path, version: tuple[int, int]) -> _OpenZip:
-    return _OpenZip(path)
-
-
-def _unsafe(member: zipfile.ZipInfo) -> str | None:
-    """What makes a member's name or kind one that no archive of images needs."""
-    name = member.orig_filename
-    if "\\" in name or NO_TEXT.search(name):
-        return "has a backslash, NUL or another character that is no text in its name"
-    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
-        return "has a name that leads out of the zip"
-    if member.external_attr >> 16 & 0o170000 == LINK:
-        return "is a link"
-    return "is encrypted" if member.flag_bits & ENCRYPTED else None
+def _as_text(name: str) -> str:
+    """A file's name as UTF-8, which most are whatever Python takes the locale's encoding to be."""
+    try:
+        return os.fsencode(name).decode()
+    except UnicodeDecodeError:
+        return name
 
 
 class Digits(Reader):

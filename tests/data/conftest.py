@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.members import write_folder, write_tar, write_zip
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -11,3 +13,10 @@ def folder(tmp_path):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (8, 6, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
     return tmp_path / "images"
+
+
+@pytest.fixture(params=["zip", "folder", "tar"])
+def written(request, tmp_path):
+    """A function that writes members as a zip, a folder or a tar, and gives its spec."""
+    write = {"zip": write_zip, "folder": write_folder, "tar": write_tar}[request.param]
+    return lambda members: write(tmp_path / f"set.{request.param}", members)

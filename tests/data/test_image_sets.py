@@ -51,16 +51,18 @@ def test_a_source_that_does_not_fit_is_refused_before_it_is_decoded(folder):
 def test_damaged_images_are_refused_or_left_out_with_a_line_each(folder, caplog, monkeypatch):
     monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
     (folder / "a" / "002.png").write_bytes(b"no image")
-    (folder / "b" / "notes.txt").write_bytes(b"")
-    with pytest.raises(InputError, match="notes.txt"):
+    (folder / "b" / "notes.exe").write_bytes(b"")
+    with pytest.raises(InputError, match="notes.exe"):
         open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
-    (folder / "b" / "notes.txt").unlink()
+    (folder / "b" / "notes.exe").unlink()
     with pytest.raises(InputError, match="a/002.png"):
         open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
     with caplog.at_level("INFO"):
         images = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True)
     assert [record.message for record in caplog.records if "a/002.png" in record.message]
     assert len(images) == 9
+    prepared = prepare(f"folder:{folder}", folder.parent / "set", FORM, skip_bad=True)
+    assert open_prepared(prepared).identity == images.identity
     wanted = [file for file in sorted(folder.rglob("*.png")) if file.name != "002.png"]
     assert images.batch(range(9))["label"].tolist() == [file.parent.name == "b" for file in wanted]
     first = np.asarray(Image.open(wanted[0]))[:, 1:7]
@@ -72,15 +74,16 @@ def test_a_prepared_set_can_be_sent_to_another_process(folder, tmp_path):
     chex.assert_trees_all_equal(pickle.loads(pickle.dumps(images)).batch([3, 1]), images.batch([3, 1]))
 
 
-def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(folder, tmp_path):
+def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(folder, tmp_path, monkeypatch):
     spec = f"folder:{folder}"
     raw = prepare(spec, tmp_path / "raw", FORM, encoding=Encoding("raw"))
     png = prepare(spec, tmp_path / "png", FORM)
     one, cached = open_prepared(png), open_prepared(png, cache_bytes=2**20)
     assert cached.is_cached and one.identity == cached.identity == open_prepared(raw).identity
     assert one.identity == open_prepared(shutil.copytree(png, tmp_path / "copy")).identity
-    direct = [open_direct(spec, FORM, cache_bytes=2**20) for _ in range(2)]
-    assert direct[0].identity == direct[1].identity
+    monkeypatch.setattr("rdm_jax.data.prepare.SHARD_IMAGES", 3)
+    direct, shards = open_direct(spec, FORM, cache_bytes=2**20), open_prepared(prepare(spec, tmp_path / "shards", FORM))
+    assert one.identity == direct.identity == shards.identity
     parts = [part.identity for images in (one, cached) for part in images.split(4)]
     assert parts[:2] == parts[2:] and len({one.identity, *parts}) == 3 and parts[0].startswith(one.identity)
 
@@ -119,3 +122,11 @@ def test_sets_of_older_versions_and_of_others_have_an_identity(folder, tmp_path)
     (path / "manifest.json").unlink()
     others = open_prepared(path).identity
     assert others != old and open_prepared(shutil.copytree(path, tmp_path / "copy")).identity == others
+
+
+def test_too_many_that_cannot_be_used_are_refused_unless_that_is_allowed(folder):
+    for name in ("a/000.png", "a/002.png"):
+        (folder / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match="2 of 10 files .* would be left out \\(2 cannot be decoded\\).*data.max_left_out"):
+        open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True)
+    assert len(open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True, max_left_out=0.2)) == 8

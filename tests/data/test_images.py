@@ -167,9 +167,9 @@ def test_palette_with_alpha_of_each_colour_is_composited(tmp_path):
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
-    with pytest.raises(BadImage, match="40,000 x 25,000 pixels|decompression bomb"):
+    with pytest.raises(BadImage, match="has too many pixels .*; at most 89,478,485 in all would do"):
         images.open_image(png_of(1, [b"\0"], 8, 0, header_size=(40_000, 25_000)))
-    with pytest.raises(BadImage, match="10,000 x 9,000 pixels"):
+    with pytest.raises(BadImage, match=r"too many pixels \(10,000 x 9,000\)"):
         images.open_image(png_of(1, [b"\0"], 8, 0, header_size=(10_000, 9_000)))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -66,6 +67,7 @@ def test_preparing_again_does_nothing(folder, tmp_path, capfd):
         ("crop", {"form": Form(8, 6, crop="adm")}),
         ("encoding", {"encoding": Encoding("raw")}),
         ("quality", {"encoding": Encoding("jpeg", 90)}),
+        ("classes", {"classes": "leaf"}),
     ],
 )
 def test_other_settings_are_refused_by_name_and_change_nothing(folder, tmp_path, field, change):
@@ -155,11 +157,19 @@ def test_what_cannot_be_used_is_left_out_and_listed_where_that_is_asked_for(fold
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 3)  # The first shard is left without a record.
     for name in ("cat/0", "cat/1", "cat/2", "dog/1"):
         (folder / f"{name}.png").write_bytes(b"not a picture")
-    (folder / "dog" / "notes.txt").write_text("not even meant as one")
-    path = prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
-    skipped = json.loads((path / "manifest.json").read_text())["skipped"]
-    assert skipped.keys() == {"cat/0.png", "cat/1.png", "cat/2.png", "dog/1.png", "dog/notes.txt"}
-    assert "not an image" in skipped["dog/notes.txt"] and "cannot be decoded" in skipped["dog/1.png"]
+    (folder / "dog" / "notes.exe").write_text("not even meant as one")
+    with pytest.raises(
+        InputError, match="5 of 8 files .* \\(4 cannot be decoded, 1 is not an image\\), and .* whole class 'cat'"
+    ):
+        prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=0.2)
+    assert not (tmp_path / "set").exists()
+    path = prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=1.0)
+    manifest = json.loads((path / "manifest.json").read_text())
+    skipped = manifest["skipped"]
+    assert manifest["skipped_by_reason"] == {"cannot be decoded": 4, "is not an image": 1}
+    assert manifest["class_numbers"] == {"cat": 0, "dog": 1}
+    assert skipped.keys() == {"cat/0.png", "cat/1.png", "cat/2.png", "dog/1.png", "dog/notes.exe"}
+    assert "not an image" in skipped["dog/notes.exe"] and "cannot be decoded" in skipped["dog/1.png"]
     images = open_prepared(path)
     assert images.batch(range(len(images)))["label"].tolist() == [1, 1, 1]
     wanted = [np.asarray(Image.open(folder / "dog" / f"{i}.png")) for i in (0, 2, 3)]
@@ -171,8 +181,23 @@ def test_a_set_of_nothing_that_can_be_used_is_refused(folder, tmp_path):
     for file in folder.rglob("*.png"):
         file.write_bytes(b"not a picture")
     with pytest.raises(InputError, match="no image of folder:.* can be used"):
-        prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
+        prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=1.0)
     assert not (tmp_path / "set").exists()
+
+
+def test_a_class_that_would_be_lost_is_refused_whatever_its_share(folder, tmp_path):
+    for number in range(4, 60):
+        shutil.copy(folder / "dog/0.png", folder / f"dog/{number}.png")
+    (folder / "bird").mkdir()
+    (folder / "bird/sparrow.mp4").write_bytes(b"a film")
+    with pytest.raises(InputError, match="1 of 64 files .* whole class 'bird'; data.max_left_out=1"):
+        prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
+    for name in ("cat/0", "cat/1", "cat/2"):
+        (folder / f"{name}.png").write_bytes(b"not a picture")
+    (folder / "bird/sparrow.mp4").unlink()
+    (folder / "bird").rmdir()
+    with pytest.raises(InputError, match="3 of 63 files .* whole class 'cat'; data.max_left_out=1"):
+        prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
 
 
 def test_a_file_that_cannot_be_read_is_no_bad_image(folder, tmp_path, monkeypatch):
@@ -222,7 +247,7 @@ def test_a_manifest_without_a_version_is_read_and_a_newer_one_refused_by_name(fo
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest.pop("version") == 2
-    del manifest["content"]
+    del manifest["content"], manifest["settings"]["classes"]
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert prepare(f"folder:{folder}", tmp_path / "set", FORM) == path and len(open_prepared(path)) == 7
     for version, message in ((3, "version 3.*up to 2.*newer rdm_jax"), ("x", "no prepared data .*version")):

@@ -84,7 +84,9 @@ def test_an_image_without_its_label_is_refused_or_left_out(tmp_path):
         source.label(1)
     with pytest.raises(InputError, match="class number -1"):
         prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM)
-    assert len(open_prepared(prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM, skip_bad=True))) == 1
+    assert (
+        len(open_prepared(prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM, skip_bad=True, max_left_out=1.0))) == 1
+    )
 
 
 def test_a_data_set_that_is_not_known_is_refused():

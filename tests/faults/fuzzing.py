@@ -14,7 +14,7 @@ from PIL import Image
 
 from rdm_jax import checks, config, saved
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import Form, open_image, to_uint8
+from rdm_jax.data.images import FORMATS, Form, open_image, to_uint8
 from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.sources import open_source
@@ -79,8 +79,8 @@ def _images(folder: Path) -> Path:
     return folder / "images"
 
 
-def _zip(folder: Path) -> Path:
-    return Path(shutil.make_archive(str(folder / "images"), "zip", _images(folder)))
+def _archive(folder: Path, kind: str) -> Path:
+    return Path(shutil.make_archive(str(folder / "images"), kind, _images(folder)))
 
 
 def _labels(folder: Path) -> Path:
@@ -171,8 +171,13 @@ READERS = {
     "dataset info": Reader(_prepared("dataset_info.json"), _read_prepared),
     "shard": Reader(_shard, _read_prepared),
     "labels": Reader(_labels, lambda path: _read_source(f"folder:{path.parent}")),
-    "zip": Reader(_zip, lambda path: _read_source(f"zip:{path}")),
-    **{kind: Reader(_image(kind), _read_image) for kind in ("png", "jpeg", "webp", "gif", "tiff")},
+    "zip": Reader(lambda folder: _archive(folder, "zip"), lambda path: _read_source(f"zip:{path}")),
+    "tar": Reader(lambda folder: _archive(folder, "tar"), lambda path: _read_source(f"tar:{path}")),
+    **{
+        kind: Reader(_image(kind), _read_image)
+        for kind in ("png", "jpeg", "webp", "gif", "tiff", "avif")
+        if kind.upper() in FORMATS
+    },
     "evaluation": Reader(
         lambda folder: write_evaluation(folder / "evaluation", "samples", frechet_distance=1.5), report.read_section
     ),

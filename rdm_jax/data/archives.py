@@ -1,0 +1,289 @@
+"""Images in a zip or a tar, one at a time and by name. Nothing is ever unpacked to the disk."""
+
+import abc
+import contextlib
+import errno
+import functools
+import lzma
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+from PIL import Image
+
+from rdm_jax.data.images import MAGIC_BYTES, MAX_BYTES, open_image, read_head
+from rdm_jax.data.listing import NO_TEXT, folders_of, is_rubbish
+from rdm_jax.data.readers import Reader
+from rdm_jax.errors import BadImage, InputError
+
+# Images are compressed already, so that a member which shrinks to less than this share of itself is no honest one.
+MAX_RATIO, SMALL = 200, 2**20
+ENCRYPTED, UTF8, LINK, UNICODE_PATH = 0x1, 0x800, 0o120000, 0x7075
+COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\xfd7zXZ": "xz -dk", b"BZh": "bunzip2 -k", b"\x28\xb5\x2f\xfd": "zstd -d"}
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a file begins as a zip does."""
+    return read_head(path)[:4] in (b"PK\3\4", b"PK\5\6")
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file begins as a tar does, or has the name of a compressed one."""
+    with path.open("rb") as file:
+        ustar = file.read(262)[257:] == b"ustar"
+    return ustar or re.search(r"\.(tar(\.\w+)?|tgz|txz|tbz2?)$", path.name.lower()) is not None
+
+
+class Archive(Reader):
+    """The members of an archive, by name.
+
+    Raises:
+      InputError: it cannot be read as one.
+    """
+
+    memory_per_image = 700
+    kind: str
+
+    def __init__(self, path: Path):
+        if not os.path.isfile(path):
+            raise InputError(f"there is no {self.kind} {path}; the path of a file, or folder:PATH for a folder, would do.")
+        try:
+            self._path, self._version, self.place = path, _version(path), str(path.resolve())
+            self._members()
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            tarfile.TarError,
+            NotImplementedError,
+            ValueError,
+            RecursionError,
+            OverflowError,
+        ) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} cannot be read as a {self.kind} ({error}); a whole copy would do.") from error
+
+    def _members(self) -> "_Members":
+        if _version(self._path) != self._version:
+            raise OSError(errno.ESTALE, f"the {self.kind} has changed since it was listed", str(self._path))
+        return _opened(_KINDS[self.kind], self._path, self._version)
+
+    def names(self) -> tuple[list[str], dict[str, str]]:
+        """The names of its files, those of systems left out, and of those that cannot be used, with the reason."""
+        members = self._members()
+        return list(members.usable), dict(members.unusable)
+
+    def read(self, name: str, most: int) -> bytes:
+        """A member's bytes. Raises BadImage where they are damaged, more than `most`, or suspiciously well compressed."""
+        members = self._members()
+        size, stored = members.sizes(name)
+        if size > most:
+            raise BadImage(f"has {size:,} bytes; at most {most:,} would do.")
+        if size > max(SMALL, MAX_RATIO * stored):
+            sizes = f"{stored:,} to {size:,} bytes"
+            raise BadImage(f"unpacks from {sizes}, which no image does; the set without it would do.")
+        return members.read(name)
+
+    def head(self, name: str) -> bytes:
+        """A member's first bytes; b'' where they cannot be read."""
+        return self._members().head(name)
+
+    def load(self, name: str) -> Image.Image:
+        """Decodes a member."""
+        return open_image(self.read(name, MAX_BYTES))
+
+    def stamp(self, name: str) -> str:
+        """What the archive says of the member that changes with it."""
+        return self._members().stamp(name)
+
+
+class Zip(Archive):
+    """The members of a zip. Raises InputError where it cannot be read as one."""
+
+    kind = "zip"
+
+
+class Tar(Archive):
+    """The members of a tar that is not compressed. Raises InputError where it is no such thing."""
+
+    kind = "tar"
+
+
+def _version(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+class _Members(abc.ABC):
+    """An open archive: its members that can be used, by name, and what is wrong with the others."""
+
+    def __init__(self, kind: str):
+        self._kind, self.usable, self.unusable = kind, {}, {}
+        self._folders: set[str] = set()
+
+    def _add(self, name: str, member: object, reason: str | None) -> None:
+        """Takes note of a member, unless its name or kind is one that no archive of images needs."""
+        name = name.removeprefix("./")
+        if not name or any(is_rubbish(part) for part in name.split("/") if part != ".."):
+            return
+        if name.endswith("/"):
+            self._folders.add(name)
+            return
+        reason = reason or _unsafe_name(name, self._kind)
+        if reason:
+            self.usable.pop(name, None)
+            self.unusable[name] = f"{reason}; a plain file below the {self._kind}'s root would do."
+        elif name in self.usable or name in self.unusable:
+            self.usable.pop(name, None)  # Who is to say which of the two is meant?
+            self.unusable[name] = f"is in the {self._kind} twice; one of them would do."
+        else:
+            self.usable[name] = member
+
+    def _note_empty(self) -> None:
+        """As for a folder: an empty class is more likely a slip than meant."""
+        parents = {name.rstrip("/").rpartition("/")[0] for name in (*self.usable, *self.unusable, *self._folders)}
+        filled = {f"{folder}/" for parent in parents for folder in (parent, *folders_of(parent))}
+        for name in self._folders - filled:
+            self.unusable[name] = "is an empty folder; at least one image in it would do."
+
+    @abc.abstractmethod
+    def sizes(self, name: str) -> tuple[int, int]:
+        """Bytes of a member, and of what is stored of it."""
+
+    @abc.abstractmethod
+    def read(self, name: str) -> bytes:
+        """A member's bytes. Raises BadImage where they are damaged."""
+
+    @abc.abstractmethod
+    def head(self, name: str) -> bytes:
+        """As for `Archive`."""
+
+    @abc.abstractmethod
+    def stamp(self, name: str) -> str:
+        """As for `Archive`."""
+
+
+def _unsafe_name(name: str, kind: str) -> str | None:
+    if NO_TEXT.search(name):
+        return "has a NUL or another character that is no text in its name"
+    if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
+        return f"has a name that leads out of the {kind}"
+    return None
+
+
+class _ZipMembers(_Members):
+    def __init__(self, path: Path):
+        super().__init__("zip")
+        self._file = zipfile.ZipFile(path)
+        for member in self._file.infolist():
+            self._add(_zip_name(member), member, _unsafe_kind(member))
+        self._note_empty()
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        return self.usable[name].file_size, self.usable[name].compress_size
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._file.read(self.usable[name])
+        except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno:  # bz2 has none for data that are no bz2
+                raise
+            raise BadImage(f"cannot be unpacked ({error}); a whole copy, or the set without it, would do.") from error
+
+    def head(self, name: str) -> bytes:
+        try:
+            with self._file.open(self.usable[name]) as member:
+                return member.read(MAGIC_BYTES)
+        except Exception:  # as for `read`; what cannot be unpacked is no image
+            return b""
+
+    def stamp(self, name: str) -> str:
+        return f"{self.usable[name].file_size} {self.usable[name].CRC:08x}"
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """A member's name: of UTF-8 that is not marked as such, and with the backslashes of Windows as slashes."""
+    name = member.orig_filename
+    if not member.flag_bits & UTF8:
+        raw = name.encode("cp437")  # as which zipfile has decoded it
+        with contextlib.suppress(UnicodeDecodeError):  # which is of an old DOS, then
+            name = (_unicode_path(member.extra, raw) or raw).decode()
+    return name.replace("\\", "/")
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
+    """The name in Info-ZIP's field for it, if that is of the name as it is."""
+    while len(extra) >= 4:
+        kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
+        field, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == UNICODE_PATH and field[:1] == b"\1" and int.from_bytes(field[1:5], "little") == zlib.crc32(raw):
+            return field[5:]
+    return None
+
+
+def _unsafe_kind(member: zipfile.ZipInfo) -> str | None:
+    if member.external_attr >> 16 & 0o170000 == LINK:
+        return "is a link"
+    return "is encrypted" if member.flag_bits & ENCRYPTED else None
+
+
+class _TarMembers(_Members):
+    def __init__(self, path: Path):
+        super().__init__("tar")
+        self._file = path.open("rb")
+        head, version = self._file.read(6), _version(path)
+        for magic, unpack in COMPRESSED.items():
+            if head.startswith(magic):
+                would_do = f"`{unpack} {path.name}` first, for single images cannot be read from it,"
+                raise InputError(f"{path} is a compressed tar; {would_do} would do.")
+        self._file.seek(0)
+        with tarfile.open(fileobj=self._file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # which the library would keep, at a kilobyte each
+                reason = None if member.isdir() or member.isreg() and not member.issparse() else "is a link, a device or sparse"
+                stamp = f"{member.size} {member.offset_data} {version}"  # a tar has no checksums of content
+                self._add(member.name + "/" * member.isdir(), (member.offset_data, member.size, stamp), reason)
+            self._note_empty()
+            self._check_end(archive.offset)
+
+    def _check_end(self, end: int) -> None:
+        """The library takes whatever it cannot read for the end of the archive."""
+        self._file.seek(end)
+        block = self._file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("it is cut off")
+        while block:
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(
+                    f"it is damaged, or another one was joined to it, at byte {self._file.tell() - len(block)}"
+                )
+            block = self._file.read(2**20)
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        return (self.usable[name][1],) * 2
+
+    def read(self, name: str) -> bytes:
+        return self._part(name, self.usable[name][1])
+
+    def head(self, name: str) -> bytes:
+        return self._part(name, min(MAGIC_BYTES, self.usable[name][1]))
+
+    def _part(self, name: str, size: int) -> bytes:
+        content = os.pread(self._file.fileno(), size, self.usable[name][0])
+        if len(content) < size:
+            raise BadImage("is cut off; a whole copy would do.")
+        return content
+
+    def stamp(self, name: str) -> str:
+        return self.usable[name][2]
+
+
+_KINDS = {"zip": _ZipMembers, "tar": _TarMembers}
+
+
+@functools.lru_cache(maxsize=4)  # The directory of perhaps a million members is read once a process, not once a shard.
+def _opened(kind: type[_Members], path: Path, version: tuple[int, int]) -> _Members:
+    return kind(path)

@@ -1,0 +1,103 @@
+"""A source that has changed since it was prepared: compared and prepared again where that is asked for."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rdm_jax.data import prepare as prepare_lib
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.prepare import prepare
+from rdm_jax.errors import InputError
+from tests.data.small_folder import FORM, files
+
+
+@pytest.fixture
+def again(folder, tmp_path, caplog, monkeypatch):
+    """A function that compares the fixture's folder with what was prepared of it, and gives what the log says."""
+    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    caplog.set_level("INFO")
+    prepare(f"folder:{folder}", tmp_path / "set", FORM)
+
+    def compare(**options):
+        caplog.clear()
+        prepare(f"folder:{folder}", tmp_path / "set", FORM, **{"update": True, **options})
+        return "\n".join(record.getMessage() for record in caplog.records)
+
+    return compare
+
+
+def test_a_source_that_has_not_changed_is_left_alone(tmp_path, again):
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()}
+    assert "nothing has changed" in again()
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()} == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
+
+
+def test_without_being_asked_for_it_is_not_compared_and_the_log_says_how(folder, tmp_path, again):
+    (folder / "cat/0.png").unlink()
+    assert "--mode=prepare --update" in again(update=False) and len(open_prepared(tmp_path / "set")) == 7
+
+
+def test_what_was_added_removed_or_changed_is_named_and_prepared(folder, tmp_path, again):
+    identity = open_prepared(tmp_path / "set").identity
+    Image.new("RGB", (6, 8), (1, 2, 3)).save(folder / "dog" / "9.png")
+    Image.new("RGB", (6, 8), (4, 5, 6)).save(folder / "cat" / "1.png")
+    (folder / "cat" / "0.png").unlink()
+    said = again()
+    assert "1 added (dog/9.png), 1 removed (cat/0.png), 1 changed (cat/1.png)" in said
+    images = open_prepared(tmp_path / "set")
+    assert images.identity != identity and images.batch(range(7))["label"].tolist() == [0, 0, 1, 1, 1, 1, 1]
+    np.testing.assert_array_equal(images[0]["image"][0, 0], (4, 5, 6))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
+    assert "nothing has changed" in again()
+
+
+def test_other_labels_for_the_same_files_are_noticed(folder, tmp_path, again):
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png"))
+    labels = [[name, "dog" if name == "cat/0.png" else name[:3]] for name in names]
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert "1 of another class (cat/0.png)" in again()
+    assert open_prepared(tmp_path / "set").batch(range(7))["label"].tolist() == [1, 0, 0, 1, 1, 1, 1]
+
+
+def test_the_former_set_stays_until_the_new_one_is_complete(folder, tmp_path, again):
+    before = files(tmp_path / "set")
+    (folder / "cat" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="cat/1.png"):
+        again()
+    assert files(tmp_path / "set") == before
+
+
+def test_a_kill_between_two_renames_is_mended(folder, tmp_path, again, monkeypatch):
+    before = files(tmp_path / "set")
+    (folder / "cat" / "0.png").unlink()
+    rename = os.rename
+
+    def killed(old, new):
+        rename(old, new)
+        if str(new).endswith(".former"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_lib.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    monkeypatch.undo()
+    assert not (tmp_path / "set").exists()
+    prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    assert files(tmp_path / "set") == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_a_set_of_an_older_version_is_compared_by_names(folder, tmp_path, again, damage):
+    if damage == "missing":
+        (tmp_path / "set" / "source.npz").unlink()
+    else:
+        (tmp_path / "set" / "source.npz").write_bytes(b"PK\3\4")
+    assert "names of images alone" in again() and "nothing has changed" in again()
+    (folder / "cat" / "0.png").rename(folder / "cat" / "00.png")
+    assert "1 added (cat/00.png), 1 removed (cat/0.png)" in again()
+    assert "names of images alone" not in again()
