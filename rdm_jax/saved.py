@@ -17,7 +17,7 @@ from rdm_jax.files import parse_json
 # 1: up to commit 46baa7f, which wrote no version. Count up when an older release could not read what is written.
 VERSION = 2
 # What a new field means in a config that was saved before there was such a field, where that is not the field's default.
-MEANT = {("Training", "checkpoint_minutes"): 0.0}
+MEANT = {("Training", "checkpoint_minutes"): 0.0, ("Data", "max_left_out"): 1.0}
 # Fields with another name now: (dataclass, old name) -> new name. Kinds of processes, samplers and networks: old -> new.
 RENAMED_FIELDS: dict[tuple[str, str], str] = {}
 RENAMED_KINDS: dict[str, str] = {}

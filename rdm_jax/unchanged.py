@@ -15,16 +15,8 @@ TRAINING = (
 )
 # Free: they do not touch what is learnt. Sampling checks its own.
 FREE = (
-    *(
-        "evaluation",
-        "parallel",
-        "sampling",
-        "data.cache_gib",
-        "data.directory",
-        "data.workers",
-        "data.worker_timeout",
-        "data.max_left_out",
-    ),
+    *("evaluation", "parallel", "sampling"),
+    *(f"data.{field}" for field in ("cache_gib", "directory", "max_left_out", "workers", "worker_timeout")),
     *("stage.checkpoint", "stage.guidance", "stage.sampler", "stage.network.remat"),
     *(f"stage.training.{field}" for field in TRAINING),
 )
