@@ -26,6 +26,7 @@ class LowImages:
 
     def __init__(self, config: Config):
         self._source, self._spec, self._data = open_source(config.sampling.low), config.sampling.low, config.data
+        self._digests: dict[bytes, str] = {}
         size = self._decoded(0).shape[:2]
         sizes = [stage.resolution for stage in config.stages[:-1]]
         if size not in sizes:
@@ -60,10 +61,13 @@ class LowImages:
 
     def digest(self, seeds: Int[np.ndarray, " b"]) -> str:
         """A hash of the images of seeds, so that samples of other images are not taken for theirs."""
-        digest = hashlib.sha256()
-        for index in np.unique(seeds % len(self._source)):
-            digest.update(self._image(int(index)).tobytes())
-        return digest.hexdigest()
+        indices = np.unique(seeds % len(self._source))
+        if indices.tobytes() not in self._digests:  # it is asked for several times, and every image is decoded
+            digest = hashlib.sha256()
+            for index in indices:
+                digest.update(self._image(int(index)).tobytes())
+            self._digests[indices.tobytes()] = digest.hexdigest()
+        return self._digests[indices.tobytes()]
 
     def _decoded(self, index: int) -> UInt8[np.ndarray, "h w c"]:
         return self._source.decode(index, channels=self._data.channels, background=self._data.background)

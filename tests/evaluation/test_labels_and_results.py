@@ -10,6 +10,7 @@ from rdm_jax.errors import InputError
 from rdm_jax.evaluation.evaluate import read_result
 from rdm_jax.evaluation.report import write_report
 from rdm_jax.evaluation.streams import SetStream, labels_by_name
+from rdm_jax.run import run
 from tests.evaluation.small_evaluation import SPACE, config_of, measured, parts_of
 from tests.tiny import write_images
 
@@ -58,6 +59,15 @@ def test_a_seed_that_is_named_twice_is_one_image(source, relay, tmp_path, caplog
     twice = measured(config_of(source, images="samples", seeds="0-5,4-9"), relay, tmp_path / "twice")["results"]
     assert once == twice and once["samples"]["images"] == 10
     assert "evaluation.seeds='0-5,4-9' names 2 numbers again" in caplog.text
+
+
+def test_one_image_is_sampled_where_an_evaluation_is_set_up(source, workdir, tmp_path):
+    """It could not be measured, and is not going to be."""
+    config = config_of(source, seeds="")
+    sampling = dataclasses.replace(config.sampling, seeds="7", name="one-image")
+    run(dataclasses.replace(config, sampling=sampling).to_config_dict(), str(workdir), mode="sample")
+    with np.load(workdir / "one-image/samples.npz") as file:
+        assert file["seeds"].tolist() == [7] and file["class_names"][file["labels"]].tolist() == ["b"]
 
 
 def test_other_classes_are_refused_where_labels_count(source, relay, tmp_path):

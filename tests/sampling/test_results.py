@@ -12,6 +12,7 @@ from rdm_jax.data.sources import open_source
 from rdm_jax.errors import InputError
 from rdm_jax.evaluation.streams import NpzStream
 from rdm_jax.interrupt import Interrupted, StopOnSignal
+from rdm_jax.run import run
 from rdm_jax.sampling import results
 from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
@@ -117,6 +118,14 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, case):
         with pytest.raises(InputError, match=says):
             check_settings(config, 1, tmp_path)
     check_settings(config_of(name="other"), 1, tmp_path)
+
+
+def test_other_settings_are_refused_before_anything_is_trained(tmp_path):
+    sample(tmp_path)
+    before = contents(tmp_path / "samples")
+    with pytest.raises(InputError, match="sampling.labels was 'balanced' and is '0'.*another --config.sampling.name would do"):
+        run(config_of(labels="0").to_config_dict(), str(tmp_path), mode="all")  # nor has the data been looked for
+    assert contents(tmp_path / "samples") == before and not list(tmp_path.glob("stage*"))
 
 
 def test_seeds_are_added_to_samples_of_the_same_small_images(tmp_path):
