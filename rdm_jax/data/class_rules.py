@@ -49,7 +49,8 @@ def by_rule(images: Sequence[str], rule: str, spec: str) -> Labelled:
     if rule == "none" or not images:
         return Labelled()
     if rule == "prefix":
-        return _named({name: _prefix(name) or "" for name in images}, "has no number after a separator at its end, as cat_01 has")
+        reason = "has no number after a separator at its end, as cat_01 has"
+        return _named({name: _prefix(name) or "" for name in images}, reason, spec)
     folders = {name: name.rpartition("/")[0] for name in images}
     about = _looked_through(folders.values(), rule, spec)
     folders = {name: folder[len(about) :].removeprefix("/") for name, folder in folders.items()}
@@ -62,7 +63,7 @@ def by_rule(images: Sequence[str], rule: str, spec: str) -> Labelled:
     if rule == "leaf":
         _log_merged(folders.values(), spec)
     part = -1 if rule == "leaf" else 0
-    return _named({name: folder.split("/")[part] for name, folder in folders.items()}, "is in no folder, as others are")
+    return _named({name: folder.split("/")[part] for name, folder in folders.items()}, "is in no folder, as others are", spec)
 
 
 def ordered(names: Iterable[str], where: str) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ def ordered(names: Iterable[str], where: str) -> tuple[str, ...]:
     for same in by_number.values():
         if len(same) > 1:
             raise InputError(
-                f"{where} has the classes {' and '.join(map(repr, same))}, which are one number; one of them would do."
+                f"{where} has the classes {' and '.join(map(repr, same))}, which are one number; another name for one would do."
             )
     return tuple(by_number[digits][0] for digits in sorted(by_number, key=lambda digits: (len(digits), digits)))
 
@@ -106,11 +107,11 @@ def table(names: Sequence[str]) -> str:
     return ", ".join(pairs if len(pairs) <= 2 * SHOWN else [*pairs[: 2 * SHOWN - 2], "...", pairs[-1]])
 
 
-def _named(classes: Mapping[str, str], reason: str) -> Labelled:
-    """Images by the name of their class; '' for those that have none."""
+def _named(classes: Mapping[str, str], reason: str, spec: str) -> Labelled:
+    """Images by the name of their class; '' for those that have none, with the reason."""
     would_do = "data.classes='none' for no classes, or moving or renaming it,"
     skipped = {name: f"{reason}; {would_do} would do." for name, found in classes.items() if not found}
-    class_names = ordered((found for found in classes.values() if found), "the source")
+    class_names = ordered((found for found in classes.values() if found), spec)
     number = {name: i for i, name in enumerate(class_names)}
     return Labelled(class_names, {name: number[found] for name, found in classes.items() if found}, skipped)
 
@@ -174,7 +175,8 @@ def _log_merged(folders: Iterable[str], spec: str) -> None:
 
 
 def _prefix(name: str) -> str | None:
-    found = PREFIX.match(os.path.splitext(name.rpartition("/")[2])[0])
+    stem = os.path.splitext(name.rpartition("/")[2])[0]
+    found = PREFIX.match(stem) if len(stem) < 256 else None  # an archive's may be of any length
     return found[1] if found else None
 
 
