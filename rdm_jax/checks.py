@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
 from rdm_jax import jax_settings, sharding
@@ -111,9 +112,9 @@ def _check_native(config: Config) -> None:
     """What stages may be compared with at their own size."""
     values, field = config.evaluation, "config.evaluation.native_reference"
     spec, of_data = values.native_reference, values.native_reference in ("training", "held_out")
-    given = of_data or spec.startswith(("prepared:", "npz:"))
-    require(given or not spec, field, spec, "'training', 'held_out', 'prepared:PATH', 'npz:PATH', or '' for none,")
-    native = next((name for name in values.images.split(",") if name.strip().endswith("@native")), "").strip()
+    given = not spec or of_data or _is_of_kind(spec, ("prepared", "npz"), field)
+    require(given, field, spec, "'training', 'held_out', 'prepared:PATH', 'npz:PATH', or '' for none,")
+    native = next((name for name in measured_sets(config) if name.endswith("@native")), "")
     require(spec or not native, field, spec, f"'training', 'held_out', 'prepared:PATH' or 'npz:PATH', for {native!r} in images,")
     alone = "'', for features='classifier' are made for images of the final size alone; or features='inception'"
     require(not spec or values.features != "classifier", field, spec, alone)
@@ -154,12 +155,17 @@ def _check_data(config: Config) -> None:
     require(not last.source, f"config.stage{len(config.stages)}.source", last.source, "'', and config.data.source for this one,")
 
 
-def check_classes(config: Config, class_names: tuple[str, ...]) -> None:
-    """Refuses classes and guidance that the data has no labels for. Raises InputError."""
+def check_classes(config: Config, class_names: tuple[str, ...], trained: Collection[int] = ()) -> None:
+    """Refuses classes and guidance that the data has no labels for. Raises InputError.
+
+    Args:
+      trained: numbers of the stages that are going to be trained as the config says; of others, the checkpoint says how.
+    """
     if config.sampling.labels not in LABEL_RULES:
         parse_labels(config.sampling.labels, Classes(class_names), "config.sampling.labels")
     for number, stage in enumerate(config.stages, 1):
-        usable = stage.guidance == 1 or (class_names and stage.training.label_dropout > 0)
+        hidden = number not in trained or stage.training.label_dropout > 0
+        usable = stage.guidance == 1 or (class_names and hidden)
         would_do = "1.0, for data without classes or training.label_dropout=0,"
         require(usable, f"config.stage{number}.guidance", stage.guidance, would_do)
 

@@ -179,7 +179,7 @@ def _work(
     parts = {number: images.split(config.data.held_out) for number, images in sets.items()}
     evaluator = Evaluator(config, *parts.get(last, (None, None)), folder, stop) if evaluating else None
     if training:
-        checks.check_classes(config, sets[training[0]].class_names)
+        checks.check_classes(config, sets[training[0]].class_names, training)
         if distributed.is_first():
             _write_config(config, folder)
     for number in training:

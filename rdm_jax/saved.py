@@ -73,6 +73,12 @@ def completed(cls: Any, value: Any) -> Any:
     return _completed_fields(cls, value) if dataclasses.is_dataclass(cls) else value
 
 
+def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Some fields of a stage, as samples and evaluations say what they were made with, under today's names; none is added."""
+    hints = typing.get_type_hints(Stage)
+    return {name: completed(hints.get(name), value) for name, value in settings.items()}
+
+
 def _completed_fields(cls: type, value: dict[str, Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     named = {RENAMED_FIELDS.get((cls.__name__, name), name): part for name, part in value.items()}

@@ -32,7 +32,7 @@ from rdm_jax.evaluation.tables import PUBLISHED, result_table
 from rdm_jax.files import move_aside, parse_json, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
-from rdm_jax.sampling.made_with import completed
+from rdm_jax.sampling.made_with import as_written_now
 from rdm_jax.sampling.preview import StageAlone
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.terminal import log, progress
@@ -271,7 +271,7 @@ def needs_data(config: Config) -> bool:
 
 def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Whether two evaluations were made with the same; the old one may be of an earlier version of this project."""
-    return {**old, "images": [completed(about) for about in old.get("images", [])]} == new
+    return {**old, "images": [as_written_now(about) for about in old.get("images", [])]} == new
 
 
 def _keep_earlier(result: dict[str, Any] | None, made_with: dict[str, Any], folder: Path) -> None:

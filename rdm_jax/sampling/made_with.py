@@ -11,6 +11,7 @@ from rdm_jax.config import Config, Sampling, to_dict
 from rdm_jax.lists import as_ranges, parse_numbers, repetition
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.sampling.sampler import stage_settings
+from rdm_jax.saved import completed, completed_settings
 
 NOT_IN_IMAGES = ("name", "batch_size", "files")
 
@@ -54,19 +55,24 @@ def same_settings(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What is not the same, as 'sampling.labels was 'balanced' and is '3''."""
-    return _differences(completed(old), new, "")
+    return _differences(as_written_now(old), new, "")
 
 
-def completed(old: dict[str, Any]) -> dict[str, Any]:
+def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
     """What an earlier version wrote, with the fields that it did not know at the values that mean what it did.
 
     Args:
       old: of samples, or what an evaluation says of a set of images.
     """
-    if "sampling" not in old:
-        return old
-    known = {field.name: field.default for field in dataclasses.fields(Sampling) if field.name not in NOT_IN_IMAGES}
-    return {**old, "sampling": {**known, **old["sampling"]}}
+    old = dict(old)
+    if "sampling" in old:
+        fields = completed(Sampling, old["sampling"])
+        old["sampling"] = {name: value for name, value in fields.items() if name not in NOT_IN_IMAGES}
+    if "stages" in old:
+        old["stages"] = {name: completed_settings(stage) for name, stage in old["stages"].items()}
+    if "stage" in old:  # of one that is measured during its training
+        old["stage"] = completed_settings(old["stage"])
+    return json.loads(json.dumps(old))
 
 
 def _plain(seeds: str) -> str:

@@ -70,6 +70,7 @@ class Relay:
         checkpoints = checkpoint.Checkpoints(folder, read_only=True)
         about = checkpoints.about(step)
         _check_same_stage(self.config, number, folder / str(step), about)
+        _check_guidance(self.config, number, folder / str(step), about)
         network, classes = stage.build(channels, len(about["classes"])), len(about["classes"])
         # All processes read together; then each has its own.
         abstract = checkpoint.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
@@ -147,6 +148,14 @@ def _common_classes(config: Config, known: list[Classes], first: int) -> Classes
             would_do = "checkpoints of the same classes in the same order would do."
             raise InputError(f"{field} knows the classes {classes}, other stages {common}; {would_do}")
     return common
+
+
+def _check_guidance(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
+    """Refuses guidance of a network that has never seen a hidden label. Of imported weights nobody knows."""
+    guidance, hidden = config.stages[number - 1].guidance, about["stage"]["training"]["label_dropout"]
+    if guidance != 1 and not hidden and "imported" not in about:
+        why = f"checkpoint {path} was trained with training.label_dropout={hidden}, so that it knows no images without a label"
+        raise InputError(f"config.stage{number}.guidance={guidance} cannot be used: {why}; 1.0 would do.")
 
 
 def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rdm_jax import distributed, randomness, sharding
+from rdm_jax.classes import Classes, matched, of_checkpoint
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
@@ -323,8 +324,8 @@ class Trainer:
         theirs, ours, about = given.abstract_ema(step), dict(self.abstract.ema), given.about(step)
         label = theirs.get("map_label")
         same = jax.tree.map(lambda x: x.shape, label) == jax.tree.map(lambda x: x.shape, ours.get("map_label"))
-        # Imported weights know their classes by number alone.
-        same = same and ("imported" in about or about["classes"] == self._about["classes"])
+        places = matched(Classes(tuple(self._about["classes"])), of_checkpoint(about)) if same else None
+        same = places == tuple(range(len(self._about["classes"])))
         if not same:
             ours.pop("map_label", None)
             ours |= {"map_label": sharding.by_rules(label, self.mesh)} if label else {}

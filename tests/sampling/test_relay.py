@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from rdm_jax import sharding
 from rdm_jax.classes import Classes
+from rdm_jax.config import to_dict
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
@@ -20,6 +22,7 @@ from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.sampling import parts, pictures, relay, sampler
 from rdm_jax.sampling.preview import StageAlone
+from rdm_jax.training import checkpoint
 from rdm_jax.training.step import to_float
 from tests.sampling.fake_relay import FakeRelay
 from tests.tiny import tiny_config, write_images
@@ -309,3 +312,19 @@ def test_grid_shows_every_stage(source):
     for place, (image, size) in enumerate([(images[0, :4, :4], 24), (images[0], 12), (images[0], 12)], 1):
         left = place * (side + pictures.MARGIN)
         np.testing.assert_array_equal(first[::size, left : left + side : size], image)
+
+
+def test_guidance_is_refused_of_a_checkpoint_that_knows_no_hidden_labels(tmp_path):
+    """The checkpoint says how it was trained, and not the config; of imported weights nobody knows."""
+    config = tiny_config("images")
+    guided = dataclasses.replace(config, stages=(dataclasses.replace(config.stages[0], guidance=4.0), *config.stages[1:]))
+    about = json.loads(json.dumps({"stage": to_dict(config)["stage1"], "classes": ["a", "b"], "seed": 0}))
+    about["stage"]["training"]["label_dropout"] = 0.0
+    checkpoints = checkpoint.Checkpoints(tmp_path / "stage1/checkpoints")
+    checkpoints.save_ema(1, stage_and_params("gaussian")[2], about)
+    checkpoints.close()
+    with pytest.raises(InputError, match=r"stage1.guidance=4.0.*stage1/checkpoints/1 was trained with .*label_dropout=0.0"):
+        relay.Relay(guided, tmp_path)
+    with pytest.raises(InputError, match="there is no checkpoint in .*stage2"):  # the first stage is fine
+        relay.Relay(config, tmp_path)
+    relay._check_guidance(guided, 1, tmp_path, {**about, "imported": {}})

@@ -1,5 +1,6 @@
 """The loop of a stage's training: what a signal, time and a changed config do to it."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -7,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -199,3 +201,19 @@ def test_other_images_are_noticed(trained, tmp_path, monkeypatch):
     assert about(directory, 20)["images"]["identity"] == other.identity
     assert 10 not in steps(directory)  # though its loss, of other images, was lower
     assert about(directory, 20)["validated_on"] != about(trained, 10)["validated_on"]
+
+
+@pytest.mark.parametrize("classes, kept", [(("a", "b"), True), (("b", "a"), False), (("c", "d"), False)])
+def test_start_from_keeps_the_embedding_of_the_same_classes_alone(trained, tmp_path, caplog, classes, kept):
+    caplog.set_level("INFO", "rdm_jax")
+    images = image_set()
+    images.class_names = classes
+    values = config(start_from=str(trained / "checkpoints/10"))
+    trainer = Trainer(values, 1, images, tmp_path / "stage1")
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path / "stage1/checkpoints")) as checkpoints:
+        ours = trainer._start(checkpoints).state.ema
+    with contextlib.closing(checkpoint.Checkpoints(trained / "checkpoints", read_only=True)) as given:
+        theirs, _ = given.restore_ema(10, trainer.abstract.ema)
+    same = [np.array_equal(*pair) for pair in zip(*(jax.tree.leaves(tree["map_label"]) for tree in (ours, theirs)), strict=True)]
+    assert all(same) == kept and ("embedding of the classes starts afresh" in caplog.text) == (not kept)
+    np.testing.assert_array_equal(ours["stem"]["kernel"], theirs["stem"]["kernel"])
