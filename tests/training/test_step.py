@@ -178,7 +178,7 @@ def test_ema_starts_as_the_parameters():
     np.testing.assert_allclose(without_rampup, 1 - 0.5 ** (50 / 1000), rtol=1e-6)
     step, state = step_and_state()
     after, _ = step(state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema)), batch())
-    chex.assert_trees_all_equal(after.ema, after.params)
+    chex.assert_trees_all_close(after.ema, after.params, rtol=1e-6)  # the compiler may add the update twice, each in its way
 
 
 def test_ema_is_the_average_of_the_parameters():
