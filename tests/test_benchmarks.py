@@ -52,8 +52,8 @@ def test_speed():
     assert flops == pytest.approx(3 * 2 * stage.multiply_adds(3, 2) * rate / 2 / 1e12, rel=0.02)  # on each of two devices
     assert [(row["stage"], row["variant"]) for row in sampling] == [("2: 8 x 12", "block+pmap")]
     evaluations, milliseconds, rate, share = numbers(sampling, "evaluations", "ms an evaluation", "images/s", "own share")
-    assert evaluations == 3 and 0 < share < 100
-    assert rate == pytest.approx(8 / (3 * milliseconds / 1e3), rel=0.02)
+    assert evaluations == 7 and 0 < share < 100  # the shortest ladder that has three or more
+    assert rate == pytest.approx(8 / (7 * milliseconds / 1e3), rel=0.02)
     assert {row["utilisation"] for row in (*training, *sampling)} == {"-"}  # no peak is known of a CPU
 
 
