@@ -93,6 +93,17 @@ def test_a_loss_that_is_not_finite_is_worse_than_any(tmp_path):
     assert checkpoint_folders.find("best", tmp_path / "first")[1] == 2
 
 
+def test_what_the_first_process_sees_is_waited_for(tmp_path, monkeypatch):
+    """A file system on a network may show other hosts a new folder later."""
+    save(tmp_path, {3: 0.5})
+    checkpoints, slept = checkpoint.Checkpoints(tmp_path), []
+    listed = checkpoints._manager.all_steps
+    monkeypatch.setattr(checkpoints._manager, "all_steps", lambda: listed() if slept else [])
+    monkeypatch.setattr(checkpoint.distributed, "from_first", lambda own: 3)
+    monkeypatch.setattr(checkpoint.time, "sleep", slept.append)
+    assert checkpoints.newest() == 3 and slept
+
+
 def test_losses_of_different_images_are_not_compared(tmp_path):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep_newest=1, keep_best=1)
     for step, loss, images in ((1, 0.1, "one"), (2, 0.9, "other"), (3, 0.8, "other"), (4, 0.85, "other")):
