@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from rdm_jax.terminal import log
 
 # What flock says where another process has the lock; everything else means that it does not work there.
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-HEARTBEAT_SECONDS, STALE_SECONDS = 15.0, 120.0
+HEARTBEAT_SECONDS, POLL_SECONDS, STALE_SECONDS = 10.0, 15.0, 120.0  # a poll sees at least one beat
 
 
 class InUse(Exception):
@@ -65,16 +66,23 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def owner_file(path: Path) -> Iterator[None]:
-    """A lock without flock: `path` is there while one process is in this part. Raises InUse and OSError like `locked`."""
-    ours = json.dumps({"host": socket.gethostname(), "process": os.getpid(), "id": uuid.uuid4().hex})
+    """A lock without flock: `path` is there while one process is in this part. Raises InUse and OSError like `locked`.
+
+    An owner that may be gone is waited for until its heart beats, or its file is too old.
+    """
+    ours, said = json.dumps({"host": _here(), "process": os.getpid(), "id": uuid.uuid4().hex}), False
     while not _made(path, ours):
-        if not _is_stale(path):
-            raise InUse
-        # Only one of several that find it stale can move it away.
-        aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(aside)
-            aside.unlink()
+        with contextlib.suppress(FileNotFoundError):  # just given back
+            theirs, beat = path.read_text(), path.stat().st_mtime
+            if _is_stale(path, theirs):
+                _take_away(path, theirs)
+                continue
+            if not said:
+                log.info("%s: waiting up to %d s to see whether its owner is at work", path, STALE_SECONDS)
+                said = True
+            time.sleep(POLL_SECONDS)
+            if path.stat().st_mtime != beat or path.read_text() != theirs:
+                raise InUse
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, ours, ended), daemon=True)
     beating.start()
@@ -86,6 +94,13 @@ def owner_file(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if path.read_text() == ours:
                 path.unlink()
+
+
+def _here() -> str:
+    """This host and, as containers on it may share its name, the processes that are known here by their numbers."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
 
 def _made(path: Path, text: str) -> bool:
@@ -107,20 +122,33 @@ def _made(path: Path, text: str) -> bool:
     return True
 
 
-def _is_stale(path: Path) -> bool:
+def _take_away(path: Path, text: str) -> None:
+    """Removes the file with this text. Raises InUse where another process has taken it over meanwhile."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)
+        try:
+            if aside.read_text() != text:  # what was moved is another one's: it gets it back
+                with contextlib.suppress(OSError):
+                    os.link(aside, path)
+                raise InUse
+        finally:
+            aside.unlink()
+
+
+def _is_stale(path: Path, text: str) -> bool:
     """Whether the owner of a file is gone. Ages are by the file system's own clock: hosts' clocks may differ."""
     now = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     now.touch()
     try:
         age = now.stat().st_mtime - path.stat().st_mtime
-        owner = json.loads(path.read_text())
-        gone = owner["host"] == socket.gethostname() and not _is_running(owner["process"])
-    except FileNotFoundError:
-        return True  # just given back
-    except (ValueError, KeyError, TypeError):
-        gone = False  # damaged: its age says
     finally:
         now.unlink()
+    try:
+        owner = json.loads(text)
+        gone = owner["host"] == _here() and not _is_running(owner["process"])
+    except (ValueError, KeyError, TypeError):
+        gone = False  # damaged: its age says
     return gone or age > STALE_SECONDS
 
 

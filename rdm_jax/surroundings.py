@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -41,8 +42,10 @@ def backend_error(error: BaseException) -> InputError | None:
     asserted = isinstance(error, AssertionError) and frames and frames[-1].name == "backends"  # none of its platforms is here
     if not asserted and not (isinstance(error, RuntimeError) and str(error).startswith(NO_BACKEND)):
         return None
-    said = "there is no such device" if asserted else str(error).partition(" (set JAX_PLATFORMS")[0]
+    said = "there is no such device" if asserted else re.split(r" \((?:set JAX_PLATFORMS|you may need)", str(error))[0]
     asked = os.environ.get("JAX_PLATFORMS", "")
+    if not asked:
+        return InputError(f"the accelerator cannot be used ({said}); ending what else uses it, or JAX_PLATFORMS=cpu, would do.")
     return InputError(f"JAX_PLATFORMS={asked!r} cannot be used ({said}); JAX_PLATFORMS=cpu, or unsetting it, would do.")
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rdm_jax import saved, unchanged
-from rdm_jax.config import Config, Data, Training, parse, to_dict
+from rdm_jax.config import Config, Data, Stage, Training, parse, to_dict
 from rdm_jax.diffusion.processes import Relay
 from rdm_jax.errors import InputError
 
@@ -48,12 +48,25 @@ def test_any_field_may_be_missing_in_a_saved_config(tmp_path):
         part[field] = part[field] if meant is None else meant
         if field not in ("resolution", "process", "sampler"):  # the second stage's own are no defaults
             assert to_dict(found) == expected, path
+            now = json.loads(json.dumps(expected))
+            assert not unchanged.changes(json.loads(json.dumps(to_dict(found))), now), path
+            assert saved.completed(Stage, without(values, *path)["stage1"]) == now["stage1"], path
     assert len(list(fields(values))) > 100
 
 
 def test_a_whole_section_may_be_missing(tmp_path):
     assert read(tmp_path, without(to_dict(Config()), "parallel")) == Config()
+    assert read(tmp_path, without(to_dict(Config()), "stage1", "training")).stages[0].training.checkpoint_minutes == 0
     assert read(tmp_path, without(to_dict(Config()), "stage2", "process", "clock")) == Config()
+
+
+def test_what_somebody_has_written_has_the_defaults(tmp_path):
+    values = json.loads(json.dumps({"stage1": {}, "data": {"source": "digits"}}))
+    (tmp_path / "mine.json").write_text(json.dumps(values))
+    config = parse(saved.read_saved(tmp_path / "mine.json"))
+    assert config == Config(data=Data(source="digits"), stages=(Stage(),)) and config.stages[0].training.checkpoint_minutes == 30
+    old = read(tmp_path, values)  # the same as a run of the first version has it
+    assert old.stages[0].training.checkpoint_minutes == 0 and old.data.max_left_out == 1
 
 
 def test_renames(tmp_path, monkeypatch):

@@ -230,6 +230,8 @@ _NAMES = {*_CALLS, _MODULE_DICT, *_STORAGES}
 def describe(value: Any) -> str:
     """What a value from the file is, without showing (and so walking) it."""
     kind = type(value).__name__.strip("_")
+    if type(value) is Stored:
+        return "a storage of numbers"
     return str(value) if type(value) is Name else f"{'an' if kind[0] in 'aeiouEIO' else 'a'} {kind}"
 
 

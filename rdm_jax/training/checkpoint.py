@@ -99,13 +99,24 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def newest(self) -> int | None:
-        """The newest step, as the first process sees it; None where there is none. All processes must call it together."""
+        """The newest step, as the first process sees it; None where there is none. All processes must call it together.
+
+        Raises:
+          InputError: the folder is another one here: after two minutes, this process still sees another newest step.
+        """
         step = distributed.from_first(max(self.steps(), default=-1))
-        for _ in range(SECONDS_TO_APPEAR):
-            if step == -1 or step in self.steps():
-                break
-            time.sleep(1)
-            self._manager.reload()
+        with distributed.together():
+            for _ in range(SECONDS_TO_APPEAR):
+                if max(self.steps(), default=-1) == step:
+                    break
+                time.sleep(1)
+                self._manager.reload()
+            else:
+                seen = max(self.steps(), default="none")
+                would_do = "a folder that all hosts share"
+                raise InputError(
+                    f"{self.directory}: the first process sees checkpoint {step}, another {seen}; {would_do} would do."
+                )
         return None if step == -1 else step
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:

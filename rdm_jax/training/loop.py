@@ -86,7 +86,7 @@ class Trainer:
         self.training, self.source, self.directory = self.stage.training, source, directory
         self._key = lambda stream: randomness.stream_key(config.seed, number - 1, stream)
         self.mesh, self._mode = sharding.make_mesh(config.parallel.data, config.parallel.fsdp), config.parallel.mode
-        self._count = Count(self.training.batch_size)
+        self._count = self._before = Count(self.training.batch_size)  # of the steps to come, and of those that were taken
         self._program = self._build()
         self.objective, self.abstract = self._program.objective, self._program.abstract
         self._allow_changes = tuple(allow_changes)
@@ -142,7 +142,8 @@ class Trainer:
         point = self._start(checkpoints)
         evaluate_every, last = self.training.evaluate_every if evaluate else 0, self._count.steps_for(self.training.images)
         preview_every = self.training.preview_every if preview else 0
-        if point.step and self._is_due(point.step, evaluate_every) and not self._is_evaluated(point.step):  # it was stopped
+        due = evaluate_every and (self._before.is_due(point.step, evaluate_every) or point.step == last)
+        if point.step and due and not self._is_evaluated(point.step):  # it was stopped
             with contextlib.closing(self._writer(point.step)) as writer:
                 self._evaluate(evaluate, point, writer)
         if point.step >= last:
@@ -171,6 +172,8 @@ class Trainer:
                         self._save(checkpoints, point, None)  # and nothing before it: there may be no more than seconds
                         raise stop.interruption
                     self._save(checkpoints, point, self._validate(point, writer, stop))
+                    if distributed.in_any_process(bool(stop.requested)):  # while it was validated: nothing is measured or drawn
+                        raise stop.interruption
                     clock.restart()
                     window.told = 0
                     if distributed.is_first():
@@ -293,24 +296,26 @@ class Trainer:
     def _resume(self, checkpoints: checkpoint.Checkpoints, step: int) -> Point:
         about = checkpoints.about(step)
         found = changed_since(about, self._about, self.name)
+        before = Count(about["stage"]["training"]["batch_size"], **about.get("count", {}))
+        if before.images_at(step) >= self.training.images:  # nothing more is learnt, from whatever images
+            found = [change for change in found if not change.field.startswith("config.data.")]
         check_allowed(found, self._allow_changes, f"checkpoint {checkpoints.directory / str(step)}")
-        self._keep_history(about, step, found)
+        self._keep_history(about, step, found, before)
         state, _ = checkpoints.restore(step, self.abstract)
         state = state.replace(skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row))  # a run that diverged may try again
         images = self._count.images_at(step)
-        for change in found:
-            log.warning("%s: from step %d (%s images) on, %s", self.name, step, f"{images:,}", change)
         if step < self._count.steps_for(self.training.images):
+            for change in found:
+                log.warning("%s: from step %d (%s images) on, %s", self.name, step, f"{images:,}", change)
             log.info("%s: going on from %s images", self.name, f"{images:,}")
         return Point(state, step, about["data"])
 
-    def _keep_history(self, about: dict[str, Any], step: int, found: Sequence[Change]) -> None:
+    def _keep_history(self, about: dict[str, Any], step: int, found: Sequence[Change], before: Count) -> None:
         """Takes over what a checkpoint knows of the training before it, with what changes now."""
         self._about |= {name: about[name] for name in ("started_from", "changes", "count") if name in about}
         if found:
             self._about["changes"] = [*self._about.get("changes", []), *({"step": step, **each._asdict()} for each in found)]
-        before = Count(about["stage"]["training"]["batch_size"], **about.get("count", {}))
-        self._count = before.changed(self.training.batch_size, step)
+        self._before, self._count = before, before.changed(self.training.batch_size, step)
         if self._count.step:
             self._about["count"] = {"step": self._count.step, "images": self._count.images}
             self._program = self._build()

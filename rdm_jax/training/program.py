@@ -33,11 +33,13 @@ def build_objective(stage: Stage, image_shape: tuple[int, ...], classes: int) ->
     )
 
 
-def build_optimizer(training: Training) -> optax.GradientTransformation:
-    """Adam with a linear warm-up."""
-    warmup = max(1, training.warmup // training.batch_size)
-    rate = optax.linear_schedule(0.0, training.learning_rate, warmup)
-    return optax.adam(rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon)
+def build_optimizer(training: Training, count: Count) -> optax.GradientTransformation:
+    """Adam with a linear warm-up over images: where the batch size has changed, the rate goes on from those shown so far."""
+    rate = optax.linear_schedule(0.0, training.learning_rate, max(1, training.warmup // training.batch_size))
+    ahead = count.images // count.batch_size - count.step  # of Adam's counter, which counts steps; 0 for one batch size
+    return optax.adam(
+        (lambda step: rate(step + ahead)) if ahead else rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon
+    )
 
 
 class Program(ABC):
@@ -68,14 +70,15 @@ class Program(ABC):
         count: Count | None = None,
     ):
         self.mesh, self._image_shape, self._training = mesh, image_shape, stage.training
-        self.objective, self._optimizer = build_objective(stage, image_shape, classes), build_optimizer(stage.training)
+        count = count or Count(stage.training.batch_size)
+        self.objective, self._optimizer = build_objective(stage, image_shape, classes), build_optimizer(stage.training, count)
         shapes = jax.eval_shape(lambda params: init_state(params, self._optimizer), self.objective.network.abstract)
         self.abstract: TrainState = sharding.by_rules(shapes, mesh)
         self._step = make_step(
             self.objective,
             self._optimizer,
             key,
-            count=count or Count(stage.training.batch_size),
+            count=count,
             accumulate=stage.training.accumulate,
             ema_halflife=stage.training.ema_halflife,
             ema_rampup=stage.training.ema_rampup,

@@ -67,8 +67,8 @@ class Window:
         if known["skipped_in_a_row"] >= self._training.max_skipped:
             self.diverged = (
                 f"training stopped at step {step}: {int(known['skipped_in_a_row'])} steps in a row had a loss or gradient that "
-                "is not finite (training.max_skipped); the last good state is saved, and another workdir with a smaller "
-                "training.learning_rate would do."
+                "is not finite (training.max_skipped); the last good state is saved, and a smaller training.learning_rate with "
+                "--allow_changes=learning_rate would do."
             )
 
     def _write(self, step: int) -> None:

@@ -62,10 +62,10 @@ def test_a_second_process_is_told_to_wait(folder, tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
 def test_prepares_where_there_is_no_flock(folder, tmp_path, monkeypatch, number):
     monkeypatch.setattr(locks.fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
-    (tmp_path / ".set.owner").write_text(json.dumps({"host": "another", "process": 1}))
-    with pytest.raises(InputError, match="set is being prepared by another process"):
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.2)
+    with locks.owner_file(tmp_path / ".set.owner"), pytest.raises(InputError, match="set is being prepared by another process"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
-    (tmp_path / ".set.owner").unlink()
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "set"]
 

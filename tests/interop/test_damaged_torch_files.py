@@ -25,7 +25,7 @@ def test_other_files(tmp_path):
     np.savez(tmp_path / "a.npz", a=FOUR)
     refuse(tmp_path / "a.npz", "0 members '*/data.pkl'")
     (tmp_path / "old.pt").write_bytes(legacy_header(Storage(FOUR)) + FOUR.tobytes())
-    refuse(tmp_path / "old.pt", "an int")
+    refuse(tmp_path / "old.pt", "it holds a storage of numbers and no dict of networks")
     for objects in ([], {}, {"net": 1}):
         dump_pkl(tmp_path / "a", objects)
         refuse(tmp_path / "a")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +18,9 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.errors import InputError
 from rdm_jax.interrupt import Interrupted, StopOnSignal
 from rdm_jax.training import checkpoint, checkpoint_folders, checksums, metrics
+from rdm_jax.training.count import Count
 from rdm_jax.training.loop import Trainer
+from rdm_jax.training.program import build_optimizer
 from rdm_jax.training.validation import Validation
 from tests.tiny import tiny_config
 
@@ -107,9 +110,10 @@ def test_signal_ends_a_validation_under_way(tmp_path, monkeypatch, saves):
             yield part
 
     monkeypatch.setattr(Validation, "_parts", slow)
-    with pytest.raises(Interrupted):
-        train(tmp_path, config(validation=400, checkpoint_every=16), stop=stop)  # ten seconds of validation
-    assert [number for number, _ in saves] == [2, 3] and saves[-1][1] - signalled[0] < 1
+    with pytest.raises(Interrupted):  # of ten seconds of validation, and a preview
+        values = config(validation=400, checkpoint_every=16, preview_every=16)
+        train(tmp_path, values, stop=stop, preview=lambda *_: time.sleep(600))
+    assert [number for number, _ in saves] == [2] and saves[0][1] - signalled[0] < 1
 
 
 def test_previews_come_after_a_checkpoint(tmp_path, saves):
@@ -187,6 +191,30 @@ def test_training_goes_on_with_what_was_changed(trained, tmp_path, caplog):
 
 def copied(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "stage1"))
+
+
+def test_a_finished_stage_learns_from_no_other_images(trained, caplog):
+    """So that photographs that are added for the second stage are none of the first one's business."""
+    caplog.set_level("INFO", "rdm_jax")
+    train(trained, config(), images=image_set(seed=1))
+    assert "already trained on 80 images" in caplog.text and "identity" not in caplog.text
+
+
+def test_the_rate_goes_on_from_the_images_shown():
+    """Warm after 96 of 80 images, whatever the batch size is then; a larger batch goes on where the smaller one was."""
+
+    def rates(batch_size: int, count: Count) -> list[float]:
+        optimizer = build_optimizer(config(warmup=80, batch_size=batch_size, learning_rate=1.0).stages[0].training, count)
+        state = optimizer.init(jnp.zeros(()))
+        found = []
+        for step in range(20):
+            update, state = optimizer.update(jnp.ones(()), state)
+            found.append(-float(update)) if step >= count.step else None
+        return found
+
+    assert rates(16, Count(16))[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1], rel=1e-3)
+    assert rates(8, Count(16).changed(8, 6)) == pytest.approx([1.0] * 14, rel=1e-3)
+    assert rates(16, Count(8).changed(16, 4))[:4] == pytest.approx([0.4, 0.6, 0.8, 1], rel=1e-3)
 
 
 def test_other_images_are_noticed(trained, tmp_path, monkeypatch):
