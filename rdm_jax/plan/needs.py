@@ -16,6 +16,7 @@ from rdm_jax.config import Config, Stage
 from rdm_jax.models.functional import has_equations
 from rdm_jax.plan.chips import Chip
 from rdm_jax.randomness import root_key
+from rdm_jax.training.count import Count
 from rdm_jax.training.program import build_objective, build_optimizer
 from rdm_jax.training.step import TrainState, init_state
 
@@ -172,7 +173,7 @@ def _plain(stage: Stage) -> Stage:
 @functools.lru_cache(maxsize=64)
 def _state(stage: Stage, channels: int, classes: int) -> TrainState:
     """Shapes of the training state."""
-    optimizer = build_optimizer(stage.training)
+    optimizer = build_optimizer(stage.training, Count(stage.training.batch_size))
     return jax.eval_shape(lambda params: init_state(params, optimizer), stage.build(channels, classes).abstract)
 
 
