@@ -160,9 +160,12 @@ def _staging(directory: Path) -> Iterator[Path]:
         except locks.InUse as error:
             raise InputError(f"{directory} is being prepared by another process; waiting for that would do.") from error
         staging.mkdir(exist_ok=True)
-        yield staging
-        if not staging.exists():
-            lock.unlink(missing_ok=True)
+        try:
+            yield staging
+        finally:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # which only an empty one lets happen
+            lock.unlink(missing_ok=True)  # while it is held; whoever has it open already looks again
 
 
 def _is_locked(lock: Path, held: contextlib.ExitStack) -> bool:
