@@ -13,7 +13,7 @@ from rdm_jax.errors import InputError
 from rdm_jax.evaluation.npz import Npz
 from rdm_jax.files import is_whole_npz, is_whole_png, move_aside, parse_json
 from rdm_jax.lists import parse_numbers
-from rdm_jax.sampling.made_with import describe, differences, same_settings, settings, with_seeds
+from rdm_jax.sampling.made_with import describe, differences, one_spelling, same_settings, settings, with_seeds
 from rdm_jax.sampling.parts import LABELS, png_name
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.terminal import log
@@ -114,6 +114,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         made_with = parse_json((folder / SAMPLES).read_text())
         if not {"seed", "stages", "checkpoints"} <= made_with.keys() or not _seeds(made_with):
             raise ValueError("fields are missing")
+        made_with["sampling"]["seeds"] = one_spelling(made_with["sampling"]["seeds"])  # earlier versions kept the user's
         return made_with if samples else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{SAMPLES} does not say what they were made with ({getattr(error, 'strerror', None) or error})"

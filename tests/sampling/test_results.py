@@ -93,6 +93,26 @@ def test_seeds_are_a_set(tmp_path, caplog):
     assert made_with(tmp_path / "samples")["sampling"]["seeds"] == "0-9"
 
 
+@pytest.mark.parametrize(("before", "after"), [("0 - 3, 7", "0-3,7"), ("0,1,2,3", "0-3"), ("0-3", "3,0-2"), ("[0, 1]", "0-1")])
+def test_seeds_may_be_spelt_otherwise(tmp_path, before, after):
+    sample(tmp_path, seeds=before)
+    kept = contents(tmp_path / "samples")
+    check_settings(config_of(seeds=after), 1, tmp_path)
+    assert sample(tmp_path, seeds=after) == [] and contents(tmp_path / "samples") == kept
+
+
+@pytest.mark.parametrize("spelt", ["0-5,5-9", "0,1-9"])
+def test_samples_whose_seeds_an_earlier_version_kept_as_spelt_are_known(tmp_path, spelt):
+    sample(tmp_path, seeds="0-9")
+    known = made_with(tmp_path / "samples")
+    known["sampling"]["seeds"] = spelt
+    (tmp_path / "samples/samples.json").write_text(json.dumps(known))
+    check_settings(config_of(seeds=spelt), 1, tmp_path)
+    assert sample(tmp_path, seeds=spelt) == [] and sample(tmp_path, seeds="10") == [10]
+    # An evaluation counted the image of a seed that was named twice twice.
+    assert same_settings(known, {**known, "sampling": {**known["sampling"], "seeds": "0-9"}}) == (spelt == "0,1-9")
+
+
 @pytest.mark.parametrize("case", ["labels", "seed of the run", "guidance", "no samples.json", "a checkpoint of another run"])
 def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, case):
     folder, config = tmp_path / "samples", config_of(labels="0")
