@@ -126,7 +126,7 @@ class _Members(abc.ABC):
 
     def _add(self, name: str, member: object, reason: str | None) -> None:
         """Takes note of a member, unless its name or kind is one that no archive of images needs."""
-        name = name.removeprefix("./")
+        name = re.sub(r"(?<![^/])\./|(?<=/)/", "", name)  # as `tar cf set.tar data/.` writes them
         if not name or any(is_rubbish(part) for part in name.split("/") if part != ".."):
             return
         if name.endswith("/"):

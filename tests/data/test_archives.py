@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import subprocess
 import tarfile
 import zipfile
 import zlib
@@ -248,6 +249,19 @@ def test_a_tar_with_long_names_and_a_dot_before_them_is_read(tmp_path):
     root.type = tarfile.DIRTYPE
     source = open_source(write_tar(tmp_path / "set.tar", [(root, b""), *pngs(*names).items()]))
     assert values(source) == [0, 1, 2] and source.names[0] == names[0][2:]
+
+
+@pytest.mark.parametrize("given", [["data/."], ["./data"], ["data/./a", "data/./b"]])
+def test_a_tar_of_paths_with_a_dot_inside_is_read(tmp_path, given):
+    write_folder(tmp_path / "data", pngs("a/0.png", "a/1.png", "b/2.png"))
+    subprocess.run(["tar", "cf", "set.tar", *given], cwd=tmp_path, check=True)
+    source = open_source(f"tar:{tmp_path}/set.tar")
+    assert values(source) == [0, 1, 2] and source.class_names == ("a", "b") and not source.skipped
+
+
+def test_a_zip_of_names_with_a_dot_inside_is_read(tmp_path):
+    spec = write_zip(tmp_path / "set.zip", pngs("a/./0.png", "./a//././1.png", "b./.2/3.png", "b./2.png"))
+    assert classes(open_source(spec)) == {"a/0.png": "a", "a/1.png": "a", "b./2.png": "b."}
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
