@@ -23,7 +23,7 @@ from rdm_jax.data.images import CROPS, Form
 from rdm_jax.data.left_out import by_reason, check_left_out
 from rdm_jax.data.manifest import MANIFEST, VERSION, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
-from rdm_jax.data.source_record import has_changed, save_record
+from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
 from rdm_jax.data.sources import Source, check_apart, cores, open_source, same_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
@@ -101,12 +101,13 @@ def prepare(
             prepared = _is_prepared(directory, settings)  # if not before, then by another process, which has let go of the lock
             if update or not prepared:
                 source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
-            if not prepared or (update and has_changed(directory, source, spec)):
+                record = record_of(source)
+            if not prepared or (update and has_changed(directory, record, source.class_names, spec)):
                 check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
                 shards = _shards(source, form, encoding, skip_bad, staging / "parts")
                 about = _write_shards(shards, f"preparing {spec}", check_stop)
                 _check_written(source, about, max_left_out, spec)
-                _put(_assemble(source, settings, shards, about, staging / "set"), directory)
+                _put(_assemble(source, record, settings, shards, about, staging / "set"), directory)
             shutil.rmtree(staging)
         _log_made(directory, "is prepared")
         if verify and prepared:
@@ -237,7 +238,9 @@ def _skipped(source: Source, about: list[dict[str, Any]]) -> dict[str, str]:
     return {**source.skipped, **{name: reason for shard in about for name, reason in shard["skipped"].items()}}
 
 
-def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], about: list[dict[str, Any]], made: Path) -> Path:
+def _assemble(
+    source: Source, record: Record, settings: dict[str, Any], shards: list[Shard], about: list[dict[str, Any]], made: Path
+) -> Path:
     """Makes a data set, with its manifest, of finished shards; gives its directory."""
     skipped = _skipped(source, about)
     count = sum(shard["records"] for shard in about)
@@ -268,7 +271,7 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
             for path, shard in zip(builder.shard_paths, about, strict=True)
         ],
     }
-    save_record(Path(builder.data_path), source)
+    save_record(Path(builder.data_path), record)
     with whole_file(Path(builder.data_path) / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
     return Path(builder.data_path)

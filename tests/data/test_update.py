@@ -55,6 +55,16 @@ def test_what_was_added_removed_or_changed_is_named_and_prepared(folder, tmp_pat
     assert "nothing has changed" in again()
 
 
+def test_what_changes_while_it_is_prepared_is_noticed_afterwards(folder, tmp_path, again):
+    """The image is read first, and changes after that."""
+    (folder / "dog" / "9.png").write_bytes((folder / "dog" / "0.png").read_bytes())
+    changed = lambda: Image.new("RGB", (6, 8), (4, 5, 6)).save(folder / "cat" / "0.png")  # noqa: E731
+    again(check_stop=changed)
+    assert open_prepared(tmp_path / "set")[0]["image"][0, 0].tolist() != [4, 5, 6]
+    assert "1 changed (cat/0.png)" in again()
+    assert open_prepared(tmp_path / "set")[0]["image"][0, 0].tolist() == [4, 5, 6]
+
+
 def test_other_labels_for_the_same_files_are_noticed(folder, tmp_path, again):
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png"))
     labels = [[name, "dog" if name == "cat/0.png" else name[:3]] for name in names]
