@@ -28,11 +28,13 @@ class Labelled(NamedTuple):
       class_names: in order; empty when the images have none.
       numbers: the class number of each image that can be used, by its name; empty when there are no classes.
       skipped: what was left out, and why.
+      lost: classes that a labels file names, and of which no image is left.
     """
 
     class_names: tuple[str, ...] = ()
     numbers: Mapping[str, int] = {}
     skipped: Mapping[str, str] = {}
+    lost: tuple[str, ...] = ()
 
 
 def by_rule(images: Sequence[str], rule: str, spec: str) -> Labelled:

@@ -17,7 +17,7 @@ from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, wrapp
 from rdm_jax.data.images import Form, fit, to_uint8
 from rdm_jax.data.labels_file import by_labels_file
 from rdm_jax.data.left_out import by_reason
-from rdm_jax.data.listing import Listing, sort_out
+from rdm_jax.data.listing import Listing, is_meant_as_image, sort_out
 from rdm_jax.errors import BadImage, InputError
 from rdm_jax.files import local_path
 from rdm_jax.terminal import log
@@ -206,7 +206,7 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
             log.info("data: %s of %s is not looked at, for data.classes=%r", listing.labels_files[0], path, classes)
         folders = {name.rpartition("/")[0] for name in listed.names}
         single = folders.pop().rpartition("/")[2] if len(folders) == 1 and classes == "auto" else ""
-        listed = dataclasses.replace(listed, lost=_lost(listed.names, listed.skipped), single_folder=single)
+        listed = dataclasses.replace(listed, lost=_lost(listed.names, listed.skipped, classes), single_folder=single)
         return _labelled(listed, by_rule(listing.images, classes, f"{kind}:{path}"))
     try:
         content = reader.read(labels_file, LABEL_BYTES * len(listing.images) + 2**20)
@@ -258,20 +258,31 @@ def _labels_file(listing: Listing, path: Path) -> str:
     return ""
 
 
-def _lost(images: Sequence[str], skipped: Mapping[str, str]) -> tuple[str, ...]:
-    """The top folders, below one about all, that have files and no image."""
-    left_out = [name for name in skipped if "/" in name]
-    about = wrapper({name.rpartition("/")[0] for name in (*images, *left_out)})
-    below = {name: name[len(about) :].removeprefix("/") for name in (*images, *left_out) if name.startswith(about)}
-    tops, tops_left_out = ({below[n].split("/")[0] for n in names if "/" in below.get(n, "")} for names in (images, left_out))
-    return tuple(sorted(tops_left_out - tops - {"", ".."})) if tops else ()
+def _lost(images: Sequence[str], skipped: Mapping[str, str], rule: str) -> tuple[str, ...]:
+    """The classes that folders would make, had they anything in them, or but images that cannot be used."""
+    if rule in ("none", "prefix"):
+        return ()
+    left_out = [name for name in skipped if "/" in name and (name.endswith("/") or is_meant_as_image(name))]
+    about = wrapper({name.rpartition("/")[0] for name in (*images, *left_out)}) if rule != "leaf" else ""
+    part = -2 if rule == "leaf" else 0
+    found, none_found = (
+        {below.split("/")[part] for name in names if "/" in (below := name[len(about) :].removeprefix("/"))}
+        for names in (images, left_out)
+    )
+    return tuple(sorted(none_found - found - {"", ".."})) if found else ()
 
 
 def _labelled(source: Source, found: Labelled) -> Source:
     """The images of a listing that have a class, or all of them if there are no classes."""
     kept = source.part([i for i, name in enumerate(source.names) if name not in found.skipped])
     labels = [found.numbers[name] for name in kept.names] if found.class_names else ()
-    return dataclasses.replace(kept, class_names=found.class_names, labels=labels, skipped={**source.skipped, **found.skipped})
+    return dataclasses.replace(
+        kept,
+        class_names=found.class_names,
+        labels=labels,
+        skipped={**source.skipped, **found.skipped},
+        lost=(*source.lost, *found.lost),
+    )
 
 
 def _emoji(source: Source, root: Path, skin_tones: str) -> Source:

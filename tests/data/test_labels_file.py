@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from rdm_jax.data.left_out import check_left_out
 from rdm_jax.data.sources import open_source
 from rdm_jax.errors import InputError
 from tests.data.members import classes, png, pngs, values, write_folder, write_zip
@@ -160,6 +161,21 @@ def test_labels_that_do_not_fit_are_left_out_where_that_is_asked_for(written, la
     source = open_source(written(with_labels(labels)), skip_bad=True)
     assert list(source.skipped) == [named]
     assert source.class_names == ("0", "1", "2") and len(source) == (5 if named == "gone.png" else 4)
+
+
+@pytest.mark.parametrize(
+    "labels", [relabelled(int), relabelled(NAMES.__getitem__), relabelled(lambda i: [i == j for j in range(3)])]
+)
+def test_a_class_whose_images_are_all_missing_is_lost(written, labels):
+    """Without it the classes after it would have other numbers."""
+    labels = [[name, [float(v) for v in label] if isinstance(label, list) else label] for name, label in labels]
+    present = {name: content for name, content in EDM.items() if name not in (labels[1][0], labels[4][0])}
+    source = open_source(written(with_labels(labels, present)), skip_bad=True)
+    assert source.lost == ("bee" if "bee" in labels[1] else "1",) and len(source) == 3
+    with pytest.raises(InputError, match="the whole class '(bee|1)'"):
+        check_left_out(source.skipped, len(source), source.lost, 0.9, "folder:set")
+    some = {name: content for name, content in EDM.items() if name != labels[4][0]}
+    assert open_source(written(with_labels(labels, some)), skip_bad=True).lost == ()
 
 
 @pytest.mark.parametrize(

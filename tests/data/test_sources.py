@@ -118,6 +118,31 @@ def test_a_folder_of_side_files_alone_is_named(written, caplog, monkeypatch):
     assert "no image is in the folder 'cat/more', 'fox' of" in caplog.text
 
 
+LOST = {
+    "a class of what cannot be read": ("auto", ["a/0.png", "b/1.png"], ["c/2.heic"], ("c",)),
+    "below a folder": ("auto", ["set/a/0.png", "set/b/1.png"], ["set/c/2.heic"], ("c",)),
+    "a folder of something else": ("auto", ["images/0.png", "images/1.png"], ["annotations/x.mat"], ()),
+    "beside the folder of classes": ("auto", ["set/images/a/0.png", "set/images/b/1.png"], ["set/meta/x.mat"], ()),
+    "no classes": ("none", ["a/0.png", "b/1.png"], ["docs/x.psd", "c/2.heic"], ()),
+    "prefixes": ("prefix", ["a_0.png", "b_1.png"], ["c/c_2.heic"], ()),
+    "the lowest folders": ("leaf", ["t/a/0.png", "u/c/1.png"], ["t/b/x.heic"], ("b",)),
+    "the lowest folders, found elsewhere": ("leaf", ["t/a/0.png", "u/b/1.png"], ["t/b/x.heic"], ()),
+}
+
+
+@pytest.mark.parametrize("rule, images, others, lost", LOST.values(), ids=LOST)
+def test_which_classes_are_lost(written, rule, images, others, lost):
+    spec = written({**pngs(*images), **dict.fromkeys(others, b"something else")})
+    assert sources.open_source(spec, classes=rule, skip_bad=True).lost == lost
+
+
+def test_an_empty_lowest_folder_is_a_lost_class(tmp_path):
+    spec = write_folder(tmp_path / "set", pngs("t/a/0.png", "u/c/1.png"))
+    (tmp_path / "set/t/b").mkdir()
+    assert sources.open_source(spec, classes="leaf", skip_bad=True).lost == ("b",)
+    assert sources.open_source(spec, classes="top", skip_bad=True).lost == ()
+
+
 def test_an_archive_among_images_is_refused_with_the_remedy(written):
     with pytest.raises(BadImage, match="'more.zip' .* is not an image but an archive; .*zip:PATH"):
         sources.open_source(written({**pngs("1.png"), "more.zip": b"PK\3\4"}))
