@@ -108,6 +108,7 @@ def prepare(
                 about = _write_shards(shards, f"preparing {spec}", check_stop)
                 _check_written(source, about, max_left_out, spec)
                 _put(_assemble(source, record, settings, shards, about, staging / "set"), directory)
+                os.rename(staging / "parts", staging / "used")
             shutil.rmtree(staging)
         _log_made(directory, "is prepared")
         if verify and prepared:
@@ -201,11 +202,15 @@ def _restore_former(directory: Path) -> None:
 
 
 def _remove_left_over(directory: Path) -> None:
-    """Removes what a run that was killed in its last moment left beside a finished set."""
+    """Removes what a run that was killed in its last moment left beside a finished set; an update that goes on stays."""
     if _hidden(directory).exists() or _former(directory).exists():
         with _staging(directory) as staging:
             _restore_former(directory)
-            shutil.rmtree(staging)
+            if finished := len(list((staging / "parts").glob("*.array_record"))):
+                about = (directory, f"{finished:,}", staging)
+                log.info("data: an update of %s was interrupted; --update goes on with the %s files finished in %s", *about)
+            else:
+                shutil.rmtree(staging)
 
 
 def _shards(source: Source, form: Form, encoding: Encoding, skip_bad: bool, parts: Path) -> list[Shard]:

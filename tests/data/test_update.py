@@ -2,12 +2,14 @@
 
 import json
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from rdm_jax.data import prepare as prepare_lib
+from rdm_jax.data import readers
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
@@ -79,6 +81,21 @@ def test_the_former_set_stays_until_the_new_one_is_complete(folder, tmp_path, ag
     with pytest.raises(InputError, match="cat/1.png"):
         again()
     assert files(tmp_path / "set") == before
+
+
+def test_an_interrupted_update_stays_and_goes_on(folder, tmp_path, again, monkeypatch):
+    monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
+    Image.new("RGB", (6, 8), (1, 2, 3)).save(folder / "dog" / "9.png")
+    with pytest.raises(KeyboardInterrupt):
+        again(check_stop=mock.Mock(side_effect=[None, KeyboardInterrupt]))
+    said = again(update=False)
+    assert f"an update of {tmp_path}/set was interrupted; --update goes on with the 2 files finished in" in said
+    assert len(open_prepared(tmp_path / "set")) == 7
+    reads, load = [], readers.Folder.load
+    monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
+    again()
+    assert reads == ["dog/1.png", "dog/2.png", "dog/3.png", "dog/9.png"] and len(open_prepared(tmp_path / "set")) == 8
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 
 def test_a_kill_between_two_renames_is_mended(folder, tmp_path, again, monkeypatch):
