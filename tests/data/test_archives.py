@@ -297,7 +297,7 @@ def test_names_in_utf8_are_read_as_such_though_the_zip_does_not_say_so(tmp_path)
 
 
 @pytest.mark.parametrize("named, wanted", [(b"caf\x82/1.png", "gr\u00fcn"), (b"other", "caf\u00e9")])
-def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, wanted):
+def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, wanted, caplog):
     """The field counts where it is of the name as it stands."""
     member = zipfile.ZipInfo("caf#/1.png")
     field = b"\1" + zlib.crc32(named).to_bytes(4, "little") + "gr\u00fcn/1.png".encode()
@@ -306,6 +306,8 @@ def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, want
     (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes().replace(b"caf#", b"caf\x82"))
     source = open_source(spec)
     assert set(source.class_names) == {wanted, "d"} and sorted(values(source)) == [1, 2]
+    said = f"1 names in {tmp_path}/set.zip are in an unknown code page, and may be read wrong, such as 'caf\u00e9/1.png'; `unzip"
+    assert (said in caplog.text) == (wanted == "caf\u00e9")
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
