@@ -46,7 +46,7 @@ class Listing(NamedTuple):
 
     Attributes:
       images: in order of name.
-      labels_files: those called LABELS_FILE.
+      labels_files: those called LABELS_FILE, in upper or lower case.
       unusable: what is neither an image nor a side file, and why.
     """
 
@@ -67,7 +67,7 @@ def sort_out(names: Iterable[str], read_head: Callable[[str], bytes], place: str
     for name in sorted(names):
         if name.lower().endswith(SUFFIXES):
             images.append(name)
-        elif name.rpartition("/")[2] == LABELS_FILE:
+        elif name.rpartition("/")[2].lower() == LABELS_FILE:
             labels_files.append(name)
         elif is_side_file(name):
             side.append(name)

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from rdm_jax import locks
 from rdm_jax.data.content import set_hash, total
 from rdm_jax.data.images import CROPS, Form
-from rdm_jax.data.left_out import by_reason, check_left_out
+from rdm_jax.data.left_out import by_reason, check_left_out, what_of
 from rdm_jax.data.manifest import MANIFEST, VERSION, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
 from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
@@ -290,8 +290,8 @@ def _log_made(directory: Path, what: str) -> None:
     if skipped := manifest["skipped"]:
         name, reason = next(iter(skipped.items()))
         most, total = log.warning if 10 * len(skipped) > manifest["count"] else log.info, len(skipped) + manifest["count"]
-        about = (f"{len(skipped):,}", f"{total:,}", directory / MANIFEST, name, reason)
-        most("data: %s left out, of %s files, listed in %s; the first: %s %s", *about)
+        about = (f"{len(skipped):,}", f"{total:,}", what_of(skipped), directory / MANIFEST, name, reason)
+        most("data: %s left out, of %s %s, listed in %s; the first: %s %s", *about)
     if lost := [name for name, count in manifest["classes"].items() if not count]:
         log.warning("data: there is no image of %d classes, such as %r", len(lost), lost[0])
 

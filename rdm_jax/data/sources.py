@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import re
@@ -17,7 +18,7 @@ from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, wrapp
 from rdm_jax.data.images import Form, fit, to_uint8
 from rdm_jax.data.labels_file import by_labels_file
 from rdm_jax.data.left_out import by_reason
-from rdm_jax.data.listing import Listing, is_meant_as_image, sort_out
+from rdm_jax.data.listing import LABELS_FILE, Listing, folders_of, is_meant_as_image, sort_out
 from rdm_jax.errors import BadImage, InputError
 from rdm_jax.files import local_path
 from rdm_jax.terminal import log
@@ -192,10 +193,10 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
     reader = _reader(kind, place)
     names, unusable = reader.names()
     if inner:
-        names, unusable = (
-            [n for n in names if n.startswith(inner)],
-            {n: why for n, why in unusable.items() if n.startswith(inner)},
-        )
+        everything, names = names, [name for name in names if name.startswith(inner)]
+        unusable = {name: why for name, why in unusable.items() if name.startswith(inner)}
+        if not names and not unusable:
+            raise InputError(_no_such_folder(place, inner.rstrip("/"), everything))
     listing = sort_out(names, reader.head, str(path))
     listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
@@ -228,6 +229,19 @@ def _archive_about(path: Path) -> tuple[Path, str]:
     return path, ""
 
 
+def _no_such_folder(archive: Path, inner: str, names: Iterable[str]) -> str:
+    """What to say of a folder that an archive does not have, by the names of its files."""
+    folders = sorted({folder for name in names for folder in folders_of(name)})
+    close = [folder for folder in folders if folder.lower() == inner.lower()] or difflib.get_close_matches(
+        inner, folders, cutoff=0.75
+    )
+    shown = ", ".join(repr(folder) for folder in (close or folders)[:3])
+    remedy = (
+        f"{shown}{' or another folder in it' * (not close)}" if shown else "the archive itself, whose files are in no folder,"
+    )
+    return f"there is no folder {inner!r} with files in {archive}; {remedy} would do."
+
+
 def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
     """Reads what is there, which may be a folder, a zip or a tar whatever it was called."""
     found = kind
@@ -247,7 +261,7 @@ def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
 def _labels_file(listing: Listing, path: Path) -> str:
     """The labels file that is about all images: the one nearest to the top; '' where there is none."""
     about = wrapper(name.rpartition("/")[0] for name in listing.images)
-    for name in sorted(listing.labels_files, key=lambda name: name.count("/")):
+    for name in sorted(listing.labels_files, key=lambda name: (name.count("/"), not name.endswith(LABELS_FILE))):
         folder = name.rpartition("/")[0]
         if not folder or f"{about}/".startswith(f"{folder}/"):
             return name

@@ -273,6 +273,20 @@ def test_what_is_there_is_read_whatever_it_was_called(tmp_path, kind, write, nam
     assert values(open_source(f"{kind}:{tmp_path / name}")) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+@pytest.mark.parametrize(
+    ("inner", "remedy"),
+    [("Set/Cats", "'set/cats' would do"), ("set/cat", "'set/cats' would do"), ("x", "'set', 'set/cats', 'set/dogs' or another")],
+)
+def test_a_folder_in_an_archive_that_is_misspelt_is_refused_with_close_ones(tmp_path, write, inner, remedy):
+    spec = write(tmp_path / "a.zip", pngs("set/cats/0.png", "set/dogs/1.png"))
+    with pytest.raises(InputError, match=f"there is no folder '{inner}' with files in {tmp_path}/a.zip; {remedy}"):
+        open_source(f"{spec}/{inner}")
+    assert values(open_source(f"{spec}/set/dogs")) == [1]
+    with pytest.raises(InputError, match="the archive itself, whose files are in no folder, would do"):
+        open_source(f"{write(tmp_path / 'flat', pngs('0.png'))}/x")
+
+
 def test_a_file_that_is_no_archive_is_refused_as_a_folder(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     with pytest.raises(InputError, match="a.png is a file and no folder, zip or tar"):
