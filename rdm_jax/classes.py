@@ -45,8 +45,8 @@ def of_checkpoint(about: Mapping[str, Any]) -> Classes:
 def matched(theirs: Classes, ours: Classes) -> tuple[int, ...] | None:
     """For each of their classes its number among ours; None where they are not the same classes, or not some of them.
 
-    Names decide. Where one side knows numbers alone, and the other's names are no such numbers, and there are as many of
-    both, the order does: unless these names are numbers in another order, which would mean two things.
+    Names decide. Where one side knows numbers alone, and there are as many of both, the order does; unless a name of the other
+    side is a number, which would mean two things.
     """
     number = {name: place for place, name in enumerate(ours.names)}
     by_name = tuple(number[name] for name in theirs.names) if number.keys() >= set(theirs.names) else None
@@ -55,8 +55,7 @@ def matched(theirs: Classes, ours: Classes) -> tuple[int, ...] | None:
     if by_name is not None and (len(theirs) == len(ours) or not theirs.by_number):
         return by_name
     named = ours if theirs.by_number else theirs
-    numbers = [int(name) for name in named.names if name.isdecimal()]
-    means_one_thing = len(numbers) < len(named) or numbers == sorted(numbers)
+    means_one_thing = not any(name.isdecimal() for name in named.names)
     return tuple(range(len(ours))) if len(theirs) == len(ours) and means_one_thing else None
 
 

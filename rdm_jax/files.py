@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -78,6 +79,14 @@ def move_aside(folder: Path, names: Iterable[str]) -> Path:
             (target / name).parent.mkdir(exist_ok=True)
             (folder / name).rename(target / name)
     return target
+
+
+def link_or_copy(path: Path, other: Path) -> None:
+    """Gives a file a second name, or copies it where the file system knows no such thing."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 @contextmanager

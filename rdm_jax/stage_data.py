@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from rdm_jax.classes import Classes, table
 from rdm_jax.config import Config
-from rdm_jax.data.class_rules import table
 from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
 from rdm_jax.data.images import Form
 from rdm_jax.data.prepare import prepare
@@ -43,12 +43,12 @@ def open_sets(
         about = (number, f"{len(sets[number]):,}", *sets[number].image_shape, len(sets[number].class_names))
         log.info("data: stage%d: %s images of %d x %d x %d, %d classes", *about)
         if names := sets[number].class_names:
-            log.info("data: stage%d: classes by number: %s", number, table(names))
+            log.info("data: stage%d: classes by number: %s", number, table(Classes(names), tuple(range(len(names)))))
     for number, images in sets.items():
         others = sets.get(last, images).class_names
         if images.class_names != others:
             path = f"config.stage{number}.source={config.stages[number - 1].source!r}"
-            kinds = f"{_some(images.class_names)} and not, like config.data.source, {_some(others)}"
+            kinds = f"{Classes(images.class_names)} and not, like config.data.source, {Classes(others)}"
             raise InputError(f"{path} has the classes {kinds}; the same in the same order would do.")
     return {n: sets[n] if n in sets and config.stages[n - 1].source else sets[last] for n in numbers}
 
@@ -57,10 +57,6 @@ def _written_to(config: Config, workdir: Path | None) -> list[Path]:
     """What of a workdir may hold pictures of a run's own."""
     names = [f"stage{number}" for number in range(1, len(config.stages) + 1)]
     return [workdir / name for name in (*names, config.sampling.name, config.evaluation.name)] if workdir else []
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:3]) or 'none'} ({len(names)})"
 
 
 def set_for_pictures(config: Config) -> ImageSet | None:

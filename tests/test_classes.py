@@ -27,7 +27,11 @@ THREE = Classes(("0", "1", "2"), by_number=True)  # of imported weights
         (THREE, THREE, (0, 1, 2)),
         (THREE, AB, None),
         (AB, THREE, None),
-        (THREE, Classes(("1", "2", "3")), (0, 1, 2)),
+        (THREE, Classes(("1", "2", "3")), None),  # 1 may be the first class or the second
+        (Classes(("1", "2", "3")), THREE, None),
+        (THREE, Classes(("2", "10", "x")), None),
+        (Classes(("x", "0", "y")), THREE, None),
+        (THREE, Classes(("2", "1", "0")), (2, 1, 0)),
         (THREE, Classes(("1", "10", "2")), None),  # 2 may be the second number or the last folder
         (Classes(("0", "1", "2")), Classes(("0", "1"), by_number=True), None),
     ],

@@ -1,7 +1,6 @@
 """Images in a zip or a tar, one at a time and by name. Nothing is ever unpacked to the disk."""
 
 import abc
-import contextlib
 import errno
 import functools
 import lzma
@@ -18,6 +17,7 @@ from rdm_jax.data.images import MAGIC_BYTES, MAX_BYTES, open_image, read_head
 from rdm_jax.data.listing import NO_TEXT, folders_of, is_rubbish
 from rdm_jax.data.readers import Reader
 from rdm_jax.errors import BadImage, InputError
+from rdm_jax.terminal import log
 
 # Images are compressed already, so that a member which shrinks to less than this share of itself is no honest one.
 MAX_RATIO, SMALL = 200, 2**20
@@ -52,7 +52,7 @@ class Archive(Reader):
             raise InputError(f"there is no {self.kind} {path}; the path of a file, or folder:PATH for a folder, would do.")
         try:
             self._path, self._version, self.place = path, _version(path), str(path.resolve())
-            self._members()
+            members = self._members()
         except (
             OSError,
             zipfile.BadZipFile,
@@ -65,6 +65,13 @@ class Archive(Reader):
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} cannot be read as a {self.kind} ({error}); a whole copy would do.") from error
+        if members.guessed:
+            about = (f"{len(members.guessed):,}", path, members.guessed[0])
+            log.warning(
+                "data: %s names in %s are in an unknown code page, and may be read wrong, such as %r; "
+                "`unzip -O CODEPAGE`, or a zip made again with names in UTF-8, would do",
+                *about,
+            )
 
     def _members(self) -> "_Members":
         if _version(self._path) != self._version:
@@ -118,15 +125,20 @@ def _version(path: Path) -> tuple[int, int]:
 
 
 class _Members(abc.ABC):
-    """An open archive: its members that can be used, by name, and what is wrong with the others."""
+    """An open archive: its members that can be used, by name, and what is wrong with the others.
+
+    Attributes:
+      guessed: names that may be others, for nobody knows their code page.
+    """
 
     def __init__(self, kind: str):
         self._kind, self.usable, self.unusable = kind, {}, {}
+        self.guessed: list[str] = []
         self._folders: set[str] = set()
 
     def _add(self, name: str, member: object, reason: str | None) -> None:
         """Takes note of a member, unless its name or kind is one that no archive of images needs."""
-        name = name.removeprefix("./")
+        name = re.sub(r"(?<![^/])\./|(?<=/)/", "", name)  # as `tar cf set.tar data/.` writes them
         if not name or any(is_rubbish(part) for part in name.split("/") if part != ".."):
             return
         if name.endswith("/"):
@@ -179,7 +191,10 @@ class _ZipMembers(_Members):
         super().__init__("zip")
         self._file = zipfile.ZipFile(path)
         for member in self._file.infolist():
-            self._add(_zip_name(member), member, _unsafe_kind(member))
+            name, is_known = _zip_name(member)
+            self._add(name, member, _unsafe_kind(member))
+            if not is_known:
+                self.guessed.append(name)
         self._note_empty()
 
     def sizes(self, name: str) -> tuple[int, int]:
@@ -204,14 +219,19 @@ class _ZipMembers(_Members):
         return f"{self.usable[name].file_size} {self.usable[name].CRC:08x}"
 
 
-def _zip_name(member: zipfile.ZipInfo) -> str:
-    """A member's name: of UTF-8 that is not marked as such, and with the backslashes of Windows as slashes."""
-    name = member.orig_filename
+def _zip_name(member: zipfile.ZipInfo) -> tuple[str, bool]:
+    """A member's name, with the backslashes of Windows as slashes; and whether it is in an encoding that is known.
+
+    UTF-8 that is not marked as such is read as what it is; what is neither, as of an old DOS.
+    """
+    name, is_known = member.orig_filename, True
     if not member.flag_bits & UTF8:
         raw = name.encode("cp437")  # as which zipfile has decoded it
-        with contextlib.suppress(UnicodeDecodeError):  # which is of an old DOS, then
+        try:
             name = (_unicode_path(member.extra, raw) or raw).decode()
-    return name.replace("\\", "/")
+        except UnicodeDecodeError:
+            is_known = False
+    return name.replace("\\", "/"), is_known
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:

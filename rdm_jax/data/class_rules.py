@@ -18,7 +18,6 @@ RULES = ("auto", "top", "leaf", "prefix", "none")
 TRAINING, OTHERS = {"train", "training"}, {"val", "valid", "validation", "test", "testing", "dev", "eval"}
 # What is before the number of a file: 'cat_01.png', 'cat-1.png', 'cat (1).png', 'cat.1.jpg'.
 PREFIX = re.compile(r"(.*[^ _.\-(])[ _.\-]+\(?\d+\)?$")
-SHOWN = 8  # names in a line of the log
 
 
 class Labelled(NamedTuple):
@@ -28,11 +27,13 @@ class Labelled(NamedTuple):
       class_names: in order; empty when the images have none.
       numbers: the class number of each image that can be used, by its name; empty when there are no classes.
       skipped: what was left out, and why.
+      lost: classes that a labels file names, and of which no image is left.
     """
 
     class_names: tuple[str, ...] = ()
     numbers: Mapping[str, int] = {}
     skipped: Mapping[str, str] = {}
+    lost: tuple[str, ...] = ()
 
 
 def by_rule(images: Sequence[str], rule: str, spec: str) -> Labelled:
@@ -101,12 +102,6 @@ def kept_names(names: Sequence[str], spec: str) -> tuple[str, ...]:
     return kept
 
 
-def table(names: Sequence[str]) -> str:
-    """Numbers and names of classes for a line of the log, shortened where there are many."""
-    pairs = [f"{number} {name}" for number, name in enumerate(names)]
-    return ", ".join(pairs if len(pairs) <= 2 * SHOWN else [*pairs[: 2 * SHOWN - 2], "...", pairs[-1]])
-
-
 def _named(classes: Mapping[str, str], reason: str, spec: str) -> Labelled:
     """Images by the name of their class; '' for those that have none, with the reason."""
     would_do = "data.classes='none' for no classes, or moving or renaming it,"
@@ -135,7 +130,7 @@ def _looked_through(folders: Collection[str], rule: str, spec: str) -> str:
 
 def _refuse_split(folders: Iterable[str], spec: str, about: str) -> None:
     top = sorted({folder.split("/")[0] for folder in folders} - {""})
-    kinds = [re.split(r"[\W_\d]", name.lower())[0] for name in top]  # also of 'train2017' and 'test_set'
+    kinds = [_kind_of_part(name) for name in top]
     if len(top) < 2 or not set(kinds) <= TRAINING | OTHERS or not TRAINING & set(kinds):
         return
     training = next(name for name, kind in zip(top, kinds, strict=True) if kind in TRAINING)
@@ -145,6 +140,12 @@ def _refuse_split(folders: Iterable[str], spec: str, about: str) -> None:
     raise InputError(
         f"{spec} has the folders {', '.join(top)}, which are parts of one set and no classes; {one}, or {everything}, would do."
     )
+
+
+def _kind_of_part(folder: str) -> str:
+    """The first word of a folder's name: 'train' of 'train2017', 'train_set', 'TrainSet' and 'trainset'."""
+    word = re.split(r"[\W_\d]|(?<=[a-z])(?=[A-Z])", folder)[0].lower()
+    return re.sub("(?<=.)(set|data|images)$", "", word)
 
 
 def _log_choice(folders: Iterable[str], spec: str) -> None:

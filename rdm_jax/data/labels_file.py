@@ -5,10 +5,11 @@ import functools
 import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rdm_jax.data.class_rules import Labelled, ordered
+from rdm_jax.data.left_out import NO_FILE
 from rdm_jax.data.listing import LABELS_FILE
 from rdm_jax.errors import InputError
 from rdm_jax.files import parse_json
@@ -42,23 +43,28 @@ def by_labels_file(content: bytes, images: Sequence[str], folder: str, places: S
     pairs, class_names = _parse(content)
     if not pairs:
         return Labelled()
-    image_called, labels, missing = _resolver(images, folder, places), {}, []
+    image_called, labels, missing = _resolver(images, folder, places), {}, {}
     for name, label in pairs:
         image = image_called(name)
         if image is None:
-            missing.append(name)
+            missing[name] = label
         elif labels.setdefault(image, label) != label:
             raise InputError(f"{LABELS_FILE} has two labels for {name!r}; one would do.")
     if images and not labels:
-        raise InputError(f"{LABELS_FILE} names {missing[0]!r} and no image that is there; names such as {images[0]!r} would do.")
-    skipped = {name: f"has a label in {LABELS_FILE} and is not there; the file would do." for name in missing}
+        raise InputError(
+            f"{LABELS_FILE} names {next(iter(missing))!r} and no image that is there; names such as {images[0]!r} would do."
+        )
+    skipped = {name: f"{NO_FILE} {LABELS_FILE} and is not there; the file would do." for name in missing}
     skipped |= {name: f"has no label in {LABELS_FILE}; one would do." for name in images if name not in labels}
     negative = [name for name, label in labels.items() if isinstance(label.value, int) and label.value < 0]
     skipped |= dict.fromkeys(negative, f"has a negative class number in {LABELS_FILE}; 0 or more would do.")
-    named = {name: _name(label, class_names) for name, label in labels.items() if name not in skipped}
+    known = frozenset(class_names)
+    named = {name: _name(label, class_names, known) for name, label in labels.items() if name not in skipped}
     all_names = class_names or _one_hot_names(labels) or ordered(named.values(), LABELS_FILE)
     number = {name: i for i, name in enumerate(all_names)}
-    return Labelled(all_names, {image: number[name] for image, name in named.items()}, skipped)
+    unused = {label for label in missing.values() if not isinstance(label.value, int) or label.value >= 0}
+    lost = {_name(label, class_names, known) for label in unused} - set(named.values())
+    return Labelled(all_names, {image: number[name] for image, name in named.items()}, skipped, tuple(sorted(lost)))
 
 
 def _parse(content: bytes) -> tuple[list[tuple[str, _Label]], tuple[str, ...]]:
@@ -142,10 +148,10 @@ def _alike(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _name(label: _Label, class_names: Sequence[str]) -> str:
-    """What the class of a label is called."""
+def _name(label: _Label, class_names: Sequence[str], known: Collection[str]) -> str:
+    """What the class of a label is called; `known` is the set of class_names."""
     value = label.value
-    if not class_names or value in class_names:
+    if not class_names or value in known:
         return str(value)
     if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
         value = int(value)

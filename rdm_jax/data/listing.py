@@ -18,6 +18,9 @@ RUBBISH = frozenset(
 # What people keep beside images; by suffix, and by name where there is none.
 SIDE_SUFFIX = re.compile(r"\.(txt|text|jsonl?|[ct]sv|xml|ya?ml|toml|md|rst|html?|css|js|pdf|log|bib|url|sha256|md5)")
 SIDE_NAME = re.compile("readme|licen[sc]e|copying|notice|authors|change(log|s)|citation|manifest|(md5|sha256)sums")
+# Images that cannot be read here; a folder of them is meant as images all the same.
+UNREADABLE = (".heic", ".heif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".ico", ".tga", ".exr", ".hdr", ".dcm")
+UNREADABLE += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|gz|xz|bz2|7z|rar)$")
 NO_TEXT = re.compile("[\\x00-\\x1f\\x7f\\ud800-\\udfff]")  # control characters, and bytes that are no UTF-8
 
@@ -33,12 +36,17 @@ def is_side_file(name: str) -> bool:
     return bool(SIDE_SUFFIX.fullmatch(suffix) or (not suffix and SIDE_NAME.fullmatch(stem)))
 
 
+def is_meant_as_image(name: str) -> bool:
+    """Whether a file is called as images are, of any kind."""
+    return name.lower().endswith((*SUFFIXES, *UNREADABLE))
+
+
 class Listing(NamedTuple):
     """The names in a place, sorted out.
 
     Attributes:
       images: in order of name.
-      labels_files: those called LABELS_FILE.
+      labels_files: those called LABELS_FILE, in upper or lower case.
       unusable: what is neither an image nor a side file, and why.
     """
 
@@ -59,7 +67,7 @@ def sort_out(names: Iterable[str], read_head: Callable[[str], bytes], place: str
     for name in sorted(names):
         if name.lower().endswith(SUFFIXES):
             images.append(name)
-        elif name.rpartition("/")[2] == LABELS_FILE:
+        elif name.rpartition("/")[2].lower() == LABELS_FILE:
             labels_files.append(name)
         elif is_side_file(name):
             side.append(name)

@@ -20,10 +20,10 @@ import tensorflow_datasets as tfds
 from rdm_jax import locks
 from rdm_jax.data.content import set_hash, total
 from rdm_jax.data.images import CROPS, Form
-from rdm_jax.data.left_out import by_reason, check_left_out
+from rdm_jax.data.left_out import by_reason, check_left_out, what_of
 from rdm_jax.data.manifest import MANIFEST, VERSION, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
-from rdm_jax.data.source_record import has_changed, save_record
+from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
 from rdm_jax.data.sources import Source, check_apart, cores, open_source, same_source
 from rdm_jax.errors import InputError
 from rdm_jax.files import whole_file
@@ -101,12 +101,14 @@ def prepare(
             prepared = _is_prepared(directory, settings)  # if not before, then by another process, which has let go of the lock
             if update or not prepared:
                 source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
-            if not prepared or (update and has_changed(directory, source, spec)):
+                record = record_of(source)
+            if not prepared or (update and has_changed(directory, record, source.class_names, spec)):
                 check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
                 shards = _shards(source, form, encoding, skip_bad, staging / "parts")
                 about = _write_shards(shards, f"preparing {spec}", check_stop)
                 _check_written(source, about, max_left_out, spec)
-                _put(_assemble(source, settings, shards, about, staging / "set"), directory)
+                _put(_assemble(source, record, settings, shards, about, staging / "set"), directory)
+                os.rename(staging / "parts", staging / "used")
             shutil.rmtree(staging)
         _log_made(directory, "is prepared")
         if verify and prepared:
@@ -160,9 +162,12 @@ def _staging(directory: Path) -> Iterator[Path]:
         except locks.InUse as error:
             raise InputError(f"{directory} is being prepared by another process; waiting for that would do.") from error
         staging.mkdir(exist_ok=True)
-        yield staging
-        if not staging.exists():
-            lock.unlink(missing_ok=True)
+        try:
+            yield staging
+        finally:
+            with contextlib.suppress(OSError):
+                staging.rmdir()  # which only an empty one lets happen
+            lock.unlink(missing_ok=True)  # while it is held; whoever has it open already looks again
 
 
 def _is_locked(lock: Path, held: contextlib.ExitStack) -> bool:
@@ -197,11 +202,15 @@ def _restore_former(directory: Path) -> None:
 
 
 def _remove_left_over(directory: Path) -> None:
-    """Removes what a run that was killed in its last moment left beside a finished set."""
+    """Removes what a run that was killed in its last moment left beside a finished set; an update that goes on stays."""
     if _hidden(directory).exists() or _former(directory).exists():
         with _staging(directory) as staging:
             _restore_former(directory)
-            shutil.rmtree(staging)
+            if finished := len(list((staging / "parts").glob("*.array_record"))):
+                about = (directory, f"{finished:,}", staging)
+                log.info("data: an update of %s was interrupted; --update goes on with the %s files finished in %s", *about)
+            else:
+                shutil.rmtree(staging)
 
 
 def _shards(source: Source, form: Form, encoding: Encoding, skip_bad: bool, parts: Path) -> list[Shard]:
@@ -234,7 +243,9 @@ def _skipped(source: Source, about: list[dict[str, Any]]) -> dict[str, str]:
     return {**source.skipped, **{name: reason for shard in about for name, reason in shard["skipped"].items()}}
 
 
-def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], about: list[dict[str, Any]], made: Path) -> Path:
+def _assemble(
+    source: Source, record: Record, settings: dict[str, Any], shards: list[Shard], about: list[dict[str, Any]], made: Path
+) -> Path:
     """Makes a data set, with its manifest, of finished shards; gives its directory."""
     skipped = _skipped(source, about)
     count = sum(shard["records"] for shard in about)
@@ -265,7 +276,7 @@ def _assemble(source: Source, settings: dict[str, Any], shards: list[Shard], abo
             for path, shard in zip(builder.shard_paths, about, strict=True)
         ],
     }
-    save_record(Path(builder.data_path), source)
+    save_record(Path(builder.data_path), record)
     with whole_file(Path(builder.data_path) / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
     return Path(builder.data_path)
@@ -279,8 +290,8 @@ def _log_made(directory: Path, what: str) -> None:
     if skipped := manifest["skipped"]:
         name, reason = next(iter(skipped.items()))
         most, total = log.warning if 10 * len(skipped) > manifest["count"] else log.info, len(skipped) + manifest["count"]
-        about = (f"{len(skipped):,}", f"{total:,}", directory / MANIFEST, name, reason)
-        most("data: %s left out, of %s files, listed in %s; the first: %s %s", *about)
+        about = (f"{len(skipped):,}", f"{total:,}", what_of(skipped), directory / MANIFEST, name, reason)
+        most("data: %s left out, of %s %s, listed in %s; the first: %s %s", *about)
     if lost := [name for name, count in manifest["classes"].items() if not count]:
         log.warning("data: there is no image of %d classes, such as %r", len(lost), lost[0])
 

@@ -87,7 +87,7 @@ class Folder(Reader):
             name = "/".join((*below, _as_text(entry.name)))
             if NO_TEXT.search(name):
                 unusable[name] = "has a name that is no text; another would do."
-            elif os.path.isdir(entry.path):  # which is False for a link to itself
+            elif _is_folder(entry):
                 self._walk(entry.path, (*above, here), (*below, _as_text(entry.name)), visits, names, unusable)
             else:
                 names.append(name)
@@ -122,6 +122,11 @@ class Folder(Reader):
         except FileNotFoundError:
             return "gone"
         return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder or a link to one; no for a link to itself. Links alone are looked up on the disk."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
 def _as_text(name: str) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rdm_jax.data.manifest import MANIFEST, identity
 from rdm_jax.data.sources import Source
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.errors import BadImage, InputError
-from rdm_jax.files import parse_json, sha256, whole_file
+from rdm_jax.files import link_or_copy, parse_json, sha256, whole_file
 
 ENCODINGS = ("png", "jpeg", "raw")
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
@@ -191,19 +190,11 @@ class RelayImages(tfds.core.dataset_builder.FileReaderBuilder, skip_registration
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         for (_, path), name in zip(self._shards, self.shard_paths, strict=True):
-            _link(path, name)
+            link_or_copy(path, name)
         lengths, size = [records for records, _ in self._shards], sum(path.stat().st_size for _, path in self._shards)
         template = self._get_filename_template("train")
         split = tfds.core.SplitInfo(name="train", shard_lengths=lengths, num_bytes=size, filename_template=template)
         self.info.set_splits(tfds.core.SplitDict([split]))
-
-
-def _link(path: Path, other: Path) -> None:
-    """Gives a file a second name, or copies it where the file system knows no such thing."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
 
 
 class RecordReader(Sequence):

@@ -16,7 +16,7 @@ FILE = "source.npz"
 SHOWN = 3  # names of each kind of change
 
 
-class _Record(NamedTuple):
+class Record(NamedTuple):
     """Of every image that was listed, also of those that could not be used: its name, a hash of its stamp, its class number."""
 
     names: list[str]
@@ -24,22 +24,34 @@ class _Record(NamedTuple):
     labels: Int[np.ndarray, " n"]
 
 
-def save_record(directory: Path, source: Source) -> None:
-    """Writes down what the source is now."""
-    record = _record(source)
+def record_of(source: Source) -> Record:
+    """What the source is now; to be taken before its images are read, so that what changes meanwhile is noticed later."""
+    stamps = [hashlib.sha256(source.reader.stamp(name).encode()).digest()[:8] for name in source.names]
+    labels = source.labels if len(source.labels) else [-1] * len(source)
+    return Record(list(source.names), np.frombuffer(b"".join(stamps), "<u8"), np.asarray(labels, np.int32))
+
+
+def save_record(directory: Path, record: Record) -> None:
+    """Writes down what a source was."""
     names = np.frombuffer("\n".join(record.names).encode(), np.uint8)
     np.savez_compressed(directory / FILE, names=names, stamps=record.stamps, labels=record.labels)
 
 
-def has_changed(directory: Path, source: Source, spec: str) -> bool:
-    """Whether the source is another than the one that the directory was prepared from; the log says how it differs.
+def has_changed(directory: Path, now: Record, class_names: tuple[str, ...], spec: str) -> bool:
+    """Whether a source is another than the one that the directory was prepared from; the log says how it differs.
 
     Of a set of an older version only the names are known.
+
+    Args:
+      directory: of the prepared set.
+      now: what the source is.
+      class_names: of the source.
+      spec: of the source, for the log.
 
     Raises:
       InputError: the directory is no prepared set.
     """
-    before, now, old_names = _read(directory), _record(source), tuple(read_manifest(directory)["classes"])
+    before, old_names = _read(directory), tuple(read_manifest(directory)["classes"])
     if before is None:
         names = RecordReader(directory).names()
         unused = read_manifest(directory)["skipped"].keys()
@@ -48,7 +60,7 @@ def has_changed(directory: Path, source: Source, spec: str) -> bool:
     else:
         places = {name: place for place, name in enumerate(before.names)}
         both = [(place, places[name]) for place, name in enumerate(now.names) if name in places]
-        another_class = [now.names[i] for i, j in both if _class(now, i, source.class_names) != _class(before, j, old_names)]
+        another_class = [now.names[i] for i, j in both if _class(now, i, class_names) != _class(before, j, old_names)]
         found = {
             "added": [name for name in now.names if name not in places],
             "removed": sorted(places.keys() - {*now.names}),
@@ -60,29 +72,23 @@ def has_changed(directory: Path, source: Source, spec: str) -> bool:
         for what, names in found.items()
         if names
     ]
-    if before is not None and not changes and source.class_names != old_names:
+    if before is not None and not changes and class_names != old_names:
         changes = ["other classes"]
     log.info("data: %s, compared with %s: %s", spec, directory, ", ".join(changes) or "nothing has changed")
     return bool(changes)
 
 
-def _class(record: _Record, place: int, names: tuple[str, ...]) -> str | None:
+def _class(record: Record, place: int, names: tuple[str, ...]) -> str | None:
     label = record.labels[place]
     return names[label] if 0 <= label < len(names) else None
 
 
-def _record(source: Source) -> _Record:
-    stamps = [hashlib.sha256(source.reader.stamp(name).encode()).digest()[:8] for name in source.names]
-    labels = source.labels if len(source.labels) else [-1] * len(source)
-    return _Record(list(source.names), np.frombuffer(b"".join(stamps), "<u8"), np.asarray(labels, np.int32))
-
-
-def _read(directory: Path) -> _Record | None:
+def _read(directory: Path) -> Record | None:
     """What was written down; None where it is not there or is damaged."""
     try:
         with np.load(directory / FILE, allow_pickle=False) as file:
             names = file["names"].tobytes().decode().split("\n")
-            record = _Record(names, file["stamps"].astype(np.uint64), file["labels"].astype(np.int32))
+            record = Record(names, file["stamps"].astype(np.uint64), file["labels"].astype(np.int32))
         return record if len(names) == len(record.stamps) == len(record.labels) else None
     except Exception:  # numpy, zipfile and zlib each raise their own
         return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import re
@@ -17,7 +18,7 @@ from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, wrapp
 from rdm_jax.data.images import Form, fit, to_uint8
 from rdm_jax.data.labels_file import by_labels_file
 from rdm_jax.data.left_out import by_reason
-from rdm_jax.data.listing import Listing, sort_out
+from rdm_jax.data.listing import LABELS_FILE, Listing, folders_of, is_meant_as_image, sort_out
 from rdm_jax.errors import BadImage, InputError
 from rdm_jax.files import local_path
 from rdm_jax.terminal import log
@@ -192,10 +193,10 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
     reader = _reader(kind, place)
     names, unusable = reader.names()
     if inner:
-        names, unusable = (
-            [n for n in names if n.startswith(inner)],
-            {n: why for n, why in unusable.items() if n.startswith(inner)},
-        )
+        everything, names = names, [name for name in names if name.startswith(inner)]
+        unusable = {name: why for name, why in unusable.items() if name.startswith(inner)}
+        if not names and not unusable:
+            raise InputError(_no_such_folder(place, inner.rstrip("/"), everything))
     listing = sort_out(names, reader.head, str(path))
     listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
@@ -206,7 +207,7 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
             log.info("data: %s of %s is not looked at, for data.classes=%r", listing.labels_files[0], path, classes)
         folders = {name.rpartition("/")[0] for name in listed.names}
         single = folders.pop().rpartition("/")[2] if len(folders) == 1 and classes == "auto" else ""
-        listed = dataclasses.replace(listed, lost=_lost(listed.names, listed.skipped), single_folder=single)
+        listed = dataclasses.replace(listed, lost=_lost(listed.names, listed.skipped, classes), single_folder=single)
         return _labelled(listed, by_rule(listing.images, classes, f"{kind}:{path}"))
     try:
         content = reader.read(labels_file, LABEL_BYTES * len(listing.images) + 2**20)
@@ -228,6 +229,19 @@ def _archive_about(path: Path) -> tuple[Path, str]:
     return path, ""
 
 
+def _no_such_folder(archive: Path, inner: str, names: Iterable[str]) -> str:
+    """What to say of a folder that an archive does not have, by the names of its files."""
+    folders = sorted({folder for name in names for folder in folders_of(name)})
+    close = [folder for folder in folders if folder.lower() == inner.lower()] or difflib.get_close_matches(
+        inner, folders, cutoff=0.75
+    )
+    shown = ", ".join(repr(folder) for folder in (close or folders)[:3])
+    remedy = (
+        f"{shown}{' or another folder in it' * (not close)}" if shown else "the archive itself, whose files are in no folder,"
+    )
+    return f"there is no folder {inner!r} with files in {archive}; {remedy} would do."
+
+
 def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
     """Reads what is there, which may be a folder, a zip or a tar whatever it was called."""
     found = kind
@@ -247,7 +261,7 @@ def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
 def _labels_file(listing: Listing, path: Path) -> str:
     """The labels file that is about all images: the one nearest to the top; '' where there is none."""
     about = wrapper(name.rpartition("/")[0] for name in listing.images)
-    for name in sorted(listing.labels_files, key=lambda name: name.count("/")):
+    for name in sorted(listing.labels_files, key=lambda name: (name.count("/"), not name.endswith(LABELS_FILE))):
         folder = name.rpartition("/")[0]
         if not folder or f"{about}/".startswith(f"{folder}/"):
             return name
@@ -258,20 +272,31 @@ def _labels_file(listing: Listing, path: Path) -> str:
     return ""
 
 
-def _lost(images: Sequence[str], skipped: Mapping[str, str]) -> tuple[str, ...]:
-    """The top folders, below one about all, that have files and no image."""
-    left_out = [name for name in skipped if "/" in name]
-    about = wrapper({name.rpartition("/")[0] for name in (*images, *left_out)})
-    below = {name: name[len(about) :].removeprefix("/") for name in (*images, *left_out) if name.startswith(about)}
-    tops, tops_left_out = ({below[n].split("/")[0] for n in names if "/" in below.get(n, "")} for names in (images, left_out))
-    return tuple(sorted(tops_left_out - tops - {"", ".."})) if tops else ()
+def _lost(images: Sequence[str], skipped: Mapping[str, str], rule: str) -> tuple[str, ...]:
+    """The classes that folders would make, had they anything in them, or but images that cannot be used."""
+    if rule in ("none", "prefix"):
+        return ()
+    left_out = [name for name in skipped if "/" in name and (name.endswith("/") or is_meant_as_image(name))]
+    about = wrapper({name.rpartition("/")[0] for name in (*images, *left_out)}) if rule != "leaf" else ""
+    part = -2 if rule == "leaf" else 0
+    found, none_found = (
+        {below.split("/")[part] for name in names if "/" in (below := name[len(about) :].removeprefix("/"))}
+        for names in (images, left_out)
+    )
+    return tuple(sorted(none_found - found - {"", ".."})) if found else ()
 
 
 def _labelled(source: Source, found: Labelled) -> Source:
     """The images of a listing that have a class, or all of them if there are no classes."""
     kept = source.part([i for i, name in enumerate(source.names) if name not in found.skipped])
     labels = [found.numbers[name] for name in kept.names] if found.class_names else ()
-    return dataclasses.replace(kept, class_names=found.class_names, labels=labels, skipped={**source.skipped, **found.skipped})
+    return dataclasses.replace(
+        kept,
+        class_names=found.class_names,
+        labels=labels,
+        skipped={**source.skipped, **found.skipped},
+        lost=(*source.lost, *found.lost),
+    )
 
 
 def _emoji(source: Source, root: Path, skin_tones: str) -> Source:

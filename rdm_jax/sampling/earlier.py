@@ -13,7 +13,7 @@ from rdm_jax.errors import InputError
 from rdm_jax.evaluation.npz import Npz
 from rdm_jax.files import is_whole_npz, is_whole_png, move_aside, parse_json
 from rdm_jax.lists import parse_numbers
-from rdm_jax.sampling.made_with import describe, differences, same_settings, settings, with_seeds
+from rdm_jax.sampling.made_with import describe, differences, one_spelling, same_settings, settings, with_seeds
 from rdm_jax.sampling.parts import LABELS, png_name
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.terminal import log
@@ -33,6 +33,7 @@ class Earlier:
       npz_seeds: of the images in a whole samples.npz, int64; where pictures are asked for, it is not looked at.
       has_npz: whether there is one.
       damaged: whether there is one that is not whole.
+      more: whether it has arrays that sampling did not put there.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class Earlier:
     npz_seeds: Int[np.ndarray, " n"] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     has_npz: bool = False
     damaged: bool = False
+    more: bool = False
 
     def all_seeds(self, asked: tuple[int, ...]) -> tuple[int, ...]:
         """Those that are there, and those that are asked for."""
@@ -95,14 +97,27 @@ def find(relay: Relay, folder: Path) -> Earlier:
     if relay.config.sampling.files == "png" or not (folder / "samples.npz").exists():
         _check_labels(relay, folder, _labels_of_pictures(folder))
         return Earlier(folder, before, _seeds(before))
-    names = [*relay.earlier, "images", "labels", "seeds"]
-    if not any(is_whole_npz(folder / "samples.npz", [*names, *more]) for more in ((), ("class_names",))):
+    arrays = _read_arrays(folder / "samples.npz", relay)
+    if arrays is None:
         log.warning("samples: %s is damaged; its images are made again", folder / "samples.npz")
         return Earlier(folder, before, _seeds(before), damaged=True)
-    with Npz(folder / "samples.npz") as file:
-        seeds, labels = file.read("seeds").astype(np.int64), file.read("labels")
+    seeds, labels, more = arrays
     _check_labels(relay, folder, dict(zip(seeds.tolist(), labels.tolist(), strict=True)))
-    return Earlier(folder, before, _seeds(before), seeds, has_npz=True)
+    return Earlier(folder, before, _seeds(before), seeds, has_npz=True, more=more)
+
+
+def _read_arrays(path: Path, relay: Relay) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """The seeds and labels in a samples.npz, and whether it has arrays that are not ours; None where it is not whole."""
+    names = {*relay.earlier, "images", "labels", "seeds"}
+    try:
+        with Npz(path) as file:
+            seeds, labels = file.read("seeds").astype(np.int64), file.read("labels")
+            counts = {file.arrays[name][0][:1] for name in names}
+            if counts != {(len(seeds),)} or not is_whole_npz(path, file.arrays):
+                return None
+            return seeds, labels, bool(file.arrays.keys() - names - {"class_names"})
+    except (InputError, KeyError):
+        return None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
@@ -114,6 +129,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
         made_with = parse_json((folder / SAMPLES).read_text())
         if not {"seed", "stages", "checkpoints"} <= made_with.keys() or not _seeds(made_with):
             raise ValueError("fields are missing")
+        made_with["sampling"]["seeds"] = one_spelling(made_with["sampling"]["seeds"])  # earlier versions kept the user's
         return made_with if samples else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{SAMPLES} does not say what they were made with ({getattr(error, 'strerror', None) or error})"

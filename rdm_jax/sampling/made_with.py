@@ -1,5 +1,6 @@
 """All that sampled images depend on, as JSON, and whether two of them are the same settings."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rdm_jax.config import Config, Sampling, to_dict
+from rdm_jax.errors import InputError
 from rdm_jax.lists import as_ranges, parse_numbers, repetition
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.sampling.sampler import stage_settings
@@ -24,7 +26,7 @@ def settings(config: Config, first: int) -> dict[str, Any]:
     """
     stages = {f"stage{number}": stage_settings(config, number) for number in range(first, len(config.stages) + 1)}
     sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in NOT_IN_IMAGES}
-    sampling["seeds"] = _plain(sampling["seeds"])
+    sampling["seeds"] = one_spelling(sampling["seeds"])
     return json.loads(json.dumps({"seed": config.seed, "sampling": sampling, "stages": stages}))
 
 
@@ -37,10 +39,13 @@ def describe(config: Config, relay: Relay) -> dict[str, Any]:
 
 
 def with_seeds(config: Config, seeds: Sequence[int]) -> Config:
-    """The config with these seeds in place of its own; the same text where they are the same, in the same order."""
-    if tuple(seeds) == parse_numbers(config.sampling.seeds, "config.sampling.seeds"):
-        return config
+    """The config with these seeds in place of its own."""
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seeds=as_ranges(seeds)))
+
+
+def one_spelling(seeds: str) -> str:
+    """A list of seeds as it is written down: '0, 1,2' and '0-2,1' as '0-2'. Raises InputError for what is no such list."""
+    return as_ranges(parse_numbers(seeds, "config.sampling.seeds"))
 
 
 def any_seeds(made_with: dict[str, Any]) -> dict[str, Any]:
@@ -68,17 +73,15 @@ def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
     if "sampling" in old:
         fields = completed(Sampling, old["sampling"])
         old["sampling"] = {name: value for name, value in fields.items() if name not in NOT_IN_IMAGES}
+        seeds = fields.get("seeds")
+        with contextlib.suppress(InputError, AttributeError):  # what is no list of seeds is not the same as one
+            # Earlier versions kept the user's spelling, and measured an image as often as its seed was named.
+            old["sampling"]["seeds"] = seeds if repetition(seeds, "seeds") else one_spelling(seeds)
     if "stages" in old:
         old["stages"] = {name: completed_settings(stage) for name, stage in old["stages"].items()}
     if "stage" in old:  # of one that is measured during its training
         old["stage"] = completed_settings(old["stage"])
     return json.loads(json.dumps(old))
-
-
-def _plain(seeds: str) -> str:
-    """As it was given, unless it names seeds twice."""
-    field = "config.sampling.seeds"
-    return as_ranges(parse_numbers(seeds, field)) if repetition(seeds, field) else seeds
 
 
 def _differences(old: Any, new: Any, field: str) -> list[str]:

@@ -2,10 +2,13 @@
 
 import collections
 import concurrent.futures
+import hashlib
+import itertools
 import json
 import os
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +22,7 @@ from rdm_jax.evaluation.npz import Npz
 from rdm_jax.files import is_whole_npz, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.sampling import pictures
-from rdm_jax.sampling.relay import Relay
+from rdm_jax.sampling.relay import Relay, in_batches
 from rdm_jax.terminal import progress
 
 # Threads that compress and write, and the batches that may wait for them before the devices do.
@@ -30,56 +33,92 @@ LABELS = "dataset.json"
 
 
 class Parts(NamedTuple):
-    """The images of some seeds, in files of `size` each: arrays 'stage0', 'stage1', ... uint8 (b, h, w, c)."""
+    """The images of some seeds, in files of up to a batch each.
 
-    paths: list[Path]
-    size: int
-    count: int
+    Attributes:
+      places: the file that a seed's images are in, and their row there.
+    """
 
-    def read(self, numbers: Int[np.ndarray, " n"]) -> list[np.ndarray]:
-        """The images of every stage with these numbers."""
-        rows = []
-        for number in numbers:
-            with np.load(self.paths[number // self.size]) as part:
-                rows.append([part[name][number % self.size] for name in part.files])
-        return [np.stack(images) for images in zip(*rows, strict=True)]
+    places: dict[int, tuple[Path, int]]
+
+    def runs(self, seeds: Int[np.ndarray, " n"]) -> Iterator[tuple[np.lib.npyio.NpzFile, list[int]]]:
+        """Open files, and the rows in them that are the images of these seeds, in their order."""
+        for path, group in itertools.groupby(seeds.tolist(), lambda seed: self.places[seed][0]):
+            with np.load(path) as part:
+                yield part, [self.places[seed][1] for seed in group]
+
+    def read(self, seeds: Int[np.ndarray, " n"]) -> list[np.ndarray]:
+        """The images of every stage of these seeds, uint8 (n, h, w, c)."""
+        stages = [[part[name][rows] for name in part.files if name != "seeds"] for part, rows in self.runs(seeds)]
+        return [np.concatenate(images) for images in zip(*stages, strict=True)]
 
 
 def sample_in_parts(relay: Relay, seeds: Int[np.ndarray, " n"], folder: Path, stop: StopOnSignal) -> tuple[Parts, float]:
-    """Makes what is not in the folder yet, every process its share; returns once all parts are there.
+    """Makes what is not in the folder yet, every process its share; returns once all is there.
 
     While the devices make a batch, the one before it is compressed and written by threads.
+
+    Args:
+      folder: where batches are kept, in arrays 'seeds' and 'stage0', 'stage1', ...; all of one setting, of any seeds.
 
     Returns:
       The parts; and images a second, of all processes, the first batch with its compilation left out (nan for one batch).
 
     Raises:
       InputError: a checkpoint makes what is not finite.
-      Interrupted: a signal came; the parts done so far are kept.
+      Interrupted: a signal came; the batches done so far are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    size = relay.config.sampling.batch_size
-    firsts = range(0, len(seeds), size)
-    parts = Parts([folder / f"{first:010d}-{min(size, len(seeds) - first)}.npz" for first in firsts], size, len(seeds))
-    share = range(jax.process_index(), len(firsts), jax.process_count())
-    names = [_array_name(number) for number in range(len(relay.earlier) + 1)]
-    missing = [(parts.paths[n], seeds[firsts[n] : firsts[n] + size]) for n in share if not is_whole_npz(parts.paths[n], names)]
-    rate = _make(relay, missing, stop, done=sum(len(seeds[firsts[n] : firsts[n] + size]) for n in share))
+    places = _finished(relay, folder)
+    there = distributed.gathered(np.asarray([seed in places for seed in seeds.tolist()], bool)).all(0)
+    batches = in_batches(seeds[~there], relay.config.sampling.batch_size)
+    new = [(folder / _part_name(relay, batch), batch) for batch in batches if len(batch)]
+    share = new[jax.process_index() :: jax.process_count()]
+    rate = _make(relay, share, stop, before=int(there.sum()) // jax.process_count())
     distributed.wait_for_all("made all parts")
-    return parts, rate
+    for path, batch in new:
+        places |= {seed: (path, row) for row, seed in enumerate(batch.tolist())}
+    return Parts(places), rate
 
 
-def _make(relay: Relay, missing: list[tuple[Path, np.ndarray]], stop: StopOnSignal, done: int) -> float:
-    """Makes these parts, of a share of `done` images in the end."""
+def seeds_of_part(path: Path) -> Int[np.ndarray, " n"] | None:
+    """The seeds whose images are in a file; None where it is none of ours, or damaged."""
+    try:
+        with np.load(path) as part:
+            return part["seeds"].astype(np.int64)
+    except Exception:  # numpy, zipfile and zlib each raise their own
+        return None
+
+
+def _finished(relay: Relay, folder: Path) -> dict[int, tuple[Path, int]]:
+    """What earlier runs have finished, by seed. Each process looks for damage in its share of the files."""
+    places, names = {}, ["seeds", *(_array_name(number) for number in range(len(relay.earlier) + 1))]
+    for number, path in enumerate(sorted(folder.glob("*.npz"))):
+        seeds = seeds_of_part(path)
+        if seeds is None or not len(seeds) or path.name != _part_name(relay, seeds):
+            continue
+        if number % jax.process_count() != jax.process_index() or is_whole_npz(path, names):
+            places |= {seed: (path, row) for row, seed in enumerate(seeds.tolist())}
+    return places
+
+
+def _part_name(relay: Relay, seeds: Int[np.ndarray, " n"]) -> str:
+    """What a file of the images of these seeds is called; another name where they are made of other small images."""
+    made_of = [seeds.tolist(), relay.low.digest(seeds) if relay.low else ""]
+    return f"{seeds[0]:010d}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}.npz"
+
+
+def _make(relay: Relay, missing: list[tuple[Path, np.ndarray]], stop: StopOnSignal, before: int) -> float:
+    """Makes these parts; `before` images were there already."""
     turns, stop_of_all = int(distributed.gathered(np.int32(len(missing))).max()), distributed.StopOfAll(stop)
     made = sum(len(seeds) for _, seeds in missing)
     writing: collections.deque[concurrent.futures.Future] = collections.deque()
     begun, began = None, float("nan")
-    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool, progress(done, "sampling", done - made) as bar:
+    with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool, progress(before + made, "sampling", before) as bar:
         for turn in range(turns + 1):
             following = relay.begin(missing[turn][1]) if turn < len(missing) else None
             if begun:
-                writing.append(pool.submit(_save, missing[turn - 1][0], relay.finish(begun)))
+                writing.append(pool.submit(_save, *missing[turn - 1], relay.finish(begun)))
                 bar.update(begun.count)
                 began = time.perf_counter() if turn == 1 else began
             while len(writing) > WAITING:
@@ -93,9 +132,9 @@ def _make(relay: Relay, missing: list[tuple[Path, np.ndarray]], stop: StopOnSign
     return jax.process_count() * (made - first) / (time.perf_counter() - began) if made > first else float("nan")
 
 
-def _save(path: Path, stages: list[np.ndarray]) -> None:
+def _save(path: Path, seeds: np.ndarray, stages: list[np.ndarray]) -> None:
     with whole_file(path) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **{_array_name(number): images for number, images in enumerate(stages)})
+        np.savez_compressed(file, seeds=seeds, **{_array_name(number): images for number, images in enumerate(stages)})
 
 
 def _array_name(number: int) -> str:
@@ -105,6 +144,7 @@ def _array_name(number: int) -> str:
 
 def write_npz(
     parts: Parts,
+    seeds: Int[np.ndarray, " n"],
     names: list[str],
     others: dict[str, np.ndarray],
     path: Path,
@@ -113,6 +153,8 @@ def write_npz(
 ) -> None:
     """One .npz of the images of every stage, by the names given, and other arrays; only a part at a time is in memory.
 
+    Of the parts it takes the images of `seeds`, one or more.
+
     Args:
       before: a file with such images, which come first; it may be at `path`.
       kept: which of them.
@@ -120,17 +162,15 @@ def write_npz(
     with whole_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
         for number, name in enumerate(names):
             with file.open(_member(name), "w", force_zip64=True) as member:
-                with np.load(parts.paths[0]) as part:
-                    form = part[_array_name(number)][0]
-                shape = (int(kept.sum()) + parts.count, *form.shape)
+                form = parts.read(seeds[:1])[number][0]
+                shape = (int(kept.sum()) + len(seeds), *form.shape)
                 header = {"descr": np.lib.format.dtype_to_descr(form.dtype), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_2_0(member, header)
                 for first in range(0, len(kept), ROWS):
                     chosen = kept[first : first + ROWS]
                     member.write(before.rows(name, first, len(chosen))[chosen].tobytes())
-                for part_path in parts.paths:
-                    with np.load(part_path) as part:
-                        member.write(part[_array_name(number)].tobytes())
+                for part, rows in parts.runs(seeds):
+                    member.write(part[_array_name(number)][rows].tobytes())
         for name, array in others.items():
             with file.open(_member(name), "w") as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -151,13 +191,11 @@ def png_name(seed: int | np.integer) -> str:
 def write_png(parts: Parts, seeds: Int[np.ndarray, " n"], folder: Path) -> None:
     """A .png of each final image, named by its seed; whatever else is in the folder stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [png_name(seed) for seed in seeds]
+    names = iter([png_name(seed) for seed in seeds])
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
-        for index, part_path in enumerate(parts.paths):
-            with np.load(part_path) as part:
-                images = part[part.files[-1]]
-            here = names[index * parts.size :]
-            list(pool.map(lambda image, name: _save_png(image, folder / name), images, here))
+        for part, rows in parts.runs(seeds):
+            images = part[part.files[-1]][rows]
+            list(pool.map(lambda image, name: _save_png(image, folder / name), images, [next(names) for _ in rows]))
 
 
 def write_labels(seeds: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"], names: tuple[str, ...], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """From seeds to files: samples.npz or pictures, grid.png and samples.json. What is there stays; further seeds are added to it."""
 
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -15,13 +16,13 @@ from rdm_jax import distributed
 from rdm_jax.classes import table
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.npz import Npz
-from rdm_jax.files import is_whole_png, parse_json, whole_file
+from rdm_jax.files import is_whole_png, link_or_copy, move_aside, parse_json, whole_file
 from rdm_jax.interrupt import StopOnSignal
 from rdm_jax.lists import parse_numbers, repetition
 from rdm_jax.sampling import earlier, pictures
 from rdm_jax.sampling.earlier import SAMPLES, Earlier
-from rdm_jax.sampling.made_with import any_seeds, describe, same_settings, with_seeds
-from rdm_jax.sampling.parts import Parts, png_name, sample_in_parts, write_labels, write_npz, write_png
+from rdm_jax.sampling.made_with import any_seeds, describe, differences, with_seeds
+from rdm_jax.sampling.parts import Parts, png_name, sample_in_parts, seeds_of_part, write_labels, write_npz, write_png
 from rdm_jax.sampling.relay import Relay
 from rdm_jax.sampling.sampler import evaluations, handover
 from rdm_jax.terminal import log
@@ -53,64 +54,97 @@ def sample_to_files(relay: Relay, source: ImageSet | None, workdir: Path, stop: 
     distributed.check_same("what the samples are made with", _digest(describe(config, relay)))
     there = distributed.first_before_others(lambda: earlier.find(relay, folder))
     missing = _missing(relay, there, asked)
-    if not len(missing):
+    rows = _rows_of_grid(relay, there, missing, asked)
+    shown = np.asarray([seed for _, seeds in rows for seed in seeds], np.int64)
+    made = np.concatenate([missing, shown[~np.isin(shown, missing)]])
+    place = folder / f".parts-{_digest(any_seeds(describe(config, relay)))}"
+    if not len(made):
         if distributed.is_first():
             _complete(relay, there, asked)
+            _remove_parts(relay, place, there, asked)
         log.info("samples: %d images are already in %s", len(asked), folder)
         return
-    _say_what_is_made(relay, missing, there)
+    _say_what_is_made(relay, missing, made, there)
     began = time.perf_counter()
-    place = _place_of_parts(relay, missing, folder)
-    parts, rate = sample_in_parts(relay, missing, place, stop)
+    _mark(relay, place)
+    parts, rate = sample_in_parts(relay, made, place, stop)
     seconds = time.perf_counter() - began
     with distributed.together():
         if distributed.is_first():
-            _write(relay, parts, missing, source, there, asked)
-            _remove_parts(relay, place)
-    timed = (len(missing), seconds, "" if math.isnan(rate) else f", then {rate:.3g} images/s", folder)
+            _write(relay, parts, missing, rows, source, there, asked)
+            _remove_parts(relay, place, there, asked)
+    timed = (len(made), seconds, "" if math.isnan(rate) else f", then {rate:.3g} images/s", folder)
     log.info("samples: %d images in %.1f s (compilation included)%s -> %s", *timed)
 
 
-def _place_of_parts(relay: Relay, seeds: np.ndarray, folder: Path) -> Path:
-    """Where finished batches of these seeds are kept; what they are made with lies beside them."""
-    made_with = describe(with_seeds(relay.config, seeds.tolist()), relay)
-    place = folder / f".parts-{_digest(made_with)}"
+def _mark(relay: Relay, place: Path) -> None:
+    """Says beside finished batches what they are made with."""
     with distributed.together():
         if distributed.is_first():
             with whole_file(place / SAMPLES) as partial:
-                partial.write_text(json.dumps(made_with))
-    return place
+                partial.write_text(json.dumps(any_seeds(describe(relay.config, relay))))
 
 
-def _remove_parts(relay: Relay, place: Path) -> None:
-    """Deletes parts that are not needed any more: these, and what other settings have left, which can not be added here."""
-    ours = describe(relay.config, relay)
-    for parts in place.parent.glob(".parts-*"):
-        try:
-            made_with = parse_json((parts / SAMPLES).read_text())
-            useful = parts != place and same_settings(any_seeds(made_with), any_seeds(ours))
-        except (OSError, ValueError, KeyError, TypeError):
-            useful = False
-        if not useful:
-            shutil.rmtree(parts)
+def _remove_parts(relay: Relay, place: Path, there: Earlier, asked: tuple[int, ...]) -> None:
+    """Deletes finished batches whose images are all among the samples now; the log names what stays."""
+    for path in place.glob("*.npz"):
+        seeds = seeds_of_part(path)
+        if seeds is None or np.all(np.isin(seeds, there.wanted(asked)) | there.present(seeds, relay.config.sampling.files)):
+            path.unlink()
+    if count := len(list(place.glob("*.npz"))):
+        log.info("samples: %d finished batches of seeds that were not asked for now are kept in %s", count, place)
+    else:
+        shutil.rmtree(place, ignore_errors=True)
+    ours = any_seeds(describe(relay.config, relay))
+    for other in sorted(there.folder.glob(".parts-*")):
+        if other != place:
+            log.info("samples: %s is kept, with finished batches of a run that was interrupted (%s)", other, _what(other, ours))
+
+
+def _what(parts: Path, ours: dict[str, Any]) -> str:
+    """What the finished batches in a folder are of, as far as that differs from these settings."""
+    try:
+        changes = differences(any_seeds(parse_json((parts / SAMPLES).read_text())), ours)
+        return ", ".join(changes[:3]) or "by an earlier version of this program"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {SAMPLES}, which says of what settings, cannot be read"
 
 
 def _missing(relay: Relay, there: Earlier, asked: tuple[int, ...]) -> np.ndarray:
-    """The seeds whose images are to be made, the same in every process: int64 (n,)."""
+    """The seeds whose images are not there, the same in every process: int64 (n,)."""
     wanted = np.asarray(there.wanted(asked), np.int64)
-    drawn = is_whole_png(there.folder / "grid.png")
-    found = there.present(wanted, relay.config.sampling.files) if drawn else np.zeros(len(wanted), bool)
+    found = there.present(wanted, relay.config.sampling.files)
     distributed.check_same(f"what is wanted in {there.folder}", str(wanted.tolist()))
     return wanted[~distributed.gathered(found).all(0)]
 
 
-def _say_what_is_made(relay: Relay, missing: np.ndarray, there: Earlier) -> None:
-    if there.seeds:
+def _rows_of_grid(relay: Relay, there: Earlier, missing: np.ndarray, asked: tuple[int, ...]) -> list[tuple[str, list[int]]]:
+    """The rows of the grid that is to be drawn, a name and seeds each: of what is made; of all, where there is no grid yet.
+
+    A row a class, evenly chosen if there are many; rows of any images where there are no classes.
+    """
+    drawn = bool(distributed.gathered(np.asarray(is_whole_png(there.folder / "grid.png"))).all())
+    if drawn and set(missing.tolist()) <= set(there.seeds):  # these were drawn before
+        return []
+    seeds = missing if drawn else np.asarray(asked, np.int64)
+    if not len(relay.classes):
+        firsts = range(0, min(len(seeds), ROWS * COLUMNS), COLUMNS)
+        return [("", seeds[first : first + COLUMNS].tolist()) for first in firsts]
+    labels = relay.labels(seeds)
+    known = np.unique(labels)
+    known = known[np.linspace(0, len(known) - 1, min(ROWS, len(known))).astype(int)]
+    return [(relay.classes.names[c], seeds[labels == c][:COLUMNS].tolist()) for c in known]
+
+
+def _say_what_is_made(relay: Relay, missing: np.ndarray, made: np.ndarray, there: Earlier) -> None:
+    if there.seeds and len(missing):
         log.info("samples: %d images are added to those in %s", len(missing), there.folder)
+    if len(made) > len(missing):
+        log.info("samples: %d images are made again, to draw the grid that is missing", len(made) - len(missing))
     if relay.low:
         log.info("samples: from the images of %s, in place of stage%d's", relay.config.sampling.low, relay.low.stage)
     if len(relay.classes):
-        numbers = tuple(np.unique(relay.labels(missing)).tolist())
+        numbers = tuple(np.unique(relay.labels(made)).tolist())
         log.info("samples: of the classes (number and name) %s", table(relay.classes, numbers))
     for number, loaded in enumerate(relay.checkpoints, relay.first):
         stage = relay.config.stages[number - 1]
@@ -120,19 +154,26 @@ def _say_what_is_made(relay: Relay, missing: np.ndarray, there: Earlier) -> None
             log.info("samples: stage%d %s", number, handover(stage))
 
 
-def _write(relay: Relay, parts: Parts, made: np.ndarray, source: ImageSet | None, there: Earlier, asked: tuple[int, ...]) -> None:
+def _write(
+    relay: Relay,
+    parts: Parts,
+    missing: np.ndarray,
+    rows: list[tuple[str, list[int]]],
+    source: ImageSet | None,
+    there: Earlier,
+    asked: tuple[int, ...],
+) -> None:
     """Adds what was made to what is there."""
     folder, files = there.folder, relay.config.sampling.files
     if not there.made_with:  # from now on the folder is known to be ours, should this be killed
         _write_made_with(relay, there.all_seeds(asked), folder)
     if files == "png":
-        write_png(parts, made, folder / "images")
+        write_png(parts, missing, folder / "images")
         _write_labels(relay, there.all_seeds(asked), folder / "images")
-    else:
-        _write_npz(relay, parts, made, there)
-    grid = _free_grid(folder, again=set(made.tolist()) <= set(there.seeds))
-    if grid:
-        pictures.save_picture(_draw(parts, relay.labels(made), relay.classes.names, source), grid)
+    elif len(missing):
+        _write_npz(relay, parts, missing, there)
+    if rows:
+        pictures.save_picture(_draw(parts, rows, source), _free_grid(folder))
     _write_made_with(relay, there.all_seeds(asked), folder)
 
 
@@ -147,13 +188,17 @@ def _complete(relay: Relay, there: Earlier, asked: tuple[int, ...]) -> None:
 def _write_npz(relay: Relay, parts: Parts, made: np.ndarray, there: Earlier) -> None:
     """samples.npz of what is there already, if anything, and what was made."""
     path, names = there.folder / "samples.npz", [*relay.earlier, "images"]
-    before = Npz(path) if there.has_npz else None
+    if there.damaged or there.more:  # it stays until the new one takes its place
+        kept_as = move_aside(there.folder, []) / "samples.npz"
+        link_or_copy(path, kept_as)
+        why = "is damaged" if there.damaged else "has arrays that are not of sampling"
+        log.warning("samples: %s %s, and is kept as %s", path, why, kept_as)
     kept = ~np.isin(there.npz_seeds, made)
     seeds = np.concatenate([there.npz_seeds[kept], made])
     others = {"labels": relay.labels(seeds), "seeds": seeds}
     if len(relay.classes):
         others["class_names"] = np.asarray(relay.classes.names)
-    write_npz(parts, names, others, path, before, kept)
+    write_npz(parts, made, names, others, path, Npz(path) if there.has_npz else None, kept)
 
 
 def _write_labels(relay: Relay, seeds: tuple[int, ...], folder: Path) -> None:
@@ -167,28 +212,20 @@ def _write_made_with(relay: Relay, seeds: tuple[int, ...], folder: Path) -> None
         partial.write_text(json.dumps(describe(with_seeds(relay.config, seeds), relay), indent=2))
 
 
-def _free_grid(folder: Path, *, again: bool) -> Path | None:
-    """Where to draw what was made; None where it is drawn already."""
+def _free_grid(folder: Path) -> Path:
+    """Where to draw what was made."""
     if not is_whole_png(folder / "grid.png"):
         return folder / "grid.png"
-    number = next(n for n in range(2, 10**9) if not (folder / f"grid-{n}.png").exists())
-    return None if again else folder / f"grid-{number}.png"
+    return next(path for n in itertools.count(2) if not (path := folder / f"grid-{n}.png").exists())
 
 
 def _digest(made_with: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _draw(parts: Parts, labels: np.ndarray, class_names: tuple[str, ...], source: ImageSet | None) -> Image.Image:
-    """A row a class, evenly chosen if there are many; rows of any images where there are no classes."""
-    if class_names:
-        known = np.unique(labels)
-        known = known[np.linspace(0, len(known) - 1, min(ROWS, len(known))).astype(int)]
-        rows = [(class_names[c], np.flatnonzero(labels == c)[:COLUMNS].tolist()) for c in known]
-    else:
-        rows = [("", list(range(i, min(i + COLUMNS, len(labels))))) for i in range(0, min(len(labels), ROWS * COLUMNS), COLUMNS)]
-    shown = sorted({number for _, numbers in rows for number in numbers})
-    place = {number: i for i, number in enumerate(shown)}
-    images = parts.read(np.asarray(shown))
+def _draw(parts: Parts, rows: list[tuple[str, list[int]]], source: ImageSet | None) -> Image.Image:
+    shown = sorted({seed for _, seeds in rows for seed in seeds})
+    place = {seed: i for i, seed in enumerate(shown)}
+    images = parts.read(np.asarray(shown, np.int64))
     nearest = pictures.nearest_real(images[-1], source)[0] if source else None
-    return pictures.relay_grid(images, nearest, [(name, [place[n] for n in numbers]) for name, numbers in rows])
+    return pictures.relay_grid(images, nearest, [(name, [place[seed] for seed in seeds]) for name, seeds in rows])

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import subprocess
 import tarfile
 import zipfile
 import zlib
@@ -250,6 +251,19 @@ def test_a_tar_with_long_names_and_a_dot_before_them_is_read(tmp_path):
     assert values(source) == [0, 1, 2] and source.names[0] == names[0][2:]
 
 
+@pytest.mark.parametrize("given", [["data/."], ["./data"], ["data/./a", "data/./b"]])
+def test_a_tar_of_paths_with_a_dot_inside_is_read(tmp_path, given):
+    write_folder(tmp_path / "data", pngs("a/0.png", "a/1.png", "b/2.png"))
+    subprocess.run(["tar", "cf", "set.tar", *given], cwd=tmp_path, check=True)
+    source = open_source(f"tar:{tmp_path}/set.tar")
+    assert values(source) == [0, 1, 2] and source.class_names == ("a", "b") and not source.skipped
+
+
+def test_a_zip_of_names_with_a_dot_inside_is_read(tmp_path):
+    spec = write_zip(tmp_path / "set.zip", pngs("a/./0.png", "./a//././1.png", "b./.2/3.png", "b./2.png"))
+    assert classes(open_source(spec)) == {"a/0.png": "a", "a/1.png": "a", "b./2.png": "b."}
+
+
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 @pytest.mark.parametrize(
     "write, name", [(write_folder, "set"), (write_zip, "set.zip"), (write_tar, "set.tar"), (write_zip, "set")]
@@ -257,6 +271,20 @@ def test_a_tar_with_long_names_and_a_dot_before_them_is_read(tmp_path):
 def test_what_is_there_is_read_whatever_it_was_called(tmp_path, kind, write, name):
     write(tmp_path / name, EDM)
     assert values(open_source(f"{kind}:{tmp_path / name}")) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+@pytest.mark.parametrize(
+    ("inner", "remedy"),
+    [("Set/Cats", "'set/cats' would do"), ("set/cat", "'set/cats' would do"), ("x", "'set', 'set/cats', 'set/dogs' or another")],
+)
+def test_a_folder_in_an_archive_that_is_misspelt_is_refused_with_close_ones(tmp_path, write, inner, remedy):
+    spec = write(tmp_path / "a.zip", pngs("set/cats/0.png", "set/dogs/1.png"))
+    with pytest.raises(InputError, match=f"there is no folder '{inner}' with files in {tmp_path}/a.zip; {remedy}"):
+        open_source(f"{spec}/{inner}")
+    assert values(open_source(f"{spec}/set/dogs")) == [1]
+    with pytest.raises(InputError, match="the archive itself, whose files are in no folder, would do"):
+        open_source(f"{write(tmp_path / 'flat', pngs('0.png'))}/x")
 
 
 def test_a_file_that_is_no_archive_is_refused_as_a_folder(tmp_path):
@@ -283,7 +311,7 @@ def test_names_in_utf8_are_read_as_such_though_the_zip_does_not_say_so(tmp_path)
 
 
 @pytest.mark.parametrize("named, wanted", [(b"caf\x82/1.png", "gr\u00fcn"), (b"other", "caf\u00e9")])
-def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, wanted):
+def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, wanted, caplog):
     """The field counts where it is of the name as it stands."""
     member = zipfile.ZipInfo("caf#/1.png")
     field = b"\1" + zlib.crc32(named).to_bytes(4, "little") + "gr\u00fcn/1.png".encode()
@@ -292,6 +320,8 @@ def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, want
     (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes().replace(b"caf#", b"caf\x82"))
     source = open_source(spec)
     assert set(source.class_names) == {wanted, "d"} and sorted(values(source)) == [1, 2]
+    said = f"1 names in {tmp_path}/set.zip are in an unknown code page, and may be read wrong, such as 'caf\u00e9/1.png'; `unzip"
+    assert (said in caplog.text) == (wanted == "caf\u00e9")
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])

@@ -1,10 +1,13 @@
 """EDM's dataset.json and its relatives: what can mean one thing only is read, all else is refused with one message."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
+from rdm_jax.data.labels_file import by_labels_file
+from rdm_jax.data.left_out import check_left_out
 from rdm_jax.data.sources import open_source
 from rdm_jax.errors import InputError
 from tests.data.members import classes, png, pngs, values, write_folder, write_zip
@@ -57,6 +60,41 @@ READ = {
 def test_what_can_mean_one_thing_only_is_read(tmp_path, labels, wanted):
     source = open_source(write_folder(tmp_path / "set", with_labels(labels)))
     assert classes(source) == wanted and not source.skipped
+
+
+def test_a_labels_file_is_known_in_upper_case_too(written):
+    labels = json.dumps({"labels": LABELS})
+    assert classes(open_source(written({**EDM, "Dataset.JSON": labels}))) == PLAIN
+
+
+def test_of_two_spellings_the_one_of_edm_counts(tmp_path):
+    members = {**with_labels(LABELS), "Dataset.json": json.dumps({"labels": [[name, 9] for name, _ in LABELS]})}
+    assert classes(open_source(write_zip(tmp_path / "set.zip", members))) == PLAIN
+
+
+def test_many_labels_by_name_are_read_in_no_time():
+    """Of a million images and as many classes each was looked for among all."""
+    names = [f"{number}.png" for number in range(20_000)]
+    content = {"labels": [[name, name] for name in names], "class_names": names}
+    began = time.process_time()
+    assert by_labels_file(json.dumps(content).encode(), names, "", ()).numbers["19999.png"] == 19_999
+    assert time.process_time() - began < 2.0
+
+
+def test_labels_without_a_file_are_not_called_files(tmp_path, caplog):
+    labels = [*LABELS, *([f"gone{i}.png", 0] for i in range(5))]
+    source = open_source(write_folder(tmp_path / "set", with_labels(labels)), skip_bad=True)
+    with pytest.raises(InputError, match="5 of 10 files and labels of set would be left out .*; data.max_left_out=0.5 would do"):
+        check_left_out(source.skipped, len(source), source.lost, 0.1, "set")
+    assert "5 of 10 files and labels of set are left out" in caplog.text
+
+
+@pytest.mark.parametrize("count, remedy", [(29, "0.29"), (83, "0.83"), (100, "1"), (57, "0.57")])
+def test_the_share_that_would_do_does(count, remedy):
+    skipped = {str(number): "is damaged" for number in range(count)}
+    with pytest.raises(InputError, match=f"data.max_left_out={remedy} would do"):
+        check_left_out(skipped, 100 - count, (), 0.1, "set")
+    check_left_out(skipped, 100 - count, (), float(remedy), "set")
 
 
 @pytest.mark.parametrize("bare", [LABELS, dict(LABELS)])
@@ -160,6 +198,21 @@ def test_labels_that_do_not_fit_are_left_out_where_that_is_asked_for(written, la
     source = open_source(written(with_labels(labels)), skip_bad=True)
     assert list(source.skipped) == [named]
     assert source.class_names == ("0", "1", "2") and len(source) == (5 if named == "gone.png" else 4)
+
+
+@pytest.mark.parametrize(
+    "labels", [relabelled(int), relabelled(NAMES.__getitem__), relabelled(lambda i: [i == j for j in range(3)])]
+)
+def test_a_class_whose_images_are_all_missing_is_lost(written, labels):
+    """Without it the classes after it would have other numbers."""
+    labels = [[name, [float(v) for v in label] if isinstance(label, list) else label] for name, label in labels]
+    present = {name: content for name, content in EDM.items() if name not in (labels[1][0], labels[4][0])}
+    source = open_source(written(with_labels(labels, present)), skip_bad=True)
+    assert source.lost == ("bee" if "bee" in labels[1] else "1",) and len(source) == 3
+    with pytest.raises(InputError, match="the whole class '(bee|1)'"):
+        check_left_out(source.skipped, len(source), source.lost, 0.9, "folder:set")
+    some = {name: content for name, content in EDM.items() if name != labels[4][0]}
+    assert open_source(written(with_labels(labels, some)), skip_bad=True).lost == ()
 
 
 @pytest.mark.parametrize(

@@ -189,12 +189,12 @@ def test_a_class_that_would_be_lost_is_refused_whatever_its_share(folder, tmp_pa
     for number in range(4, 60):
         shutil.copy(folder / "dog/0.png", folder / f"dog/{number}.png")
     (folder / "bird").mkdir()
-    (folder / "bird/sparrow.mp4").write_bytes(b"a film")
+    (folder / "bird/sparrow.heic").write_bytes(b"unreadable")
     with pytest.raises(InputError, match="1 of 64 files .* whole class 'bird'; data.max_left_out=1"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
     for name in ("cat/0", "cat/1", "cat/2"):
         (folder / f"{name}.png").write_bytes(b"not a picture")
-    (folder / "bird/sparrow.mp4").unlink()
+    (folder / "bird/sparrow.heic").unlink()
     (folder / "bird").rmdir()
     with pytest.raises(InputError, match="3 of 63 files .* whole class 'cat'; data.max_left_out=1"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)

