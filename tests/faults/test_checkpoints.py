@@ -107,7 +107,8 @@ def files_of(step) -> list:
     return [path for path in found if str(path.relative_to(step)) not in LATER]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(10**6, marks=pytest.mark.long)])
+@pytest.mark.long  # tests/training has each file cut and flipped within a process
+@pytest.mark.parametrize("count", [2, 10**6])
 def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(images, trained, finished, fault, count):
     """Named is the file; where what is damaged is a checksum, the file that it is of."""
     files = files_of(trained / "stage1/checkpoints/20")
@@ -125,6 +126,7 @@ def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(images, trained, finished, 
     fault(6, len(chosen) * (1 if count < len(files) else 2), "named; the step before was used; the end is bit-equal")
 
 
+@pytest.mark.long  # tests/test_main.py has a damaged checkpoint refused
 def test_6_sampling_refuses_what_training_would_set_aside(images, trained, fault):
     damaged(files_of(trained / "stage1/checkpoints/20/ema")[-1], "flipped")
     flags = ("--mode=sample", "--config.stage2.checkpoint=newest")
@@ -204,14 +206,8 @@ def test_10_retention_keeps_the_only_checkpoint_when_others_fail(images, tmp_pat
     fault(10, 2, "one is to be kept, and the saves after it fail: it is kept")
 
 
-WRITERS = [
-    ("saves_fail", 2),
-    pytest.param("one_save_fails", 0, marks=pytest.mark.long),
-    pytest.param("last_save_fails", 2, marks=pytest.mark.long),
-]
-
-
-@pytest.mark.parametrize(("broken", "status"), WRITERS)
+@pytest.mark.long  # tests/training has saves that fail within a process
+@pytest.mark.parametrize(("broken", "status"), [("saves_fail", 2), ("one_save_fails", 0), ("last_save_fails", 2)])
 def test_9_a_failure_in_the_writers_thread(images, tmp_path, fault, broken, status):
     flags = ("--config.stage1.training.max_failed_saves=1",)
     stdout, stderr = run(images, tmp_path / "run", *STAGE, *flags, broken=broken, status=status)

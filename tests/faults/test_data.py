@@ -75,7 +75,8 @@ def ends(process: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long  # tests/data/test_pipeline.py has workers that are killed
+@pytest.mark.parametrize("workers", [0, 1, 2])
 def test_13_the_order_of_two_epochs_with_a_kill_in_each(numbered, tmp_path, fault, workers):
     """12 batches of 4 for two epochs of 23 images and two more."""
     seen = read_until(numbered, tmp_path / "read_on.py", workers, [3, 6, 3])

@@ -20,7 +20,7 @@ from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.prepare import prepare
 from rdm_jax.errors import InputError
 from tests.faults import commands
-from tests.faults.commands import GIB, ROOT, bounded
+from tests.faults.commands import GIB, ROOT, bounded, short_and_long
 from tests.faults.fuzzing import CHANGES, READERS, changed
 from tests.tiny import write_images
 
@@ -92,7 +92,7 @@ def write_hostile(kind: str, folder, canary):
 KINDS = ("pickle", "torch archive", "safetensors header", "npz of objects", "config", *CHANGED)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", short_and_long(KINDS, "pickle"))  # all readers are fuzzed below, within a process
 def test_16_from_outside(images, tmp_path, fault, kind):
     canary = tmp_path / "canary"
     says, load = write_hostile(kind, tmp_path, canary)

@@ -69,6 +69,7 @@ def test_18_a_clock_that_is_set_back_between_two_saves(images, finished, tmp_pat
     fault(18, 1, "a clock set back between two saves: training is unaffected")
 
 
+@pytest.mark.long
 def test_18_a_clock_that_was_set_back(images, finished, tmp_path, fault):
     """The files of the newest checkpoint, and of all that was written with it, seem to be the oldest."""
     shutil.copytree(finished, tmp_path / "run")
