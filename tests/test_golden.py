@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from rdm_jax.config import parse
+from rdm_jax.evaluation.evaluate import RESULT
 from rdm_jax.run import run
 from rdm_jax.saved import VERSION, read_saved
 from rdm_jax.training import checkpoint_folders, metrics
@@ -61,12 +62,19 @@ def test_golden_run_is_known_and_goes_on(golden, caplog):
     assert json.loads((golden / "run/config.json").read_text())["version"] == VERSION
 
 
-def test_golden_run_is_sampled_and_exported(golden):
+def test_golden_run_is_sampled_evaluated_and_exported(golden):
     again(mode="sample", sampling__name="again")
     ours, theirs = (np.load(golden / "run" / name / "samples.npz") for name in ("again", "samples"))
     for name in ("stage1", "images"):
         assert np.abs(ours[name].astype(int) - theirs[name].astype(int)).max() <= 1  # of 255: devices differ in the last bit
     assert ours["labels"].tolist() == theirs["labels"].tolist()
+    again(mode="evaluate", evaluation__name="evaluated_again")
+    ours, theirs = (json.loads((golden / "run" / name / RESULT).read_text()) for name in ("evaluated_again", "evaluation"))
+    assert ours["made_with"] == theirs["made_with"]
+    for name, row in theirs["results"].items():
+        found = ours["results"][name]["metrics"]
+        assert found.keys() == row["metrics"].keys()
+        np.testing.assert_allclose([found[key] for key in found], [row["metrics"][key] for key in found], rtol=0.01, atol=1e-3)
     again(mode="export", stage=1, weights="exported.safetensors")
     exported, expected = load_file(golden / "exported.safetensors"), load_file(golden / "stage1.safetensors")
     assert exported.keys() == expected.keys()

@@ -21,7 +21,7 @@ MUTANTS = [
         1,
         "a resumed run begins its data anew",
         "training/loop.py",
-        '        iterator.set_state(state)\n',
+        "        iterator.set_state(state)\n",
         "",
         "test_1_ and 3",
     ),
