@@ -1,12 +1,10 @@
 """EDM's dataset.json and its relatives: what can mean one thing only is read, all else is refused with one message."""
 
 import json
-import time
 
 import numpy as np
 import pytest
 
-from rdm_jax.data.labels_file import by_labels_file
 from rdm_jax.data.left_out import check_left_out
 from rdm_jax.data.sources import open_source
 from rdm_jax.errors import InputError
@@ -70,15 +68,6 @@ def test_a_labels_file_is_known_in_upper_case_too(written):
 def test_of_two_spellings_the_one_of_edm_counts(tmp_path):
     members = {**with_labels(LABELS), "Dataset.json": json.dumps({"labels": [[name, 9] for name, _ in LABELS]})}
     assert classes(open_source(write_zip(tmp_path / "set.zip", members))) == PLAIN
-
-
-def test_many_labels_by_name_are_read_in_no_time():
-    """Of a million images and as many classes each was looked for among all."""
-    names = [f"{number}.png" for number in range(20_000)]
-    content = {"labels": [[name, name] for name in names], "class_names": names}
-    began = time.process_time()
-    assert by_labels_file(json.dumps(content).encode(), names, "", ()).numbers["19999.png"] == 19_999
-    assert time.process_time() - began < 2.0
 
 
 def test_labels_without_a_file_are_not_called_files(tmp_path, caplog):
