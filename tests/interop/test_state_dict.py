@@ -117,7 +117,7 @@ def test_other_objects(kind, tmp_path, monkeypatch):
         ({"a": {"b": View.of(FOUR)}}, "tensor 'a' is damaged: it is a dict"),
         ({"a": None}, "tensor 'a' is damaged: it is a NoneType"),
         ({"epoch": 3}, "tensor 'epoch' is damaged: it is an int"),
-        ({"a": Storage(FOUR)}, "tensor 'a' is damaged: it is a Stored"),
+        ({"a": Storage(FOUR)}, "tensor 'a' is damaged: it is a storage of numbers"),
         ({"a": View(5, 0, (1,), (1,))}, "its storage is an int"),
     ):
         DUMPS[kind](tmp_path / "a", objects)
@@ -242,7 +242,7 @@ def test_other_files(tmp_path):
     write_pkl(tmp_path / "a", "EDMPrecond", {}, {"model.w": FOUR})
     refuse(tmp_path / "a")
     (tmp_path / "a").write_bytes(legacy_header(Storage(FOUR)) + FOUR.tobytes())
-    refuse(tmp_path / "a", "it holds a Stored")
+    refuse(tmp_path / "a", "it holds a storage of numbers")
     with pytest.raises(KeyError):  # the caller's own
         dump_pt(tmp_path / "a", state_dict({"a": FOUR}))
         with open_state_dict(tmp_path / "a") as tensors:
