@@ -42,7 +42,8 @@ def open_sets(
             raise InputError(f"{error} --skip_bad leaves such images out.") from error
         about = (number, f"{len(sets[number]):,}", *sets[number].image_shape, len(sets[number].class_names))
         log.info("data: stage%d: %s images of %d x %d x %d, %d classes", *about)
-        if names := sets[number].class_names:
+        names = sets[number].class_names
+        if names != tuple(map(str, range(len(names)))):  # else each is called by its number
             log.info("data: stage%d: classes by number: %s", number, table(Classes(names), tuple(range(len(names)))))
     for number, images in sets.items():
         others = sets.get(last, images).class_names
