@@ -78,7 +78,7 @@ def load(given: str) -> ConfigDict:
         local_path(given, "--config")  # refuses a URL
         raise InputError("--config='' names no file; a config such as configs/digits.py would do.")
     name, colon, argument = given.partition(":")
-    whole, path = Path(given).expanduser(), Path(name).expanduser()
+    whole, path = local_path(given, "--config"), local_path(name, "--config")
     if not (colon and path.is_file()) and (whole.suffix == ".json" or (whole / "config.json").is_file()):
         return configs.parse(read_saved(whole)).to_config_dict().lock()
     if not path.is_file():

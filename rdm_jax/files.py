@@ -27,8 +27,8 @@ def local_path(text: str | os.PathLike, field: str) -> Path:
       field: the flag or field that it was given by, for the message.
 
     Raises:
-      InputError: it is a URL. `Path` would make a local folder called 'gs:' of gs://bucket, and everything written to it would
-        be lost with the machine.
+      InputError: it begins with the home of a user who is not known, or is a URL. `Path` would make a local folder called 'gs:'
+        of gs://bucket, and everything written to it would be lost with the machine.
     """
     scheme, found, _ = os.fspath(text).partition("://")
     if found:
@@ -36,7 +36,10 @@ def local_path(text: str | os.PathLike, field: str) -> Path:
             f"{field}={os.fspath(text)!r} is a URL, and {scheme}:// is not supported; a local path, such as that of a mounted "
             "bucket, would do."
         )
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # of '~NAME/...'
+        raise InputError(f"{field}={os.fspath(text)!r} cannot be used ({error}); the whole path would do.") from error
 
 
 def nearest(path: Path) -> Path | None:

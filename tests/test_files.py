@@ -5,7 +5,12 @@ import errno
 import numpy as np
 import pytest
 
-from rdm_jax.files import dispensable, is_whole_npz
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import Form
+from rdm_jax.data.prepare import prepare
+from rdm_jax.data.sources import open_source
+from rdm_jax.errors import InputError
+from rdm_jax.files import dispensable, is_whole_npz, local_path
 
 
 def test_every_flipped_bit_of_an_npz_is_noticed_or_harmless(tmp_path):
@@ -34,3 +39,20 @@ def test_what_is_dispensable_is_said(tmp_path, caplog):
     assert "curve.png cannot be written (No space left on device)" in caplog.text
     with pytest.raises(ValueError), dispensable(tmp_path):
         raise ValueError
+
+
+@pytest.mark.parametrize(
+    "path, says", [("gs://bucket/x", "gs:// is not supported"), ("~nosuchuser/x", "the whole path would do")]
+)
+def test_paths_that_are_none_are_refused_from_python_too(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    calls = (
+        lambda: local_path(path, "--workdir"),
+        lambda: open_source(f"folder:{path}"),
+        lambda: open_prepared(path),
+        lambda: prepare("digits", path, Form(8, 8)),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=says):
+            call()
+    assert not list(tmp_path.iterdir())

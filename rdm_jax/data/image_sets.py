@@ -16,6 +16,7 @@ from rdm_jax.data.manifest import MANIFEST, read_manifest
 from rdm_jax.data.records import RecordReader
 from rdm_jax.data.sources import check_apart, cores, open_source
 from rdm_jax.errors import BadImage, InputError
+from rdm_jax.files import local_path
 from rdm_jax.terminal import log, progress
 
 Batch = dict[str, np.ndarray]
@@ -179,7 +180,7 @@ def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> Imag
     Raises:
       InputError: nothing is there, it is damaged, or its images are not uint8 of one size.
     """
-    directory = Path(directory).expanduser().resolve()
+    directory = local_path(directory, "directory").resolve()
     if not (directory / "dataset_info.json").is_file():
         raise InputError(f"there is no prepared data in {directory}; the directory that --mode=prepare has made would do.")
     try:

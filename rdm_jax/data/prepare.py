@@ -26,7 +26,7 @@ from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
 from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
 from rdm_jax.data.sources import Source, check_apart, cores, open_source, same_source
 from rdm_jax.errors import InputError
-from rdm_jax.files import whole_file
+from rdm_jax.files import local_path, whole_file
 from rdm_jax.interrupt import obey_parent_alone
 from rdm_jax.terminal import log, progress
 
@@ -85,7 +85,7 @@ def prepare(
     form.check()
     encoding.check()
     settings = _settings(spec, form, encoding, skin_tones, classes)
-    directory = Path(directory).expanduser().resolve()
+    directory = local_path(directory, "directory").resolve()
     try:
         _check_place(directory)
         if _is_prepared(directory, settings) and not update:

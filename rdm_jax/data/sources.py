@@ -140,7 +140,7 @@ def open_source(spec: str, *, skin_tones: str = "", classes: str = "auto", skip_
     elif kind == "tfds" and path:
         source = _tfds(*path.split(":", 1))
     elif kind in FILE_KINDS and path:
-        source = _files(kind, Path(path).expanduser(), skin_tones, classes)
+        source = _files(kind, local_path(path, "source"), skin_tones, classes)
     else:
         raise InputError(f"the source {spec!r} is unknown; {', '.join(SPECS[:-1])} or {SPECS[-1]} would do.")
     if source.skipped and not skip_bad:
