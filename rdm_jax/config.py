@@ -7,6 +7,7 @@ their own schema: the dataclasses that do the work are the ones that are filled 
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from typing import Any
@@ -310,8 +311,8 @@ def stage_number(name: str) -> int:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """A nested dict of JSON's types, as `parse` takes it."""
-    return config.to_config_dict().to_dict()
+    """A nested dict of JSON's types, with lists for tuples: equal to what is read where it was saved; as `parse` takes it."""
+    return json.loads(json.dumps(config.to_config_dict().to_dict()))
 
 
 def to_plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -316,7 +315,7 @@ def _check_unchanged(config: Config, workdir: Path, trains: bool, allow_changes:
       trains: stages are compared with their checkpoints too; what only samples them compares the network later.
       allow_changes: what may differ all the same.
     """
-    now, path = json.loads(json.dumps(configs.to_dict(config))), workdir / "config.json"
+    now, path = configs.to_dict(config), workdir / "config.json"
     folders = {f"stage{n}": workdir / f"stage{n}" / "checkpoints" for n in range(1, len(config.stages) + 1)}
     trained = {name: folder for name, folder in folders.items() if distributed.from_first(_is_trained(folder))}
     if not trained:

@@ -27,7 +27,7 @@ def settings(config: Config, first: int) -> dict[str, Any]:
     stages = {f"stage{number}": stage_settings(config, number) for number in range(first, len(config.stages) + 1)}
     sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in NOT_IN_IMAGES}
     sampling["seeds"] = one_spelling(sampling["seeds"])
-    return json.loads(json.dumps({"seed": config.seed, "sampling": sampling, "stages": stages}))
+    return {"seed": config.seed, "sampling": sampling, "stages": stages}
 
 
 def describe(config: Config, relay: Relay) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The relay itself: the stages run one after the other."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +159,7 @@ def _check_guidance(config: Config, number: int, path: Path, about: dict[str, An
 
 def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
     """Refuses a checkpoint that was trained to compute something else, though its arrays may have the right shapes."""
-    ours = json.loads(json.dumps(to_dict(config)[f"stage{number}"]))
+    ours = to_dict(config)[f"stage{number}"]
     for part in ("network", "precondition", "process"):
         for field in sorted(ours[part].keys() | about["stage"][part].keys()):
             was, now = about["stage"][part].get(field), ours[part].get(field)

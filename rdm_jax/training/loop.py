@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -94,7 +93,7 @@ class Trainer:
         self._validation = Validation(self.objective, held_out or source, self.training, key, self.mesh)
         self._about = {
             "version": VERSION,
-            "stage": json.loads(json.dumps(to_dict(config)[self.name])),
+            "stage": to_dict(config)[self.name],
             "classes": list(source.class_names),
             "seed": config.seed,
         }
