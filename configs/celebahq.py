@@ -1,24 +1,30 @@
-"""CelebA-HQ, 64x64 -> 256x256, unconditional: every setting of the published system (arXiv 2309.03350, section 4 and appendix).
+"""CelebA-HQ, 64x64 -> 256x256, unconditional: every setting of the published system (arXiv
+2309.03350, section 4 and appendix).
 
 Sample from the published weights; no data is needed:
 
-    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode import --stage 1 --weights STAGE1.pt
-    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode import --stage 2 --weights STAGE2.pt
-    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode sample
+    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode import
+    --stage 1 --weights STAGE1.pt python -m rdm_jax.main --config configs/celebahq.py --workdir
+    runs/celebahq --mode import --stage 2 --weights STAGE2.pt python -m rdm_jax.main --config
+    configs/celebahq.py --workdir runs/celebahq --mode sample
 
-Train: a folder of the 30,000 images (any size from 256 up, PNG or JPEG, nothing else in it), or a zip of them. The download
-that tensorflow-datasets' own celeb_a_hq asks for is no longer to be had; copies of the images at 256 or 1024 are.
+Train: a folder of the 30,000 images (any size from 256 up, PNG or JPEG, nothing else in it), or a
+  zip of them. The download
+that tensorflow-datasets' own celeb_a_hq asks for is no longer to be had; copies of the images at
+256 or 1024 are.
 
-    python -m rdm_jax.main --config configs/celebahq.py --config.data.source=folder:celebahq --workdir runs/celebahq
-    python -m rdm_jax.main --config configs/celebahq.py --config.data.source=zip:celebahq.zip --workdir runs/celebahq
+    python -m rdm_jax.main --config configs/celebahq.py --config.data.source=folder:celebahq
+    --workdir runs/celebahq python -m rdm_jax.main --config configs/celebahq.py
+    --config.data.source=zip:celebahq.zip --workdir runs/celebahq
 
 Measure (needs the data, as what to compare with):
 
     python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode evaluate \
-        --config.sampling.postprocess=rdm_celebahq      # what the released samplers do before they measure
+        --config.sampling.postprocess=rdm_celebahq      # what the released samplers do before they
+        measure
 
-The clock is trained with length 0.89 and sampled with 1.05, as published. FID 3.15 published; stage 1 on 32 A100 for 16 hours,
-stage 2 for 25.5. Not run here yet.
+The clock is trained with length 0.89 and sampled with 1.05, as published. FID 3.15 published; stage
+1 on 32 A100 for 16 hours, stage 2 for 25.5. Not run here yet.
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Published, Sampling, Stage, Training
@@ -46,9 +52,21 @@ def training(images: int) -> Training:
 
 def get_config():
     """The config as an ml_collections ConfigDict."""
-    small = ADM(channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention_levels=(1, 2, 3), augment_labels=9, dropout=0.15)
+    small = ADM(
+        channels=192,
+        channel_mult=(1, 2, 3, 4),
+        blocks=3,
+        attention_levels=(1, 2, 3),
+        augment_labels=9,
+        dropout=0.15,
+    )
     large = ADM(
-        channels=256, channel_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention_levels=(3, 4, 5), augment_labels=9, dropout=0.2
+        channels=256,
+        channel_mult=(1, 1, 2, 2, 4, 4),
+        blocks=2,
+        attention_levels=(3, 4, 5),
+        augment_labels=9,
+        dropout=0.2,
     )
     return Config(
         data=Data(source="folder:celebahq", directory="data/celebahq_256"),
@@ -63,9 +81,13 @@ def get_config():
             Stage(
                 resolution=(256, 256),
                 network=large,
-                process=Relay(patch=4, block_scale=0.15, clock=Clock(length=0.89, blur_sigma_max=2.0)),
+                process=Relay(
+                    patch=4, block_scale=0.15, clock=Clock(length=0.89, blur_sigma_max=2.0)
+                ),
                 training=training(47_000_000),
-                sampler=RelayHeun(steps=150, rho=7.0, truncation_sigma=0.95, truncation_time=1.05, eta=0.2),
+                sampler=RelayHeun(
+                    steps=150, rho=7.0, truncation_sigma=0.95, truncation_time=1.05, eta=0.2
+                ),
             ),
         ),
         sampling=Sampling(seeds="0-63", batch_size=16),

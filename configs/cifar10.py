@@ -2,17 +2,18 @@
 
 The data, one of these:
 
-    tfds:cifar10                    tensorflow-datasets downloads it, with TensorFlow (not needed for reading): see the README
-    zip:cifar10-32x32.zip           as EDM's dataset_tool.py makes it (--config.data.source=zip:cifar10-32x32.zip)
-    folder:cifar10                  one folder of images a class
+    tfds:cifar10                    tensorflow-datasets downloads it, with TensorFlow (not needed
+    for reading): see the README zip:cifar10-32x32.zip           as EDM's dataset_tool.py makes it
+    (--config.data.source=zip:cifar10-32x32.zip) folder:cifar10                  one folder of
+    images a class
 
     python -m rdm_jax.main --config configs/cifar10.py --workdir runs/cifar10
 
-It ends with an evaluation of 50,000 images in Inception's features, whose file an error says how to get;
---config.evaluation.features=classifier does without it, none leaves evaluation out.
+It ends with an evaluation of 50,000 images in Inception's features, whose file an error says how to
+get; --config.evaluation.features=classifier does without it, none leaves evaluation out.
 
-EDM's settings for CIFAR-10 (arXiv 2206.00364, table 7) where it has them. Not trained here yet; the data path was tried with
-records of random pixels.
+EDM's settings for CIFAR-10 (arXiv 2206.00364, table 7) where it has them. Not trained here yet; the
+data path was tried with records of random pixels.
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Sampling, Stage, Training
@@ -39,7 +40,13 @@ def training(images: int) -> Training:
 
 def get_config():
     """The config as an ml_collections ConfigDict."""
-    shared = {"channels": 128, "blocks": 4, "dropout": 0.13, "augment_labels": 9, "dtype": "bfloat16"}
+    shared = {
+        "channels": 128,
+        "blocks": 4,
+        "dropout": 0.13,
+        "augment_labels": 9,
+        "dtype": "bfloat16",
+    }
     return Config(
         data=Data(source="tfds:cifar10", directory="data/cifar10_32", crop="none"),
         stages=(

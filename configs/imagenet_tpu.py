@@ -1,13 +1,17 @@
-"""ImageNet, 64x64 -> 256x256, in the widths that a TPU multiplies anyway: all are multiples of its 128 lanes.
+"""ImageNet, 64x64 -> 256x256, in the widths that a TPU multiplies anyway: all are multiples of its
+128 lanes.
 
     python -m rdm_jax.main --config configs/imagenet_tpu.py --workdir runs/imagenet_tpu
-    python -m rdm_jax.main --config configs/imagenet_tpu.py --mode plan --target v5e-16 --classes 1000
+    python -m rdm_jax.main --config configs/imagenet_tpu.py --mode plan --target v5e-16 --classes
+    1000
 
-`configs/imagenet.py` says how to get the data, and keeps the published networks, whose weights fit no others. There, 192 channels
-are padded to 256 and 576 to 640, and attention's heads of 64 leave half of a multiplication empty; here is work in their place.
-Networks compute in bfloat16, blocks are computed again in the backward pass, and each chip keeps its part of the parameters.
+`configs/imagenet.py` says how to get the data, and keeps the published networks, whose weights fit
+no others. There, 192 channels are padded to 256 and 576 to 640, and attention's heads of 64 leave
+half of a multiplication empty; here is work in their place. Networks compute in bfloat16, blocks
+are computed again in the backward pass, and each chip keeps its part of the parameters.
 
-Hardware: 16 chips of 16 GB or more (experiments/benchmarks has the compiler's figures). Not trained yet.
+Hardware: 16 chips of 16 GB or more (experiments/benchmarks has the compiler's figures). Not trained
+  yet.
 """
 
 import importlib.util
@@ -18,7 +22,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     """The config as an ml_collections ConfigDict."""
-    spec = importlib.util.spec_from_file_location("imagenet", Path(__file__).with_name("imagenet.py"))
+    spec = importlib.util.spec_from_file_location(
+        "imagenet", Path(__file__).with_name("imagenet.py")
+    )
     imagenet = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(imagenet)
     config = imagenet.get_config()

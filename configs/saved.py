@@ -1,4 +1,5 @@
-"""The config of a run that was made, or into which weights were imported: any workdir's config.json.
+"""The config of a run that was made, or into which weights were imported: any workdir's
+config.json.
 
 python -m rdm_jax.main --config configs/saved.py:runs/digits --workdir runs/digits --mode sample
 
@@ -6,8 +7,8 @@ python -m rdm_jax.main --config configs/saved.py:runs/digits --workdir runs/digi
 """
 
 from rdm_jax.config import parse
-from rdm_jax.files import local_path
-from rdm_jax.saved import read_saved
+from rdm_jax.config.saved import read_saved
+from rdm_jax.runtime.files import local_path
 
 
 def get_config(path: str):

@@ -6,11 +6,13 @@ import os
 import tempfile
 from pathlib import Path
 
-# Tests compile much and compute little: XLA's optimising of machine code would take most of their time.
+# Tests compile much and compute little: XLA's optimising of machine code would take most of their
+# time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
 
-# What one process has compiled, the others read: the commands that tests run, and pytest's own workers, which inherit this.
+# What one process has compiled, the others read: the commands that tests run, and pytest's own
+# workers, which inherit this.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")  # gone with the process that made it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
@@ -20,14 +22,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
-from tests.tiny import write_images
+from tests.support.configs import write_images
 
 if jax.__version_info__ < (0, 11):  # nor does a newer one know the flag
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # they take a third of the time of compiling
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false"  # they take a third of the time of compiling
+    )
 if jax.__version_info__ >= (0, 10):  # others may not know the flag
     # On busy cores eight devices take long to meet; XLA would end the process after 40 s.
     os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=180"
-# Tracing makes many objects, and collecting them as often as usual takes a tenth of the tests' time.
+# Tracing makes many objects, and collecting them as often as usual takes a tenth of the tests'
+# time.
 gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -35,17 +40,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 LONGEST = (
     "test_main.py",
     "training/test_program.py",
-    "test_processes.py",
-    "test_notebooks.py",
-    "test_benchmarks.py",
-    "training/test_checkpoint.py",
-    "test_plan.py",
+    "test_multiprocess.py",
+    "experiments/test_notebooks.py",
+    "experiments/test_benchmarks.py",
+    "checkpoints/test_store.py",
+    "plan/test_plan.py",
 )
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder of 24 images in two classes, by whose name the config tests/tiny.py makes a run."""
+    """A folder of 24 images in two classes, by whose name the config tests/support/configs.py makes
+    a run."""
     folder = tmp_path_factory.mktemp("source") / "images"
     write_images(folder)
     return folder

@@ -1,4 +1,5 @@
-"""Runs of earlier versions (tests/golden) are resumed, sampled, evaluated and exported by this one."""
+"""Runs of earlier versions (tests/golden) are resumed, sampled, evaluated and exported by this
+one."""
 
 import json
 import logging
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from rdm_jax.checkpoints import folders
 from rdm_jax.config import parse
-from rdm_jax.evaluation.evaluate import RESULT
+from rdm_jax.config.saved import VERSION, read_saved
+from rdm_jax.evaluation.evaluator import RESULT
 from rdm_jax.run import run
-from rdm_jax.saved import VERSION, read_saved
-from rdm_jax.training import checkpoint_folders, metrics
+from rdm_jax.training import metric_writer
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.tar.gz"))
 
@@ -32,33 +34,54 @@ def again(**changes) -> None:
     """The run's own command with other values of some fields, by their dotted paths."""
     options = {key: changes.pop(key) for key in ("mode", "stage", "weights") if key in changes}
     values = parse(read_saved(Path("run/config.json"))).to_config_dict()
-    values.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    values.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+    )
     run(values, "run", **options)
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*.*") if path.is_file()}
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*.*")
+        if path.is_file()
+    }
 
 
 def test_golden_run_is_known_and_goes_on(golden, caplog):
     """All that was done is left alone; then training goes on as the earlier version's own did."""
-    before = {name: files(golden / "run" / name) for name in ("samples", "evaluation", "stage1/checkpoints")}
+    before = {
+        name: files(golden / "run" / name)
+        for name in ("samples", "evaluation", "stage1/checkpoints")
+    }
     again()
-    for said in ("stage1: already trained", "stage2: already trained", "12 images are already in", "evaluation: already in"):
+    for said in (
+        "stage1: already trained",
+        "stage2: already trained",
+        "12 images are already in",
+        "evaluation: already in",
+    ):
         assert said in caplog.text, said
     assert {name: files(golden / "run" / name) for name in before} == before
     again(mode="prepare")
     assert "was prepared before" in caplog.text and "as they were written" in caplog.text
     again(mode="train", stage2__training__images=160)
     assert "stage2: going on from 80 images" in caplog.text
-    assert checkpoint_folders.read_about(golden / "run/stage2/checkpoints/20")["version"] == VERSION
+    assert folders.read_about(golden / "run/stage2/checkpoints/20")["version"] == VERSION
     ours, theirs = (
-        {(line["step"], name): line[name] for line in metrics.read(path) for name in ("loss", "validation_loss") if name in line}
+        {
+            (line["step"], name): line[name]
+            for line in metric_writer.read(path)
+            for name in ("loss", "validation_loss")
+            if name in line
+        }
         for path in (golden / "run/stage2/metrics.jsonl", golden / "resumed_metrics.jsonl")
     )
     assert ours.keys() == theirs.keys() and (20, "validation_loss") in ours
     # Other devices add in another order; the data, the noise and the parameters are the same.
-    np.testing.assert_allclose([ours[key] for key in ours], [theirs[key] for key in ours], rtol=1e-4)
+    np.testing.assert_allclose(
+        [ours[key] for key in ours], [theirs[key] for key in ours], rtol=1e-4
+    )
     assert json.loads((golden / "run/config.json").read_text())["version"] == VERSION
 
 
@@ -66,17 +89,30 @@ def test_golden_run_is_sampled_evaluated_and_exported(golden):
     again(mode="sample", sampling__name="again")
     ours, theirs = (np.load(golden / "run" / name / "samples.npz") for name in ("again", "samples"))
     for name in ("stage1", "images"):
-        assert np.abs(ours[name].astype(int) - theirs[name].astype(int)).max() <= 1  # of 255: devices differ in the last bit
+        assert (
+            np.abs(ours[name].astype(int) - theirs[name].astype(int)).max() <= 1
+        )  # of 255: devices differ in the last bit
     assert ours["labels"].tolist() == theirs["labels"].tolist()
     again(mode="evaluate", evaluation__name="evaluated_again")
-    ours, theirs = (json.loads((golden / "run" / name / RESULT).read_text()) for name in ("evaluated_again", "evaluation"))
+    ours, theirs = (
+        json.loads((golden / "run" / name / RESULT).read_text())
+        for name in ("evaluated_again", "evaluation")
+    )
     assert ours["made_with"] == theirs["made_with"]
     for name, row in theirs["results"].items():
         found = ours["results"][name]["metrics"]
         assert found.keys() == row["metrics"].keys()
-        np.testing.assert_allclose([found[key] for key in found], [row["metrics"][key] for key in found], rtol=0.01, atol=1e-3)
+        np.testing.assert_allclose(
+            [found[key] for key in found],
+            [row["metrics"][key] for key in found],
+            rtol=0.01,
+            atol=1e-3,
+        )
     again(mode="export", stage=1, weights="exported.safetensors")
-    exported, expected = load_file(golden / "exported.safetensors"), load_file(golden / "stage1.safetensors")
+    exported, expected = (
+        load_file(golden / "exported.safetensors"),
+        load_file(golden / "stage1.safetensors"),
+    )
     assert exported.keys() == expected.keys()
     for name in expected:
         np.testing.assert_array_equal(exported[name], expected[name], err_msg=name)

@@ -1,7 +1,8 @@
 """Our numbers against the published PyTorch implementation's.
 
-The cases are files `KIND-NN.npz`, computed once with the original; each holds its parameters in `meta`, so another folder of
-cases runs through the same tests: `RDM_REFERENCE_DIR=/path pytest -k reference`. Errors are relative to the largest magnitude.
+The cases are files `KIND-NN.npz`, computed once with the original; each holds its parameters in
+`meta`, so another folder of cases runs through the same tests: `RDM_REFERENCE_DIR=/path pytest -k
+reference`. Errors are relative to the largest magnitude.
 """
 
 import json
@@ -18,12 +19,21 @@ from rdm_jax.config import Stage
 from rdm_jax.data import augment
 from rdm_jax.diffusion import blurring, guidance, preconditioning, processes, samplers, schedules
 from rdm_jax.evaluation import inception, metrics, moments
-from rdm_jax.interop import original
-from tests.evaluation import inception_file
-from tests.precision import enable_x64
+from rdm_jax.interop import pytorch_names
+from tests.support import inception_file
+from tests.support.precision import enable_x64
 
-FOLDER = pathlib.Path(os.environ.get("RDM_REFERENCE_DIR", pathlib.Path(__file__).parent / "reference_cases"))
-WHOLE = {"seed", "patch", "block", "up_scale", "num_steps", "num_noise_draws"}  # all other numbers in a case's meta are real
+FOLDER = pathlib.Path(
+    os.environ.get("RDM_REFERENCE_DIR", pathlib.Path(__file__).parent / "reference_cases")
+)
+WHOLE = {
+    "seed",
+    "patch",
+    "block",
+    "up_scale",
+    "num_steps",
+    "num_noise_draws",
+}  # all other numbers in a case's meta are real
 # The original computes the DCT's frequencies in float32 even where the rest is float64.
 EXACT, HALF_EXACT, FLOAT32 = 1e-9, 1e-6, 5e-5
 
@@ -31,14 +41,18 @@ EXACT, HALF_EXACT, FLOAT32 = 1e-9, 1e-6, 5e-5
 def cases(kind: str):
     """Parameters for `pytest.mark.parametrize`: every file of a kind; none is an error."""
     found = [pytest.param(path, id=path.stem) for path in sorted(FOLDER.glob(f"{kind}-*.npz"))]
-    return pytest.mark.parametrize("path", found or [pytest.param(None, id=f"no-{kind}-case-found")])
+    return pytest.mark.parametrize(
+        "path", found or [pytest.param(None, id=f"no-{kind}-case-found")]
+    )
 
 
 def load(path):
     assert path is not None, f"no case of this kind in {FOLDER}"
     arrays = dict(np.load(path))
     meta = json.loads(str(arrays.pop("meta")))
-    return {k: float(v) if type(v) is int and k not in WHOLE else v for k, v in meta.items()}, arrays
+    return {
+        k: float(v) if type(v) is int and k not in WHOLE else v for k, v in meta.items()
+    }, arrays
 
 
 @pytest.fixture(params=["float64", "float32"])
@@ -48,7 +62,8 @@ def dtype(request):
 
 
 def check(ours, theirs, dtype, tolerance):
-    """Compares, relative to the largest magnitude: within `tolerance` as float64, within FLOAT32 as float32."""
+    """Compares, relative to the largest magnitude: within `tolerance` as float64, within FLOAT32 as
+    float32."""
     assert ours.dtype == dtype
     error = np.max(np.abs(np.asarray(ours, np.float64) - theirs)) / np.max(np.abs(theirs))
     assert error <= (tolerance if dtype == jnp.float64 else FLOAT32), error
@@ -73,17 +88,29 @@ def test_reference_dct(path, dtype):
 def test_reference_blur(path, dtype):
     meta, case = load(path)
     x, sigma = jnp.asarray(case["x"], dtype), jnp.asarray(case["blur_sigma"], dtype)
-    check(blurring.blur(x, sigma, patch=meta["patch"], min_scale=meta["min_scale"]), case["out"], dtype, HALF_EXACT)
+    check(
+        blurring.blur(x, sigma, patch=meta["patch"], min_scale=meta["min_scale"]),
+        case["out"],
+        dtype,
+        HALF_EXACT,
+    )
 
 
 @cases("block_noise")
 def test_reference_block_noise(path, dtype):
     meta, case = load(path)
-    check(blurring.block_noise(jnp.asarray(case["white"], dtype), block=meta["block"]), case["out"], dtype, EXACT)
+    check(
+        blurring.block_noise(jnp.asarray(case["white"], dtype), block=meta["block"]),
+        case["out"],
+        dtype,
+        EXACT,
+    )
 
 
 def relay_process(meta, **kwargs):
-    clock = schedules.Clock(meta["prob_length"], meta["blur_sigma_max"], meta["P_mean"], meta["P_std"])
+    clock = schedules.Clock(
+        meta["prob_length"], meta["blur_sigma_max"], meta["P_mean"], meta["P_std"]
+    )
     return processes.Relay(clock=clock, min_scale=meta["min_scale"], **kwargs)
 
 
@@ -91,7 +118,12 @@ def relay_process(meta, **kwargs):
 def test_reference_blur_weights(path, dtype):
     meta, case = load(path)
     process = relay_process(meta, patch=meta["patch"])
-    check(process.blur_weights(process.clock.time(jnp.asarray(case["sigma"], dtype))), case["out"], dtype, HALF_EXACT)
+    check(
+        process.blur_weights(process.clock.time(jnp.asarray(case["sigma"], dtype))),
+        case["out"],
+        dtype,
+        HALF_EXACT,
+    )
 
 
 LOSS_TOLERANCE = {"edm": EXACT, "ve": EXACT, "vp": HALF_EXACT, "relay": HALF_EXACT}
@@ -122,15 +154,19 @@ def test_reference_loss(path, dtype):
     process, tolerance = loss_process(meta), LOSS_TOLERANCE[meta["loss"]]
     images, noise = jnp.asarray(case["images"], dtype), jnp.asarray(case["white"], dtype)
     if meta["loss"] == "relay":
-        noise = process.mixture(noise, jnp.asarray(case["block_white"], dtype) if meta["block_scale"] else None)
+        noise = process.mixture(
+            noise, jnp.asarray(case["block_white"], dtype) if meta["block_scale"] else None
+        )
         noised = process.noised(images, jnp.asarray(case["draw_time"], dtype), noise)
         check(noised.sigma, case["sigma"], dtype, tolerance)
     else:
-        # The original's noise levels are float32 even where its images are float64. Ours are the same to that precision, and
-        # what follows from the original's to the full one.
+        # The original's noise levels are float32 even where its images are float64. Ours are the
+        # same to that precision, and what follows from the original's to the full one.
         sigma = process.sigma(jnp.asarray(case["draw_time"]))
         np.testing.assert_allclose(sigma, case["sigma"], rtol=0, atol=1e-6 * case["sigma"].max())
-        noised = process.noised_at(images, jnp.asarray(case["sigma"]) if dtype == jnp.float64 else sigma, noise)
+        noised = process.noised_at(
+            images, jnp.asarray(case["sigma"]) if dtype == jnp.float64 else sigma, noise
+        )
     loss = noised.weight[:, None, None, None] * (toy(noised.images, noised.sigma) - images) ** 2
     check(noised.images, case["net_input"], dtype, tolerance)
     check(loss, case["loss"], dtype, tolerance)
@@ -138,14 +174,19 @@ def test_reference_loss(path, dtype):
 
 def white(meta, shape, dtype):
     """The white arrays that the original's sampler drew, in order."""
-    draws = [np.random.default_rng([meta["seed"], k]).standard_normal(shape) for k in range(meta["num_noise_draws"])]
+    draws = [
+        np.random.default_rng([meta["seed"], k]).standard_normal(shape)
+        for k in range(meta["num_noise_draws"])
+    ]
     return jnp.asarray(np.stack(draws), dtype)
 
 
 def toy_denoiser(meta, case, dtype):
     if "labels" not in case:
         return toy
-    return guidance.classifier_free(toy, jnp.asarray(case["labels"], dtype), meta.get("cfg_scale", 1.0))
+    return guidance.classifier_free(
+        toy, jnp.asarray(case["labels"], dtype), meta.get("cfg_scale", 1.0)
+    )
 
 
 def run_sampler(sampler, denoise, x, levels, noise, scan):
@@ -155,27 +196,52 @@ def run_sampler(sampler, denoise, x, levels, noise, scan):
 
 
 def heun(meta, case, dtype):
-    """Our sampler for a case of the families edm and edm_sde, its levels, its first state and its noise."""
-    settings = {"churn": "S_churn", "churn_min": "S_min", "churn_max": "S_max", "churn_noise": "S_noise", "eta": "sde_scale"}
-    settings |= {"steps": "num_steps", "sigma_min": "sigma_min", "sigma_max": "sigma_max", "rho": "rho"}
-    sampler = samplers.Heun(**{ours: meta[theirs] for ours, theirs in settings.items() if theirs in meta})
+    """Our sampler for a case of the families edm and edm_sde, its levels, its first state and its
+    noise."""
+    settings = {
+        "churn": "S_churn",
+        "churn_min": "S_min",
+        "churn_max": "S_max",
+        "churn_noise": "S_noise",
+        "eta": "sde_scale",
+    }
+    settings |= {
+        "steps": "num_steps",
+        "sigma_min": "sigma_min",
+        "sigma_max": "sigma_max",
+        "rho": "rho",
+    }
+    sampler = samplers.Heun(
+        **{ours: meta[theirs] for ours, theirs in settings.items() if theirs in meta}
+    )
     levels = sampler.levels(processes.Gaussian())
-    draws = jnp.concatenate([jnp.asarray(case["init"], dtype)[None], white(meta, case["init"].shape, dtype)])
+    draws = jnp.concatenate(
+        [jnp.asarray(case["init"], dtype)[None], white(meta, case["init"].shape, dtype)]
+    )
     if meta["family"] == "edm_sde":  # three draws a step, as ours
         return sampler, levels, None, lambda k: draws[k]
-    return sampler, levels, None, lambda k: draws[(k + 2) // 3]  # one draw a step, for the churn; ours is the first of three
+    return (
+        sampler,
+        levels,
+        None,
+        lambda k: draws[(k + 2) // 3],
+    )  # one draw a step, for the churn; ours is the first of three
 
 
 def relay_heun(meta, case, dtype):
     """The same for the family relay."""
-    process = processes.Relay(meta["up_scale"], schedules.Clock(1.0, meta["blur_sigma_max"]), block_scale=meta["s_block"])
+    process = processes.Relay(
+        meta["up_scale"], schedules.Clock(1.0, meta["blur_sigma_max"]), block_scale=meta["s_block"]
+    )
     settings = {"steps": "num_steps", "truncation_time": "truncation_t", "eta": "s_noise"}
     settings |= {name: name for name in ("sigma_min", "sigma_max", "rho", "truncation_sigma")}
     sampler = samplers.RelayHeun(**{ours: meta[theirs] for ours, theirs in settings.items()})
     levels = sampler.levels(process)
     draws = white(meta, case["init"].shape, dtype)
     mixtures = jax.vmap(process.mixture)(draws[::2], draws[1::2]) if meta["s_block"] else draws
-    assert len(mixtures) == 2 * len(levels.sigma) - 1  # one at the start, two a step: we walk as many levels as the original
+    assert (
+        len(mixtures) == 2 * len(levels.sigma) - 1
+    )  # one at the start, two a step: we walk as many levels as the original
     return sampler, levels, jnp.asarray(case["low"], dtype), lambda k: mixtures[k]
 
 
@@ -183,7 +249,11 @@ def relay_heun(meta, case, dtype):
 @cases("sampler")
 def test_reference_sampler(path, dtype, scan):
     meta, case = load(path)
-    made, tolerance = {"edm": (heun, EXACT), "edm_sde": (heun, EXACT), "relay": (relay_heun, HALF_EXACT)}[meta["family"]]
+    made, tolerance = {
+        "edm": (heun, EXACT),
+        "edm_sde": (heun, EXACT),
+        "relay": (relay_heun, HALF_EXACT),
+    }[meta["family"]]
     sampler, levels, low, noise = made(meta, case, dtype)
     x = sampler.start(low, jax.tree.map(lambda a: a[0], levels), noise)
     out = run_sampler(sampler, toy_denoiser(meta, case, dtype), x, levels, noise, scan)
@@ -192,7 +262,11 @@ def test_reference_sampler(path, dtype, scan):
 
 def draw_parameter(name, shape, seed):
     """The recipe by which the original's parameters were drawn for the cases."""
-    z = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)
+    z = (
+        np.random.default_rng([seed, zlib.crc32(name.encode())])
+        .standard_normal(shape)
+        .astype(np.float32)
+    )
     if name.endswith("freqs"):
         return 16 * z
     if "norm" in name and name.endswith("weight"):
@@ -203,26 +277,30 @@ def draw_parameter(name, shape, seed):
 @cases("network")
 def test_reference_network(path):
     meta, case = load(path)
-    found = original.describe(meta["precond"], meta["config"], Stage())
+    found = pytorch_names.describe(meta["precond"], meta["config"], Stage())
     stage, side = found.stage, found.stage.resolution[0]
     network = stage.build(found.channels, found.classes)
     theirs = {}
-    for name, shape, total in zip(case["param_names"].tolist(), case["param_shapes"], case["param_abs_sums"], strict=True):
+    for name, shape, total in zip(
+        case["param_names"].tolist(), case["param_shapes"], case["param_abs_sums"], strict=True
+    ):
         shape = json.loads(str(shape))
         if name.endswith("resample_filter"):
-            theirs[name] = original.buffers(stage)[name]
+            theirs[name] = pytorch_names.buffers(stage)[name]
             assert theirs[name].shape == tuple(shape)
         else:
             theirs[name] = draw_parameter(name, shape, meta["seed"])
         np.testing.assert_allclose(np.abs(theirs[name]).sum(dtype=np.float64), total, rtol=1e-6)
 
     def name_of(keys) -> str:
-        return original.original_name(tuple(key.key for key in keys), stage.network, side)
+        return pytorch_names.original_name(tuple(key.key for key in keys), stage.network, side)
 
     # Every parameter of theirs has its place in ours, and the other way round.
     ours = [name_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(network.abstract)[0]]
     assert sorted(ours) == sorted(name for name in theirs if not name.endswith("resample_filter"))
-    params = jax.tree.map_with_path(lambda keys, _: jnp.asarray(original.to_ours(theirs[name_of(keys)])), network.abstract)
+    params = jax.tree.map_with_path(
+        lambda keys, _: jnp.asarray(pytorch_names.to_ours(theirs[name_of(keys)])), network.abstract
+    )
 
     arrays = {k: jnp.asarray(case[k], jnp.float32) for k in case if case[k].dtype.kind == "f"}
     labels, augment = arrays.get("labels"), arrays.get("augment_labels")
@@ -237,12 +315,18 @@ def test_reference_network(path):
     np.testing.assert_allclose(y, case["y"], atol=2e-5 * scale, rtol=0)
     np.testing.assert_allclose(value, case["loss"], rtol=1e-4)
     if "y_null_label" in case:
-        np.testing.assert_allclose(output(params, None), case["y_null_label"], atol=2e-5 * scale, rtol=0)
+        np.testing.assert_allclose(
+            output(params, None), case["y_null_label"], atol=2e-5 * scale, rtol=0
+        )
         if labels is not None:
-            np.testing.assert_allclose(output(params, 0 * labels), case["y_null_label"], atol=2e-5 * scale, rtol=0)
+            np.testing.assert_allclose(
+                output(params, 0 * labels), case["y_null_label"], atol=2e-5 * scale, rtol=0
+            )
     norms = {name_of(keys): np.linalg.norm(np.asarray(leaf, np.float64)) for keys, leaf in
              jax.tree_util.tree_flatten_with_path(grads)[0]}  # fmt: skip
-    assert set(case["grad_names"].tolist()) == {name for name in norms if not name.endswith("freqs")}
+    assert set(case["grad_names"].tolist()) == {
+        name for name in norms if not name.endswith("freqs")
+    }
     for name, norm in zip(case["grad_names"].tolist(), case["grad_norms"], strict=True):
         np.testing.assert_allclose(norms[name], norm, rtol=1e-4, err_msg=name)
 
@@ -263,9 +347,16 @@ def test_reference_metrics(path, dtype):
     precision, recall = metrics.precision_and_recall(reference, sample, k=int(meta["k"]), tile=128)
     score = metrics.InceptionScore(case["logits"].shape[1], int(meta["split_size"]))
     score.add(case["logits"])
-    found = {"frechet": frechet, "precision": precision, "recall": recall, "inception_score": score.value()}
+    found = {
+        "frechet": frechet,
+        "precision": precision,
+        "recall": recall,
+        "inception_score": score.value(),
+    }
     for name, value in found.items():
-        assert abs(value - meta[name]) <= (1e-6 if dtype == jnp.float32 else 1e-12) * abs(meta[name]), name
+        assert abs(value - meta[name]) <= (1e-6 if dtype == jnp.float32 else 1e-12) * abs(
+            meta[name]
+        ), name
 
 
 AUGMENT_PARAMETERS = {
@@ -284,27 +375,49 @@ AUGMENT_PARAMETERS = {
 def test_reference_augment(path, dtype):
     meta, case = load(path)
     augmentation = augment.Augmentation(
-        scale_std=meta["scale_std"], anisotropy_std=meta["aniso_std"], shift_std=meta["translate_frac_std"]
+        scale_std=meta["scale_std"],
+        anisotropy_std=meta["aniso_std"],
+        shift_std=meta["translate_frac_std"],
     )
-    drawn = {ours: jnp.asarray(case[f"param_{theirs}"], dtype) for ours, theirs in AUGMENT_PARAMETERS.items()}
+    drawn = {
+        ours: jnp.asarray(case[f"param_{theirs}"], dtype)
+        for ours, theirs in AUGMENT_PARAMETERS.items()
+    }
     t = augment.Transformation(**drawn)
-    out, labels = augmentation.transform(jnp.asarray(case["images"], dtype), t), augmentation.labels(t)
+    out, labels = (
+        augmentation.transform(jnp.asarray(case["images"], dtype), t),
+        augmentation.labels(t),
+    )
     for ours, theirs in ((out, case["out"]), (labels, case["labels"])):
         # Within 1e-4 in float64 too: the original's numbers are float32.
-        assert np.max(np.abs(np.asarray(ours, np.float64) - theirs)) <= 1e-4 * np.max(np.abs(theirs))
+        assert np.max(np.abs(np.asarray(ours, np.float64) - theirs)) <= 1e-4 * np.max(
+            np.abs(theirs)
+        )
 
 
 @cases("inception")
 def test_reference_inception(path, tmp_path):
     meta, case = load(path)
     theirs = {}
-    for name, shape, total in zip(case["param_names"].tolist(), case["param_shapes"], case["param_abs_sums"], strict=True):
+    for name, shape, total in zip(
+        case["param_names"].tolist(), case["param_shapes"], case["param_abs_sums"], strict=True
+    ):
         theirs[name] = inception_file.draw(name, json.loads(str(shape)), meta["seed"])
         np.testing.assert_allclose(np.abs(theirs[name]).sum(dtype=np.float64), total, rtol=1e-6)
     digest = inception_file.write(tmp_path / "weights.pth", theirs)
-    params, _ = inception.load(tmp_path / "weights.pth", sha256=digest)  # so every parameter of theirs has its place in ours
-    images = np.random.default_rng([meta["seed"], 1]).integers(0, 256, [int(n) for n in meta["shape"]], dtype=np.uint8)
+    params, _ = inception.load(
+        tmp_path / "weights.pth", sha256=digest
+    )  # so every parameter of theirs has its place in ours
+    images = np.random.default_rng([meta["seed"], 1]).integers(
+        0, 256, [int(n) for n in meta["shape"]], dtype=np.uint8
+    )
     found = jax.jit(inception.apply)(params, jnp.asarray(images))
-    for ours, wanted in (("pool", case["pool"]), ("spatial", case["spatial"]), ("logits", case["logits_no_bias"])):
+    for ours, wanted in (
+        ("pool", case["pool"]),
+        ("spatial", case["spatial"]),
+        ("logits", case["logits_no_bias"]),
+    ):
         assert found[ours].dtype == np.float32
-        np.testing.assert_allclose(found[ours], wanted.reshape(len(images), -1), atol=1e-4 * np.abs(wanted).max(), rtol=0)
+        np.testing.assert_allclose(
+            found[ours], wanted.reshape(len(images), -1), atol=1e-4 * np.abs(wanted).max(), rtol=0
+        )

@@ -1,4 +1,5 @@
-"""One setting of the relay after the other, all else as in the config. See README.md beside this file.
+"""One setting of the relay after the other, all else as in the config. See README.md beside this
+file.
 
 python -m experiments.ablations.sweep --config configs/digits.py --workdir runs/ablations
 """
@@ -12,58 +13,84 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from experiments import runs
+from experiments import common
 from experiments.ablations.variants import GROUPS, SEVERAL, Variant, unguided
-from rdm_jax import checks
 from rdm_jax import config as configs
-from rdm_jax.command import command
-from rdm_jax.config import Config, Stage
-from rdm_jax.config_flag import define_config
+from rdm_jax.cli.command import command
+from rdm_jax.cli.config_flag import define_config
+from rdm_jax.config import Config, Stage, validate
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
-from rdm_jax.evaluation.tables import markdown
-from rdm_jax.files import local_path, whole_file
-from rdm_jax.lists import parse_numbers
-from rdm_jax.sampling.sampler import joined_level
-from rdm_jax.training.step import to_float
+from rdm_jax.diffusion.pixels import from_uint8
+from rdm_jax.render.tables import markdown
+from rdm_jax.runtime.files import atomic_write, local_path
+from rdm_jax.runtime.ranges import parse_numbers
+from rdm_jax.sampling.stage_sampler import joined_level
 
 _CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/ablations", "Of all runs; the same command goes on where it stopped.")
-_SEEDS = flags.DEFINE_string("seeds", "0-2", "Of the runs that some groups have several of; the others have the first alone.")
-_EVALUATIONS = flags.DEFINE_integer("evaluations", 19, "Of stage 2's network for an image, so many that discretisation is small.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/ablations", "Of all runs; the same command goes on where it stopped."
+)
+_SEEDS = flags.DEFINE_string(
+    "seeds", "0-2", "Of the runs that some groups have several of; the others have the first alone."
+)
+_EVALUATIONS = flags.DEFINE_integer(
+    "evaluations", 19, "Of stage 2's network for an image, so many that discretisation is small."
+)
 _GROUPS = flags.DEFINE_list("groups", [], "Those of the groups that are wanted; all without.")
 
 
 def handover_error(stage: Stage, images: ImageSet) -> str:
-    """Where the relay joins, and what it takes to be zero there: the detail that the blur has left, in units of the noise."""
+    """Where the relay joins, and what it takes to be zero there: the detail that the blur has left,
+    in units of the noise."""
     first = joined_level(stage)
-    x = to_float(jnp.asarray(images.batch(np.arange(len(images)))["image"]), images.image_shape[0] // stage.resolution[0])
+    x = from_uint8(
+        jnp.asarray(images.batch(np.arange(len(images)))["image"]),
+        images.image_shape[0] // stage.resolution[0],
+    )
     detail = x - blurring.enlarge(blurring.mean_pool(x, factor=stage.factor), factor=stage.factor)
-    left = blurring.over_patches(lambda patch: blurring.filter_patch(patch, first.blur), stage.factor)((detail,))
+    left = blurring.over_patches(
+        lambda patch: blurring.filter_patch(patch, first.blur), stage.factor
+    )((detail,))
     return f"{first.sigma:.3f}, {first.blur[0, 1]:.1%}, {jnp.sqrt(jnp.mean(left**2)) / first.sigma:.3f}"
 
 
-def measured(base: Config, variant: Variant, root: Path, seed: int, small: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains what has to be trained, and measures stage 2 from stage 1's images, and from real ones."""
+def measured(
+    base: Config, variant: Variant, root: Path, seed: int, small: Path
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Trains what has to be trained, and measures stage 2 from stage 1's images, and from real
+    ones."""
     base = dataclasses.replace(base, seed=seed)
     usual = root / f"base-{seed}"
     for number in (1, 2):
-        base = runs.with_stage(base, number, checkpoint=str(runs.trained(base, usual, number)))
+        base = common.with_stage(base, number, checkpoint=str(common.trained(base, usual, number)))
     config = variant.change(base)
-    learnt = [[(stage.network, stage.process, stage.training) for stage in each.stages] for each in (config, base)]
+    learnt = [
+        [(stage.network, stage.process, stage.training) for stage in each.stages]
+        for each in (config, base)
+    ]
     workdir = usual if learnt[0] == learnt[1] else root / f"{variant.name}-{seed}"
     if workdir != usual:
-        config = runs.with_stage(config, variant.stage, checkpoint=str(runs.trained(config, workdir, variant.stage)))
+        config = common.with_stage(
+            config, variant.stage, checkpoint=str(common.trained(config, workdir, variant.stage))
+        )
     name = "relay_" + "".join(c if c.isalnum() else "_" for c in variant.name)
-    from_real = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, low=f"folder:{small}"))
-    return runs.measured(config, workdir, name), runs.measured(from_real, workdir, name.replace("relay", "real"))
+    from_real = dataclasses.replace(
+        config, sampling=dataclasses.replace(config.sampling, low=f"folder:{small}")
+    )
+    return common.measured(config, workdir, name), common.measured(
+        from_real, workdir, name.replace("relay", "real")
+    )
 
 
-Distances = dict[str, tuple[list[float], list[float]]]  # of a group's settings: of the relay, and from real small images
+Distances = dict[
+    str, tuple[list[float], list[float]]
+]  # of a group's settings: of the relay, and from real small images
 
 
 def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
-    """A panel a group: means over seeds, with their standard deviation where there are several, and the floor."""
+    """A panel a group: means over seeds, with their standard deviation where there are several, and
+    the floor."""
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(5.4 * columns, 2.6 * rows), layout="constrained")
@@ -75,7 +102,14 @@ def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
             values = [found[number] for found in distances.values()]
             spread = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
             places = list(range(len(values)))
-            axes.errorbar(list(map(statistics.mean, values)), places, xerr=spread, fmt="os"[number], markersize=4, label=label)
+            axes.errorbar(
+                list(map(statistics.mean, values)),
+                places,
+                xerr=spread,
+                fmt="os"[number],
+                markersize=4,
+                label=label,
+            )
         axes.axvline(floor, color="0.5", linestyle=":", label="real images held out")
         axes.set(title=title, yticks=places, yticklabels=list(distances))
         axes.invert_yaxis()
@@ -83,7 +117,7 @@ def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
     panels[0].set_xlim(left=0)  # of all
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     figure.supxlabel("Frechet distance")
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=90)
 
 
@@ -92,27 +126,38 @@ def sweep() -> None:
     root, config = local_path(_WORKDIR.value, "--workdir"), configs.parse(_CONFIG.value)
     seeds = parse_numbers(_SEEDS.value, "--seeds")
     for group in _GROUPS.value:
-        checks.require(group in GROUPS, "--groups", group, ", ".join(GROUPS))
-    runs.check_relay(config)
-    base, held_out, floor = runs.prepared(unguided(config, _EVALUATIONS.value), root)
+        validate.require(group in GROUPS, "--groups", group, ", ".join(GROUPS))
+    common.check_relay(config)
+    base, held_out, floor = common.prepared(unguided(config, _EVALUATIONS.value), root)
     small = root / "held_out_small"
-    runs.write_small(held_out, base.stages[1].factor, small)
-    columns = [*runs.columns(floor), *(f"{name}, from real small images" for name in runs.columns(floor)[:1])]
+    common.write_small(held_out, base.stages[1].factor, small)
+    columns = [
+        *common.columns(floor),
+        *(f"{name}, from real small images" for name in common.columns(floor)[:1]),
+    ]
     drawn: dict[str, Distances] = {}
     for group in _GROUPS.value or GROUPS:
         rows, drawn[group] = [], {}
         for variant in GROUPS[group]:
             of_group = seeds if group in SEVERAL else seeds[:1]
-            relayed, real = zip(*(measured(base, variant, root, seed, small) for seed in of_group), strict=True)
+            relayed, real = zip(
+                *(measured(base, variant, root, seed, small) for seed in of_group), strict=True
+            )
             changed = variant.change(base)
             joined = handover_error(changed.stages[1], held_out)
-            rows.append([variant.setting, joined, *runs.cells(relayed), runs.cells(real)[0]])
+            rows.append([variant.setting, joined, *common.cells(relayed), common.cells(real)[0]])
             as_in_config = " (config)" if changed == base else ""
-            drawn[group][variant.setting + as_in_config] = (list(map(runs.distance, relayed)), list(map(runs.distance, real)))
-        print(f"\n{group}\n\n{markdown(['', 'hand-over: sigma, blur left, detail left', *columns], rows)}", flush=True)
-    draw(drawn, runs.distance(floor), root / "ablations.png")
+            drawn[group][variant.setting + as_in_config] = (
+                list(map(common.distance, relayed)),
+                list(map(common.distance, real)),
+            )
+        print(
+            f"\n{group}\n\n{markdown(['', 'hand-over: sigma, blur left, detail left', *columns], rows)}",
+            flush=True,
+        )
+    draw(drawn, common.distance(floor), root / "ablations.png")
 
 
 if __name__ == "__main__":
-    runs.start()
+    common.start()
     command(sweep, lambda: _WORKDIR.value, config="configs/digits.py")

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from experiments import runs
+from experiments import common
 from rdm_jax.config import Config
-from rdm_jax.sampling.sampler import evaluations
+from rdm_jax.sampling.stage_sampler import evaluations
 
 Change = Callable[[Config], Config]
 
@@ -31,49 +31,63 @@ class Variant(NamedTuple):
 
 
 def unguided(config: Config, count: int) -> Config:
-    """What all variants are changes of: the config without guidance, its stage 2 sampling with so many evaluations."""
-    return runs.with_evaluations(guidance(1.0, 1.0)(config), 2, count)
+    """What all variants are changes of: the config without guidance, its stage 2 sampling with so
+    many evaluations."""
+    return common.with_evaluations(guidance(1.0, 1.0)(config), 2, count)
 
 
 def process(**fields) -> Change:
     """Another process of stage 2."""
-    return lambda config: runs.with_stage(config, 2, process=dataclasses.replace(config.stages[1].process, **fields))
+    return lambda config: common.with_stage(
+        config, 2, process=dataclasses.replace(config.stages[1].process, **fields)
+    )
 
 
 def clock(**fields) -> Change:
     """Another clock of it."""
-    return lambda config: process(clock=dataclasses.replace(config.stages[1].process.clock, **fields))(config)
+    return lambda config: process(
+        clock=dataclasses.replace(config.stages[1].process.clock, **fields)
+    )(config)
 
 
 def length(value: float) -> Change:
-    """Another length of the clock, at whose end, as far out as the network is trained, the relay joins."""
+    """Another length of the clock, at whose end, as far out as the network is trained, the relay
+    joins."""
 
     def change(config: Config) -> Config:
         config = clock(length=value)(config)
         end = float(config.stages[1].process.clock.sigma(jnp.ones(())))
-        return runs.with_evaluations(sampler(truncation_sigma=end)(config), 2, evaluations(config.stages[1]))
+        return common.with_evaluations(
+            sampler(truncation_sigma=end)(config), 2, evaluations(config.stages[1])
+        )
 
     return change
 
 
 def sampler(**fields) -> Change:
     """Another sampler of stage 2."""
-    return lambda config: runs.with_stage(config, 2, sampler=fields)
+    return lambda config: common.with_stage(config, 2, sampler=fields)
 
 
 def guidance(first: float, second: float) -> Change:
     """Other weights of guidance."""
-    return lambda config: runs.with_stage(runs.with_stage(config, 1, guidance=first), 2, guidance=second)
+    return lambda config: common.with_stage(
+        common.with_stage(config, 1, guidance=first), 2, guidance=second
+    )
 
 
 def label_dropout(rate: float, weight: float) -> Change:
     """Another share of hidden labels in stage 1, which is guided."""
-    return lambda config: runs.with_stage(config, 1, training={"label_dropout": rate}, guidance=weight)
+    return lambda config: common.with_stage(
+        config, 1, training={"label_dropout": rate}, guidance=weight
+    )
 
 
 def order(number: int) -> Change:
     """Heun's method (2) or Euler's (1), the network run as often."""
-    return lambda config: runs.with_evaluations(sampler(order=number)(config), 2, evaluations(config.stages[1]))
+    return lambda config: common.with_evaluations(
+        sampler(order=number)(config), 2, evaluations(config.stages[1])
+    )
 
 
 def block_noise() -> Iterator[Variant]:
@@ -81,49 +95,80 @@ def block_noise() -> Iterator[Variant]:
     yield Variant("block_0", "a = 0", process(block_scale=0.0))
     for scale in (0.15, 0.3, 0.5):
         yield Variant(f"block_{scale:g}", f"a = {scale:g}", process(block_scale=scale))
-        yield Variant(f"block_{scale:g}_n", f"a = {scale:g}, normalized", process(block_scale=scale, normalize_noise=True))
+        yield Variant(
+            f"block_{scale:g}_n",
+            f"a = {scale:g}, normalized",
+            process(block_scale=scale, normalize_noise=True),
+        )
     for size in (2, 8):
-        yield Variant(f"block_0.5_{size}", f"a = 0.5, s = {size}", process(block_scale=0.5, block_size=size))
+        yield Variant(
+            f"block_0.5_{size}", f"a = 0.5, s = {size}", process(block_scale=0.5, block_size=size)
+        )
 
 
 def freshened() -> Iterator[Variant]:
-    """Shares of fresh noise, with the usual evaluations and with so many that what is left is not the steps' length."""
+    """Shares of fresh noise, with the usual evaluations and with so many that what is left is not
+    the steps' length."""
     for eta in (0.0, 0.05, 0.1, 0.2, 0.3):
         yield Variant(f"eta_{eta:g}", f"eta = {eta:g}", sampler(eta=eta), 0)
     for eta in (0.0, 0.3):
-        change = lambda config, eta=eta: runs.with_evaluations(sampler(eta=eta)(config), 2, 199)  # noqa: E731
+        change = lambda config, eta=eta: common.with_evaluations(sampler(eta=eta)(config), 2, 199)  # noqa: E731
         yield Variant(f"eta_{eta:g}_199", f"199 evaluations, eta = {eta:g}", change, 0)
 
 
 def corrected() -> Iterator[Variant]:
-    """What Heun's method averages, and what the first step takes the enlarged image for, with few evaluations and with more."""
-    for count, corrector, exact in itertools.product((5, 9, 19), ("slopes", "images"), (False, True)):
+    """What Heun's method averages, and what the first step takes the enlarged image for, with few
+    evaluations and with more."""
+    for count, corrector, exact in itertools.product(
+        (5, 9, 19), ("slopes", "images"), (False, True)
+    ):
         setting = f"{count} evaluations, {corrector}, {'exact' if exact else 'published'} start"
         settings = sampler(corrector=corrector, exact_start=exact)
-        change = lambda config, settings=settings, count=count: runs.with_evaluations(settings(config), 2, count)  # noqa: E731
+        change = lambda config, settings=settings, count=count: common.with_evaluations(
+            settings(config), 2, count
+        )  # noqa: E731
         yield Variant(f"{corrector}_{exact}_{count}", setting, change, 0)
 
 
 GROUPS = {
     "block noise": (*block_noise(),),
-    "blur": (*(Variant(f"blur_{b:g}", f"at most {b:g} pixels", clock(blur_sigma_max=b)) for b in (1.0, 2.0, 3.0, 6.0)),),
-    "clock": (*(Variant(f"clock_{n:g}", f"L = {n:g}", length(n)) for n in (0.85, 0.89, 0.93, 0.97)),),
+    "blur": (
+        *(
+            Variant(f"blur_{b:g}", f"at most {b:g} pixels", clock(blur_sigma_max=b))
+            for b in (1.0, 2.0, 3.0, 6.0)
+        ),
+    ),
+    "clock": (
+        *(Variant(f"clock_{n:g}", f"L = {n:g}", length(n)) for n in (0.85, 0.89, 0.93, 0.97)),
+    ),
     "eta": (*freshened(),),
     "ladder": (
-        *(Variant(f"steps_{n}", f"{c} evaluations, N = {n}", sampler(steps=n), 0) for n, c in ((6, 5), (7, 5), (9, 7), (10, 7))),
+        *(
+            Variant(f"steps_{n}", f"{c} evaluations, N = {n}", sampler(steps=n), 0)
+            for n, c in ((6, 5), (7, 5), (9, 7), (10, 7))
+        ),
     ),
     "order": (Variant("heun", "Heun", order(2), 0), Variant("euler", "Euler", order(1), 0)),
     "corrector and start": (*corrected(),),
     "guidance": (
         *(
-            Variant(f"guidance_{first:g}_{second:g}", f"{first:g} in stage 1, {second:g} in stage 2", guidance(first, second), 0)
+            Variant(
+                f"guidance_{first:g}_{second:g}",
+                f"{first:g} in stage 1, {second:g} in stage 2",
+                guidance(first, second),
+                0,
+            )
             for first in (1.0, 1.5, 2.0, 3.0)
             for second in (1.0, 2.0)
         ),
     ),
     "label dropout": (
-        *(Variant(f"dropout_{d:g}", f"{d:g} in stage 1, guided by 1.5", label_dropout(d, 1.5), 1) for d in (0.05, 0.1, 0.3)),
+        *(
+            Variant(f"dropout_{d:g}", f"{d:g} in stage 1, guided by 1.5", label_dropout(d, 1.5), 1)
+            for d in (0.05, 0.1, 0.3)
+        ),
     ),
 }
-# In which some settings are so close that one seed does not tell them apart, and nothing but the base is trained.
+# In which some settings are so close that one seed does not tell them apart, and nothing but the
+# base is trained.
 SEVERAL = ("ladder", "corrector and start")

@@ -1,13 +1,17 @@
 """Ways to attend, at the sizes of a config's networks, as one Markdown table.
 
-    python -m experiments.benchmarks.attention                                        # ADM-64 and ADM-256
-    python -m experiments.benchmarks.attention --batch 64 --dtypes bfloat16           # on an accelerator
+    python -m experiments.benchmarks.attention                                        # ADM-64 and
+    ADM-256 python -m experiments.benchmarks.attention --batch 64 --dtypes bfloat16           # on
+    an accelerator
 
-Rows, for each size of the levels that attend: "the library's" is `rdm_jax.models.layers.attend`; "xla" and "cudnn" are
-`jax.nn.dot_product_attention` with that implementation (cudnn on GPUs alone, and not for float32); "einsum" is two products of
-whole arrays with softmax, in float32, between them. Columns: pixels that attend, heads of so many channels, milliseconds forward,
-milliseconds forward and backward together, FLOP/s forward (4 n^2 d a head, n pixels, d channels), and the largest differences of
-the output, and of the gradients, from einsum in float32 on the same (rounded) values, at full precision.
+Rows, for each size of the levels that attend: "the library's" is `rdm_jax.models.layers.attend`;
+  "xla" and "cudnn" are
+`jax.nn.dot_product_attention` with that implementation (cudnn on GPUs alone, and not for float32);
+"einsum" is two products of whole arrays with softmax, in float32, between them. Columns: pixels
+that attend, heads of so many channels, milliseconds forward, milliseconds forward and backward
+together, FLOP/s forward (4 n^2 d a head, n pixels, d channels), and the largest differences of the
+output, and of the gradients, from einsum in float32 on the same (rounded) values, at full
+precision.
 """
 
 import functools
@@ -22,8 +26,8 @@ from jaxtyping import Array, Float
 
 from experiments.benchmarks import timing
 from rdm_jax import config as configs
-from rdm_jax.command import command
-from rdm_jax.config_flag import define_config
+from rdm_jax.cli.command import command
+from rdm_jax.cli.config_flag import define_config
 from rdm_jax.models import layers
 
 _CONFIG = define_config("Whose networks' sizes to take; configs/imagenet.py if it is not given.")
@@ -31,7 +35,18 @@ _BATCH = flags.DEFINE_integer("batch", 2, "Images at a time.", 1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of queries, keys and values.")
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "How long to time each thing.")
 
-COLUMNS = ("stage", "pixels", "heads", "dtype", "", "forward, ms", "and backward, ms", "FLOP/s", "difference", "of gradients")
+COLUMNS = (
+    "stage",
+    "pixels",
+    "heads",
+    "dtype",
+    "",
+    "forward, ms",
+    "and backward, ms",
+    "FLOP/s",
+    "difference",
+    "of gradients",
+)
 
 Heads = Float[Array, "b n k d"]
 
@@ -46,7 +61,9 @@ def einsum(q: Heads, k: Heads, v: Heads, precision: jax.lax.Precision | None = N
 def variants(dtype: jnp.dtype) -> dict[str, Callable[[Heads, Heads, Heads], Heads]]:
     """What can be run on this device."""
     jaxs = lambda name: functools.partial(jax.nn.dot_product_attention, implementation=name)  # noqa: E731
-    fused = {"cudnn": jaxs("cudnn")} if jax.default_backend() == "gpu" and dtype != jnp.float32 else {}
+    fused = (
+        {"cudnn": jaxs("cudnn")} if jax.default_backend() == "gpu" and dtype != jnp.float32 else {}
+    )
     return {"the library's": layers.attend, "xla": jaxs("xla"), **fused, "einsum": einsum}
 
 
@@ -55,12 +72,17 @@ def sizes(config: configs.Config) -> Iterator[tuple[int, int, int, int, int]]:
     for number, stage in enumerate(config.stages, 1):
         network = stage.network
         for level in sorted({*network.attention_levels, len(network.channel_mult) - 1}):
-            channels, shrunk = network.channels * network.channel_mult[level], network.patch * 2**level
+            channels, shrunk = (
+                network.channels * network.channel_mult[level],
+                network.patch * 2**level,
+            )
             head = getattr(network, "head_channels", channels)
             yield number, *(side // shrunk for side in stage.resolution), channels // head, head
 
 
-def with_gradients(attend: Callable[..., Heads]) -> Callable[..., tuple[Heads, tuple[Heads, Heads, Heads]]]:
+def with_gradients(
+    attend: Callable[..., Heads],
+) -> Callable[..., tuple[Heads, tuple[Heads, Heads, Heads]]]:
     """(q, k, v, cotangent) -> the output, and the gradients of its product with the cotangent."""
 
     def both(q, k, v, cotangent):
@@ -73,9 +95,13 @@ def with_gradients(attend: Callable[..., Heads]) -> Callable[..., tuple[Heads, t
 def rows(shape: tuple[int, int, int, int], dtype: jnp.dtype, seconds: float) -> Iterator[list[str]]:
     """Cells of every variant for arrays of shape (b, n, k, d): name, times, FLOP/s, differences."""
     random = np.random.default_rng(0)
-    arrays = [jnp.asarray(random.standard_normal(shape, np.float32)).astype(dtype) for _ in range(4)]
+    arrays = [
+        jnp.asarray(random.standard_normal(shape, np.float32)).astype(dtype) for _ in range(4)
+    ]
     exact = functools.partial(einsum, precision=jax.lax.Precision.HIGHEST)
-    exact_out, exact_gradients = jax.jit(with_gradients(exact))(*(a.astype(jnp.float32) for a in arrays))
+    exact_out, exact_gradients = jax.jit(with_gradients(exact))(
+        *(a.astype(jnp.float32) for a in arrays)
+    )
     calls, results = {}, {}
     for name, attend in variants(dtype).items():
         both = functools.partial(timing.compiled(with_gradients(attend), *arrays), *arrays)
@@ -100,7 +126,9 @@ def main() -> None:
     """Prints the table."""
     print(timing.machine())
     timing.start_table(f"Batches of {_BATCH.value}", COLUMNS)
-    for size, dtype in itertools.product(sizes(configs.parse(_CONFIG.value)), map(jnp.dtype, _DTYPES.value)):
+    for size, dtype in itertools.product(
+        sizes(configs.parse(_CONFIG.value)), map(jnp.dtype, _DTYPES.value)
+    ):
         number, h, w, heads, channels = size
         about = [f"{number}", f"{h} x {w}", f"{heads} x {channels}", f"{dtype}"]
         for cells in rows((_BATCH.value, h * w, heads, channels), dtype, _SECONDS.value):

@@ -1,10 +1,12 @@
-"""Images a second from every kind of source, and the share of training spent waiting for them, as two Markdown tables.
+"""Images a second from every kind of source, and the share of training spent waiting for them, as
+two Markdown tables.
 
     python -m experiments.benchmarks.data --folder PATH --emoji package/assets
 
-Without --folder the images are random, with a spectrum like a photograph's. The pipeline is that of training, in batches of 32.
-All that is written goes to a temporary directory, and is read from the file system's memory; what records take beside the
-images counts for more the fewer they are. A config whose data is not there is named instead of measured.
+Without --folder the images are random, with a spectrum like a photograph's. The pipeline is that of
+training, in batches of 32. All that is written goes to a temporary directory, and is read from the
+file system's memory; what records take beside the images counts for more the fewer they are. A
+config whose data is not there is named instead of measured.
 """
 
 import collections
@@ -26,34 +28,41 @@ from absl import flags, logging
 from PIL import Image
 
 from rdm_jax import config as configs
-from rdm_jax import sharding
-from rdm_jax.command import command
+from rdm_jax.cli.command import command
 from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
-from rdm_jax.data.images import Form, encode, fit
+from rdm_jax.data.images import ImageSpec, encode, fit
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import ENCODINGS, Encoding
 from rdm_jax.data.sources import cores, open_source
-from rdm_jax.errors import InputError
-from rdm_jax.stage_data import open_sets
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.stage_datasets import open_sets
 from rdm_jax.training.loop import STEPS_IN_FLIGHT, Trainer
 
 _FOLDER = flags.DEFINE_string("folder", "", "Images to read; '' for random ones.")
 _IMAGES = flags.DEFINE_integer("images", 256, "How many of them, evenly chosen.")
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long to time each thing.")
-_CONFIGS = flags.DEFINE_list("configs", ["configs/digits.py", "configs/emoji_small.py:tiny"], "Whose training to time.")
-_EMOJI = flags.DEFINE_string("emoji", "", "Folder of emoji, for the configs that train on them; '' for the one they name.")
+_CONFIGS = flags.DEFINE_list(
+    "configs", ["configs/digits.py", "configs/emoji_small.py:tiny"], "Whose training to time."
+)
+_EMOJI = flags.DEFINE_string(
+    "emoji", "", "Folder of emoji, for the configs that train on them; '' for the one they name."
+)
 
 SIZES, BATCH, QUALITY, WORKERS = (64, 256), 32, 95, 2
 WARM_UP = 16  # batches or steps not counted: more than what workers have made in advance
 
 
 def random_pictures(count: int) -> Iterator[np.ndarray]:
-    """Images that PNG and JPEG compress about as they do photographs: a falling spectrum, little colour, less noise."""
+    """Images that PNG and JPEG compress about as they do photographs: a falling spectrum, little
+    colour, less noise."""
     rng, size = np.random.default_rng(0), max(SIZES)
     frequency = np.maximum(np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)), 1 / size)
     for _ in range(count):
-        smooth = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((4, size, size))) / frequency**1.5, (size, size))
+        smooth = np.fft.irfft2(
+            np.fft.rfft2(rng.standard_normal((4, size, size))) / frequency**1.5, (size, size)
+        )
         smooth /= smooth.std((1, 2), keepdims=True)
         pixels = 128 + 60 * smooth[:1] + 10 * smooth[1:] + rng.standard_normal((3, size, size))
         yield np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0)
@@ -70,13 +79,16 @@ def pictures() -> tuple[str, Iterator[np.ndarray]]:
 
 
 def write_files(images: Iterator[np.ndarray], root: Path) -> None:
-    """Writes folders of PNG and of JPEG of every size, and zips of the PNGs as EDM's tool makes them."""
+    """Writes folders of PNG and of JPEG of every size, and zips of the PNGs as EDM's tool makes
+    them."""
     places = [(size, kind, root / f"{size}" / kind) for size in SIZES for kind in ("png", "jpeg")]
     for _, _, place in places:
         place.mkdir(parents=True)
     for number, pixels in enumerate(images):
         for size, kind, place in places:
-            (place / f"img{number:08d}.{kind}").write_bytes(encode(fit(pixels, Form(size, size)), kind, QUALITY))
+            (place / f"img{number:08d}.{kind}").write_bytes(
+                encode(fit(pixels, ImageSpec(size, size)), kind, QUALITY)
+            )
     for size in SIZES:
         files = files_in(root / f"{size}" / "png")
         with zipfile.ZipFile(root / f"{size}" / "png.zip", "w", zipfile.ZIP_STORED) as archive:
@@ -88,7 +100,11 @@ def write_files(images: Iterator[np.ndarray], root: Path) -> None:
 
 def files_in(place: Path) -> list[Path]:
     """A file itself, or the images or shards in a folder, in order."""
-    return [place] if place.is_file() else sorted(path for path in place.iterdir() if path.suffix != ".json")
+    return (
+        [place]
+        if place.is_file()
+        else sorted(path for path in place.iterdir() if path.suffix != ".json")
+    )
 
 
 def mean_bytes(place: Path, images: int) -> float:
@@ -120,27 +136,46 @@ def speed(batches: Generator | TrainIterator) -> float:
 
 def set_cells(images: ImageSet, place: Path) -> list[str]:
     """Cells of a set that is read from a place, by the pipeline that training uses."""
-    iterators = (train_iterator(images, batch_size=BATCH, seed=0, workers=workers) for workers in (0, WORKERS))
-    return [f"{mean_bytes(place, len(images)):,.0f}", *(f"{speed(iterator):,.0f}" for iterator in iterators)]
+    iterators = (
+        train_iterator(images, batch_size=BATCH, seed=0, workers=workers)
+        for workers in (0, WORKERS)
+    )
+    return [
+        f"{mean_bytes(place, len(images)):,.0f}",
+        *(f"{speed(iterator):,.0f}" for iterator in iterators),
+    ]
 
 
-def decoding_set(spec: str, form: Form) -> ImageSet:
+def decoding_set(spec: str, form: ImageSpec) -> ImageSet:
     """Images that are decoded each time they are read."""
     source = open_source(spec)
-    return ImageSet(DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names)
+    return ImageSet(
+        DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names
+    )
 
 
 def cells_by_kind(root: Path, size: int) -> dict[str, list[str]]:
     """Bytes an image, and images a second without and with workers, of everything at one size."""
-    form, cells = Form(size, size), {}
+    form, cells = ImageSpec(size, size), {}
     for kind in ("png", "jpeg"):
         files = files_in(root / kind)
         alone = f"{speed(pillow_alone(files)):,.0f}"
-        cells[f"Pillow alone, one thread, {kind}"] = [f"{mean_bytes(root / kind, len(files)):,.0f}", alone, "-"]
-        cells[f"folder of {kind}"] = set_cells(decoding_set(f"folder:{root / kind}", form), root / kind)
+        cells[f"Pillow alone, one thread, {kind}"] = [
+            f"{mean_bytes(root / kind, len(files)):,.0f}",
+            alone,
+            "-",
+        ]
+        cells[f"folder of {kind}"] = set_cells(
+            decoding_set(f"folder:{root / kind}", form), root / kind
+        )
     cells["zip of png"] = set_cells(decoding_set(f"zip:{root / 'png.zip'}", form), root / "png.zip")
     for kind in ENCODINGS:
-        place = prepare(f"folder:{root / 'png'}", root / f"records_{kind}", form, encoding=Encoding(kind, QUALITY))
+        place = prepare(
+            f"folder:{root / 'png'}",
+            root / f"records_{kind}",
+            form,
+            encoding=Encoding(kind, QUALITY),
+        )
         cells[f"records, {kind}"] = set_cells(open_prepared(place), place)
     images = open_prepared(place, cache_bytes=2**40)
     in_memory = f"{speed(train_iterator(images, batch_size=BATCH, seed=0)):,.0f}"
@@ -149,7 +184,8 @@ def cells_by_kind(root: Path, size: int) -> dict[str, list[str]]:
 
 
 def load(name: str, folder: Path) -> configs.Config:
-    """A config by its name on the command line; what it has not prepared yet is to be prepared in the folder."""
+    """A config by its name on the command line; what it has not prepared yet is to be prepared in
+    the folder."""
     path, _, argument = name.partition(":")
     config = configs.parse(runpy.run_path(path)["get_config"](*filter(None, [argument])))
     data, elsewhere = config.data, str(folder / Path(path).stem)
@@ -178,7 +214,9 @@ def training_speed(trainer: Trainer) -> tuple[float, float]:
         if len(pending) > STEPS_IN_FLIGHT:
             jax.device_get(pending.popleft())
     iterator.close()
-    return (step - WARM_UP) * trainer.training.batch_size / (asked - began), waited / (asked - began)
+    return (step - WARM_UP) * trainer.training.batch_size / (asked - began), waited / (
+        asked - began
+    )
 
 
 def training_rows(name: str, folder: Path) -> Iterator[list[str]]:
@@ -192,7 +230,14 @@ def training_rows(name: str, folder: Path) -> Iterator[list[str]]:
     for number, images in sets.items():
         rate, share = training_speed(Trainer(config, number, images, folder / f"stage{number}"))
         kept = "memory" if images.is_cached else f"records, {config.data.encoding}"
-        yield [name, str(number), " x ".join(map(str, images.image_shape)), kept, f"{rate:,.0f}", f"{share:.2%}"]
+        yield [
+            name,
+            str(number),
+            " x ".join(map(str, images.image_shape)),
+            kept,
+            f"{rate:,.0f}",
+            f"{share:.2%}",
+        ]
 
 
 def main() -> None:
@@ -200,17 +245,32 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)
     what, images = pictures()
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("pillow", "grain", "jax")]
-    print(", ".join([f"{cores()} cores", f"python {platform.python_version()}", *versions, what]) + "\n", flush=True)
+    print(
+        ", ".join([f"{cores()} cores", f"python {platform.python_version()}", *versions, what])
+        + "\n",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         write_files(images, Path(folder))
         by_size = [cells_by_kind(Path(folder, f"{size}"), size) for size in SIZES]
-        headings = [f"{size} x {size}: bytes | images/s, 2 threads | images/s, {WORKERS} workers" for size in SIZES]
+        headings = [
+            f"{size} x {size}: bytes | images/s, 2 threads | images/s, {WORKERS} workers"
+            for size in SIZES
+        ]
         print("| | " + " | ".join(headings) + " |\n|" + "---|" * (1 + 3 * len(SIZES)))
         for kind in by_size[0]:
-            print("| " + " | ".join([kind, *itertools.chain(*(cells[kind] for cells in by_size))]) + " |")
+            print(
+                "| "
+                + " | ".join([kind, *itertools.chain(*(cells[kind] for cells in by_size))])
+                + " |"
+            )
         print(f"\n{jax.device_count()} x {jax.devices()[0].device_kind}\n")
-        print("| config | stage | images | read from | images/s | waiting for data |\n|---|---|---|---|---|---|")
-        for row in itertools.chain.from_iterable(training_rows(name, Path(folder)) for name in _CONFIGS.value):
+        print(
+            "| config | stage | images | read from | images/s | waiting for data |\n|---|---|---|---|---|---|"
+        )
+        for row in itertools.chain.from_iterable(
+            training_rows(name, Path(folder)) for name in _CONFIGS.value
+        ):
             print("| " + " | ".join(row) + " |", flush=True)
 
 

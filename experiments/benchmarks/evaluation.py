@@ -1,11 +1,13 @@
-"""Evaluation beside NumPy, SciPy and scikit-learn, and the speed of Inception-v3, as Markdown tables.
+"""Evaluation beside NumPy, SciPy and scikit-learn, and the speed of Inception-v3, as Markdown
+tables.
 
     python -m experiments.benchmarks.evaluation --features 50000 --size 2048 --neighbours 10000
 
-Features are synthetic; errors are in their deviations, from NumPy's float64. Every row is of a process of its own, whose memory
-is the most that was resident over what imports had taken: it has JAX's start and compiling in it, and nothing that a GPU or TPU
-holds. Times have neither the making of features nor compiling in them: what is compiled has run once before. scikit-learn is
-among requirements-dev.txt.
+Features are synthetic; errors are in their deviations, from NumPy's float64. Every row is of a
+process of its own, whose memory is the most that was resident over what imports had taken: it has
+JAX's start and compiling in it, and nothing that a GPU or TPU holds. Times have neither the making
+of features nor compiling in them: what is compiled has run once before. scikit-learn is among
+  requirements-dev.txt.
 """
 
 import json
@@ -24,40 +26,68 @@ import sklearn.neighbors
 from absl import flags, logging
 from jaxtyping import Float
 
-from rdm_jax.command import command
+from rdm_jax.cli.command import command
 from rdm_jax.data.sources import cores
 from rdm_jax.evaluation import inception, metrics, moments
 
-_FEATURES = flags.DEFINE_integer("features", 50000, "Features for mean and covariance; more than --size make sense.", 2)
+_FEATURES = flags.DEFINE_integer(
+    "features", 50000, "Features for mean and covariance; more than --size make sense.", 2
+)
 _SIZE = flags.DEFINE_integer("size", 2048, "Dimensions of a feature.", 2)
-_NEIGHBOURS = flags.DEFINE_integer("neighbours", 10000, "Features of each set for precision and recall.", metrics.NEIGHBOURS + 1)
+_NEIGHBOURS = flags.DEFINE_integer(
+    "neighbours", 10000, "Features of each set for precision and recall.", metrics.NEIGHBOURS + 1
+)
 _BATCH = flags.DEFINE_integer("batch", 500, "Features at a time.", 1)
-_IMAGES = flags.DEFINE_integer("inception_images", 64, "Images through the network; one batch of them at the least.", 1)
-_ROW = flags.DEFINE_string("row", "", "The row that this process measures; '' for all of them, each in another process.")
+_IMAGES = flags.DEFINE_integer(
+    "inception_images", 64, "Images through the network; one batch of them at the least.", 1
+)
+_ROW = flags.DEFINE_string(
+    "row", "", "The row that this process measures; '' for all of them, each in another process."
+)
 
-REFERENCE, SAMPLE, FACTORS, IMAGE = 1, 2, 64, 256  # two seeds; what features have in common; height and width
+REFERENCE, SAMPLE, FACTORS, IMAGE = (
+    1,
+    2,
+    64,
+    256,
+)  # two seeds; what features have in common; height and width
 IMPORTED = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def gaussian(seed: int) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "f d"], Float[np.ndarray, " d"]]:
-    """Mean, factors, spread: the covariance is factors^T factors + diag(spread^2). Those of two seeds are much alike."""
+def gaussian(
+    seed: int,
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "f d"], Float[np.ndarray, " d"]]:
+    """Mean, factors, spread: the covariance is factors^T factors + diag(spread^2). Those of two
+    seeds are much alike."""
     shared, own = np.random.default_rng(0), np.random.default_rng(seed)
-    draw = lambda *shape: np.float32(shared.standard_normal(shape) + 0.1 * own.standard_normal(shape))  # noqa: E731
+    draw = lambda *shape: np.float32(
+        shared.standard_normal(shape) + 0.1 * own.standard_normal(shape)
+    )  # noqa: E731
     spread = np.exp(draw(_SIZE.value) / 2) / 5
-    return spread * (1.4 + 0.4 * draw(_SIZE.value)), spread * draw(FACTORS, _SIZE.value) / FACTORS**0.5, spread
+    return (
+        spread * (1.4 + 0.4 * draw(_SIZE.value)),
+        spread * draw(FACTORS, _SIZE.value) / FACTORS**0.5,
+        spread,
+    )
 
 
 def batches(seed: int, count: int) -> Iterator[Float[np.ndarray, "b d"]]:
     """As many full batches of float32 features as `count` of them are in."""
     (mean, factors, spread), random = gaussian(seed), np.random.default_rng(seed)
     for _ in range(0, count, _BATCH.value):
-        common, alone = (random.standard_normal((_BATCH.value, size), np.float32) for size in factors.shape)
+        common, alone = (
+            random.standard_normal((_BATCH.value, size), np.float32) for size in factors.shape
+        )
         yield mean + common @ factors + alone * spread
 
 
 def features(seed: int, count: int, dtype: type) -> Float[np.ndarray, "n d"]:
     """`count` features in one array."""
-    return np.fromiter((row for batch in batches(seed, count) for row in batch), np.dtype((dtype, _SIZE.value)), count)
+    return np.fromiter(
+        (row for batch in batches(seed, count) for row in batch),
+        np.dtype((dtype, _SIZE.value)),
+        count,
+    )
 
 
 def timed(function: Callable, *arguments) -> tuple:
@@ -87,16 +117,25 @@ def project_moments() -> tuple[tuple[np.ndarray, np.ndarray], float]:
     sums, total = None, 0.0
     for number, batch in enumerate(batches(SAMPLE, _FEATURES.value)):
         real = np.arange(len(batch)) < _FEATURES.value - number * len(batch)
-        sums, seconds = timed(add, sums, *jax.block_until_ready((jnp.asarray(batch), jnp.float32(real))))
+        sums, seconds = timed(
+            add, sums, *jax.block_until_ready((jnp.asarray(batch), jnp.float32(real)))
+        )
         total += seconds
     found, seconds = timed(moments.mean_and_covariance, sums, _FEATURES.value)
     return found, total + seconds
 
 
-def scipy_distance(mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray) -> float:
+def scipy_distance(
+    mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
+) -> float:
     """`metrics.frechet_distance` by the root of the product, as it is mostly done."""
     cross = np.trace(scipy.linalg.sqrtm(covariance @ other_covariance).real)
-    return np.sum((mean - other_mean) ** 2) + np.trace(covariance) + np.trace(other_covariance) - 2 * cross
+    return (
+        np.sum((mean - other_mean) ** 2)
+        + np.trace(covariance)
+        + np.trace(other_covariance)
+        - 2 * cross
+    )
 
 
 def statistics(gather: Callable, distance: Callable) -> dict[str, str]:
@@ -104,18 +143,24 @@ def statistics(gather: Callable, distance: Callable) -> dict[str, str]:
     (mean, covariance), seconds = gather()
     reference, factors, spread = (part.astype(np.float64) for part in gaussian(REFERENCE))
     distance(*(np.zeros(256), np.eye(256)) * 2)  # starts its threads
-    value, more = timed(distance, reference, factors.T @ factors + np.diag(spread**2), mean, covariance)
+    value, more = timed(
+        distance, reference, factors.T @ factors + np.diag(spread**2), mean, covariance
+    )
     cells = {"mean and covariance, s": f"{seconds:.2f}", "distance, s": f"{more:.2f}"}
     cells |= {**peak(), "Frechet distance": f"{value:.9f}"}
     if gather is not numpy_moments:
         (exact_mean, exact), _ = numpy_moments()
         scale = np.sqrt(np.diag(exact))
         cells["error of the mean"] = f"{np.max(np.abs(mean - exact_mean) / scale):.0e}"
-        cells["error of the covariance"] = f"{np.max(np.abs(covariance - exact) / np.outer(scale, scale)):.0e}"
+        cells["error of the covariance"] = (
+            f"{np.max(np.abs(covariance - exact) / np.outer(scale, scale)):.0e}"
+        )
     return cells
 
 
-def scikit_scores(reference: Float[np.ndarray, "n d"], sample: Float[np.ndarray, "m d"]) -> tuple[float, float]:
+def scikit_scores(
+    reference: Float[np.ndarray, "n d"], sample: Float[np.ndarray, "m d"]
+) -> tuple[float, float]:
     """`metrics.precision_and_recall`; scikit-learn has its own limit to the memory of distances."""
     nearest = sklearn.neighbors.NearestNeighbors(n_neighbors=metrics.NEIGHBOURS, algorithm="brute")
     reach, sample_reach = (nearest.fit(x).kneighbors()[0][:, -1:] for x in (reference, sample))
@@ -129,16 +174,27 @@ def scikit_scores(reference: Float[np.ndarray, "n d"], sample: Float[np.ndarray,
 def neighbours(score: Callable) -> dict[str, str]:
     """One way to precision and recall."""
     sets = [features(seed, _NEIGHBOURS.value, np.float32) for seed in (REFERENCE, SAMPLE)]
-    score(*(rows[: metrics.NEIGHBOURS + 1] for rows in sets))  # compiled for a tile, however little is in it
+    score(
+        *(rows[: metrics.NEIGHBOURS + 1] for rows in sets)
+    )  # compiled for a tile, however little is in it
     (precision, recall), seconds = timed(score, *sets)
-    return {"precision and recall, s": f"{seconds:.2f}", **peak(), "precision": f"{precision:.4f}", "recall": f"{recall:.4f}"}
+    return {
+        "precision and recall, s": f"{seconds:.2f}",
+        **peak(),
+        "precision": f"{precision:.4f}",
+        "recall": f"{recall:.4f}",
+    }
 
 
 def network(size: int) -> dict[str, str]:
     """Inception-v3 in batches of a size."""
     random, calls = np.random.default_rng(0), max(1, _IMAGES.value // size)
     kernel = lambda *shape: jnp.float32(random.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape))  # noqa: E731
-    layer = lambda shape: {"kernel": kernel(*shape), "scale": jnp.ones(shape[-1]), "shift": jnp.zeros(shape[-1])}  # noqa: E731
+    layer = lambda shape: {
+        "kernel": kernel(*shape),
+        "scale": jnp.ones(shape[-1]),
+        "shift": jnp.zeros(shape[-1]),
+    }  # noqa: E731
     params = {name: layer(shape) for name, shape in inception.LAYERS.items()}
     params["fc"] = {"kernel": kernel(inception.SIZES["pool"], inception.SIZES["logits"])}
     images = jnp.asarray(random.integers(0, 256, (size, IMAGE, IMAGE, 3), np.uint8))
@@ -147,7 +203,9 @@ def network(size: int) -> dict[str, str]:
     return {"compiling, s": f"{compiling:.1f}", "images/s": f"{calls * size / seconds:.1f}"}
 
 
-VERSIONS = {"python": sys.version.split()[0]} | {package.__name__: package.__version__ for package in (jax, np, scipy, sklearn)}
+VERSIONS = {"python": sys.version.split()[0]} | {
+    package.__name__: package.__version__ for package in (jax, np, scipy, sklearn)
+}
 ROWS = {
     "machine": lambda: {"device": jax.devices()[0].device_kind, "cores": f"{cores()}", **VERSIONS},
     "this project's moments": lambda: statistics(project_moments, metrics.frechet_distance),
@@ -160,14 +218,28 @@ ROWS = {
 
 
 def table(title: str, *names: str) -> list[dict[str, str]]:
-    """Prints rows by their names, and gives them. A process's peak begins with that of this one, where nothing large is made."""
+    """Prints rows by their names, and gives them. A process's peak begins with that of this one,
+    where nothing large is made."""
     rows = []
     for name in names:
-        command = [sys.executable, "-m", "experiments.benchmarks.evaluation", *sys.argv[1:], f"--row={name}"]
-        rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]))
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.benchmarks.evaluation",
+            *sys.argv[1:],
+            f"--row={name}",
+        ]
+        rows.append(
+            json.loads(
+                subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
+            )
+        )
         if len(rows) == 1:
             print(f"{title}\n\n| | " + " | ".join(rows[0]) + " |\n|" + "---|" * (1 + len(rows[0])))
-        print("| " + " | ".join([name, *(rows[-1].get(head, "-") for head in rows[0])]) + " |", flush=True)
+        print(
+            "| " + " | ".join([name, *(rows[-1].get(head, "-") for head in rows[0])]) + " |",
+            flush=True,
+        )
     return rows
 
 
@@ -178,10 +250,17 @@ def main() -> None:
         print(json.dumps(ROWS[_ROW.value]()))
         return
     size, count = f"{_SIZE.value:,}", f"{_NEIGHBOURS.value:,}"
-    table("Peak memory is over what imports take. What is compiled has run once before it is timed.", "machine")
-    rows = table(f"\n{_FEATURES.value:,} features of {size}", "this project's moments", "NumPy's and SciPy's")
+    table(
+        "Peak memory is over what imports take. What is compiled has run once before it is timed.",
+        "machine",
+    )
+    rows = table(
+        f"\n{_FEATURES.value:,} features of {size}", "this project's moments", "NumPy's and SciPy's"
+    )
     own, usual = (float(row["Frechet distance"]) for row in rows)
-    print(f"\nThe distances differ by {abs(own / usual - 1):.0e} of themselves, errors are in deviations of the features.")
+    print(
+        f"\nThe distances differ by {abs(own / usual - 1):.0e} of themselves, errors are in deviations of the features."
+    )
     title = f"\n{count} and {count} features of {size}, {metrics.NEIGHBOURS} neighbours"
     table(title, "this project's neighbours", "scikit-learn's")
     title = f"\nInception-v3, from {IMAGE} x {IMAGE} pixels, with random parameters, on which the speed does not depend"

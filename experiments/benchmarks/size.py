@@ -1,4 +1,5 @@
-"""Parameters and multiply-adds of every stage's network, without any of them in memory, as one Markdown table.
+"""Parameters and multiply-adds of every stage's network, without any of them in memory, as one
+Markdown table.
 
 python -m experiments.benchmarks.size --config configs/imagenet.py --classes 1000
 """
@@ -6,8 +7,8 @@ python -m experiments.benchmarks.size --config configs/imagenet.py --classes 100
 from absl import flags
 
 from rdm_jax import config as configs
-from rdm_jax.command import command
-from rdm_jax.config_flag import define_config
+from rdm_jax.cli.command import command
+from rdm_jax.cli.config_flag import define_config
 
 _CONFIG = define_config()
 _CLASSES = flags.DEFINE_integer("classes", 0, "Number of classes; 0 for unconditional networks.")
@@ -17,7 +18,9 @@ def main() -> None:
     """Prints the table."""
     config = configs.parse(_CONFIG.value)
     channels, classes = config.data.channels, _CLASSES.value
-    print("| stage | resolution | parameters | multiply-adds of a forward pass |\n|---|---|---|---|")
+    print(
+        "| stage | resolution | parameters | multiply-adds of a forward pass |\n|---|---|---|---|"
+    )
     for number, stage in enumerate(config.stages, 1):
         (height, width), parameters = stage.resolution, stage.build(channels, classes).count()
         giga = stage.multiply_adds(channels, classes) / 1e9

@@ -1,27 +1,36 @@
-"""Training and sampling of every stage of a config: compile times, images a second, utilisation, memory, as Markdown tables.
+"""Training and sampling of every stage of a config: compile times, images a second, utilisation,
+memory, as Markdown tables.
 
     python -m experiments.benchmarks.speed --config configs/digits.py
-    python -m experiments.benchmarks.speed --config configs/imagenet.py --classes 1000 --stage 2 --batch 32 \
+    python -m experiments.benchmarks.speed --config configs/imagenet.py --classes 1000 --stage 2
+    --batch 32 \
         --variants bfloat16,bfloat16+block,bfloat16+convolutions --evaluations 3 --profile profiles
 
-It runs on whatever devices jax finds, over all of them. Data is random and nothing is written but the tables and, if asked for,
-profiles: traces of a few calls, for TensorBoard or xprof, in a folder a row.
+It runs on whatever devices jax finds, over all of them. Data is random and nothing is written but
+the tables and, if asked for, profiles: traces of a few calls, for TensorBoard or xprof, in a folder
+  a row.
 
-Every variant is a row: 'config' for the config as it is, or changes to it with + between them: float32 and bfloat16
-(network.dtype), none, block and convolutions (network.remat), accumulate2, accumulate4 and so on (training.accumulate), pjit,
-pmap and fsdp (parallel: fsdp cuts parameters over all devices). Only rows of one run should be compared. A variant that does not
-fit the devices' memory is a row that says so.
+Every variant is a row: 'config' for the config as it is, or changes to it with + between them:
+  float32 and bfloat16
+(network.dtype), none, block and convolutions (network.remat), accumulate2, accumulate4 and so on
+(training.accumulate), pjit, pmap and fsdp (parallel: fsdp cuts parameters over all devices). Only
+rows of one run should be compared. A variant that does not fit the devices' memory is a row that
+says so.
 
-Training: "compiling" is the time until the first step has run, less one step. Steps are started one after the other, as in
-training, and the last is waited for. TFLOP/s are a device's: of the network, two a multiply-add, forward and twice that backward,
-so that what rematerialisation computes again counts as time, not as work. "Utilisation" is their share of the chip's published
-peak for the network's dtype; '-' where that is not known (CPUs). "Memory" is the most that the process has held on its first
-device up to the end of the row, '-' where devices do not tell, and '<=' where an earlier row took as much: a variant that is
-named alone has its own.
+Training: "compiling" is the time until the first step has run, less one step. Steps are started one
+  after the other, as in
+training, and the last is waited for. TFLOP/s are a device's: of the network, two a multiply-add,
+forward and twice that backward, so that what rematerialisation computes again counts as time, not
+as work. "Utilisation" is their share of the chip's published peak for the network's dtype; '-'
+where that is not known (CPUs). "Memory" is the most that the process has held on its first device
+up to the end of the row, '-' where devices do not tell, and '<=' where an earlier row took as much:
+a variant that is named alone has its own.
 
-Sampling: a batch goes through the stage alone. "Evaluations" are those of the whole sampler; --evaluations times a ladder with at
-least so many of them, and images a second are then by "ms an evaluation", both passes of guidance. "Own share" is the time that
-the same sampler takes with a network that returns its input: noise, updates, preconditioning, guidance.
+Sampling: a batch goes through the stage alone. "Evaluations" are those of the whole sampler;
+  --evaluations times a ladder with at
+least so many of them, and images a second are then by "ms an evaluation", both passes of guidance.
+"Own share" is the time that the same sampler takes with a network that returns its input: noise,
+updates, preconditioning, guidance.
 """
 
 import collections
@@ -39,28 +48,37 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import timing
-from rdm_jax import checks, sharding
 from rdm_jax import config as configs
-from rdm_jax.command import command
-from rdm_jax.config_flag import define_config
-from rdm_jax.errors import InputError
-from rdm_jax.files import local_path
+from rdm_jax.cli.command import command
+from rdm_jax.cli.config_flag import define_config
+from rdm_jax.config import validate
 from rdm_jax.models.functional import Network
 from rdm_jax.models.unet import REMAT
-from rdm_jax.randomness import root_key
-from rdm_jax.sampling.sampler import evaluations, stage_sampler
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import local_path
+from rdm_jax.runtime.random_streams import root_key
+from rdm_jax.sampling.stage_sampler import evaluations, stage_sampler
+from rdm_jax.training.metric_buffer import STEPS_IN_FLIGHT
 from rdm_jax.training.program import PROGRAMS
-from rdm_jax.training.window import STEPS_IN_FLIGHT
 
 _CONFIG = define_config()
-_STAGE = flags.DEFINE_multi_integer("stage", [], "Numbers of the stages to time; all if it is not given.", 1)
+_STAGE = flags.DEFINE_multi_integer(
+    "stage", [], "Numbers of the stages to time; all if it is not given.", 1
+)
 _VARIANTS = flags.DEFINE_list("variants", ["config"], "Rows of each stage.")
-_BATCH = flags.DEFINE_integer("batch", 0, "Images a step and a batch of samples, over all devices; 0 for the config's.", 0)
-_CLASSES = flags.DEFINE_integer("classes", 10, "Number of classes; 0 for unconditional networks.", 0)
+_BATCH = flags.DEFINE_integer(
+    "batch", 0, "Images a step and a batch of samples, over all devices; 0 for the config's.", 0
+)
+_CLASSES = flags.DEFINE_integer(
+    "classes", 10, "Number of classes; 0 for unconditional networks.", 0
+)
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to time each thing.")
 _TRAINING = flags.DEFINE_bool("training", True, "Whether to time training.")
 _SAMPLING = flags.DEFINE_bool("sampling", True, "Whether to time sampling.")
-_EVALUATIONS = flags.DEFINE_integer("evaluations", 0, "Of the network, in the sampling that is timed; 0 for all.", 0)
+_EVALUATIONS = flags.DEFINE_integer(
+    "evaluations", 0, "Of the network, in the sampling that is timed; 0 for all.", 0
+)
 _PROFILE = flags.DEFINE_string("profile", "", "Folder for a profile of each row; '' for none.")
 
 PROFILED = 3  # calls in a profile
@@ -113,14 +131,18 @@ def varied(config: configs.Config, variant: str) -> configs.Config:
         )
         for stage in config.stages
     )
-    return dataclasses.replace(config, stages=stages, parallel=dataclasses.replace(config.parallel, **parallel))
+    return dataclasses.replace(
+        config, stages=stages, parallel=dataclasses.replace(config.parallel, **parallel)
+    )
 
 
 def resized(config: configs.Config, batch: int) -> configs.Config:
     """The config with batches of another size, if that is not 0."""
     if not batch:
         return config
-    of = lambda stage: dataclasses.replace(stage, training=dataclasses.replace(stage.training, batch_size=batch))  # noqa: E731
+    of = lambda stage: dataclasses.replace(
+        stage, training=dataclasses.replace(stage.training, batch_size=batch)
+    )  # noqa: E731
     sampling = dataclasses.replace(config.sampling, batch_size=batch)
     return dataclasses.replace(config, stages=tuple(map(of, config.stages)), sampling=sampling)
 
@@ -139,8 +161,14 @@ class Training:
 
     def __init__(self, config: configs.Config, number: int, classes: int):
         stage = config.stages[number - 1]
-        size, shape = stage.training.batch_size, (stage if stage.source else config.stages[-1]).resolution
-        mesh, shape = sharding.make_mesh(config.parallel.data, config.parallel.fsdp), (*shape, config.data.channels)
+        size, shape = (
+            stage.training.batch_size,
+            (stage if stage.source else config.stages[-1]).resolution,
+        )
+        mesh, shape = (
+            sharding.make_mesh(config.parallel.data, config.parallel.fsdp),
+            (*shape, config.data.channels),
+        )
         self._program = PROGRAMS[config.parallel.mode](stage, shape, classes, root_key(0), mesh)
         self._state = self._program.place(self._program.init(root_key(0)))
         random, here = np.random.default_rng(0), size // jax.process_count()
@@ -164,16 +192,34 @@ class Training:
         return values
 
 
-def training_row(config: configs.Config, number: int, variant: str, classes: int, seconds: float, profile: str = "") -> list[str]:
+def training_row(
+    config: configs.Config,
+    number: int,
+    variant: str,
+    classes: int,
+    seconds: float,
+    profile: str = "",
+) -> list[str]:
     """Cells of a row of the first table."""
     stage, held = config.stages[number - 1], timing.peak_bytes()
     size, network = stage.training.batch_size, stage.network
     training = Training(config, number, classes)
     each = timing.medians({"step": training.step}, seconds)["step"]
     _profiled(training.step, profile, f"training_stage{number}_{variant}")
-    rate = 3 * timing.forward_flops(stage, config.data.channels, classes) * size / each / jax.device_count()
+    rate = (
+        3
+        * timing.forward_flops(stage, config.data.channels, classes)
+        * size
+        / each
+        / jax.device_count()
+    )
     count = stage.build(config.data.channels, classes).count()
-    cells = [f"{count:,}", f"{max(0.0, training.compiling - each):.1f}", timing.milliseconds(each), f"{size / each:,.3g}"]
+    cells = [
+        f"{count:,}",
+        f"{max(0.0, training.compiling - each):.1f}",
+        timing.milliseconds(each),
+        f"{size / each:,.3g}",
+    ]
     cells += [f"{rate / 1e12:.3g}", timing.of_peak(rate, network.dtype), memory(held)]
     return [*_about(number, stage, variant), f"{size:,}", *cells]
 
@@ -185,7 +231,8 @@ def memory(before: int) -> str:
 
 
 def short(stage: configs.Stage, least: int) -> configs.Stage:
-    """The stage with the shortest ladder whose walk evaluates the network so often; unchanged if `least` is 0."""
+    """The stage with the shortest ladder whose walk evaluates the network so often; unchanged if
+    `least` is 0."""
     if not least:
         return stage
     ladders = (
@@ -195,22 +242,40 @@ def short(stage: configs.Stage, least: int) -> configs.Stage:
     return next((ladder for ladder in ladders if evaluations(ladder) >= least), stage)
 
 
-def sampler(config: configs.Config, number: int, stage: configs.Stage, network: Network, classes: int) -> Callable[[Any], Any]:
+def sampler(
+    config: configs.Config, number: int, stage: configs.Stage, network: Network, classes: int
+) -> Callable[[Any], Any]:
     """params -> a batch of samples."""
     size, channels, mesh = config.sampling.batch_size, config.data.channels, sharding.local_mesh()
-    run = stage_sampler(stage, network, number=number, channels=channels, classes=classes, run_seed=0)
-    low = np.zeros((size, *(side // stage.factor for side in stage.resolution), channels), np.float32)
+    run = stage_sampler(
+        stage, network, number=number, channels=channels, classes=classes, run_seed=0
+    )
+    low = np.zeros(
+        (size, *(side // stage.factor for side in stage.resolution), channels), np.float32
+    )
     seeds, labels = np.arange(size, dtype=np.uint32), np.zeros(size, np.int32)
-    low, labels, seeds = sharding.put_batch((low if stage.factor > 1 else None, labels, seeds), mesh)
+    low, labels, seeds = sharding.put_batch(
+        (low if stage.factor > 1 else None, labels, seeds), mesh
+    )
     return lambda params: run(params, low, labels, seeds)
 
 
 def sampling_row(
-    config: configs.Config, number: int, variant: str, classes: int, seconds: float, least: int = 0, profile: str = ""
+    config: configs.Config,
+    number: int,
+    variant: str,
+    classes: int,
+    seconds: float,
+    least: int = 0,
+    profile: str = "",
 ) -> list[str]:
     """Cells of a row of the second table."""
     whole, channels = config.stages[number - 1], config.data.channels
-    stage, size, network = short(whole, least), config.sampling.batch_size, whole.build(channels, classes)
+    stage, size, network = (
+        short(whole, least),
+        config.sampling.batch_size,
+        whole.build(channels, classes),
+    )
     outputs = whole.precondition.outputs
     idle = network._replace(apply=lambda params, x, *labels: jnp.tile(x, (1, 1, 1, outputs)))
     params = timing.parameters(network)
@@ -222,8 +287,19 @@ def sampling_row(
     _profiled(lambda: sample(params), profile, f"sampling_stage{number}_{variant}")
     each, count = times["sample"] / evaluations(stage), evaluations(whole)
     passes = 1 if whole.guidance == 1 else 2
-    rate = passes * size * timing.forward_flops(whole, channels, classes) / each / len(jax.local_devices())
-    cells = [f"{count}", f"{max(0.0, first - times['sample']):.1f}", timing.milliseconds(each), f"{size / each / count:,.3g}"]
+    rate = (
+        passes
+        * size
+        * timing.forward_flops(whole, channels, classes)
+        / each
+        / len(jax.local_devices())
+    )
+    cells = [
+        f"{count}",
+        f"{max(0.0, first - times['sample']):.1f}",
+        timing.milliseconds(each),
+        f"{size / each / count:,.3g}",
+    ]
     cells += [timing.of_peak(rate, whole.network.dtype), f"{times['own'] / times['sample']:.3%}"]
     return [*_about(number, whole, variant), f"{size:,}", *cells]
 
@@ -239,7 +315,9 @@ def _profiled(function: Callable[[], Any], folder: str, name: str) -> None:
             jax.block_until_ready([function() for _ in range(PROFILED)])
 
 
-def fitting(row: Callable[..., list[str]], config: configs.Config, number: int, variant: str, *args: Any) -> list[str]:
+def fitting(
+    row: Callable[..., list[str]], config: configs.Config, number: int, variant: str, *args: Any
+) -> list[str]:
     """The row, or one that says that it does not fit into the devices' memory."""
     try:
         return row(config, number, variant, *args)
@@ -251,16 +329,21 @@ def fitting(row: Callable[..., list[str]], config: configs.Config, number: int, 
 
 def rows(config: configs.Config) -> Iterator[tuple[configs.Config, int, str]]:
     """What the flags ask for: configs that are checked, stages and variants."""
-    for number, variant in itertools.product(_STAGE.value or range(1, len(config.stages) + 1), _VARIANTS.value):
+    for number, variant in itertools.product(
+        _STAGE.value or range(1, len(config.stages) + 1), _VARIANTS.value
+    ):
         changed = varied(config, variant)
-        checks.check_devices(changed, jax.device_count(), jax.local_device_count())
+        validate.check_devices(changed, jax.device_count(), jax.local_device_count())
         yield changed, number, variant
 
 
 def main() -> None:
     """Prints the tables."""
     local_path(_PROFILE.value, "--profile")  # refuses a URL before anything is timed
-    config, arguments = resized(configs.parse(_CONFIG.value), _BATCH.value), (_CLASSES.value, _SECONDS.value)
+    config, arguments = (
+        resized(configs.parse(_CONFIG.value), _BATCH.value),
+        (_CLASSES.value, _SECONDS.value),
+    )
     print(timing.machine())
     if _TRAINING.value:
         timing.start_table("Training", TRAINING)

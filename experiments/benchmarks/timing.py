@@ -7,18 +7,19 @@ from typing import Any
 
 import jax
 
-from rdm_jax import sharding
 from rdm_jax.config import Stage
 from rdm_jax.data.sources import cores
 from rdm_jax.models.functional import Network
 from rdm_jax.plan.chips import chip_of
-from rdm_jax.randomness import root_key
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.random_streams import root_key
 
 ROUNDS = 3  # at the least; what is told is their median
 
 
 def queued(function: Callable[[], Any], calls: int) -> float:
-    """Seconds a call: several are started, as training starts its steps, and the last is waited for."""
+    """Seconds a call: several are started, as training starts its steps, and the last is waited
+    for."""
     began = time.perf_counter()
     for _ in range(calls):
         result = function()
@@ -29,7 +30,8 @@ def queued(function: Callable[[], Any], calls: int) -> float:
 def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Median seconds of a call of each function.
 
-    They take turns, so that whatever else the machine does falls on all of them. Each is called before, for its compiling.
+    They take turns, so that whatever else the machine does falls on all of them. Each is called
+    before, for its compiling.
 
     Args:
       functions: by name; of no arguments, returning arrays.
@@ -38,10 +40,14 @@ def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str
     for function in functions.values():
         queued(function, 1)
     once = {name: max(queued(function, 1), 1e-6) for name, function in functions.items()}
-    # Many short turns rather than few long ones: the median leaves out those that another program broke into.
+    # Many short turns rather than few long ones: the median leaves out those that another program
+    # broke into.
     rounds = int(min(max(seconds / max(once.values(), default=1), ROUNDS), 50))
     calls = {name: max(1, round(seconds / rounds / each)) for name, each in once.items()}
-    turns = [{name: queued(function, calls[name]) for name, function in functions.items()} for _ in range(rounds)]
+    turns = [
+        {name: queued(function, calls[name]) for name, function in functions.items()}
+        for _ in range(rounds)
+    ]
     return {name: statistics.median(turn[name] for turn in turns) for name in functions}
 
 
@@ -75,7 +81,8 @@ def of_peak(flops_a_second: float, dtype: str) -> str:
 
 
 def peak_bytes() -> int:
-    """The most memory of the first device that this process has held so far; 0 where devices do not tell."""
+    """The most memory of the first device that this process has held so far; 0 where devices do not
+    tell."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 

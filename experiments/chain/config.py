@@ -1,9 +1,11 @@
-"""Digits through other chains of stages than 8 -> 32: more of them, other factors, images that are no squares.
+"""Digits through other chains of stages than 8 -> 32: more of them, other factors, images that are
+no squares.
 
 python -m rdm_jax.main --config experiments/chain/config.py:8-16-32 --workdir runs/chain_8-16-32
 
-A chain is sides with '-' between, or height x width: 4-32, 8-32, 8x6-32x24. `emoji-16-64-256` is three stages of the emoji, for
-an accelerator, `emoji-16-64-256-tiny` the same in minutes on two cores. README.md beside this file has the results.
+A chain is sides with '-' between, or height x width: 4-32, 8-32, 8x6-32x24. `emoji-16-64-256` is
+three stages of the emoji, for an accelerator, `emoji-16-64-256-tiny` the same in minutes on two
+cores. README.md beside this file has the results.
 """
 
 import dataclasses
@@ -24,10 +26,14 @@ def get_config(chain: str = "8-16-32"):
     return _digits([(int(side[0]), int(side[-1])) for side in sides]).to_config_dict()
 
 
-def relay_stage(usual: Stage, before: tuple[int, int], resolution: tuple[int, int], fold: int) -> Stage:
-    """A relay stage like `usual` for another factor: the blur grows with it, so that as much is left at the hand-over.
+def relay_stage(
+    usual: Stage, before: tuple[int, int], resolution: tuple[int, int], fold: int
+) -> Stage:
+    """A relay stage like `usual` for another factor: the blur grows with it, so that as much is
+    left at the hand-over.
 
-    For a smaller factor the noise shrinks with it, too: the mean of fewer pixels has more of it left, and would be lost.
+    For a smaller factor the noise shrinks with it, too: the mean of fewer pixels has more of it
+      left, and would be lost.
     """
     factor = resolution[0] // before[0]
     pixels = usual.process.clock.blur_sigma_max * factor / usual.factor
@@ -35,15 +41,22 @@ def relay_stage(usual: Stage, before: tuple[int, int], resolution: tuple[int, in
     steps = usual.sampler.steps if factor >= usual.factor else MORE_STEPS
     sampler = dataclasses.replace(usual.sampler, truncation_sigma=joined, steps=steps)
     process = dataclasses.replace(
-        usual.process, patch=factor, clock=dataclasses.replace(usual.process.clock, blur_sigma_max=pixels)
+        usual.process,
+        patch=factor,
+        clock=dataclasses.replace(usual.process.clock, blur_sigma_max=pixels),
     )
     return dataclasses.replace(
-        usual, resolution=resolution, process=process, sampler=sampler, network=dataclasses.replace(usual.network, patch=fold)
+        usual,
+        resolution=resolution,
+        process=process,
+        sampler=sampler,
+        network=dataclasses.replace(usual.network, patch=fold),
     )
 
 
 def _digits(sizes: list[tuple[int, int]]) -> Config:
-    """Stages of digits.py's two kinds. The relay's network works at about 8x8 always, with pixels folded into channels."""
+    """Stages of digits.py's two kinds. The relay's network works at about 8x8 always, with pixels
+    folded into channels."""
     config = parse(digits.get_config())
     first, relay = config.stages
     stages = [dataclasses.replace(first, resolution=sizes[0])]
@@ -52,25 +65,39 @@ def _digits(sizes: list[tuple[int, int]]) -> Config:
     data = (
         config.data
         if sizes[-1] == (32, 32)
-        else dataclasses.replace(config.data, directory=f"data/digits_{'x'.join(map(str, sizes[-1]))}")
+        else dataclasses.replace(
+            config.data, directory=f"data/digits_{'x'.join(map(str, sizes[-1]))}"
+        )
     )
-    measured = ", ".join(["held_out", *(f"stage{number}" for number in range(1, len(stages))), "samples"])
+    measured = ", ".join(
+        ["held_out", *(f"stage{number}" for number in range(1, len(stages))), "samples"]
+    )
     evaluation = dataclasses.replace(config.evaluation, images=measured)
     return dataclasses.replace(config, data=data, stages=tuple(stages), evaluation=evaluation)
 
 
 def _emoji(size: str) -> Config:
-    """emoji.py's two stages after one at 16x16; their skin tones are classes, for features to measure them in."""
+    """emoji.py's two stages after one at 16x16; their skin tones are classes, for features to
+    measure them in."""
     config = parse(emoji.get_config(size))
     small, large = config.stages
-    network = dataclasses.replace(small.network, channel_mult=(1, 2), attention_levels=(1,), patch=1)
-    middle = dataclasses.replace(large, resolution=(64, 64), network=small.network, training=small.training)
+    network = dataclasses.replace(
+        small.network, channel_mult=(1, 2), attention_levels=(1,), patch=1
+    )
+    middle = dataclasses.replace(
+        large, resolution=(64, 64), network=small.network, training=small.training
+    )
     stages = (dataclasses.replace(small, resolution=(16, 16), network=network), middle, large)
     if size == "tiny":
-        stages = tuple(_brief(stage, images) for stage, images in zip(stages, (48_000, 12_800, 4_800), strict=True))
+        stages = tuple(
+            _brief(stage, images)
+            for stage, images in zip(stages, (48_000, 12_800, 4_800), strict=True)
+        )
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, directory="data/emoji_256_tones", skin_tones="mark", held_out=339),
+        data=dataclasses.replace(
+            config.data, directory="data/emoji_256_tones", skin_tones="mark", held_out=339
+        ),
         stages=stages,
         sampling=dataclasses.replace(config.sampling, seeds="0-255", labels=TONES),
         evaluation=Evaluation(features="classifier", images="held_out, stage1, stage2, samples"),
@@ -78,8 +105,18 @@ def _emoji(size: str) -> Config:
 
 
 def _brief(stage: Stage, images: int) -> Stage:
-    """A stage shown so few images: a larger learning rate, an average of fewer, and the noise told as to digits.py's networks."""
-    often = {"checkpoint_every": images // 4, "preview_every": images // 2, "log_every": images // 40}
-    rates = {"learning_rate": 1e-3, "warmup": images // 20, "ema_halflife": images / 10, "ema_rampup": 0.0}
+    """A stage shown so few images: a larger learning rate, an average of fewer, and the noise told
+    as to digits.py's networks."""
+    often = {
+        "checkpoint_every": images // 4,
+        "preview_every": images // 2,
+        "log_every": images // 40,
+    }
+    rates = {
+        "learning_rate": 1e-3,
+        "warmup": images // 20,
+        "ema_halflife": images / 10,
+        "ema_rampup": 0.0,
+    }
     training = dataclasses.replace(stage.training, images=images, **rates, **often)
     return dataclasses.replace(stage, precondition=EDM(noise_scale=1.0), training=training)

@@ -1,4 +1,5 @@
-"""Do samples show the digit that they were asked for, and are they copies? See README.md beside this file.
+"""Do samples show the digit that they were asked for, and are they copies? See README.md beside
+this file.
 
 python -m experiments.digits.accuracy runs/digits/samples/samples.npz [more .npz files]
 """
@@ -23,14 +24,18 @@ def shrink(images: np.ndarray, factor: int) -> np.ndarray:
     return images.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
 
 
-def accuracies(real: np.ndarray, labels: np.ndarray, samples: np.ndarray, asked: np.ndarray) -> list[str]:
-    """The share of samples that k-NN (k = 3) and an SVM (C = 10), trained on the real images, name as asked."""
+def accuracies(
+    real: np.ndarray, labels: np.ndarray, samples: np.ndarray, asked: np.ndarray
+) -> list[str]:
+    """The share of samples that k-NN (k = 3) and an SVM (C = 10), trained on the real images, name
+    as asked."""
     classifiers = KNeighborsClassifier(3), SVC(C=10)
     return [f"{np.mean(c.fit(real, labels).predict(samples) == asked):.3f}" for c in classifiers]
 
 
 def distances(images: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Euclidean distances (b, 2) of each image (features) to the nearest and the second nearest row of `real`."""
+    """Euclidean distances (b, 2) of each image (features) to the nearest and the second nearest row
+    of `real`."""
     squared = (images**2).sum(1)[:, None] + (real**2).sum(1) - 2 * images @ real.T
     return np.sqrt(np.partition(np.maximum(squared, 0), 1, axis=1)[:, :2])
 
@@ -40,18 +45,31 @@ def main(paths: list[str]) -> None:
     everything = open_prepared("data/digits").batch(np.arange(5000))
     real, labels = everything["image"], everything["label"]
     to_real = distances(to_features(real), to_features(real))[:, 1]  # [:, 0] is the image itself
-    # A copy is nearer to a training digit than 99 % of the training digits of its class are to one another.
+    # A copy is nearer to a training digit than 99 % of the training digits of its class are to one
+    # another.
     closest = np.array([np.quantile(to_real[labels == c], 0.01) for c in range(10)])
-    print(f"real digits to the nearest other: median {np.median(to_real):.2f}, 1 % {np.quantile(to_real, 0.01):.2f}\n")
-    print("| samples | stage 1 k-NN | stage 1 SVM | final k-NN | final SVM | nearest real: median, 1 % | copies |")
+    print(
+        f"real digits to the nearest other: median {np.median(to_real):.2f}, 1 % {np.quantile(to_real, 0.01):.2f}\n"
+    )
+    print(
+        "| samples | stage 1 k-NN | stage 1 SVM | final k-NN | final SVM | nearest real: median, 1 % | copies |"
+    )
     print("|---|---|---|---|---|---|---|")
     for path in paths:
         made = np.load(path)
-        small = accuracies(to_features(shrink(real, 4)), labels, to_features(made["stage1"]), made["labels"])
+        small = accuracies(
+            to_features(shrink(real, 4)), labels, to_features(made["stage1"]), made["labels"]
+        )
         final = accuracies(to_features(real), labels, to_features(made["images"]), made["labels"])
         near = distances(to_features(made["images"]), to_features(real))[:, 0]
         copies = np.mean(near < closest[made["labels"]])
-        cells = [path, *small, *final, f"{np.median(near):.2f}, {np.quantile(near, 0.01):.2f}", f"{copies:.1%}"]
+        cells = [
+            path,
+            *small,
+            *final,
+            f"{np.median(near):.2f}, {np.quantile(near, 0.01):.2f}",
+            f"{copies:.1%}",
+        ]
         print("| " + " | ".join(cells) + " |")
 
 

@@ -1,4 +1,5 @@
-"""Signal-to-noise ratio of images by frequency, for each kind of noise, at two resolutions. See README.md beside this file.
+"""Signal-to-noise ratio of images by frequency, for each kind of noise, at two resolutions. See
+README.md beside this file.
 
 python -m experiments.spectrum.spectrum --source emoji:package/assets --source folder:photographs
 """
@@ -13,25 +14,40 @@ from absl import flags
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from experiments import runs
-from rdm_jax.command import command
+from experiments import common
+from rdm_jax.cli.command import command
 from rdm_jax.data.image_sets import ImageSet, open_direct
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.diffusion import blurring
+from rdm_jax.diffusion.pixels import from_uint8
 from rdm_jax.diffusion.processes import Relay
-from rdm_jax.evaluation.tables import markdown
-from rdm_jax.files import local_path, whole_file
-from rdm_jax.randomness import root_key
-from rdm_jax.training.step import to_float
+from rdm_jax.render.tables import markdown
+from rdm_jax.runtime.files import atomic_write, local_path
+from rdm_jax.runtime.random_streams import root_key
 
-_SOURCES = flags.DEFINE_multi_string("source", [], "Of images, as config.data.source; may be given several times.")
+_SOURCES = flags.DEFINE_multi_string(
+    "source", [], "Of images, as config.data.source; may be given several times."
+)
 _SIZE = flags.DEFINE_integer("size", 256, "Side of the large images.")
-_FACTOR = flags.DEFINE_integer("factor", 4, "By which the small ones are smaller: p, and the side s of the blocks.")
+_FACTOR = flags.DEFINE_integer(
+    "factor", 4, "By which the small ones are smaller: p, and the side s of the blocks."
+)
 _SIGMA = flags.DEFINE_float("sigma", 1.0, "Noise level, per pixel the same everywhere.")
-_COUNT = flags.DEFINE_integer("count", 256, "Images of each source, evenly chosen, and draws of each noise.")
+_COUNT = flags.DEFINE_integer(
+    "count", 256, "Images of each source, evenly chosen, and draws of each noise."
+)
 _OUT = flags.DEFINE_string("out", "experiments/spectrum", "Folder for the pictures.")
 
-SHOWN = (1, 2, 4, 8, 16, 31, 48, 63)  # frequencies of the table, in half-periods over an image's side
+SHOWN = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    31,
+    48,
+    63,
+)  # frequencies of the table, in half-periods over an image's side
 BATCH = 16
 MIXTURE = Relay().block_scale
 
@@ -45,7 +61,10 @@ def signal_power(images: ImageSet, factor: int) -> np.ndarray:
     """Of real images, the means of whose factor x factor cells are taken first."""
     numbers = np.unique(np.linspace(0, len(images) - 1, min(_COUNT.value, len(images))).astype(int))
     parts = np.array_split(numbers, -(-len(numbers) // BATCH))
-    found = [power(to_float(jnp.asarray(images.batch(part)["image"]), factor)) * len(part) for part in parts]
+    found = [
+        power(from_uint8(jnp.asarray(images.batch(part)["image"]), factor)) * len(part)
+        for part in parts
+    ]
     return np.asarray(sum(found)) / len(numbers)
 
 
@@ -55,21 +74,29 @@ def noise_power(block_scale: float, white_scale: float, size: int, block: int) -
     @jax.jit
     def draw(key: Array) -> Array:
         white, block_white = jax.random.normal(key, (2, BATCH, size, size, 1))
-        return power(white_scale * white + block_scale * blurring.block_noise(block_white, block=block))
+        return power(
+            white_scale * white + block_scale * blurring.block_noise(block_white, block=block)
+        )
 
     draws = -(-_COUNT.value // BATCH)
     return np.asarray(sum(draw(root_key(n)) for n in range(draws))) / draws
 
 
-def predicted_noise_power(block_scale: float, white_scale: float, size: int, block: int) -> np.ndarray:
-    """The same from the covariance of block noise on a large torus: of a moving sum, (sin(s w / 2) / sin(w / 2))^2 an axis."""
+def predicted_noise_power(
+    block_scale: float, white_scale: float, size: int, block: int
+) -> np.ndarray:
+    """The same from the covariance of block noise on a large torus: of a moving sum, (sin(s w / 2)
+    / sin(w / 2))^2 an axis."""
     omega = np.pi * np.arange(1, size) / size
-    axis = np.concatenate([[block**2], (np.sin(block * omega / 2) / np.sin(omega / 2)) ** 2]) / block
+    axis = (
+        np.concatenate([[block**2], (np.sin(block * omega / 2) / np.sin(omega / 2)) ** 2]) / block
+    )
     return white_scale**2 + block_scale**2 * np.outer(axis, axis)
 
 
 def radial(values: np.ndarray) -> np.ndarray:
-    """Means over rings of one frequency: entry k of coefficients (i, j) with round(sqrt(i^2 + j^2)) = k."""
+    """Means over rings of one frequency: entry k of coefficients (i, j) with round(sqrt(i^2 + j^2))
+    = k."""
     i, j = np.indices(values.shape)
     ring = np.rint(np.hypot(i, j)).astype(int)
     return (np.bincount(ring.ravel(), values.ravel()) / np.bincount(ring.ravel()))[: len(values)]
@@ -81,9 +108,11 @@ def decibels(ratio: np.ndarray) -> np.ndarray:
 
 
 def ratios(images: ImageSet) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, and signal-to-noise ratio by frequency in dB as measured and as predicted from that of white noise on small images.
+    """Name, and signal-to-noise ratio by frequency in dB as measured and as predicted from that of
+    white noise on small images.
 
-    Predicted for large images: the same waves as in their means, over factor^2 times as many pixels, before the means damped them
+    Predicted for large images: the same waves as in their means, over factor^2 times as many
+      pixels, before the means damped them
     as a moving sum does; what the means fold down from higher frequencies is left out.
     """
     size, p, sigma = _SIZE.value, _FACTOR.value, _SIGMA.value
@@ -96,41 +125,52 @@ def ratios(images: ImageSet) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     for name, (block_scale, white_scale) in kinds.items():
         measured = radial(noise_power(block_scale, white_scale, size, p))[: len(small)]
         predicted = radial(predicted_noise_power(block_scale, white_scale, size, p))[: len(small)]
-        yield f"{name}, {size}", decibels(large / (sigma**2 * measured)), decibels(unfolded / (sigma**2 * predicted))
+        yield (
+            f"{name}, {size}",
+            decibels(large / (sigma**2 * measured)),
+            decibels(unfolded / (sigma**2 * predicted)),
+        )
 
 
 def draw(curves: dict[str, list[tuple[str, np.ndarray, np.ndarray]]], path: Path) -> None:
     """A panel a source: measured ratios as lines, predicted ones as dots."""
     figure = Figure(figsize=(6 * len(curves), 4.2), layout="constrained")
-    for axes, (title, rows) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+    for axes, (title, rows) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
         for name, measured, predicted in rows:
             frequency = np.arange(1, len(measured))
             (line,) = axes.plot(frequency, measured[1:], label=name)
             axes.plot(frequency[::3], predicted[1::3], "o", markersize=3, color=line.get_color())
         title = f"{title}: signal-to-noise ratio at sigma {_SIGMA.value:g}"
-        axes.set(title=title, xlabel="half-periods over the image's side", ylabel="dB", xscale="log")
+        axes.set(
+            title=title, xlabel="half-periods over the image's side", ylabel="dB", xscale="log"
+        )
         axes.grid(alpha=0.3, which="both")
         axes.legend(title="noise, side of the image (dots: predicted)")
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=110)
 
 
 def table(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> str:
-    """Each noise's distance from white noise on small images, measured (predicted), by frequency."""
+    """Each noise's distance from white noise on small images, measured (predicted), by
+    frequency."""
     (_, base, base_predicted), *others = rows
     shown = [k for k in SHOWN if k < len(base)]
     cells = [["white noise on small images", *(f"{base[k]:.1f} dB" for k in shown)]]
     for name, measured, predicted in others:
         differences = [(measured[k] - base[k], predicted[k] - base_predicted[k]) for k in shown]
-        cells.append([name, *(f"{found:+.1f} ({foretold:+.1f})" for found, foretold in differences)])
+        cells.append(
+            [name, *(f"{found:+.1f} ({foretold:+.1f})" for found, foretold in differences)]
+        )
     return markdown(["half-periods over the image's side", *map(str, shown)], cells)
 
 
 def main() -> None:
     """Prints a table for every source, and draws them."""
-    runs.start()
+    common.start()
     out = local_path(_OUT.value, "--out")
-    form, curves = Form(_SIZE.value, _SIZE.value, 3), {}
+    form, curves = ImageSpec(_SIZE.value, _SIZE.value, 3), {}
     for spec in _SOURCES.value:
         skin_tones = "drop" if spec.startswith("emoji:") else ""
         images = open_direct(spec, form, cache_bytes=2**32, skin_tones=skin_tones)

@@ -1,1 +1,2 @@
-"""Images: what can be read (`sources`), written once as records (`prepare`), and fed to training (`pipeline`)."""
+"""Images: what can be read (`sources`), written once as records (`prepare`), and fed to training
+(`pipeline`)."""

@@ -16,13 +16,19 @@ from PIL import Image
 from rdm_jax.data.images import MAGIC_BYTES, MAX_BYTES, open_image, read_head
 from rdm_jax.data.listing import NO_TEXT, folders_of, is_rubbish
 from rdm_jax.data.readers import Reader
-from rdm_jax.errors import BadImage, InputError
-from rdm_jax.terminal import log
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import BadImage, InputError
 
-# Images are compressed already, so that a member which shrinks to less than this share of itself is no honest one.
+# Images are compressed already, so that a member which shrinks to less than this share of itself is
+# no honest one.
 MAX_RATIO, SMALL = 200, 2**20
 ENCRYPTED, UTF8, LINK, UNICODE_PATH = 0x1, 0x800, 0o120000, 0x7075
-COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\xfd7zXZ": "xz -dk", b"BZh": "bunzip2 -k", b"\x28\xb5\x2f\xfd": "zstd -d"}
+COMPRESSED = {
+    b"\x1f\x8b": "gunzip -k",
+    b"\xfd7zXZ": "xz -dk",
+    b"BZh": "bunzip2 -k",
+    b"\x28\xb5\x2f\xfd": "zstd -d",
+}
 
 
 def is_zip(path: Path) -> bool:
@@ -49,7 +55,9 @@ class Archive(Reader):
 
     def __init__(self, path: Path):
         if not os.path.isfile(path):
-            raise InputError(f"there is no {self.kind} {path}; the path of a file, or folder:PATH for a folder, would do.")
+            raise InputError(
+                f"there is no {self.kind} {path}; the path of a file, or folder:PATH for a folder, would do."
+            )
         try:
             self._path, self._version, self.place = path, _version(path), str(path.resolve())
             members = self._members()
@@ -64,7 +72,9 @@ class Archive(Reader):
         ) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path} cannot be read as a {self.kind} ({error}); a whole copy would do.") from error
+            raise InputError(
+                f"{path} cannot be read as a {self.kind} ({error}); a whole copy would do."
+            ) from error
         if members.guessed:
             about = (f"{len(members.guessed):,}", path, members.guessed[0])
             log.warning(
@@ -75,23 +85,29 @@ class Archive(Reader):
 
     def _members(self) -> "_Members":
         if _version(self._path) != self._version:
-            raise OSError(errno.ESTALE, f"the {self.kind} has changed since it was listed", str(self._path))
+            raise OSError(
+                errno.ESTALE, f"the {self.kind} has changed since it was listed", str(self._path)
+            )
         return _opened(_KINDS[self.kind], self._path, self._version)
 
     def names(self) -> tuple[list[str], dict[str, str]]:
-        """The names of its files, those of systems left out, and of those that cannot be used, with the reason."""
+        """The names of its files, those of systems left out, and of those that cannot be used, with
+        the reason."""
         members = self._members()
         return list(members.usable), dict(members.unusable)
 
     def read(self, name: str, most: int) -> bytes:
-        """A member's bytes. Raises BadImage where they are damaged, more than `most`, or suspiciously well compressed."""
+        """A member's bytes. Raises BadImage where they are damaged, more than `most`, or
+        suspiciously well compressed."""
         members = self._members()
         size, stored = members.sizes(name)
         if size > most:
             raise BadImage(f"has {size:,} bytes; at most {most:,} would do.")
         if size > max(SMALL, MAX_RATIO * stored):
             sizes = f"{stored:,} to {size:,} bytes"
-            raise BadImage(f"unpacks from {sizes}, which no image does; the set without it would do.")
+            raise BadImage(
+                f"unpacks from {sizes}, which no image does; the set without it would do."
+            )
         return members.read(name)
 
     def head(self, name: str) -> bytes:
@@ -137,7 +153,8 @@ class _Members(abc.ABC):
         self._folders: set[str] = set()
 
     def _add(self, name: str, member: object, reason: str | None) -> None:
-        """Takes note of a member, unless its name or kind is one that no archive of images needs."""
+        """Takes note of a member, unless its name or kind is one that no archive of images
+        needs."""
         name = re.sub(r"(?<![^/])\./|(?<=/)/", "", name)  # as `tar cf set.tar data/.` writes them
         if not name or any(is_rubbish(part) for part in name.split("/") if part != ".."):
             return
@@ -156,7 +173,10 @@ class _Members(abc.ABC):
 
     def _note_empty(self) -> None:
         """As for a folder: an empty class is more likely a slip than meant."""
-        parents = {name.rstrip("/").rpartition("/")[0] for name in (*self.usable, *self.unusable, *self._folders)}
+        parents = {
+            name.rstrip("/").rpartition("/")[0]
+            for name in (*self.usable, *self.unusable, *self._folders)
+        }
         filled = {f"{folder}/" for parent in parents for folder in (parent, *folders_of(parent))}
         for name in self._folders - filled:
             self.unusable[name] = "is an empty folder; at least one image in it would do."
@@ -203,10 +223,20 @@ class _ZipMembers(_Members):
     def read(self, name: str) -> bytes:
         try:
             return self._file.read(self.usable[name])
-        except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            zlib.error,
+            lzma.LZMAError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+        ) as error:
             if isinstance(error, OSError) and error.errno:  # bz2 has none for data that are no bz2
                 raise
-            raise BadImage(f"cannot be unpacked ({error}); a whole copy, or the set without it, would do.") from error
+            raise BadImage(
+                f"cannot be unpacked ({error}); a whole copy, or the set without it, would do."
+            ) from error
 
     def head(self, name: str) -> bytes:
         try:
@@ -220,7 +250,8 @@ class _ZipMembers(_Members):
 
 
 def _zip_name(member: zipfile.ZipInfo) -> tuple[str, bool]:
-    """A member's name, with the backslashes of Windows as slashes; and whether it is in an encoding that is known.
+    """A member's name, with the backslashes of Windows as slashes; and whether it is in an encoding
+    that is known.
 
     UTF-8 that is not marked as such is read as what it is; what is neither, as of an old DOS.
     """
@@ -239,7 +270,11 @@ def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
     while len(extra) >= 4:
         kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
         field, extra = extra[4 : 4 + size], extra[4 + size :]
-        if kind == UNICODE_PATH and field[:1] == b"\1" and int.from_bytes(field[1:5], "little") == zlib.crc32(raw):
+        if (
+            kind == UNICODE_PATH
+            and field[:1] == b"\1"
+            and int.from_bytes(field[1:5], "little") == zlib.crc32(raw)
+        ):
             return field[5:]
     return None
 
@@ -257,15 +292,27 @@ class _TarMembers(_Members):
         head, version = self._file.read(6), _version(path)
         for magic, unpack in COMPRESSED.items():
             if head.startswith(magic):
-                would_do = f"`{unpack} {path.name}` first, for single images cannot be read from it,"
+                would_do = (
+                    f"`{unpack} {path.name}` first, for single images cannot be read from it,"
+                )
                 raise InputError(f"{path} is a compressed tar; {would_do} would do.")
         self._file.seek(0)
-        with tarfile.open(fileobj=self._file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+        with tarfile.open(
+            fileobj=self._file, mode="r:", encoding="utf-8", errors="surrogateescape"
+        ) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # which the library would keep, at a kilobyte each
-                reason = None if member.isdir() or member.isreg() and not member.issparse() else "is a link, a device or sparse"
+                reason = (
+                    None
+                    if member.isdir() or member.isreg() and not member.issparse()
+                    else "is a link, a device or sparse"
+                )
                 stamp = f"{member.size} {member.offset_data} {version}"  # a tar has no checksums of content
-                self._add(member.name + "/" * member.isdir(), (member.offset_data, member.size, stamp), reason)
+                self._add(
+                    member.name + "/" * member.isdir(),
+                    (member.offset_data, member.size, stamp),
+                    reason,
+                )
             self._note_empty()
             self._check_end(archive.offset)
 
@@ -304,6 +351,8 @@ class _TarMembers(_Members):
 _KINDS = {"zip": _ZipMembers, "tar": _TarMembers}
 
 
-@functools.lru_cache(maxsize=4)  # The directory of perhaps a million members is read once a process, not once a shard.
+@functools.lru_cache(
+    maxsize=4
+)  # The directory of perhaps a million members is read once a process, not once a shard.
 def _opened(kind: type[_Members], path: Path, version: tuple[int, int]) -> _Members:
     return kind(path)

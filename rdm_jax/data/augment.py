@@ -1,7 +1,8 @@
-"""EDM's geometric augmentation (arXiv 2206.00364, appendix F.2): flips, then one affine map, and the labels that say which.
+"""EDM's geometric augmentation (arXiv 2206.00364, appendix F.2): flips, then one affine map, and
+the labels that say which.
 
-The network is told by nine labels what was done to its image, so that what it learns does not leak into its samples:
-zeros, the labels of an image as it is, ask for images that were left alone.
+The network is told by nine labels what was done to its image, so that what it learns does not leak
+into its samples: zeros, the labels of an image as it is, ask for images that were left alone.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ from jaxtyping import Array, Float, Key
 
 LABELS = 9
 
-# The low-pass filter of the wavelet sym6. Its shifts by even numbers are orthonormal, so `halve` undoes `double` exactly. The
-# sixth tap is by far the largest: with it in the middle, pixel i of an image lies at place 2 i of the doubled one.
+# The low-pass filter of the wavelet sym6. Its shifts by even numbers are orthonormal, so `halve`
+# undoes `double` exactly. The sixth tap is by far the largest: with it in the middle, pixel i of an
+# image lies at place 2 i of the doubled one.
 _SYM6 = np.asarray([0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
                     0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
                     0.0017677118642428036, -0.007800708325034148])  # fmt: skip
@@ -24,15 +26,18 @@ _BEFORE, _AFTER = 5, 6  # taps on either side of the middle one
 
 
 class Transformation(NamedTuple):
-    """What is done to an image, in this order; all zero for nothing. Of one image, or with a leading batch axis.
+    """What is done to an image, in this order; all zero for nothing. Of one image, or with a
+    leading batch axis.
 
     Attributes:
       x_flip, y_flip: 1 where left and right, top and bottom are exchanged, else 0.
       scale: log2 of the magnification, in units of `scale_std`.
       rotation: radians counterclockwise.
-      anisotropy: log2 of the stretching along the axis and of the shrinking across it, in units of `anisotropy_std`.
+      anisotropy: log2 of the stretching along the axis and of the shrinking across it, in units of
+        `anisotropy_std`.
       axis: direction of the stretching, radians counterclockwise from the horizontal.
-      shift_x, shift_y: to the right and down, in units of `shift_std` of the width and of the height.
+      shift_x, shift_y: to the right and down, in units of `shift_std` of the width and of the
+        height.
     """
 
     x_flip: Float[Array, "*b"]
@@ -53,12 +58,14 @@ def mirror(images: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Float[Arr
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Which transformations are drawn, and how strong they are; the defaults are the published training commands'.
+    """Which transformations are drawn, and how strong they are; the defaults are the published
+    training commands'.
 
     Attributes:
-      probability: of each transformation but the exchange of left and right, which half of all images undergo whatever this is;
-        0.2 for CelebA-HQ.
-      scale_std, anisotropy_std: standard deviations of log2 of the magnification and of the stretching.
+      probability: of each transformation but the exchange of left and right, which half of all
+        images undergo whatever this is; 0.2 for CelebA-HQ.
+      scale_std, anisotropy_std: standard deviations of log2 of the magnification and of the
+        stretching.
       shift_std: standard deviation of the shifts, as a part of the width and of the height.
     """
 
@@ -68,7 +75,8 @@ class Augmentation:
     shift_std: float = 0.125
 
     def draw(self, key: Key[Array, ""]) -> Transformation:
-        """The transformation of one image. What its gate leaves out is 0; both shifts pass one gate."""
+        """The transformation of one image. What its gate leaves out is 0; both shifts pass one
+        gate."""
         gate_key, coin_key, normal_key, angle_key = jax.random.split(key, 4)
         flip, scale, rotate, stretch, shift = jax.random.uniform(gate_key, (5,)) < self.probability
         x_flip, y_flip, turn_axis = jax.random.bernoulli(coin_key, 0.5, (3,))
@@ -102,38 +110,59 @@ class Augmentation:
             -1,
         )
 
-    def transform(self, images: Float[Array, "b h w c"], t: Transformation) -> Float[Array, "b h w c"]:
-        """Transforms each image about its centre; what comes in from outside is its reflection, and beyond that zeros."""
-        return jax.vmap(self._transform_one)(images, jax.tree.map(lambda a: a.astype(images.dtype), t))
+    def transform(
+        self, images: Float[Array, "b h w c"], t: Transformation
+    ) -> Float[Array, "b h w c"]:
+        """Transforms each image about its centre; what comes in from outside is its reflection, and
+        beyond that zeros."""
+        return jax.vmap(self._transform_one)(
+            images, jax.tree.map(lambda a: a.astype(images.dtype), t)
+        )
 
-    def _transform_one(self, image: Float[Array, "h w c"], t: Transformation) -> Float[Array, "h w c"]:
+    def _transform_one(
+        self, image: Float[Array, "h w c"], t: Transformation
+    ) -> Float[Array, "h w c"]:
         """Transforms at twice the resolution, where bilinear interpolation does little harm."""
         h, w, _ = image.shape
         image = jnp.where(t.x_flip > 0, image[:, ::-1], image)
         image = jnp.where(t.y_flip > 0, image[::-1], image)
         # The widest reflection there is; one draw in a million needs more.
-        doubled = double(double(jnp.pad(image, ((h - 1, h - 1), (w - 1, w - 1), (0, 0)), "reflect"), 0), 1)
+        doubled = double(
+            double(jnp.pad(image, ((h - 1, h - 1), (w - 1, w - 1), (0, 0)), "reflect"), 0), 1
+        )
 
         def places(size: int) -> Float[Array, " n"]:
-            """The places that `halve` needs, counted from the centre, which is `size - 1` when counted from pixel 0."""
+            """The places that `halve` needs, counted from the centre, which is `size - 1` when
+            counted from pixel 0."""
             return jnp.arange(-_BEFORE, 2 * size - 1 + _AFTER, dtype=image.dtype) - (size - 1)
 
         x = places(w)[None, :] - 2 * w * self.shift_std * t.shift_x
         y = places(h)[:, None] - 2 * h * self.shift_std * t.shift_y
         m = self._inverse(t)
-        # From the centre to the corner of the reflection: the image's own size - 1 and twice the margin's.
+        # From the centre to the corner of the reflection: the image's own size - 1 and twice the
+        # margin's.
         at = [m[1, 0] * x + m[1, 1] * y + 3 * (h - 1), m[0, 0] * x + m[0, 1] * y + 3 * (w - 1)]
-        moved = jax.vmap(lambda channel: map_coordinates(channel, at, order=1, mode="constant"), -1, -1)(doubled)
+        moved = jax.vmap(
+            lambda channel: map_coordinates(channel, at, order=1, mode="constant"), -1, -1
+        )(doubled)
         return halve(halve(moved, 0), 1)
 
     def _inverse(self, t: Transformation) -> Float[Array, "2 2"]:
-        """From an output's (x, y), shifted back, to the input's; y points down, so `_rotation` of it turns clockwise.
+        """From an output's (x, y), shifted back, to the input's; y points down, so `_rotation` of
+        it turns clockwise.
 
-        S(scale)^-1 R(rotation) R(-axis) S(stretch, 1 / stretch)^-1 R(axis), the two rotations in the middle being one.
+        S(scale)^-1 R(rotation) R(-axis) S(stretch, 1 / stretch)^-1 R(axis), the two rotations in
+        the middle being one.
         """
         stretch = jnp.exp2(self.anisotropy_std * t.anisotropy)
-        parts = _rotation(t.rotation - t.axis), jnp.diag(jnp.stack([1 / stretch, stretch])), _rotation(t.axis)
-        return jnp.linalg.multi_dot(parts, precision=jax.lax.Precision.HIGHEST) / jnp.exp2(self.scale_std * t.scale)
+        parts = (
+            _rotation(t.rotation - t.axis),
+            jnp.diag(jnp.stack([1 / stretch, stretch])),
+            _rotation(t.axis),
+        )
+        return jnp.linalg.multi_dot(parts, precision=jax.lax.Precision.HIGHEST) / jnp.exp2(
+            self.scale_std * t.scale
+        )
 
     def __call__(
         self, images: Float[Array, "b h w c"], keys: Key[Array, " b"]
@@ -151,7 +180,8 @@ def _rotation(angle: Float[Array, ""]) -> Float[Array, "2 2"]:
 def double(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Twice as many values along an axis: zeros put in between, convolved with sym6; zeros outside.
 
-    y_m = sqrt(2) sum_i f_{m - 2 i + 5} x_i, which for even m takes the odd taps alone, and for odd m the even ones.
+    y_m = sqrt(2) sum_i f_{m - 2 i + 5} x_i, which for even m takes the odd taps alone, and for odd
+    m the even ones.
     """
     x = jnp.moveaxis(x, axis, 0)
     n, taps = len(x), jnp.asarray(np.sqrt(2) * _SYM6, x.dtype)
@@ -164,7 +194,8 @@ def double(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 def halve(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Half as many values along an axis, half the transpose of `double` and its inverse.
 
-    y_i = sum_m f_{m - 2 i + 5} x_m / sqrt(2); `x` begins at m = -5 and ends at m = 2 n + 4, n being the length of y.
+    y_i = sum_m f_{m - 2 i + 5} x_m / sqrt(2); `x` begins at m = -5 and ends at m = 2 n + 4, n being
+    the length of y.
     """
     n, taps = x.shape[axis] // 2 - 5, jnp.asarray(_SYM6 / np.sqrt(2), x.dtype)
     return sum(taps[k] * jax.lax.slice_in_dim(x, k, k + 2 * n - 1, 2, axis) for k in range(12))

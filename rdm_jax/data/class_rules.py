@@ -1,4 +1,5 @@
-"""Which class an image is of, by the folder it lies in or by the name of its file, and the order of classes.
+"""Which class an image is of, by the folder it lies in or by the name of its file, and the order of
+classes.
 
 Classes are known by their names. The number of a class is its place in the order, and nothing else.
 """
@@ -10,12 +11,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rdm_jax.data.listing import NO_TEXT
-from rdm_jax.errors import InputError
-from rdm_jax.terminal import log
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError
 
 RULES = ("auto", "top", "leaf", "prefix", "none")
 # Folders that are parts of one set and no classes, in lower case.
-TRAINING, OTHERS = {"train", "training"}, {"val", "valid", "validation", "test", "testing", "dev", "eval"}
+TRAINING, OTHERS = (
+    {"train", "training"},
+    {"val", "valid", "validation", "test", "testing", "dev", "eval"},
+)
 # What is before the number of a file: 'cat_01.png', 'cat-1.png', 'cat (1).png', 'cat.1.jpg'.
 PREFIX = re.compile(r"(.*[^ _.\-(])[ _.\-]+\(?\d+\)?$")
 
@@ -25,7 +29,8 @@ class Labelled(NamedTuple):
 
     Attributes:
       class_names: in order; empty when the images have none.
-      numbers: the class number of each image that can be used, by its name; empty when there are no classes.
+      numbers: the class number of each image that can be used, by its name; empty when there are no
+        classes.
       skipped: what was left out, and why.
       lost: classes that a labels file names, and of which no image is left.
     """
@@ -64,11 +69,16 @@ def by_rule(images: Sequence[str], rule: str, spec: str) -> Labelled:
     if rule == "leaf":
         _log_merged(folders.values(), spec)
     part = -1 if rule == "leaf" else 0
-    return _named({name: folder.split("/")[part] for name, folder in folders.items()}, "is in no folder, as others are", spec)
+    return _named(
+        {name: folder.split("/")[part] for name, folder in folders.items()},
+        "is in no folder, as others are",
+        spec,
+    )
 
 
 def ordered(names: Iterable[str], where: str) -> tuple[str, ...]:
-    """Class names in order: as numbers where all are numbers, else by their characters. Raises InputError for '1' and '01'."""
+    """Class names in order: as numbers where all are numbers, else by their characters. Raises
+    InputError for '1' and '01'."""
     names = set(names)
     if not all(re.fullmatch("[0-9]+", name) for name in names):
         return tuple(sorted(names))
@@ -80,7 +90,10 @@ def ordered(names: Iterable[str], where: str) -> tuple[str, ...]:
             raise InputError(
                 f"{where} has the classes {' and '.join(map(repr, same))}, which are one number; another name for one would do."
             )
-    return tuple(by_number[digits][0] for digits in sorted(by_number, key=lambda digits: (len(digits), digits)))
+    return tuple(
+        by_number[digits][0]
+        for digits in sorted(by_number, key=lambda digits: (len(digits), digits))
+    )
 
 
 def kept_names(names: Sequence[str], spec: str) -> tuple[str, ...]:
@@ -92,29 +105,44 @@ def kept_names(names: Sequence[str], spec: str) -> tuple[str, ...]:
     kept = tuple(name.strip() for name in names)
     counts = collections.Counter(kept)
     for before, name in zip(names, kept, strict=True):
-        wrong = "has an empty name" * (not name) or "is called like another but for spaces" * (counts[name] > 1)
+        wrong = "has an empty name" * (not name) or "is called like another but for spaces" * (
+            counts[name] > 1
+        )
         if NO_TEXT.search(name) or len(name.splitlines()) > 1:
             wrong = "has a line break or another character that is no text in its name"
         if wrong:
             raise InputError(f"the class {before!r} of {spec} {wrong}; another name would do.")
         if name != before:
-            log.info("data: the class %r of %s is called %r, for names are kept without spaces about them", before, spec, name)
+            log.info(
+                "data: the class %r of %s is called %r, for names are kept without spaces about them",
+                before,
+                spec,
+                name,
+            )
     return kept
 
 
 def _named(classes: Mapping[str, str], reason: str, spec: str) -> Labelled:
     """Images by the name of their class; '' for those that have none, with the reason."""
     would_do = "data.classes='none' for no classes, or moving or renaming it,"
-    skipped = {name: f"{reason}; {would_do} would do." for name, found in classes.items() if not found}
+    skipped = {
+        name: f"{reason}; {would_do} would do." for name, found in classes.items() if not found
+    }
     class_names = ordered((found for found in classes.values() if found), spec)
     number = {name: i for i, name in enumerate(class_names)}
-    return Labelled(class_names, {name: number[found] for name, found in classes.items() if found}, skipped)
+    return Labelled(
+        class_names, {name: number[found] for name, found in classes.items() if found}, skipped
+    )
 
 
 def wrapper(folders: Iterable[str]) -> str:
     """The folder about all others, as unpacking or zipping leaves it; '' for none."""
     folders = set(folders)
-    return "/".join(os.path.commonprefix([folder.split("/") for folder in folders])) if all(folders) else ""
+    return (
+        "/".join(os.path.commonprefix([folder.split("/") for folder in folders]))
+        if all(folders)
+        else ""
+    )
 
 
 def _looked_through(folders: Collection[str], rule: str, spec: str) -> str:
@@ -123,8 +151,17 @@ def _looked_through(folders: Collection[str], rule: str, spec: str) -> str:
     if about and rule != "auto" and about in folders:
         about = about.rpartition("/")[0]  # who asks for folders as classes means this one
     if about:
-        single = "; they have no classes (data.classes='leaf' makes its name their class)" if about in folders else ""
-        log.info("data: the images of %s are all in the folder %r, which is looked through%s", spec, about, single)
+        single = (
+            "; they have no classes (data.classes='leaf' makes its name their class)"
+            if about in folders
+            else ""
+        )
+        log.info(
+            "data: the images of %s are all in the folder %r, which is looked through%s",
+            spec,
+            about,
+            single,
+        )
     return about
 
 
@@ -143,7 +180,8 @@ def _refuse_split(folders: Iterable[str], spec: str, about: str) -> None:
 
 
 def _kind_of_part(folder: str) -> str:
-    """The first word of a folder's name: 'train' of 'train2017', 'train_set', 'TrainSet' and 'trainset'."""
+    """The first word of a folder's name: 'train' of 'train2017', 'train_set', 'TrainSet' and
+    'trainset'."""
     word = re.split(r"[\W_\d]|(?<=[a-z])(?=[A-Z])", folder)[0].lower()
     return re.sub("(?<=.)(set|data|images)$", "", word)
 
@@ -172,7 +210,10 @@ def _log_merged(folders: Iterable[str], spec: str) -> None:
     if merged:
         name, found = next(iter(sorted(merged.items())))
         about = (f"{len(merged):,}", spec, name, " and ".join(found[:2]))
-        log.info("data: %s names of folders are in several places of %s and are one class each: %r is in %s", *about)
+        log.info(
+            "data: %s names of folders are in several places of %s and are one class each: %r is in %s",
+            *about,
+        )
 
 
 def _prefix(name: str) -> str | None:
@@ -188,4 +229,7 @@ def _log_prefixes(images: Sequence[str], spec: str) -> None:
     if len(counts) > 1 and 10 * missing <= len(images) and 2 * len(counts) <= len(images):
         some = ", ".join(map(repr, sorted(counts)[:3]))
         about = (spec, len(counts), some)
-        log.info("data: no classes for %s; file names have %d prefixes (%s), which data.classes='prefix' makes classes", *about)
+        log.info(
+            "data: no classes for %s; file names have %d prefixes (%s), which data.classes='prefix' makes classes",
+            *about,
+        )

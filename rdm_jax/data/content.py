@@ -1,6 +1,8 @@
-"""A hash of the images of a set, however they are kept: of names, labels and pixels before these were encoded.
+"""A hash of the images of a set, however they are kept: of names, labels and pixels before these
+were encoded.
 
-Names are unique and decide the order, so that the images can be hashed one by one, in any order and in any parts.
+Names are unique and decide the order, so that the images can be hashed one by one, in any order and
+in any parts.
 """
 
 import hashlib
@@ -27,4 +29,6 @@ def total(hashes: Iterable[str]) -> str:
 
 def set_hash(images: str, image_shape: Sequence[int], class_names: Sequence[str]) -> str:
     """The hash of a set, of the total of its images and of what they have in common."""
-    return hashlib.sha256(json.dumps([images, list(image_shape), list(class_names)]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([images, list(image_shape), list(class_names)]).encode()
+    ).hexdigest()

@@ -11,20 +11,25 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, features
 
-from rdm_jax.errors import BadImage, InputError
+from rdm_jax.runtime.errors import BadImage, InputError
 
-# Pillow decides by content which of these a file is; what it could also open (EPS by running Ghostscript, PDF, HDF5)
-# is nothing to train on. The suffixes decide only which files of a folder are meant as images.
-_HAS_AVIF = "avif" in features.modules and features.check("avif")  # since Pillow 11.3, where it was built with libavif
+# Pillow decides by content which of these a file is; what it could also open (EPS by running
+# Ghostscript, PDF, HDF5) is nothing to train on. The suffixes decide only which files of a folder
+# are meant as images.
+_HAS_AVIF = "avif" in features.modules and features.check(
+    "avif"
+)  # since Pillow 11.3, where it was built with libavif
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _HAS_AVIF else ()))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".avif")
 # How files of these formats begin, for what has another suffix or none.
 MAGIC = re.compile(
-    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s|....ftypavi[fs]", re.DOTALL
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s|....ftypavi[fs]",
+    re.DOTALL,
 )
 MAGIC_BYTES = 16
-# Bounds of what one image may take in memory, whatever its file says. Of more pixels Pillow warns; here they are refused.
+# Bounds of what one image may take in memory, whatever its file says. Of more pixels Pillow warns;
+# here they are refused.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 512 * 2**20
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -37,7 +42,7 @@ CROPS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class ImageSpec:
     """What every image is brought to.
 
     Attributes:
@@ -59,11 +64,17 @@ class Form:
             if side < 1:
                 raise InputError(f"{name}={side} is no size of an image; 1 or more would do.")
         if self.channels not in (1, 3):
-            raise InputError(f"channels={self.channels} cannot be used; 1 or 3 (grey or RGB) would do.")
+            raise InputError(
+                f"channels={self.channels} cannot be used; 1 or 3 (grey or RGB) would do."
+            )
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
-            raise InputError(f"background={self.background} is no colour; three numbers from 0 to 255 would do.")
+            raise InputError(
+                f"background={self.background} is no colour; three numbers from 0 to 255 would do."
+            )
         if self.crop not in CROPS:
-            raise InputError(f"crop={self.crop!r} is not known; {' or '.join(map(repr, CROPS))} would do.")
+            raise InputError(
+                f"crop={self.crop!r} is not known; {' or '.join(map(repr, CROPS))} would do."
+            )
 
 
 def is_image(head: bytes) -> bool:
@@ -82,7 +93,9 @@ def open_image(file: Path | bytes) -> Image.Image:
     if not 0 < size <= MAX_BYTES:
         raise BadImage(f"has {size:,} bytes; 1 to {MAX_BYTES:,} would do.")
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        with Image.open(
+            io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS
+        ) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(
                     f"has too many pixels ({image.width:,} x {image.height:,}); at most {MAX_PIXELS:,} in all would do."
@@ -92,14 +105,23 @@ def open_image(file: Path | bytes) -> Image.Image:
     except (BadImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # of twice as many, before we are asked
-        raise BadImage(f"has too many pixels (more than {2 * MAX_PIXELS:,}); at most {MAX_PIXELS:,} in all would do.") from error
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        # What the system says, but for a seek to where the file says that something is, is no fault of the image.
+        raise BadImage(
+            f"has too many pixels (more than {2 * MAX_PIXELS:,}); at most {MAX_PIXELS:,} in all would do."
+        ) from error
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
+        # What the system says, but for a seek to where the file says that something is, is no fault
+        # of the image.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         if not _HAS_AVIF and _is_avif(file):
-            raise BadImage("is an AVIF image, which this Pillow cannot decode; `pip install 'pillow>=11.3'` would do.") from error
-        raise BadImage(f"cannot be decoded ({error}); a whole copy, or the set without it, would do.") from error
+            raise BadImage(
+                "is an AVIF image, which this Pillow cannot decode; `pip install 'pillow>=11.3'` would do."
+            ) from error
+        raise BadImage(
+            f"cannot be decoded ({error}); a whole copy, or the set without it, would do."
+        ) from error
 
 
 def _is_avif(file: Path | bytes) -> bool:
@@ -113,11 +135,14 @@ def read_head(path: Path) -> bytes:
         return file.read(MAGIC_BYTES)
 
 
-def to_uint8(image: Image.Image, channels: int, background: tuple[int, ...]) -> UInt8[np.ndarray, "h w c"]:
+def to_uint8(
+    image: Image.Image, channels: int, background: tuple[int, ...]
+) -> UInt8[np.ndarray, "h w c"]:
     """Brings a Pillow image of any mode to 8 bits a channel.
 
-    16-bit grey is scaled by 255/65535 (Pillow alone would clip it), CMYK is converted without a colour profile, and
-    what is transparent is composited on the background before any resizing, so that no hidden colour bleeds in.
+    16-bit grey is scaled by 255/65535 (Pillow alone would clip it), CMYK is converted without a
+    colour profile, and what is transparent is composited on the background before any resizing, so
+    that no hidden colour bleeds in.
 
     Args:
       image: any mode but floating point.
@@ -137,21 +162,31 @@ def to_uint8(image: Image.Image, channels: int, background: tuple[int, ...]) -> 
             raise ValueError("no scale is given")
         pixels = np.asarray(image.convert("RGB").convert("L" if channels == 1 else "RGB"))
     except ValueError as error:
-        raise BadImage(f"has mode {image.mode!r} ({error}); RGB, grey, palette or CMYK would do.") from error
+        raise BadImage(
+            f"has mode {image.mode!r} ({error}); RGB, grey, palette or CMYK would do."
+        ) from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:  # Mode 'I' is 32 bits wide, and its white is anyone's guess.
-        raise BadImage(f"has grey values from {values.min()} to {values.max()}; 8 or 16 bits would do.")
+    if (
+        values.min() < 0 or values.max() > 65535
+    ):  # Mode 'I' is 32 bits wide, and its white is anyone's guess.
+        raise BadImage(
+            f"has grey values from {values.min()} to {values.max()}; 8 or 16 bits would do."
+        )
     grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if "transparency" in image.info:
-        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+        grey.putalpha(
+            Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+        )
     return grey
 
 
-def fit(pixels: UInt8[np.ndarray, "h w c"], form: Form) -> UInt8[np.ndarray, "{form.height} {form.width} c"]:
+def fit(
+    pixels: UInt8[np.ndarray, "h w c"], form: ImageSpec
+) -> UInt8[np.ndarray, "{form.height} {form.width} c"]:
     """Crops and resizes by the form's rule; the identity where the size is right already.
 
     Raises:
@@ -172,18 +207,23 @@ def _fit_lanczos(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     crop_rows = max(1, min(rows, round(columns * height / width)))
     crop_columns = max(1, min(columns, round(rows * width / height)))
     # Not by ImageOps.fit, whose filter reaches for pixels beyond the crop.
-    return _resize(_central(pixels, crop_rows, crop_columns), height, width, Image.Resampling.LANCZOS)
+    return _resize(
+        _central(pixels, crop_rows, crop_columns), height, width, Image.Resampling.LANCZOS
+    )
 
 
 def _fit_adm(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The crop of ADM (arXiv 2105.05233) and of EDM's ImageNet-64, which is given for squares, for any height and width."""
+    """The crop of ADM (arXiv 2105.05233) and of EDM's ImageNet-64, which is given for squares, for
+    any height and width."""
     while pixels.shape[0] >= 2 * height and pixels.shape[1] >= 2 * width:
         pixels = _resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, Image.Resampling.BOX)
     rows, columns, _ = pixels.shape
     scale = max(height / rows, width / columns)
     rows, columns = round(rows * scale), round(columns * scale)
     if rows * columns > MAX_PIXELS:
-        raise BadImage(f"is too thin for crop='adm', which would enlarge it to {rows:,} x {columns:,}; 'lanczos' would do.")
+        raise BadImage(
+            f"is too thin for crop='adm', which would enlarge it to {rows:,} x {columns:,}; 'lanczos' would do."
+        )
     return _central(_resize(pixels, rows, columns, Image.Resampling.BICUBIC), height, width)
 
 
@@ -192,7 +232,9 @@ def _central(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return pixels[top : top + height, left : left + width]
 
 
-def _resize(pixels: np.ndarray, height: int, width: int, resampling: Image.Resampling) -> np.ndarray:
+def _resize(
+    pixels: np.ndarray, height: int, width: int, resampling: Image.Resampling
+) -> np.ndarray:
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     return np.asarray(image.resize((width, height), resampling)).reshape(height, width, -1)
 
@@ -200,5 +242,9 @@ def _resize(pixels: np.ndarray, height: int, width: int, resampling: Image.Resam
 def encode(pixels: UInt8[np.ndarray, "h w c"], encoding: str, quality: int) -> bytes:
     """A PNG (`quality` is not looked at) or a JPEG without chroma subsampling, as bytes."""
     image, file = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), io.BytesIO()
-    image.save(file, format=encoding, **({"quality": quality, "subsampling": 0} if encoding == "jpeg" else {}))
+    image.save(
+        file,
+        format=encoding,
+        **({"quality": quality, "subsampling": 0} if encoding == "jpeg" else {}),
+    )
     return file.getvalue()

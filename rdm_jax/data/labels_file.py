@@ -1,4 +1,5 @@
-"""EDM's dataset.json, and what others write in its place: as much of it as can mean one thing only."""
+"""EDM's dataset.json, and what others write in its place: as much of it as can mean one thing
+only."""
 
 import collections
 import functools
@@ -11,25 +12,29 @@ from typing import Any, NamedTuple
 from rdm_jax.data.class_rules import Labelled, ordered
 from rdm_jax.data.left_out import NO_FILE
 from rdm_jax.data.listing import LABELS_FILE
-from rdm_jax.errors import InputError
-from rdm_jax.files import parse_json
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import parse_json
 
 FORMAT = '{"labels": [["NAME", 0], ...]}'
 
 
 class _Label(NamedTuple):
-    """A label, and as what it was written: labels of different kinds cannot be told to mean the same."""
+    """A label, and as what it was written: labels of different kinds cannot be told to mean the
+    same."""
 
     kind: str
     value: int | str
 
 
-def by_labels_file(content: bytes, images: Sequence[str], folder: str, places: Sequence[str]) -> Labelled:
+def by_labels_file(
+    content: bytes, images: Sequence[str], folder: str, places: Sequence[str]
+) -> Labelled:
     """The classes of images by a labels file.
 
-    The labels are pairs of a name and a label, in a list or a dict, alone or as "labels" beside "class_names" (the names of all
-    classes, by number). A label is a whole number, a name, true or false, or a one-hot list. Without "class_names" a class is
-    called by its number, so that numbers may begin anywhere and have gaps.
+    The labels are pairs of a name and a label, in a list or a dict, alone or as "labels" beside
+    "class_names" (the names of all classes, by number). A label is a whole number, a name, true or
+    false, or a one-hot list. Without "class_names" a class is called by its number, so that numbers
+    may begin anywhere and have gaps.
 
     Args:
       content: of the file.
@@ -54,17 +59,38 @@ def by_labels_file(content: bytes, images: Sequence[str], folder: str, places: S
         raise InputError(
             f"{LABELS_FILE} names {next(iter(missing))!r} and no image that is there; names such as {images[0]!r} would do."
         )
-    skipped = {name: f"{NO_FILE} {LABELS_FILE} and is not there; the file would do." for name in missing}
-    skipped |= {name: f"has no label in {LABELS_FILE}; one would do." for name in images if name not in labels}
-    negative = [name for name, label in labels.items() if isinstance(label.value, int) and label.value < 0]
-    skipped |= dict.fromkeys(negative, f"has a negative class number in {LABELS_FILE}; 0 or more would do.")
+    skipped = {
+        name: f"{NO_FILE} {LABELS_FILE} and is not there; the file would do." for name in missing
+    }
+    skipped |= {
+        name: f"has no label in {LABELS_FILE}; one would do."
+        for name in images
+        if name not in labels
+    }
+    negative = [
+        name for name, label in labels.items() if isinstance(label.value, int) and label.value < 0
+    ]
+    skipped |= dict.fromkeys(
+        negative, f"has a negative class number in {LABELS_FILE}; 0 or more would do."
+    )
     known = frozenset(class_names)
-    named = {name: _name(label, class_names, known) for name, label in labels.items() if name not in skipped}
+    named = {
+        name: _name(label, class_names, known)
+        for name, label in labels.items()
+        if name not in skipped
+    }
     all_names = class_names or _one_hot_names(labels) or ordered(named.values(), LABELS_FILE)
     number = {name: i for i, name in enumerate(all_names)}
-    unused = {label for label in missing.values() if not isinstance(label.value, int) or label.value >= 0}
+    unused = {
+        label for label in missing.values() if not isinstance(label.value, int) or label.value >= 0
+    }
     lost = {_name(label, class_names, known) for label in unused} - set(named.values())
-    return Labelled(all_names, {image: number[name] for image, name in named.items()}, skipped, tuple(sorted(lost)))
+    return Labelled(
+        all_names,
+        {image: number[name] for image, name in named.items()},
+        skipped,
+        tuple(sorted(lost)),
+    )
 
 
 def _parse(content: bytes) -> tuple[list[tuple[str, _Label]], tuple[str, ...]]:
@@ -76,7 +102,9 @@ def _parse(content: bytes) -> tuple[list[tuple[str, _Label]], tuple[str, ...]]:
         pairs, class_names = found["labels"], found.get("class_names") or []
         if not isinstance(pairs, list | dict | type(None)):
             raise ValueError("no list of labels")
-        are_names = isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
+        are_names = isinstance(class_names, list) and all(
+            isinstance(name, str) for name in class_names
+        )
         if not are_names or len(set(class_names)) < len(class_names):
             raise ValueError("class_names is no list of different names")
     except (ValueError, KeyError) as error:
@@ -86,12 +114,15 @@ def _parse(content: bytes) -> tuple[list[tuple[str, _Label]], tuple[str, ...]]:
     labels = [named for named in map(_named_label, pairs) if named is not None]
     kinds = {label.kind: f"{name!r} has {label.kind}" for name, label in labels}
     if len(kinds) > 1:
-        raise InputError(f"{LABELS_FILE} has labels of several kinds ({', '.join(kinds.values())}); one kind would do.")
+        raise InputError(
+            f"{LABELS_FILE} has labels of several kinds ({', '.join(kinds.values())}); one kind would do."
+        )
     return labels, tuple(class_names)
 
 
 def _named_label(pair: Any) -> tuple[str, _Label] | None:
-    """A name with its label; None for a name that has none. Whatever comes after these is not looked at."""
+    """A name with its label; None for a name that has none. Whatever comes after these is not
+    looked at."""
     is_pair = isinstance(pair, list) and len(pair) > 1 and isinstance(pair[0], str)
     if pair is None or (is_pair and pair[1] is None):
         return None
@@ -113,13 +144,20 @@ def _label(value: Any) -> _Label | None:
             return _Label("a number", int(value))
         case str() if value.strip():
             return _Label("a name", value)
-        case list() if value and all(type(v) in (int, float) for v in value) and sorted(value) == [0] * (len(value) - 1) + [1]:
+        case list() if (
+            value
+            and all(type(v) in (int, float) for v in value)
+            and sorted(value) == [0] * (len(value) - 1) + [1]
+        ):
             return _Label(f"a list of {len(value)}", value.index(1))
     return None
 
 
-def _resolver(images: Sequence[str], folder: str, places: Sequence[str]) -> Callable[[str], str | None]:
-    """A function that finds the image that a name means, however its path is written; None where there is none, or several."""
+def _resolver(
+    images: Sequence[str], folder: str, places: Sequence[str]
+) -> Callable[[str], str | None]:
+    """A function that finds the image that a name means, however its path is written; None where
+    there is none, or several."""
     known = set(images)
 
     @functools.cache

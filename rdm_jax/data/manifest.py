@@ -5,14 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from rdm_jax.data.content import set_hash, total
-from rdm_jax.errors import InputError
-from rdm_jax.files import parse_json, sha256
-from rdm_jax.terminal import log, progress
+from rdm_jax.runtime.console import log, progress
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import parse_json, sha256
 
 MANIFEST = "manifest.json"
 # Version 1 has no field 'version', and no 'content'.
 VERSION = 2
-FIELDS = {"settings": dict, "count": int, "classes": dict, "enlarged": int, "skipped": dict, "shards": list}
+FIELDS = {
+    "settings": dict,
+    "count": int,
+    "classes": dict,
+    "enlarged": int,
+    "skipped": dict,
+    "shards": list,
+}
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 # Settings that version 1 does not have, with the values that mean what it did.
 NEW_SETTINGS = {"classes": "auto"}
@@ -20,19 +27,23 @@ SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
 def verify_files(directory: Path) -> None:
-    """Compares every file with its hash in the manifest. Raises InputError for one that differs or is not there."""
+    """Compares every file with its hash in the manifest. Raises InputError for one that differs or
+    is not there."""
     shards = read_manifest(directory)["shards"]
     with progress(sum(shard["records"] for shard in shards), f"verifying {directory.name}") as bar:
         for shard in shards:
             if sha256(directory / shard["file"]) != shard["sha256"]:
                 would_do = "deleting the directory and preparing it again"
-                raise InputError(f"{directory / shard['file']} is not as it was written; {would_do} would do.")
+                raise InputError(
+                    f"{directory / shard['file']} is not as it was written; {would_do} would do."
+                )
             bar.update(shard["records"])
     log.info("data: %d files in %s are as they were written", len(shards), directory)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a prepared set, with settings that older versions lack. Raises InputError where there is none."""
+    """The manifest of a prepared set, with settings that older versions lack. Raises InputError
+    where there is none."""
     try:
         manifest = parse_json((directory / MANIFEST).read_text())
         version = manifest.get("version", 1)
@@ -40,7 +51,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             raise ValueError(f"version is {version!r:.40}")
         if version > VERSION:
             newer = f"{directory / MANIFEST} has version {version}, and this rdm_jax reads versions up to {VERSION}"
-            raise InputError(f"{newer}; a newer rdm_jax, or preparing the data again in another directory, would do.")
+            raise InputError(
+                f"{newer}; a newer rdm_jax, or preparing the data again in another directory, would do."
+            )
         if not manifest.keys() >= FIELDS.keys():
             raise ValueError("fields are missing")
         for field, kind in FIELDS.items():
@@ -55,11 +68,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     except InputError:
         raise
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{directory} is there and is no prepared data ({error}); another directory would do.") from error
+        raise InputError(
+            f"{directory} is there and is no prepared data ({error}); another directory would do."
+        ) from error
 
 
 def identity(directory: Path) -> str:
-    """Tells the images of a prepared set from those of every other; older manifests have the hashes of files alone.
+    """Tells the images of a prepared set from those of every other; older manifests have the hashes
+    of files alone.
 
     Raises:
       InputError: there is no manifest.
@@ -67,11 +83,17 @@ def identity(directory: Path) -> str:
     manifest = read_manifest(directory)
     if "content" in manifest:
         return manifest["content"]
-    return set_hash(total(shard["sha256"] for shard in manifest["shards"]), (), list(manifest["classes"]))
+    return set_hash(
+        total(shard["sha256"] for shard in manifest["shards"]), (), list(manifest["classes"])
+    )
 
 
 def _check_shard(shard: Any) -> None:
-    if not isinstance(shard, dict) or any(type(shard.get(field)) is not kind for field, kind in SHARD.items()):
+    if not isinstance(shard, dict) or any(
+        type(shard.get(field)) is not kind for field, kind in SHARD.items()
+    ):
         raise ValueError("what it says of a file is not complete")
-    if not FILE_NAME.fullmatch(shard["file"]):  # it may be a stranger's, and the file is going to be opened
+    if not FILE_NAME.fullmatch(
+        shard["file"]
+    ):  # it may be a stranger's, and the file is going to be opened
         raise ValueError(f"{shard['file'][:200]!r} is no file beside it")

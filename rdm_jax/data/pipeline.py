@@ -1,4 +1,5 @@
-"""An image set -> batches: the same order whatever the number of processes and workers, resumed exactly."""
+"""An image set -> batches: the same order whatever the number of processes and workers, resumed
+exactly."""
 
 import functools
 import multiprocessing
@@ -12,9 +13,9 @@ import numpy as np
 from absl import flags
 
 from rdm_jax.data.image_sets import Batch, ImageSet
-from rdm_jax.errors import InputError
-from rdm_jax.interrupt import obey_parent_alone
-from rdm_jax.terminal import log
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.signals import obey_parent_alone
 
 
 def train_iterator(
@@ -32,46 +33,66 @@ def train_iterator(
 ) -> "TrainIterator":
     """Batches without end, epoch after epoch in a new order, every image once an epoch.
 
-    Global batch k takes the positions k * batch_size, ... of the epochs laid end to end (counted from `first`); process i takes
-    its i-th part. So neither the global batches nor the iterator's state, {'next_index': k} for the next k to be handed out
-    (JSON), know of the number of processes and workers, and a run goes on exactly on another number of them.
+    Global batch k takes the positions k * batch_size, ... of the epochs laid end to end (counted
+    from `first`); process i takes its i-th part. So neither the global batches nor the iterator's
+    state, {'next_index': k} for the next k to be handed out (JSON), know of the number of processes
+    and workers, and a run goes on exactly on another number of them.
 
     Args:
       images: what to draw from.
       batch_size: of the global batch; it may exceed the number of images.
       seed: of the orders.
       process_index, process_count: whose part to yield.
-      workers: processes that make batches; 0 for threads of this one alone, as for a set in memory whatever is asked for.
-      worker_timeout: seconds that workers may take for a batch. Where they take longer, or are killed, others take their place,
-        once, with the same batch.
-      first: a batch, and the position that it begins with: where the batch size was another one before.
-      threads, prefetch: how many threads make how many batches ahead of need, where there are no workers.
+      workers: processes that make batches; 0 for threads of this one alone, as for a set in memory
+        whatever is asked for.
+      worker_timeout: seconds that workers may take for a batch. Where they take longer, or are
+        killed, others take their place, once, with the same batch.
+      first: a batch, and the position that it begins with: where the batch size was another one
+        before.
+      threads, prefetch: how many threads make how many batches ahead of need, where there are no
+        workers.
 
     Raises:
-      InputError: the batch size is not a positive multiple of the number of processes, or the seed is negative; and from the
-        iterator, where an image cannot be read, or workers have failed twice.
+      InputError: the batch size is not a positive multiple of the number of processes, or the seed
+        is negative; and from the iterator, where an image cannot be read, or workers have failed
+        twice.
     """
     if batch_size < 1 or batch_size % process_count:
-        raise InputError(f"batch_size={batch_size} cannot be shared by {process_count} processes; a multiple would do.")
+        raise InputError(
+            f"batch_size={batch_size} cannot be shared by {process_count} processes; a multiple would do."
+        )
     if not 0 <= process_index < process_count:
-        raise InputError(f"process_index={process_index} of {process_count} processes; 0 to {process_count - 1} would do.")
+        raise InputError(
+            f"process_index={process_index} of {process_count} processes; 0 to {process_count - 1} would do."
+        )
     if seed < 0:
         raise InputError(f"seed={seed} is negative; 0 or more would do.")
     batches = _Batches(images, batch_size, seed, process_index, process_count, first)
     workers = 0 if images.is_cached else workers
-    # A worker keeps two batches in the memory that processes share; threads that make more ahead would not make them sooner.
-    options = grain.ReadOptions(num_threads=1 if workers else threads, prefetch_buffer_size=1 if workers else prefetch)
+    # A worker keeps two batches in the memory that processes share; threads that make more ahead
+    # would not make them sooner.
+    options = grain.ReadOptions(
+        num_threads=1 if workers else threads, prefetch_buffer_size=1 if workers else prefetch
+    )
     return TrainIterator(batches, options, workers, worker_timeout)
 
 
 class TrainIterator:
-    """Batches {'image': uint8 (b, h, w, c), 'label': int32 (b,)} of one process; made by `train_iterator`.
+    """Batches {'image': uint8 (b, h, w, c), 'label': int32 (b,)} of one process; made by
+    `train_iterator`.
 
-    Its state is its own and not grain's, whose state with workers fits the same number of workers alone.
+    Its state is its own and not grain's, whose state with workers fits the same number of workers
+    alone.
     """
 
-    def __init__(self, batches: "_Batches", options: grain.ReadOptions, workers: int, worker_timeout: float):
-        self._batches, self._options, self._workers = grain.MapDataset.source(batches), options, workers
+    def __init__(
+        self, batches: "_Batches", options: grain.ReadOptions, workers: int, worker_timeout: float
+    ):
+        self._batches, self._options, self._workers = (
+            grain.MapDataset.source(batches),
+            options,
+            workers,
+        )
         self._worker_timeout = worker_timeout
         self._next, self._iterator, self._others = 0, None, set()
 
@@ -86,7 +107,8 @@ class TrainIterator:
         return batch
 
     def _from_workers(self) -> Batch:
-        """The next batch of the workers or, where they fail, of others; grain alone would wait for ever for one that hangs."""
+        """The next batch of the workers or, where they fail, of others; grain alone would wait for
+        ever for one that hangs."""
         try:
             return _within(self._worker_timeout, self._iterator)
         except _WorkersFailed as failure:
@@ -138,7 +160,8 @@ class _WorkersFailed(RuntimeError):
 
 
 def _within(seconds: float, batches: Iterator[Batch]) -> Batch:
-    """The next batch. Raises `_WorkersFailed` where none comes in so many seconds, or a worker has ended."""
+    """The next batch. Raises `_WorkersFailed` where none comes in so many seconds, or a worker has
+    ended."""
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask() -> None:
@@ -163,7 +186,9 @@ def _in_worker(index: int, count: int) -> None:
     obey_parent_alone()
 
 
-@functools.lru_cache(maxsize=8)  # Two epochs for a batch across them and two for prefetching, of two iterators.
+@functools.lru_cache(
+    maxsize=8
+)  # Two epochs for a batch across them and two for prefetching, of two iterators.
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
@@ -171,12 +196,19 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 class _Batches:
     """One process's part of every global batch, by number.
 
-    A batch is one element to grain, as its bookkeeping costs more than the look-up of a cached image; and its own
-    shuffle adds the epoch to the seed, so that the second epoch of seed 0 would be the first of seed 1.
+    A batch is one element to grain, as its bookkeeping costs more than the look-up of a cached
+    image; and its own shuffle adds the epoch to the seed, so that the second epoch of seed 0 would
+    be the first of seed 1.
     """
 
     def __init__(
-        self, images: ImageSet, batch_size: int, seed: int, process_index: int, process_count: int, first: tuple[int, int]
+        self,
+        images: ImageSet,
+        batch_size: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+        first: tuple[int, int],
     ):
         self._images, self._batch_size, self._seed, self._first = images, batch_size, seed, first
         self._part = np.arange(batch_size).reshape(process_count, -1)[process_index]
@@ -186,7 +218,12 @@ class _Batches:
 
     def __getitem__(self, index: int) -> Batch:
         batch, position = self._first
-        epochs, positions = np.divmod(position + (index - batch) * self._batch_size + self._part, len(self._images))
+        epochs, positions = np.divmod(
+            position + (index - batch) * self._batch_size + self._part, len(self._images)
+        )
         several = range(int(epochs[0]), int(epochs[-1]) + 1)
-        parts = [_order(self._seed, epoch, len(self._images))[positions[epochs == epoch]] for epoch in several]
+        parts = [
+            _order(self._seed, epoch, len(self._images))[positions[epochs == epoch]]
+            for epoch in several
+        ]
         return self._images.batch(np.concatenate(parts))

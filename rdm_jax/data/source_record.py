@@ -1,4 +1,5 @@
-"""What a source was when it was prepared, one small entry an image, so that it can be compared with what it is now."""
+"""What a source was when it was prepared, one small entry an image, so that it can be compared with
+what it is now."""
 
 import hashlib
 from pathlib import Path
@@ -10,14 +11,15 @@ from jaxtyping import Int, UInt64
 from rdm_jax.data.manifest import read_manifest
 from rdm_jax.data.records import RecordReader
 from rdm_jax.data.sources import Source
-from rdm_jax.terminal import log
+from rdm_jax.runtime.console import log
 
 FILE = "source.npz"
 SHOWN = 3  # names of each kind of change
 
 
 class Record(NamedTuple):
-    """Of every image that was listed, also of those that could not be used: its name, a hash of its stamp, its class number."""
+    """Of every image that was listed, also of those that could not be used: its name, a hash of its
+    stamp, its class number."""
 
     names: list[str]
     stamps: UInt64[np.ndarray, " n"]
@@ -25,10 +27,15 @@ class Record(NamedTuple):
 
 
 def record_of(source: Source) -> Record:
-    """What the source is now; to be taken before its images are read, so that what changes meanwhile is noticed later."""
-    stamps = [hashlib.sha256(source.reader.stamp(name).encode()).digest()[:8] for name in source.names]
+    """What the source is now; to be taken before its images are read, so that what changes
+    meanwhile is noticed later."""
+    stamps = [
+        hashlib.sha256(source.reader.stamp(name).encode()).digest()[:8] for name in source.names
+    ]
     labels = source.labels if len(source.labels) else [-1] * len(source)
-    return Record(list(source.names), np.frombuffer(b"".join(stamps), "<u8"), np.asarray(labels, np.int32))
+    return Record(
+        list(source.names), np.frombuffer(b"".join(stamps), "<u8"), np.asarray(labels, np.int32)
+    )
 
 
 def save_record(directory: Path, record: Record) -> None:
@@ -38,7 +45,8 @@ def save_record(directory: Path, record: Record) -> None:
 
 
 def has_changed(directory: Path, now: Record, class_names: tuple[str, ...], spec: str) -> bool:
-    """Whether a source is another than the one that the directory was prepared from; the log says how it differs.
+    """Whether a source is another than the one that the directory was prepared from; the log says
+    how it differs.
 
     Of a set of an older version only the names are known.
 
@@ -55,12 +63,23 @@ def has_changed(directory: Path, now: Record, class_names: tuple[str, ...], spec
     if before is None:
         names = RecordReader(directory).names()
         unused = read_manifest(directory)["skipped"].keys()
-        found = {"added": sorted({*now.names} - {*names} - unused), "removed": sorted({*names} - {*now.names}), "changed": []}
-        log.info("data: %s is of an older version, so that its source is compared by the names of images alone", directory)
+        found = {
+            "added": sorted({*now.names} - {*names} - unused),
+            "removed": sorted({*names} - {*now.names}),
+            "changed": [],
+        }
+        log.info(
+            "data: %s is of an older version, so that its source is compared by the names of images alone",
+            directory,
+        )
     else:
         places = {name: place for place, name in enumerate(before.names)}
         both = [(place, places[name]) for place, name in enumerate(now.names) if name in places]
-        another_class = [now.names[i] for i, j in both if _class(now, i, class_names) != _class(before, j, old_names)]
+        another_class = [
+            now.names[i]
+            for i, j in both
+            if _class(now, i, class_names) != _class(before, j, old_names)
+        ]
         found = {
             "added": [name for name in now.names if name not in places],
             "removed": sorted(places.keys() - {*now.names}),
@@ -74,7 +93,12 @@ def has_changed(directory: Path, now: Record, class_names: tuple[str, ...], spec
     ]
     if before is not None and not changes and class_names != old_names:
         changes = ["other classes"]
-    log.info("data: %s, compared with %s: %s", spec, directory, ", ".join(changes) or "nothing has changed")
+    log.info(
+        "data: %s, compared with %s: %s",
+        spec,
+        directory,
+        ", ".join(changes) or "nothing has changed",
+    )
     return bool(changes)
 
 
@@ -88,7 +112,9 @@ def _read(directory: Path) -> Record | None:
     try:
         with np.load(directory / FILE, allow_pickle=False) as file:
             names = file["names"].tobytes().decode().split("\n")
-            record = Record(names, file["stamps"].astype(np.uint64), file["labels"].astype(np.int32))
+            record = Record(
+                names, file["stamps"].astype(np.uint64), file["labels"].astype(np.int32)
+            )
         return record if len(names) == len(record.stamps) == len(record.labels) else None
     except Exception:  # numpy, zipfile and zlib each raise their own
         return None

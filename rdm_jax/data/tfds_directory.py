@@ -8,15 +8,17 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from rdm_jax.errors import InputError
+from rdm_jax.runtime.errors import InputError
 
 OWN_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.[a-z0-9_.]+\.[A-Za-z0-9_]+")
 
 
 def open_directory(directory: Path) -> tfds.core.DatasetBuilder:
-    """The data set in a directory, of the library's own kinds of features, in files of that directory.
+    """The data set in a directory, of the library's own kinds of features, in files of that
+    directory.
 
-    `tfds.builder_from_directory` alone imports, and so runs, whatever module a data set names as that of its features.
+    `tfds.builder_from_directory` alone imports, and so runs, whatever module a data set names as
+    that of its features.
 
     Raises:
       InputError: a feature is of another kind, or a file lies elsewhere.
@@ -29,7 +31,9 @@ def open_directory(directory: Path) -> tfds.core.DatasetBuilder:
     for split in splits.values():
         for path in split.filepaths:
             if os.path.dirname(os.path.normpath(path)) != inside:
-                raise InputError(f"{directory / 'dataset_info.json'} names {path!s:.200}; files beside it would do.")
+                raise InputError(
+                    f"{directory / 'dataset_info.json'} names {path!s:.200}; files beside it would do."
+                )
     return builder
 
 
@@ -37,7 +41,8 @@ def open_directory(directory: Path) -> tfds.core.DatasetBuilder:
 def _own_features_alone(directory: Path) -> Iterator[None]:
     """A part in which the library resolves the names of its own features only.
 
-    The check is where it imports them: names come in several forms, and as JSON within strings of JSON.
+    The check is where it imports them: names come in several forms, and as JSON within strings of
+      JSON.
     """
     connector = tfds.features.FeatureConnector
     found, resolve = vars(connector)["cls_from_name"], connector.cls_from_name
@@ -45,7 +50,9 @@ def _own_features_alone(directory: Path) -> Iterator[None]:
     def checked(name: str) -> type[tfds.features.FeatureConnector]:
         if not OWN_FEATURE.fullmatch(name):
             would_do = "a data set with features of tensorflow-datasets alone"
-            raise InputError(f"{directory / 'features.json'} wants {name[:100]!r} to be imported; {would_do} would do.")
+            raise InputError(
+                f"{directory / 'features.json'} wants {name[:100]!r} to be imported; {would_do} would do."
+            )
         return resolve(name)
 
     connector.cls_from_name = staticmethod(checked)

@@ -1,1 +1,2 @@
-"""The mathematics of relay diffusion: pure functions of arrays, without networks, files or globals."""
+"""The mathematics of relay diffusion: pure functions of arrays, without networks, files or
+globals."""

@@ -1,8 +1,9 @@
 """Patch-wise blur and block noise, the two ideas of relay diffusion (arXiv 2309.03350).
 
-Images are NHWC. The blur of stage 2 dissipates heat inside each p x p patch on its own, so that at full strength only the
-patch's mean is left: exactly what nearest-neighbour enlargement of a p times smaller image looks like. Everything here is
-written for one (p, p) patch and lifted to batches of images by `over_patches`.
+Images are NHWC. The blur of stage 2 dissipates heat inside each p x p patch on its own, so that at
+full strength only the patch's mean is left: exactly what nearest-neighbour enlargement of a p times
+smaller image looks like. Everything here is written for one (p, p) patch and lifted to batches of
+images by `over_patches`.
 """
 
 import functools
@@ -13,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# Accelerators multiply float32 matrices in bfloat16 unless told otherwise; these matrices are p x p, so full precision is free.
+# Accelerators multiply float32 matrices in bfloat16 unless told otherwise; these matrices are p x
+# p, so full precision is free.
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
 def dct_matrix(patch: int) -> np.ndarray:
-    """The orthonormal DCT-II as a (p, p) matrix, float64: row k is the cosine of frequency pi k / p."""
+    """The orthonormal DCT-II as a (p, p) matrix, float64: row k is the cosine of frequency pi k /
+    p."""
     k, n = np.arange(patch)[:, None], np.arange(patch)[None, :]
     matrix = np.sqrt(2 / patch) * np.cos(np.pi * k * (2 * n + 1) / (2 * patch))
     matrix[0] /= np.sqrt(2)
@@ -37,16 +40,19 @@ def idct2(u: Float[Array, "p p"]) -> Float[Array, "p p"]:
     return jnp.matmul(jnp.matmul(m.T, u, precision=_PRECISION), m, precision=_PRECISION)
 
 
-def over_patches(function: Callable[..., Float[Array, "p p"]], patch: int) -> Callable[..., Float[Array, "b h w c"]]:
+def over_patches(
+    function: Callable[..., Float[Array, "p p"]], patch: int
+) -> Callable[..., Float[Array, "b h w c"]]:
     """Lifts a function of one patch to images.
 
     Args:
-      function: takes any number of (p, p) patches, then arguments of one image (scalars, (p, p) weights), and returns (p, p).
+      function: takes any number of (p, p) patches, then arguments of one image (scalars, (p, p)
+        weights), and returns (p, p).
       patch: p; must divide height and width.
 
     Returns:
-      A function `(images, per_image)`: `images` a tuple of (b, h, w, c) arrays, `per_image` a tuple of arrays with
-      leading axis b. It returns (b, h, w, c).
+      A function `(images, per_image)`: `images` a tuple of (b, h, w, c) arrays, `per_image` a tuple
+      of arrays with leading axis b. It returns (b, h, w, c).
     """
 
     def lifted(images: tuple, per_image: tuple = ()):
@@ -54,7 +60,8 @@ def over_patches(function: Callable[..., Float[Array, "p p"]], patch: int) -> Ca
         if h % patch or w % patch:
             raise ValueError(f"images of {h} x {w} do not divide into patches of {patch} x {patch}")
         grids = [x.reshape(b, h // patch, patch, w // patch, patch, c) for x in images]
-        # The grid stays in memory order; each vmap removes one of its axes, innermost (channels) first.
+        # The grid stays in memory order; each vmap removes one of its axes, innermost (channels)
+        # first.
         f = function
         for axis in (2, 1, 0):
             f = jax.vmap(f, in_axes=(*[axis] * len(grids), *[None] * len(per_image)), out_axes=axis)
@@ -76,15 +83,19 @@ def patch_idct(u: Float[Array, "b h w c"], *, patch: int) -> Float[Array, "b h w
 
 
 @functools.partial(jax.jit, static_argnames=("patch", "min_scale"))
-def blur_weights(blur_sigma: Float[Array, "*b"], *, patch: int, min_scale: float = 1e-3) -> Float[Array, "*b p p"]:
-    """What the blur multiplies each DCT coefficient with (arXiv 2309.03350, and the released code's floor).
+def blur_weights(
+    blur_sigma: Float[Array, "*b"], *, patch: int, min_scale: float = 1e-3
+) -> Float[Array, "*b p p"]:
+    """What the blur multiplies each DCT coefficient with (arXiv 2309.03350, and the released code's
+    floor).
 
     D_ij = (1 - m) exp(-(f_i^2 + f_j^2) tau) + m with f_k = pi k / p and tau = blur_sigma^2 / 2.
 
     Args:
       blur_sigma: standard deviation of the equivalent Gaussian blur, in pixels.
       patch: p.
-      min_scale: the floor m (from Blurring Diffusion, arXiv 2209.05557), which keeps the process invertible.
+      min_scale: the floor m (from Blurring Diffusion, arXiv 2209.05557), which keeps the process
+        invertible.
     """
     frequency = jnp.asarray(np.pi * np.arange(patch) / patch, blur_sigma.dtype)
     squared = frequency[:, None] ** 2 + frequency[None, :] ** 2
@@ -95,31 +106,40 @@ def blur_weights(blur_sigma: Float[Array, "*b"], *, patch: int, min_scale: float
 def filter_patch(x: Float[Array, "p p"], weights: Float[Array, "p p"]) -> Float[Array, "p p"]:
     """V W V^T x of one patch, its DCT coefficients multiplied by weights W.
 
-    The product of the patch, p^2 numbers, with one matrix: patches of the same weights share it, and transforms there and back
-    take several times as long (experiments/benchmarks/relay.py).
+    The product of the patch, p^2 numbers, with one matrix: patches of the same weights share it,
+    and transforms there and back take several times as long (experiments/benchmarks/relay.py).
     """
     m = dct_matrix(x.shape[-1])
     basis = jnp.asarray(np.einsum("ik,jl->ijkl", m, m), x.dtype)
     matrix = jnp.einsum("ij,ijkl,ijrs->klrs", weights, basis, basis, precision=_PRECISION)
-    return jnp.tensordot(x, matrix, axes=2, precision=_PRECISION)  # the patch first, for rows of patches and not columns
+    return jnp.tensordot(
+        x, matrix, axes=2, precision=_PRECISION
+    )  # the patch first, for rows of patches and not columns
 
 
 @functools.partial(jax.jit, static_argnames=("patch", "min_scale"))
 def blur(
-    x: Float[Array, "b h w c"], blur_sigma: Float[Array, " b"], *, patch: int, min_scale: float = 1e-3
+    x: Float[Array, "b h w c"],
+    blur_sigma: Float[Array, " b"],
+    *,
+    patch: int,
+    min_scale: float = 1e-3,
 ) -> Float[Array, "b h w c"]:
     """Blurs every patch on its own, each image by its own `blur_sigma` (pixels)."""
-    return over_patches(filter_patch, patch)((x,), (blur_weights(blur_sigma, patch=patch, min_scale=min_scale),))
+    return over_patches(filter_patch, patch)(
+        (x,), (blur_weights(blur_sigma, patch=patch, min_scale=min_scale),)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="block")
 def block_noise(white: Float[Array, "*b h w c"], *, block: int) -> Float[Array, "*b h w c"]:
     """White noise summed over block x block pixels and divided by `block` (arXiv 2309.03350).
 
-    Block[s](e)_{x,y} = (1/s) sum_{i<s} sum_{j<s} e_{x-i,y-j}, indices on a torus, so that every pixel keeps unit variance and
+    Block[s](e)_{x,y} = (1/s) sum_{i<s} sum_{j<s} e_{x-i,y-j}, indices on a torus, so that every
+    pixel keeps unit variance and
 
-    Cov = (1/s^2) max(0, s - dx) max(0, s - dy), with dx and dy the distances on the torus (of at least 2 s - 1 pixels; on a
-    smaller one a block overlaps itself from both sides).
+    Cov = (1/s^2) max(0, s - dx) max(0, s - dy), with dx and dy the distances on the torus (of at
+    least 2 s - 1 pixels; on a smaller one a block overlaps itself from both sides).
     """
     for axis in (-3, -2):
         white = sum(jnp.roll(white, i, axis) for i in range(block))

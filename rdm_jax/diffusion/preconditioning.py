@@ -1,4 +1,5 @@
-"""Preconditioning, D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): from a network F to a denoiser D."""
+"""Preconditioning, D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): from a network F to a
+denoiser D."""
 
 import dataclasses
 import math
@@ -11,7 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from rdm_jax.diffusion import schedules
 
-Denoiser = Callable[[Array, Array], Array]  # (x (b, h, w, c), sigma () or (b,)) -> the denoised images (b, h, w, c)
+Denoiser = Callable[
+    [Array, Array], Array
+]  # (x (b, h, w, c), sigma () or (b,)) -> the denoised images (b, h, w, c)
 
 
 class Coefficients(NamedTuple):
@@ -28,7 +31,8 @@ class Preconditioning:
     """What all kinds have; calling one gives the coefficients at noise levels sigma (b,).
 
     Attributes:
-      outputs: the network's output has so many times the channels of an image; only the first of them are used.
+      outputs: the network's output has so many times the channels of an image; only the first of
+        them are used.
     """
 
     outputs: ClassVar[int] = 1
@@ -49,11 +53,13 @@ class Preconditioning:
 
 @dataclasses.dataclass(frozen=True)
 class EDM(Preconditioning):
-    """EDM's preconditioning (arXiv 2206.00364, table 1): inputs and targets of unit variance at every level.
+    """EDM's preconditioning (arXiv 2206.00364, table 1): inputs and targets of unit variance at
+    every level.
 
     Attributes:
       sigma_data: standard deviation that the data is assumed to have.
-      noise_scale: c_noise = noise_scale ln(sigma); 1/4 is the published value, larger tells a small network more of the level.
+      noise_scale: c_noise = noise_scale ln(sigma); 1/4 is the published value, larger tells a small
+        network more of the level.
     """
 
     sigma_data: float = 0.5
@@ -72,7 +78,8 @@ class EDM(Preconditioning):
 
 @dataclasses.dataclass(frozen=True)
 class VP(Preconditioning):
-    """The preconditioning of networks that were trained on the variance-preserving SDE (EDM, table 1).
+    """The preconditioning of networks that were trained on the variance-preserving SDE (EDM, table
+    1).
 
     Attributes:
       schedule: from noise level to time.
@@ -97,7 +104,8 @@ class VP(Preconditioning):
 
 @dataclasses.dataclass(frozen=True)
 class VE(Preconditioning):
-    """The preconditioning of networks that were trained on the variance-exploding SDE (EDM, table 1).
+    """The preconditioning of networks that were trained on the variance-exploding SDE (EDM, table
+    1).
 
     Attributes:
       sigma_min, sigma_max: the least and the greatest noise level that the network knows.
@@ -121,7 +129,8 @@ class VE(Preconditioning):
 class IDDPM(Preconditioning):
     """The preconditioning of iDDPM's and ADM's own networks (EDM, table 1).
 
-    They know a finite number of levels, and are told the nearest; they also return a variance, which is not used.
+    They know a finite number of levels, and are told the nearest; they also return a variance,
+    which is not used.
 
     Attributes:
       c1, c2: constants of the cosine schedule.
@@ -155,8 +164,11 @@ class IDDPM(Preconditioning):
         return schedules.iddpm_ladder(self.times, c1=self.c1, c2=self.c2)
 
 
-def denoiser(network: Callable[[Array, Array], Array], precondition: Callable[[Array], Coefficients]) -> Denoiser:
-    """D from F; `network(x, c_noise)` is F with everything else (parameters, labels) bound. D computes in x's dtype."""
+def denoiser(
+    network: Callable[[Array, Array], Array], precondition: Callable[[Array], Coefficients]
+) -> Denoiser:
+    """D from F; `network(x, c_noise)` is F with everything else (parameters, labels) bound. D
+    computes in x's dtype."""
 
     def denoise(x: Float[Array, "b h w c"], sigma: Float[Array, "*b"]) -> Float[Array, "b h w c"]:
         c = precondition(jnp.broadcast_to(sigma, x.shape[:1]).astype(x.dtype))

@@ -1,10 +1,13 @@
-"""Samplers: a denoiser D(x, sigma), explicit levels and a state in; the state one level further out.
+"""Samplers: a denoiser D(x, sigma), explicit levels and a state in; the state one level further
+out.
 
-Generating from noise and relaying from an enlarged image are the same walk from another state. A sampler is a frozen record
-of its settings with `levels`, `start`, `step` and `finish`; `walk` drives any of them. N levels take N - 1 steps and one last
-evaluation: 2 N - 1 evaluations of the denoiser in all at second order, N at first.
+Generating from noise and relaying from an enlarged image are the same walk from another state. A
+sampler is a frozen record of its settings with `levels`, `start`, `step` and `finish`; `walk`
+drives any of them. N levels take N - 1 steps and one last evaluation: 2 N - 1 evaluations of the
+denoiser in all at second order, N at first.
 
-Noise comes from a function `noise(k)`, the k-th unit noise of the whole batch: samplers hold no keys.
+Noise comes from a function `noise(k)`, the k-th unit noise of the whole batch: samplers hold no
+keys.
 """
 
 import dataclasses
@@ -37,13 +40,16 @@ class Levels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Heun:
-    """EDM's second-order sampler (arXiv 2206.00364, algorithms 1 and 2): an ODE, or with churn a stochastic one.
+    """EDM's second-order sampler (arXiv 2206.00364, algorithms 1 and 2): an ODE, or with churn a
+    stochastic one.
 
     Attributes:
       steps: number of levels N.
       sigma_min, sigma_max, rho: the ladder.
-      churn, churn_min, churn_max, churn_noise: S_churn, S_min, S_max and S_noise of algorithm 2; churn 0 adds no noise so.
-      eta: share of fresh noise in each step, in [0, 1], as in DDIM ("sde_scale" of the released CelebA-HQ sampler); 0 adds none.
+      churn, churn_min, churn_max, churn_noise: S_churn, S_min, S_max and S_noise of algorithm 2;
+        churn 0 adds no noise so.
+      eta: share of fresh noise in each step, in [0, 1], as in DDIM ("sde_scale" of the released
+        CelebA-HQ sampler); 0 adds none.
       order: 2 for Heun, 1 for Euler's method (half the evaluations).
     """
 
@@ -60,18 +66,32 @@ class Heun:
 
     def levels(self, process: FromNoise) -> Levels:
         """The N levels; a process without blur adds nothing to the ladder."""
-        return Levels(schedules.edm_ladder(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho))
+        return Levels(
+            schedules.edm_ladder(
+                self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
+            )
+        )
 
-    def start(self, low: Float[Array, "b h2 w2 c"] | None, level: Levels, noise: Noise) -> Float[Array, "b h w c"]:
+    def start(
+        self, low: Float[Array, "b h2 w2 c"] | None, level: Levels, noise: Noise
+    ) -> Float[Array, "b h w c"]:
         """The state at the first level: pure noise."""
         return level.sigma * noise(0)
 
     def step(
-        self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, to: Levels, noise: Noise
+        self,
+        denoise: Denoiser,
+        x: Float[Array, "b h w c"],
+        i: Int[Array, ""],
+        level: Levels,
+        to: Levels,
+        noise: Noise,
     ) -> Float[Array, "b h w c"]:
-        """From level i to the next: churn, an Euler step, and Heun's correction of it, each of the two with fresh noise if eta.
+        """From level i to the next: churn, an Euler step, and Heun's correction of it, each of the
+        two with fresh noise if eta.
 
-        x' = x + (sqrt(1 - eta^2) sigma' - sigma) d + eta sigma' n, which for any eta keeps the marginals if d is the true noise.
+        x' = x + (sqrt(1 - eta^2) sigma' - sigma) d + eta sigma' n, which for any eta keeps the
+        marginals if d is the true noise.
         """
         x, sigma = self._churned(x, level.sigma, noise(3 * i + 1))
         slope = (x - denoise(x, sigma)) / sigma
@@ -82,7 +102,12 @@ class Heun:
         return self._moved(x, (slope + slope_there) / 2, sigma, to.sigma, noise(3 * i + 3))
 
     def finish(
-        self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, noise: Noise
+        self,
+        denoise: Denoiser,
+        x: Float[Array, "b h w c"],
+        i: Int[Array, ""],
+        level: Levels,
+        noise: Noise,
     ) -> Float[Array, "b h w c"]:
         """From the last level to zero: an Euler step there is the denoised image itself."""
         return denoise(*self._churned(x, level.sigma, noise(3 * i + 1)))
@@ -104,7 +129,8 @@ class Heun:
 
 @dataclasses.dataclass(frozen=True)
 class CascadeHeun(Heun):
-    """EDM's sampler for a stage of a classic cascade: from pure noise, the network being given the small image.
+    """EDM's sampler for a stage of a classic cascade: from pure noise, the network being given the
+    small image.
 
     Attributes:
       augment: noise level of the small image, from 0 to the process's `augment_max`.
@@ -112,9 +138,13 @@ class CascadeHeun(Heun):
 
     augment: float = 0.1
 
-    def given(self, process: Cascade, low: Float[Array, "b h w c"], noise: Noise) -> Float[Array, "b h2 w2 k"]:
+    def given(
+        self, process: Cascade, low: Float[Array, "b h w c"], noise: Noise
+    ) -> Float[Array, "b h2 w2 k"]:
         """What the network is given of the small images."""
-        unit = process.patch * blurring.mean_pool(noise(3 * self.steps), factor=process.patch)  # a number that no step draws
+        unit = process.patch * blurring.mean_pool(
+            noise(3 * self.steps), factor=process.patch
+        )  # a number that no step draws
         return process.given(low, jnp.full(low.shape[0], self.augment, low.dtype), unit)
 
 
@@ -129,11 +159,13 @@ class RelayHeun:
       truncation_time: the clock's length in sampling; 0 for the one it was trained with.
       eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
       order: 2 for Heun, 1 for the plain update (half the evaluations).
-      corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which for eta = 0 is of second order
-        in the patch means and of first where the blur changes; or 'images', the denoised ones, of second order in both.
-      exact_start: let the first step go on from an image without any detail, which the enlarged one is; else, as published, from
-        one that is blurred as the process is at this level, so that what the blur has left there is missing from then on. It is
-        made up for by order 1 and the corrector 'images'; 'slopes' takes a part of it away again.
+      corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which
+        for eta = 0 is of second order in the patch means and of first where the blur changes; or
+        'images', the denoised ones, of second order in both.
+      exact_start: let the first step go on from an image without any detail, which the enlarged one
+        is; else, as published, from one that is blurred as the process is at this level, so that
+        what the blur has left there is missing from then on. It is made up for by order 1 and the
+        corrector 'images'; 'slopes' takes a part of it away again.
     """
 
     steps: int = 18
@@ -148,8 +180,11 @@ class RelayHeun:
     exact_start: bool = False
 
     def levels(self, process: Relay) -> Levels:
-        """The levels that are walked, with the blur that the state has at each: the process's, but for an exact start."""
-        ladder = schedules.edm_ladder(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho)
+        """The levels that are walked, with the blur that the state has at each: the process's, but
+        for an exact start."""
+        ladder = schedules.edm_ladder(
+            self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
+        )
         sigma = schedules.truncate(ladder, self.truncation_sigma)
         clock = process.clock
         if self.truncation_time:
@@ -157,14 +192,24 @@ class RelayHeun:
         blur = process.blur_weights(clock.time(sigma))
         return Levels(sigma, blur.at[0].set(0.0).at[0, 0, 0].set(1.0) if self.exact_start else blur)
 
-    def start(self, low: Float[Array, "b h w c"], level: Levels, noise: Noise) -> Float[Array, "b h2 w2 c"]:
-        """The state at the first level: the small image, enlarged so that every patch is constant, plus noise."""
+    def start(
+        self, low: Float[Array, "b h w c"], level: Levels, noise: Noise
+    ) -> Float[Array, "b h2 w2 c"]:
+        """The state at the first level: the small image, enlarged so that every patch is constant,
+        plus noise."""
         return blurring.enlarge(low, factor=level.blur.shape[-1]) + level.sigma * noise(0)
 
     def step(
-        self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, to: Levels, noise: Noise
+        self,
+        denoise: Denoiser,
+        x: Float[Array, "b h w c"],
+        i: Int[Array, ""],
+        level: Levels,
+        to: Levels,
+        noise: Noise,
     ) -> Float[Array, "b h w c"]:
-        """From level i to the next. The corrector draws fresh noise: with the predictor's, the marginal would be too narrow."""
+        """From level i to the next. The corrector draws fresh noise: with the predictor's, the
+        marginal would be too narrow."""
         image = denoise(x, level.sigma)
         predicted = self._update(x, image, noise(2 * i + 1), level, to)
         if self.order == 1:
@@ -177,7 +222,12 @@ class RelayHeun:
         return self._update(x, image, noise(2 * i + 2), level, to)
 
     def finish(
-        self, denoise: Denoiser, x: Float[Array, "b h w c"], i: Int[Array, ""], level: Levels, noise: Noise
+        self,
+        denoise: Denoiser,
+        x: Float[Array, "b h w c"],
+        i: Int[Array, ""],
+        level: Levels,
+        noise: Noise,
     ) -> Float[Array, "b h w c"]:
         """The last step returns the denoised image itself."""
         return denoise(x, level.sigma)
@@ -197,14 +247,16 @@ def relay_update(
 
     u' = g u + (D' - g D) u0,    g = sqrt(1 - eta^2) sigma' / sigma
 
-    With the true u0 any eta keeps the marginals of the process; with the posterior mean in its place, as in sampling, eta > 0
-    costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
+    With the true u0 any eta keeps the marginals of the process; with the posterior mean in its
+    place, as in sampling, eta > 0 costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
     """
     g = (1 - eta**2) ** 0.5 * to.sigma / level.sigma
     return g * x + blurring.filter_patch(image, to.blur - g * level.blur)
 
 
-def walk(step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: Levels, *, scan: bool) -> Float[Array, "b h w c"]:
+def walk(
+    step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: Levels, *, scan: bool
+) -> Float[Array, "b h w c"]:
     """Takes the state x at levels[0] down all levels and finishes.
 
     Args:
@@ -212,8 +264,9 @@ def walk(step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: L
       finish: (x, i, level) -> x.
       x: the state at the first level.
       levels: n of them.
-      scan: one `lax.scan` (on accelerators, inside `jit`), or a Python loop that calls `step` each time (on CPU, where XLA runs
-        convolutions inside of a loop several times slower; `step` should then be compiled).
+      scan: one `lax.scan` (on accelerators, inside `jit`), or a Python loop that calls `step` each
+        time (on CPU, where XLA runs convolutions inside of a loop several times slower; `step`
+        should then be compiled).
     """
     n = levels.sigma.shape[0]
     rung = lambda k: jax.tree.map(lambda a: a[k], levels)  # noqa: E731

@@ -1,9 +1,10 @@
 """Inception-v3 as the Frechet inception distance knows it, as pure functions.
 
-It is the network of Szegedy et al., "Rethinking the Inception Architecture for Computer Vision" (2015), trained on ImageNet, as
-its authors published it in a TensorFlow graph. A FID that can be compared with others' needs that graph's weights, and its ways
-of resizing and pooling, which are not what libraries do by default. The weights come from the common PyTorch port, and keep the
-names that its layers have there.
+It is the network of Szegedy et al., "Rethinking the Inception Architecture for Computer Vision"
+(2015), trained on ImageNet, as its authors published it in a TensorFlow graph. A FID that can be
+compared with others' needs that graph's weights, and its ways of resizing and pooling, which are
+not what libraries do by default. The weights come from the common PyTorch port, and keep the names
+that its layers have there.
 """
 
 import shlex
@@ -17,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
-from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.files import cache_folder, sha256
 from rdm_jax.interop.torch_files import open_state_dict
 from rdm_jax.interop.torch_tensors import Tensor
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import cache_folder, sha256
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -46,12 +47,15 @@ class Conv:
     valid: bool = False
 
 
-# The network as data: a list is one part after the other, a tuple is lists side by side, whose channels are put together, and a
-# string is pooling over 3 x 3: 'halve' (maximum, stride 2), 'mean' or 'max' (which keep the size).
+# The network as data: a list is one part after the other, a tuple is lists side by side, whose
+# channels are put together, and a string is pooling over 3 x 3: 'halve' (maximum, stride 2), 'mean'
+# or 'max' (which keep the size).
 Part = Conv | str | list | tuple
 
 
-def _branch(prefix: str, *layers: tuple[str, tuple[int, int], int], halve: bool = False) -> list[Part]:
+def _branch(
+    prefix: str, *layers: tuple[str, tuple[int, int], int], halve: bool = False
+) -> list[Part]:
     """Layers one after the other, of (name, kernel, channels); `halve`: the last has stride 2."""
     convs = [Conv(f"{prefix}.{name}", kernel, channels) for name, kernel, channels in layers]
     if halve:
@@ -63,7 +67,11 @@ _1X1, _3X3, _5X5, _1X7, _7X1, _1X3, _3X1 = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1
 
 
 def _block_a(prefix: str, pooled: int) -> Part:
-    double = [("branch3x3dbl_1", _1X1, 64), ("branch3x3dbl_2", _3X3, 96), ("branch3x3dbl_3", _3X3, 96)]
+    double = [
+        ("branch3x3dbl_1", _1X1, 64),
+        ("branch3x3dbl_2", _3X3, 96),
+        ("branch3x3dbl_3", _3X3, 96),
+    ]
     return (
         _branch(prefix, ("branch1x1", _1X1, 64)),
         _branch(prefix, ("branch5x5_1", _1X1, 48), ("branch5x5_2", _5X5, 64)),
@@ -73,7 +81,11 @@ def _block_a(prefix: str, pooled: int) -> Part:
 
 
 def _block_b(prefix: str) -> Part:
-    double = [("branch3x3dbl_1", _1X1, 64), ("branch3x3dbl_2", _3X3, 96), ("branch3x3dbl_3", _3X3, 96)]
+    double = [
+        ("branch3x3dbl_1", _1X1, 64),
+        ("branch3x3dbl_2", _3X3, 96),
+        ("branch3x3dbl_3", _3X3, 96),
+    ]
     return (
         _branch(prefix, ("branch3x3", _3X3, 384), halve=True),
         _branch(prefix, *double, halve=True),
@@ -82,8 +94,14 @@ def _block_b(prefix: str) -> Part:
 
 
 def _block_c(prefix: str, inner: int) -> Part:
-    single = [("branch7x7_1", _1X1, inner), ("branch7x7_2", _1X7, inner), ("branch7x7_3", _7X1, 192)]
-    double = [(f"branch7x7dbl_{n}", kernel, inner) for n, kernel in enumerate((_1X1, _7X1, _1X7, _7X1), 1)]
+    single = [
+        ("branch7x7_1", _1X1, inner),
+        ("branch7x7_2", _1X7, inner),
+        ("branch7x7_3", _7X1, 192),
+    ]
+    double = [
+        (f"branch7x7dbl_{n}", kernel, inner) for n, kernel in enumerate((_1X1, _7X1, _1X7, _7X1), 1)
+    ]
     return (
         _branch(prefix, ("branch1x1", _1X1, 192)),
         _branch(prefix, *single),
@@ -93,7 +111,9 @@ def _block_c(prefix: str, inner: int) -> Part:
 
 
 def _block_d(prefix: str) -> Part:
-    third = [(f"branch7x7x3_{n}", kernel, 192) for n, kernel in enumerate((_1X1, _1X7, _7X1, _3X3), 1)]
+    third = [
+        (f"branch7x7x3_{n}", kernel, 192) for n, kernel in enumerate((_1X1, _1X7, _7X1, _3X3), 1)
+    ]
     return (
         _branch(prefix, ("branch3x3_1", _1X1, 192), ("branch3x3_2", _3X3, 320), halve=True),
         _branch(prefix, *third, halve=True),
@@ -103,12 +123,18 @@ def _block_d(prefix: str) -> Part:
 
 def _block_e(prefix: str, pooling: str) -> Part:
     def fork(name: str) -> Part:
-        return tuple(_branch(prefix, (name + side, kernel, 384)) for side, kernel in (("a", _1X3), ("b", _3X1)))
+        return tuple(
+            _branch(prefix, (name + side, kernel, 384))
+            for side, kernel in (("a", _1X3), ("b", _3X1))
+        )
 
     return (
         _branch(prefix, ("branch1x1", _1X1, 320)),
         [*_branch(prefix, ("branch3x3_1", _1X1, 384)), fork("branch3x3_2")],
-        [*_branch(prefix, ("branch3x3dbl_1", _1X1, 448), ("branch3x3dbl_2", _3X3, 384)), fork("branch3x3dbl_3")],
+        [
+            *_branch(prefix, ("branch3x3dbl_1", _1X1, 448), ("branch3x3dbl_2", _3X3, 384)),
+            fork("branch3x3dbl_3"),
+        ],
         [pooling, *_branch(prefix, ("branch_pool", _1X1, 192))],
     )
 
@@ -123,14 +149,23 @@ NETWORK: Part = [
     "halve",
     *(_block_a(f"Mixed_5{letter}", pooled) for letter, pooled in (("b", 32), ("c", 64), ("d", 64))),
     _block_b("Mixed_6a"),
-    *(_block_c(f"Mixed_6{letter}", inner) for letter, inner in (("b", 128), ("c", 160), ("d", 160), ("e", 192))),
+    *(
+        _block_c(f"Mixed_6{letter}", inner)
+        for letter, inner in (("b", 128), ("c", 160), ("d", 160), ("e", 192))
+    ),
     _block_d("Mixed_7a"),
     _block_e("Mixed_7b", "mean"),
     _block_e("Mixed_7c", "max"),  # as its authors have it
 ]
 
 
-def _through(part: Part, x: Any, conv: Callable[[Conv, Any], Any], pool: Callable[[str, Any], Any], join: Callable) -> Any:
+def _through(
+    part: Part,
+    x: Any,
+    conv: Callable[[Conv, Any], Any],
+    pool: Callable[[str, Any], Any],
+    join: Callable,
+) -> Any:
     """Sends anything through the network: arrays, or numbers of channels."""
     if isinstance(part, list):
         for one in part:
@@ -157,7 +192,8 @@ LAYERS = _layers()
 
 
 def resize(images: Num[Array, "b h w c"], size: int = SIZE) -> Float[Array, "b {size} {size} c"]:
-    """Bilinear resizing as the graph does it: target pixel i is at source i h / size, without the halves of pixel centres.
+    """Bilinear resizing as the graph does it: target pixel i is at source i h / size, without the
+    halves of pixel centres.
 
     Args:
       images: uint8 or float, of any size; not changed where the size is right already.
@@ -170,22 +206,29 @@ def resize(images: Num[Array, "b h w c"], size: int = SIZE) -> Float[Array, "b {
             # float32 as in the graph, on the host as it depends on the sizes alone.
             source = np.arange(size, dtype=np.float32) * (np.float32(length) / np.float32(size))
             lower = np.floor(source).astype(np.int32)
-            below, above = (jnp.take(x, i, axis, mode="clip") for i in (lower, lower + 1))  # clip: no pixel after the last
+            below, above = (
+                jnp.take(x, i, axis, mode="clip") for i in (lower, lower + 1)
+            )  # clip: no pixel after the last
             fraction = np.expand_dims(source - lower.astype(np.float32), (0, 3, 3 - axis))
             x = below + (above - below) * fraction
     return x
 
 
 def preprocess(images: UInt8[Array, "b h w c"]) -> Float[Array, "b 299 299 3"]:
-    """What the network is shown: images of its size, from -1 to 127/128, grey ones as three equal channels."""
+    """What the network is shown: images of its size, from -1 to 127/128, grey ones as three equal
+    channels."""
     x = (resize(images) - 128) / 128
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
 
 
 def _pool(kind: str, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     if kind == "mean":
-        over = lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")  # noqa: E731
-        return over(x) / over(jnp.ones((1, *x.shape[1:3], 1)))  # zeros around the image are not counted
+        over = lambda x: jax.lax.reduce_window(
+            x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME"
+        )  # noqa: E731
+        return over(x) / over(
+            jnp.ones((1, *x.shape[1:3], 1))
+        )  # zeros around the image are not counted
     strides, padding = ((1, 2, 2, 1), "VALID") if kind == "halve" else ((1, 1, 1, 1), "SAME")
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), strides, padding)
 
@@ -199,8 +242,9 @@ def apply(params: Params, images: UInt8[Array, "b h w c"]) -> dict[str, Float[Ar
 
     Returns:
       'pool': (b, 2048), the features of FID (Heusel et al. 2017).
-      'spatial': (b, 2023), those of sFID (Nash et al. 2021): the first 7 channels of a layer of 17 x 17, rows first.
-      'logits': (b, 1008), of the inception score (Salimans et al. 2016): without the last layer's bias.
+      'spatial': (b, 2023), those of sFID (Nash et al. 2021): the first 7 channels of a layer of 17
+      x 17, rows first. 'logits': (b, 1008), of the inception score (Salimans et al. 2016): without
+      the last layer's bias.
     """
     kept = {}
 
@@ -219,17 +263,26 @@ def apply(params: Params, images: UInt8[Array, "b h w c"]) -> dict[str, Float[Ar
             kept["spatial"] = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)
         return x
 
-    x = _through(NETWORK, preprocess(images), conv, _pool, lambda branches: jnp.concatenate(branches, -1))
+    x = _through(
+        NETWORK, preprocess(images), conv, _pool, lambda branches: jnp.concatenate(branches, -1)
+    )
     pool = x.mean((1, 2))
     logits = jnp.matmul(pool, params["fc"]["kernel"], precision=jax.lax.Precision.HIGHEST)
     return {"pool": pool, "logits": logits} | kept
 
 
 def inception_space(path: Path) -> FeatureSpace:
-    """The features as evaluation knows them: 'pool' is called 'features'. Raises InputError as `load` does."""
+    """The features as evaluation knows them: 'pool' is called 'features'. Raises InputError as
+    `load` does."""
     params, digest = load(path)
     renamed = lambda of: {"features": of["pool"], "spatial": of["spatial"], "logits": of["logits"]}  # noqa: E731
-    return FeatureSpace("inception", digest, renamed(SIZES), params, lambda params, images: renamed(apply(params, images)))
+    return FeatureSpace(
+        "inception",
+        digest,
+        renamed(SIZES),
+        params,
+        lambda params, images: renamed(apply(params, images)),
+    )
 
 
 def default_path() -> Path:
@@ -238,29 +291,36 @@ def default_path() -> Path:
 
 
 def load(path: Path, sha256: str = SHA256) -> tuple[Params, str]:
-    """Reads the published weights; nothing in the file is run, and it is not looked into unless it is the right one.
+    """Reads the published weights; nothing in the file is run, and it is not looked into unless it
+    is the right one.
 
     Args:
       path: of the PyTorch port's state_dict.
       sha256: how the file's SHA-256 must begin, in hexadecimal digits.
 
     Returns:
-      The parameters for `apply`, by layer: 'kernel' (height, width, in, out), and batch normalisation as 'scale' and 'shift';
+      The parameters for `apply`, by layer: 'kernel' (height, width, in, out), and batch
+        normalisation as 'scale' and 'shift';
       of 'fc' only 'kernel' (in, out). The file's SHA-256.
 
     Raises:
-      InputError: the file is not there, is another one, or its parameters are not those of the network, or not all finite.
+      InputError: the file is not there, is another one, or its parameters are not those of the
+        network, or not all finite.
     """
     digest = _sha256(path)
     if not digest.startswith(sha256):
-        raise InputError(f"{path} cannot be used (its SHA-256 begins with {digest[:8]}, not {sha256[:8]}); {_published(path)}")
+        raise InputError(
+            f"{path} cannot be used (its SHA-256 begins with {digest[:8]}, not {sha256[:8]}); {_published(path)}"
+        )
     with open_state_dict(path) as tensors:
         _check(tensors, path)
 
         def read(name: str) -> np.ndarray:
             array = tensors[name].read()
             if not np.isfinite(array).all() or (name.endswith("running_var") and array.min() < 0):
-                raise InputError(f"{path} has numbers in {name!r} that are not finite, or no variances; {_published(path)}")
+                raise InputError(
+                    f"{path} has numbers in {name!r} that are not finite, or no variances; {_published(path)}"
+                )
             return array
 
         params = {name: _fold(name, read) for name in LAYERS}
@@ -271,7 +331,9 @@ def load(path: Path, sha256: str = SHA256) -> tuple[Params, str]:
 
 def _sha256(path: Path) -> str:
     if not path.exists():
-        raise InputError(f"there is no {path}, the weights of Inception-v3 as the PyTorch port has them; {_published(path)}")
+        raise InputError(
+            f"there is no {path}, the weights of Inception-v3 as the PyTorch port has them; {_published(path)}"
+        )
     if not path.is_file():  # a pipe would be waited for
         raise InputError(f"{path} is no file; {_published(path)}")
     try:
@@ -286,7 +348,10 @@ def _published(path: Path) -> str:
 
 def _shapes() -> dict[str, tuple[int, ...]]:
     """Of every parameter that the file has, by the port's names."""
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (SIZES["logits"], SIZES["pool"]), "fc.bias": (SIZES["logits"],)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (SIZES["logits"], SIZES["pool"]),
+        "fc.bias": (SIZES["logits"],),
+    }
     for name, (height, width, inputs, outputs) in LAYERS.items():
         shapes[f"{name}.conv.weight"] = (outputs, inputs, height, width)
         shapes |= {f"{name}.bn.{part}": (outputs,) for part in _NORMALISATION}
@@ -294,9 +359,14 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _check(tensors: dict[str, Tensor], path: Path) -> None:
-    """Refuses a file of another network, before anything large is read. How many batches a layer has seen does not matter."""
+    """Refuses a file of another network, before anything large is read. How many batches a layer
+    has seen does not matter."""
     wanted = _shapes()
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(".num_batches_tracked")}
+    found = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(".num_batches_tracked")
+    }
     for name, shape in wanted.items():
         if name not in found:
             raise InputError(f"{path} has no parameter {name!r}; {_published(path)}")
@@ -305,12 +375,17 @@ def _check(tensors: dict[str, Tensor], path: Path) -> None:
             raise InputError(f"{path} has {name!r} of {what}; {_published(path)}")
     unknown = sorted(found.keys() - wanted.keys())
     if unknown:
-        raise InputError(f"{path} has a parameter {unknown[0]!r:.100}, which Inception-v3 has not; {_published(path)}")
+        raise InputError(
+            f"{path} has a parameter {unknown[0]!r:.100}, which Inception-v3 has not; {_published(path)}"
+        )
 
 
 def _fold(name: str, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """A layer's parameters for `apply`: scale = weight / sqrt(variance + EPSILON), shift = bias - mean scale, in float64 here."""
-    weight, bias, mean, variance = (read(f"{name}.bn.{part}").astype(np.float64) for part in _NORMALISATION)
+    """A layer's parameters for `apply`: scale = weight / sqrt(variance + EPSILON), shift = bias -
+    mean scale, in float64 here."""
+    weight, bias, mean, variance = (
+        read(f"{name}.bn.{part}").astype(np.float64) for part in _NORMALISATION
+    )
     scale = weight / np.sqrt(variance + EPSILON)
     kernel = read(f"{name}.conv.weight").transpose(2, 3, 1, 0)
     return {"kernel": kernel, "scale": np.float32(scale), "shift": np.float32(bias - mean * scale)}

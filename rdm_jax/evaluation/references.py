@@ -1,4 +1,5 @@
-"""What sets of images are compared with: published statistics, or images whose features are gathered first."""
+"""What sets of images are compared with: published statistics, or images whose features are
+gathered first."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ from jaxtyping import UInt8
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.evaluation.npz import Npz
+from rdm_jax.evaluation.image_streams import ImageStream, open_stream
 from rdm_jax.evaluation.statistics import Statistics
 from rdm_jax.evaluation.statistics_files import read_statistics
-from rdm_jax.evaluation.streams import Stream, open_stream
+from rdm_jax.runtime.npz import Npz
 
 NATIVE = "@native"  # ends the name of a stage's set that is measured at its own size
 
@@ -31,12 +32,15 @@ class Reference(NamedTuple):
 
     file: str
     published: Statistics | None
-    stream: Stream | None
+    stream: ImageStream | None
     about: dict[str, Any]
 
 
-def open_references(config: Config, sets: dict[str, ImageSet], space: FeatureSpace) -> dict[str, Reference]:
-    """The reference of images of the final size under '', and, where the config has one, that of each 'stageN@native'.
+def open_references(
+    config: Config, sets: dict[str, ImageSet], space: FeatureSpace
+) -> dict[str, Reference]:
+    """The reference of images of the final size under '', and, where the config has one, that of
+    each 'stageN@native'.
 
     Args:
       config: of the run.
@@ -49,14 +53,23 @@ def open_references(config: Config, sets: dict[str, ImageSet], space: FeatureSpa
     values = config.evaluation
     references = {"": _open(values.reference, config, sets, space, "reference.npz")}
     for number in range(1, len(config.stages)) if values.native_reference else ():
-        until_here = dataclasses.replace(config, stages=config.stages[:number])  # its last stage says what size images have
-        means = {name: means_of(images, config.stages[number - 1].resolution[0]) for name, images in sets.items()}
+        until_here = dataclasses.replace(
+            config, stages=config.stages[:number]
+        )  # its last stage says what size images have
+        means = {
+            name: means_of(images, config.stages[number - 1].resolution[0])
+            for name, images in sets.items()
+        }
         file = f"reference_stage{number}.npz"
-        references[f"stage{number}{NATIVE}"] = _open(values.native_reference, until_here, means, space, file)
+        references[f"stage{number}{NATIVE}"] = _open(
+            values.native_reference, until_here, means, space, file
+        )
     return references
 
 
-def _open(spec: str, config: Config, sets: dict[str, ImageSet], space: FeatureSpace, file: str) -> Reference:
+def _open(
+    spec: str, config: Config, sets: dict[str, ImageSet], space: FeatureSpace, file: str
+) -> Reference:
     kept = {"kept": config.evaluation.kept}
     if not spec.startswith("npz:"):
         stream = open_stream(spec, config, sets)

@@ -1,15 +1,16 @@
-"""One page of one or more evaluations: tables, the paper's figures beside ours, pictures, curves over training."""
+"""One page of one or more evaluations: tables, the paper's figures beside ours, pictures, curves
+over training."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from rdm_jax.errors import InputError
-from rdm_jax.evaluation.evaluate import RESULT, picture_names, read_result
-from rdm_jax.evaluation.tables import METRICS, PUBLISHED, cell, markdown, result_table
-from rdm_jax.files import is_aside, whole_file
-from rdm_jax.terminal import log
+from rdm_jax.evaluation.evaluator import RESULT, picture_names, read_result
+from rdm_jax.render.tables import METRICS, PUBLISHED, cell, markdown, result_table
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import atomic_write, is_aside
 
 PAGE = "report.md"
 
@@ -18,18 +19,30 @@ def write_report(workdir: Path, paths: list[Path]) -> None:
     """Writes workdir/report/report.md with its pictures beside it.
 
     Args:
-      paths: of the evaluations; none for all in the workdir but those moved aside, those made during training as curves.
+      paths: of the evaluations; none for all in the workdir but those moved aside, those made
+        during training as curves.
 
     Raises:
       InputError: a file is no evaluation, or there is none.
     """
-    paths = paths or sorted(path for path in workdir.glob(f"*/{RESULT}") if not is_aside(path.parent))
+    paths = paths or sorted(
+        path for path in workdir.glob(f"*/{RESULT}") if not is_aside(path.parent)
+    )
     results = [read_section(path) for path in paths]
-    stages = [stage for folder in sorted({path.parent.parent for path in paths} | {workdir}) for stage in folder.glob("stage*")]
-    curves = {title: _over_training(stage) for stage, title in zip(stages, _titles(stages, workdir), strict=True)}
+    stages = [
+        stage
+        for folder in sorted({path.parent.parent for path in paths} | {workdir})
+        for stage in folder.glob("stage*")
+    ]
+    curves = {
+        title: _over_training(stage)
+        for stage, title in zip(stages, _titles(stages, workdir), strict=True)
+    }
     curves = {title: points for title, points in sorted(curves.items()) if points}
     if not results and not curves:
-        raise InputError(f"there is no {RESULT} in {workdir}; --mode=evaluate first, or --evaluations=PATH, would do.")
+        raise InputError(
+            f"there is no {RESULT} in {workdir}; --mode=evaluate first, or --evaluations=PATH, would do."
+        )
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# Evaluation"]
@@ -38,18 +51,28 @@ def write_report(workdir: Path, paths: list[Path]) -> None:
         parts += _section(title, result, _copied(path, result, folder, number))
     if curves:
         _draw(curves, folder / "curves.png")
-        parts += ["## Over training", "![Every metric by the number of images that a stage has seen](curves.png)"]
-    with whole_file(folder / PAGE) as partial:
+        parts += [
+            "## Over training",
+            "![Every metric by the number of images that a stage has seen](curves.png)",
+        ]
+    with atomic_write(folder / PAGE) as partial:
         partial.write_text("\n\n".join(parts) + "\n")
     log.info("report: %d evaluations, %d curves -> %s", len(results), len(curves), folder / PAGE)
 
 
 def _titles(folders: list[Path], workdir: Path) -> list[str]:
-    """What folders are called: by their path in the workdir, or by as much of their own as tells them apart."""
+    """What folders are called: by their path in the workdir, or by as much of their own as tells
+    them apart."""
     titles = []
     for folder in folders:
-        parts, others = folder.resolve().parts, [other.resolve().parts for other in folders if other != folder]
-        known = next((n for n in range(2, len(parts)) if all(parts[-n:] != other[-n:] for other in others)), len(parts))
+        parts, others = (
+            folder.resolve().parts,
+            [other.resolve().parts for other in folders if other != folder],
+        )
+        known = next(
+            (n for n in range(2, len(parts)) if all(parts[-n:] != other[-n:] for other in others)),
+            len(parts),
+        )
         inside = folder.is_relative_to(workdir)
         titles.append(str(folder.relative_to(workdir)) if inside else "/".join(parts[-known:]))
     return titles
@@ -75,15 +98,28 @@ def _section(title: str, result: dict[str, Any], shown: dict[str, str]) -> list[
     parts = [f"## {title}", result_table(result["results"]), about + "."]
     published = result["published"]
     known = [name for name in PUBLISHED if published[name]]
-    if known and made_with["features"]["name"] == "inception":  # in other features other numbers would be meant
+    if (
+        known and made_with["features"]["name"] == "inception"
+    ):  # in other features other numbers would be meant
         rows = [[f"paper ({published['where']})", *(cell(name, published[name]) for name in known)]]
         for name, ours in result["results"].items():
-            rows.append([f"this project, {name}, {ours['images']:,} images", *(cell(m, ours["metrics"].get(m)) for m in known)])
-        parts += ["### The paper and this project", markdown(["", *(name.replace("_", " ") for name in known)], rows)]
+            rows.append(
+                [
+                    f"this project, {name}, {ours['images']:,} images",
+                    *(cell(m, ours["metrics"].get(m)) for m in known),
+                ]
+            )
+        parts += [
+            "### The paper and this project",
+            markdown(["", *(name.replace("_", " ") for name in known)], rows),
+        ]
     for name, file in shown.items():
         parts += [f"### {name}", f"![The first images of {name}]({file})"]
     details = json.dumps(made_with, indent=2)
-    return [*parts, f"<details><summary>What this was measured with</summary>\n\n```json\n{details}\n```\n\n</details>"]
+    return [
+        *parts,
+        f"<details><summary>What this was measured with</summary>\n\n```json\n{details}\n```\n\n</details>",
+    ]
 
 
 def _named(about: dict[str, Any]) -> str:
@@ -107,7 +143,9 @@ def _copied(path: Path, result: dict[str, Any], folder: Path, number: int) -> di
 def _over_training(stage: Path) -> dict[int, dict[str, float]]:
     """The metrics of a stage by the images that it had seen."""
     points = {}
-    for path in sorted(path for path in stage.glob(f"evaluations/*/{RESULT}") if not is_aside(path.parent)):
+    for path in sorted(
+        path for path in stage.glob(f"evaluations/*/{RESULT}") if not is_aside(path.parent)
+    ):
         (result,) = read_section(path)["results"].values()
         points[int(path.parent.name)] = result["metrics"]
     return points
@@ -115,9 +153,15 @@ def _over_training(stage: Path) -> dict[int, dict[str, float]]:
 
 def _draw(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     """A panel a metric, a curve a stage."""
-    from matplotlib.figure import Figure  # Here, because it takes a second, and most commands draw nothing.
+    from matplotlib.figure import (
+        Figure,  # Here, because it takes a second, and most commands draw nothing.
+    )
 
-    found = [name for name in METRICS if any(name in m for points in curves.values() for m in points.values())]
+    found = [
+        name
+        for name in METRICS
+        if any(name in m for points in curves.values() for m in points.values())
+    ]
     found = [name for name in found if name != "kid_standard_error"]
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
@@ -132,5 +176,5 @@ def _draw(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     for panel in panels[len(found) :]:
         panel.axis("off")
     panels[0].legend()
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=110)

@@ -6,48 +6,61 @@ from typing import Any
 
 import numpy as np
 
-from rdm_jax.checks import LEAST
-from rdm_jax.errors import InputError
+from rdm_jax.config.validate import LEAST
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.evaluation.npz import Npz
 from rdm_jax.evaluation.statistics import Statistics
-from rdm_jax.files import parse_json, sha256, whole_file
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import atomic_write, parse_json, sha256
+from rdm_jax.runtime.npz import Npz
 
-# How ADM (guided-diffusion's evaluator) calls the mean and the covariance of each output, and all after it.
+# How ADM (guided-diffusion's evaluator) calls the mean and the covariance of each output, and all
+# after it.
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def save_statistics(path: Path, statistics: Statistics, space: FeatureSpace) -> None:
-    """Writes statistics under ADM's names, and beside them 'features' and 'about' (JSON: the space, the images, how many)."""
-    about = {"images": statistics.about, "count": statistics.count, "space": {"name": space.name, "digest": space.digest}}
+    """Writes statistics under ADM's names, and beside them 'features' and 'about' (JSON: the space,
+    the images, how many)."""
+    about = {
+        "images": statistics.about,
+        "count": statistics.count,
+        "space": {"name": space.name, "digest": space.digest},
+    }
     arrays = {"about": np.array(json.dumps(about)), "features": statistics.features}
     for name, gaussian in statistics.gaussians.items():
         arrays |= dict(zip(NAMES[name], gaussian, strict=True))
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
 
 
 def read_statistics(path: Path, space: FeatureSpace) -> Statistics:
-    """Reads what `save_statistics` wrote, ADM's (mu, sigma, mu_s, sigma_s) or EDM's (mu, sigma) statistics.
+    """Reads what `save_statistics` wrote, ADM's (mu, sigma, mu_s, sigma_s) or EDM's (mu, sigma)
+    statistics.
 
     Raises:
-      InputError: the file is damaged, has objects in it, or its numbers are not finite or of another feature space.
+      InputError: the file is damaged, has objects in it, or its numbers are not finite or of
+        another feature space.
     """
     with Npz(path) as file:
         about = _about(file, space)
         gaussians = {
-            name: _gaussian(file, space, name) for name in NAMES if NAMES[name][0] in file.arrays and name in space.sizes
+            name: _gaussian(file, space, name)
+            for name in NAMES
+            if NAMES[name][0] in file.arrays and name in space.sizes
         }
         if "features" not in gaussians:
             found = ", ".join(file.arrays) or "nothing"
-            raise InputError(f"{path} has no mu and sigma, only {found}; statistics as ADM's, EDM's or ours would do.")
+            raise InputError(
+                f"{path} has no mu and sigma, only {found}; statistics as ADM's, EDM's or ours would do."
+            )
         features = _features(file, space)
     about_images = {"file": path.name, "sha256": sha256(path), "images": about.get("images")}
     return Statistics(about_images, about.get("count"), gaussians, features)
 
 
 def _about(file: Npz, space: FeatureSpace) -> dict[str, Any]:
-    """What our own files say of themselves; published ones say nothing, and are of Inception's features."""
+    """What our own files say of themselves; published ones say nothing, and are of Inception's
+    features."""
     ours = {"name": space.name, "digest": space.digest}
     about = {"space": {"name": "inception", "digest": space.digest}}
     if "about" in file.arrays:
@@ -57,7 +70,9 @@ def _about(file: Npz, space: FeatureSpace) -> dict[str, Any]:
             if not known or (about["count"] is not None and about["count"] < 1):
                 raise ValueError("no number of images, or no feature space")
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file.path} cannot be used (its 'about' is damaged); statistics as ADM's would do.") from error
+            raise InputError(
+                f"{file.path} cannot be used (its 'about' is damaged); statistics as ADM's would do."
+            ) from error
     if about["space"] != ours:
         found = " ".join(str(about["space"].get(key))[:12] for key in ours)
         raise InputError(
@@ -76,12 +91,16 @@ def _gaussian(file: Npz, space: FeatureSpace, name: str) -> tuple[np.ndarray, np
         shapes.append(file.read(part).astype(np.float64))
     mean, covariance = shapes
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise InputError(f"{file.path} has numbers that are not finite in {name}'s statistics; whole statistics would do.")
+        raise InputError(
+            f"{file.path} has numbers that are not finite in {name}'s statistics; whole statistics would do."
+        )
     asymmetric = np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max()
     spreads = np.linalg.eigvalsh(covariance)
     if asymmetric or spreads[0] < -1e-6 * abs(spreads[-1]):
         why = "not symmetric" if asymmetric else "a variance is negative"
-        raise InputError(f"{file.path} has a {NAMES[name][1]} that is no covariance ({why}); whole statistics would do.")
+        raise InputError(
+            f"{file.path} has a {NAMES[name][1]} that is no covariance ({why}); whole statistics would do."
+        )
     return mean, covariance
 
 
@@ -89,10 +108,17 @@ def _features(file: Npz, space: FeatureSpace) -> np.ndarray | None:
     if "features" not in file.arrays:
         return None
     shape, dtype = file.arrays["features"]  # known before anything large is read
-    if len(shape) != 2 or shape[0] < LEAST or shape[1] != space.sizes["features"] or dtype != np.float32:
+    if (
+        len(shape) != 2
+        or shape[0] < LEAST
+        or shape[1] != space.sizes["features"]
+        or dtype != np.float32
+    ):
         wanted = f"float32 of shape ({LEAST} or more, {space.sizes['features']})"
         raise InputError(f"{file.path} has features of shape {shape}, {dtype}; {wanted} would do.")
     features = file.read("features")
     if not np.isfinite(features).all():
-        raise InputError(f"{file.path} has features that are not finite; whole statistics would do.")
+        raise InputError(
+            f"{file.path} has features that are not finite; whole statistics would do."
+        )
     return features

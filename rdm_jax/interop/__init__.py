@@ -1,1 +1,2 @@
-"""Safe reading of the published PyTorch files, without torch and without running anything in them."""
+"""Safe reading of the published PyTorch files, without torch and without running anything in
+them."""

@@ -1,8 +1,9 @@
 """A pickle read as inert data: nothing in it is imported, called or run.
 
-A pickle is a program. Unpickling with a list of allowed names still runs it: it calls what it named, and sets items and
-attributes of what came out. Here a name is a `Name`, a call makes one of the records below or a plain value, and only our own
-lists, dicts and records are ever written to. Every check is made by exact type, so no method of anything foreign runs.
+A pickle is a program. Unpickling with a list of allowed names still runs it: it calls what it
+named, and sets items and attributes of what came out. Here a name is a `Name`, a call makes one of
+the records below or a plain value, and only our own lists, dicts and records are ever written to.
+Every check is made by exact type, so no method of anything foreign runs.
 """
 
 import io
@@ -15,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
-# What a pickle may cost in all, where a read costs its bytes and READ_COST, as one byte (an empty dict) can take a hundred bytes
-# of memory. That is room for four million reads, or as many bytes of module_src; a training state needs less than a million.
+# What a pickle may cost in all, where a read costs its bytes and READ_COST, as one byte (an empty
+# dict) can take a hundred bytes of memory. That is room for four million reads, or as many bytes of
+# module_src; a training state needs less than a million.
 BUDGET = 2**27
 READ_COST = 32
 LINE_BYTES = 256  # a GLOBAL's module or name
 
 
 class Refused(Exception):
-    """What is wrong in a file, and what would do instead; `rdm_jax.interop.torch_files` makes it an InputError."""
+    """What is wrong in a file, and what would do instead; `rdm_jax.interop.torch_files` makes it an
+    InputError."""
 
     def __init__(self, why: str, would_do: str = ""):
         super().__init__(why)
@@ -43,14 +46,16 @@ class Name:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Region:
-    """A byte string that is left in the file: where it starts, and its length, which is within the file."""
+    """A byte string that is left in the file: where it starts, and its length, which is within the
+    file."""
 
     file: io.BufferedIOBase
     start: int
     length: int
 
     def read(self, start: int, count: int) -> bytes:
-        """Some of its bytes. Raises Refused, before anything is allocated, if they are not all in it."""
+        """Some of its bytes. Raises Refused, before anything is allocated, if they are not all in
+        it."""
         if not 0 <= count <= self.length - start:
             raise Refused("it ends early")
         self.file.seek(self.start + start)  # as others read the same file in between
@@ -93,7 +98,8 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """A storage beside the pickle: the name of its type, its key, its number of elements (checked: none negative)."""
+    """A storage beside the pickle: the name of its type, its key, its number of elements (checked:
+    none negative)."""
 
     kind: str
     key: str
@@ -107,7 +113,8 @@ class _DType:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Set:
-    """A set, of which nothing is kept: no set in a network matters, and keeping none means hashing nothing."""
+    """A set, of which nothing is kept: no set in a network matters, and keeping none means hashing
+    nothing."""
 
 
 def quoted(text: str) -> str:
@@ -115,11 +122,12 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:80]}...")
 
 
-class Stream:
+class ByteReader:
     """A region read in order.
 
     Raises:
-      Refused: for a read beyond the region's end or beyond the budget, before anything is allocated.
+      Refused: for a read beyond the region's end or beyond the budget, before anything is
+        allocated.
     """
 
     def __init__(self, region: Region, budget: int = BUDGET):
@@ -167,7 +175,9 @@ def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> View:
     return tensor
 
 
-def _view(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any) -> View:
+def _view(
+    storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any
+) -> View:
     return View(storage, offset, size, stride)
 
 
@@ -186,15 +196,36 @@ def _set(items: Any) -> _Set:
 
 
 def _encode(text: Any, encoding: Any) -> Region:
-    """How protocol 2 writes bytes; a network has only a number's, and encoding one long text many times would fill the memory."""
-    if type(text) is not str or type(encoding) is not str or encoding != "latin1" or len(text) > LINE_BYTES:
+    """How protocol 2 writes bytes; a network has only a number's, and encoding one long text many
+    times would fill the memory."""
+    if (
+        type(text) is not str
+        or type(encoding) is not str
+        or encoding != "latin1"
+        or len(text) > LINE_BYTES
+    ):
         raise Refused("it calls '_codecs.encode' on other than a short text and 'latin1'")
     return Region(io.BytesIO(text.encode("latin1")), 0, len(text))
 
 
 def _dtype(code: Any, align: Any, copy: Any) -> _DType:
-    if type(code) is not str or code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-        raise Refused(f"it has a numpy.dtype {quoted(code) if type(code) is str else describe(code)}")
+    if type(code) is not str or code not in (
+        "f2",
+        "f4",
+        "f8",
+        "i1",
+        "i2",
+        "i4",
+        "i8",
+        "u1",
+        "u2",
+        "u4",
+        "u8",
+        "b1",
+    ):
+        raise Refused(
+            f"it has a numpy.dtype {quoted(code) if type(code) is str else describe(code)}"
+        )
     return _DType(code)
 
 
@@ -222,7 +253,18 @@ _CALLS: dict[Name, Callable] = {
 _MODULE_DICT = Name("torch.nn.modules.container", "ModuleDict")
 _STORAGES = tuple(
     Name("torch", f"{kind}Storage")
-    for kind in ("Float", "Half", "Double", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+    for kind in (
+        "Float",
+        "Half",
+        "Double",
+        "BFloat16",
+        "Long",
+        "Int",
+        "Short",
+        "Char",
+        "Byte",
+        "Bool",
+    )
 )
 _NAMES = {*_CALLS, _MODULE_DICT, *_STORAGES}
 
@@ -246,8 +288,9 @@ class _Opcodes(dict):
 class Unpickler(pickle._Unpickler):
     """Reads one pickle from a stream.
 
-    It extends Python's own unpickler in pure Python rather than the one in C, although its name is private: there each opcode
-    can be replaced or left out, and the memo is a dict, so that an index of 2^31 allocates nothing.
+    It extends Python's own unpickler in pure Python rather than the one in C, although its name is
+    private: there each opcode can be replaced or left out, and the memo is a dict, so that an index
+      of 2^31 allocates nothing.
     Only what the picklers of Python and torch write for a network, in protocols 2 to 5, is known.
 
     Raises:
@@ -256,15 +299,38 @@ class Unpickler(pickle._Unpickler):
     """
 
     _SAME = (
-        *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
+        *(
+            pickle.PROTO,
+            pickle.STOP,
+            pickle.MARK,
+            pickle.GLOBAL,
+            pickle.STACK_GLOBAL,
+            pickle.BINPERSID,
+        ),
         *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
-        *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+        *(
+            pickle.NONE,
+            pickle.NEWTRUE,
+            pickle.NEWFALSE,
+            pickle.BININT,
+            pickle.BININT1,
+            pickle.BININT2,
+            pickle.LONG1,
+        ),
         *(pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-        *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.EMPTY_DICT),
+        *(
+            pickle.EMPTY_TUPLE,
+            pickle.TUPLE,
+            pickle.TUPLE1,
+            pickle.TUPLE2,
+            pickle.TUPLE3,
+            pickle.EMPTY_LIST,
+            pickle.EMPTY_DICT,
+        ),
     )
     dispatch = _Opcodes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _SAME})
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: ByteReader):
         super().__init__(stream)
         self._stream = stream
 
@@ -276,18 +342,32 @@ class Unpickler(pickle._Unpickler):
         return found
 
     def persistent_load(self, pid: Any) -> Stored:
-        """A storage: ('storage', its type, key, location, elements), in the older format also a view, which must be None."""
-        if type(pid) is not tuple or len(pid) not in (5, 6) or any(type(pid[i]) is not str for i in (0, 2, 3)):
+        """A storage: ('storage', its type, key, location, elements), in the older format also a
+        view, which must be None."""
+        if (
+            type(pid) is not tuple
+            or len(pid) not in (5, 6)
+            or any(type(pid[i]) is not str for i in (0, 2, 3))
+        ):
             raise Refused("it has a persistent id that is no storage")
         what, kind, key, _, numel, *view = pid
-        if what != "storage" or type(kind) is not Name or kind not in _STORAGES or view not in ([], [None]):
-            raise Refused(f"it has a persistent id that is no storage but {quoted(what)} of {describe(kind)}")
+        if (
+            what != "storage"
+            or type(kind) is not Name
+            or kind not in _STORAGES
+            or view not in ([], [None])
+        ):
+            raise Refused(
+                f"it has a persistent id that is no storage but {quoted(what)} of {describe(kind)}"
+            )
         if type(numel) is not int or not 0 <= numel < 2**60:
             raise Refused(f"storage {quoted(key)} has an absurd number of elements")
         return Stored(kind.name, key, numel)
 
     def _frame(self):
-        self._stream.read(8)  # frames only help to read ahead; what is in them means the same without them
+        self._stream.read(
+            8
+        )  # frames only help to read ahead; what is in them means the same without them
 
     dispatch[pickle.FRAME[0]] = _frame
 
@@ -311,7 +391,12 @@ class Unpickler(pickle._Unpickler):
     def _new(self):
         arguments = self.stack.pop()
         made = self.stack[-1]
-        if type(made) is not Name or made != _MODULE_DICT or type(arguments) is not tuple or arguments:
+        if (
+            type(made) is not Name
+            or made != _MODULE_DICT
+            or type(arguments) is not tuple
+            or arguments
+        ):
             raise Refused(f"it makes an object of {describe(made)}")
         self.stack[-1] = ModuleDict()
 
@@ -322,7 +407,12 @@ class Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if type(target) is ModuleDict and type(state) is dict and target.state is None:
             target.state = state
-        elif type(target) is _DType and type(state) is tuple and len(state) == 8 and type(state[1]) is str:
+        elif (
+            type(target) is _DType
+            and type(state) is tuple
+            and len(state) == 8
+            and type(state[1]) is str
+        ):
             if state[1] not in ("<", "|"):
                 raise Refused(f"it has a number of byte order {quoted(state[1])}")
         else:
@@ -338,12 +428,20 @@ class Unpickler(pickle._Unpickler):
             target.extend(items)
         elif kind is dict:
             for name, value in zip(items[::2], items[1::2], strict=True):
-                if type(name) not in (str, int, float, bool, type(None)):  # hashing a deep tuple ends the process
+                if type(name) not in (
+                    str,
+                    int,
+                    float,
+                    bool,
+                    type(None),
+                ):  # hashing a deep tuple ends the process
                     raise Refused(f"it has a dict with {describe(name)} as a key")
                 target[name] = value
 
     dispatch[pickle.APPEND[0]] = lambda self: self._extend(list, [self.stack.pop()])
     dispatch[pickle.APPENDS[0]] = lambda self: self._extend(list, self.pop_mark())
-    dispatch[pickle.SETITEM[0]] = lambda self: self._extend(dict, [self.stack.pop(), self.stack.pop()][::-1])
+    dispatch[pickle.SETITEM[0]] = lambda self: self._extend(
+        dict, [self.stack.pop(), self.stack.pop()][::-1]
+    )
     dispatch[pickle.SETITEMS[0]] = lambda self: self._extend(dict, self.pop_mark())
     dispatch[pickle.ADDITEMS[0]] = lambda self: self._extend(_Set, self.pop_mark())

@@ -1,4 +1,5 @@
-"""PyTorch's files as settings and tensors: EDM's snapshots (.pkl), RDM's training states (.pt), and state_dicts (.pth)."""
+"""PyTorch's files as settings and tensors: EDM's snapshots (.pkl), RDM's training states (.pt), and
+state_dicts (.pth)."""
 
 import io
 import os
@@ -8,19 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdm_jax.interop.inert_pickle import (
+    ByteReader,
     ModuleDict,
     Persistent,
     Refused,
     Region,
-    Stream,
     Unpickler,
     describe,
     quoted,
 )
 from rdm_jax.interop.torch_tensors import (
     MAGIC,
-    Reader,
-    Source,
+    OpenFile,
+    StateDictUnpickler,
     Storage,
     Tensor,
     embedded_storage,
@@ -31,7 +32,8 @@ from rdm_jax.interop.torch_tensors import (
     open_zip,
 )
 
-# Far more than any published network has; the objects in a file may be shared, so that a small file can spell a huge network.
+# Far more than any published network has; the objects in a file may be shared, so that a small file
+# can spell a huge network.
 MAX_PARTS = 20_000  # modules and tensors, or values among the settings
 MAX_DEPTH = 32
 MAX_NAME = 100
@@ -43,7 +45,8 @@ class Original:
 
     Attributes:
       class_name: of the outermost module, such as 'EDMPrecond'.
-      settings: the keyword arguments that it was made with, as Python's own dicts, lists, tuples, strings and numbers.
+      settings: the keyword arguments that it was made with, as Python's own dicts, lists, tuples,
+        strings and numbers.
       tensors: all parameters and buffers by full name, such as 'model.enc.64x64_conv.weight'.
     """
 
@@ -56,15 +59,17 @@ class Original:
 def open_torch(path: str | os.PathLike, key: str = "ema") -> Iterator[Original]:
     """Opens a published file, told apart by its content, for as long as its tensors are to be read.
 
-    Nothing in the file is run or imported (`rdm_jax.interop.inert_pickle`), and no tensor's numbers are loaded before its
-    `read`; that all of them are there, and lie apart, is checked at once.
+    Nothing in the file is run or imported (`rdm_jax.interop.inert_pickle`), and no tensor's numbers
+    are loaded before its `read`; that all of them are there, and lie apart, is checked at once.
 
     Args:
-      path: an EDM snapshot, which is a pickle, or an RDM training state in torch's zip format or the one before it.
+      path: an EDM snapshot, which is a pickle, or an RDM training state in torch's zip format or
+        the one before it.
       key: which network of the file; 'ema' is in both formats, 'net' in training states.
 
     Raises:
-      InputError: the file cannot be read, is damaged, or has anything in it that a network does not have.
+      InputError: the file cannot be read, is damaged, or has anything in it that a network does not
+        have.
     """
     would_do = "a snapshot of EDM (.pkl) or a training state of RDM (.pt), as published,"
     with _opened(path, would_do, lambda source, opened: _network(source, opened, key)) as original:
@@ -73,26 +78,31 @@ def open_torch(path: str | os.PathLike, key: str = "ema") -> Iterator[Original]:
 
 @contextmanager
 def open_state_dict(path: str | os.PathLike) -> Iterator[dict[str, Tensor]]:
-    """Opens a file of named tensors and nothing else, for as long as they are to be read: the same care as in `open_torch`.
+    """Opens a file of named tensors and nothing else, for as long as they are to be read: the same
+    care as in `open_torch`.
 
-    Here tensors may share their numbers, as tied weights do, as long as all of them together are no larger than the file.
+    Here tensors may share their numbers, as tied weights do, as long as all of them together are no
+    larger than the file.
 
     Args:
       path: what `torch.save` makes of a state_dict, in torch's zip format or the one before it.
 
     Raises:
-      InputError: the file cannot be read, is damaged, or has anything in it that a state_dict does not have.
+      InputError: the file cannot be read, is damaged, or has anything in it that a state_dict does
+        not have.
     """
     with _opened(path, "a state_dict as torch.save writes it", _state_dict) as tensors:
         yield tensors
 
 
 @contextmanager
-def _opened(path: str | os.PathLike, would_do: str, parse: Callable[[Source, ExitStack], Any]) -> Iterator[Any]:
+def _opened(
+    path: str | os.PathLike, would_do: str, parse: Callable[[OpenFile, ExitStack], Any]
+) -> Iterator[Any]:
     path = os.fspath(path)
     with ExitStack() as opened:
         try:
-            found = parse(Source(path, would_do, open_file(path, opened)), opened)
+            found = parse(OpenFile(path, would_do, open_file(path, opened)), opened)
         except Exception as error:
             raise input_error(path, would_do, error) from error
         yield found
@@ -110,18 +120,23 @@ def _is_zip(file: io.BufferedIOBase) -> bool:
     return magic == b"PK\x03\x04"
 
 
-def _network(source: Source, opened: ExitStack, key: str) -> Original:
+def _network(source: OpenFile, opened: ExitStack, key: str) -> Original:
     if _is_zip(source.file):
         graph, find = open_zip(source.file, opened, Unpickler)
     else:
-        graph, find = Unpickler(Stream(_whole(source.file))).load(), embedded_storage
+        graph, find = Unpickler(ByteReader(_whole(source.file))).load(), embedded_storage
         if type(graph) is int and graph == MAGIC:
             graph, find = open_sequential(_whole(source.file))
     if type(graph) is not dict:
         raise Refused(f"it holds {describe(graph)} and no dict of networks")
     if key not in graph:
-        names = ", ".join(quoted(name) for name in [name for name in graph if type(name) is str][:20])
-        raise Refused(f"it has no {key!r}, only {names or 'nothing'}", f"a file with it, or one of these for {key!r},")
+        names = ", ".join(
+            quoted(name) for name in [name for name in graph if type(name) is str][:20]
+        )
+        raise Refused(
+            f"it has no {key!r}, only {names or 'nothing'}",
+            f"a file with it, or one of these for {key!r},",
+        )
     network = graph[key]
     if type(network) is not Persistent:
         raise Refused(f"its {key!r} is {describe(network)} and no network")
@@ -132,9 +147,13 @@ def _network(source: Source, opened: ExitStack, key: str) -> Original:
     return Original(class_name, _Plain()(settings), _tensors(network, find, source))
 
 
-def _state_dict(source: Source, opened: ExitStack) -> dict[str, Tensor]:
+def _state_dict(source: OpenFile, opened: ExitStack) -> dict[str, Tensor]:
     size = _whole(source.file).length
-    graph, find = open_zip(source.file, opened, Reader) if _is_zip(source.file) else open_sequential(_whole(source.file))
+    graph, find = (
+        open_zip(source.file, opened, StateDictUnpickler)
+        if _is_zip(source.file)
+        else open_sequential(_whole(source.file))
+    )
     if type(graph) is not dict or len(graph) > MAX_PARTS:
         raise Refused(f"it holds {describe(graph)} and no dict of up to {MAX_PARTS} tensors")
     for name in graph:
@@ -152,26 +171,40 @@ def _class_and_state(module: Any, name: str) -> tuple[str, dict[Any, Any]]:
         return "ModuleDict", module.state
     meta = module.meta if type(module) is Persistent else {}
     kind, class_name, state = meta.get("type"), meta.get("class_name"), meta.get("state")
-    if type(kind) is not str or kind != "class" or type(class_name) is not str or type(state) is not dict:
-        raise Refused(f"its module {quoted(name)} is {describe(module)} and not a module as torch_utils.persistence writes it")
+    if (
+        type(kind) is not str
+        or kind != "class"
+        or type(class_name) is not str
+        or type(state) is not dict
+    ):
+        raise Refused(
+            f"its module {quoted(name)} is {describe(module)} and not a module as torch_utils.persistence writes it"
+        )
     return class_name, state
 
 
-def _tensors(network: Any, find: Callable[[Any], Storage], source: Source) -> dict[str, Tensor]:
-    """All tensors of a network by full name; the modules are walked without recursion and each only once."""
+def _tensors(network: Any, find: Callable[[Any], Storage], source: OpenFile) -> dict[str, Tensor]:
+    """All tensors of a network by full name; the modules are walked without recursion and each only
+    once."""
     tensors: dict[str, Tensor] = {}
     used: dict[Hashable, list[tuple[int, int, str]]] = {}
     waiting, met, parts = [("", network, 0)], set(), 0
     while waiting:
         prefix, module, depth = waiting.pop()
-        if id(module) in met:  # cycles end here, and so do small files that spell exponentially many modules
+        if (
+            id(module) in met
+        ):  # cycles end here, and so do small files that spell exponentially many modules
             raise Refused(f"its module {quoted(prefix[:-1])} is in it twice")
         met.add(id(module))
         _, state = _class_and_state(module, prefix[:-1])
-        found = {part: _children(state, part, prefix) for part in ("_parameters", "_buffers", "_modules")}
+        found = {
+            part: _children(state, part, prefix) for part in ("_parameters", "_buffers", "_modules")
+        }
         parts += 1 + sum(len(state[part]) for part in found)  # with those that are None
         if parts > MAX_PARTS or depth > MAX_DEPTH:
-            raise Refused(f"it has more than {MAX_PARTS} modules and tensors, or more than {MAX_DEPTH} one in the other")
+            raise Refused(
+                f"it has more than {MAX_PARTS} modules and tensors, or more than {MAX_DEPTH} one in the other"
+            )
         for name, view in [*found["_parameters"].items(), *found["_buffers"].items()]:
             full = prefix + name
             if full in tensors:
@@ -180,12 +213,17 @@ def _tensors(network: Any, find: Callable[[Any], Storage], source: Source) -> di
             place, start, end = tensor.span
             if start < end:
                 used.setdefault(place, []).append((start, end, full))
-        waiting.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(found["_modules"].items()))
+        waiting.extend(
+            (f"{prefix}{name}.", child, depth + 1)
+            for name, child in reversed(found["_modules"].items())
+        )
     for places in used.values():
         places.sort()
         for (_, end, one), (start, _, other) in zip(places, places[1:], strict=False):
             if start < end:
-                raise Refused(f"its tensors {quoted(one)} and {quoted(other)} overlap in one storage")
+                raise Refused(
+                    f"its tensors {quoted(one)} and {quoted(other)} overlap in one storage"
+                )
     return tensors
 
 
@@ -202,7 +240,8 @@ def _children(state: dict[Any, Any], part: str, prefix: str) -> dict[str, Any]:
 
 
 class _Plain:
-    """Copies settings, refusing what is none and counting what is copied: values may be shared, and hold themselves."""
+    """Copies settings, refusing what is none and counting what is copied: values may be shared, and
+    hold themselves."""
 
     def __init__(self):
         self._left = MAX_PARTS
@@ -210,7 +249,9 @@ class _Plain:
     def __call__(self, value: Any, depth: int = 0) -> Any:
         self._left -= 1
         if self._left < 0 or depth > MAX_DEPTH:
-            raise Refused(f"it has more than {MAX_PARTS} settings, or more than {MAX_DEPTH} one in the other")
+            raise Refused(
+                f"it has more than {MAX_PARTS} settings, or more than {MAX_DEPTH} one in the other"
+            )
         if type(value) in (list, tuple):
             return type(value)([self(item, depth + 1) for item in value])
         if type(value) is dict:

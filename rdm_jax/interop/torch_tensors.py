@@ -1,4 +1,5 @@
-"""Tensors that are still in a file of torch's: where their numbers are, in both of its formats, and how they are read."""
+"""Tensors that are still in a file of torch's: where their numbers are, in both of its formats, and
+how they are read."""
 
 import io
 import math
@@ -15,14 +16,25 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rdm_jax.errors import InputError
-from rdm_jax.interop.inert_pickle import BUDGET, Embedded, Refused, Region, Stored, Stream, Unpickler, View, describe, quoted
+from rdm_jax.interop.inert_pickle import (
+    BUDGET,
+    ByteReader,
+    Embedded,
+    Refused,
+    Region,
+    Stored,
+    Unpickler,
+    View,
+    describe,
+    quoted,
+)
+from rdm_jax.runtime.errors import InputError
 
 MAX_DIMS = 8
 MAX_ELEMENTS = 2**40
 
-# torch's format before zip: these two numbers, a dict, the object with its storages as persistent ids, a list of their keys, and
-# then for each key the number of its elements, and the elements.
+# torch's format before zip: these two numbers, a dict, the object with its storages as persistent
+# ids, a list of their keys, and then for each key the number of its elements, and the elements.
 MAGIC, _PROTOCOL, _EMBEDDED_BUDGET = 0x1950A86A20F9469CFC6C, 1001, 2**14
 
 _DTYPES = {
@@ -41,7 +53,8 @@ _DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Numbers one after the other in the file: `read(start, count)` gives bytes; `place` is the same for no other storage."""
+    """Numbers one after the other in the file: `read(start, count)` gives bytes; `place` is the
+    same for no other storage."""
 
     place: Hashable
     dtype: np.dtype
@@ -50,7 +63,7 @@ class Storage:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class OpenFile:
     """An open file; `would_do` is what a refusal says would do, where it knows nothing better."""
 
     path: str
@@ -90,7 +103,7 @@ class Tensor:
     _start: int = field(repr=False)
     _count: int = field(repr=False)  # elements of the storage from the tensor's first to its last
     _storage: Storage = field(repr=False)
-    _source: Source = field(repr=False)
+    _source: OpenFile = field(repr=False)
 
     def read(self) -> np.ndarray:
         """The numbers, read now: a new C-contiguous array of `shape` and `dtype`.
@@ -105,14 +118,22 @@ class Tensor:
         size = self.dtype.itemsize
         try:
             data = self._storage.read(self._start * size, self._count * size)
-        except MemoryError:  # of this machine's memory: that the numbers are in the file has been checked
+        except (
+            MemoryError
+        ):  # of this machine's memory: that the numbers are in the file has been checked
             raise
         except Exception as error:
             raise input_error(self._source.path, self._source.would_do, error) from error
         # A byte other than 0 and 1 would be no bool to numpy.
-        flat = np.frombuffer(data, np.uint8) != 0 if self.dtype == np.bool_ else np.frombuffer(data, self.dtype)
+        flat = (
+            np.frombuffer(data, np.uint8) != 0
+            if self.dtype == np.bool_
+            else np.frombuffer(data, self.dtype)
+        )
         strides = [stride * size for stride in self._stride]
-        return np.array(np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False), order="C")
+        return np.array(
+            np.lib.stride_tricks.as_strided(flat, self.shape, strides, writeable=False), order="C"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -125,22 +146,34 @@ class Tensor:
         return self._storage.place, self._start, self._start + self._count
 
 
-def named_tensor(name: str, view: Any, find: Callable[[Any], Storage], source: Source) -> Tensor:
-    """A tensor from its call in the pickle. Raises Refused, which names it, where it is none or not whole in the file."""
+def named_tensor(name: str, view: Any, find: Callable[[Any], Storage], source: OpenFile) -> Tensor:
+    """A tensor from its call in the pickle. Raises Refused, which names it, where it is none or not
+    whole in the file."""
     try:
         return _tensor(view, find, source)
     except Exception as error:
-        why = str(error) if isinstance(error, Refused) else f"{type(error).__name__} {quoted(str(error))}"
+        why = (
+            str(error)
+            if isinstance(error, Refused)
+            else f"{type(error).__name__} {quoted(str(error))}"
+        )
         raise Refused(f"tensor {quoted(name)} is damaged: {why}") from error
 
 
-def _tensor(view: Any, find: Callable[[Any], Storage], source: Source) -> Tensor:
+def _tensor(view: Any, find: Callable[[Any], Storage], source: OpenFile) -> Tensor:
     if type(view) is not View:
         raise Refused(f"it is {describe(view)}")
     start, shape, stride = view.offset, view.size, view.stride
-    if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MAX_DIMS:
+    if (
+        type(shape) is not tuple
+        or type(stride) is not tuple
+        or not len(shape) == len(stride) <= MAX_DIMS
+    ):
         raise Refused("its sizes and strides are not two tuples of one length up to 8")
-    if any(type(number) is not int or not 0 <= number <= MAX_ELEMENTS for number in (start, *shape, *stride)):
+    if any(
+        type(number) is not int or not 0 <= number <= MAX_ELEMENTS
+        for number in (start, *shape, *stride)
+    ):
         raise Refused("its sizes, strides and offset are not all numbers from 0 to 2^40")
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise Refused("it has more than 2^40 elements")
@@ -152,14 +185,17 @@ def _tensor(view: Any, find: Callable[[Any], Storage], source: Source) -> Tensor
                 raise Refused("its elements lie over each other")
             count += step * (size - 1)
     if start + count > storage.numel:
-        raise Refused(f"its elements {start} to {start + count} are beyond its storage of {storage.numel}")
+        raise Refused(
+            f"its elements {start} to {start + count} are beyond its storage of {storage.numel}"
+        )
     # The stride along a side of length 1 means nothing, and may be anything.
     strides = tuple(step if size > 1 else 0 for step, size in zip(stride, shape, strict=True))
     return Tensor(shape, storage.dtype, strides, start, count, storage, source)
 
 
-class Reader(Unpickler):
-    """Reads a pickle that torch wrote as a file of its own: knows the `_metadata` of a state_dict, and leaves them out.
+class StateDictUnpickler(Unpickler):
+    """Reads a pickle that torch wrote as a file of its own: knows the `_metadata` of a state_dict,
+    and leaves them out.
 
     Attributes:
       stored: the storages that it names, by key.
@@ -167,7 +203,7 @@ class Reader(Unpickler):
 
     dispatch = type(Unpickler.dispatch)(Unpickler.dispatch)
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: ByteReader):
         super().__init__(stream)
         self.stored: dict[str, Stored] = {}
 
@@ -190,16 +226,26 @@ class Reader(Unpickler):
 
 
 def open_sequential(region: Region, budget: int = BUDGET) -> tuple[Any, Callable[[Any], Storage]]:
-    """The object in a file of torch's format before zip, and what finds its storages. Raises Refused, or as `Unpickler` does."""
-    stream = Stream(region, budget)
+    """The object in a file of torch's format before zip, and what finds its storages. Raises
+    Refused, or as `Unpickler` does."""
+    stream = ByteReader(region, budget)
     magic, protocol, system = [Unpickler(stream).load() for _ in range(3)]
-    if type(magic) is not int or magic != MAGIC or type(protocol) is not int or protocol != _PROTOCOL:
+    if (
+        type(magic) is not int
+        or magic != MAGIC
+        or type(protocol) is not int
+        or protocol != _PROTOCOL
+    ):
         raise Refused("it is not in torch's format 1001")
     if type(system) is not dict or system.get("little_endian") is not True:
         raise Refused("it is not little-endian")
-    reader = Reader(stream)
+    reader = StateDictUnpickler(stream)
     graph, keys = reader.load(), Unpickler(stream).load()
-    if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(reader.stored):
+    if (
+        type(keys) is not list
+        or any(type(key) is not str for key in keys)
+        or sorted(keys) != sorted(reader.stored)
+    ):
         raise Refused("its list of storages has not a single one of each that it names")
     storages = {}
     for key in keys:
@@ -207,7 +253,9 @@ def open_sequential(region: Region, budget: int = BUDGET) -> tuple[Any, Callable
         dtype = _DTYPES[stored.kind]
         numbers = stream.rest() if key == keys[-1] else stream.skip(stored.numel * dtype.itemsize)
         if numel != stored.numel or numbers.length != numel * dtype.itemsize:
-            raise Refused(f"its storage has {numbers.length} bytes for {stored.numel} numbers of {dtype}")
+            raise Refused(
+                f"its storage has {numbers.length} bytes for {stored.numel} numbers of {dtype}"
+            )
         storages[key] = Storage((id(numbers.file), numbers.start), dtype, numel, numbers.read)
 
     def find(storage: Any) -> Storage:
@@ -219,15 +267,19 @@ def open_sequential(region: Region, budget: int = BUDGET) -> tuple[Any, Callable
 
 
 def embedded_storage(storage: Any) -> Storage:
-    """The storage in a byte string of a snapshot, which is a file in torch's format before zip with nothing but this storage."""
+    """The storage in a byte string of a snapshot, which is a file in torch's format before zip with
+    nothing but this storage."""
     if type(storage) is not Embedded:
         raise Refused(f"its storage is {describe(storage)} and no embedded one")
     graph, find = open_sequential(storage.region, _EMBEDDED_BUDGET)
     return find(graph)
 
 
-def open_zip(file: io.BufferedIOBase, opened: ExitStack, unpickler: type[Unpickler]) -> tuple[Any, Callable[[Any], Storage]]:
-    """The object in a file of torch's zip format, and what finds its storages. Raises Refused, or what zipfile raises."""
+def open_zip(
+    file: io.BufferedIOBase, opened: ExitStack, unpickler: type[Unpickler]
+) -> tuple[Any, Callable[[Any], Storage]]:
+    """The object in a file of torch's zip format, and what finds its storages. Raises Refused, or
+    what zipfile raises."""
     archive = opened.enter_context(zipfile.ZipFile(file))
     members = _members(archive, file)
     pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -240,7 +292,7 @@ def open_zip(file: io.BufferedIOBase, opened: ExitStack, unpickler: type[Unpickl
     size = members[pickles[0]].file_size
     if size > BUDGET:
         raise Refused(f"its data.pkl has {size} bytes")
-    graph = unpickler(Stream(Region(io.BytesIO(archive.read(pickles[0])), 0, size))).load()
+    graph = unpickler(ByteReader(Region(io.BytesIO(archive.read(pickles[0])), 0, size))).load()
 
     def find(storage: Any) -> Storage:
         if type(storage) is not Stored:
@@ -249,10 +301,14 @@ def open_zip(file: io.BufferedIOBase, opened: ExitStack, unpickler: type[Unpickl
         if member is None:
             raise Refused(f"the zip file has no member 'data/*' named {quoted(storage.key)}")
         if member.file_size != storage.numel * dtype.itemsize:
-            raise Refused(f"its storage has {member.file_size} bytes for {storage.numel} numbers of {dtype}")
+            raise Refused(
+                f"its storage has {member.file_size} bytes for {storage.numel} numbers of {dtype}"
+            )
 
         def read(first: int, count: int) -> bytes:
-            return archive.read(member)[first : first + count]  # all of it is read, as its checksum is of all
+            return archive.read(member)[
+                first : first + count
+            ]  # all of it is read, as its checksum is of all
 
         return Storage(member.filename, dtype, storage.numel, read)
 
@@ -260,14 +316,17 @@ def open_zip(file: io.BufferedIOBase, opened: ExitStack, unpickler: type[Unpickl
 
 
 def _members(archive: zipfile.ZipFile, file: io.BufferedIOBase) -> dict[str, zipfile.ZipInfo]:
-    """The members by name, when each is plain, there as a whole, and shares no byte with another."""
+    """The members by name, when each is plain, there as a whole, and shares no byte with
+    another."""
     members: dict[str, zipfile.ZipInfo] = {}
     end, last = 0, "the zip file's beginning"
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
         name = quoted(member.filename)
         if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
             raise Refused(f"its member {name} is compressed")
-        if member.flag_bits & ~(0x8 | 0x800):  # sizes after the data, names in UTF-8; the others encrypt or patch
+        if member.flag_bits & ~(
+            0x8 | 0x800
+        ):  # sizes after the data, names in UTF-8; the others encrypt or patch
             raise Refused(f"its member {name} is encrypted, or has unknown flags")
         if member.filename in members:
             raise Refused(f"it has two members {name}")
@@ -278,7 +337,9 @@ def _members(archive: zipfile.ZipFile, file: io.BufferedIOBase) -> dict[str, zip
         if len(header) != 30 or header[:4] != b"PK\x03\x04":
             raise Refused(f"its member {name} has no header")
         lengths = struct.unpack("<HH", header[26:])
-        if file.read(lengths[0]) != member.orig_filename.encode("utf-8" if member.flag_bits & 0x800 else "cp437"):
+        if file.read(lengths[0]) != member.orig_filename.encode(
+            "utf-8" if member.flag_bits & 0x800 else "cp437"
+        ):
             raise Refused(f"its member {name} has another name in its header")
         end, last = member.header_offset + 30 + sum(lengths) + member.file_size, name
         if end > archive.start_dir:

@@ -1,4 +1,5 @@
-"""From an nnx module to a pair of pure functions, split once: merging inside `jit` costs nothing at run time."""
+"""From an nnx module to a pair of pure functions, split once: merging inside `jit` costs nothing at
+run time."""
 
 import functools
 import math
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from rdm_jax.randomness import root_key
+from rdm_jax.runtime.random_streams import root_key
 
 
 class Network(NamedTuple):
@@ -18,7 +19,8 @@ class Network(NamedTuple):
 
     Attributes:
       init: key -> params, a nested dict of float32 arrays.
-      apply: (params, x, noise_label, class_label, augment_label, dropout_keys) -> F; the last three may be None.
+      apply: (params, x, noise_label, class_label, augment_label, dropout_keys) -> F; the last three
+        may be None.
       abstract: the shapes and dtypes of the parameters, a tree of `jax.ShapeDtypeStruct`.
       dtypes: what each is computed with, a tree of dtypes.
     """
@@ -33,7 +35,8 @@ class Network(NamedTuple):
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract))
 
     def multiply_adds(self, image_shape: tuple[int, int, int], classes: int) -> int:
-        """Multiply-adds of one forward pass for one image, in the convolutions and matrix products of the traced program.
+        """Multiply-adds of one forward pass for one image, in the convolutions and matrix products
+        of the traced program.
 
         (XLA's own cost analysis leaves out what falls on a convolution's padding, 4 % of ADM-64.)
         """
@@ -43,10 +46,12 @@ class Network(NamedTuple):
 
 
 def multiply_adds(function: Callable, *abstract_args: Any) -> int:
-    """Multiply-adds in the convolutions and matrix products of a function, counted in what JAX traces.
+    """Multiply-adds in the convolutions and matrix products of a function, counted in what JAX
+    traces.
 
-    The arguments may be arrays or their shapes. A scan counts once a turn, of a conditional's branches the largest counts.
-    Fused attention on GPU (bfloat16 networks, traced there) is no matrix product to JAX and is not seen: trace in float32.
+    The arguments may be arrays or their shapes. A scan counts once a turn, of a conditional's
+    branches the largest counts. Fused attention on GPU (bfloat16 networks, traced there) is no
+    matrix product to JAX and is not seen: trace in float32.
 
     Raises:
       ValueError: there are some in a loop whose turns are not known.
@@ -62,13 +67,23 @@ def _of_equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
-        return equation.outvars[0].aval.size * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        return (
+            equation.outvars[0].aval.size
+            * math.prod(kernel)
+            // kernel[params["dimension_numbers"].rhs_spec[0]]
+        )
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return equation.outvars[0].aval.size * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return equation.outvars[0].aval.size * math.prod(
+            equation.invars[0].aval.shape[axis] for axis in contracted
+        )
     if name == "cond":
         return max(_multiply_adds(branch.jaxpr) for branch in params["branches"])
-    inner = sum(_multiply_adds(getattr(value, "jaxpr", value)) for value in params.values() if has_equations(value))
+    inner = sum(
+        _multiply_adds(getattr(value, "jaxpr", value))
+        for value in params.values()
+        if has_equations(value)
+    )
     if name == "while" and inner:
         raise ValueError("multiply-adds within a while loop, whose turns are not known")
     return inner * params["length"] if name == "scan" else inner
@@ -80,7 +95,8 @@ def has_equations(value: Any) -> bool:
 
 
 class _SameKey(nnx.Rngs):
-    """One key for everything: shapes do not depend on it, and counting the draws takes nnx most of the time of a trace."""
+    """One key for everything: shapes do not depend on it, and counting the draws takes nnx most of
+    the time of a trace."""
 
     def params(self) -> Key[Array, ""]:
         return root_key(0)
@@ -101,7 +117,9 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
 
     def dtype_of(path, leaf):
         *owners, name = (key.key for key in path)
-        return jnp.dtype(functools.reduce(getattr, owners, module).dtype if name == "kernel" else leaf.dtype)
+        return jnp.dtype(
+            functools.reduce(getattr, owners, module).dtype if name == "kernel" else leaf.dtype
+        )
 
     leaves = nnx.to_pure_dict(abstract)
     return Network(init, apply, leaves, jax.tree.map_with_path(dtype_of, leaves))

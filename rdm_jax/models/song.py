@@ -1,4 +1,5 @@
-"""DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), in the form in which EDM published their weights."""
+"""DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), in the form in which EDM published their
+weights."""
 
 import dataclasses
 
@@ -20,8 +21,8 @@ class Song(UNet):
     NCSN++ is `embedding='fourier', noise_mult=2, residual=True, filter=(1, 3, 3, 1)`.
 
     Attributes:
-      embedding: of the noise level, 'positional' or 'fourier' (random frequencies, which are kept with the parameters but
-        not trained).
+      embedding: of the noise level, 'positional' or 'fourier' (random frequencies, which are kept
+        with the parameters but not trained).
       noise_mult: width of that embedding in units of `channels`.
       residual: every level of the encoder is fed the shrunken input image.
       filter: taps of the resampling filter, an even number of them.
@@ -36,25 +37,35 @@ class Song(UNet):
     residual: bool = False
     filter: tuple[int, ...] = (1, 1)
 
-    def build(self, image_channels: int, classes: int, *, outputs: int = 1, given: int = 0, rngs: nnx.Rngs) -> "SongNetwork":
+    def build(
+        self, image_channels: int, classes: int, *, outputs: int = 1, given: int = 0, rngs: nnx.Rngs
+    ) -> "SongNetwork":
         """The network for images of so many channels and classes (0: none).
 
-        Its output has `outputs` times as many channels, its input `given` more: what it is told of each pixel.
+        Its output has `outputs` times as many channels, its input `given` more: what it is told of
+        each pixel.
         """
-        return SongNetwork(self, (image_channels + given, outputs * image_channels), classes, rngs=rngs)
+        return SongNetwork(
+            self, (image_channels + given, outputs * image_channels), classes, rngs=rngs
+        )
 
 
 class SongNetwork(UNetNetwork):
-    """DDPM++ or NCSN++: the embedding is added, the decoder attends in the last block of a level only, with one head."""
+    """DDPM++ or NCSN++: the embedding is added, the decoder attends in the last block of a level
+    only, with one head."""
 
     def __init__(self, config: Song, in_out: tuple[int, int], classes: int, *, rngs: nnx.Rngs):
         kwargs = {"init": DEFAULT, "rngs": rngs}
         emb, width = config.emb_mult * config.channels, config.noise_mult * config.channels
         labels = config.augment_labels
         fourier = config.embedding == "fourier"
-        self.frequencies = nnx.Param(16 * jax.random.normal(rngs.params(), (width // 2,))) if fourier else None
+        self.frequencies = (
+            nnx.Param(16 * jax.random.normal(rngs.params(), (width // 2,))) if fourier else None
+        )
         self.map_label = layers.linear(classes, width, **kwargs) if classes else None
-        self.map_augment = layers.linear(labels, width, use_bias=False, **kwargs) if labels else None
+        self.map_augment = (
+            layers.linear(labels, width, use_bias=False, **kwargs) if labels else None
+        )
         self.map_layer0 = layers.linear(width, emb, **kwargs)
         self.map_layer1 = layers.linear(emb, emb, **kwargs)
         style = layers.Style(
@@ -75,9 +86,14 @@ class SongNetwork(UNetNetwork):
 
     def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict) -> None:
         if self.config.residual:
-            # The 3x3 comes before the filter and is computed where the filter looks beyond the image, too.
+            # The 3x3 comes before the filter and is computed where the filter looks beyond the
+            # image, too.
             margin = (len(self.config.filter) - 1) // 2
-            setattr(self, f"residual{level}", layers.conv(c_in, c_out, 3, init=DEFAULT, margin=margin, **kwargs))
+            setattr(
+                self,
+                f"residual{level}",
+                layers.conv(c_in, c_out, 3, init=DEFAULT, margin=margin, **kwargs),
+            )
 
     def _embedding(
         self,
@@ -86,9 +102,13 @@ class SongNetwork(UNetNetwork):
         augment_label: Float[Array, "b a"] | None,
     ) -> Float[Array, "b e"]:
         if self.frequencies is None:
-            emb = layers.positional_embedding(noise_label, self.config.noise_mult * self.config.channels, last=True)
+            emb = layers.positional_embedding(
+                noise_label, self.config.noise_mult * self.config.channels, last=True
+            )
         else:
-            emb = layers.fourier_embedding(noise_label, 2 * jnp.pi * jax.lax.stop_gradient(self.frequencies[...]))
+            emb = layers.fourier_embedding(
+                noise_label, 2 * jnp.pi * jax.lax.stop_gradient(self.frequencies[...])
+            )
         emb = jnp.concatenate(jnp.split(emb, 2, axis=1)[::-1], axis=1)  # sin before cos
         if self.map_label is not None and class_label is not None:
             emb = emb + self.map_label(class_label * class_label.shape[-1] ** 0.5)
@@ -98,12 +118,16 @@ class SongNetwork(UNetNetwork):
             emb = emb + self.map_augment(augment_label)
         return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
 
-    def _encode(self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], keys: Key[Array, " b"] | None) -> list[Array]:
+    def _encode(
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], keys: Key[Array, " b"] | None
+    ) -> list[Array]:
         outputs, residual = [self.stem(x)], x
         for name in self.encoder:
             h = self._run(name, outputs[-1], emb, keys)
             if self.config.residual and name.startswith("down"):
                 conv = getattr(self, name.replace("down", "residual"))
-                h = residual = (layers.downsample(conv(residual), self.config.filter, padded=True) + h) * self.style.skip_scale
+                h = residual = (
+                    layers.downsample(conv(residual), self.config.filter, padded=True) + h
+                ) * self.style.skip_scale
             outputs.append(h)
         return outputs

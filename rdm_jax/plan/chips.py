@@ -10,8 +10,8 @@ class Chip:
     Attributes:
       name: in targets, such as 'v5e'.
       kinds: what `jax.Device.device_kind` calls it.
-      bfloat16, float32: the most FLOP/s of networks with that `dtype`, at JAX's default precision: TPUs multiply float32 in
-        bfloat16, NVIDIA's from Ampere on in TensorFloat-32.
+      bfloat16, float32: the most FLOP/s of networks with that `dtype`, at JAX's default precision:
+        TPUs multiply float32 in bfloat16, NVIDIA's from Ampere on in TensorFloat-32.
       gib: of memory.
       interconnect: bytes/s that a chip can send, over all of its links to others.
       pod: chips that those links join; between pods there is a slower network.
@@ -32,7 +32,9 @@ class Chip:
         return {"bfloat16": self.bfloat16, "float32": self.float32}[dtype]
 
 
-_PASSES = "float32 is multiplied in one pass of bfloat16 (JAX's default precision for TPU), at its rate"
+_PASSES = (
+    "float32 is multiplied in one pass of bfloat16 (JAX's default precision for TPU), at its rate"
+)
 
 _TF32 = "float32 is multiplied as TensorFloat-32 (JAX's default precision), at half bfloat16's rate"
 
@@ -47,16 +49,45 @@ CHIPS = (
     Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 459e12, 95.0, 600e9, 6144, f"{_PASSES}; {_CORES}"),
     # cloud.google.com/tpu/docs/v6e: twice v5e's interconnect, four links.
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 918e12, 32.0, 400e9, 256, _PASSES),
-    # NVIDIA A100 data sheet (SXM, dense): 312 TFLOP/s, TF32 156; NVLink 600 GB/s, both ways together.
-    Chip("a100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12, 156e12, 80.0, 300e9, 8, f"80 GB; {_TF32}"),
-    Chip("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312e12, 156e12, 40.0, 300e9, 8, _TF32),
-    # NVIDIA H100 data sheet: dense rates are half of those it prints, with sparsity; NVLink 900 GB/s, PCIe 5 128 GB/s, both ways.
+    # NVIDIA A100 data sheet (SXM, dense): 312 TFLOP/s, TF32 156; NVLink 600 GB/s, both ways
+    # together.
+    Chip(
+        "a100",
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"),
+        312e12,
+        156e12,
+        80.0,
+        300e9,
+        8,
+        f"80 GB; {_TF32}",
+    ),
+    Chip(
+        "a100-40gb",
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
+        312e12,
+        156e12,
+        40.0,
+        300e9,
+        8,
+        _TF32,
+    ),
+    # NVIDIA H100 data sheet: dense rates are half of those it prints, with sparsity; NVLink 900
+    # GB/s, PCIe 5 128 GB/s, both ways.
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 494e12, 79.6, 450e9, 8, f"SXM; {_TF32}"),
     Chip("h100-pcie", ("NVIDIA H100 PCIe",), 756e12, 378e12, 79.6, 64e9, 8, _TF32),
     # NVIDIA H200 data sheet: H100 with 141 GB.
     Chip("h200", ("NVIDIA H200",), 989e12, 494e12, 140.4, 450e9, 8, _TF32),
     # NVIDIA T4 data sheet: float32 8.1 TFLOP/s; PCIe 3, 32 GB/s both ways together.
-    Chip("t4", ("Tesla T4",), 8.1e12, 8.1e12, 15.0, 16e9, 8, "its 65 TFLOP/s are float16's; bfloat16 is no faster than float32"),
+    Chip(
+        "t4",
+        ("Tesla T4",),
+        8.1e12,
+        8.1e12,
+        15.0,
+        16e9,
+        8,
+        "its 65 TFLOP/s are float16's; bfloat16 is no faster than float32",
+    ),
 )
 
 

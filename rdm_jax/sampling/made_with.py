@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from rdm_jax.config import Config, Sampling, to_dict
-from rdm_jax.errors import InputError
-from rdm_jax.lists import as_ranges, parse_numbers, repetition
-from rdm_jax.sampling.relay import Relay
-from rdm_jax.sampling.sampler import stage_settings
-from rdm_jax.saved import completed, completed_settings
+from rdm_jax.config.saved import completed, completed_settings
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.ranges import as_ranges, parse_numbers, repetition
+from rdm_jax.sampling.pipeline import RelayPipeline
+from rdm_jax.sampling.stage_sampler import stage_settings
 
 NOT_IN_IMAGES = ("name", "batch_size", "files")
 
@@ -24,27 +24,35 @@ def settings(config: Config, first: int) -> dict[str, Any]:
     Args:
       first: number of the first stage that is run.
     """
-    stages = {f"stage{number}": stage_settings(config, number) for number in range(first, len(config.stages) + 1)}
+    stages = {
+        f"stage{number}": stage_settings(config, number)
+        for number in range(first, len(config.stages) + 1)
+    }
     sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in NOT_IN_IMAGES}
     sampling["seeds"] = one_spelling(sampling["seeds"])
     return {"seed": config.seed, "sampling": sampling, "stages": stages}
 
 
-def describe(config: Config, relay: Relay) -> dict[str, Any]:
+def describe(config: Config, relay: RelayPipeline) -> dict[str, Any]:
     """All that the images of the config's seeds depend on: what the samples were made with."""
     about = settings(config, relay.first) | {"checkpoints": relay.checkpoints}
     if relay.low:
-        about["low_images"] = relay.low.digest(np.asarray(parse_numbers(config.sampling.seeds, "config.sampling.seeds")))
+        about["low_images"] = relay.low.digest(
+            np.asarray(parse_numbers(config.sampling.seeds, "config.sampling.seeds"))
+        )
     return json.loads(json.dumps(about))
 
 
 def with_seeds(config: Config, seeds: Sequence[int]) -> Config:
     """The config with these seeds in place of its own."""
-    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seeds=as_ranges(seeds)))
+    return dataclasses.replace(
+        config, sampling=dataclasses.replace(config.sampling, seeds=as_ranges(seeds))
+    )
 
 
 def one_spelling(seeds: str) -> str:
-    """A list of seeds as it is written down: '0, 1,2' and '0-2,1' as '0-2'. Raises InputError for what is no such list."""
+    """A list of seeds as it is written down: '0, 1,2' and '0-2,1' as '0-2'. Raises InputError for
+    what is no such list."""
     return as_ranges(parse_numbers(seeds, "config.sampling.seeds"))
 
 
@@ -54,7 +62,8 @@ def any_seeds(made_with: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_settings(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether images made with both are the same; `old` may be of an earlier version of this project."""
+    """Whether images made with both are the same; `old` may be of an earlier version of this
+    project."""
     return not differences(old, new)
 
 
@@ -64,7 +73,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version wrote, with the fields that it did not know at the values that mean what it did.
+    """What an earlier version wrote, with the fields that it did not know at the values that mean
+    what it did.
 
     Args:
       old: of samples, or what an evaluation says of a set of images.
@@ -72,10 +82,15 @@ def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
     old = dict(old)
     if "sampling" in old:
         fields = completed(Sampling, old["sampling"])
-        old["sampling"] = {name: value for name, value in fields.items() if name not in NOT_IN_IMAGES}
+        old["sampling"] = {
+            name: value for name, value in fields.items() if name not in NOT_IN_IMAGES
+        }
         seeds = fields.get("seeds")
-        with contextlib.suppress(InputError, AttributeError):  # what is no list of seeds is not the same as one
-            # Earlier versions kept the user's spelling, and measured an image as often as its seed was named.
+        with contextlib.suppress(
+            InputError, AttributeError
+        ):  # what is no list of seeds is not the same as one
+            # Earlier versions kept the user's spelling, and measured an image as often as its seed
+            # was named.
             old["sampling"]["seeds"] = seeds if repetition(seeds, "seeds") else one_spelling(seeds)
     if "stages" in old:
         old["stages"] = {name: completed_settings(stage) for name, stage in old["stages"].items()}
@@ -86,5 +101,9 @@ def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
 
 def _differences(old: Any, new: Any, field: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        return [d for key in sorted(old.keys() | new.keys()) for d in _differences(old.get(key), new.get(key), f"{field}.{key}")]
+        return [
+            d
+            for key in sorted(old.keys() | new.keys())
+            for d in _differences(old.get(key), new.get(key), f"{field}.{key}")
+        ]
     return [] if old == new else [f"{field.removeprefix('.')} was {old!r:.60} and is {new!r:.60}"]

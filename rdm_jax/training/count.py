@@ -9,7 +9,8 @@ class Count:
 
     Attributes:
       batch_size: images a step, from step `step` on.
-      step, images: the step at which the batch size became this one, and the images shown until then.
+      step, images: the step at which the batch size became this one, and the images shown until
+        then.
     """
 
     batch_size: int
@@ -30,4 +31,6 @@ class Count:
 
     def changed(self, batch_size: int, step: int) -> "Count":
         """The same with another batch size from step `step` on."""
-        return self if batch_size == self.batch_size else Count(batch_size, step, self.images_at(step))
+        return (
+            self if batch_size == self.batch_size else Count(batch_size, step, self.images_at(step))
+        )

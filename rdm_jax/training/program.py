@@ -1,4 +1,5 @@
-"""A stage's training step, compiled for the devices of a mesh: by `jit` with shardings, or by `pmap`."""
+"""A stage's training step, compiled for the devices of a mesh: by `jit` with shardings, or by
+`pmap`."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -10,10 +11,10 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from rdm_jax import sharding
 from rdm_jax.config import Stage, Training
 from rdm_jax.data.augment import Augmentation
 from rdm_jax.models.layers import compiling_for
+from rdm_jax.runtime import sharding
 from rdm_jax.training.count import Count
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
@@ -34,16 +35,25 @@ def build_objective(stage: Stage, image_shape: tuple[int, ...], classes: int) ->
 
 
 def build_optimizer(training: Training, count: Count) -> optax.GradientTransformation:
-    """Adam with a linear warm-up over images: where the batch size has changed, the rate goes on from those shown so far."""
-    rate = optax.linear_schedule(0.0, training.learning_rate, max(1, training.warmup // training.batch_size))
-    ahead = count.images // count.batch_size - count.step  # of Adam's counter, which counts steps; 0 for one batch size
+    """Adam with a linear warm-up over images: where the batch size has changed, the rate goes on
+    from those shown so far."""
+    rate = optax.linear_schedule(
+        0.0, training.learning_rate, max(1, training.warmup // training.batch_size)
+    )
+    ahead = (
+        count.images // count.batch_size - count.step
+    )  # of Adam's counter, which counts steps; 0 for one batch size
     return optax.adam(
-        (lambda step: rate(step + ahead)) if ahead else rate, b1=training.beta1, b2=training.beta2, eps=training.epsilon
+        (lambda step: rate(step + ahead)) if ahead else rate,
+        b1=training.beta1,
+        b2=training.beta2,
+        eps=training.epsilon,
     )
 
 
 class Program(ABC):
-    """The step of one stage on a mesh. Nothing is compiled, and no array made, before it is asked for.
+    """The step of one stage on a mesh. Nothing is compiled, and no array made, before it is asked
+    for.
 
     Args:
       stage: what is trained, and how.
@@ -71,8 +81,13 @@ class Program(ABC):
     ):
         self.mesh, self._image_shape, self._training = mesh, image_shape, stage.training
         count = count or Count(stage.training.batch_size)
-        self.objective, self._optimizer = build_objective(stage, image_shape, classes), build_optimizer(stage.training, count)
-        shapes = jax.eval_shape(lambda params: init_state(params, self._optimizer), self.objective.network.abstract)
+        self.objective, self._optimizer = (
+            build_objective(stage, image_shape, classes),
+            build_optimizer(stage.training, count),
+        )
+        shapes = jax.eval_shape(
+            lambda params: init_state(params, self._optimizer), self.objective.network.abstract
+        )
         self.abstract: TrainState = sharding.by_rules(shapes, mesh)
         self._step = make_step(
             self.objective,
@@ -88,10 +103,13 @@ class Program(ABC):
 
     def init(self, key: Key[Array, ""]) -> TrainState:
         """The state before the first step, born where it belongs."""
-        # It runs once: optimising the drawing of some hundred small arrays takes longer than drawing them.
+        # It runs once: optimising the drawing of some hundred small arrays takes longer than
+        # drawing them.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         init = lambda key: init_state(self.objective.network.init(key), self._optimizer)  # noqa: E731
-        return jax.jit(init, out_shardings=sharding.shardings(self.abstract), compiler_options=options)(key)
+        return jax.jit(
+            init, out_shardings=sharding.shardings(self.abstract), compiler_options=options
+        )(key)
 
     @abstractmethod
     def compile(self) -> None:
@@ -110,7 +128,9 @@ class Program(ABC):
         """Begins to bring this process's part of a batch to its devices."""
 
     @abstractmethod
-    def __call__(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(
+        self, state: TrainState, batch: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Starts one step. `state` is given away; the metrics are scalars."""
 
 
@@ -129,7 +149,9 @@ class Jitted(Program):
         batch = {name: jax.ShapeDtypeStruct(*about, sharding=cut) for name, about in shapes.items()}
         out = (sharding.shardings(self.abstract), whole)
         with compiling_for(self.mesh.devices.flat[0]):
-            return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(self.abstract, batch)
+            return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(
+                self.abstract, batch
+            )
 
     def compile(self) -> None:  # noqa: D102
         self.compiled = self.lower().compile()
@@ -148,7 +170,8 @@ class Jitted(Program):
 
 
 class Pmapped(Program):
-    """The same step once a device, each with its own copy of the state and its own part of the batch."""
+    """The same step once a device, each with its own copy of the state and its own part of the
+    batch."""
 
     AXIS = sharding.DATA
 
@@ -163,7 +186,9 @@ class Pmapped(Program):
     def whole(self, state: TrainState) -> TrainState:  # noqa: D102
         def unmapped(x, like):
             value = _first(x).reshape(like.shape)
-            return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+            return jax.make_array_from_callback(
+                like.shape, like.sharding, lambda index: value[index]
+            )
 
         return jax.tree.map(unmapped, state, self.abstract)
 

@@ -9,12 +9,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 
-from rdm_jax import randomness
 from rdm_jax.data.augment import Augmentation, mirror
-from rdm_jax.diffusion import blurring, preconditioning, processes
+from rdm_jax.diffusion import preconditioning, processes
+from rdm_jax.diffusion.pixels import from_uint8
 from rdm_jax.models.functional import Network
+from rdm_jax.runtime import random_streams
 from rdm_jax.training.count import Count
 
 
@@ -39,23 +40,35 @@ class Objective:
     augmentation: Augmentation | None = None
     flip: bool = False
 
-    def loss(self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], *, dropout: bool) -> Float[Array, " b"]:
-        """The weighted squared error of each image, mean over its values (EDM equation 8; RDM equation 11).
+    def loss(
+        self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], *, dropout: bool
+    ) -> Float[Array, " b"]:
+        """The weighted squared error of each image, mean over its values (EDM equation 8; RDM
+        equation 11).
 
         Each image's part follows from its own key, with the network's dropout too, if that is on.
         """
-        images = to_float(batch["image"], self.pool)
-        process_keys, label_keys, augment_keys, dropout_keys = jax.vmap(lambda key: jax.random.split(key, 4), out_axes=1)(keys)
+        images = from_uint8(batch["image"], self.pool)
+        process_keys, label_keys, augment_keys, dropout_keys = jax.vmap(
+            lambda key: jax.random.split(key, 4), out_axes=1
+        )(keys)
         images = mirror(images, augment_keys) if self.flip else images
-        images, augment = self.augmentation(images, augment_keys) if self.augmentation else (images, None)
+        images, augment = (
+            self.augmentation(images, augment_keys) if self.augmentation else (images, None)
+        )
         noised = processes.diffuse(self.process, images, process_keys)
         labels = self.labels(batch["label"], label_keys) if self.classes else None
 
         def network(x, c_noise):
             x = x if noised.given is None else jnp.concatenate([x, noised.given], -1)
-            return self.network.apply(params, x, c_noise, labels, augment, dropout_keys if dropout else None)
+            return self.network.apply(
+                params, x, c_noise, labels, augment, dropout_keys if dropout else None
+            )
 
-        error = preconditioning.denoiser(network, self.precondition)(noised.images, noised.sigma) - images
+        error = (
+            preconditioning.denoiser(network, self.precondition)(noised.images, noised.sigma)
+            - images
+        )
         return noised.weight * jnp.mean(error**2, (1, 2, 3))
 
     def labels(self, label: Int[Array, " b"], keys: Key[Array, " b"]) -> Float[Array, "b classes"]:
@@ -64,14 +77,10 @@ class Objective:
         return jax.nn.one_hot(jnp.where(dropped, -1, label), self.classes)
 
 
-def to_float(images: UInt8[Array, "b h w c"], pool: int) -> Float[Array, "b h2 w2 c"]:
-    """uint8 to [-1, 1], then the means of pool x pool pixels."""
-    return blurring.mean_pool(images.astype(jnp.float32) / 127.5 - 1, factor=pool)
-
-
 @flax.struct.dataclass
 class TrainState:
-    """All that a run carries from step to step; int32 scalars and trees of arrays, or their abstract shapes.
+    """All that a run carries from step to step; int32 scalars and trees of arrays, or their
+    abstract shapes.
 
     Attributes:
       step: steps taken; the step's randomness follows from it.
@@ -89,20 +98,27 @@ class TrainState:
 
 
 def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. Pure: run it under `jit` with `out_shardings`, and it is born sharded."""
+    """The state before the first step. Pure: run it under `jit` with `out_shardings`, and it is
+    born sharded."""
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.array, params)  # a copy of its own, so that the state can be donated
     return TrainState(zero, params, ema, optimizer.init(params), zero, zero)
 
 
-def ema_weight(images: Float[Array, ""], *, batch_size: int, halflife: float, rampup: float) -> Float[Array, ""]:
-    """What the new parameters weigh in a step of an average with a half-life counted in images (EDM's rule).
+def ema_weight(
+    images: Float[Array, ""], *, batch_size: int, halflife: float, rampup: float
+) -> Float[Array, ""]:
+    """What the new parameters weigh in a step of an average with a half-life counted in images
+    (EDM's rule).
 
-    w = 1 - 2^(-batch_size / halflife), float32. The half-life is at most `rampup` times the images seen so far; 0 images give 1:
-    the average starts as the parameters.
+    w = 1 - 2^(-batch_size / halflife), float32. The half-life is at most `rampup` times the images
+    seen so far; 0 images give 1: the average starts as the parameters.
     """
-    halflife = jnp.minimum(halflife, images * rampup) if rampup else jnp.asarray(halflife, jnp.float32)
-    # Not 1 minus the power, which for long half-lives leaves no more than a digit or two of the difference.
+    halflife = (
+        jnp.minimum(halflife, images * rampup) if rampup else jnp.asarray(halflife, jnp.float32)
+    )
+    # Not 1 minus the power, which for long half-lives leaves no more than a digit or two of the
+    # difference.
     return -jnp.expm1(-math.log(2) * batch_size / jnp.maximum(halflife, 1e-8))
 
 
@@ -120,15 +136,16 @@ def make_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
-    `batch` holds 'image' (b, h, w, c) uint8, 'label' (b,) int32 and 'position' (b,) int32, each image's place in the global
-    batch, from which its randomness follows. Gradients of `accumulate` equal parts of it are averaged one after the other.
-    Where the loss or a gradient is not finite, parameters, moments and average stay as they are and the step is counted as
-    skipped.
+    `batch` holds 'image' (b, h, w, c) uint8, 'label' (b,) int32 and 'position' (b,) int32, each
+    image's place in the global batch, from which its randomness follows. Gradients of `accumulate`
+    equal parts of it are averaged one after the other. Where the loss or a gradient is not finite,
+    parameters, moments and average stay as they are and the step is counted as skipped.
 
     Args:
       count: of images, by the size of the global batch.
       fetch: makes parameters that are cut over devices whole.
-      axis_name: under `pmap`, the axis over whose devices gradients are averaged; None under `jit`, where arrays are global.
+      axis_name: under `pmap`, the axis over whose devices gradients are averaged; None under `jit`,
+        where arrays are global.
     """
 
     def gradient(params, batch, keys):
@@ -139,7 +156,9 @@ def make_step(
         if accumulate == 1:
             return gradient(params, batch, keys)
         # Every accumulate-th image makes a part, so that each part lies on all devices.
-        split = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+        split = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(
+            0, 1
+        )  # noqa: E731
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradient(params, *part)), None
@@ -149,7 +168,7 @@ def make_step(
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        keys = randomness.image_keys(jax.random.fold_in(key, state.step), batch["position"])
+        keys = random_streams.image_keys(jax.random.fold_in(key, state.step), batch["position"])
         loss, grads = accumulated(state.params, batch, keys)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
@@ -161,7 +180,9 @@ def make_step(
         images = state.step * float(count.batch_size)
         if count.step:
             images += float(count.images - count.step * count.batch_size)
-        weight = ema_weight(images, batch_size=count.batch_size, halflife=ema_halflife, rampup=ema_rampup)
+        weight = ema_weight(
+            images, batch_size=count.batch_size, halflife=ema_halflife, rampup=ema_rampup
+        )
         ema = optax.incremental_update(params, state.ema, weight)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
         new_state = TrainState(
@@ -172,6 +193,10 @@ def make_step(
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        return new_state, {"loss": loss, "grad_norm": norm, "skipped_in_a_row": new_state.skipped_in_a_row}
+        return new_state, {
+            "loss": loss,
+            "grad_norm": norm,
+            "skipped_in_a_row": new_state.skipped_in_a_row,
+        }
 
     return step

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data.members import write_folder, write_tar, write_zip
+from tests.support.archive_members import write_folder, write_tar, write_zip
 
 
 @pytest.fixture
@@ -11,7 +11,9 @@ def folder(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("cat/0", "cat/1", "cat/2", "dog/0", "dog/1", "dog/2", "dog/3"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 6, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
+        Image.fromarray(rng.integers(0, 256, (8, 6, 3), np.uint8)).save(
+            tmp_path / "images" / f"{name}.png"
+        )
     return tmp_path / "images"
 
 

@@ -13,14 +13,27 @@ import pytest
 from PIL import Image
 
 from rdm_jax.data.sources import open_source
-from rdm_jax.errors import BadImage, InputError
-from tests.data.members import FORM, classes, png, pngs, values, write_folder, write_tar, write_zip
+from rdm_jax.runtime.errors import BadImage, InputError
+from tests.support.archive_members import (
+    FORM,
+    classes,
+    png,
+    pngs,
+    values,
+    write_folder,
+    write_tar,
+    write_zip,
+)
 
 EDM = pngs(*(f"{i // 2:05d}/img{i:08d}.png" for i in range(5)))
 
 
 def test_class_folders_and_none(written):
-    source = open_source(written({"b/1.png": png(1), "a/2.png": png(2), ".hidden": b"", "__MACOSX/a/._2.png": b""} | {}))
+    source = open_source(
+        written(
+            {"b/1.png": png(1), "a/2.png": png(2), ".hidden": b"", "__MACOSX/a/._2.png": b""} | {}
+        )
+    )
     assert (source.class_names, values(source)) == (("a", "b"), [2, 1])
 
 
@@ -66,7 +79,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("member, reason", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_members_are_refused_by_name_or_left_out(tmp_path, member, reason):
-    spec = write_zip(tmp_path / "set.zip", [("good.png", png(1)), (member, b"#!" if "sh" in member.filename else png(2))])
+    spec = write_zip(
+        tmp_path / "set.zip",
+        [("good.png", png(1)), (member, b"#!" if "sh" in member.filename else png(2))],
+    )
     if reason == "encrypted":  # which the library does not write, but in the directory of the zip
         content = bytearray((tmp_path / "set.zip").read_bytes())
         content[content.rindex(b"PK\x01\x02") + 8] |= 1
@@ -89,7 +105,9 @@ def test_a_name_with_nul_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_two_members_of_one_name_are_refused(tmp_path):
-    spec = write_zip(tmp_path / "set.zip", [("a.png", png(1)), ("b.png", png(2)), ("a.png", png(3))])
+    spec = write_zip(
+        tmp_path / "set.zip", [("a.png", png(1)), ("b.png", png(2)), ("a.png", png(3))]
+    )
     with pytest.raises(InputError, match="a.png.*twice"):
         open_source(spec)
 
@@ -105,7 +123,9 @@ def test_a_truncated_zip_is_refused(tmp_path, length):
 def test_what_is_no_zip_is_refused(tmp_path):
     (tmp_path / "set.zip").write_bytes(b"no zip at all")
     for path in ("set.zip", "none.zip"):
-        with pytest.raises(InputError, match="cannot be read as a zip" if path == "set.zip" else "there is no zip"):
+        with pytest.raises(
+            InputError, match="cannot be read as a zip" if path == "set.zip" else "there is no zip"
+        ):
             open_source(f"zip:{tmp_path}/{path}")
 
 
@@ -145,7 +165,9 @@ def test_a_zip_without_images_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("impostor", ["a.png", "a.png#.sh"])
 def test_nothing_is_read_in_place_of_a_member_that_was_left_out(tmp_path, impostor):
-    spec = write_zip(tmp_path / "set.zip", [("a.png", png(1)), ("b.png", png(2)), (impostor, png(3))])
+    spec = write_zip(
+        tmp_path / "set.zip", [("a.png", png(1)), ("b.png", png(2)), (impostor, png(3))]
+    )
     content = (tmp_path / "set.zip").read_bytes().replace(b"a.png#.sh", b"a.png\0.sh")
     (tmp_path / "set.zip").write_bytes(content)
     source = open_source(spec, skip_bad=True)
@@ -155,7 +177,9 @@ def test_nothing_is_read_in_place_of_a_member_that_was_left_out(tmp_path, impost
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_damaged_member_of_any_compression_is_refused_by_name(tmp_path, compression):
     noise = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(noise, "bmp")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        noise, "bmp"
+    )
     spec = write_zip(tmp_path / "set.zip", {"a.bmp": noise.getvalue()}, compression)
     assert open_source(spec).read(0, FORM).shape == (4, 4, 3)
     content = bytearray((tmp_path / "set.zip").read_bytes())
@@ -208,7 +232,9 @@ def test_hostile_members_of_a_tar_are_refused_by_name_or_left_out(tmp_path, fiel
 
 
 def test_two_members_of_one_name_in_a_tar_are_refused(tmp_path):
-    spec = write_tar(tmp_path / "set.tar", [("a.png", png(1)), ("b.png", png(2)), ("./a.png", png(3))])
+    spec = write_tar(
+        tmp_path / "set.tar", [("a.png", png(1)), ("b.png", png(2)), ("./a.png", png(3))]
+    )
     with pytest.raises(InputError, match="a.png.*twice"):
         open_source(spec)
     assert values(open_source(spec, skip_bad=True)) == [2]
@@ -228,18 +254,25 @@ def test_a_tar_with_a_damaged_header_or_joined_to_another_is_refused(tmp_path):
     spec = write_tar(tmp_path / "set.tar", pngs("a.png", "b.png", "c.png"))
     content = (tmp_path / "set.tar").read_bytes()
     (tmp_path / "set.tar").write_bytes(content[:1030] + b"#" + content[1031:])
-    with pytest.raises(InputError, match="set.tar cannot be read as a tar .*damaged, or another one was joined"):
+    with pytest.raises(
+        InputError, match="set.tar cannot be read as a tar .*damaged, or another one was joined"
+    ):
         open_source(spec)
     (tmp_path / "set.tar").write_bytes(content + content)
     with pytest.raises(InputError, match="set.tar cannot be read as a tar .*joined"):
         open_source(spec)
 
 
-@pytest.mark.parametrize("mode, remedy", [("gz", "gunzip -k"), ("xz", "xz -dk"), ("bz2", "bunzip2 -k")])
+@pytest.mark.parametrize(
+    "mode, remedy", [("gz", "gunzip -k"), ("xz", "xz -dk"), ("bz2", "bunzip2 -k")]
+)
 def test_a_compressed_tar_is_refused_with_the_remedy(tmp_path, mode, remedy):
     write_tar(tmp_path / f"set.tar.{mode}", EDM, f"w:{mode}")
     for kind in ("tar", "folder", "zip"):
-        with pytest.raises(InputError, match=rf"set\.tar\.{mode} is a compressed tar; `{remedy} set\.tar\.{mode}` first"):
+        with pytest.raises(
+            InputError,
+            match=rf"set\.tar\.{mode} is a compressed tar; `{remedy} set\.tar\.{mode}` first",
+        ):
             open_source(f"{kind}:{tmp_path}/set.tar.{mode}")
 
 
@@ -260,13 +293,16 @@ def test_a_tar_of_paths_with_a_dot_inside_is_read(tmp_path, given):
 
 
 def test_a_zip_of_names_with_a_dot_inside_is_read(tmp_path):
-    spec = write_zip(tmp_path / "set.zip", pngs("a/./0.png", "./a//././1.png", "b./.2/3.png", "b./2.png"))
+    spec = write_zip(
+        tmp_path / "set.zip", pngs("a/./0.png", "./a//././1.png", "b./.2/3.png", "b./2.png")
+    )
     assert classes(open_source(spec)) == {"a/0.png": "a", "a/1.png": "a", "b./2.png": "b."}
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 @pytest.mark.parametrize(
-    "write, name", [(write_folder, "set"), (write_zip, "set.zip"), (write_tar, "set.tar"), (write_zip, "set")]
+    "write, name",
+    [(write_folder, "set"), (write_zip, "set.zip"), (write_tar, "set.tar"), (write_zip, "set")],
 )
 def test_what_is_there_is_read_whatever_it_was_called(tmp_path, kind, write, name):
     write(tmp_path / name, EDM)
@@ -276,14 +312,24 @@ def test_what_is_there_is_read_whatever_it_was_called(tmp_path, kind, write, nam
 @pytest.mark.parametrize("write", [write_zip, write_tar])
 @pytest.mark.parametrize(
     ("inner", "remedy"),
-    [("Set/Cats", "'set/cats' would do"), ("set/cat", "'set/cats' would do"), ("x", "'set', 'set/cats', 'set/dogs' or another")],
+    [
+        ("Set/Cats", "'set/cats' would do"),
+        ("set/cat", "'set/cats' would do"),
+        ("x", "'set', 'set/cats', 'set/dogs' or another"),
+    ],
 )
-def test_a_folder_in_an_archive_that_is_misspelt_is_refused_with_close_ones(tmp_path, write, inner, remedy):
+def test_a_folder_in_an_archive_that_is_misspelt_is_refused_with_close_ones(
+    tmp_path, write, inner, remedy
+):
     spec = write(tmp_path / "a.zip", pngs("set/cats/0.png", "set/dogs/1.png"))
-    with pytest.raises(InputError, match=f"there is no folder '{inner}' with files in {tmp_path}/a.zip; {remedy}"):
+    with pytest.raises(
+        InputError, match=f"there is no folder '{inner}' with files in {tmp_path}/a.zip; {remedy}"
+    ):
         open_source(f"{spec}/{inner}")
     assert values(open_source(f"{spec}/set/dogs")) == [1]
-    with pytest.raises(InputError, match="the archive itself, whose files are in no folder, would do"):
+    with pytest.raises(
+        InputError, match="the archive itself, whose files are in no folder, would do"
+    ):
         open_source(f"{write(tmp_path / 'flat', pngs('0.png'))}/x")
 
 
@@ -295,7 +341,8 @@ def test_a_file_that_is_no_archive_is_refused_as_a_folder(tmp_path):
 
 def test_a_zip_made_on_windows_is_read(tmp_path):
     spec = write_zip(
-        tmp_path / "set.zip", [(hostile("cat\\1.png"), png(1)), (hostile("dog\\2.png"), png(2)), (hostile("dog\\"), b"")]
+        tmp_path / "set.zip",
+        [(hostile("cat\\1.png"), png(1)), (hostile("dog\\2.png"), png(2)), (hostile("dog\\"), b"")],
     )
     assert classes(open_source(spec)) == {"cat/1.png": "cat", "dog/2.png": "dog"}
 
@@ -307,17 +354,24 @@ def test_names_in_utf8_are_read_as_such_though_the_zip_does_not_say_so(tmp_path)
         content[content.index(signature) + at] &= ~0x8  # the flag that says UTF-8
     (tmp_path / "set.zip").write_bytes(content)
     assert zipfile.ZipFile(tmp_path / "set.zip").namelist()[0] != "caf\u00e9/1.png"
-    assert classes(open_source(spec)) == {"caf\u00e9/1.png": "caf\u00e9", "d/2.png": "d"} and values(open_source(spec)) == [0, 1]
+    assert classes(open_source(spec)) == {
+        "caf\u00e9/1.png": "caf\u00e9",
+        "d/2.png": "d",
+    } and values(open_source(spec)) == [0, 1]
 
 
-@pytest.mark.parametrize("named, wanted", [(b"caf\x82/1.png", "gr\u00fcn"), (b"other", "caf\u00e9")])
+@pytest.mark.parametrize(
+    "named, wanted", [(b"caf\x82/1.png", "gr\u00fcn"), (b"other", "caf\u00e9")]
+)
 def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, wanted, caplog):
     """The field counts where it is of the name as it stands."""
     member = zipfile.ZipInfo("caf#/1.png")
     field = b"\1" + zlib.crc32(named).to_bytes(4, "little") + "gr\u00fcn/1.png".encode()
     member.extra = (0x7075).to_bytes(2, "little") + len(field).to_bytes(2, "little") + field
     spec = write_zip(tmp_path / "set.zip", [(member, png(1)), ("d/2.png", png(2))])
-    (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes().replace(b"caf#", b"caf\x82"))
+    (tmp_path / "set.zip").write_bytes(
+        (tmp_path / "set.zip").read_bytes().replace(b"caf#", b"caf\x82")
+    )
     source = open_source(spec)
     assert set(source.class_names) == {wanted, "d"} and sorted(values(source)) == [1, 2]
     said = f"1 names in {tmp_path}/set.zip are in an unknown code page, and may be read wrong, such as 'caf\u00e9/1.png'; `unzip"

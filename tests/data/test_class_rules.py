@@ -4,8 +4,8 @@ import pytest
 
 from rdm_jax.data.class_rules import ordered
 from rdm_jax.data.sources import open_source
-from rdm_jax.errors import InputError
-from tests.data.members import classes, pngs, values, write_folder
+from rdm_jax.runtime.errors import InputError
+from tests.support.archive_members import classes, pngs, values, write_folder
 
 NESTED = pngs("a/1.png", "a/x/2.png", "b/x/3.png", "b/y/z/4.png")
 
@@ -13,7 +13,7 @@ NESTED = pngs("a/1.png", "a/x/2.png", "b/x/3.png", "b/y/z/4.png")
 @pytest.fixture
 def said(caplog, monkeypatch):
     """A function that gives all lines of the log so far."""
-    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     caplog.set_level("INFO")
     return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
@@ -21,7 +21,12 @@ def said(caplog, monkeypatch):
 def test_nested_trees_are_read_whole_and_the_choice_is_said(written, said):
     source = open_source(written(NESTED))
     assert values(source) == [0, 1, 2, 3] and not source.skipped
-    assert classes(source) == {"a/1.png": "a", "a/x/2.png": "a", "b/x/3.png": "b", "b/y/z/4.png": "b"}
+    assert classes(source) == {
+        "a/1.png": "a",
+        "a/x/2.png": "a",
+        "b/x/3.png": "b",
+        "b/y/z/4.png": "b",
+    }
     assert (
         "2 top folders (data.classes='top'); folders are up to 3 deep" in said()
         and "data.classes='leaf' takes the 3 names" in said()
@@ -52,9 +57,14 @@ def test_a_folder_about_all_is_looked_through_in_a_folder_as_in_an_archive(writt
 def test_a_single_folder_of_images_has_no_classes_unless_that_is_asked_for(written, said):
     spec = written(pngs("photos/1.png", "photos/2.png"))
     assert (
-        open_source(spec).class_names == () and "they have no classes (data.classes='leaf' makes its name their class)" in said()
+        open_source(spec).class_names == ()
+        and "they have no classes (data.classes='leaf' makes its name their class)" in said()
     )
-    assert open_source(spec, classes="top").class_names == open_source(spec, classes="leaf").class_names == ("photos",)
+    assert (
+        open_source(spec, classes="top").class_names
+        == open_source(spec, classes="leaf").class_names
+        == ("photos",)
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,28 +82,42 @@ def test_a_single_folder_of_images_has_no_classes_unless_that_is_asked_for(writt
     ],
 )
 def test_a_split_on_top_is_asked_about(written, parts):
-    spec = written(pngs(*(f"{part}/{name}/{part[-3:]}.png" for part in parts for name in ("cat", "dog"))))
+    spec = written(
+        pngs(*(f"{part}/{name}/{part[-3:]}.png" for part in parts for name in ("cat", "dog")))
+    )
     with pytest.raises(
-        InputError, match=f"parts of one set and no classes; \\w+:.*/({'|'.join(parts)}) for .*data.classes='leaf'"
+        InputError,
+        match=f"parts of one set and no classes; \\w+:.*/({'|'.join(parts)}) for .*data.classes='leaf'",
     ) as caught:
         open_source(spec)
     assert "\n" not in str(caught.value)
     assert open_source(f"{spec}/{parts[0]}").class_names == ("cat", "dog")  # also in an archive
     assert open_source(spec, classes="leaf").class_names == ("cat", "dog")
-    assert open_source(spec, classes="top").class_names == tuple(sorted(part.rpartition("/")[2] for part in parts))
+    assert open_source(spec, classes="top").class_names == tuple(
+        sorted(part.rpartition("/")[2] for part in parts)
+    )
 
 
 def test_a_training_part_alone_is_a_folder_about_all(written):
-    assert open_source(written(pngs("train/cat/1.png", "train/dog/2.png"))).class_names == ("cat", "dog")
+    assert open_source(written(pngs("train/cat/1.png", "train/dog/2.png"))).class_names == (
+        "cat",
+        "dog",
+    )
 
 
 def test_classes_that_are_called_like_a_part_are_classes_beside_others(written):
-    assert open_source(written(pngs("train/1.png", "test/2.png", "plane/3.png"))).class_names == ("plane", "test", "train")
+    assert open_source(written(pngs("train/1.png", "test/2.png", "plane/3.png"))).class_names == (
+        "plane",
+        "test",
+        "train",
+    )
 
 
 def test_images_at_the_top_and_in_folders_are_refused_with_the_remedy(written):
     spec = written(pngs("0.png", "cat/1.png", "dog/2.png"))
-    with pytest.raises(InputError, match="'0.png' .* is in no folder, as others are; data.classes='none'"):
+    with pytest.raises(
+        InputError, match="'0.png' .* is in no folder, as others are; data.classes='none'"
+    ):
         open_source(spec)
     assert values(open_source(spec, classes="none")) == [0, 1, 2]
     assert list(open_source(spec, skip_bad=True).skipped) == ["0.png"]
@@ -101,7 +125,11 @@ def test_images_at_the_top_and_in_folders_are_refused_with_the_remedy(written):
 
 def test_class_folders_that_are_numbers_are_in_the_order_of_numbers(written):
     source = open_source(written(pngs("1/a.png", "10/b.png", "2/c.png")))
-    assert source.class_names == ("1", "2", "10") and classes(source) == {"1/a.png": "1", "10/b.png": "10", "2/c.png": "2"}
+    assert source.class_names == ("1", "2", "10") and classes(source) == {
+        "1/a.png": "1",
+        "10/b.png": "10",
+        "2/c.png": "2",
+    }
 
 
 def test_the_order_of_names():
@@ -113,13 +141,18 @@ def test_the_order_of_names():
             ordered(same, "set")
 
 
-PREFIXED = pngs("cat_01.png", "cat_02.png", "dog-1.png", "big dog (1).png", "big dog (2).png", "dog.12.png")
+PREFIXED = pngs(
+    "cat_01.png", "cat_02.png", "dog-1.png", "big dog (1).png", "big dog (2).png", "dog.12.png"
+)
 
 
 def test_prefixes_of_names_are_said_and_taken_where_that_is_asked_for(written, said):
     spec = written(PREFIXED)
     assert open_source(spec).class_names == ()
-    assert "file names have 3 prefixes ('big dog', 'cat', 'dog'), which data.classes='prefix' makes classes" in said()
+    assert (
+        "file names have 3 prefixes ('big dog', 'cat', 'dog'), which data.classes='prefix' makes classes"
+        in said()
+    )
     assert classes(open_source(spec, classes="prefix")) == {
         "big dog (1).png": "big dog",
         "big dog (2).png": "big dog",
@@ -131,7 +164,13 @@ def test_prefixes_of_names_are_said_and_taken_where_that_is_asked_for(written, s
 
 
 @pytest.mark.parametrize(
-    "names", [("img_01.png", "img_02.png"), ("0.png", "1.png"), ("a_1.png", "b_2.png", "c_3.png"), ("cat.png", "dog.png")]
+    "names",
+    [
+        ("img_01.png", "img_02.png"),
+        ("0.png", "1.png"),
+        ("a_1.png", "b_2.png", "c_3.png"),
+        ("cat.png", "dog.png"),
+    ],
 )
 def test_names_without_classes_in_them_are_not_remarked_on(written, said, names):
     assert open_source(written(pngs(*names))).class_names == ()
@@ -150,14 +189,17 @@ def test_spaces_about_the_name_of_a_class_are_taken_off_where_it_stays_its_own(w
 
 
 @pytest.mark.parametrize(
-    "name, other, wrong", [("cat ", "cat", "like another"), (" ", "dog", "empty"), ("a\u2028b", "c", "line break")]
+    "name, other, wrong",
+    [("cat ", "cat", "like another"), (" ", "dog", "empty"), ("a\u2028b", "c", "line break")],
 )
 def test_class_names_that_would_not_stay_their_own_are_refused(tmp_path, name, other, wrong):
     with pytest.raises(InputError, match=wrong):
         open_source(write_folder(tmp_path, pngs(f"{name}/1.png", f"{other}/2.png")))
 
 
-@pytest.mark.parametrize("spec, rule", [("digits", "top"), ("emoji:x", "leaf"), ("folder:x", "deepest")])
+@pytest.mark.parametrize(
+    "spec, rule", [("digits", "top"), ("emoji:x", "leaf"), ("folder:x", "deepest")]
+)
 def test_rules_that_do_not_go_with_a_source_are_refused(spec, rule):
     with pytest.raises(InputError, match=f"classes={rule!r} does not go with the source {spec!r}"):
         open_source(spec, classes=rule, skin_tones="drop" if "emoji" in spec else "")

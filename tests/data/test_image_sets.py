@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from rdm_jax.data.image_sets import open_direct, open_prepared
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
-from rdm_jax.errors import InputError
-from tests.tiny import write_images
+from rdm_jax.runtime.errors import InputError
+from tests.support.configs import write_images
 
-FORM = Form(8, 6)
+FORM = ImageSpec(8, 6)
 
 
 @pytest.fixture
@@ -29,16 +29,31 @@ def test_a_source_in_memory_and_its_records_are_the_same(folder, tmp_path):
     direct = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
     prepared = open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM))
     assert direct.is_cached and not prepared.is_cached
-    assert (direct.image_shape, direct.class_names) == (prepared.image_shape, prepared.class_names) == ((8, 6, 3), ("a", "b"))
+    assert (
+        (direct.image_shape, direct.class_names)
+        == (prepared.image_shape, prepared.class_names)
+        == ((8, 6, 3), ("a", "b"))
+    )
     chex.assert_trees_all_equal(direct.batch(range(10)), prepared.batch(range(10)))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 
 def test_a_fingerprint_tells_images_apart(folder, tmp_path):
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
-    direct, one, same = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20), open_prepared(path), open_prepared(path)
-    sets = [direct, one, *one.split(4), open_prepared(prepare(f"folder:{folder}", tmp_path / "other", Form(8, 8)))]
-    assert one.fingerprint == same.fingerprint and len({images.fingerprint for images in sets}) == len(sets)
+    direct, one, same = (
+        open_direct(f"folder:{folder}", FORM, cache_bytes=2**20),
+        open_prepared(path),
+        open_prepared(path),
+    )
+    sets = [
+        direct,
+        one,
+        *one.split(4),
+        open_prepared(prepare(f"folder:{folder}", tmp_path / "other", ImageSpec(8, 8))),
+    ]
+    assert one.fingerprint == same.fingerprint and len(
+        {images.fingerprint for images in sets}
+    ) == len(sets)
 
 
 def test_a_source_that_does_not_fit_is_refused_before_it_is_decoded(folder):
@@ -49,7 +64,7 @@ def test_a_source_that_does_not_fit_is_refused_before_it_is_decoded(folder):
 
 
 def test_damaged_images_are_refused_or_left_out_with_a_line_each(folder, caplog, monkeypatch):
-    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     (folder / "a" / "002.png").write_bytes(b"no image")
     (folder / "b" / "notes.exe").write_bytes(b"")
     with pytest.raises(InputError, match="notes.exe"):
@@ -71,10 +86,14 @@ def test_damaged_images_are_refused_or_left_out_with_a_line_each(folder, caplog,
 
 def test_a_prepared_set_can_be_sent_to_another_process(folder, tmp_path):
     images = open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM))
-    chex.assert_trees_all_equal(pickle.loads(pickle.dumps(images)).batch([3, 1]), images.batch([3, 1]))
+    chex.assert_trees_all_equal(
+        pickle.loads(pickle.dumps(images)).batch([3, 1]), images.batch([3, 1])
+    )
 
 
-def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(folder, tmp_path, monkeypatch):
+def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(
+    folder, tmp_path, monkeypatch
+):
     spec = f"folder:{folder}"
     raw = prepare(spec, tmp_path / "raw", FORM, encoding=Encoding("raw"))
     png = prepare(spec, tmp_path / "png", FORM)
@@ -82,10 +101,17 @@ def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(f
     assert cached.is_cached and one.identity == cached.identity == open_prepared(raw).identity
     assert one.identity == open_prepared(shutil.copytree(png, tmp_path / "copy")).identity
     monkeypatch.setattr("rdm_jax.data.prepare.SHARD_IMAGES", 3)
-    direct, shards = open_direct(spec, FORM, cache_bytes=2**20), open_prepared(prepare(spec, tmp_path / "shards", FORM))
+    direct, shards = (
+        open_direct(spec, FORM, cache_bytes=2**20),
+        open_prepared(prepare(spec, tmp_path / "shards", FORM)),
+    )
     assert one.identity == direct.identity == shards.identity
     parts = [part.identity for images in (one, cached) for part in images.split(4)]
-    assert parts[:2] == parts[2:] and len({one.identity, *parts}) == 3 and parts[0].startswith(one.identity)
+    assert (
+        parts[:2] == parts[2:]
+        and len({one.identity, *parts}) == 3
+        and parts[0].startswith(one.identity)
+    )
 
 
 def _other_pixel(folder):
@@ -105,7 +131,10 @@ def test_the_identity_changes_with_a_pixel_a_label_and_a_class(folder, tmp_path,
     before = open_prepared(prepare(f"folder:{folder}", tmp_path / "before", FORM))
     direct = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
     change(folder)
-    assert open_prepared(prepare(f"folder:{folder}", tmp_path / "after", FORM)).identity != before.identity
+    assert (
+        open_prepared(prepare(f"folder:{folder}", tmp_path / "after", FORM)).identity
+        != before.identity
+    )
     assert open_direct(f"folder:{folder}", FORM, cache_bytes=2**20).identity != direct.identity
 
 
@@ -121,12 +150,24 @@ def test_sets_of_older_versions_and_of_others_have_an_identity(folder, tmp_path)
     assert open_prepared(path).identity != old
     (path / "manifest.json").unlink()
     others = open_prepared(path).identity
-    assert others != old and open_prepared(shutil.copytree(path, tmp_path / "copy")).identity == others
+    assert (
+        others != old and open_prepared(shutil.copytree(path, tmp_path / "copy")).identity == others
+    )
 
 
 def test_too_many_that_cannot_be_used_are_refused_unless_that_is_allowed(folder):
     for name in ("a/000.png", "a/002.png"):
         (folder / name).write_bytes(b"no image")
-    with pytest.raises(InputError, match="2 of 10 files .* would be left out \\(2 cannot be decoded\\).*data.max_left_out"):
+    with pytest.raises(
+        InputError,
+        match="2 of 10 files .* would be left out \\(2 cannot be decoded\\).*data.max_left_out",
+    ):
         open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True)
-    assert len(open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True, max_left_out=0.2)) == 8
+    assert (
+        len(
+            open_direct(
+                f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True, max_left_out=0.2
+            )
+        )
+        == 8
+    )

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from rdm_jax.data import images
-from rdm_jax.data.images import Form
-from rdm_jax.errors import BadImage
+from rdm_jax.data.images import ImageSpec
+from rdm_jax.runtime.errors import BadImage
 
 WHITE = (255, 255, 255)
 
@@ -28,8 +28,12 @@ def test_rgb_is_read_unchanged(tmp_path):
 
 def test_grey_is_the_same_in_one_channel_and_equal_in_three(tmp_path):
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    np.testing.assert_array_equal(read_back(Image.fromarray(pixels), tmp_path, channels=1), pixels[..., None])
-    np.testing.assert_array_equal(read_back(Image.fromarray(pixels), tmp_path), np.stack([pixels] * 3, -1))
+    np.testing.assert_array_equal(
+        read_back(Image.fromarray(pixels), tmp_path, channels=1), pixels[..., None]
+    )
+    np.testing.assert_array_equal(
+        read_back(Image.fromarray(pixels), tmp_path), np.stack([pixels] * 3, -1)
+    )
 
 
 def test_colour_to_one_channel_is_luma(tmp_path):
@@ -39,7 +43,9 @@ def test_colour_to_one_channel_is_luma(tmp_path):
 
 def test_one_bit_is_black_and_white(tmp_path):
     bits = np.array([[True, False], [False, True]])
-    np.testing.assert_array_equal(read_back(Image.fromarray(bits), tmp_path, channels=1)[..., 0], bits * 255)
+    np.testing.assert_array_equal(
+        read_back(Image.fromarray(bits), tmp_path, channels=1)[..., 0], bits * 255
+    )
 
 
 def test_palette_gives_its_colours_and_its_transparency(tmp_path):
@@ -59,10 +65,12 @@ def test_alpha_is_composited_on_the_background(tmp_path, background):
 
 
 def test_hidden_colour_does_not_bleed_in_when_resized(tmp_path):
-    rgba = np.zeros((8, 8, 4), np.uint8)  # Transparent black beside opaque white: white all over, at any size.
+    rgba = np.zeros(
+        (8, 8, 4), np.uint8
+    )  # Transparent black beside opaque white: white all over, at any size.
     rgba[:, 4:] = 255
     pixels = read_back(Image.fromarray(rgba), tmp_path)
-    assert (images.fit(pixels, Form(3, 3)) == 255).all()
+    assert (images.fit(pixels, ImageSpec(3, 3)) == 255).all()
 
 
 def test_grey_with_alpha_is_composited(tmp_path):
@@ -86,15 +94,23 @@ def test_sixteen_bits_keep_their_transparent_value(tmp_path):
 
 
 def test_cmyk_is_not_inverted(tmp_path):
-    image = Image.merge("CMYK", [Image.new("L", (8, 8), value) for value in (0, 255, 255, 0)])  # Pure red.
-    np.testing.assert_allclose(read_back(image, tmp_path, "image.jpg", quality=100)[4, 4], [255, 0, 0], atol=3)
+    image = Image.merge(
+        "CMYK", [Image.new("L", (8, 8), value) for value in (0, 255, 255, 0)]
+    )  # Pure red.
+    np.testing.assert_allclose(
+        read_back(image, tmp_path, "image.jpg", quality=100)[4, 4], [255, 0, 0], atol=3
+    )
 
 
-@pytest.mark.parametrize("orientation, expected", [(3, [[3, 2], [1, 0]]), (6, [[2, 0], [3, 1]]), (8, [[1, 3], [0, 2]])])
+@pytest.mark.parametrize(
+    "orientation, expected", [(3, [[3, 2], [1, 0]]), (6, [[2, 0], [3, 1]]), (8, [[1, 3], [0, 2]])]
+)
 def test_exif_rotation_is_applied(tmp_path, orientation, expected):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels = read_back(Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8)), tmp_path, channels=1, exif=exif)
+    pixels = read_back(
+        Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8)), tmp_path, channels=1, exif=exif
+    )
     np.testing.assert_array_equal(pixels[..., 0], expected)
 
 
@@ -125,18 +141,18 @@ def test_grey_beyond_16_bits_is_refused():
 
 def test_fit_is_the_identity_at_the_size_itself():
     pixels = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)
-    np.testing.assert_array_equal(images.fit(pixels, Form(5, 7)), pixels)
+    np.testing.assert_array_equal(images.fit(pixels, ImageSpec(5, 7)), pixels)
 
 
 def test_fit_crops_centrally_before_it_resizes():
     pixels = np.zeros((4, 12, 1), np.uint8)
     pixels[:, 4:8] = 200  # The central square; black beyond it must not be seen.
-    np.testing.assert_array_equal(images.fit(pixels, Form(4, 4)), np.full((4, 4, 1), 200))
-    np.testing.assert_array_equal(images.fit(pixels, Form(2, 2)), np.full((2, 2, 1), 200))
+    np.testing.assert_array_equal(images.fit(pixels, ImageSpec(4, 4)), np.full((4, 4, 1), 200))
+    np.testing.assert_array_equal(images.fit(pixels, ImageSpec(2, 2)), np.full((2, 2, 1), 200))
 
 
 def test_fit_makes_non_square_images():
-    assert images.fit(np.zeros((9, 9, 3), np.uint8), Form(2, 5)).shape == (2, 5, 3)
+    assert images.fit(np.zeros((9, 9, 3), np.uint8), ImageSpec(2, 5)).shape == (2, 5, 3)
 
 
 def png_of(pixels_per_row, rows, depth, colour, header_size=None):
@@ -144,11 +160,18 @@ def png_of(pixels_per_row, rows, depth, colour, header_size=None):
     width, height = header_size or (len(rows[0]) // pixels_per_row, len(rows))
 
     def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     lines = zlib.compress(b"".join(b"\0" + row for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("colour, expected", [(2, [10, 128, 255]), (6, [10, 128, 255])])
@@ -167,7 +190,9 @@ def test_palette_with_alpha_of_each_colour_is_composited(tmp_path):
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
-    with pytest.raises(BadImage, match="has too many pixels .*; at most 89,478,485 in all would do"):
+    with pytest.raises(
+        BadImage, match="has too many pixels .*; at most 89,478,485 in all would do"
+    ):
         images.open_image(png_of(1, [b"\0"], 8, 0, header_size=(40_000, 25_000)))
     with pytest.raises(BadImage, match=r"too many pixels \(10,000 x 9,000\)"):
         images.open_image(png_of(1, [b"\0"], 8, 0, header_size=(10_000, 9_000)))
@@ -185,7 +210,15 @@ def test_a_file_that_is_not_there_is_no_bad_image(tmp_path):
         images.open_image(tmp_path / "gone.png")
 
 
-KINDS = {"PNG": {}, "JPEG": {}, "WEBP": {"lossless": True}, "GIF": {}, "BMP": {}, "TIFF": {"compression": "tiff_lzw"}, "PPM": {}}
+KINDS = {
+    "PNG": {},
+    "JPEG": {},
+    "WEBP": {"lossless": True},
+    "GIF": {},
+    "BMP": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "PPM": {},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,46 +228,55 @@ def test_a_truncated_image_is_never_a_partly_black_one(kind):
     Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(whole, kind, **KINDS[kind])
     whole = whole.getvalue()
     wanted, refused = images.to_uint8(images.open_image(whole), 3, WHITE), 0
-    for length in sorted({*range(0, len(whole), max(1, len(whole) // 60)), *range(len(whole) - 12, len(whole))}):
+    for length in sorted(
+        {*range(0, len(whole), max(1, len(whole) // 60)), *range(len(whole) - 12, len(whole))}
+    ):
         try:
             found = images.to_uint8(images.open_image(whole[:length]), 3, WHITE)
         except BadImage:
             refused += 1
             continue
-        np.testing.assert_array_equal(found, wanted, err_msg=f"cut to {length} of {len(whole)} bytes")
+        np.testing.assert_array_equal(
+            found, wanted, err_msg=f"cut to {length} of {len(whole)} bytes"
+        )
     assert refused > 50
 
 
 def test_adms_crop_is_its_published_rule():
-    """For squares, against ADM's own words: halve by box while at least twice, bicubic to the shorter side, central crop."""
+    """For squares, against ADM's own words: halve by box while at least twice, bicubic to the
+    shorter side, central crop."""
     pixels = np.random.default_rng(3).integers(0, 256, (41, 70, 3), np.uint8)
     image = Image.fromarray(pixels)
     while min(image.size) >= 2 * 9:
         image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
     assert image.size == (17, 10)
     scale = 9 / min(image.size)
-    image = np.asarray(image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC))
+    image = np.asarray(
+        image.resize(tuple(round(side * scale) for side in image.size), Image.Resampling.BICUBIC)
+    )
     top, left = (image.shape[0] - 9) // 2, (image.shape[1] - 9) // 2
     wanted = image[top : top + 9, left : left + 9]
-    np.testing.assert_array_equal(images.fit(pixels, Form(9, 9, crop="adm")), wanted)
+    np.testing.assert_array_equal(images.fit(pixels, ImageSpec(9, 9, crop="adm")), wanted)
 
 
 @pytest.mark.parametrize("size", [(30, 30), (9, 40), (100, 7), (3, 3), (64, 65)])
 def test_adms_crop_fills_any_size(size):
     pixels = np.full((*size, 3), 77, np.uint8)
-    np.testing.assert_array_equal(images.fit(pixels, Form(6, 10, crop="adm")), np.full((6, 10, 3), 77))
+    np.testing.assert_array_equal(
+        images.fit(pixels, ImageSpec(6, 10, crop="adm")), np.full((6, 10, 3), 77)
+    )
 
 
 def test_without_a_crop_another_size_is_refused():
     pixels = np.zeros((4, 6, 3), np.uint8)
-    assert images.fit(pixels, Form(4, 6, crop="none")) is pixels
+    assert images.fit(pixels, ImageSpec(4, 6, crop="none")) is pixels
     with pytest.raises(BadImage, match="4 x 6 .*; 4 x 4"):
-        images.fit(pixels, Form(4, 4, crop="none"))
+        images.fit(pixels, ImageSpec(4, 4, crop="none"))
 
 
 def test_adms_crop_refuses_what_it_would_enlarge_beyond_all_bounds():
     with pytest.raises(BadImage, match="too thin"):
-        images.fit(np.zeros((1, 2000, 3), np.uint8), Form(256, 256, crop="adm"))
+        images.fit(np.zeros((1, 2000, 3), np.uint8), ImageSpec(256, 256, crop="adm"))
 
 
 def test_want_of_memory_is_no_bad_image(monkeypatch):

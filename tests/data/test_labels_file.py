@@ -1,4 +1,5 @@
-"""EDM's dataset.json and its relatives: what can mean one thing only is read, all else is refused with one message."""
+"""EDM's dataset.json and its relatives: what can mean one thing only is read, all else is refused
+with one message."""
 
 import json
 
@@ -7,8 +8,8 @@ import pytest
 
 from rdm_jax.data.left_out import check_left_out
 from rdm_jax.data.sources import open_source
-from rdm_jax.errors import InputError
-from tests.data.members import classes, png, pngs, values, write_folder, write_zip
+from rdm_jax.runtime.errors import InputError
+from tests.support.archive_members import classes, png, pngs, values, write_folder, write_zip
 
 EDM = pngs(*(f"{i // 2:05d}/img{i:08d}.png" for i in range(5)))
 LABELS = [[name, i % 3] for i, name in enumerate(EDM)]
@@ -44,10 +45,19 @@ READ = {
     "a third entry": ([[*pair, {"caption": "x"}] for pair in LABELS], PLAIN),
     "empty items": ([None, *LABELS, None], PLAIN),
     "the same label twice": ([*LABELS, LABELS[0]], PLAIN),
-    "from 1": (relabelled(lambda label: label + 1), {name: str(i % 3 + 1) for i, name in enumerate(EDM)}),
-    "with gaps": (relabelled(lambda label: 9 * label + 2), {name: str(9 * (i % 3) + 2) for i, name in enumerate(EDM)}),
+    "from 1": (
+        relabelled(lambda label: label + 1),
+        {name: str(i % 3 + 1) for i, name in enumerate(EDM)},
+    ),
+    "with gaps": (
+        relabelled(lambda label: 9 * label + 2),
+        {name: str(9 * (i % 3) + 2) for i, name in enumerate(EDM)},
+    ),
     "true and false": (relabelled(bool), {name: str(int(i % 3 > 0)) for i, name in enumerate(EDM)}),
-    "names": (relabelled(["ant", "bee", "cow"].__getitem__), {n: ("ant", "bee", "cow")[i % 3] for i, n in enumerate(EDM)}),
+    "names": (
+        relabelled(["ant", "bee", "cow"].__getitem__),
+        {n: ("ant", "bee", "cow")[i % 3] for i, n in enumerate(EDM)},
+    ),
     "./": ([[f"./{name}", label] for name, label in LABELS], PLAIN),
     "backslashes": ([[name.replace("/", "\\"), label] for name, label in LABELS], PLAIN),
     "another case": ([[name.upper(), label] for name, label in LABELS], PLAIN),
@@ -66,14 +76,20 @@ def test_a_labels_file_is_known_in_upper_case_too(written):
 
 
 def test_of_two_spellings_the_one_of_edm_counts(tmp_path):
-    members = {**with_labels(LABELS), "Dataset.json": json.dumps({"labels": [[name, 9] for name, _ in LABELS]})}
+    members = {
+        **with_labels(LABELS),
+        "Dataset.json": json.dumps({"labels": [[name, 9] for name, _ in LABELS]}),
+    }
     assert classes(open_source(write_zip(tmp_path / "set.zip", members))) == PLAIN
 
 
 def test_labels_without_a_file_are_not_called_files(tmp_path, caplog):
     labels = [*LABELS, *([f"gone{i}.png", 0] for i in range(5))]
     source = open_source(write_folder(tmp_path / "set", with_labels(labels)), skip_bad=True)
-    with pytest.raises(InputError, match="5 of 10 files and labels of set would be left out .*; data.max_left_out=0.5 would do"):
+    with pytest.raises(
+        InputError,
+        match="5 of 10 files and labels of set would be left out .*; data.max_left_out=0.5 would do",
+    ):
         check_left_out(source.skipped, len(source), source.lost, 0.1, "set")
     assert "5 of 10 files and labels of set are left out" in caplog.text
 
@@ -94,7 +110,12 @@ def test_labels_alone_are_read(tmp_path, bare):
 
 def test_classes_named_by_numbers_are_in_the_order_of_numbers(tmp_path):
     labels = [[name, label] for name, label in zip(EDM, ["11", "2", "1", "10", "2"], strict=True)]
-    assert open_source(write_folder(tmp_path / "set", with_labels(labels))).class_names == ("1", "2", "10", "11")
+    assert open_source(write_folder(tmp_path / "set", with_labels(labels))).class_names == (
+        "1",
+        "2",
+        "10",
+        "11",
+    )
 
 
 def test_absolute_paths_in_the_folder_are_read(tmp_path):
@@ -105,10 +126,14 @@ def test_absolute_paths_in_the_folder_are_read(tmp_path):
 def test_another_normal_form_is_read_only_where_it_is_unique(tmp_path):
     composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
     members = with_labels([[decomposed, 0], ["b.png", 1]], pngs(composed, "b.png"))
-    assert classes(open_source(write_folder(tmp_path / "one", members))) == {composed: "0", "b.png": "1"}
+    assert classes(open_source(write_folder(tmp_path / "one", members))) == {
+        composed: "0",
+        "b.png": "1",
+    }
     members = with_labels([["A.PNG", 0], ["b.png", 1]], pngs("a.png", "A.png", "b.png"))
     with pytest.raises(
-        InputError, match="'A.PNG' .* has a label in dataset.json and is not there.*2 that cannot be used for other reasons"
+        InputError,
+        match="'A.PNG' .* has a label in dataset.json and is not there.*2 that cannot be used for other reasons",
     ):
         open_source(write_folder(tmp_path / "two", members))
 
@@ -126,19 +151,33 @@ def test_class_names_give_names_to_numbers_and_to_classes_without_images(written
 @pytest.mark.parametrize("wrapper", ["mine/", "my/set/"])
 def test_a_labels_file_below_a_folder_about_all_is_found(written, wrapper):
     members = {wrapper + name: content for name, content in with_labels(LABELS).items()}
-    assert classes(open_source(written(members))) == {wrapper + name: label for name, label in PLAIN.items()}
+    assert classes(open_source(written(members))) == {
+        wrapper + name: label for name, label in PLAIN.items()
+    }
 
 
 def test_what_our_own_sampling_writes_is_read_when_it_is_zipped(tmp_path):
     """Index folders are no classes, and nothing has to be skipped."""
     members = {f"images/00000/img{i:08d}.png": png(i) for i in range(3)}
-    labels = {"labels": [[f"00000/img{i:08d}.png", 3] for i in range(3)], "class_names": ["a", "b", "c", "d"]}
-    source = open_source(write_zip(tmp_path / "images.zip", {**members, "images/dataset.json": json.dumps(labels)}))
-    assert source.class_names == ("a", "b", "c", "d") and set(classes(source).values()) == {"d"} and not source.skipped
+    labels = {
+        "labels": [[f"00000/img{i:08d}.png", 3] for i in range(3)],
+        "class_names": ["a", "b", "c", "d"],
+    }
+    source = open_source(
+        write_zip(tmp_path / "images.zip", {**members, "images/dataset.json": json.dumps(labels)})
+    )
+    assert (
+        source.class_names == ("a", "b", "c", "d")
+        and set(classes(source).values()) == {"d"}
+        and not source.skipped
+    )
 
 
 def test_a_labels_file_of_a_part_of_the_images_is_refused_by_its_folder(written):
-    members = {**pngs("a/1.png", "b/2.png"), "a/dataset.json": json.dumps({"labels": [["1.png", 0]]})}
+    members = {
+        **pngs("a/1.png", "b/2.png"),
+        "a/dataset.json": json.dumps({"labels": [["1.png", 0]]}),
+    }
     spec = written(members)
     with pytest.raises(InputError, match="a/dataset.json .*'a' alone; folder:.*/a "):
         open_source(spec, skip_bad=True)
@@ -153,29 +192,43 @@ SLIPS = {
 }
 REFUSED = {
     "two labels for a file": ([*LABELS, [NAMED, 1]], NAMED),
-    "two labels for a file that is written in two ways": ([*LABELS, [NAMED.upper(), 1]], NAMED.upper()),
+    "two labels for a file that is written in two ways": (
+        [*LABELS, [NAMED.upper(), 1]],
+        NAMED.upper(),
+    ),
     "several ones": ([[NAMED, [1, 1, 0]], *LABELS[1:]], NAMED),
     "a soft label": ([[NAMED, [0.5, 0.5]], *LABELS[1:]], NAMED),
     "a fraction": ([[NAMED, 0.5], *LABELS[1:]], NAMED),
     "no number": ([[NAMED, np.nan], *LABELS[1:]], NAMED),
     "an empty name": ([[NAMED, " "], *LABELS[1:]], NAMED),
-    "a name that is no text": ([[NAMED, "\ud800"], *([name, "b"] for name, _ in LABELS[1:])], "no text"),
+    "a name that is no text": (
+        [[NAMED, "\ud800"], *([name, "b"] for name, _ in LABELS[1:])],
+        "no text",
+    ),
     "no name": ([[0, 0], *LABELS[1:]], r"\[0, 0\]"),
     "labels alone": ([0, 1, 2, 0, 1], "the label 0"),
     "truth and numbers": ([[NAMED, True], *LABELS[1:]], "several kinds .*true or false.*a number"),
     "names and numbers": ([[NAMED, "ant"], *LABELS[1:]], "several kinds .*a name.*a number"),
-    "lists of two lengths": ([[NAMED, [1, 0]], *([name, [0, 1, 0]] for name, _ in LABELS[1:])], "several kinds"),
+    "lists of two lengths": (
+        [[NAMED, [1, 0]], *([name, [0, 1, 0]] for name, _ in LABELS[1:])],
+        "several kinds",
+    ),
     "names that are one number": (
         [[NAMED, "01"], *([name, "1"] for name, _ in LABELS[1:])],
         "'01' and '1', which are one number",
     ),
-    "other files": ([[f"elsewhere/{name}", label] for name, label in LABELS], "names 'elsewhere.*no image that is there"),
+    "other files": (
+        [[f"elsewhere/{name}", label] for name, label in LABELS],
+        "names 'elsewhere.*no image that is there",
+    ),
     "a number": (7, "dataset.json"),
     "a text": ("ant", "dataset.json"),
 }
 
 
-@pytest.mark.parametrize("labels, named", [*SLIPS.values(), *REFUSED.values()], ids=[*SLIPS, *REFUSED])
+@pytest.mark.parametrize(
+    "labels, named", [*SLIPS.values(), *REFUSED.values()], ids=[*SLIPS, *REFUSED]
+)
 def test_labels_that_do_not_fit_are_refused_by_name(tmp_path, labels, named):
     with pytest.raises(InputError, match=named) as caught:
         open_source(write_folder(tmp_path / "set", with_labels(labels)))
@@ -186,16 +239,28 @@ def test_labels_that_do_not_fit_are_refused_by_name(tmp_path, labels, named):
 def test_labels_that_do_not_fit_are_left_out_where_that_is_asked_for(written, labels, named):
     source = open_source(written(with_labels(labels)), skip_bad=True)
     assert list(source.skipped) == [named]
-    assert source.class_names == ("0", "1", "2") and len(source) == (5 if named == "gone.png" else 4)
+    assert source.class_names == ("0", "1", "2") and len(source) == (
+        5 if named == "gone.png" else 4
+    )
 
 
 @pytest.mark.parametrize(
-    "labels", [relabelled(int), relabelled(NAMES.__getitem__), relabelled(lambda i: [i == j for j in range(3)])]
+    "labels",
+    [
+        relabelled(int),
+        relabelled(NAMES.__getitem__),
+        relabelled(lambda i: [i == j for j in range(3)]),
+    ],
 )
 def test_a_class_whose_images_are_all_missing_is_lost(written, labels):
     """Without it the classes after it would have other numbers."""
-    labels = [[name, [float(v) for v in label] if isinstance(label, list) else label] for name, label in labels]
-    present = {name: content for name, content in EDM.items() if name not in (labels[1][0], labels[4][0])}
+    labels = [
+        [name, [float(v) for v in label] if isinstance(label, list) else label]
+        for name, label in labels
+    ]
+    present = {
+        name: content for name, content in EDM.items() if name not in (labels[1][0], labels[4][0])
+    }
     source = open_source(written(with_labels(labels, present)), skip_bad=True)
     assert source.lost == ("bee" if "bee" in labels[1] else "1",) and len(source) == 3
     with pytest.raises(InputError, match="the whole class '(bee|1)'"):
@@ -218,7 +283,9 @@ def test_class_names_that_do_not_fit_are_refused(tmp_path, more, named):
         open_source(write_folder(tmp_path / "set", with_labels(LABELS, **more)))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"labels"', "null", '{"label": []}', "[" * 100_000, "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"labels"', "null", '{"label": []}', "[" * 100_000, "\udcff"]
+)
 def test_a_damaged_labels_file_is_refused(written, text):
     with pytest.raises(InputError, match="dataset.json"):
         open_source(written({**EDM, "dataset.json": text.encode("utf8", "surrogateescape")}))

@@ -1,4 +1,5 @@
-"""Batches: every image once an epoch, the same whatever the number of processes, resumed exactly."""
+"""Batches: every image once an epoch, the same whatever the number of processes, resumed
+exactly."""
 
 import collections
 import itertools
@@ -16,10 +17,10 @@ import pytest
 from PIL import Image
 
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.pipeline import train_iterator
 from rdm_jax.data.prepare import prepare
-from rdm_jax.errors import InputError
+from rdm_jax.runtime.errors import InputError
 
 COUNT = 23
 
@@ -35,7 +36,7 @@ def directory(tmp_path_factory):
         file = root / "images" / ("even", "odd")[index % 2] / f"{index:02d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
-    return prepare(f"folder:{root}/images", root / "set", Form(6, 4))
+    return prepare(f"folder:{root}/images", root / "set", ImageSpec(6, 4))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,11 @@ def take(count, iterator):
 
 def test_one_image_and_what_is_known_of_all(directory):
     source = open_prepared(directory)
-    assert (len(source), source.image_shape, source.class_names) == (COUNT, (6, 4, 3), ("even", "odd"))
+    assert (len(source), source.image_shape, source.class_names) == (
+        COUNT,
+        (6, 4, 3),
+        ("even", "odd"),
+    )
     for item in source:
         chex.assert_shape(item["image"], (6, 4, 3))
         chex.assert_shape(item["label"], ())
@@ -83,14 +88,18 @@ def test_grey_images_without_labels(tmp_path):
     (tmp_path / "images").mkdir()
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     Image.fromarray(pixels).save(tmp_path / "images" / "0.png")
-    source = open_prepared(prepare(f"folder:{tmp_path}/images", tmp_path / "set", Form(3, 4, channels=1)))
+    source = open_prepared(
+        prepare(f"folder:{tmp_path}/images", tmp_path / "set", ImageSpec(3, 4, channels=1))
+    )
     assert source.class_names == ()
     chex.assert_trees_all_equal(source[0], {"image": pixels[..., None], "label": np.int32(-1)})
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 60])
 def test_every_image_comes_once_an_epoch_in_a_new_order(source, batch_size):
-    batches = take(-(-3 * COUNT // batch_size), train_iterator(source, batch_size=batch_size, seed=0))
+    batches = take(
+        -(-3 * COUNT // batch_size), train_iterator(source, batch_size=batch_size, seed=0)
+    )
     for batch in batches:
         chex.assert_shape(batch["image"], (batch_size, 6, 4, 3))
         chex.assert_shape(batch["label"], (batch_size,))
@@ -114,13 +123,18 @@ def test_the_seed_decides_the_order_and_none_shares_an_epoch_with_its_neighbour(
     for seed in range(4):
         order = numbers(take(4, train_iterator(source, batch_size=COUNT, seed=seed)))
         assert order == numbers(take(4, train_iterator(source, batch_size=COUNT, seed=seed)))
-        epochs |= {(seed, epoch): tuple(order[epoch * COUNT : (epoch + 1) * COUNT]) for epoch in range(4)}
+        epochs |= {
+            (seed, epoch): tuple(order[epoch * COUNT : (epoch + 1) * COUNT]) for epoch in range(4)
+        }
     assert len(set(epochs.values())) == 16
 
 
 def test_a_shuffle_is_uniform_over_places(source):
-    """Image 0 lands on each of 23 places equally often: chi-square with 22 degrees, 5.6 sigma at 60."""
-    order = np.array(numbers(take(1000, train_iterator(source, batch_size=COUNT, seed=5)))).reshape(1000, COUNT)
+    """Image 0 lands on each of 23 places equally often: chi-square with 22 degrees, 5.6 sigma at
+    60."""
+    order = np.array(numbers(take(1000, train_iterator(source, batch_size=COUNT, seed=5)))).reshape(
+        1000, COUNT
+    )
     counts = collections.Counter(np.argmin(order, axis=1).tolist())
     assert sum((counts[place] - 1000 / COUNT) ** 2 / (1000 / COUNT) for place in range(COUNT)) < 60
 
@@ -128,10 +142,15 @@ def test_a_shuffle_is_uniform_over_places(source):
 @pytest.mark.parametrize("count", [2, 3, 12])
 def test_processes_share_the_same_global_batches_and_state(source, count):
     whole = train_iterator(source, batch_size=12, seed=3)
-    parts = [train_iterator(source, batch_size=12, seed=3, process_index=i, process_count=count) for i in range(count)]
+    parts = [
+        train_iterator(source, batch_size=12, seed=3, process_index=i, process_count=count)
+        for i in range(count)
+    ]
     for _ in range(6):
         batches = [next(part) for part in parts]
-        joined = {key: np.concatenate([batch[key] for batch in batches]) for key in ("image", "label")}
+        joined = {
+            key: np.concatenate([batch[key] for batch in batches]) for key in ("image", "label")
+        }
         chex.assert_trees_all_equal(joined, next(whole))
         assert [part.get_state() for part in parts] == [whole.get_state()] * count
 
@@ -144,7 +163,10 @@ def test_state_is_exact_json_and_serves_another_number_of_processes(source, take
     state = json.loads(json.dumps(iterator.get_state()))
     expected = take(5, iterator)
     for count in (1, 2):
-        parts = [train_iterator(source, batch_size=12, seed=1, process_index=i, process_count=count) for i in range(count)]
+        parts = [
+            train_iterator(source, batch_size=12, seed=1, process_index=i, process_count=count)
+            for i in range(count)
+        ]
         for part in parts:
             take(3, part)  # Restoring also turns back an iterator that went on.
             part.set_state(state)
@@ -233,7 +255,9 @@ def test_a_flipped_bit_is_refused_with_its_record_and_place(copy):
         source[1]
     with pytest.raises(InputError, match=f"record 1 of {copy}"):
         open_prepared(copy, cache_bytes=2**20)
-    with pytest.raises(InputError, match=f"record 1 of {copy}"):  # From the prefetching threads, too.
+    with pytest.raises(
+        InputError, match=f"record 1 of {copy}"
+    ):  # From the prefetching threads, too.
         take(COUNT, train_iterator(source, batch_size=4, seed=0))
 
 
@@ -270,7 +294,11 @@ def test_workers_hand_out_the_same_order_across_two_epochs_with_a_stop_in_each(d
         return train_iterator(images, batch_size=8, seed=2, workers=workers, **processes)
 
     whole = take(per_epoch, iterator(0))
-    assert sorted(numbers(whole)[:COUNT]) == sorted(numbers(whole)[COUNT : 2 * COUNT]) == list(range(COUNT))
+    assert (
+        sorted(numbers(whole)[:COUNT])
+        == sorted(numbers(whole)[COUNT : 2 * COUNT])
+        == list(range(COUNT))
+    )
     handed_out, state = [], {"next_index": 0}
     for workers, count in ((2, 2), (0, 3), (2, 1)):
         part = iterator(workers)
@@ -288,7 +316,8 @@ def test_a_set_in_memory_needs_no_workers(source):
 
 
 def ends(process):
-    """Whether a process that is not ours is gone, or nothing but its number is left, within some seconds."""
+    """Whether a process that is not ours is gone, or nothing but its number is left, within some
+    seconds."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -304,13 +333,18 @@ def workers_of_this():
     return [process for process in multiprocessing.active_children() if process.is_alive()]
 
 
-SENT = [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.long)]
+SENT = [
+    pytest.param(signal.SIGKILL, id="killed"),
+    pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.long),
+]
 
 
 @pytest.mark.parametrize("sent", SENT)
 def test_others_take_the_place_of_workers_that_fail_with_the_same_order(directory, sent):
     undisturbed = take(12, train_iterator(open_prepared(directory), batch_size=4, seed=9))
-    batches = train_iterator(open_prepared(directory), batch_size=4, seed=9, workers=2, worker_timeout=10.0)
+    batches = train_iterator(
+        open_prepared(directory), batch_size=4, seed=9, workers=2, worker_timeout=10.0
+    )
     seen = take(5, batches)
     for process in workers_of_this():
         os.kill(process.pid, sent)
@@ -320,7 +354,12 @@ def test_others_take_the_place_of_workers_that_fail_with_the_same_order(director
 
 
 def test_workers_that_fail_twice_end_with_an_error(directory):
-    batches = train_iterator(open_prepared(directory), batch_size=4, seed=9, workers=1, worker_timeout=0.01)  # less than a start
-    with pytest.raises(InputError, match="config.data.workers=1 have failed twice .*no batch in 0.01 s.*worker_timeout"):
+    batches = train_iterator(
+        open_prepared(directory), batch_size=4, seed=9, workers=1, worker_timeout=0.01
+    )  # less than a start
+    with pytest.raises(
+        InputError,
+        match="config.data.workers=1 have failed twice .*no batch in 0.01 s.*worker_timeout",
+    ):
         next(batches)
     assert all(ends(process.pid) for process in workers_of_this())

@@ -44,7 +44,9 @@ def test_celebahqs_is_contrast_then_brightness_then_colour():
         expected = blended(image.astype(float), np.mean(image @ LUMA), 0.9)
         expected = blended(expected, 0, 1.05)
         expected = blended(expected, (expected @ LUMA)[..., None], 0.99)
-        np.testing.assert_allclose(result.astype(float), expected, atol=3)  # three roundings and the mean's
+        np.testing.assert_allclose(
+            result.astype(float), expected, atol=3
+        )  # three roundings and the mean's
 
 
 def test_the_order_matters():
@@ -63,7 +65,9 @@ def test_grey_images_are_treated_as_coloured_ones_without_colour(preset):
     grey = images(channels=1)
     out = postprocess(grey, preset)
     assert out.shape == grey.shape and out.dtype == np.uint8
-    np.testing.assert_array_equal(np.repeat(out, 3, axis=-1), postprocess(np.repeat(grey, 3, axis=-1), preset))
+    np.testing.assert_array_equal(
+        np.repeat(out, 3, axis=-1), postprocess(np.repeat(grey, 3, axis=-1), preset)
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)

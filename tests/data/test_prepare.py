@@ -12,11 +12,11 @@ from PIL import Image
 
 from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
-from rdm_jax.errors import InputError
-from tests.data.small_folder import FORM, files, flip_bit
+from rdm_jax.runtime.errors import InputError
+from tests.support.small_folder import FORM, files, flip_bit
 
 
 def test_tensorflow_datasets_reads_what_was_prepared(folder, tmp_path):
@@ -60,11 +60,11 @@ def test_preparing_again_does_nothing(folder, tmp_path, capfd):
     "field, change",
     [
         ("source", {"spec": "digits"}),
-        ("height", {"form": Form(9, 6)}),
-        ("width", {"form": Form(8, 5)}),
-        ("channels", {"form": Form(8, 6, channels=1)}),
-        ("background", {"form": Form(8, 6, background=(0, 0, 0))}),
-        ("crop", {"form": Form(8, 6, crop="adm")}),
+        ("height", {"form": ImageSpec(9, 6)}),
+        ("width", {"form": ImageSpec(8, 5)}),
+        ("channels", {"form": ImageSpec(8, 6, channels=1)}),
+        ("background", {"form": ImageSpec(8, 6, background=(0, 0, 0))}),
+        ("crop", {"form": ImageSpec(8, 6, crop="adm")}),
         ("encoding", {"encoding": Encoding("raw")}),
         ("quality", {"encoding": Encoding("jpeg", 90)}),
         ("classes", {"classes": "leaf"}),
@@ -94,12 +94,12 @@ def test_an_empty_directory_is_filled(folder, tmp_path):
 @pytest.mark.parametrize(
     "field, form, encoding",
     [
-        ("height", Form(0, 6), Encoding()),
-        ("width", Form(8, -1), Encoding()),
-        ("channels", Form(8, 6, channels=2), Encoding()),
-        ("background", Form(8, 6, background=(0, 0, 256)), Encoding()),
-        ("background", Form(8, 6, background=(0,)), Encoding()),
-        ("crop", Form(8, 6, crop="stretch"), Encoding()),
+        ("height", ImageSpec(0, 6), Encoding()),
+        ("width", ImageSpec(8, -1), Encoding()),
+        ("channels", ImageSpec(8, 6, channels=2), Encoding()),
+        ("background", ImageSpec(8, 6, background=(0, 0, 256)), Encoding()),
+        ("background", ImageSpec(8, 6, background=(0,)), Encoding()),
+        ("crop", ImageSpec(8, 6, crop="stretch"), Encoding()),
         ("encoding", FORM, Encoding("gif")),
         ("quality", FORM, Encoding("jpeg", 0)),
     ],
@@ -127,24 +127,43 @@ def test_progress_is_the_only_output_and_in_lines(folder, tmp_path, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     lines = err.replace("\r", "").split("\n")
-    assert "7/7 images" in err and all(line.startswith("preparing folder:") for line in lines if line.strip())
+    assert "7/7 images" in err and all(
+        line.startswith("preparing folder:") for line in lines if line.strip()
+    )
 
 
 def test_the_manifest_tells_what_the_set_is_and_how_it_was_made(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 3)
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["count"], manifest["classes"], manifest["skipped"]) == (7, {"cat": 3, "dog": 4}, {})
-    assert manifest["settings"]["source"] == f"folder:{folder}" and manifest["settings"]["crop"] == "lanczos"
+    assert (manifest["count"], manifest["classes"], manifest["skipped"]) == (
+        7,
+        {"cat": 3, "dog": 4},
+        {},
+    )
+    assert (
+        manifest["settings"]["source"] == f"folder:{folder}"
+        and manifest["settings"]["crop"] == "lanczos"
+    )
     assert [shard["records"] for shard in manifest["shards"]] == [3, 2, 2]
     for shard in manifest["shards"]:
         content = (path / shard["file"]).read_bytes()
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (shard["bytes"], shard["sha256"])
-    assert manifest["made_by"].keys() == {"rdm_jax", "array_record", "pillow", "tensorflow-datasets"}
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (
+            shard["bytes"],
+            shard["sha256"],
+        )
+    assert manifest["made_by"].keys() == {
+        "rdm_jax",
+        "array_record",
+        "pillow",
+        "tensorflow-datasets",
+    }
 
 
 @pytest.mark.parametrize("kind, furthest", [("png", 0), ("raw", 0), ("jpeg", 40)])
-def test_every_encoding_is_read_back_here_and_by_tensorflow_datasets(folder, tmp_path, kind, furthest):
+def test_every_encoding_is_read_back_here_and_by_tensorflow_datasets(
+    folder, tmp_path, kind, furthest
+):
     wanted = [np.asarray(Image.open(file)).astype(int) for file in sorted(folder.rglob("*.png"))]
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM, encoding=Encoding(kind, 100))
     ours, theirs = open_prepared(path), tfds.builder_from_directory(path).as_data_source("train")
@@ -153,13 +172,16 @@ def test_every_encoding_is_read_back_here_and_by_tensorflow_datasets(folder, tmp
             assert found.shape == (8, 6, 3) and np.abs(found - pixels).max() <= furthest
 
 
-def test_what_cannot_be_used_is_left_out_and_listed_where_that_is_asked_for(folder, tmp_path, monkeypatch):
+def test_what_cannot_be_used_is_left_out_and_listed_where_that_is_asked_for(
+    folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 3)  # The first shard is left without a record.
     for name in ("cat/0", "cat/1", "cat/2", "dog/1"):
         (folder / f"{name}.png").write_bytes(b"not a picture")
     (folder / "dog" / "notes.exe").write_text("not even meant as one")
     with pytest.raises(
-        InputError, match="5 of 8 files .* \\(4 cannot be decoded, 1 is not an image\\), and .* whole class 'cat'"
+        InputError,
+        match="5 of 8 files .* \\(4 cannot be decoded, 1 is not an image\\), and .* whole class 'cat'",
     ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=0.2)
     assert not (tmp_path / "set").exists()
@@ -169,12 +191,16 @@ def test_what_cannot_be_used_is_left_out_and_listed_where_that_is_asked_for(fold
     assert manifest["skipped_by_reason"] == {"cannot be decoded": 4, "is not an image": 1}
     assert manifest["class_numbers"] == {"cat": 0, "dog": 1}
     assert skipped.keys() == {"cat/0.png", "cat/1.png", "cat/2.png", "dog/1.png", "dog/notes.exe"}
-    assert "not an image" in skipped["dog/notes.exe"] and "cannot be decoded" in skipped["dog/1.png"]
+    assert (
+        "not an image" in skipped["dog/notes.exe"] and "cannot be decoded" in skipped["dog/1.png"]
+    )
     images = open_prepared(path)
     assert images.batch(range(len(images)))["label"].tolist() == [1, 1, 1]
     wanted = [np.asarray(Image.open(folder / "dog" / f"{i}.png")) for i in (0, 2, 3)]
     np.testing.assert_array_equal(images.batch(range(3))["image"], wanted)
-    assert [record["label"] for record in tfds.builder_from_directory(path).as_data_source("train")] == [1, 1, 1]
+    assert [
+        record["label"] for record in tfds.builder_from_directory(path).as_data_source("train")
+    ] == [1, 1, 1]
 
 
 def test_a_set_of_nothing_that_can_be_used_is_refused(folder, tmp_path):
@@ -190,7 +216,9 @@ def test_a_class_that_would_be_lost_is_refused_whatever_its_share(folder, tmp_pa
         shutil.copy(folder / "dog/0.png", folder / f"dog/{number}.png")
     (folder / "bird").mkdir()
     (folder / "bird/sparrow.heic").write_bytes(b"unreadable")
-    with pytest.raises(InputError, match="1 of 64 files .* whole class 'bird'; data.max_left_out=1"):
+    with pytest.raises(
+        InputError, match="1 of 64 files .* whole class 'bird'; data.max_left_out=1"
+    ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
     for name in ("cat/0", "cat/1", "cat/2"):
         (folder / f"{name}.png").write_bytes(b"not a picture")
@@ -237,9 +265,17 @@ def test_a_mount_point_is_refused_at_once(folder, tmp_path, monkeypatch):
 
 
 def test_enlarged_images_are_counted(folder, tmp_path):
-    manifest = json.loads((prepare(f"folder:{folder}", tmp_path / "set", Form(8, 7)) / "manifest.json").read_text())
+    manifest = json.loads(
+        (
+            prepare(f"folder:{folder}", tmp_path / "set", ImageSpec(8, 7)) / "manifest.json"
+        ).read_text()
+    )
     assert manifest["enlarged"] == 7
-    manifest = json.loads((prepare(f"folder:{folder}", tmp_path / "smaller", Form(4, 3)) / "manifest.json").read_text())
+    manifest = json.loads(
+        (
+            prepare(f"folder:{folder}", tmp_path / "smaller", ImageSpec(4, 3)) / "manifest.json"
+        ).read_text()
+    )
     assert manifest["enlarged"] == 0
 
 
@@ -249,8 +285,14 @@ def test_a_manifest_without_a_version_is_read_and_a_newer_one_refused_by_name(fo
     assert manifest.pop("version") == 2
     del manifest["content"], manifest["settings"]["classes"]
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert prepare(f"folder:{folder}", tmp_path / "set", FORM) == path and len(open_prepared(path)) == 7
-    for version, message in ((3, "version 3.*up to 2.*newer rdm_jax"), ("x", "no prepared data .*version")):
+    assert (
+        prepare(f"folder:{folder}", tmp_path / "set", FORM) == path
+        and len(open_prepared(path)) == 7
+    )
+    for version, message in (
+        (3, "version 3.*up to 2.*newer rdm_jax"),
+        ("x", "no prepared data .*version"),
+    ):
         (path / "manifest.json").write_text(json.dumps({**manifest, "version": version}))
         with pytest.raises(InputError, match=message):
             prepare(f"folder:{folder}", tmp_path / "set", FORM)

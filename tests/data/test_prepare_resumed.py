@@ -14,15 +14,15 @@ from unittest import mock
 import pytest
 import tensorflow_datasets as tfds
 
-from rdm_jax import locks
 from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data import readers
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
-from rdm_jax.errors import InputError
-from tests.data.small_folder import FORM, files, flip_bit
+from rdm_jax.runtime import locks
+from rdm_jax.runtime.errors import InputError
+from tests.support.small_folder import FORM, files, flip_bit
 
 
 def test_a_damaged_image_is_refused_by_name_and_nothing_passes_for_a_set(folder, tmp_path):
@@ -36,7 +36,9 @@ def test_a_damaged_image_is_refused_by_name_and_nothing_passes_for_a_set(folder,
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("No space left on device")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("No space left on device")]
+)
 def test_a_disk_that_fills_up_is_reported_and_leaves_nothing(folder, tmp_path, monkeypatch, error):
     def fail(*args):
         raise error
@@ -61,10 +63,15 @@ def test_a_second_process_is_told_to_wait(folder, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
 def test_prepares_where_there_is_no_flock(folder, tmp_path, monkeypatch, number):
-    monkeypatch.setattr(locks.fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+    monkeypatch.setattr(
+        locks.fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number)))
+    )
     monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(locks, "POLL_SECONDS", 0.2)
-    with locks.owner_file(tmp_path / ".set.owner"), pytest.raises(InputError, match="set is being prepared by another process"):
+    with (
+        locks.owner_file(tmp_path / ".set.owner"),
+        pytest.raises(InputError, match="set is being prepared by another process"),
+    ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "set"]
@@ -107,20 +114,35 @@ def test_a_shard_that_was_damaged_in_the_meantime_is_written_again(folder, tmp_p
     flip_bit(finished[0], 70_000)
     (folder / "dog" / "0.png").touch()  # of the second shard, which counts no more
     reads, load = [], readers.Folder.load
-    monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
+    monkeypatch.setattr(
+        readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name)
+    )
     made = files(prepare(f"folder:{folder}", tmp_path / "set", FORM))
-    assert made.pop("source.npz") != wanted.pop("source.npz") and made == wanted  # a file was touched in between
+    assert (
+        made.pop("source.npz") != wanted.pop("source.npz") and made == wanted
+    )  # a file was touched in between
     assert reads == ["cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/3.png"]
 
 
-def test_images_of_a_refused_run_are_not_read_again_when_bad_ones_may_be_left_out(folder, tmp_path, monkeypatch):
+def test_images_of_a_refused_run_are_not_read_again_when_bad_ones_may_be_left_out(
+    folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
     (folder / "dog" / "3.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match="dog/3.png"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
     reads, load = [], readers.Folder.load
-    monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
-    assert len(open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=0.5))) == 6
+    monkeypatch.setattr(
+        readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name)
+    )
+    assert (
+        len(
+            open_prepared(
+                prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=0.5)
+            )
+        )
+        == 6
+    )
     assert reads == ["dog/3.png"]
 
 
@@ -134,7 +156,9 @@ def test_shards_made_otherwise_are_not_used_again(folder, tmp_path, monkeypatch,
         names = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.png"))]
         labels = [[name, (i + shift) % 2] for i, name in enumerate(names)]
         (root / "dataset.json").write_text(json.dumps({"labels": labels}))
-        return lambda **kwargs: prepare(f"folder:{root}", tmp_path / "set", form, encoding=encoding, **kwargs)
+        return lambda **kwargs: prepare(
+            f"folder:{root}", tmp_path / "set", form, encoding=encoding, **kwargs
+        )
 
     def stop():
         raise KeyboardInterrupt
@@ -143,19 +167,23 @@ def test_shards_made_otherwise_are_not_used_again(folder, tmp_path, monkeypatch,
         labelled(0)(check_stop=stop)
     other = shutil.copytree(folder, tmp_path / "other")
     reads, load = [], readers.Folder.load
-    monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
+    monkeypatch.setattr(
+        readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name)
+    )
     if change == "versions":
         monkeypatch.setattr("rdm_jax.__version__", "9")
     again = {
         "labels": lambda: labelled(1),
-        "form": lambda: labelled(0, form=Form(8, 6, channels=1)),
+        "form": lambda: labelled(0, form=ImageSpec(8, 6, channels=1)),
         "encoding": lambda: labelled(0, encoding=Encoding("raw")),
         "place": lambda: labelled(0, root=other),
         "versions": lambda: labelled(0),
     }[change]()
     images = open_prepared(again())
     assert len(reads) == 7
-    assert images.batch(range(7))["label"].tolist() == [(i + (change == "labels")) % 2 for i in range(7)]
+    assert images.batch(range(7))["label"].tolist() == [
+        (i + (change == "labels")) % 2 for i in range(7)
+    ]
 
 
 def test_a_set_that_appears_while_one_waits_is_used(folder, tmp_path, monkeypatch):
@@ -181,8 +209,8 @@ def test_what_was_left_beside_a_finished_set_is_removed(folder, tmp_path):
     assert not (tmp_path / ".set.incomplete").exists()
 
 
-# Stops at one image, so that a kill surely falls between shards that are on the disk and others that are not. Processes
-# that it starts read this file, too.
+# Stops at one image, so that a kill surely falls between shards that are on the disk and others
+# that are not. Processes that it starts read this file, too.
 SLOW = """
 import sys, time
 from rdm_jax.data import images, prepare, readers
@@ -196,7 +224,7 @@ readers.Folder.load = slow
 if __name__ == "__main__":
     processes = int(sys.argv[3])
     prepare.SHARD_IMAGES, prepare.ALONE_SECONDS, prepare.cores = 2, 60.0 * (processes == 1), lambda: processes
-    prepare.prepare(sys.argv[1], sys.argv[2], images.Form(8, 6))
+    prepare.prepare(sys.argv[1], sys.argv[2], images.ImageSpec(8, 6))
 """
 
 
@@ -205,7 +233,13 @@ def test_a_run_killed_half_way_is_completed_bit_for_bit(folder, tmp_path, monkey
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
     undisturbed = files(prepare(f"folder:{folder}", tmp_path / "undisturbed", FORM))
     (tmp_path / "slow.py").write_text(SLOW)
-    command = [sys.executable, tmp_path / "slow.py", f"folder:{folder}", tmp_path / "set", f"{processes}"]
+    command = [
+        sys.executable,
+        tmp_path / "slow.py",
+        f"folder:{folder}",
+        tmp_path / "set",
+        f"{processes}",
+    ]
     environment, began = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, time.monotonic()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert any("half way" in line for line in process.stderr)

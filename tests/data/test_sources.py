@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from rdm_jax.data import readers, sources
-from rdm_jax.data.images import FORMATS, Form
-from rdm_jax.errors import BadImage, InputError
-from tests.data.members import png, pngs, values, write_folder
+from rdm_jax.data.images import FORMATS, ImageSpec
+from rdm_jax.runtime.errors import BadImage, InputError
+from tests.support.archive_members import png, pngs, values, write_folder
 
-FORM = Form(4, 6)
+FORM = ImageSpec(4, 6)
 
 
 def save(image, file, **options):
@@ -32,7 +32,7 @@ def test_digits_are_the_padded_mnist_digits():
     assert len(source) == 5000 and source.class_names == tuple("0123456789")
     np.testing.assert_array_equal(source.labels, labels)
     for index in (0, 1234, 4999):
-        image = source.read(index, Form(32, 32, channels=1))
+        image = source.read(index, ImageSpec(32, 32, channels=1))
         np.testing.assert_array_equal(image[2:30, 2:30, 0], flat[index].reshape(28, 28))
         assert image.sum() == flat[index].sum()  # Nothing in the margin.
 
@@ -71,7 +71,16 @@ def test_folders_that_are_no_set_of_images_are_refused(tmp_path, files, named):
         sources.open_source(f"folder:{tmp_path}")
 
 
-RUBBISH = ["thumbs.db", "Thumbs.DB", "desktop.ini", "@eaDir/a.png", "Icon\r", "lost+found/x", "$RECYCLE.BIN/b.png", ".DS_Store"]
+RUBBISH = [
+    "thumbs.db",
+    "Thumbs.DB",
+    "desktop.ini",
+    "@eaDir/a.png",
+    "Icon\r",
+    "lost+found/x",
+    "$RECYCLE.BIN/b.png",
+    ".DS_Store",
+]
 RUBBISH += ["__MACOSX/._a.png", "System Volume Information/x", "cat/.hidden/a.png"]
 SIDE = [
     "a.txt",
@@ -89,12 +98,16 @@ SIDE = [
 
 
 def test_known_rubbish_is_ignored_and_side_files_are_counted(written, caplog, monkeypatch):
-    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     members = {name: b"" for name in (*RUBBISH, *SIDE)} | {"@eaDir/a.png": png(9)}
     with caplog.at_level("INFO"):
         source = sources.open_source(written(members | {"cat/1.png": png(1), "dog/2.png": png(2)}))
     assert (values(source), source.class_names, source.skipped) == ([1, 2], ("cat", "dog"), {})
-    said = [record.getMessage() for record in caplog.records if "beside the images" in record.getMessage()]
+    said = [
+        record.getMessage()
+        for record in caplog.records
+        if "beside the images" in record.getMessage()
+    ]
     assert len(said) == 1 and f"data: {len(SIDE)} file(s)" in said[0] and "'LICENSE'" in said[0]
 
 
@@ -104,16 +117,22 @@ def test_content_decides_what_is_an_image_where_the_suffix_does_not(written):
     for number, kind in enumerate(FORMATS):
         file = io.BytesIO()
         image.save(file, kind)
-        members |= {f"cat/{number}": file.getvalue(), f"dog/{number}.jpg": file.getvalue(), f"dog/{number}.dat": file.getvalue()}
+        members |= {
+            f"cat/{number}": file.getvalue(),
+            f"dog/{number}.jpg": file.getvalue(),
+            f"dog/{number}.dat": file.getvalue(),
+        }
     source = sources.open_source(written(members))
     assert len(source) == 3 * len(FORMATS) and source.class_names == ("cat", "dog")
     assert all(abs(value - 200) < 9 for value in values(source))
 
 
 def test_a_folder_of_side_files_alone_is_named(written, caplog, monkeypatch):
-    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     with caplog.at_level("INFO"):
-        source = sources.open_source(written({**pngs("cat/1.png", "dog/2.png"), "fox/notes.txt": b"", "cat/more/a.txt": b""}))
+        source = sources.open_source(
+            written({**pngs("cat/1.png", "dog/2.png"), "fox/notes.txt": b"", "cat/more/a.txt": b""})
+        )
     assert source.class_names == ("cat", "dog")
     assert "no image is in the folder 'cat/more', 'fox' of" in caplog.text
 
@@ -121,8 +140,18 @@ def test_a_folder_of_side_files_alone_is_named(written, caplog, monkeypatch):
 LOST = {
     "a class of what cannot be read": ("auto", ["a/0.png", "b/1.png"], ["c/2.heic"], ("c",)),
     "below a folder": ("auto", ["set/a/0.png", "set/b/1.png"], ["set/c/2.heic"], ("c",)),
-    "a folder of something else": ("auto", ["images/0.png", "images/1.png"], ["annotations/x.mat"], ()),
-    "beside the folder of classes": ("auto", ["set/images/a/0.png", "set/images/b/1.png"], ["set/meta/x.mat"], ()),
+    "a folder of something else": (
+        "auto",
+        ["images/0.png", "images/1.png"],
+        ["annotations/x.mat"],
+        (),
+    ),
+    "beside the folder of classes": (
+        "auto",
+        ["set/images/a/0.png", "set/images/b/1.png"],
+        ["set/meta/x.mat"],
+        (),
+    ),
     "no classes": ("none", ["a/0.png", "b/1.png"], ["docs/x.psd", "c/2.heic"], ()),
     "prefixes": ("prefix", ["a_0.png", "b_1.png"], ["c/c_2.heic"], ()),
     "the lowest folders": ("leaf", ["t/a/0.png", "u/c/1.png"], ["t/b/x.heic"], ("b",)),
@@ -152,7 +181,9 @@ def test_avif_that_this_pillow_cannot_read_is_refused_with_the_remedy(tmp_path, 
     monkeypatch.setattr("rdm_jax.data.images._HAS_AVIF", False)
     monkeypatch.setattr("rdm_jax.data.images.FORMATS", ("PNG", "JPEG"))
     save(Image.new("RGB", (4, 4)), tmp_path / "a.avif")
-    with pytest.raises(BadImage, match=r"'a.avif' is an AVIF image, .*`pip install 'pillow>=11.3'` would do"):
+    with pytest.raises(
+        BadImage, match=r"'a.avif' is an AVIF image, .*`pip install 'pillow>=11.3'` would do"
+    ):
         sources.open_source(f"folder:{tmp_path}").read(0, FORM)
 
 
@@ -185,7 +216,7 @@ import sys
 from rdm_jax.data.readers import Folder
 folder = Folder(__import__("pathlib").Path(sys.argv[1]))
 (name,), unusable = folder.names()
-from rdm_jax.terminal import log, show_log
+from rdm_jax.runtime.console import log, show_log
 show_log()
 log.info(name)
 print(ascii(name), folder.load(name).size, len(unusable), sys.getfilesystemencoding())
@@ -203,11 +234,16 @@ def test_names_are_read_in_a_locale_that_has_no_letters_for_them(tmp_path):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     command = [sys.executable, "-c", READ_NAMES, str(tmp_path / "set")]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert said.split()[1:] == ["caf\\xe9.png", "'caf\\xe9.png'", "(4,", "4)", "1", "ascii"]
 
 
-@pytest.mark.parametrize("spec", ["gs://bucket/set", "folder:gs://bucket/set", "zip:s3://b/set.zip", "prepared:file:///set"])
+@pytest.mark.parametrize(
+    "spec",
+    ["gs://bucket/set", "folder:gs://bucket/set", "zip:s3://b/set.zip", "prepared:file:///set"],
+)
 def test_urls_are_refused_by_name(spec):
     with pytest.raises(InputError, match="config.data.source=.* is a URL"):
         sources.check_local(spec, "config.data.source")
@@ -235,13 +271,17 @@ def test_an_empty_class_folder_is_refused(tmp_path):
     ],
 )
 def test_unknown_and_missing_sources_are_refused(spec):
-    with pytest.raises(InputError, match=repr(spec) if "no/such" not in spec else "/no/such/folder"):
+    with pytest.raises(
+        InputError, match=repr(spec) if "no/such" not in spec else "/no/such/folder"
+    ):
         sources.open_source(spec)
 
 
 def test_damaged_images_are_refused_by_name(tmp_path):
     whole = io.BytesIO()
-    Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)).save(whole, "png")
+    Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        whole, "png"
+    )
     for name, content in (
         ("0.png", whole.getvalue()[:-4000]),
         ("1.png", b""),
@@ -274,8 +314,13 @@ def emoji(tmp_path):
 
 def test_skin_tones_are_marked(emoji):
     source = sources.open_source(f"emoji:{emoji}", skin_tones="mark")
-    tones = {name: source.class_names[label] for name, label in zip(source.names, source.labels, strict=True)}
-    assert tones == dict(zip(EMOJI, ("none", "light", "medium", "dark", "none", "medium-light"), strict=True))
+    tones = {
+        name: source.class_names[label]
+        for name, label in zip(source.names, source.labels, strict=True)
+    }
+    assert tones == dict(
+        zip(EMOJI, ("none", "light", "medium", "dark", "none", "medium-light"), strict=True)
+    )
 
 
 def test_skin_tone_variants_are_dropped_and_the_others_stay_themselves(emoji):
@@ -285,14 +330,18 @@ def test_skin_tone_variants_are_dropped_and_the_others_stay_themselves(emoji):
     assert reds == [EMOJI.index(name) * 10 for name in source.names]
 
 
-@pytest.mark.parametrize("spec, skin_tones", [("emoji:x", ""), ("emoji:x", "merge"), ("digits", "mark")])
+@pytest.mark.parametrize(
+    "spec, skin_tones", [("emoji:x", ""), ("emoji:x", "merge"), ("digits", "mark")]
+)
 def test_skin_tones_that_do_not_go_with_the_source_are_refused(spec, skin_tones):
     with pytest.raises(InputError, match=f"skin_tones={skin_tones!r}"):
         sources.open_source(spec, skin_tones=skin_tones)
 
 
 def test_missing_emoji_say_how_to_get_them(tmp_path):
-    with pytest.raises(InputError, match="npm pack @lobehub/fluent-emoji-3d .* emoji:package/assets"):
+    with pytest.raises(
+        InputError, match="npm pack @lobehub/fluent-emoji-3d .* emoji:package/assets"
+    ):
         sources.open_source(f"emoji:{tmp_path}/package", skin_tones="mark")
 
 
@@ -313,7 +362,9 @@ def test_a_folder_is_listed_without_a_look_at_each_file(tmp_path, monkeypatch):
     write_folder(tmp_path, pngs(*(f"{i % 2}/{i}.png" for i in range(50))))
     (tmp_path / "2").symlink_to(tmp_path / "1")
     looks, look = [], os.stat
-    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: looks.append(args) or look(*args, **kwargs))
+    monkeypatch.setattr(
+        os, "stat", lambda *args, **kwargs: looks.append(args) or look(*args, **kwargs)
+    )
     names, _ = readers.Folder(tmp_path).names()
     monkeypatch.undo()
     assert len(names) == 75 and len(looks) < 10
@@ -353,7 +404,10 @@ def test_what_the_system_cannot_read_is_no_bad_image(tmp_path, monkeypatch, code
     assert not isinstance(caught.value, BadImage)
 
 
-@pytest.mark.parametrize("other, same", [("folder:x/", True), ("folder:y/../x", True), ("folder:y", False), ("zip:x", False)])
+@pytest.mark.parametrize(
+    "other, same",
+    [("folder:x/", True), ("folder:y/../x", True), ("folder:y", False), ("zip:x", False)],
+)
 def test_a_source_is_the_same_however_its_path_is_written(other, same):
     assert sources.same_source("folder:x", other) == same
     assert sources.same_source("folder:x", f"folder:{os.getcwd()}/x")

@@ -8,13 +8,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.sources import open_source
-from rdm_jax.errors import BadImage, InputError
+from rdm_jax.runtime.errors import BadImage, InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), np.uint8)
-FORM = Form(5, 4)
+FORM = ImageSpec(5, 4)
 
 
 class RelayTestShapes(tfds.core.GeneratorBasedBuilder):
@@ -27,12 +27,17 @@ class RelayTestShapes(tfds.core.GeneratorBasedBuilder):
         label = tfds.features.ClassLabel(names=["ant", "bee", "cow"])
         return tfds.core.DatasetInfo(
             builder=self,
-            features=tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(None, None, 3)), "label": label}),
+            features=tfds.features.FeaturesDict(
+                {"image": tfds.features.Image(shape=(None, None, 3)), "label": label}
+            ),
             disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(range(5)), "test": self._generate_examples(range(5, 7))}
+        return {
+            "train": self._generate_examples(range(5)),
+            "test": self._generate_examples(range(5, 7)),
+        }
 
     def _generate_examples(self, numbers):
         for i in numbers:
@@ -44,7 +49,9 @@ class RelayTestWords(RelayTestShapes):
     """No images."""
 
     def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()})
+        )
 
     def _generate_examples(self, numbers):
         for i in numbers:
@@ -67,7 +74,11 @@ def test_a_data_set_is_prepared_by_its_name_and_read(tmp_path, capfd):
     path = prepare("tfds:relay_test_shapes", tmp_path / "set", FORM)
     images = open_prepared(path)
     np.testing.assert_array_equal(images.batch(range(5))["image"], PIXELS[:5])
-    assert images.batch(range(5))["label"].tolist() == [0, 1, 2, 0, 1] and images.class_names == ("ant", "bee", "cow")
+    assert images.batch(range(5))["label"].tolist() == [0, 1, 2, 0, 1] and images.class_names == (
+        "ant",
+        "bee",
+        "cow",
+    )
     assert "tensorflow" not in sys.modules
 
 
@@ -85,7 +96,18 @@ def test_an_image_without_its_label_is_refused_or_left_out(tmp_path):
     with pytest.raises(InputError, match="class number -1"):
         prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM)
     assert (
-        len(open_prepared(prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM, skip_bad=True, max_left_out=1.0))) == 1
+        len(
+            open_prepared(
+                prepare(
+                    "tfds:relay_test_shapes:test",
+                    tmp_path / "set",
+                    FORM,
+                    skip_bad=True,
+                    max_left_out=1.0,
+                )
+            )
+        )
+        == 1
     )
 
 
@@ -113,5 +135,8 @@ def test_what_the_library_cannot_do_says_what_would_do(monkeypatch, error):
 
     monkeypatch.setattr(RelayTestShapes, "_split_generators", fail)
     reason = str(error).split("\n")[0]
-    with pytest.raises(InputError, match=f"{reason}.*with TensorFlow.*tfds.builder\\('relay_test_shapes', .*folder:"):
+    with pytest.raises(
+        InputError,
+        match=f"{reason}.*with TensorFlow.*tfds.builder\\('relay_test_shapes', .*folder:",
+    ):
         open_source("tfds:relay_test_shapes")

@@ -1,4 +1,5 @@
-"""Data sets that a stranger may have made: what their files name is not imported, and not looked for elsewhere."""
+"""Data sets that a stranger may have made: what their files name is not imported, and not looked
+for elsewhere."""
 
 import json
 import sys
@@ -7,17 +8,17 @@ import pytest
 import tensorflow_datasets as tfds
 
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.prepare import prepare
-from rdm_jax.errors import InputError
-from tests.tiny import write_images
+from rdm_jax.runtime.errors import InputError
+from tests.support.configs import write_images
 
 
 @pytest.fixture
 def prepared(tmp_path):
     write_images(tmp_path / "images", count=4)
-    prepare(f"folder:{tmp_path / 'images'}", tmp_path / "set", Form(8, 8))
+    prepare(f"folder:{tmp_path / 'images'}", tmp_path / "set", ImageSpec(8, 8))
     return tmp_path / "set"
 
 
@@ -28,7 +29,9 @@ def change(path, function):
 @pytest.fixture
 def canary(tmp_path, monkeypatch):
     """A module in the way of an import, as the current folder is; it says so when it is run."""
-    (tmp_path / "canary_module.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ImportError")
+    (tmp_path / "canary_module.py").write_text(
+        f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ImportError"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path / "executed"
     sys.modules.pop("canary_module", None)
@@ -52,8 +55,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("form", HOSTILE)
 def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
-    change(prepared / "features.json", lambda features: HOSTILE[form] if "within" in form else features | HOSTILE[form])
-    with pytest.raises(InputError, match="features.json wants 'canary_module.Image' to be imported"):
+    change(
+        prepared / "features.json",
+        lambda features: HOSTILE[form] if "within" in form else features | HOSTILE[form],
+    )
+    with pytest.raises(
+        InputError, match="features.json wants 'canary_module.Image' to be imported"
+    ):
         open_prepared(prepared)
     assert not canary.exists()
     with pytest.raises(ValueError):
@@ -63,11 +71,15 @@ def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
 
 def test_files_elsewhere_are_not_read(prepared):
     def elsewhere(info):
-        info["splits"][0]["filepathTemplate"] = "../images/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        info["splits"][0]["filepathTemplate"] = (
+            "../images/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        )
         return info
 
     change(prepared / "dataset_info.json", elsewhere)
-    with pytest.raises(InputError, match="dataset_info.json names .*images.*; files beside it would do"):
+    with pytest.raises(
+        InputError, match="dataset_info.json names .*images.*; files beside it would do"
+    ):
         open_prepared(prepared)
 
 
@@ -77,7 +89,10 @@ def test_a_file_that_is_gone_is_named(prepared):
         return manifest
 
     change(prepared / MANIFEST, renamed)
-    with pytest.raises(InputError, match="another is missing; deleting the directory and preparing it again would do"):
+    with pytest.raises(
+        InputError,
+        match="another is missing; deleting the directory and preparing it again would do",
+    ):
         open_prepared(prepared)
 
 

@@ -1,4 +1,5 @@
-"""A source that has changed since it was prepared: compared and prepared again where that is asked for."""
+"""A source that has changed since it was prepared: compared and prepared again where that is asked
+for."""
 
 import json
 import os
@@ -12,14 +13,15 @@ from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data import readers
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.prepare import prepare
-from rdm_jax.errors import InputError
-from tests.data.small_folder import FORM, files
+from rdm_jax.runtime.errors import InputError
+from tests.support.small_folder import FORM, files
 
 
 @pytest.fixture
 def again(folder, tmp_path, caplog, monkeypatch):
-    """A function that compares the fixture's folder with what was prepared of it, and gives what the log says."""
-    monkeypatch.setattr("rdm_jax.terminal.log.propagate", True)
+    """A function that compares the fixture's folder with what was prepared of it, and gives what
+    the log says."""
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     caplog.set_level("INFO")
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
 
@@ -40,7 +42,10 @@ def test_a_source_that_has_not_changed_is_left_alone(tmp_path, again):
 
 def test_without_being_asked_for_it_is_not_compared_and_the_log_says_how(folder, tmp_path, again):
     (folder / "cat/0.png").unlink()
-    assert "--mode=prepare --update" in again(update=False) and len(open_prepared(tmp_path / "set")) == 7
+    assert (
+        "--mode=prepare --update" in again(update=False)
+        and len(open_prepared(tmp_path / "set")) == 7
+    )
 
 
 def test_what_was_added_removed_or_changed_is_named_and_prepared(folder, tmp_path, again):
@@ -51,7 +56,15 @@ def test_what_was_added_removed_or_changed_is_named_and_prepared(folder, tmp_pat
     said = again()
     assert "1 added (dog/9.png), 1 removed (cat/0.png), 1 changed (cat/1.png)" in said
     images = open_prepared(tmp_path / "set")
-    assert images.identity != identity and images.batch(range(7))["label"].tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert images.identity != identity and images.batch(range(7))["label"].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
     np.testing.assert_array_equal(images[0]["image"][0, 0], (4, 5, 6))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
     assert "nothing has changed" in again()
@@ -72,7 +85,15 @@ def test_other_labels_for_the_same_files_are_noticed(folder, tmp_path, again):
     labels = [[name, "dog" if name == "cat/0.png" else name[:3]] for name in names]
     (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
     assert "1 of another class (cat/0.png)" in again()
-    assert open_prepared(tmp_path / "set").batch(range(7))["label"].tolist() == [1, 0, 0, 1, 1, 1, 1]
+    assert open_prepared(tmp_path / "set").batch(range(7))["label"].tolist() == [
+        1,
+        0,
+        0,
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_the_former_set_stays_until_the_new_one_is_complete(folder, tmp_path, again):
@@ -89,12 +110,20 @@ def test_an_interrupted_update_stays_and_goes_on(folder, tmp_path, again, monkey
     with pytest.raises(KeyboardInterrupt):
         again(check_stop=mock.Mock(side_effect=[None, KeyboardInterrupt]))
     said = again(update=False)
-    assert f"an update of {tmp_path}/set was interrupted; --update goes on with the 2 files finished in" in said
+    assert (
+        f"an update of {tmp_path}/set was interrupted; --update goes on with the 2 files finished in"
+        in said
+    )
     assert len(open_prepared(tmp_path / "set")) == 7
     reads, load = [], readers.Folder.load
-    monkeypatch.setattr(readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name))
+    monkeypatch.setattr(
+        readers.Folder, "load", lambda self, name: reads.append(name) or load(self, name)
+    )
     again()
-    assert reads == ["dog/1.png", "dog/2.png", "dog/3.png", "dog/9.png"] and len(open_prepared(tmp_path / "set")) == 8
+    assert (
+        reads == ["dog/1.png", "dog/2.png", "dog/3.png", "dog/9.png"]
+        and len(open_prepared(tmp_path / "set")) == 8
+    )
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tests.precision import enable_x64
+from tests.support.precision import enable_x64
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from rdm_jax.diffusion import processes
 from rdm_jax.diffusion.samplers import Heun, Levels, RelayHeun
-from tests.diffusion.gaussian_targets import (
+from tests.support.gaussian_targets import (
     PIXELS,
     SHAPE,
     concrete_levels,
@@ -28,8 +28,13 @@ from tests.diffusion.gaussian_targets import (
 @pytest.mark.parametrize(("order", "steps", "error"), [(2, 64, 1e-3), (1, 512, 5e-2)])
 def test_order_of_the_sampler(x64, order, steps, error):
     target, x = gaussian_target(), jnp.asarray(np.random.default_rng(1).normal(0, 10, SHAPE))
-    ladder = [Heun(steps=n + 1, sigma_min=0.1, sigma_max=10.0, order=order) for n in (steps, 2 * steps)]
-    errors = [np.abs(out - flow(target, np.eye(PIXELS), x, sigma)).max() for out, sigma in integrate(ladder, target, x)]
+    ladder = [
+        Heun(steps=n + 1, sigma_min=0.1, sigma_max=10.0, order=order) for n in (steps, 2 * steps)
+    ]
+    errors = [
+        np.abs(out - flow(target, np.eye(PIXELS), x, sigma)).max()
+        for out, sigma in integrate(ladder, target, x)
+    ]
     # Halving the step divides the error by 2 or 4, but for the next term of its series.
     chex.assert_trees_all_close(falls(errors), np.full(1, 2.0**order), rtol=0.05)
     assert errors[-1] < error
@@ -40,19 +45,27 @@ def test_marginals_of_heun_become_exact(x64, churn):
     """Churn adds exactly the noise between two levels, so it costs no order."""
     sampler = lambda steps: Heun(steps=steps + 1, sigma_min=0.1, sigma_max=10.0, churn=churn)  # noqa: E731
     errors = [marginal_error(sampler(steps), gaussian_target()) for steps in (64, 128)]
-    chex.assert_trees_all_close(falls(errors), np.full(1, 4.0), rtol=0.05)  # second order, but for the series' next term
+    chex.assert_trees_all_close(
+        falls(errors), np.full(1, 4.0), rtol=0.05
+    )  # second order, but for the series' next term
     assert errors[-1] < 1e-2
 
 
 def test_too_much_churn_noise_widens_the_marginals(x64):
     sampler = Heun(steps=65, sigma_min=0.1, sigma_max=10.0, churn=20.0)
-    exact, wide = (marginal_error(dataclasses.replace(sampler, churn_noise=n), gaussian_target()) for n in (1.0, 1.05))
+    exact, wide = (
+        marginal_error(dataclasses.replace(sampler, churn_noise=n), gaussian_target())
+        for n in (1.0, 1.05)
+    )
     assert wide > 5 * exact
 
 
 def test_churn_stays_between_its_bounds(x64):
     sampler = Heun(steps=6, sigma_min=0.1, sigma_max=10.0, churn=2.0, churn_min=0.5, churn_max=5.0)
-    matrices, ladder = linearized(sampler, gaussian_target()), rungs(concrete_levels(sampler, processes.Gaussian()))
+    matrices, ladder = (
+        linearized(sampler, gaussian_target()),
+        rungs(concrete_levels(sampler, processes.Gaussian())),
+    )
     for level, to in zip(ladder, ladder[1:], strict=False):
         noisy = bool(np.any(matrices(level, to)[2]))
         assert noisy == (0.5 <= level.sigma <= 5.0), level.sigma
@@ -72,17 +85,21 @@ def test_without_eta_and_churn_it_is_heuns_method():
 
 @pytest.mark.parametrize("churn", [0.0, 4.0])
 def test_marginals_become_exact_as_eta_falls_with_the_step(x64, churn):
-    """With eta^2, the fresh variance of a step, in proportion to the step the limit is an SDE that keeps the marginals."""
+    """With eta^2, the fresh variance of a step, in proportion to the step the limit is an SDE that
+    keeps the marginals."""
     settings = {"sigma_min": 0.1, "sigma_max": 10.0, "churn": churn}
     heun = lambda steps: Heun(steps=steps + 1, eta=0.6 * (64 / steps) ** 0.5, **settings)  # noqa: E731
     errors = [marginal_error(heun(steps), gaussian_target()) for steps in (128, 256)]
-    chex.assert_trees_all_close(falls(errors), np.full(1, 2.0), rtol=0.05)  # first order, but for the series' next term
+    chex.assert_trees_all_close(
+        falls(errors), np.full(1, 2.0), rtol=0.05
+    )  # first order, but for the series' next term
     assert errors[-1] < 0.05
 
 
 @pytest.mark.parametrize("eta", [0.5, 0.8])
 def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
-    """As in the relay, for the posterior mean is not a draw: up to (1 - sqrt(1 - eta^2)) / 2 of the variance."""
+    """As in the relay, for the posterior mean is not a draw: up to (1 - sqrt(1 - eta^2)) / 2 of the
+    variance."""
     heun = lambda steps: Heun(steps=steps + 1, sigma_min=0.1, sigma_max=10.0, eta=eta)  # noqa: E731
     errors = [marginal_error(heun(steps), gaussian_target()) for steps in (128, 256)]
     assert errors[0] / 2 < errors[1] < (1 - (1 - eta**2) ** 0.5) / 2
@@ -91,15 +108,18 @@ def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
 @pytest.mark.parametrize("same_noise", [False, True], ids=["fresh", "same"])
 @pytest.mark.parametrize("eta", [0.2, 0.8])
 def test_where_many_steps_at_one_level_settle(x64, eta, same_noise):
-    """In closed form, with c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2), S the variance of the data.
+    """In closed form, with c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2), S the variance
+    of the data.
 
-    The predictor multiplies the state by 1 - c b and adds n1; the corrector, of the mean slope b (x + predicted) / 2 sigma,
-    multiplies it by 1 - c b + c^2 b^2 / 2, takes c b / 2 of n1 away, and adds n2. Had n1 and n2 been one noise, the
-    marginal would be the narrower by c b.
+    The predictor multiplies the state by 1 - c b and adds n1; the corrector, of the mean slope b (x
+    + predicted) / 2 sigma, multiplies it by 1 - c b + c^2 b^2 / 2, takes c b / 2 of n1 away, and
+    adds n2. Had n1 and n2 been one noise, the marginal would be the narrower by c b.
     """
     target, sigma = gaussian_target(), 0.7
     level = Levels(jnp.asarray(sigma))
-    offset, of_state, of_churn, of_predictor, of_corrector = linearized(Heun(eta=eta), target)(level, level)
+    offset, of_state, of_churn, of_predictor, of_corrector = linearized(Heun(eta=eta), target)(
+        level, level
+    )
     c, b = 1 - (1 - eta**2) ** 0.5, sigma**2 / (np.diag(target.covariance) + sigma**2)
     np.testing.assert_allclose(of_state, np.diag(1 - c * b + (c * b) ** 2 / 2), atol=1e-12)
     np.testing.assert_allclose(of_predictor, -eta * sigma * np.diag(c * b / 2), atol=1e-12)
@@ -115,7 +135,9 @@ def test_where_many_steps_at_one_level_settle(x64, eta, same_noise):
     np.testing.assert_allclose(mean, first_mean, atol=1e-9)
     ratio = np.diag(covariance) * b / sigma**2  # to the exact S + sigma^2
     fresh = (1 - c * b / 2) ** 2 if same_noise else 1 + (c * b / 2) ** 2
-    np.testing.assert_allclose(ratio, eta**2 * fresh / (1 - (1 - c * b + (c * b) ** 2 / 2) ** 2) * b, rtol=1e-6)
+    np.testing.assert_allclose(
+        ratio, eta**2 * fresh / (1 - (1 - c * b + (c * b) ** 2 / 2) ** 2) * b, rtol=1e-6
+    )
     # To first order 1 - c / 2 + c b, or 1 - c / 2 where the noises are the same.
     assert np.all(np.abs(ratio - (1 - c / 2 + (0 if same_noise else c * b))) < c**2)
     assert same_noise or np.all(np.abs(ratio - 1) < c / 2 + c**2)

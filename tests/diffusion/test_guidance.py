@@ -12,7 +12,9 @@ LABELS = jax.nn.one_hot(jnp.asarray([2, 0, 1]), 4)
 def conditional(x, sigma, labels):
     """Tells images, levels and labels apart, and the null label from all others."""
     sigma = jnp.broadcast_to(sigma, x.shape[:1])[:, None, None, None]
-    return jnp.tanh(x) / (1 + sigma) + (labels @ jnp.asarray([1.0, -2.0, 3.0, 5.0]))[:, None, None, None] * jnp.cos(x + sigma)
+    return jnp.tanh(x) / (1 + sigma) + (labels @ jnp.asarray([1.0, -2.0, 3.0, 5.0]))[
+        :, None, None, None
+    ] * jnp.cos(x + sigma)
 
 
 def counted(calls):
@@ -28,7 +30,9 @@ def x():
     return jax.random.normal(jax.random.key(0), (3, 4, 6, 2))
 
 
-LEVELS = pytest.mark.parametrize("sigma", [jnp.asarray(0.7), jnp.asarray([0.1, 0.7, 9.0])], ids=["one-level", "level-an-image"])
+LEVELS = pytest.mark.parametrize(
+    "sigma", [jnp.asarray(0.7), jnp.asarray([0.1, 0.7, 9.0])], ids=["one-level", "level-an-image"]
+)
 
 
 @LEVELS
@@ -45,17 +49,24 @@ def test_weight_one_is_one_conditional_pass(x, sigma):
 @pytest.mark.parametrize("weight", [0.0, 0.5, 2.0, 3.5])
 def test_guidance_leads_away_from_the_null_label(x, sigma, weight):
     out = guidance.classifier_free(conditional, LABELS, weight)(x, sigma)
-    expected = weight * conditional(x, sigma, LABELS) - (weight - 1) * conditional(x, sigma, jnp.zeros_like(LABELS))
+    expected = weight * conditional(x, sigma, LABELS) - (weight - 1) * conditional(
+        x, sigma, jnp.zeros_like(LABELS)
+    )
     chex.assert_trees_all_close(out, expected, atol=5e-6)  # float32 roundings of numbers up to 20
 
 
 def test_weight_zero_is_the_null_label(x):
     out = guidance.classifier_free(conditional, LABELS, 0.0)(x, jnp.asarray(0.7))
-    chex.assert_trees_all_close(out, conditional(x, jnp.asarray(0.7), jnp.zeros_like(LABELS)), atol=1e-6)
+    chex.assert_trees_all_close(
+        out, conditional(x, jnp.asarray(0.7), jnp.zeros_like(LABELS)), atol=1e-6
+    )
 
 
 def test_weights_near_one_tend_to_no_guidance(x):
-    near, one = (guidance.classifier_free(conditional, LABELS, w)(x, jnp.asarray(0.7)) for w in (1 + 1e-4, 1.0))
+    near, one = (
+        guidance.classifier_free(conditional, LABELS, w)(x, jnp.asarray(0.7))
+        for w in (1 + 1e-4, 1.0)
+    )
     # The two passes differ by at most 3, so the outputs by at most 3e-4.
     assert 0 < np.max(np.abs(near - one)) < 3.1e-4
 
@@ -66,7 +77,10 @@ def test_both_passes_are_one_call(x, sigma):
     guidance.classifier_free(counted(calls), LABELS, 3.5)(x, sigma)
     ((seen, levels, labels),) = calls
     chex.assert_shape(seen, (6, *x.shape[1:]))
-    for which, expected in ((slice(0, None, 2), LABELS), (slice(1, None, 2), jnp.zeros_like(LABELS))):
+    for which, expected in (
+        (slice(0, None, 2), LABELS),
+        (slice(1, None, 2), jnp.zeros_like(LABELS)),
+    ):
         chex.assert_trees_all_equal(seen[which], x)
         chex.assert_trees_all_equal(levels[which], jnp.broadcast_to(sigma, (3,)))
         chex.assert_trees_all_equal(labels[which], expected)

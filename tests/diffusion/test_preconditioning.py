@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 
 from rdm_jax.diffusion import preconditioning, schedules
-from tests.precision import enable_x64
+from tests.support.precision import enable_x64
 
 SIGMAS = [0.002, 0.1, 0.5, 3.0, 80.0]
 
 
 def simulate(sigma, sigma_data, n=20_000):
-    """What the network is given and what it should return, in float64, for data and noise of the assumed variances."""
+    """What the network is given and what it should return, in float64, for data and noise of the
+    assumed variances."""
     rng = np.random.default_rng(0)
     data, noise = sigma_data * rng.standard_normal(n), sigma * rng.standard_normal(n)
     coefficients = preconditioning.EDM(sigma_data=sigma_data)(jnp.full(1, sigma, jnp.float32))
@@ -23,7 +24,8 @@ def simulate(sigma, sigma_data, n=20_000):
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_networks_input_and_target_have_unit_variance(sigma, sigma_data):
     network_input, target = simulate(sigma, sigma_data)
-    # 5 standard errors of a variance and of a correlation; c_skip is known to 6e-8 and the target divides it by c_out >= 0.002.
+    # 5 standard errors of a variance and of a correlation; c_skip is known to 6e-8 and the target
+    # divides it by c_out >= 0.002.
     bound = 5 * np.sqrt(2 / len(target)) + 1e-4
     assert abs(np.var(network_input) - 1) < bound
     assert abs(np.var(target) - 1) < bound
@@ -34,7 +36,9 @@ def test_networks_input_and_target_have_unit_variance(sigma, sigma_data):
 @pytest.mark.parametrize("noise_scale", [0.25, 4.0])
 def test_the_noise_label_is_a_scaled_logarithm(noise_scale):
     c_noise = preconditioning.EDM(noise_scale=noise_scale)(jnp.asarray(SIGMAS)).c_noise
-    chex.assert_trees_all_close(np.asarray(c_noise), noise_scale * np.log(np.float32(SIGMAS)), rtol=1e-6)
+    chex.assert_trees_all_close(
+        np.asarray(c_noise), noise_scale * np.log(np.float32(SIGMAS)), rtol=1e-6
+    )
 
 
 def record_into(calls):
@@ -68,7 +72,9 @@ def test_denoiser_takes_one_level_for_all_images():
 def test_denoiser_changes_nothing_where_there_is_no_noise():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     denoise = preconditioning.denoiser(record_into([]), preconditioning.EDM())
-    change = [float(jnp.max(jnp.abs(denoise(x, jnp.asarray(sigma)) - x))) for sigma in (1e-3, 1e-4, 1e-30)]
+    change = [
+        float(jnp.max(jnp.abs(denoise(x, jnp.asarray(sigma)) - x))) for sigma in (1e-3, 1e-4, 1e-30)
+    ]
     # |D - x| <= c_out |F| + (1 - c_skip) |x| <= sigma + 4 sigma^2 |x|, to first order sigma.
     assert 0.9e-3 < change[0] < 1.1e-3
     assert 0.9e-4 < change[1] < 1.1e-4
@@ -82,19 +88,27 @@ def test_denoiser_computes_in_the_dtype_of_its_images():
         calls.append((x.dtype, c_noise.dtype))
         return x.astype(jnp.bfloat16)
 
-    out = preconditioning.denoiser(network, preconditioning.EDM())(jnp.ones((2, 4, 4, 1)), jnp.asarray(0.5))
+    out = preconditioning.denoiser(network, preconditioning.EDM())(
+        jnp.ones((2, 4, 4, 1)), jnp.asarray(0.5)
+    )
     assert out.dtype == jnp.float32
     assert calls == [(jnp.float32, jnp.float32)]
     with enable_x64(True):
-        out = preconditioning.denoiser(network, preconditioning.EDM())(jnp.ones((2, 4, 4, 1), jnp.float64), jnp.float32(0.5))
+        out = preconditioning.denoiser(network, preconditioning.EDM())(
+            jnp.ones((2, 4, 4, 1), jnp.float64), jnp.float32(0.5)
+        )
         assert out.dtype == jnp.float64
     assert calls[1] == (jnp.float64, jnp.float64)
 
 
 VP, VE, IDDPM = preconditioning.VP(), preconditioning.VE(), preconditioning.IDDPM()
 LADDER = schedules.iddpm_ladder(1000, c1=0.001, c2=0.008)
-others = pytest.mark.parametrize(("precondition", "sign"), [(VP, 1), (VE, -1), (IDDPM, 1)], ids=["vp", "ve", "iddpm"])
-every_kind = pytest.mark.parametrize("precondition", [preconditioning.EDM(), VP, VE, IDDPM], ids=["edm", "vp", "ve", "iddpm"])
+others = pytest.mark.parametrize(
+    ("precondition", "sign"), [(VP, 1), (VE, -1), (IDDPM, 1)], ids=["vp", "ve", "iddpm"]
+)
+every_kind = pytest.mark.parametrize(
+    "precondition", [preconditioning.EDM(), VP, VE, IDDPM], ids=["edm", "vp", "ve", "iddpm"]
+)
 
 
 @others
@@ -103,20 +117,25 @@ def test_other_networks_tell_the_unit_noise(precondition, sign):
     sigma = jnp.asarray(SIGMAS)
     data, noise = (jax.random.normal(jax.random.key(i), (5, 4, 4, 2)) for i in range(2))
     outputs = jnp.concatenate([sign * noise] * precondition.outputs, axis=-1)
-    out = preconditioning.denoiser(lambda x, c_noise: outputs, precondition)(data + sigma[:, None, None, None] * noise, sigma)
+    out = preconditioning.denoiser(lambda x, c_noise: outputs, precondition)(
+        data + sigma[:, None, None, None] * noise, sigma
+    )
     # Numbers up to 300 in float32.
     chex.assert_trees_all_close(out, data, atol=5e-5)
 
 
 @others
 def test_other_networks_see_what_they_were_trained_on(precondition, sign):
-    """The variance-preserving ones unit variance if the data has it; VE's the data as it is, and the noise upon it."""
+    """The variance-preserving ones unit variance if the data has it; VE's the data as it is, and
+    the noise upon it."""
     rng, n = np.random.default_rng(0), 20_000
     for sigma in SIGMAS:
         data, noise = rng.standard_normal((2, n))
         c_skip, c_out, c_in, _ = (float(c[0]) for c in precondition(jnp.full(1, sigma)))
         expected = 1 if sign > 0 else 1 + sigma**2
-        assert abs(np.var(c_in * (data + sigma * noise)) / expected - 1) < 5 * np.sqrt(2 / n)  # 5 standard errors
+        assert abs(np.var(c_in * (data + sigma * noise)) / expected - 1) < 5 * np.sqrt(
+            2 / n
+        )  # 5 standard errors
         # EDM, table 1
         assert (c_skip, c_out) == (1, -sign * np.float32(sigma))
         assert c_in == pytest.approx(1 / np.sqrt(sigma**2 + 1) if sign > 0 else 1, rel=1e-6)
@@ -125,11 +144,15 @@ def test_other_networks_see_what_they_were_trained_on(precondition, sign):
 def test_vps_noise_label_is_the_number_of_its_step():
     t = np.geomspace(1e-5, 1.0, 50)
     c_noise = VP(schedules.Linear().sigma(jnp.float32(t))).c_noise
-    chex.assert_trees_all_close(np.asarray(c_noise, np.float64), 999 * t, rtol=2e-6)  # as the schedule's round trip
+    chex.assert_trees_all_close(
+        np.asarray(c_noise, np.float64), 999 * t, rtol=2e-6
+    )  # as the schedule's round trip
 
 
 def test_ves_noise_label_is_the_logarithm_of_half_the_level():
-    chex.assert_trees_all_close(np.asarray(VE(jnp.asarray(SIGMAS)).c_noise), np.log(np.float32(SIGMAS) / 2), rtol=1e-6)
+    chex.assert_trees_all_close(
+        np.asarray(VE(jnp.asarray(SIGMAS)).c_noise), np.log(np.float32(SIGMAS) / 2), rtol=1e-6
+    )
 
 
 def test_ranges():
@@ -137,13 +160,18 @@ def test_ranges():
     assert VP.range == pytest.approx((1e-3, np.sqrt(np.exp(10.05) - 1)), rel=1e-3)
     assert VE.range == (0.02, 100.0)
     assert IDDPM.range == (LADDER[-2], LADDER[0])
-    # The least level is that of the first step alone, the greatest that of a noise of variance 1 - c1 at the end.
-    assert IDDPM.range[0] == pytest.approx(np.sqrt(np.cos(np.pi / 2 * 8 / 1008) ** 2 / np.cos(np.pi / 2 * 9 / 1008) ** 2 - 1))
+    # The least level is that of the first step alone, the greatest that of a noise of variance 1 -
+    # c1 at the end.
+    assert IDDPM.range[0] == pytest.approx(
+        np.sqrt(np.cos(np.pi / 2 * 8 / 1008) ** 2 / np.cos(np.pi / 2 * 9 / 1008) ** 2 - 1)
+    )
 
 
 def test_iddpm_rounds_to_the_nearest_level():
     low, high = IDDPM.range
-    sigma = np.float32(np.exp(np.random.default_rng(0).uniform(np.log(low), np.log(2 * high), 500))).astype(np.float64)
+    sigma = np.float32(
+        np.exp(np.random.default_rng(0).uniform(np.log(low), np.log(2 * high), 500))
+    ).astype(np.float64)
     rounded = np.asarray(IDDPM.round(jnp.float32(sigma)), np.float64)
     # Where two are as near as float32 can tell, either will do.
     excess = np.abs(rounded - sigma) - np.min(np.abs(sigma[:, None] - LADDER), axis=1)
@@ -154,7 +182,9 @@ def test_iddpm_rounds_to_the_nearest_level():
 
 def test_iddpms_noise_label_is_the_number_of_the_step_that_it_was_trained_with():
     c_noise = np.asarray(IDDPM(jnp.float32(LADDER[:-1])).c_noise)
-    np.testing.assert_array_equal(c_noise, np.arange(999, -1, -1))  # u_0, the noisiest, is step M - 1
+    np.testing.assert_array_equal(
+        c_noise, np.arange(999, -1, -1)
+    )  # u_0, the noisiest, is step M - 1
     low, high = IDDPM.range
     anywhere = np.asarray(IDDPM(jnp.geomspace(low, high, 300)).c_noise)
     assert anywhere.dtype == np.float32
@@ -172,7 +202,9 @@ def test_rounding_twice_is_rounding_once(precondition):
     sigma = jnp.geomspace(max(low, 1e-3), min(high, 1e3), 200)
     rounded = precondition.round(sigma)
     chex.assert_trees_all_equal(precondition.round(rounded), rounded)
-    if not isinstance(precondition, preconditioning.IDDPM):  # which alone knows a finite number of levels
+    if not isinstance(
+        precondition, preconditioning.IDDPM
+    ):  # which alone knows a finite number of levels
         chex.assert_trees_all_equal(rounded, sigma)
 
 
@@ -180,14 +212,18 @@ def test_of_two_outputs_the_first_is_used():
     x, sigma = jax.random.normal(jax.random.key(0), (3, 4, 2, 2)), jnp.asarray([0.01, 0.5, 20.0])
     both = lambda x, c_noise: jnp.concatenate([jnp.cos(x), jnp.full_like(x, jnp.nan)], axis=-1)  # noqa: E731
     out = preconditioning.denoiser(both, IDDPM)(x, sigma)
-    chex.assert_trees_all_equal(out, preconditioning.denoiser(lambda x, c_noise: jnp.cos(x), IDDPM)(x, sigma))
+    chex.assert_trees_all_equal(
+        out, preconditioning.denoiser(lambda x, c_noise: jnp.cos(x), IDDPM)(x, sigma)
+    )
     chex.assert_shape(out, x.shape)
 
 
 @every_kind
 def test_one_trace(precondition):
     chex.clear_trace_counter()  # the counter knows a function by its source, which all cases share
-    denoise = preconditioning.denoiser(lambda x, c_noise: x * c_noise[:, None, None, None], precondition)
+    denoise = preconditioning.denoiser(
+        lambda x, c_noise: x * c_noise[:, None, None, None], precondition
+    )
     compiled = jax.jit(chex.assert_max_traces(n=1)(denoise))
     for sigma in SIGMAS:
         chex.assert_shape(compiled(jnp.ones((2, 4, 4, 1)), jnp.float32(sigma)), (2, 4, 4, 1))

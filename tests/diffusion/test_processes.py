@@ -11,7 +11,8 @@ import scipy.stats
 
 from rdm_jax.diffusion import blurring, preconditioning, processes, schedules
 
-# Bounds are 5 standard errors: a right process fails a single comparison in 2 million seeds, hundreds of them in thousands.
+# Bounds are 5 standard errors: a right process fails a single comparison in 2 million seeds,
+# hundreds of them in thousands.
 ERRORS = 5
 
 
@@ -24,7 +25,9 @@ def images(shape, seed=0):
 
 
 diffuse = jax.jit(processes.diffuse, static_argnums=0)
-noised_by = jax.jit(lambda process, x, level, noise: process.noised(x, level, noise), static_argnums=0)
+noised_by = jax.jit(
+    lambda process, x, level, noise: process.noised(x, level, noise), static_argnums=0
+)
 
 
 @functools.partial(jax.jit, static_argnames=("process", "shape", "n"))
@@ -33,7 +36,8 @@ def draw_noise(process, shape, n):
 
 
 def mixture_covariance(height, width, block, block_scale):
-    """RELAY's formula: (h w, h w), the identity plus a^2 / s^2 max(0, s - dx) max(0, s - dy) on a torus."""
+    """RELAY's formula: (h w, h w), the identity plus a^2 / s^2 max(0, s - dx) max(0, s - dy) on a
+    torus."""
 
     def overlap(n):
         distance = np.abs(np.arange(n)[:, None] - np.arange(n))
@@ -68,7 +72,9 @@ def test_marginals_of_the_relay_process(patch, height, width, normalize):
     squares = (np.pi * np.arange(patch) / patch) ** 2
     weights = (1 - 1e-3) * np.exp(-(squares[:, None] + squares) * blur_sigma**2 / 2) + 1e-3
     mean = blurred_by_hand(np.asarray(x[0, :, :, 0], np.float64), weights).ravel()
-    covariance = sigma**2 * mixture_covariance(height, width, patch, 0.8) / (1.64 if normalize else 1)
+    covariance = (
+        sigma**2 * mixture_covariance(height, width, patch, 0.8) / (1.64 if normalize else 1)
+    )
 
     samples = np.asarray(noised.images, np.float64).reshape(n, -1)
     variance = np.diag(covariance)
@@ -100,7 +106,9 @@ def test_variance_of_the_noise(settings, variance):
 
 def test_block_size_zero_means_the_patch():
     white, block_white = images((2, 8, 8, 1)), images((2, 8, 8, 1), seed=1)
-    mixture = lambda **settings: processes.Relay(block_scale=0.5, **settings).mixture(white, block_white)  # noqa: E731
+    mixture = lambda **settings: processes.Relay(block_scale=0.5, **settings).mixture(
+        white, block_white
+    )  # noqa: E731
     by_hand = white + 0.5 * blurring.block_noise(block_white, block=2)
     chex.assert_trees_all_close(mixture(patch=2), by_hand, atol=1e-6)
     chex.assert_trees_all_close(mixture(patch=4, block_size=2), by_hand, atol=1e-6)
@@ -111,10 +119,12 @@ def test_white_and_block_noise_are_drawn_apart():
     process = processes.Relay(block_scale=100.0)
     n = 2000
     with_block, white = (
-        np.asarray(draw_noise(p, (4, 4, 1), n)) for p in (process, dataclasses.replace(process, block_scale=1e-9))
+        np.asarray(draw_noise(p, (4, 4, 1), n))
+        for p in (process, dataclasses.replace(process, block_scale=1e-9))
     )
     block = (with_block - white) / 100
-    # Were e' = e, block noise would have a covariance of 1/4 with each of the white pixels that it sums.
+    # Were e' = e, block noise would have a covariance of 1/4 with each of the white pixels that it
+    # sums.
     products = (block * white).mean((1, 2, 3))
     assert abs(products.mean()) < ERRORS * products.std() / np.sqrt(n)
 
@@ -126,7 +136,8 @@ def test_gaussian_levels_are_lognormal():
     z = (np.log(np.asarray(sigma, np.float64)) + 0.4) / 1.7
     assert abs(z.mean()) < ERRORS / np.sqrt(n)
     assert abs(z.std() - 1) < ERRORS / np.sqrt(2 * n)
-    # Kolmogorov's distance of n right draws exceeds 2.6 / sqrt(n) once in 370,000 seeds (2 exp(-2 2.6^2)).
+    # Kolmogorov's distance of n right draws exceeds 2.6 / sqrt(n) once in 370,000 seeds (2 exp(-2
+    # 2.6^2)).
     assert scipy.stats.kstest(z, "norm").statistic < 2.6 / np.sqrt(n)
 
 
@@ -134,21 +145,29 @@ def test_marginals_of_the_gaussian_process():
     n = 10_000
     x = images((1, 2, 3, 2))
     noised = diffuse(processes.Gaussian(), jnp.broadcast_to(x, (n, 2, 3, 2)), keys(n))
-    noise = np.asarray((noised.images - x) / noised.sigma[:, None, None, None], np.float64).reshape(n, -1)
+    noise = np.asarray((noised.images - x) / noised.sigma[:, None, None, None], np.float64).reshape(
+        n, -1
+    )
     assert np.all(np.abs(noise.mean(0)) < ERRORS / np.sqrt(n))
     assert np.all(np.abs(np.cov(noise.T) - np.eye(12)) < ERRORS * np.sqrt((1 + np.eye(12)) / n))
     # Nor may the noise tell the level: they come from one key.
     level = np.log(np.asarray(noised.sigma, np.float64))
-    assert np.all(np.abs([np.corrcoef(level, noise[:, i])[0, 1] for i in range(12)]) < ERRORS / np.sqrt(n))
+    assert np.all(
+        np.abs([np.corrcoef(level, noise[:, i])[0, 1] for i in range(12)]) < ERRORS / np.sqrt(n)
+    )
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 0.3])
 def test_times_of_the_vp_process_are_uniform(epsilon):
     n = 10_000
-    sigma = np.asarray(diffuse(processes.VP(epsilon=epsilon), jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64)
+    sigma = np.asarray(
+        diffuse(processes.VP(epsilon=epsilon), jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64
+    )
     log = np.log1p(sigma**2)  # beta_d t^2 / 2 + beta_min t
     t = (np.sqrt(0.1**2 + 2 * 19.9 * log) - 0.1) / 19.9
-    assert scipy.stats.kstest(t, scipy.stats.uniform(epsilon, 1 - epsilon).cdf).statistic < 2.6 / np.sqrt(n)  # as above
+    assert scipy.stats.kstest(
+        t, scipy.stats.uniform(epsilon, 1 - epsilon).cdf
+    ).statistic < 2.6 / np.sqrt(n)  # as above
     assert epsilon * (1 - 1e-5) < t.min() and t.max() < 1 + 1e-5
 
 
@@ -157,7 +176,9 @@ def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
     n = 10_000
     process = processes.VE(sigma_min=sigma_min, sigma_max=sigma_max)
     sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64)
-    assert scipy.stats.kstest(sigma, scipy.stats.loguniform(sigma_min, sigma_max).cdf).statistic < 2.6 / np.sqrt(n)  # as above
+    assert scipy.stats.kstest(
+        sigma, scipy.stats.loguniform(sigma_min, sigma_max).cdf
+    ).statistic < 2.6 / np.sqrt(n)  # as above
     assert sigma_min * (1 - 1e-5) < sigma.min() and sigma.max() < sigma_max * (1 + 1e-5)
 
 
@@ -167,17 +188,27 @@ def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
     ids=["vp", "ve"],
 )
 def test_other_processes_noise_to_the_ends_of_what_their_networks_know(process, precondition):
-    level, x, noise = jnp.asarray([0.0, 0.3, 1.0]), images((3, 2, 3, 2)), images((3, 2, 3, 2), seed=1)
+    level, x, noise = (
+        jnp.asarray([0.0, 0.3, 1.0]),
+        images((3, 2, 3, 2)),
+        images((3, 2, 3, 2), seed=1),
+    )
     noised = noised_by(process, x, level, noise)
     sigma = np.asarray(noised.sigma, np.float64)
-    # VP rounds 1 + sigma^2 to float32, as the original does: by up to 6e-8, which is 6 % of the least sigma^2, 1e-6; and
-    # 1 - (1 - epsilon) keeps epsilon = 1e-5 to 0.6 % of itself.
+    # VP rounds 1 + sigma^2 to float32, as the original does: by up to 6e-8, which is 6 % of the
+    # least sigma^2, 1e-6; and 1 - (1 - epsilon) keeps epsilon = 1e-5 to 0.6 % of itself.
     assert sorted(sigma[[0, 2]]) == pytest.approx(precondition.range, rel=3.5e-2)
-    expected = np.asarray(x, np.float64) + sigma[:, None, None, None] * np.asarray(noise, np.float64)
-    chex.assert_trees_all_close(np.asarray(noised.images, np.float64), expected, rtol=1e-6, atol=1e-6)
+    expected = np.asarray(x, np.float64) + sigma[:, None, None, None] * np.asarray(
+        noise, np.float64
+    )
+    chex.assert_trees_all_close(
+        np.asarray(noised.images, np.float64), expected, rtol=1e-6, atol=1e-6
+    )
     # 1 / sigma^2: an error of the unit noise counts the same at every level.
     chex.assert_trees_all_close(np.asarray(noised.weight, np.float64), 1 / sigma**2, rtol=1e-6)
-    chex.assert_trees_all_close(noised.weight * precondition(noised.sigma).c_out ** 2, jnp.ones(3), rtol=1e-6)
+    chex.assert_trees_all_close(
+        noised.weight * precondition(noised.sigma).c_out ** 2, jnp.ones(3), rtol=1e-6
+    )
 
 
 def test_relay_levels_fill_the_clock():
@@ -190,15 +221,21 @@ def test_relay_levels_fill_the_clock():
     assert abs(at_floor.mean() - bound) < ERRORS * np.sqrt(bound * (1 - bound) / n)
     uniform = scipy.stats.uniform(bound, 1 - bound)
     above = t[~at_floor]
-    assert scipy.stats.kstest(above, uniform.cdf).statistic < 2.6 / np.sqrt(len(above))  # as for the Gaussian's levels
+    assert scipy.stats.kstest(above, uniform.cdf).statistic < 2.6 / np.sqrt(
+        len(above)
+    )  # as for the Gaussian's levels
     assert sigma.max() < np.exp(-1.2 + 1.2 * scipy.stats.norm.ppf(0.93))
 
 
 @pytest.mark.parametrize("sigma_floor", [0.0075, 0.05])
 def test_an_exact_floor_is_the_lowest_level(sigma_floor):
     process = processes.Relay(patch=2, sigma_floor=sigma_floor, exact_floor=True)
-    noised = noised_by(process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-5, 0.5]), jnp.zeros((3, 2, 2, 1)))
-    chex.assert_trees_all_close(noised.sigma[:2], jnp.full(2, sigma_floor), rtol=1e-5)  # as the clock's round trip
+    noised = noised_by(
+        process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-5, 0.5]), jnp.zeros((3, 2, 2, 1))
+    )
+    chex.assert_trees_all_close(
+        noised.sigma[:2], jnp.full(2, sigma_floor), rtol=1e-5
+    )  # as the clock's round trip
     assert noised.sigma[2] > 0.2
 
 
@@ -214,24 +251,39 @@ def test_the_published_floor_lies_lower_by_the_clocks_length_twice(length):
 
 def test_the_weight_is_capped():
     process = processes.Relay(patch=2, sigma_floor=1e-4, max_weight=1e5, exact_floor=True)
-    noised = noised_by(process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-4, 0.5]), jnp.zeros((3, 2, 2, 1)))
+    noised = noised_by(
+        process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-4, 0.5]), jnp.zeros((3, 2, 2, 1))
+    )
     sigma = np.asarray(noised.sigma, np.float64)
     expected = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
     assert expected[0] > 1e6 and expected[2] < 1e3
-    chex.assert_trees_all_close(np.asarray(noised.weight, np.float64), np.minimum(expected, 1e5), rtol=1e-6)
+    chex.assert_trees_all_close(
+        np.asarray(noised.weight, np.float64), np.minimum(expected, 1e5), rtol=1e-6
+    )
 
 
 def test_the_weight_undoes_the_scale_of_the_output():
     process = processes.Gaussian(sigma_data=0.3)
     noised = noised_by(
-        process, jnp.zeros((7, 2, 2, 1)), jnp.asarray(np.linspace(-3, 3, 7, dtype=np.float32)), jnp.zeros((7, 2, 2, 1))
+        process,
+        jnp.zeros((7, 2, 2, 1)),
+        jnp.asarray(np.linspace(-3, 3, 7, dtype=np.float32)),
+        jnp.zeros((7, 2, 2, 1)),
     )
     c_out = preconditioning.EDM(sigma_data=0.3)(noised.sigma).c_out
     chex.assert_trees_all_close(noised.weight * c_out**2, jnp.ones(7), rtol=1e-6)
 
 
-PROCESSES = (processes.Gaussian(), processes.VP(), processes.VE(), processes.Relay(patch=3), processes.Cascade(patch=3))
-every_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: type(process).__name__)
+PROCESSES = (
+    processes.Gaussian(),
+    processes.VP(),
+    processes.VE(),
+    processes.Relay(patch=3),
+    processes.Cascade(patch=3),
+)
+every_process = pytest.mark.parametrize(
+    "process", PROCESSES, ids=lambda process: type(process).__name__
+)
 
 
 @every_process
@@ -241,7 +293,9 @@ def test_an_images_noise_does_not_depend_on_its_batch(process):
     order = np.asarray([3, 0, 5])
     some = diffuse(process, x[order], key[order])
     # Whole batches may round differently from parts of them, by an ulp.
-    chex.assert_trees_all_close(some, jax.tree.map(lambda a: a[order], together), rtol=1e-6, atol=1e-6)
+    chex.assert_trees_all_close(
+        some, jax.tree.map(lambda a: a[order], together), rtol=1e-6, atol=1e-6
+    )
     assert len(np.unique(together.sigma)) == 6
     again = diffuse(process, x, keys(6, seed=1))
     assert not np.any(np.isclose(again.sigma, together.sigma))
@@ -252,13 +306,17 @@ def test_the_relay_process_ends_at_the_enlarged_image():
     x, noise = images((2, 6, 9, 3)), images((2, 6, 9, 3), seed=1)
     noised = noised_by(process, x, jnp.ones(2), noise)
     means = blurring.enlarge(blurring.mean_pool(x, factor=3), factor=3)
-    chex.assert_trees_all_close(noised.images, means + noised.sigma[:, None, None, None] * noise, atol=2e-6)  # a DCT's rounding
+    chex.assert_trees_all_close(
+        noised.images, means + noised.sigma[:, None, None, None] * noise, atol=2e-6
+    )  # a DCT's rounding
 
 
 @every_process
 def test_one_trace(process):
     chex.clear_trace_counter()  # the counter knows a function by its source, which all cases share
-    compiled = jax.jit(chex.assert_max_traces(n=1)(lambda x, keys: processes.diffuse(process, x, keys)))
+    compiled = jax.jit(
+        chex.assert_max_traces(n=1)(lambda x, keys: processes.diffuse(process, x, keys))
+    )
     for seed in range(3):
         noised = compiled(images((4, 6, 3, 2), seed), keys(4, seed))
         chex.assert_shape(noised[:3], [(4, 6, 3, 2), (4,), (4,)])
@@ -270,14 +328,23 @@ def test_a_cascade_is_given_the_small_image_under_noise_of_a_level_that_it_is_to
     noised = jax.jit(lambda x, keys: processes.diffuse(process, x, keys))(x, keys(3000))
     chex.assert_shape(noised.given, (3000, 4, 4, 3))
     level = noised.given[:, 0, 0, -1]
-    chex.assert_trees_all_equal(noised.given[..., -1], jnp.broadcast_to(level[:, None, None], (3000, 4, 4)))
+    chex.assert_trees_all_equal(
+        noised.given[..., -1], jnp.broadcast_to(level[:, None, None], (3000, 4, 4))
+    )
     for cell in (noised.given[:, ::2, ::2], noised.given[:, 1::2, 1::2]):  # every cell is constant
         chex.assert_trees_all_equal(cell, noised.given[:, ::2, 1::2])
     assert scipy.stats.kstest(level / 0.4, "uniform").pvalue > 1e-3
-    noise = (noised.given[:, ::2, ::2, :2] - blurring.mean_pool(x, factor=2)) / level[:, None, None, None]
+    noise = (noised.given[:, ::2, ::2, :2] - blurring.mean_pool(x, factor=2)) / level[
+        :, None, None, None
+    ]
     assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
     assert (
-        abs(np.corrcoef(noise.ravel(), ((noised.images - x) / noised.sigma[:, None, None, None])[:, ::2, ::2].ravel())[0, 1])
+        abs(
+            np.corrcoef(
+                noise.ravel(),
+                ((noised.images - x) / noised.sigma[:, None, None, None])[:, ::2, ::2].ravel(),
+            )[0, 1]
+        )
         < 0.03
     )
     alike = jax.jit(lambda x, keys: processes.diffuse(processes.Gaussian(), x, keys))(x, keys(3000))

@@ -11,7 +11,7 @@ import scipy.fft
 
 from rdm_jax.diffusion import blurring, schedules
 from rdm_jax.diffusion.samplers import Levels, RelayHeun, relay_update, walk
-from tests.diffusion.gaussian_targets import (
+from tests.support.gaussian_targets import (
     SHAPE,
     concrete_levels,
     falls,
@@ -29,9 +29,10 @@ from tests.diffusion.gaussian_targets import (
 )
 
 
-# The published corrector averages (u - u0) / sigma. That is the flow's noise only where nothing is blurred (D = 1): in patch
-# means, or without blur. In blurred coefficients it converges to the same flow, but at first order. With images u0 averaged,
-# d(u / sigma) = u0 d(D / sigma), the flow, is integrated by the trapezoidal rule.
+# The published corrector averages (u - u0) / sigma. That is the flow's noise only where nothing is
+# blurred (D = 1): in patch means, or without blur. In blurred coefficients it converges to the same
+# flow, but at first order. With images u0 averaged, d(u / sigma) = u0 d(D / sigma), the flow, is
+# integrated by the trapezoidal rule.
 @pytest.mark.parametrize(
     ("settings", "blur_sigma_max", "patch", "of_means", "of_the_rest"),
     [
@@ -48,7 +49,10 @@ def test_order_of_the_relay_sampler(x64, settings, blur_sigma_max, patch, of_mea
     target, basis = relay_target(relay_process(blur_sigma_max, patch)), patch_dct_matrix(patch)
     x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
     ladder = [relay(steps, **settings) for steps in (64, 128)]
-    errors = [np.abs(basis @ (out - flow(target, basis, x, sigma))) for out, sigma in integrate(ladder, target, x)]
+    errors = [
+        np.abs(basis @ (out - flow(target, basis, x, sigma)))
+        for out, sigma in integrate(ladder, target, x)
+    ]
     # Halving the step divides the error by 2 or 4, but for the next term of its series.
     mean = is_mean(patch)
     largest = lambda which: np.asarray([e[which].max() for e in errors])  # noqa: E731
@@ -60,19 +64,27 @@ def test_the_corrector_pays_in_blurred_coefficients_too(x64):
     target, basis = relay_target(relay_process(patch=4)), patch_dct_matrix(4)
     x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
     error = lambda out, sigma: np.abs(basis @ (out - flow(target, basis, x, sigma)))  # noqa: E731
-    plain, corrected = (error(*next(integrate([relay(64, order=order)], target, x))) for order in (1, 2))
+    plain, corrected = (
+        error(*next(integrate([relay(64, order=order)], target, x))) for order in (1, 2)
+    )
     assert corrected.max() < plain.max() / 2
 
 
 @pytest.mark.parametrize(("eta", "order"), [(0.0, 2), (0.2, 1), (0.2, 2), (0.5, 2)])
 def test_marginals_of_the_relay_become_exact(x64, eta, order):
-    """Under coloured noise too, and with eta^2, the fresh variance of a step, in proportion to the step.
+    """Under coloured noise too, and with eta^2, the fresh variance of a step, in proportion to the
+    step.
 
     `eta` is the sampler's at 64 steps; the limit is an SDE that keeps the marginals.
     """
     target = relay_target(relay_process(block_scale=0.5))
-    errors = [marginal_error(relay(steps, eta=eta * (64 / steps) ** 0.5, order=order), target) for steps in (64, 128)]
-    chex.assert_trees_all_close(falls(errors), np.full(1, 2.0), rtol=0.05)  # first order, but for the series' next term
+    errors = [
+        marginal_error(relay(steps, eta=eta * (64 / steps) ** 0.5, order=order), target)
+        for steps in (64, 128)
+    ]
+    chex.assert_trees_all_close(
+        falls(errors), np.full(1, 2.0), rtol=0.05
+    )  # first order, but for the series' next term
     assert errors[-1] < 0.1
 
 
@@ -85,10 +97,12 @@ def test_marginals_of_a_single_image_are_exact_at_any_eta(x64, eta):
 
 @pytest.mark.parametrize("eta", [0.2, 0.5])
 def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
-    """More steps alone do not end it: a step adds eta^2 sigma^2 and its mean u0_hat, not a draw of u0, takes too much away.
+    """More steps alone do not end it: a step adds eta^2 sigma^2 and its mean u0_hat, not a draw of
+    u0, takes too much away.
 
-    A coefficient without blur that takes many steps at one sigma settles at (S + sigma^2) (1 - c / 2 + c b) but for O(c^2),
-    where c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2) lies in (0, 1): never further off than c / 2.
+    A coefficient without blur that takes many steps at one sigma settles at (S + sigma^2) (1 - c /
+    2 + c b) but for O(c^2), where c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2) lies in
+    (0, 1): never further off than c / 2.
     """
     target = relay_target(relay_process(blur_sigma_max=0.0))
     errors = [marginal_error(relay(steps, eta=eta), target) for steps in (64, 128)]
@@ -98,20 +112,28 @@ def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
 @pytest.mark.parametrize("corrector", ["slopes", "images"])
 @pytest.mark.parametrize("exact_start", [False, True])
 def test_a_single_image_from_its_means(x64, corrector, exact_start):
-    """The enlarged image has none of the detail that the process has left where the relay joins: an exact start knows."""
+    """The enlarged image has none of the detail that the process has left where the relay joins: an
+    exact start knows."""
     target = relay_target(relay_process(), variance=0.0)
     sampler = relay(5, eta=0.2, corrector=corrector, exact_start=exact_start)
     levels, image = sampler.levels(target.process), jnp.asarray(target.mean.reshape(SHAPE))
     low, silent = blurring.mean_pool(image, factor=target.process.patch), lambda k: jnp.zeros(SHAPE)
     assert jnp.abs(blurring.enlarge(low, factor=target.process.patch) - image).max() > 0.1
     step = lambda x, i, level, to: sampler.step(lambda x, sigma: image, x, i, level, to, silent)  # noqa: E731
-    out = walk(step, lambda x, i, level: x, sampler.start(low, rungs(levels)[0], silent), levels, scan=False)
+    out = walk(
+        step,
+        lambda x, i, level: x,
+        sampler.start(low, rungs(levels)[0], silent),
+        levels,
+        scan=False,
+    )
     error = float(jnp.abs(out.ravel() - target.marginal(levels.sigma[-1])[0]).max())
     assert (error < 1e-10) == (corrector == "images" and exact_start), error  # float64
 
 
 def test_the_corrector_must_draw_fresh_noise(x64):
-    """With ImageNet's published sampler, on images of EDM's sigma_data: the standard deviation of the patch means."""
+    """With ImageNet's published sampler, on images of EDM's sigma_data: the standard deviation of
+    the patch means."""
     target = relay_target(relay_process(patch=4), variance=0.25)
     sampler = RelayHeun(steps=200, rho=100.0, truncation_sigma=0.9, eta=0.2)
     mean = patch_dct_matrix(4)[is_mean(4)]
@@ -143,14 +165,21 @@ def test_the_relay_starts_where_the_process_ends():
     sampler = relay(5)
     level = rungs(concrete_levels(sampler, process))[0]
     x, noise = images((2, 4, 6, 3)), images((2, 4, 6, 3), seed=1)
-    noised = jax.jit(lambda sigma: process.noised(x, process.clock.time(sigma), noise))(jnp.asarray(np.repeat(level.sigma, 2)))
+    noised = jax.jit(lambda sigma: process.noised(x, process.clock.time(sigma), noise))(
+        jnp.asarray(np.repeat(level.sigma, 2))
+    )
     start = sampler.start(blurring.mean_pool(x, factor=2), level, lambda k: noise)
-    chex.assert_trees_all_close(start, noised.images, atol=1e-5)  # the clock's round trip in float32
+    chex.assert_trees_all_close(
+        start, noised.images, atol=1e-5
+    )  # the clock's round trip in float32
 
 
 @pytest.mark.parametrize("truncation_time", [0.0, 1.05])
 def test_levels_of_the_relay_are_blurred_by_its_clock_in_sampling(truncation_time):
-    process, sampler = relay_process(), dataclasses.replace(relay(5), truncation_time=truncation_time)
+    process, sampler = (
+        relay_process(),
+        dataclasses.replace(relay(5), truncation_time=truncation_time),
+    )
     levels = sampler.levels(process)
     chex.assert_shape(levels, [(6,), (6, 2, 2)])
     clock = schedules.Clock(length=truncation_time or process.clock.length)
@@ -175,6 +204,8 @@ def test_the_update_of_a_patch_is_the_same_in_pixels(x64, patch, eta):
     chex.assert_trees_all_close(np.asarray(out).ravel(), expected, atol=1e-12)
     # and after
     slope = rng.standard_normal((patch, patch))
-    expected = in_pixels(d2 + g * (1 - d1)) @ x.ravel() + 0.8 * in_pixels(g * d1 - d2) @ slope.ravel()
+    expected = (
+        in_pixels(d2 + g * (1 - d1)) @ x.ravel() + 0.8 * in_pixels(g * d1 - d2) @ slope.ravel()
+    )
     out = update(jnp.asarray(x), jnp.asarray(x) - 0.8 * slope)
     chex.assert_trees_all_close(np.asarray(out).ravel(), expected, atol=1e-12)

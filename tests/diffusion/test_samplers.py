@@ -1,4 +1,5 @@
-"""What holds for every sampler; each one's own mathematics is in test_edm_sampler.py and test_relay_sampler.py."""
+"""What holds for every sampler; each one's own mathematics is in test_edm_sampler.py and
+test_relay_sampler.py."""
 
 import dataclasses
 
@@ -10,7 +11,7 @@ import pytest
 
 from rdm_jax.diffusion import processes
 from rdm_jax.diffusion.samplers import Heun, walk
-from tests.diffusion.gaussian_targets import (
+from tests.support.gaussian_targets import (
     PIXELS,
     SHAPE,
     SIZE,
@@ -29,16 +30,27 @@ from tests.diffusion.gaussian_targets import (
 
 @pytest.mark.parametrize(
     "sampler",
-    [Heun(steps=6, sigma_min=0.2, sigma_max=3.0, churn=4.0, eta=0.5), relay(5, eta=0.5, order=1), relay(5, eta=0.5, order=2)],
+    [
+        Heun(steps=6, sigma_min=0.2, sigma_max=3.0, churn=4.0, eta=0.5),
+        relay(5, eta=0.5, order=1),
+        relay(5, eta=0.5, order=2),
+    ],
     ids=["heun", "relay-1", "relay-2"],
 )
 def test_samples_are_distributed_as_propagated(x64, sampler):
-    """Drawn from its own noises, a batch has the moments that independent noises of the process would give it."""
-    target = gaussian_target() if isinstance(sampler, Heun) else relay_target(relay_process(block_scale=0.5))
+    """Drawn from its own noises, a batch has the moments that independent noises of the process
+    would give it."""
+    target = (
+        gaussian_target()
+        if isinstance(sampler, Heun)
+        else relay_target(relay_process(block_scale=0.5))
+    )
     draws, levels = 10_000, concrete_levels(sampler, target.process)
     mean, covariance, _ = propagate(sampler, target)
     first = map(np.asarray, target.marginal(levels.sigma[0]))
-    x = jnp.asarray(np.random.default_rng(0).multivariate_normal(*first, size=draws).reshape(-1, SIZE, SIZE, 1))
+    x = jnp.asarray(
+        np.random.default_rng(0).multivariate_normal(*first, size=draws).reshape(-1, SIZE, SIZE, 1)
+    )
 
     @jax.jit
     def noise(k):
@@ -46,7 +58,9 @@ def test_samples_are_distributed_as_propagated(x64, sampler):
         return jax.vmap(lambda key: target.process.draw_noise(key, SHAPE[1:]))(keys)
 
     step = jax.jit(lambda x, i, level, to: sampler.step(target.denoise, x, i, level, to, noise))
-    out = np.asarray(walk(step, lambda x, i, level: x, x, levels, scan=False)).reshape(draws, PIXELS)
+    out = np.asarray(walk(step, lambda x, i, level: x, x, levels, scan=False)).reshape(
+        draws, PIXELS
+    )
     variance = np.diag(covariance)
     # 5 standard errors of a mean and of a covariance: once in 10,000 seeds for all 152 of them.
     assert np.all(np.abs(out.mean(0) - mean) < 5 * np.sqrt(variance / draws))
@@ -80,16 +94,29 @@ def run(sampler, *, scan, denoise=shrink, noise=draw):
 
 @every_sampler
 def test_scan_is_the_loop(sampler):
-    chex.assert_trees_all_close(run(sampler, scan=True), run(sampler, scan=False), atol=1e-5)  # float32 in another order
+    chex.assert_trees_all_close(
+        run(sampler, scan=True), run(sampler, scan=False), atol=1e-5
+    )  # float32 in another order
 
 
 @pytest.mark.parametrize(
     ("name", "evaluations"),
-    [("heun", 11), ("euler", 6), ("heun-churn", 11), ("heun-eta", 11), ("relay-1", 6), ("relay-2", 11)],
+    [
+        ("heun", 11),
+        ("euler", 6),
+        ("heun-churn", 11),
+        ("heun-eta", 11),
+        ("relay-1", 6),
+        ("relay-2", 11),
+    ],
 )
 def test_evaluations_and_levels(name, evaluations):
-    """N levels take 2 N - 1 evaluations, or N at first order: at both ends of every step, and at the last level."""
-    calls, sampler = [], dataclasses.replace(SAMPLERS[name], **({"churn_max": 0.0} if name == "heun-churn" else {}))
+    """N levels take 2 N - 1 evaluations, or N at first order: at both ends of every step, and at
+    the last level."""
+    calls, sampler = (
+        [],
+        dataclasses.replace(SAMPLERS[name], **({"churn_max": 0.0} if name == "heun-churn" else {})),
+    )
 
     def denoise(x, sigma):
         calls.append(float(sigma))
@@ -118,20 +145,26 @@ def test_no_noise_is_used_twice(sampler):
 def test_the_last_step_returns_the_denoised_image(sampler):
     x, level = draw(7), rungs(concrete_levels(sampler, process_of(sampler)))[-1]
     still = dataclasses.replace(sampler, **({"churn": 0.0} if isinstance(sampler, Heun) else {}))
-    chex.assert_trees_all_equal(still.finish(shrink, x, jnp.int32(5), level, draw), shrink(x, level.sigma))
+    chex.assert_trees_all_equal(
+        still.finish(shrink, x, jnp.int32(5), level, draw), shrink(x, level.sigma)
+    )
 
 
 @every_sampler
 def test_one_trace_of_the_step(sampler):
     chex.clear_trace_counter()  # the counter knows a function by its source, which all cases share
     levels = sampler.levels(process_of(sampler))
-    once = chex.assert_max_traces(n=1)(lambda x, i, level, to: sampler.step(shrink, x, i, level, to, draw))
+    once = chex.assert_max_traces(n=1)(
+        lambda x, i, level, to: sampler.step(shrink, x, i, level, to, draw)
+    )
     out = walk(jax.jit(once), lambda x, i, level: x, draw(0), levels, scan=False)
     chex.assert_shape(out, SHAPE)
     chex.assert_tree_all_finite(out)
 
 
-@pytest.mark.parametrize("sampler", [SAMPLERS["heun-churn"], SAMPLERS["relay-2"]], ids=["heun", "relay"])
+@pytest.mark.parametrize(
+    "sampler", [SAMPLERS["heun-churn"], SAMPLERS["relay-2"]], ids=["heun", "relay"]
+)
 def test_an_image_does_not_depend_on_its_batch(sampler):
     levels, shape = concrete_levels(sampler, process_of(sampler)), (5, 8, 4, 2)
     x, noises = images(shape), images((16, *shape), seed=1)
@@ -143,4 +176,6 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
 
     some = np.asarray([4, 1])
     alone = sample(jnp.asarray(np.asarray(x)[some]), jnp.asarray(np.asarray(noises)[:, some]))
-    chex.assert_trees_all_close(np.asarray(alone), np.asarray(sample(x, noises))[some], atol=1e-5)  # float32
+    chex.assert_trees_all_close(
+        np.asarray(alone), np.asarray(sample(x, noises))[some], atol=1e-5
+    )  # float32

@@ -7,9 +7,10 @@ import scipy.integrate
 import scipy.stats
 
 from rdm_jax.diffusion import schedules
-from tests.precision import enable_x64
+from tests.support.precision import enable_x64
 
-# ImageNet; CelebA-HQ in training; CelebA-HQ in sampling, whose clock would end beyond every sigma: t L < 1 only up to 0.952.
+# ImageNet; CelebA-HQ in training; CelebA-HQ in sampling, whose clock would end beyond every sigma:
+# t L < 1 only up to 0.952.
 CLOCKS = {
     "imagenet": (schedules.Clock(length=0.93, blur_sigma_max=3.0), 1.0),
     "celeba": (schedules.Clock(length=0.89, blur_sigma_max=2.0), 1.0),
@@ -18,7 +19,8 @@ CLOCKS = {
 clocks = pytest.mark.parametrize(("clock", "end"), CLOCKS.values(), ids=CLOCKS.keys())
 sigma_of = jax.jit(lambda clock, t: clock.sigma(t), static_argnums=0)
 time_of = jax.jit(lambda clock, sigma: clock.time(sigma), static_argnums=0)
-# Phi and its inverse in float32: relative errors of 6e-8, times 20 where the clock's distribution is thinnest.
+# Phi and its inverse in float32: relative errors of 6e-8, times 20 where the clock's distribution
+# is thinnest.
 FLOAT32 = 1e-5
 
 
@@ -46,7 +48,9 @@ def test_the_clock_is_a_lognormal_distribution(clock, end):
     sigma = np.geomspace(0.008, float(sigma_of(clock, jnp.asarray(end))), 50)
     share = scipy.stats.lognorm(s=1.2, scale=np.exp(-1.2)).cdf(sigma) / clock.length
     chex.assert_trees_all_close(
-        np.asarray(time_of(clock, jnp.asarray(sigma, jnp.float32))), share.astype(np.float32), rtol=FLOAT32
+        np.asarray(time_of(clock, jnp.asarray(sigma, jnp.float32))),
+        share.astype(np.float32),
+        rtol=FLOAT32,
     )
 
 
@@ -59,16 +63,22 @@ def test_noise_and_blur_rise_with_time(clock, end):
 
 @pytest.mark.parametrize(("name", "sigma"), [("imagenet", 1.770), ("celeba", 1.312)])
 def test_published_ends_of_the_clock(name, sigma):
-    assert float(sigma_of(CLOCKS[name][0], jnp.asarray(1.0))) == pytest.approx(sigma, abs=5e-4)  # published to three places
+    assert float(sigma_of(CLOCKS[name][0], jnp.asarray(1.0))) == pytest.approx(
+        sigma, abs=5e-4
+    )  # published to three places
 
 
 @clocks
 def test_blur_begins_at_nothing_and_ends_at_its_maximum(clock, end):
     blur = clock.blur_sigma(jnp.asarray([0.0, 0.5, 1.0]))
-    chex.assert_trees_all_close(blur, clock.blur_sigma_max * jnp.asarray([0.0, 0.5, 1.0]), rtol=1e-6)
+    chex.assert_trees_all_close(
+        blur, clock.blur_sigma_max * jnp.asarray([0.0, 0.5, 1.0]), rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize(("length", "blur_sigma_max", "left"), [(0.93, 3.0, 0.06), (0.89, 2.0, 0.29)])
+@pytest.mark.parametrize(
+    ("length", "blur_sigma_max", "left"), [(0.93, 3.0, 0.06), (0.89, 2.0, 0.29)]
+)
 def test_what_the_published_clocks_leave_of_the_slowest_wave(length, blur_sigma_max, left):
     clock = schedules.Clock(length, blur_sigma_max)
     weight = np.exp(-((np.pi / 4) ** 2) * float(clock.blur_sigma(jnp.asarray(1.0))) ** 2 / 2)
@@ -84,24 +94,37 @@ linear = pytest.mark.parametrize("schedule", LINEAR, ids=["published", "other"])
 def test_the_linear_schedule_integrates_a_rising_beta(schedule):
     t = np.geomspace(1e-5, 1.0, 12)
     beta = lambda t: schedule.beta_min + schedule.beta_d * t  # noqa: E731
-    log = np.asarray([scipy.integrate.quad(beta, 0, end)[0] for end in t])  # of 1 / alphabar = 1 + sigma^2
+    log = np.asarray(
+        [scipy.integrate.quad(beta, 0, end)[0] for end in t]
+    )  # of 1 / alphabar = 1 + sigma^2
     with enable_x64(True):
-        chex.assert_trees_all_close(np.asarray(sigma_of(schedule, jnp.asarray(t))), np.sqrt(np.expm1(log)), rtol=1e-10)
+        chex.assert_trees_all_close(
+            np.asarray(sigma_of(schedule, jnp.asarray(t))), np.sqrt(np.expm1(log)), rtol=1e-10
+        )
     # An exponent of up to 10 is known to 6e-7 in float32.
-    chex.assert_trees_all_close(np.asarray(sigma_of(schedule, jnp.float32(t)), np.float64), np.sqrt(np.expm1(log)), rtol=2e-6)
+    chex.assert_trees_all_close(
+        np.asarray(sigma_of(schedule, jnp.float32(t)), np.float64),
+        np.sqrt(np.expm1(log)),
+        rtol=2e-6,
+    )
 
 
 @linear
 def test_round_trips_of_the_linear_schedule(schedule):
     times = np.geomspace(1e-5, 1.0, 200)
-    for x64, tolerance in ((False, 1e-6), (True, 1e-12)):  # a few roundings: the inverse cancels nothing at small times either
+    for x64, tolerance in (
+        (False, 1e-6),
+        (True, 1e-12),
+    ):  # a few roundings: the inverse cancels nothing at small times either
         with enable_x64(x64):
             t = jnp.asarray(times)
             sigma = sigma_of(schedule, t)
             assert t.dtype == sigma.dtype == (jnp.float64 if x64 else jnp.float32)
             assert np.all(np.diff(sigma) > 0)
             chex.assert_trees_all_close(time_of(schedule, sigma), t, rtol=tolerance)
-            chex.assert_trees_all_close(sigma_of(schedule, time_of(schedule, sigma)), sigma, rtol=10 * tolerance)  # exp(10)
+            chex.assert_trees_all_close(
+                sigma_of(schedule, time_of(schedule, sigma)), sigma, rtol=10 * tolerance
+            )  # exp(10)
 
 
 def test_published_ends_of_the_linear_schedule():
@@ -111,11 +134,14 @@ def test_published_ends_of_the_linear_schedule():
     assert high == pytest.approx(np.sqrt(np.exp(10.05) - 1), rel=1e-6)
 
 
-ladders = pytest.mark.parametrize(("steps", "c1", "c2"), [(1000, 0.001, 0.008), (4000, 0.001, 0.008), (50, 0.2, 0.05)])
+ladders = pytest.mark.parametrize(
+    ("steps", "c1", "c2"), [(1000, 0.001, 0.008), (4000, 0.001, 0.008), (50, 0.2, 0.05)]
+)
 
 
 def cosine(steps, c2):
-    """iDDPM's own cos^2 of its own step t = 0 .. steps (arXiv 2102.09672, equation 17), t = steps - j."""
+    """iDDPM's own cos^2 of its own step t = 0 .. steps (arXiv 2102.09672, equation 17), t = steps -
+    j."""
     return np.cos((np.arange(steps + 1) / steps + c2) / (1 + c2) * np.pi / 2) ** 2
 
 
@@ -136,21 +162,31 @@ def test_iddpms_ladder_in_closed_form_where_nothing_is_clipped(steps, c1, c2):
     f[0] = 0  # cos(pi / 2)
     clipped = np.max(np.flatnonzero(f[:-1] < c1 * f[1:]))  # from this level on, upwards
     assert clipped < steps / 2
-    ladder, expected = schedules.iddpm_ladder(steps, c1=c1, c2=c2), np.sqrt(f[-1] / f[clipped + 1 :] - 1)
+    ladder, expected = (
+        schedules.iddpm_ladder(steps, c1=c1, c2=c2),
+        np.sqrt(f[-1] / f[clipped + 1 :] - 1),
+    )
     np.testing.assert_allclose(ladder[clipped + 1 :], expected, rtol=1e-8)
     # A clipped step raises 1 + sigma^2 by 1 / c1.
-    np.testing.assert_allclose(1 + ladder[: clipped + 1] ** 2, (1 + ladder[1 : clipped + 2] ** 2) / c1, rtol=1e-12)
+    np.testing.assert_allclose(
+        1 + ladder[: clipped + 1] ** 2, (1 + ladder[1 : clipped + 2] ** 2) / c1, rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("rho", [1.0, 7.0, 100.0])
-@pytest.mark.parametrize(("steps", "sigma_min", "sigma_max"), [(2, 0.002, 80.0), (18, 0.002, 80.0), (256, 0.008, 80.0)])
+@pytest.mark.parametrize(
+    ("steps", "sigma_min", "sigma_max"), [(2, 0.002, 80.0), (18, 0.002, 80.0), (256, 0.008, 80.0)]
+)
 def test_ladder_is_the_formula_in_float64(steps, sigma_min, sigma_max, rho):
     ramp = np.arange(steps) / (steps - 1)
-    expected = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    expected = (
+        sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+    ) ** rho
     ladder = schedules.edm_ladder(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     chex.assert_shape(ladder, (steps,))
     assert ladder.dtype == jnp.float32
-    # A logarithm of up to 10.6 is known to 6e-7 in float32; for rho = 1 the rungs are differences of numbers near 80.
+    # A logarithm of up to 10.6 is known to 6e-7 in float32; for rho = 1 the rungs are differences
+    # of numbers near 80.
     tolerance = 2e-6 if rho > 1 else 80 * 1e-7 / sigma_min
     chex.assert_trees_all_close(np.asarray(ladder, np.float64), expected, rtol=tolerance)
     assert ladder[0] == jnp.float32(sigma_max)
@@ -177,7 +213,9 @@ def test_published_truncations(steps, rho, below, kept, first):
 
 
 def test_truncation_leaves_out_the_bound_itself():
-    chex.assert_trees_all_equal(schedules.truncate(jnp.asarray([3.0, 2.0, 1.0]), 2.0), jnp.asarray([1.0]))
+    chex.assert_trees_all_equal(
+        schedules.truncate(jnp.asarray([3.0, 2.0, 1.0]), 2.0), jnp.asarray([1.0])
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 0, -3])
@@ -188,6 +226,8 @@ def test_a_ladder_of_fewer_than_two_steps_is_refused(steps):
 
 def test_one_trace_of_the_clock():
     clock = schedules.Clock()
-    there_and_back = jax.jit(chex.assert_max_traces(n=1)(lambda t: (clock.time(clock.sigma(t)), clock.blur_sigma(t))))
+    there_and_back = jax.jit(
+        chex.assert_max_traces(n=1)(lambda t: (clock.time(clock.sigma(t)), clock.blur_sigma(t)))
+    )
     for end in (0.2, 0.5, 1.0):
         chex.assert_tree_shape_prefix(there_and_back(jnp.linspace(0.1, end, 5)), (5,))

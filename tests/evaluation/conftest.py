@@ -2,11 +2,11 @@ import jax
 import numpy as np
 import pytest
 
+from rdm_jax.checkpoints import store
 from rdm_jax.config import to_dict
-from rdm_jax.sampling.relay import Relay
-from rdm_jax.training import checkpoint
-from tests.evaluation.small_evaluation import config_of
-from tests.tiny import tiny_config, write_images
+from rdm_jax.sampling.pipeline import RelayPipeline
+from tests.support.configs import tiny_config, write_images
+from tests.support.small_evaluation import config_of
 
 
 @pytest.fixture(scope="session")
@@ -18,12 +18,18 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def workdir(source, tmp_path_factory):
-    """A run whose stages have parameters that are random, and no longer the zero output of initialisation."""
+    """A run whose stages have parameters that are random, and no longer the zero output of
+    initialisation."""
     workdir, config = tmp_path_factory.mktemp("run"), tiny_config(source)
     for number, stage in enumerate(config.stages, 1):
         params = jax.jit(stage.build(3, 2).init)(jax.random.key(number))
-        nudged = jax.tree.map(lambda x: np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
-        checkpoints = checkpoint.Checkpoints(workdir / f"stage{number}" / "checkpoints")
+        nudged = jax.tree.map(
+            lambda x: (
+                np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+            ),
+            params,
+        )
+        checkpoints = store.Checkpoints(workdir / f"stage{number}" / "checkpoints")
         about = {"stage": to_dict(config)[f"stage{number}"], "classes": ["a", "b"], "seed": 0}
         checkpoints.save_ema(0, nudged, about)
         checkpoints.close()
@@ -33,4 +39,4 @@ def workdir(source, tmp_path_factory):
 @pytest.fixture(scope="session")
 def relay(source, workdir):
     """Compiled once."""
-    return Relay(config_of(source), workdir)
+    return RelayPipeline(config_of(source), workdir)

@@ -5,10 +5,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from rdm_jax.data.image_sets import ImageSet, open_direct
-from rdm_jax.data.images import Form
-from rdm_jax.errors import InputError
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.evaluation import classifier
-from tests.tiny import write_images
+from rdm_jax.runtime.errors import InputError
+from tests.support.configs import write_images
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def images(tmp_path_factory) -> ImageSet:
     """60 of two classes."""
     folder = tmp_path_factory.mktemp("source")
     write_images(folder, count=60)
-    return open_direct(f"folder:{folder}", Form(8, 8), cache_bytes=2**30)
+    return open_direct(f"folder:{folder}", ImageSpec(8, 8), cache_bytes=2**30)
 
 
 def test_one_of_other_images_is_trained_again(images, tmp_path, caplog):
@@ -29,9 +29,16 @@ def test_one_of_other_images_is_trained_again(images, tmp_path, caplog):
     digests = []
     for held_out in (20, 20, 30):
         parts = images.split(held_out)
-        digests.append(classifier.classifier_space(*parts, tmp_path / "classifier.safetensors", train=True).digest)
+        digests.append(
+            classifier.classifier_space(
+                *parts, tmp_path / "classifier.safetensors", train=True
+            ).digest
+        )
     assert digests[0] == digests[1] != digests[2]
-    assert caplog.text.count("classifier trained in") == 2 and "it was trained on other images" in caplog.text
+    assert (
+        caplog.text.count("classifier trained in") == 2
+        and "it was trained on other images" in caplog.text
+    )
 
 
 @pytest.mark.parametrize("about", ["{", "[" * 5000, "[]", None])
@@ -55,5 +62,7 @@ def test_training_is_stopped_between_steps(images, tmp_path):
             raise Stopped
 
     with pytest.raises(Stopped):
-        classifier.classifier_space(images, None, tmp_path / "x.safetensors", train=True, check_stop=check_stop)
+        classifier.classifier_space(
+            images, None, tmp_path / "x.safetensors", train=True, check_stop=check_stop
+        )
     assert len(calls) == 2 and not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
-"""Inception-v3 resizes and pools as the graph of FID does, and takes its parameters from nothing but the file it knows."""
+"""Inception-v3 resizes and pools as the graph of FID does, and takes its parameters from nothing
+but the file it knows."""
 
 import hashlib
 import os
@@ -8,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdm_jax.errors import InputError
 from rdm_jax.evaluation import inception
-from tests.evaluation import inception_file
-from tests.interop.torch_standins import Call, Named, View, dump_legacy, dump_pt, state_dict
+from rdm_jax.runtime.errors import InputError
+from tests.support import inception_file
+from tests.support.torch_standins import Call, Named, View, dump_legacy, dump_pt, state_dict
 
 # Resizing and pooling. That the rest of the network is right, `tests/test_reference.py` shows.
 
@@ -22,7 +23,10 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     out = np.zeros((size, size, image.shape[-1]), np.float32)
     for i in range(size):
         for j in range(size):
-            y, x = np.float32(i) * np.float32(height / size), np.float32(j) * np.float32(width / size)
+            y, x = (
+                np.float32(i) * np.float32(height / size),
+                np.float32(j) * np.float32(width / size),
+            )
             top, left = int(y), int(x)
             bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
             upper = image[top, left] + (image[top, right] - image[top, left]) * (x - left)
@@ -31,17 +35,22 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("shape, size", [((5, 7, 3), 11), ((16, 16, 1), 47), ((32, 32, 3), 9), ((1, 13, 2), 13)])
+@pytest.mark.parametrize(
+    "shape, size", [((5, 7, 3), 11), ((16, 16, 1), 47), ((32, 32, 3), 9), ((1, 13, 2), 13)]
+)
 def test_resize(shape, size):
     images = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
     found = inception.resize(jnp.asarray(images), size)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, [resized(image.astype(np.float32), size) for image in images], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        found, [resized(image.astype(np.float32), size) for image in images], atol=1e-4, rtol=0
+    )
     np.testing.assert_array_equal(inception.resize(jnp.asarray(images, jnp.float32), size), found)
 
 
 def test_resize_at_the_edges():
-    """The first pixel stays where it is, and the last one is repeated, unlike in other libraries' resizing."""
+    """The first pixel stays where it is, and the last one is repeated, unlike in other libraries'
+    resizing."""
     row = jnp.asarray([0, 90], jnp.uint8).reshape(1, 1, 2, 1)
     np.testing.assert_allclose(inception.resize(row, 4)[0, 0, :, 0], [0, 45, 90, 90])
     images = jnp.arange(299 * 299, dtype=jnp.float32).reshape(1, 299, 299, 1)
@@ -53,7 +62,9 @@ def test_preprocess():
     found = inception.preprocess(grey)
     assert found.shape == (2, 299, 299, 3)
     assert np.ptp(found, axis=-1).max() == 0
-    np.testing.assert_array_equal(found[:, 0, 0, 0], (grey[:, 0, 0, 0].astype(np.float32) - 128) / 128)
+    np.testing.assert_array_equal(
+        found[:, 0, 0, 0], (grey[:, 0, 0, 0].astype(np.float32) - 128) / 128
+    )
     with pytest.raises(ValueError, match="broadcast"):
         inception.preprocess(jnp.zeros((1, 8, 8, 2), jnp.uint8))
 
@@ -64,8 +75,13 @@ def test_pooling():
     def window(i, j):
         return x[:, max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
 
-    for kind, over in (("mean", np.mean), ("max", np.max)):  # of what is inside of the image, however little that is
-        found = np.stack([np.stack([over(window(i, j), (1, 2)) for j in range(6)], 1) for i in range(5)], 1)
+    for kind, over in (
+        ("mean", np.mean),
+        ("max", np.max),
+    ):  # of what is inside of the image, however little that is
+        found = np.stack(
+            [np.stack([over(window(i, j), (1, 2)) for j in range(6)], 1) for i in range(5)], 1
+        )
         np.testing.assert_allclose(inception._pool(kind, jnp.asarray(x)), found, atol=1e-6)
     found = np.stack([np.stack([window(i, j).max((1, 2)) for j in (1, 3)], 1) for i in (1, 3)], 1)
     np.testing.assert_array_equal(inception._pool("halve", jnp.asarray(x)), found)
@@ -84,12 +100,16 @@ def small(monkeypatch, tmp_path):
     """Makes the network one of two layers; returns (a path, its parameters by the port's names)."""
     monkeypatch.setattr(inception, "LAYERS", {"stem": (1, 3, 2, 4), "top.branch": (1, 1, 4, 3)})
     monkeypatch.setattr(inception, "SIZES", {"pool": 3, "logits": 5})
-    parameters = {name: inception_file.draw(name, list(shape), 0) for name, shape in inception._shapes().items()}
+    parameters = {
+        name: inception_file.draw(name, list(shape), 0)
+        for name, shape in inception._shapes().items()
+    }
     return tmp_path / "weights.pth", parameters
 
 
 def refuse(path, *words, sha256=""):
-    """Asserts that the file is refused in one sentence which has these words in it, and says where to get the right one."""
+    """Asserts that the file is refused in one sentence which has these words in it, and says where
+    to get the right one."""
     with pytest.raises(InputError) as caught:
         inception.load(path, sha256=sha256)
     message = str(caught.value)
@@ -101,7 +121,8 @@ def refuse(path, *words, sha256=""):
 
 
 def test_load_and_apply(tmp_path):
-    """The whole network: a file as the published one is, read and used on grey images of another size."""
+    """The whole network: a file as the published one is, read and used on grey images of another
+    size."""
     shapes = inception._shapes()
     assert len(shapes) == 472
     parameters = {name: inception_file.draw(name, list(shape), 1) for name, shape in shapes.items()}
@@ -110,18 +131,26 @@ def test_load_and_apply(tmp_path):
     assert found == digest
     assert {array.dtype for array in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     kernel = parameters["Mixed_6b.branch7x7_2.conv.weight"]
-    np.testing.assert_array_equal(params["Mixed_6b.branch7x7_2"]["kernel"][0, 5, 7, 11], kernel[11, 7, 0, 5])
+    np.testing.assert_array_equal(
+        params["Mixed_6b.branch7x7_2"]["kernel"][0, 5, 7, 11], kernel[11, 7, 0, 5]
+    )
     np.testing.assert_array_equal(params["fc"]["kernel"], parameters["fc.weight"].T)
 
     grey = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 32, 24, 1)), jnp.uint8)
     features = jax.jit(inception.apply)(params, grey)
-    assert {name: array.shape for name, array in features.items()} == {k: (2, size) for k, size in inception.SIZES.items()}
+    assert {name: array.shape for name, array in features.items()} == {
+        k: (2, size) for k, size in inception.SIZES.items()
+    }
     assert all(np.abs(array[0] - array[1]).max() > 1e-3 for array in features.values())
-    np.testing.assert_allclose(features["logits"], features["pool"] @ parameters["fc.weight"].T, atol=1e-4)
+    np.testing.assert_allclose(
+        features["logits"], features["pool"] @ parameters["fc.weight"].T, atol=1e-4
+    )
 
 
 def test_space(monkeypatch, tmp_path):
-    zeros = lambda params, images: {name: jnp.zeros((len(images), size)) for name, size in inception.SIZES.items()}  # noqa: E731
+    zeros = lambda params, images: {
+        name: jnp.zeros((len(images), size)) for name, size in inception.SIZES.items()
+    }  # noqa: E731
     monkeypatch.setattr(inception, "load", lambda path: ({"fc": {}}, "6726825d0"))
     monkeypatch.setattr(inception, "apply", zeros)
     space = inception.inception_space(tmp_path)
@@ -137,9 +166,13 @@ def test_batch_normalisation_is_folded(small, dump):
     dump(path, state_dict(parameters))
     params, _ = inception.load(path, "")
     x = np.random.default_rng(0).normal(size=(10, 4))
-    weight, bias, mean, variance = (parameters[f"stem.bn.{part}"] for part in ("weight", "bias", "running_mean", "running_var"))
+    weight, bias, mean, variance = (
+        parameters[f"stem.bn.{part}"] for part in ("weight", "bias", "running_mean", "running_var")
+    )
     wanted = (x - mean) / np.sqrt(variance + 0.001) * weight + bias
-    np.testing.assert_allclose(x * params["stem"]["scale"] + params["stem"]["shift"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(
+        x * params["stem"]["scale"] + params["stem"]["shift"], wanted, rtol=1e-5
+    )
     assert params["stem"]["kernel"].shape == (1, 3, 2, 4)
     assert params["fc"]["kernel"].shape == (3, 5)
 
@@ -149,7 +182,10 @@ def test_default_path(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert inception.default_path() == tmp_path / name
     monkeypatch.setenv("HOME", str(tmp_path))
-    for unset in (lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""), lambda: monkeypatch.delenv("XDG_CACHE_HOME")):
+    for unset in (
+        lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""),
+        lambda: monkeypatch.delenv("XDG_CACHE_HOME"),
+    ):
         unset()
         assert inception.default_path() == tmp_path / ".cache" / name
 
@@ -184,12 +220,25 @@ def test_other_parameters(small):
         inception_file.write(path, changed)
         refuse(path, *words)
 
-    check({k: v for k, v in parameters.items() if k != "stem.bn.bias"}, "no parameter 'stem.bn.bias'")
+    check(
+        {k: v for k, v in parameters.items() if k != "stem.bn.bias"}, "no parameter 'stem.bn.bias'"
+    )
     check({}, "no parameter 'fc.weight'")
-    check(parameters | {"AuxLogits.fc.bias": np.zeros(2, np.float32)}, "'AuxLogits.fc.bias', which Inception-v3 has not")
-    check(parameters | {"stem.bn.weight": np.zeros(3, np.float32)}, "'stem.bn.weight' of shape (3,)", "(4,)")
+    check(
+        parameters | {"AuxLogits.fc.bias": np.zeros(2, np.float32)},
+        "'AuxLogits.fc.bias', which Inception-v3 has not",
+    )
+    check(
+        parameters | {"stem.bn.weight": np.zeros(3, np.float32)},
+        "'stem.bn.weight' of shape (3,)",
+        "(4,)",
+    )
     turned = parameters["stem.conv.weight"].transpose(1, 0, 2, 3)
-    check(parameters | {"stem.conv.weight": turned}, "'stem.conv.weight' of shape (2, 4, 1, 3)", "(4, 2, 1, 3)")
+    check(
+        parameters | {"stem.conv.weight": turned},
+        "'stem.conv.weight' of shape (2, 4, 1, 3)",
+        "(4, 2, 1, 3)",
+    )
     check(parameters | {"fc.bias": np.zeros(5, np.float16)}, "'fc.bias' of shape (5,) and float16")
     for name in parameters:
         for wrong in (np.nan, np.inf, -1.0):

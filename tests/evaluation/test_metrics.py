@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdm_jax import sharding
 from rdm_jax.evaluation import metrics, moments
-from tests.precision import enable_x64
+from rdm_jax.runtime import sharding
+from tests.support.precision import enable_x64
 
 
 def features(seed: int, count: int, size: int, mean: float = 0.0) -> np.ndarray:
@@ -52,7 +52,13 @@ def test_moments_do_not_depend_on_order_batch_or_devices():
     reference = exact(features(2, 1000, 16, 3.0))
     wanted = metrics.frechet_distance(*reference, *exact(values))
     shuffled = np.random.default_rng(0).permutation(values)
-    for some, batch, devices in ((values, 64, 8), (shuffled, 64, 8), (values, 8, 8), (values, 104, 8), (values, 64, 1)):
+    for some, batch, devices in (
+        (values, 64, 8),
+        (shuffled, 64, 8),
+        (values, 8, 8),
+        (values, 104, 8),
+        (values, 64, 1),
+    ):
         found = metrics.frechet_distance(*reference, *one_pass(some, batch, devices))
         assert abs(found / wanted - 1) < 1e-6, (batch, devices)
 
@@ -80,13 +86,16 @@ def test_frechet_distance_of_a_set_with_itself_is_zero():
 
 
 def test_frechet_distance_of_gaussians_is_its_closed_form():
-    """Diagonal covariances commute: the trace is sum (s1 - s2)^2; a common rotation changes nothing."""
+    """Diagonal covariances commute: the trace is sum (s1 - s2)^2; a common rotation changes
+    nothing."""
     random = np.random.default_rng(0)
     first, second, m1, m2 = random.random((4, 12))
     turn = np.linalg.qr(random.standard_normal((12, 12)))[0]
     rotated = lambda s: turn @ np.diag(s**2) @ turn.T  # noqa: E731
     found = metrics.frechet_distance(turn @ m1, rotated(first), turn @ m2, rotated(second))
-    np.testing.assert_allclose(found, np.sum((m1 - m2) ** 2) + np.sum((first - second) ** 2), rtol=1e-12)
+    np.testing.assert_allclose(
+        found, np.sum((m1 - m2) ** 2) + np.sum((first - second) ** 2), rtol=1e-12
+    )
 
 
 def test_frechet_distance_of_covariances_that_do_not_commute():
@@ -100,7 +109,9 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
 def simulated_kernel_distances(shift: float) -> np.ndarray:
     random = np.random.default_rng(0)
     draw = lambda: random.standard_normal((60, 4)).astype(np.float32) + 0.5  # noqa: E731
-    return np.array([metrics.kernel_distance(draw(), draw() + np.float32(shift), tile=64) for _ in range(400)])
+    return np.array(
+        [metrics.kernel_distance(draw(), draw() + np.float32(shift), tile=64) for _ in range(400)]
+    )
 
 
 def test_kernel_distance_is_unbiased():
@@ -112,12 +123,16 @@ def test_kernel_distance_is_unbiased():
 
 
 def test_kernel_distance_knows_its_error():
-    """Of two different distributions, it is how much the estimates vary; and the mean is what many features tell at once."""
+    """Of two different distributions, it is how much the estimates vary; and the mean is what many
+    features tell at once."""
     found = simulated_kernel_distances(0.7)
     spread = found[:, 0].std()
     np.testing.assert_allclose(np.sqrt(np.mean(found[:, 1] ** 2)), spread, rtol=0.15)
     random = np.random.default_rng(1)
-    x, y = (random.standard_normal((3000, 4)).astype(np.float32) + np.float32(shift) for shift in (0.5, 1.2))
+    x, y = (
+        random.standard_normal((3000, 4)).astype(np.float32) + np.float32(shift)
+        for shift in (0.5, 1.2)
+    )
     exact, error = metrics.kernel_distance(x, y)
     assert abs(found[:, 0].mean() - exact) < 4 * np.hypot(error, spread / np.sqrt(len(found)))
     assert exact > 2 * spread
@@ -127,11 +142,16 @@ def test_kernel_distance_knows_its_error():
 def test_kernel_distance_is_the_definition(tile):
     x, y = features(0, 10, 3), features(1, 13, 3)
     k = lambda a, b: (np.float64(a) @ b / 3 + 1) ** 3  # noqa: E731
-    within = [np.mean([k(p, q) for i, p in enumerate(s) for j, q in enumerate(s) if i != j]) for s in (x, y)]
+    within = [
+        np.mean([k(p, q) for i, p in enumerate(s) for j, q in enumerate(s) if i != j])
+        for s in (x, y)
+    ]
     wanted = sum(within) - 2 * np.mean([k(p, q) for p in x for q in y])
     found, _ = metrics.kernel_distance(x, y, tile)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    np.testing.assert_allclose(metrics.kernel_distance(x[::-1], y[::-1], tile)[0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics.kernel_distance(x[::-1], y[::-1], tile)[0], wanted, rtol=1e-5
+    )
 
 
 def brute_force(reference: np.ndarray, sample: np.ndarray, k: int) -> tuple[float, float]:
@@ -161,7 +181,9 @@ def test_precision_and_recall_of_known_overlap():
     assert metrics.precision_and_recall(reference, reference + 1000) == (0.0, 0.0)
     one = metrics.precision_and_recall(reference, reference[:50])
     assert one == (1.0, 0.5)
-    elsewhere = metrics.precision_and_recall(reference, np.concatenate([reference[:50], cluster(500, 25)]))
+    elsewhere = metrics.precision_and_recall(
+        reference, np.concatenate([reference[:50], cluster(500, 25)])
+    )
     np.testing.assert_allclose(elsewhere, (50 / 75, 0.5))
 
 
@@ -182,8 +204,12 @@ def test_inception_score_of_uniform_and_of_one_hot_predictions():
     np.testing.assert_allclose(score(np.zeros((40, 10))), 1, rtol=1e-12)
     every = np.tile(np.eye(10) * 1e4, (4, 1))
     np.testing.assert_allclose(score(every), 10, rtol=1e-12)
-    np.testing.assert_allclose(score(every[:, ::-1] + 5), 10, rtol=1e-12)  # a common offset is no prediction
+    np.testing.assert_allclose(
+        score(every[:, ::-1] + 5), 10, rtol=1e-12
+    )  # a common offset is no prediction
     half = np.concatenate([np.tile(np.eye(10)[i], (20, 1)) * 1e4 for i in (0, 1)])
     np.testing.assert_allclose(score(half), 2, rtol=1e-12)
     np.testing.assert_allclose(score(half, split=20), 1, rtol=1e-12)  # a split of one class
-    np.testing.assert_allclose(score(half, split=30), (np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))) + 1) / 2)
+    np.testing.assert_allclose(
+        score(half, split=30), (np.exp(-(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))) + 1) / 2
+    )

@@ -1,4 +1,5 @@
-"""Statistics: gathered, saved, read from published files, compared; and what is refused of strangers' files."""
+"""Statistics: gathered, saved, read from published files, compared; and what is refused of
+strangers' files."""
 
 import io
 import json
@@ -8,19 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdm_jax import sharding
-from rdm_jax.errors import InputError
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.evaluation.npz import Npz
-from rdm_jax.evaluation.statistics import Statistics, Tally, compare
+from rdm_jax.evaluation.statistics import Statistics, StatisticsAccumulator, compare
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.npz import Npz
 
 SIZE, CLASSES = 6, 3
 
 
 def project(params, images):
     flat = images.reshape(len(images), -1) / 255.0
-    return {"features": flat @ params[:, :SIZE], "spatial": flat @ params[:, 3:7], "logits": flat @ params[:, -CLASSES:]}
+    return {
+        "features": flat @ params[:, :SIZE],
+        "spatial": flat @ params[:, 3:7],
+        "logits": flat @ params[:, -CLASSES:],
+    }
 
 
 def space(name: str = "projection", digest: str = "0" * 64) -> FeatureSpace:
@@ -31,17 +36,26 @@ def space(name: str = "projection", digest: str = "0" * 64) -> FeatureSpace:
 
 def pictures(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
-    return random.integers(0, 256, (count, 4, 4, 1), np.uint8), random.integers(-1, CLASSES, count).astype(np.int32)
+    return random.integers(0, 256, (count, 4, 4, 1), np.uint8), random.integers(
+        -1, CLASSES, count
+    ).astype(np.int32)
 
 
 def gather(images, labels, batch=8, stop_at=None, kept=100) -> Statistics:
     """Statistics by a tally, which is saved and set again into another one at image `stop_at`."""
-    make = lambda: Tally("test", space(), len(images), kept=kept, shown=np.arange(3))  # noqa: E731
+    make = lambda: StatisticsAccumulator(
+        "test", space(), len(images), kept=kept, shown=np.arange(3)
+    )  # noqa: E731
     tally = make()
     for first in range(0, len(images), batch):
         here = images[first : first + batch]
-        outputs = project(jnp.asarray(space().params), jnp.asarray(np.resize(here, (batch, 4, 4, 1))))
-        outputs = {name: sharding.put_batch(np.asarray(x), sharding.local_mesh()) for name, x in outputs.items()}
+        outputs = project(
+            jnp.asarray(space().params), jnp.asarray(np.resize(here, (batch, 4, 4, 1)))
+        )
+        outputs = {
+            name: sharding.put_batch(np.asarray(x), sharding.local_mesh())
+            for name, x in outputs.items()
+        }
         tally.add(outputs, here, labels[first : first + batch])
         if stop_at == first:
             state, tally = {k: np.array(v) for k, v in tally.state().items()}, make()
@@ -52,7 +66,9 @@ def gather(images, labels, batch=8, stop_at=None, kept=100) -> Statistics:
 def test_a_tally_is_what_numpy_makes_of_all_features_at_once():
     images, labels = pictures(60)
     found = gather(images, labels)
-    outputs = {name: np.asarray(x, np.float64) for name, x in project(space().params, images).items()}
+    outputs = {
+        name: np.asarray(x, np.float64) for name, x in project(space().params, images).items()
+    }
     for name in ("features", "spatial"):
         mean, covariance = found.gaussians[name]
         np.testing.assert_allclose(mean, outputs[name].mean(0), rtol=1e-5)
@@ -87,7 +103,7 @@ def test_kept_features_are_of_random_images_whatever_the_batch():
 
 
 def test_a_short_tally_refuses_to_report():
-    tally = Tally("test", space(), 10, kept=10, shown=np.arange(0))
+    tally = StatisticsAccumulator("test", space(), 10, kept=10, shown=np.arange(0))
     with pytest.raises(RuntimeError, match="0 of 10"):
         tally.statistics({})
 
@@ -97,7 +113,9 @@ def test_features_that_are_not_finite_are_refused():
     outputs = project(jnp.asarray(space().params), jnp.asarray(images))
     outputs["features"] = outputs["features"].at[5, 2].set(jnp.nan)
     with pytest.raises(InputError, match="features of images 0 to 7 of test are not finite"):
-        Tally("test", space(), 8, kept=8, shown=np.arange(0)).add(outputs, images, labels)
+        StatisticsAccumulator("test", space(), 8, kept=8, shown=np.arange(0)).add(
+            outputs, images, labels
+        )
 
 
 def test_statistics_are_read_as_they_were_written(tmp_path):
@@ -110,9 +128,19 @@ def test_statistics_are_read_as_they_were_written(tmp_path):
         for one, other in zip(gaussian, read.gaussians[name], strict=True):
             np.testing.assert_array_equal(one, other)
     metrics, notes = compare(read, written, space())
-    assert abs(metrics["frechet_distance"]) < 1e-9 and abs(metrics["spatial_frechet_distance"]) < 1e-9
+    assert (
+        abs(metrics["frechet_distance"]) < 1e-9 and abs(metrics["spatial_frechet_distance"]) < 1e-9
+    )
     assert metrics["precision"] == metrics["recall"] == 1.0 and notes == []
-    names = {"frechet_distance", "spatial_frechet_distance", "classifier_score", "accuracy", "precision", "recall", "kid"}
+    names = {
+        "frechet_distance",
+        "spatial_frechet_distance",
+        "classifier_score",
+        "accuracy",
+        "precision",
+        "recall",
+        "kid",
+    }
     assert metrics.keys() == names | {"kid_standard_error"}
 
 
@@ -123,23 +151,35 @@ def published(path, *, without: tuple[str, ...] = (), **changed) -> None:
     for mean, covariance, size in (("mu", "sigma", SIZE), ("mu_s", "sigma_s", 4)):
         values = random.standard_normal((50, size))
         arrays |= {mean: values.mean(0), covariance: np.cov(values, rowvar=False)}
-    np.savez(path, **{name: array for name, array in (arrays | changed).items() if name not in without})
+    np.savez(
+        path, **{name: array for name, array in (arrays | changed).items() if name not in without}
+    )
 
 
 def test_published_statistics_are_read(tmp_path):
     published(tmp_path / "adm.npz")
     published(tmp_path / "edm.npz", without=("mu_s", "sigma_s"))
     sample = gather(*pictures(60))
-    metrics, notes = compare(read_statistics(tmp_path / "adm.npz", space("inception")), sample, space("inception"))
-    assert {"fid", "sfid"} <= metrics.keys() and "precision" not in metrics and "no images" in notes[-1]
-    metrics, notes = compare(read_statistics(tmp_path / "edm.npz", space("inception")), sample, space("inception"))
+    metrics, notes = compare(
+        read_statistics(tmp_path / "adm.npz", space("inception")), sample, space("inception")
+    )
+    assert (
+        {"fid", "sfid"} <= metrics.keys()
+        and "precision" not in metrics
+        and "no images" in notes[-1]
+    )
+    metrics, notes = compare(
+        read_statistics(tmp_path / "edm.npz", space("inception")), sample, space("inception")
+    )
     assert "fid" in metrics and "sfid" not in metrics and "sfid: the reference" in notes[0]
 
 
 def test_small_sets_are_flagged():
     few = gather(*pictures(SIZE))
     metrics, notes = compare(few, gather(*pictures(60)), space())
-    assert "frechet_distance" in metrics and any("6 images are no more than its 6 features" in note for note in notes)
+    assert "frechet_distance" in metrics and any(
+        "6 images are no more than its 6 features" in note for note in notes
+    )
     with pytest.raises(InputError, match="sets of 3 images, which are too few"):
         compare(gather(*pictures(3)), few, space())
 
@@ -150,14 +190,30 @@ class Bomb:
 
 
 REFUSED = {
-    "another size": ({"mu": np.zeros(7), "sigma": np.eye(7)}, "inception", r"mu of shape \(7,\); \(6,\)"),
+    "another size": (
+        {"mu": np.zeros(7), "sigma": np.eye(7)},
+        "inception",
+        r"mu of shape \(7,\); \(6,\)",
+    ),
     "size that does not fit": ({"sigma": np.eye(5)}, "inception", r"sigma of shape \(5, 5\)"),
     "not finite": ({"mu": np.full(SIZE, np.nan)}, "inception", "not finite"),
     "infinite covariance": ({"sigma": np.full((SIZE, SIZE), np.inf)}, "inception", "not finite"),
     "no covariance": ({"sigma": np.triu(np.ones((SIZE, SIZE)))}, "inception", "not symmetric"),
-    "negative variances": ({"sigma": np.diag([1.0, 1, 1, 1, 1, -0.1])}, "inception", "a variance is negative"),
-    "features of another dtype": ({"features": np.zeros((9, SIZE))}, "inception", "float64; float32 of shape"),
-    "number of images": ({"about": np.array('{"space": {}, "count": "many"}')}, "inception", "'about' is damaged"),
+    "negative variances": (
+        {"sigma": np.diag([1.0, 1, 1, 1, 1, -0.1])},
+        "inception",
+        "a variance is negative",
+    ),
+    "features of another dtype": (
+        {"features": np.zeros((9, SIZE))},
+        "inception",
+        "float64; float32 of shape",
+    ),
+    "number of images": (
+        {"about": np.array('{"space": {}, "count": "many"}')},
+        "inception",
+        "'about' is damaged",
+    ),
     "objects": ({"more": np.array([Bomb()], object)}, "inception", "never loaded"),
     "whole numbers": ({"mu": np.zeros(SIZE, np.int64)}, "inception", "mu of shape"),
     "of inception, not of these": ({}, "projection", "statistics of other features"),
@@ -168,7 +224,11 @@ REFUSED = {
     ),
     "deep about": ({"about": np.array("[" * 5000)}, "inception", "'about' is damaged"),
     "damaged about": ({"about": np.array("{")}, "inception", "'about' is damaged"),
-    "features of another size": ({"features": np.zeros((9, 2))}, "inception", r"features of shape \(9, 2\)"),
+    "features of another size": (
+        {"features": np.zeros((9, 2))},
+        "inception",
+        r"features of shape \(9, 2\)",
+    ),
 }
 
 
@@ -191,8 +251,12 @@ def damaged(case: str) -> bytes:
     if case == "odd header":
         return file.getvalue().replace(b"{'descr'", b"(((((((((")
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 6)})
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:  # says that it is large, and is not
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 6)}
+    )
+    with zipfile.ZipFile(
+        file, "w", zipfile.ZIP_DEFLATED
+    ) as archive:  # says that it is large, and is not
         archive.writestr("x.npy", header.getvalue() + bytes(1000))
     return file.getvalue()
 
@@ -221,5 +285,7 @@ def test_rows_are_read_in_any_order(tmp_path, save):
     with Npz(tmp_path / "x.npz") as file:
         assert file.arrays["images"] == ((50, 4, 4, 3), np.uint8)
         for first, count in ((0, 8), (8, 8), (30, 5), (2, 3), (45, 5)):
-            np.testing.assert_array_equal(file.rows("images", first, count), x[first : first + count])
+            np.testing.assert_array_equal(
+                file.rows("images", first, count), x[first : first + count]
+            )
         np.testing.assert_array_equal(file.read("labels"), np.arange(50))

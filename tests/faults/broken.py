@@ -1,4 +1,5 @@
-"""The command with a fault built in that cannot be made from outside: python -m tests.faults.broken FAULT [its arguments]."""
+"""The command with a fault built in that cannot be made from outside: python -m tests.faults.broken
+FAULT [its arguments]."""
 
 import ctypes
 import errno
@@ -18,24 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rdm_jax import distributed
-from rdm_jax.evaluation import evaluate, statistics
+from rdm_jax.checkpoints import store
+from rdm_jax.evaluation import evaluator, statistics
 from rdm_jax.main import main
-from rdm_jax.training import checkpoint, metrics, step
+from rdm_jax.runtime import distributed
+from rdm_jax.training import metric_writer, step
 
 SECOND = 2  # the save that a fault strikes
 
 
 def at_save(which, action) -> None:
-    """Does something in the writer's thread, when everything of a save is written and nothing committed."""
-    written, saves = checkpoint.write_checksums, itertools.count(1)
+    """Does something in the writer's thread, when everything of a save is written and nothing
+    committed."""
+    written, saves = store.write_checksums, itertools.count(1)
 
     def write_checksums(folder):
         written(folder)
         if which(next(saves)):
             action()
 
-    checkpoint.write_checksums = write_checksums
+    store.write_checksums = write_checksums
 
 
 def full() -> None:
@@ -104,21 +107,23 @@ def white_has_no_gradient() -> None:
     )
 
     def of(self, params, batch, keys, *, dropout):
-        return loss(self, params, batch, keys, dropout=dropout) + nothing(jax.tree.leaves(params)[0], is_white(batch))
+        return loss(self, params, batch, keys, dropout=dropout) + nothing(
+            jax.tree.leaves(params)[0], is_white(batch)
+        )
 
     step.Objective.loss = of
 
 
 def each_save_tells(what) -> None:
     """Every process writes a line about the state to a file of its own, before each save."""
-    save = checkpoint.Checkpoints.save
+    save = store.Checkpoints.save
 
     def of(self, state, about):
         with (self.directory.parent / f"told_by_{jax.process_index()}").open("a") as file:
             file.write(f"{what(state)}\n")
         save(self, state, about)
 
-    checkpoint.Checkpoints.save = of
+    store.Checkpoints.save = of
 
 
 def what_devices_hold(state) -> str:
@@ -130,15 +135,25 @@ def what_devices_hold(state) -> str:
 def what_the_process_has(state) -> str:
     """The step, bytes of memory in use, threads and open files, as JSON."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or what malloc keeps of freed memory would count, 300 MiB after compiling
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # or what malloc keeps of freed memory would count, 300 MiB after compiling
     memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     files = len(os.listdir("/proc/self/fd"))
-    return json.dumps({"step": int(state.step), "memory": memory, "threads": threading.active_count(), "files": files})
+    return json.dumps(
+        {
+            "step": int(state.step),
+            "memory": memory,
+            "threads": threading.active_count(),
+            "files": files,
+        }
+    )
 
 
 def measured() -> None:
-    """No fault: what the process has is written down. Fonts, whose files stay open, are opened by the first save's curves."""
-    metrics.SECONDS_BETWEEN_CURVES = 0
+    """No fault: what the process has is written down. Fonts, whose files stay open, are opened by
+    the first save's curves."""
+    metric_writer.SECONDS_BETWEEN_CURVES = 0
     each_save_tells(what_the_process_has)
 
 
@@ -149,19 +164,34 @@ def white_is_nan_in_one_host() -> None:
 
 def a_batch_is_lost() -> None:
     """The second batch of images is measured, and does not arrive."""
-    add, batches = statistics.Tally.add, itertools.count(1)
-    statistics.Tally.add = lambda self, *batch: None if next(batches) == 2 else add(self, *batch)
+    add, batches = statistics.StatisticsAccumulator.add, itertools.count(1)
+    statistics.StatisticsAccumulator.add = lambda self, *batch: (
+        None if next(batches) == 2 else add(self, *batch)
+    )
 
 
 def gathered_often() -> None:
     """An evaluation keeps what it has gathered after every batch."""
-    evaluate.SAVE_SECONDS = 0
+    evaluator.SAVE_SECONDS = 0
 
 
-OF_SAVES = (killed_before_commit, one_save_fails, saves_fail, last_save_fails, second_save_is_slow, last_save_is_slow)
+OF_SAVES = (
+    killed_before_commit,
+    one_save_fails,
+    saves_fail,
+    last_save_fails,
+    second_save_is_slow,
+    last_save_is_slow,
+)
 OF_NUMBERS = (white_has_no_gradient, white_is_nan_in_one_host)
-FAULTS = {f.__name__: f for f in (*OF_SAVES, *OF_NUMBERS, clock_goes_back, measured, a_batch_is_lost, gathered_often)}
-FAULTS |= {"white_is_nan": functools.partial(white_is, jnp.nan), "white_is_inf": functools.partial(white_is, jnp.inf)}
+FAULTS = {
+    f.__name__: f
+    for f in (*OF_SAVES, *OF_NUMBERS, clock_goes_back, measured, a_batch_is_lost, gathered_often)
+}
+FAULTS |= {
+    "white_is_nan": functools.partial(white_is, jnp.nan),
+    "white_is_inf": functools.partial(white_is, jnp.inf),
+}
 
 if __name__ == "__main__":
     FAULTS[sys.argv.pop(1)]()

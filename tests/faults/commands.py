@@ -1,4 +1,5 @@
-"""The command as the campaign runs it: real processes, with a fault built in where none can be made from outside."""
+"""The command as the campaign runs it: real processes, with a fault built in where none can be made
+from outside."""
 
 import os
 import resource
@@ -11,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdm_jax.training import metrics
-from rdm_jax.training.checksums import damage
+from rdm_jax.checkpoints.checksums import damage
+from rdm_jax.training import metric_writer
+from tests.support.paths import ROOT
 from tests.test_main import read_arrays
 
 GIB = 2**30
-ROOT = Path(__file__).parents[2]
 STAGE = ("--mode=train", "--stage=1")
-NO_PICTURES = ("--config.stage1.training.preview_every=0", "--config.stage2.training.preview_every=0")
+NO_PICTURES = (
+    "--config.stage1.training.preview_every=0",
+    "--config.stage2.training.preview_every=0",
+)
 
 
 def short_and_long(kinds, short: str) -> list:
@@ -27,20 +31,35 @@ def short_and_long(kinds, short: str) -> list:
 
 
 def environment(devices: int = 1, **others: str) -> dict[str, str]:
-    """What a command starts with; it runs on so many virtual devices, or on the accelerator that FAULTS_PLATFORM names."""
+    """What a command starts with; it runs on so many virtual devices, or on the accelerator that
+    FAULTS_PLATFORM names."""
     platform = os.environ.get("FAULTS_PLATFORM", "cpu")
-    return {**os.environ, "JAX_PLATFORMS": platform, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **others}
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": platform,
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": str(ROOT),
+        **others,
+    }
 
 
 def command(images: Path, workdir: Path, *flags: str, broken: str = "") -> list[str]:
-    """Of a run of tests/tiny.py; `broken` names a fault of tests/faults/broken.py."""
+    """Of a run of tests/support/configs.py; `broken` names a fault of tests/faults/broken.py."""
     program = ["tests.faults.broken", broken] if broken else ["rdm_jax.main"]
     config = f"--config={ROOT}/tests/tiny.py:{images}"
     return [sys.executable, "-m", *program, config, f"--workdir={workdir}", *NO_PICTURES, *flags]
 
 
-def start(images: Path, workdir: Path, *flags: str, broken: str = "", devices: int = 1, **popen) -> subprocess.Popen:
-    kwargs = {"stdout": -1, "stderr": -1, "text": True, "env": environment(devices), "cwd": ROOT} | popen  # pipes
+def start(
+    images: Path, workdir: Path, *flags: str, broken: str = "", devices: int = 1, **popen
+) -> subprocess.Popen:
+    kwargs = {
+        "stdout": -1,
+        "stderr": -1,
+        "text": True,
+        "env": environment(devices),
+        "cwd": ROOT,
+    } | popen  # pipes
     return subprocess.Popen(command(images, workdir, *flags, broken=broken), **kwargs)
 
 
@@ -52,7 +71,9 @@ def start_two(images: Path, workdir: Path, *flags: str, **kwargs) -> list[subpro
     return [start(images, workdir, *flags, *where, f"--process={n}", **kwargs) for n in range(2)]
 
 
-def run(images: Path, workdir: Path, *flags: str, status: int = 0, timeout: float = 300, **kwargs) -> tuple[str, str]:
+def run(
+    images: Path, workdir: Path, *flags: str, status: int = 0, timeout: float = 300, **kwargs
+) -> tuple[str, str]:
     """What a command printed; that it ended in time with this status is asserted."""
     process = start(images, workdir, *flags, **kwargs)
     try:
@@ -102,12 +123,16 @@ def said(stderr: str, alone: bool = True) -> str:
 
 def logged(workdir: Path, images: int):
     """Whether the metrics of so many images of stage 1 are on disk."""
-    return lambda: any(line["images"] >= images for line in metrics.read(workdir / "stage1/metrics.jsonl"))
+    return lambda: any(
+        line["images"] >= images for line in metric_writer.read(workdir / "stage1/metrics.jsonl")
+    )
 
 
 def steps(workdir: Path, stage: str = "stage1", sound: bool = True) -> list[int]:
     """The checkpoints that are listed; each of them is asserted to be sound, if that is to be."""
-    folders = [folder for folder in (workdir / stage / "checkpoints").glob("*") if folder.name.isdecimal()]
+    folders = [
+        folder for folder in (workdir / stage / "checkpoints").glob("*") if folder.name.isdecimal()
+    ]
     found = {folder.name: damage(folder) if sound else "" for folder in folders}
     assert not any(found.values()), found
     return sorted(map(int, found))
@@ -116,7 +141,11 @@ def steps(workdir: Path, stage: str = "stage1", sound: bool = True) -> list[int]
 def state(workdir: Path, step: int = 20, stage: str = "stage1") -> dict[str, np.ndarray]:
     """All arrays of a checkpoint."""
     folder = workdir / stage / "checkpoints" / str(step)
-    return {f"{item}{name}": value for item in ("train", "ema") for name, value in read_arrays(folder / item).items()}
+    return {
+        f"{item}{name}": value
+        for item in ("train", "ema")
+        for name, value in read_arrays(folder / item).items()
+    }
 
 
 def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import pytest
 
-from rdm_jax.evaluation.tables import markdown
+from rdm_jax.render.tables import markdown
 from tests.faults.commands import STAGE, run
 
 
 @pytest.fixture
 def fault(request) -> Callable[[int, int, str], None]:
-    """`fault(number, trials, what)`: so many trials of a fault, by its number in README.md, and what held in all of them."""
+    """`fault(number, trials, what)`: so many trials of a fault, by its number in README.md, and
+    what held in all of them."""
 
     def held(number: int, trials: int, what: str) -> None:
         request.node.user_properties.append(("fault", (number, trials, what)))
@@ -33,9 +34,13 @@ def pytest_terminal_summary(terminalreporter):
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             number = re.search(r"faults/.*::test_([0-9]+)_", report.nodeid)
-            found = [value for name, value in getattr(report, "user_properties", []) if name == "fault"]
+            found = [
+                value for name, value in getattr(report, "user_properties", []) if name == "fault"
+            ]
             if number and outcome != "passed":
-                rows.append([int(number[1]), 0, f"{outcome.upper()}: {report.nodeid.rpartition('::')[2]}"])
+                rows.append(
+                    [int(number[1]), 0, f"{outcome.upper()}: {report.nodeid.rpartition('::')[2]}"]
+                )
             elif outcome == "passed" and report.when == "call":
                 rows += [[int(n), int(trials), what] for n, trials, what in found]
     if rows:

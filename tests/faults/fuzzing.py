@@ -12,24 +12,25 @@ import safetensors.numpy
 from hypothesis import strategies as st
 from PIL import Image
 
-from rdm_jax import checks, config, saved
+from rdm_jax import config
+from rdm_jax.checkpoints.checksums import CHECKSUMS, damage, write_checksums
+from rdm_jax.config import saved, validate
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import FORMATS, Form, open_image, to_uint8
+from rdm_jax.data.images import FORMATS, ImageSpec, open_image, to_uint8
 from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.sources import open_source
 from rdm_jax.evaluation import classifier, report
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.evaluation.npz import Npz
 from rdm_jax.evaluation.statistics import Statistics
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
+from rdm_jax.interop.import_export import open_weights
 from rdm_jax.interop.torch_files import open_state_dict
-from rdm_jax.interop.weights import open_weights
-from rdm_jax.training import metrics
-from rdm_jax.training.checksums import CHECKSUMS, damage, write_checksums
+from rdm_jax.runtime.npz import Npz
+from rdm_jax.training import metric_writer
 from tests.evaluation.test_report import write_evaluation
-from tests.interop.torch_standins import dump_legacy, state_dict, write_pkl, write_pt
-from tests.tiny import tiny_config, write_images
+from tests.support.configs import tiny_config, write_images
+from tests.support.torch_standins import dump_legacy, state_dict, write_pkl, write_pt
 
 SPACE = FeatureSpace("classifier", "digest", {"features": 4}, None, lambda params, images: images)
 CLASSIFIER = {"dense": {"bias": np.ones(3, np.float32), "kernel": np.ones((2, 3), np.float32)}}
@@ -85,7 +86,9 @@ def _archive(folder: Path, kind: str) -> Path:
 
 def _labels(folder: Path) -> Path:
     names = [str(path.relative_to(folder / "images")) for path in _images(folder).glob("*/*.png")]
-    (folder / "images/dataset.json").write_text(json.dumps({"labels": [[name, 0] for name in names]}))
+    (folder / "images/dataset.json").write_text(
+        json.dumps({"labels": [[name, 0] for name in names]})
+    )
     return folder / "images/dataset.json"
 
 
@@ -99,8 +102,15 @@ def _image(kind: str) -> Callable[[Path], Path]:
     """Of two frames, where a format has them."""
 
     def write(path: Path) -> None:
-        frames = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8, 3), np.uint8)) for n in range(2)]
-        frames[0].save(path, kind, **({"save_all": True, "append_images": frames[1:]} if kind != "jpeg" else {}))
+        frames = [
+            Image.fromarray(np.random.default_rng(n).integers(0, 256, (8, 8, 3), np.uint8))
+            for n in range(2)
+        ]
+        frames[0].save(
+            path,
+            kind,
+            **({"save_all": True, "append_images": frames[1:]} if kind != "jpeg" else {}),
+        )
 
     return _writer(write)
 
@@ -112,17 +122,33 @@ def _read_image(path: Path) -> None:
 def _statistics(path: Path) -> None:
     random = np.random.default_rng(0).normal(size=(9, 4))
     gaussian = (random.mean(0), np.cov(random, rowvar=False))
-    save_statistics(path, Statistics({"set": "images", "images": 9}, 9, {"features": gaussian}, random.astype(np.float32)), SPACE)
+    save_statistics(
+        path,
+        Statistics(
+            {"set": "images", "images": 9}, 9, {"features": gaussian}, random.astype(np.float32)
+        ),
+        SPACE,
+    )
 
 
 def _classifier(path: Path) -> None:
-    about = {"image_shape": [4, 4, 3], "class_names": ["a", "b"], "trained_on": {}, "accuracy": None}
-    named = {jax.tree_util.keystr(at): leaf for at, leaf in jax.tree_util.tree_leaves_with_path(CLASSIFIER)}
+    about = {
+        "image_shape": [4, 4, 3],
+        "class_names": ["a", "b"],
+        "trained_on": {},
+        "accuracy": None,
+    }
+    named = {
+        jax.tree_util.keystr(at): leaf
+        for at, leaf in jax.tree_util.tree_leaves_with_path(CLASSIFIER)
+    }
     safetensors.numpy.save_file(named, path, {"about": json.dumps(about)})
 
 
 def _prepared(name: str) -> Callable[[Path], Path]:
-    return lambda folder: prepare(f"folder:{_images(folder)}", folder / "set", Form(4, 4)) / name
+    return lambda folder: (
+        prepare(f"folder:{_images(folder)}", folder / "set", ImageSpec(4, 4)) / name
+    )
 
 
 def _read_prepared(path: Path) -> None:
@@ -135,12 +161,12 @@ def _config(path: Path) -> None:
 
 
 def _shard(folder: Path) -> Path:
-    prepare(f"folder:{_images(folder)}", folder / "set", Form(4, 4))
+    prepare(f"folder:{_images(folder)}", folder / "set", ImageSpec(4, 4))
     return next((folder / "set").glob("*.array_record-*"))
 
 
 def _metrics(folder: Path) -> Path:
-    writer = metrics.MetricWriter(folder, 0)
+    writer = metric_writer.MetricWriter(folder, 0)
     for step in range(4):
         writer.write(step, images=8 * step, loss=0.5)
     writer.close()
@@ -154,10 +180,21 @@ def _checksums(folder: Path) -> Path:
 
 
 READERS = {
-    "pickle": Reader(_writer(lambda path: write_pkl(path, "EDMPrecond", {"img_channels": 3}, TENSORS)), _read_weights),
-    "torch zip": Reader(_writer(lambda path: write_pt(path, "EDMPrecond", {"img_channels": 3}, TENSORS)), _read_weights),
-    "torch legacy": Reader(_writer(lambda path: dump_legacy(path, state_dict(TENSORS))), _read_state_dict),
-    "safetensors": Reader(_writer(lambda path: safetensors.numpy.save_file(TENSORS, path, {"settings": "{}"})), _read_weights),
+    "pickle": Reader(
+        _writer(lambda path: write_pkl(path, "EDMPrecond", {"img_channels": 3}, TENSORS)),
+        _read_weights,
+    ),
+    "torch zip": Reader(
+        _writer(lambda path: write_pt(path, "EDMPrecond", {"img_channels": 3}, TENSORS)),
+        _read_weights,
+    ),
+    "torch legacy": Reader(
+        _writer(lambda path: dump_legacy(path, state_dict(TENSORS))), _read_state_dict
+    ),
+    "safetensors": Reader(
+        _writer(lambda path: safetensors.numpy.save_file(TENSORS, path, {"settings": "{}"})),
+        _read_weights,
+    ),
     "npz": Reader(
         lambda folder: (
             np.savez(folder / "file.npz", mu=np.ones(3), images=np.ones((2, 4, 4, 3), np.uint8)),
@@ -165,7 +202,9 @@ READERS = {
         )[1],
         _read_npz,
     ),
-    "config": Reader(_writer(_config), lambda path: checks.check_config(config.parse(saved.read_saved(path)))),
+    "config": Reader(
+        _writer(_config), lambda path: validate.check_config(config.parse(saved.read_saved(path)))
+    ),
     "manifest": Reader(_prepared(MANIFEST), _read_prepared),
     "features": Reader(_prepared("features.json"), _read_prepared),
     "dataset info": Reader(_prepared("dataset_info.json"), _read_prepared),
@@ -179,11 +218,14 @@ READERS = {
         if kind.upper() in FORMATS
     },
     "evaluation": Reader(
-        lambda folder: write_evaluation(folder / "evaluation", "samples", frechet_distance=1.5), report.read_section
+        lambda folder: write_evaluation(folder / "evaluation", "samples", frechet_distance=1.5),
+        report.read_section,
     ),
     "statistics": Reader(_writer(_statistics), lambda path: read_statistics(path, SPACE)),
-    "classifier": Reader(_writer(_classifier), lambda path: classifier.read_parameters(path, CLASSIFIER)),
-    "metrics": Reader(_metrics, metrics.read),
+    "classifier": Reader(
+        _writer(_classifier), lambda path: classifier.read_parameters(path, CLASSIFIER)
+    ),
+    "metrics": Reader(_metrics, metric_writer.read),
     "checksums": Reader(_checksums, lambda path: damage(path.parent)),
 }
 

@@ -1,4 +1,5 @@
-"""Shows that the campaign can fail: breaks a copy of the code on purpose, and runs the test that must see it.
+"""Shows that the campaign can fail: breaks a copy of the code on purpose, and runs the test that
+must see it.
 
 python -m tests.faults.mutants
 """
@@ -10,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rdm_jax.evaluation.tables import markdown
+from rdm_jax.render.tables import markdown
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "package")
 
 # Fault, what is broken, file, what is there, what comes in its place, and the test.
@@ -110,7 +111,8 @@ MUTANTS = [
 
 
 def status(test: str, file: str = "", old: str = "", new: str = "") -> int:
-    """Of pytest, which runs a test on a copy of the code: as it is, or with something in a file replaced."""
+    """Of pytest, which runs a test on a copy of the code: as it is, or with something in a file
+    replaced."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
@@ -120,7 +122,18 @@ def status(test: str, file: str = "", old: str = "", new: str = "") -> int:
             if text.count(old) != 1:
                 raise ValueError(f"{file} has {old!r} {text.count(old)} times; once would do.")
             path.write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "long or not long", "-k", test, "tests/faults"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-m",
+            "long or not long",
+            "-k",
+            test,
+            "tests/faults",
+        ]
         return subprocess.run(command, cwd=tree, capture_output=True).returncode
 
 
@@ -129,7 +142,11 @@ def main() -> int:
     sound = functools.cache(lambda test: status(test) == 0)
     rows = []
     for fault, what, file, old, new, test in MUTANTS:
-        found = {0: "NOT SEEN", 1: "seen"}.get(status(test, file, old, new), "not run") if sound(test) else "FAILS ON SOUND CODE"
+        found = (
+            {0: "NOT SEEN", 1: "seen"}.get(status(test, file, old, new), "not run")
+            if sound(test)
+            else "FAILS ON SOUND CODE"
+        )
         rows.append([str(fault), what, test, found])
         print(*rows[-1], sep=" | ", flush=True)
     print(f"\n{markdown(['fault', 'broken on purpose', 'test', ''], rows)}")

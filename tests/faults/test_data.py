@@ -1,4 +1,5 @@
-"""Faults 13 to 15: the order of the data under kills, workers that fail, and every kind of damaged image and archive."""
+"""Faults 13 to 15: the order of the data under kills, workers that fail, and every kind of damaged
+image and archive."""
 
 import io
 import itertools
@@ -16,8 +17,20 @@ import pytest
 from PIL import Image
 
 from tests.faults import commands
-from tests.faults.commands import GIB, STAGE, assert_equal, bounded, logged, run, short_and_long, start, state, steps, wait_for
-from tests.tiny import write_images
+from tests.faults.commands import (
+    GIB,
+    STAGE,
+    assert_equal,
+    bounded,
+    logged,
+    run,
+    short_and_long,
+    start,
+    state,
+    steps,
+    wait_for,
+)
+from tests.support.configs import write_images
 
 NOTICED = 60  # seconds that a worker may take; on a busy machine it needs many to start
 NOT_IN_MEMORY = ("--config.data.cache_gib=0",)
@@ -39,24 +52,31 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
     """23 prepared images, whose number is their colour."""
-    from rdm_jax.data.images import Form
+    from rdm_jax.data.images import ImageSpec
     from rdm_jax.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("numbered") / "images"
     folder.mkdir()
     for number in range(23):
         Image.new("RGB", (4, 4), (number,) * 3).save(folder / f"{number:02d}.png")
-    return prepare(f"folder:{folder}", f"{folder}_prepared", Form(4, 4))
+    return prepare(f"folder:{folder}", f"{folder}_prepared", ImageSpec(4, 4))
 
 
 def read_until(numbered, script, workers: int, lines: list[int]) -> list[int]:
-    """The indices that are handed out, by a process that is killed after so many batches, and by others that go on."""
+    """The indices that are handed out, by a process that is killed after so many batches, and by
+    others that go on."""
     script.write_text(READ_ON)
     seen: list[int] = []
     for count in lines:
         command = [sys.executable, str(script), str(numbered), str(workers), str(len(seen) // 4)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=commands.environment()) as process:
-            seen += [int(index) for line in itertools.islice(process.stdout, count) for index in line.split()]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=commands.environment()
+        ) as process:
+            seen += [
+                int(index)
+                for line in itertools.islice(process.stdout, count)
+                for index in line.split()
+            ]
             children = workers_of(process)
             process.kill()
         assert all(ends(child) for child in children)
@@ -64,7 +84,8 @@ def read_until(numbered, script, workers: int, lines: list[int]) -> list[int]:
 
 
 def ends(process: int) -> bool:
-    """Whether a process that is not ours is gone, or nothing but its number is left, within some seconds."""
+    """Whether a process that is not ours is gone, or nothing but its number is left, within some
+    seconds."""
     for _ in range(100):
         try:
             if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -87,20 +108,35 @@ def test_13_the_order_of_two_epochs_with_a_kill_in_each(numbered, tmp_path, faul
 
 def workers_of(process) -> list[int]:
     """The processes that a command has started and that decode."""
-    children = [c for task in Path(f"/proc/{process.pid}/task").glob("*/children") for c in task.read_text().split()]
-    return [int(child) for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+    children = [
+        c
+        for task in Path(f"/proc/{process.pid}/task").glob("*/children")
+        for c in task.read_text().split()
+    ]
+    return [
+        int(child)
+        for child in children
+        if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_13_training_with_workers_is_killed(images, tmp_path, fault, workers):
-    """In each of its epochs but the last (24 images, 3 batches of 8); the workers hand out what was not trained on again."""
-    flags = (*STAGE, "--config.stage1.training.checkpoint_every=8", "--config.stage1.training.keep_newest=20")
+    """In each of its epochs but the last (24 images, 3 batches of 8); the workers hand out what was
+    not trained on again."""
+    flags = (
+        *STAGE,
+        "--config.stage1.training.checkpoint_every=8",
+        "--config.stage1.training.keep_newest=20",
+    )
     run(images, tmp_path / "undisturbed", *flags)  # which has the images in memory
     flags += (*NOT_IN_MEMORY, f"--config.data.workers={workers}")
     for epoch in range(6):
         process = start(images, tmp_path / "run", *flags)
-        after = lambda epoch=epoch: any(step > 3 * epoch for step in steps(tmp_path / "run", sound=False))  # noqa: E731
+        after = lambda epoch=epoch: any(
+            step > 3 * epoch for step in steps(tmp_path / "run", sound=False)
+        )  # noqa: E731
         assert wait_for(after, process), process.communicate()
         children = workers_of(process)
         process.kill()
@@ -108,18 +144,29 @@ def test_13_training_with_workers_is_killed(images, tmp_path, fault, workers):
         assert len(children) >= workers and all(ends(child) for child in children)
     run(images, tmp_path / "run", *flags)
     assert_equal(state(tmp_path / "run"), state(tmp_path / "undisturbed"))
-    fault(13, 6, f"training with {workers} workers, killed in 6 epochs: the end is bit-equal to one without workers")
+    fault(
+        13,
+        6,
+        f"training with {workers} workers, killed in 6 epochs: the end is bit-equal to one without workers",
+    )
 
 
 @pytest.mark.long  # tests/data/test_pipeline.py has the same within a process
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
 def test_14_a_worker(images, tmp_path, fault, sent, workers):
-    flags = (*STAGE, *NOT_IN_MEMORY, f"--config.data.worker_timeout={NOTICED}", "--config.stage1.training.images=800")
+    flags = (
+        *STAGE,
+        *NOT_IN_MEMORY,
+        f"--config.data.worker_timeout={NOTICED}",
+        "--config.stage1.training.images=800",
+    )
     run(images, tmp_path / "undisturbed", *flags, "--config.data.workers=0")
     log = tmp_path / "log"
     with log.open("w") as stdout:
-        process = start(images, tmp_path / "run", *flags, f"--config.data.workers={workers}", stdout=stdout)
+        process = start(
+            images, tmp_path / "run", *flags, f"--config.data.workers={workers}", stdout=stdout
+        )
     noticed = lambda: "others take their place" in log.read_text()  # noqa: E731
     assert wait_for(logged(tmp_path / "run", 16), process), process.communicate()
     assert not noticed()
@@ -131,21 +178,32 @@ def test_14_a_worker(images, tmp_path, fault, sent, workers):
     assert process.returncode == 0 and took < 2 * NOTICED, (took, log.read_text(), stderr)
     assert_equal(state(tmp_path / "run", 100), state(tmp_path / "undisturbed", 100))
     what = f"one of {workers} {'killed' if sent == signal.SIGKILL else 'hanging'}"
-    fault(14, 1, f"{what}: noticed after {took:.0f} s of {NOTICED}, others go on, the end is bit-equal")
+    fault(
+        14,
+        1,
+        f"{what}: noticed after {took:.0f} s of {NOTICED}, others go on, the end is bit-equal",
+    )
 
 
 def encoded(kind: str) -> bytes:
     with io.BytesIO() as file:
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)).save(file, kind)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)).save(
+            file, kind
+        )
         return file.getvalue()
 
 
 def bomb(side: int = 13_000) -> bytes:
-    """A whole PNG of side x side pixels, one bit each, in some kilobytes; as many as Pillow alone would decode."""
-    chunk = lambda name, data: len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")  # noqa: E731
+    """A whole PNG of side x side pixels, one bit each, in some kilobytes; as many as Pillow alone
+    would decode."""
+    chunk = lambda name, data: (
+        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    )  # noqa: E731
     header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
     pixels = zlib.compress(bytes(side * (1 + -(-side // 8))))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
 
 
 def archive(**members: bytes) -> bytes:
@@ -158,7 +216,10 @@ def archive(**members: bytes) -> bytes:
 
 IMAGES = {
     "empty": b"",
-    **{f"a truncated {kind}": encoded(kind)[: len(encoded(kind)) // 2] for kind in ("png", "jpeg", "webp", "gif", "tiff", "ppm")},
+    **{
+        f"a truncated {kind}": encoded(kind)[: len(encoded(kind)) // 2]
+        for kind in ("png", "jpeg", "webp", "gif", "tiff", "ppm")
+    },
     "of noise": np.random.default_rng(0).bytes(1000),
     "a text": b"no image at all",
     "a bomb": bomb(),
@@ -168,15 +229,27 @@ IMAGES = {
 ARCHIVES = {
     "truncated": (archive(**{"a/0.png": encoded("png")})[:-30], "hostile.zip"),
     "not one": (b"PK but no archive", "hostile.zip"),
-    "a member outside": (archive(**{"../../outside.png": encoded("png"), "a/0.png": encoded("png")}), "../../outside.png"),
-    "an absolute member": (archive(**{"/tmp/outside.png": encoded("png"), "a/0.png": encoded("png")}), "/tmp/outside.png"),
+    "a member outside": (
+        archive(**{"../../outside.png": encoded("png"), "a/0.png": encoded("png")}),
+        "../../outside.png",
+    ),
+    "an absolute member": (
+        archive(**{"/tmp/outside.png": encoded("png"), "a/0.png": encoded("png")}),
+        "/tmp/outside.png",
+    ),
     "a bomb": (None, "a/0.png"),
-    "a damaged member": (archive(**{"a/0.png": encoded("png")}).replace(encoded("png")[40:60], bytes(20)), "a/0.png"),
+    "a damaged member": (
+        archive(**{"a/0.png": encoded("png")}).replace(encoded("png")[40:60], bytes(20)),
+        "a/0.png",
+    ),
     "labels of no file": (
         archive(**{"dataset.json": b'{"labels": [["nothing.png", 1]]}', "a.png": encoded("png")}),
         "nothing.png",
     ),
-    "hostile labels": (archive(**{"dataset.json": b"[" * 10**6, "a.png": encoded("png")}), "dataset.json"),
+    "hostile labels": (
+        archive(**{"dataset.json": b"[" * 10**6, "a.png": encoded("png")}),
+        "dataset.json",
+    ),
     "no images": (archive(**{"a.txt": b"text"}), "hostile.zip"),
 }
 PREPARE = ("--mode=prepare",)
@@ -187,7 +260,11 @@ def refused(folder, source: str, name: str) -> str:
     before = set(folder.rglob("*"))
     flags = (*PREPARE, f"--config.data.source={source}", f"--config.data.directory={folder / name}")
     stderr = bounded(folder / "images", folder / "run", *flags)
-    left = {path for path in set(folder.rglob("*")) - before if "run" not in path.parts and ".incomplete" not in str(path)}
+    left = {
+        path
+        for path in set(folder.rglob("*")) - before
+        if "run" not in path.parts and ".incomplete" not in str(path)
+    }
     assert not left, left
     return stderr
 
@@ -198,7 +275,11 @@ def test_15_a_damaged_image(tmp_path, fault, kind):
     (tmp_path / "images/a/bad.png").write_bytes(IMAGES[kind])
     refusal = refused(tmp_path, f"folder:{tmp_path / 'images'}", "set")
     assert "a/bad.png" in refusal and (kind != "a bomb" or "in all would do" in refusal)
-    fault(15, 1, f"an image that is {kind}: refused by its name, in bounded time and memory, nothing written")
+    fault(
+        15,
+        1,
+        f"an image that is {kind}: refused by its name, in bounded time and memory, nothing written",
+    )
 
 
 @pytest.mark.parametrize("kind", short_and_long(ARCHIVES, "a member outside"))
@@ -208,4 +289,8 @@ def test_15_a_damaged_archive(tmp_path, fault, kind):
     (tmp_path / "hostile.zip").write_bytes(content)
     assert named in refused(tmp_path, f"zip:{tmp_path / 'hostile.zip'}", "set")
     assert not Path("/tmp/outside.png").exists() and not (tmp_path.parent / "outside.png").exists()
-    fault(15, 1, f"an archive, {kind}: refused by its name, in bounded time and memory, nothing written")
+    fault(
+        15,
+        1,
+        f"an archive, {kind}: refused by its name, in bounded time and memory, nothing written",
+    )

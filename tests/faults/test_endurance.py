@@ -2,7 +2,7 @@
 
 import pytest
 
-from rdm_jax.training import metrics
+from rdm_jax.training import metric_writer
 from tests.faults.commands import STAGE, run
 
 STEPS, EARLY = 100_000, 5_000
@@ -12,13 +12,23 @@ STEPS, EARLY = 100_000, 5_000
 def test_19_a_hundred_thousand_steps(images, tmp_path, fault):
     """Memory, threads and open files after 5,000 steps, and at the end, after 95 more saves.
 
-    What tensorstore converts to JSON it does not free (0.1.71 to 0.1.86 seen): some 1,750 Python objects a save of this network.
+    What tensorstore converts to JSON it does not free (0.1.71 to 0.1.86 seen): some 1,750 Python
+    objects a save of this network.
     """
     each = {"images": 8 * STEPS, "checkpoint_every": 8 * 1000, "log_every": 800}
     flags = [f"--config.stage1.training.{name}={value}" for name, value in each.items()]
     run(images, tmp_path, *STAGE, *flags, broken="measured", timeout=2 * 3600)
-    told = {line["step"]: line for line in metrics.read(tmp_path / "stage1/told_by_0")}
+    told = {line["step"]: line for line in metric_writer.read(tmp_path / "stage1/told_by_0")}
     grown = {name: told[STEPS][name] - told[EARLY][name] for name in ("memory", "threads", "files")}
-    assert len(told) == 100 and grown["memory"] < 50 * 2**20 and grown["threads"] <= 2 and grown["files"] <= 4, told
+    assert (
+        len(told) == 100
+        and grown["memory"] < 50 * 2**20
+        and grown["threads"] <= 2
+        and grown["files"] <= 4
+    ), told
     memory = f"memory in use {grown['memory'] / 2**20:+.1f} MiB"
-    fault(19, 1, f"{STEPS:,} steps: {memory}, threads {grown['threads']:+}, files {grown['files']:+} since step {EARLY:,}")
+    fault(
+        19,
+        1,
+        f"{STEPS:,} steps: {memory}, threads {grown['threads']:+}, files {grown['files']:+} since step {EARLY:,}",
+    )

@@ -1,4 +1,5 @@
-"""Fault 16: files from strangers. Nothing in them is executed, written elsewhere, or waited for; they are refused by name."""
+"""Fault 16: files from strangers. Nothing in them is executed, written elsewhere, or waited for;
+they are refused by name."""
 
 import contextlib
 import datetime
@@ -15,14 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.prepare import prepare
-from rdm_jax.errors import InputError
+from rdm_jax.runtime.errors import InputError
 from tests.faults import commands
 from tests.faults.commands import GIB, ROOT, bounded, short_and_long
 from tests.faults.fuzzing import CHANGES, READERS, changed
-from tests.tiny import write_images
+from tests.support.configs import write_images
 
 SECONDS_EACH = 600  # of the long campaign
 SECONDS_A_FILE = datetime.timedelta(seconds=30)  # on busy cores; all of these files are small
@@ -49,7 +50,8 @@ WITHIN = {
     "pythonClassName": FEATURES,
     "jsonFeature": {"json": json.dumps({"a": {"type": "canary_module.Hostile", "content": {}}})},
 }
-# Files of a prepared set, what is written in them (None: all of it), what comes in its place, and what the refusal says.
+# Files of a prepared set, what is written in them (None: all of it), what comes in its place, and
+# what the refusal says.
 CHANGED = {
     "manifest": (MANIFEST, '"file": "', '"file": "../', "is no file beside it"),
     "features": ("features.json", FEATURES, "canary_module.Hostile", "to be imported"),
@@ -59,7 +61,8 @@ CHANGED = {
 
 
 def write_hostile(kind: str, folder, canary):
-    """Makes a file of that kind; what its refusal says, and the arguments that have the command read it."""
+    """Makes a file of that kind; what its refusal says, and the arguments that have the command
+    read it."""
     path, pickled = folder / "hostile", pickle.dumps({"ema": Hostile(canary)})
     load = ["--mode=import", "--stage=1", f"--weights={path}"]
     if kind == "pickle":
@@ -71,7 +74,11 @@ def write_hostile(kind: str, folder, canary):
     elif kind == "npz of objects":
         path = path.with_suffix(".npz")
         np.savez(path, images=np.array([Hostile(canary)], object))
-        load = ["--mode=evaluate", "--config.evaluation.features=classifier", f"--config.evaluation.images=npz:{path}"]
+        load = [
+            "--mode=evaluate",
+            "--config.evaluation.features=classifier",
+            f"--config.evaluation.images=npz:{path}",
+        ]
         return "hostile.npz cannot be used (it holds Python objects", load
     elif kind == "config":
         path.write_text('{"stage1": ' * 10_000)
@@ -79,12 +86,16 @@ def write_hostile(kind: str, folder, canary):
     else:  # prepared images
         name, old, new, says = CHANGED[kind]
         write_images(folder / "images")
-        file = prepare(f"folder:{folder / 'images'}", path, Form(8, 12)) / name
+        file = prepare(f"folder:{folder / 'images'}", path, ImageSpec(8, 12)) / name
         text = file.read_text()
         assert old is None or old in text
         file.write_text(text.replace(old, new) if old else new)
         (folder / "canary_module.py").write_text(f"open({str(canary)!r}, 'w')")
-        load = ["--mode=train", f"--config.data.source=folder:{folder / 'images'}", f"--config.data.directory={path}"]
+        load = [
+            "--mode=train",
+            f"--config.data.source=folder:{folder / 'images'}",
+            f"--config.data.directory={path}",
+        ]
         return says, load
     return path.name, load
 
@@ -92,7 +103,9 @@ def write_hostile(kind: str, folder, canary):
 KINDS = ("pickle", "torch archive", "safetensors header", "npz of objects", "config", *CHANGED)
 
 
-@pytest.mark.parametrize("kind", short_and_long(KINDS, "pickle"))  # all readers are fuzzed below, within a process
+@pytest.mark.parametrize(
+    "kind", short_and_long(KINDS, "pickle")
+)  # all readers are fuzzed below, within a process
 def test_16_from_outside(images, tmp_path, fault, kind):
     canary = tmp_path / "canary"
     says, load = write_hostile(kind, tmp_path, canary)
@@ -108,9 +121,26 @@ def test_the_canary_sings(tmp_path):
     assert (tmp_path / "canary").exists()
 
 
-# What Python's audit events are called where something is executed, or written other than to a file that is opened.
-EXECUTES = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "pickle.find_class")
-WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "socket.connect")
+# What Python's audit events are called where something is executed, or written other than to a file
+# that is opened.
+EXECUTES = (
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "subprocess.Popen",
+    "pickle.find_class",
+)
+WRITES = (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "socket.connect",
+)
 watching: list[list[str]] = []
 
 
@@ -142,7 +172,11 @@ def peak_of_memory(anew: bool = False) -> int:
     """Of this process, in bytes: since its start, or since it was last asked to begin `anew`."""
     if anew:
         Path("/proc/self/clear_refs").write_text("5")
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) * 1024
 
 
@@ -153,7 +187,9 @@ def fuzz(name: str, folder, seconds: float = 0, **kwargs) -> int:
     sound, before = path.read_bytes(), set(folder.rglob("*"))
     reader.read(path)
 
-    @settings(deadline=SECONDS_A_FILE, database=None, suppress_health_check=list(HealthCheck), **kwargs)
+    @settings(
+        deadline=SECONDS_A_FILE, database=None, suppress_health_check=list(HealthCheck), **kwargs
+    )
     @given(CHANGES)
     def try_some(changes):
         nonlocal trials

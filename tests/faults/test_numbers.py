@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.data.images import Form
+from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.pipeline import train_iterator
 from rdm_jax.data.prepare import prepare
-from rdm_jax.training import metrics
+from rdm_jax.training import metric_writer
 from tests.faults.commands import STAGE, run, said, start_two, state
-from tests.tiny import write_images
+from tests.support.configs import write_images
 
 LINES = (
     "--config.stage1.training.log_every=8",
@@ -32,24 +32,36 @@ def folder_with_white(folder, white: int):
 
 @pytest.fixture(scope="module")
 def one_white(tmp_path_factory):
-    """24 images, three batches an epoch, of which one white; and whether each of the 20 batches has it."""
+    """24 images, three batches an epoch, of which one white; and whether each of the 20 batches has
+    it."""
     folder = folder_with_white(tmp_path_factory.mktemp("white") / "images", 1)
-    images = open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", Form(8, 12)))
+    images = open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", ImageSpec(8, 12)))
     batches = train_iterator(images, batch_size=8, seed=1)  # of stage 1 of seed 0
     return folder, [bool((next(batches)["image"] == 255).all((1, 2, 3)).any()) for _ in range(20)]
 
 
 def skipped(workdir) -> list[bool]:
-    return [bool(line["skipped"]) for line in metrics.read(workdir / "stage1/metrics.jsonl") if "skipped" in line]
+    return [
+        bool(line["skipped"])
+        for line in metric_writer.read(workdir / "stage1/metrics.jsonl")
+        if "skipped" in line
+    ]
 
 
 def check_untouched(workdir, struck: list[bool]) -> None:
-    """A struck step has changed the counters alone; any other has changed the parameters; everything is finite."""
+    """A struck step has changed the counters alone; any other has changed the parameters;
+    everything is finite."""
     before = state(workdir, 1)
     for step, hit in enumerate(struck[1:], 2):
         after = state(workdir, step)
-        changed = {name for name, value in after.items() if value.tobytes() != before[name].tobytes()}
-        counters = {name for name in changed if any(word in name for word in ("'step'", "'skipped'", "'skipped_in_a_row'"))}
+        changed = {
+            name for name, value in after.items() if value.tobytes() != before[name].tobytes()
+        }
+        counters = {
+            name
+            for name in changed
+            if any(word in name for word in ("'step'", "'skipped'", "'skipped_in_a_row'"))
+        }
         assert (changed == counters) == hit, (step, hit, sorted(changed - counters)[:3])
         assert all(np.isfinite(value).all() for value in after.values())
         before = after
@@ -71,7 +83,11 @@ def test_12_one_image_in_many(one_white, tmp_path, fault, broken, flags):
     run(images, tmp_path / "run", *STAGE, *LINES, *flags, broken=broken)
     assert skipped(tmp_path / "run") == struck
     check_untouched(tmp_path / "run", struck)
-    fault(12, sum(struck), f"{broken} {' '.join(flags)}: skipped and counted; parameters, moments and EMA unchanged")
+    fault(
+        12,
+        sum(struck),
+        f"{broken} {' '.join(flags)}: skipped and counted; parameters, moments and EMA unchanged",
+    )
 
 
 @pytest.mark.long
@@ -82,21 +98,41 @@ def test_12_in_one_host_of_two(one_white, tmp_path, fault):
     assert [process.returncode for process in pair] == [0, 0], said_by
     assert skipped(tmp_path / "run") == struck
     check_untouched(tmp_path / "run", struck)
-    one, other = ((tmp_path / f"run/stage1/told_by_{process}").read_text().splitlines() for process in range(2))
-    assert one == other and len(one) == len(struck)  # parameters, moments, EMA and counters, as each host has them
-    fault(12, sum(struck), "in one host of two: skipped in both, which hold the same after every step")
+    one, other = (
+        (tmp_path / f"run/stage1/told_by_{process}").read_text().splitlines()
+        for process in range(2)
+    )
+    assert one == other and len(one) == len(
+        struck
+    )  # parameters, moments, EMA and counters, as each host has them
+    fault(
+        12, sum(struck), "in one host of two: skipped in both, which hold the same after every step"
+    )
 
 
 @pytest.mark.long  # tests/test_main.py has a run that diverges
 @pytest.mark.parametrize("pictures", [False, True])
 def test_12_many_in_a_row_end_the_run(tmp_path, fault, pictures):
-    """With pictures: one is drawn when the last steps are still being computed, and only then is it known that they are bad."""
+    """With pictures: one is drawn when the last steps are still being computed, and only then is it
+    known that they are bad."""
     images = folder_with_white(tmp_path / "images", 24)
-    flags = ("--config.stage1.training.max_skipped=4", "--config.stage1.training.checkpoint_every=1600")
+    flags = (
+        "--config.stage1.training.max_skipped=4",
+        "--config.stage1.training.checkpoint_every=1600",
+    )
     flags += ("--config.stage1.training.preview_every=32",) if pictures else ()
     _, stderr = run(images, tmp_path / "run", *STAGE, *flags, broken="white_is_nan", status=1)
     found = int(re.search(r"([0-9]+) steps in a row", said(stderr))[1])
-    assert 4 <= found <= 6  # what a step has found is read a step or two later, so that the device need not wait
+    assert (
+        4 <= found <= 6
+    )  # what a step has found is read a step or two later, so that the device need not wait
     saved = state(tmp_path / "run", found)
-    assert all(np.isfinite(value).all() for value in saved.values()) and int(saved["train['skipped']"]) == found
-    fault(12, 1, "as many in a row as are configured end the run, with status 1 and the last good state saved")
+    assert (
+        all(np.isfinite(value).all() for value in saved.values())
+        and int(saved["train['skipped']"]) == found
+    )
+    fault(
+        12,
+        1,
+        "as many in a row as are configured end the run, with status 1 and the last good state saved",
+    )

@@ -11,7 +11,11 @@ import pytest
 from tests.faults.commands import run, start, wait_for
 
 SAMPLE = ("--mode=sample", "--config.sampling.seeds=0-199", "--config.data.held_out=8")
-EVALUATE = ("--mode=evaluate", "--config.evaluation.features=classifier", "--config.evaluation.images=samples")
+EVALUATE = (
+    "--mode=evaluate",
+    "--config.evaluation.features=classifier",
+    "--config.evaluation.images=samples",
+)
 EVALUATE += ("--config.evaluation.seeds=0-199", "--config.data.held_out=8")
 SECONDS = 1200  # a classifier is trained first, which takes minutes as tests compile, and where others run beside it
 
@@ -35,7 +39,11 @@ def halve(path) -> None:
 
 
 def images_of(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.suffix in (".png", ".npz")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.suffix in (".png", ".npz")
+    }
 
 
 WAYS = [("npz", 8, 1), ("png", 8, 1), ("npz", 20, 4), ("png", 6, 2)]
@@ -44,15 +52,20 @@ WAYS = [("npz", 8, 1), ("png", 8, 1), ("npz", 20, 4), ("png", 6, 2)]
 @pytest.mark.long
 @pytest.mark.parametrize(("files", "batch", "devices"), WAYS)
 def test_17_killed_while_sampling(images, workdir, fault, files, batch, devices):
-    """Twice, when some parts are written; a part, and a file of the result, that are cut in half are made again."""
+    """Twice, when some parts are written; a part, and a file of the result, that are cut in half
+    are made again."""
     flags = (*SAMPLE, f"--config.sampling.files={files}", f"--config.sampling.batch_size={batch}")
-    again = lambda name: run(images, workdir, *flags, f"--config.sampling.name={name}", devices=devices)  # noqa: E731
+    again = lambda name: run(
+        images, workdir, *flags, f"--config.sampling.name={name}", devices=devices
+    )  # noqa: E731
     again("whole")
     kept = {}
     for count in (2, 6):
         process = start(images, workdir, *flags, "--config.sampling.name=killed", devices=devices)
         parts = lambda: sorted((workdir / "killed").glob(".parts-*/0*.npz"))  # noqa: E731
-        assert wait_for(lambda count=count, parts=parts: len(parts()) >= count, process), process.communicate()
+        assert wait_for(lambda count=count, parts=parts: len(parts()) >= count, process), (
+            process.communicate()
+        )
         process.send_signal(signal.SIGKILL)
         process.communicate()
         before, kept = kept, {path.name: path.stat().st_mtime_ns for path in parts()}
@@ -71,7 +84,9 @@ def test_17_killed_while_sampling(images, workdir, fault, files, batch, devices)
 def test_17_on_other_devices(images, workdir, fault):
     for devices in (1, 4):
         run(images, workdir, *SAMPLE, f"--config.sampling.name=on_{devices}", devices=devices)
-    one, four = (np.load(workdir / name / "samples.npz")["images"].astype(int) for name in ("on_1", "on_4"))
+    one, four = (
+        np.load(workdir / name / "samples.npz")["images"].astype(int) for name in ("on_1", "on_4")
+    )
     assert np.abs(one - four).max() <= 1  # other programs, other roundings
     fault(17, 1, "on 4 devices the same images, up to one level of uint8")
 
@@ -80,18 +95,35 @@ def test_17_on_other_devices(images, workdir, fault):
 @pytest.mark.parametrize(("batch", "devices"), [(8, 1), (20, 4)])
 def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
     batches = (*EVALUATE, f"--config.sampling.batch_size={batch}")
-    run(images, workdir, *batches, "--config.evaluation.name=whole", devices=devices, timeout=SECONDS)
+    run(
+        images,
+        workdir,
+        *batches,
+        "--config.evaluation.name=whole",
+        devices=devices,
+        timeout=SECONDS,
+    )
     flags = (*batches, "--config.evaluation.name=killed")
     process = start(images, workdir, *flags, devices=devices, broken="gathered_often")
-    assert wait_for(lambda: any((workdir / "killed").glob(".gathered*.npz")), process, timeout=SECONDS), process.communicate()
+    assert wait_for(
+        lambda: any((workdir / "killed").glob(".gathered*.npz")), process, timeout=SECONDS
+    ), process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stdout, _ = run(images, workdir, *flags, devices=devices, timeout=SECONDS)
     assert re.search(r"going on from [0-9]+ of 200 images", stdout)
-    found = [json.loads((workdir / name / "evaluation.json").read_text())["results"]["samples"] for name in ("whole", "killed")]
-    assert found[0]["metrics"] == found[1]["metrics"] and found[0]["images"] == found[1]["images"] == 200
+    found = [
+        json.loads((workdir / name / "evaluation.json").read_text())["results"]["samples"]
+        for name in ("whole", "killed")
+    ]
+    assert (
+        found[0]["metrics"] == found[1]["metrics"]
+        and found[0]["images"] == found[1]["images"] == 200
+    )
     where = f"batches of {batch}, devices {devices}"
-    fault(17, 1, f"killed while evaluating, {where}, continued: the figures are equal to the last bit")
+    fault(
+        17, 1, f"killed while evaluating, {where}, continued: the figures are equal to the last bit"
+    )
 
 
 @pytest.mark.long

@@ -1,4 +1,5 @@
-"""Faults 3, 4, 5 and 11: stopped by signals, cut in two, moved to other devices, and started twice."""
+"""Faults 3, 4, 5 and 11: stopped by signals, cut in two, moved to other devices, and started
+twice."""
 
 import itertools
 import json
@@ -11,12 +12,23 @@ import numpy as np
 import pytest
 
 from rdm_jax import config as configs
-from rdm_jax import sharding
+from rdm_jax.checkpoints import store
 from rdm_jax.data.image_sets import open_prepared
-from rdm_jax.interrupt import ANSWERS
-from rdm_jax.training import checkpoint, loop, metrics
-from tests.faults.commands import STAGE, assert_equal, logged, run, said, start, state, steps, wait_for
-from tests.tiny import LOW, tiny_config
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.signals import ANSWERS
+from rdm_jax.training import loop, metric_writer
+from tests.faults.commands import (
+    STAGE,
+    assert_equal,
+    logged,
+    run,
+    said,
+    start,
+    state,
+    steps,
+    wait_for,
+)
+from tests.support.configs import LOW, tiny_config
 
 LONG = ("--config.stage1.training.images=160000",)
 STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -42,9 +54,11 @@ SIGNALS += [
 
 
 def stopped(images, workdir, *flags, moment, number: int, times: int, **kwargs) -> bytes:
-    """What a command wrote to stderr that got a signal so many times, each when it had answered to the one before.
+    """What a command wrote to stderr that got a signal so many times, each when it had answered to
+    the one before.
 
-    (Several that come at once may be one.) That it ended in time, with the signal's status, is asserted.
+    (Several that come at once may be one.) That it ended in time, with the signal's status, is
+    asserted.
     """
     log = workdir.with_suffix(".stderr")
     with log.open("wb") as stderr:
@@ -55,7 +69,9 @@ def stopped(images, workdir, *flags, moment, number: int, times: int, **kwargs) 
         assert wait_for(lambda answer=answer: answer in log.read_bytes(), process), log.read_text()
         process.send_signal(number)
     process.communicate(timeout=SECONDS)
-    assert process.returncode == STATUS[number] and time.monotonic() - began < SECONDS, log.read_text()
+    assert process.returncode == STATUS[number] and time.monotonic() - began < SECONDS, (
+        log.read_text()
+    )
     return log.read_bytes()
 
 
@@ -65,22 +81,35 @@ def test_3_a_signal(images, tmp_path, fault, number, moment, times):
     stderr = stopped(images, workdir, *LONG, moment=moment, number=number, times=times)
     assert b"stopped by" in stderr and [answer in stderr for answer in ANSWERS] == [True, times > 1]
     saved = steps(workdir)[-1]
-    seen = [line["images"] for line in metrics.read(workdir / "stage1/metrics.jsonl")]
-    assert saved * 8 == max(seen)  # the step that it was stopped at, whose validation loss is the last line
+    seen = [line["images"] for line in metric_writer.read(workdir / "stage1/metrics.jsonl")]
+    assert saved * 8 == max(
+        seen
+    )  # the step that it was stopped at, whose validation loss is the last line
     what = f"{moment.__name__}, {times} of them"
-    fault(3, 1, f"{what}: a checkpoint of that step is there, status {STATUS[number]}, within {SECONDS} s")
+    fault(
+        3,
+        1,
+        f"{what}: a checkpoint of that step is there, status {STATUS[number]}, within {SECONDS} s",
+    )
 
 
-@pytest.mark.long  # tests/test_interrupt.py has the same within a process
+@pytest.mark.long  # tests/runtime/test_signals.py has the same within a process
 @pytest.mark.parametrize("number", STATUS)
 def test_3_a_signal_three_times_in_a_row(images, finished, tmp_path, fault, number):
-    """The first and the second one wait for a save, which takes a minute; the third one does not."""
+    """The first and the second one wait for a save, which takes a minute; the third one does
+    not."""
     workdir = tmp_path / "run"
-    stderr = stopped(images, workdir, moment=in_a_save, number=number, times=3, broken="second_save_is_slow")
+    stderr = stopped(
+        images, workdir, moment=in_a_save, number=number, times=3, broken="second_save_is_slow"
+    )
     assert steps(workdir) == [5] and b"Traceback" not in stderr
     run(images, workdir, *STAGE)
     assert_equal(state(workdir), state(finished))
-    fault(3, 1, f"three times in a row: status {STATUS[number]} at once, nothing is half listed, the end is bit-equal")
+    fault(
+        3,
+        1,
+        f"three times in a row: status {STATUS[number]} at once, nothing is half listed, the end is bit-equal",
+    )
 
 
 def shortened(trained, workdir, step: int):
@@ -101,14 +130,19 @@ def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp
     for name in ("one", "other"):
         workdir = shortened(finished, tmp_path / name, 10)
         assert "going on from 80 images" in run(images, workdir, *STAGE)[0]
-        assert_equal(state(workdir), state(finished))  # parameters, average, moments, step, counters
-        assert about(workdir) == about(finished)  # the place in the data, the loss of fixed images under fixed noise
+        assert_equal(
+            state(workdir), state(finished)
+        )  # parameters, average, moments, step, counters
+        assert about(workdir) == about(
+            finished
+        )  # the place in the data, the loss of fixed images under fixed noise
     fault(4, 2, "parameters, EMA, moments, step, data position and losses are bit-equal")
 
 
 @pytest.mark.long
 def test_5_values_on_other_devices(images, finished, tmp_path, fault):
-    """Every checkpoint is restored from the one before it, cut over other devices, and saved again."""
+    """Every checkpoint is restored from the one before it, cut over other devices, and saved
+    again."""
     config = configs.parse(tiny_config(images, low=LOW).to_config_dict())
     source = open_prepared(f"{images}_prepared")
     whole = loop.Trainer(config, 1, source, tmp_path).abstract
@@ -116,24 +150,37 @@ def test_5_values_on_other_devices(images, finished, tmp_path, fault):
     for number, devices in enumerate((8, 1, 2, 4, 8)):
         mesh = sharding.make_mesh(fsdp=devices, devices=jax.devices()[:devices])
         abstract = sharding.by_rules(whole, mesh)
-        restored, about = checkpoint.Checkpoints(directory, read_only=True).restore(20, abstract)
+        restored, about = store.Checkpoints(directory, read_only=True).restore(20, abstract)
         directory = tmp_path / str(number) / "stage1/checkpoints"
-        saving = checkpoint.Checkpoints(directory)
+        saving = store.Checkpoints(directory)
         saving.save(restored, about)
         saving.close()
-        cut = [leaf for leaf in jax.tree.leaves(restored.params) if not leaf.sharding.is_fully_replicated]
+        cut = [
+            leaf
+            for leaf in jax.tree.leaves(restored.params)
+            if not leaf.sharding.is_fully_replicated
+        ]
         assert bool(cut) == (devices > 1)
         assert_equal(state(tmp_path / str(number)), wanted)
-    fault(5, 5, "cut over 8, 1, 2, 4 and 8 devices in turn, saved and restored: all values are bit-equal")
+    fault(
+        5,
+        5,
+        "cut over 8, 1, 2, 4 and 8 devices in turn, saved and restored: all values are bit-equal",
+    )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("devices", [(8, 1), (8, 2, 4, 1, 8)], ids=str)
 def test_5_on_other_devices(images, tmp_path, fault, devices):
-    """Each part of a run on another number of devices: what it begins with is what was saved, and the order is the same."""
+    """Each part of a run on another number of devices: what it begins with is what was saved, and
+    the order is the same."""
     workdir, losses = tmp_path / "run", {}
     for number, count in enumerate(devices, 1):
-        flags = (*STAGE, f"--config.stage1.training.images={40 * number}", "--config.stage1.training.log_every=8")
+        flags = (
+            *STAGE,
+            f"--config.stage1.training.images={40 * number}",
+            "--config.stage1.training.log_every=8",
+        )
         run(images, workdir, *flags, devices=count)
     run(
         images,
@@ -143,11 +190,20 @@ def test_5_on_other_devices(images, tmp_path, fault, devices):
         "--config.stage1.training.log_every=8",
     )
     for place in (workdir, tmp_path / "alone"):
-        losses[place] = [line["loss"] for line in metrics.read(place / "stage1/metrics.jsonl") if "loss" in line]
+        losses[place] = [
+            line["loss"]
+            for line in metric_writer.read(place / "stage1/metrics.jsonl")
+            if "loss" in line
+        ]
     one, other = losses.values()
-    # The same images under the same noise, batch after batch, or the losses would differ in their first digits.
+    # The same images under the same noise, batch after batch, or the losses would differ in their
+    # first digits.
     assert len(one) == 5 * len(devices) and np.allclose(one, other, rtol=1e-4)
-    fault(5, len(devices) - 1, f"devices {devices}: the losses of all global batches are those of one device")
+    fault(
+        5,
+        len(devices) - 1,
+        f"devices {devices}: the losses of all global batches are those of one device",
+    )
 
 
 @pytest.mark.long  # tests/test_main.py has a second run refused

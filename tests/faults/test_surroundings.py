@@ -10,7 +10,9 @@ from tests.faults import commands
 from tests.faults.commands import STAGE, assert_equal, mounted, run, said, short_and_long, state
 
 
-def shell(images, workdir, how: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+def shell(
+    images, workdir, how: str, *flags: str, **environment: str
+) -> subprocess.CompletedProcess:
     """The command within a line of shell, where {} stands for it."""
     command = " ".join(commands.command(images, workdir, *STAGE, *flags))
     kwargs = {
@@ -40,11 +42,24 @@ UNAFFECTED = {
 
 @pytest.mark.parametrize("kind", short_and_long(UNAFFECTED, "stdout closed"))
 def test_18_training_is_unaffected(images, finished, tmp_path, fault, kind):
-    how = UNAFFECTED[kind].replace("STATUS", str(tmp_path / "status")).replace("SPACES", str(tmp_path))
-    if kind == "no network" and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+    how = (
+        UNAFFECTED[kind]
+        .replace("STATUS", str(tmp_path / "status"))
+        .replace("SPACES", str(tmp_path))
+    )
+    if (
+        kind == "no network"
+        and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode
+    ):
         pytest.skip("no network can be made here")
-    # Where a home is the matter, what is compiled is kept where a user's would be, and not where the tests have it.
-    done = shell(images, tmp_path / "run", how, **({"JAX_COMPILATION_CACHE_DIR": ""} if "home" in kind.lower() else {}))
+    # Where a home is the matter, what is compiled is kept where a user's would be, and not where
+    # the tests have it.
+    done = shell(
+        images,
+        tmp_path / "run",
+        how,
+        **({"JAX_COMPILATION_CACHE_DIR": ""} if "home" in kind.lower() else {}),
+    )
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert_equal(state(tmp_path / "run"), state(finished))
     assert kind != SPACES or list((tmp_path / "a b/.cache/rdm_jax/compiled").iterdir())
@@ -53,7 +68,9 @@ def test_18_training_is_unaffected(images, finished, tmp_path, fault, kind):
 
 @pytest.mark.long
 def test_18_a_read_only_source_tree(images, finished, tmp_path, fault):
-    mount = f"mount --bind {commands.ROOT} {commands.ROOT} && mount -o remount,ro,bind {commands.ROOT}"
+    mount = (
+        f"mount --bind {commands.ROOT} {commands.ROOT} && mount -o remount,ro,bind {commands.ROOT}"
+    )
     train = " ".join(commands.command(images, tmp_path / "run", *STAGE))
     done = mounted(mount, f"cd {commands.ROOT} && ! touch here && {train}")
     assert done.returncode == 0, done.stderr
@@ -71,9 +88,13 @@ def test_18_a_clock_that_is_set_back_between_two_saves(images, finished, tmp_pat
 
 @pytest.mark.long
 def test_18_a_clock_that_was_set_back(images, finished, tmp_path, fault):
-    """The files of the newest checkpoint, and of all that was written with it, seem to be the oldest."""
+    """The files of the newest checkpoint, and of all that was written with it, seem to be the
+    oldest."""
     shutil.copytree(finished, tmp_path / "run")
-    for path in [*(tmp_path / "run/stage1/checkpoints/20").rglob("*"), tmp_path / "run/stage1/metrics.jsonl"]:
+    for path in [
+        *(tmp_path / "run/stage1/checkpoints/20").rglob("*"),
+        tmp_path / "run/stage1/metrics.jsonl",
+    ]:
         os.utime(path, (10**9, 10**9))
     assert "already trained on 160 images" in run(images, tmp_path / "run", *STAGE)[0]
     fault(18, 1, "a clock that was set back: the newest checkpoint is the one of the last step")

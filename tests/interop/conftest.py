@@ -8,7 +8,8 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def canary(tmp_path, monkeypatch):
-    """The file that every payload here would make; nothing may have made it, or have run a command."""
+    """The file that every payload here would make; nothing may have made it, or have run a
+    command."""
     path, ran = tmp_path / "canary", []
     for module in (os, posix):
         monkeypatch.setattr(module, "system", ran.append)

@@ -6,10 +6,19 @@ import zipfile
 import numpy as np
 import pytest
 
-from rdm_jax.errors import InputError
 from rdm_jax.interop.torch_files import open_torch
-from tests.interop.refusals import of_changed, refuse
-from tests.interop.torch_standins import FOUR, SETTINGS, WRITERS, Storage, dump_pkl, legacy_header, write_pkl, write_pt
+from rdm_jax.runtime.errors import InputError
+from tests.support.refusals import of_changed, refuse
+from tests.support.torch_standins import (
+    FOUR,
+    SETTINGS,
+    WRITERS,
+    Storage,
+    dump_pkl,
+    legacy_header,
+    write_pkl,
+    write_pt,
+)
 
 FORMATS = pytest.mark.parametrize("kind", ["pkl", "pt"])
 
@@ -19,7 +28,16 @@ def test_other_files(tmp_path):
     refuse(tmp_path, "a directory")
     os.mkfifo(tmp_path / "pipe")
     refuse(tmp_path / "pipe", "it is no file")
-    for content in (b"", b"\x80", b"P", b"PK\x03\x04", b"PK\x05\x06" + b"\0" * 18, b"\x93NUMPY", b"cos\nsystem\n.", b"\0" * 1000):
+    for content in (
+        b"",
+        b"\x80",
+        b"P",
+        b"PK\x03\x04",
+        b"PK\x05\x06" + b"\0" * 18,
+        b"\x93NUMPY",
+        b"cos\nsystem\n.",
+        b"\0" * 1000,
+    ):
         (tmp_path / "a").write_bytes(content)
         refuse(tmp_path / "a")
     np.savez(tmp_path / "a.npz", a=FOUR)
@@ -41,7 +59,8 @@ def test_errors_inside_are_the_callers_own(tmp_path):
 
 @pytest.fixture
 def archive(tmp_path):
-    """(members of a good training state by name, a function that asserts what is said of others)."""
+    """(members of a good training state by name, a function that asserts what is said of
+    others)."""
     write_pt(tmp_path / "good.pt", "EDMPrecond", SETTINGS, {"model.w": FOUR, "model.b": FOUR})
     with zipfile.ZipFile(tmp_path / "good.pt") as good:
         members = {name: good.read(name) for name in good.namelist()}
@@ -65,9 +84,21 @@ def test_zip_files(archive, tmp_path):
     check([*members.items(), (bomb, b"\0" * 10**6)], "'archive/data/9' is compressed")
     check([*members.items(), ("archive/data/0", b"")], "two members 'archive/data/0'")
     check([*members.items(), ("other/data.pkl", b"")], "2 members '*/data.pkl'")
-    check([item for item in members.items() if item[0] != "archive/data.pkl"], "0 members '*/data.pkl'")
-    check([item for item in members.items() if item[0] != "archive/data/1"], "'model.b'", "no member", "'1'")
-    check((members | {"archive/data/1": b"\0" * 15}).items(), "'model.b'", "15 bytes for 4 numbers of float32")
+    check(
+        [item for item in members.items() if item[0] != "archive/data.pkl"],
+        "0 members '*/data.pkl'",
+    )
+    check(
+        [item for item in members.items() if item[0] != "archive/data/1"],
+        "'model.b'",
+        "no member",
+        "'1'",
+    )
+    check(
+        (members | {"archive/data/1": b"\0" * 15}).items(),
+        "'model.b'",
+        "15 bytes for 4 numbers of float32",
+    )
     check((members | {"archive/data/1": b""}).items(), "0 bytes for 4")
     check((members | {"archive/byteorder": b"big"}).items(), "byteorder")
     check((members | {"archive/byteorder": b"bigger"}).items(), "byteorder")
@@ -85,10 +116,14 @@ def test_lies_in_the_zip_directory(archive, tmp_path):
 
         return change
 
-    check(members.items(), "'archive/data/0' is encrypted", change=edit("archive/data/0", flag_bits=1))
+    check(
+        members.items(), "'archive/data/0' is encrypted", change=edit("archive/data/0", flag_bits=1)
+    )
     check(members.items(), "unknown flags", change=edit("archive/data/0", flag_bits=0x40))
     check(members.items(), "is compressed", change=edit("archive/data/0", file_size=10**9))
-    check(members.items(), "overlap", change=edit("archive/data/0", file_size=100, compress_size=100))
+    check(
+        members.items(), "overlap", change=edit("archive/data/0", file_size=100, compress_size=100)
+    )
     far = edit("archive/version", file_size=10**9, compress_size=10**9)
     check(members.items(), "'archive/version' ends beyond", change=far)
     check(members.items(), "overlap", change=edit("archive/data/0", header_offset=0))
@@ -125,25 +160,37 @@ def test_a_file_that_shrinks(kind, tmp_path):
             original.tensors["model.w"].read()
 
 
-SMALL = {"model.enc.conv.weight": np.arange(20_000, dtype=np.float32).reshape(100, 200), "model.enc.conv.bias": FOUR}
+SMALL = {
+    "model.enc.conv.weight": np.arange(20_000, dtype=np.float32).reshape(100, 200),
+    "model.enc.conv.bias": FOUR,
+}
 
 
 @FORMATS
 def test_truncation(kind, tmp_path):
     WRITERS[kind](tmp_path / "a", "EDMPrecond", SETTINGS, SMALL)
     content = (tmp_path / "a").read_bytes()
-    for length in [*range(0, 3000, 59), *range(3000, len(content), 2999), *range(len(content) - 300, len(content), 13)]:
+    for length in [
+        *range(0, 3000, 59),
+        *range(3000, len(content), 2999),
+        *range(len(content) - 300, len(content), 13),
+    ]:
         (tmp_path / "a").write_bytes(content[:length])
         refuse(tmp_path / "a")
 
 
 @FORMATS
 def test_flipped_bytes(kind, tmp_path):
-    """A zip file has checksums, so what is read is right; a snapshot has none, so it is no more than is there."""
+    """A zip file has checksums, so what is read is right; a snapshot has none, so it is no more
+    than is there."""
     WRITERS[kind](tmp_path / "a", "EDMPrecond", SETTINGS, SMALL)
     size, random = (tmp_path / "a").stat().st_size, np.random.default_rng(1)
     # Mostly in what is not numbers, at both ends.
-    places = [*random.integers(0, 3000, 80), *random.integers(size - 3000, size, 80), *random.integers(0, 80_000, 10)]
+    places = [
+        *random.integers(0, 3000, 80),
+        *random.integers(size - 3000, size, 80),
+        *random.integers(0, 80_000, 10),
+    ]
 
     def read(path):
         with open_torch(path) as original:
@@ -154,6 +201,8 @@ def test_flipped_bytes(kind, tmp_path):
     for tensors, about in filter(None, read_of):
         assert sum(array.nbytes for array in tensors.values()) <= size
         if kind == "pt":
-            assert {name: array.tolist() for name, array in tensors.items()} == {name: a.tolist() for name, a in SMALL.items()}
+            assert {name: array.tolist() for name, array in tensors.items()} == {
+                name: a.tolist() for name, a in SMALL.items()
+            }
             assert about == ("EDMPrecond", SETTINGS)
     assert read_of.count(None) > 40

@@ -6,16 +6,9 @@ import struct
 
 import pytest
 
-from rdm_jax.interop.inert_pickle import Refused, Region, Stream
-from tests.interop.refusals import peak_of, refuse, with_tensor
-from tests.interop.torch_standins import (
-    Bytes,
-    Call,
-    Named,
-    View,
-    dump_pkl,
-    dump_pt,
-)
+from rdm_jax.interop.inert_pickle import ByteReader, Refused, Region
+from tests.support.refusals import peak_of, refuse, with_tensor
+from tests.support.torch_standins import Bytes, Call, Named, View, dump_pkl, dump_pt
 
 # Each is tried as a snapshot, as a zip file's data.pkl, and in a storage of a snapshot.
 
@@ -38,19 +31,59 @@ def refuse_everywhere(tmp_path, body: bytes, *words):
     refuse(tmp_path / "hostile.pkl", *words)
     dump_pt(tmp_path / "hostile.pt", {}, pickled=pickled)
     refuse(tmp_path / "hostile.pt", *words)
-    storage = Call(Named("torch.storage", "_load_from_bytes"), (Bytes([pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickled]),))
+    storage = Call(
+        Named("torch.storage", "_load_from_bytes"),
+        (Bytes([pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickled]),),
+    )
     dump_pkl(tmp_path / "inner.pkl", {"ema": with_tensor(View(storage, 0, (1,), (1,)))})
     refuse(tmp_path / "inner.pkl", "'weight'", *words)
 
 
 DANGEROUS = [
-    *(("os", "system"), ("posix", "system"), ("nt", "system"), ("subprocess", "Popen"), ("builtins", "eval")),
-    *(("builtins", "exec"), ("builtins", "getattr"), ("builtins", "__import__"), ("__builtin__", "eval"), ("builtins", "object")),
-    *(("collections", "OrderedDict.__init__.__globals__"), ("torch", "FloatStorage.__init__.__globals__"), ("torch", "load")),
-    *(("torch.hub", "load"), ("torch", "hub.load"), ("torch.jit", "load"), ("torch.serialization", "load"), ("numpy", "load")),
-    *(("numpy", "f2py.compile"), ("numpy.f2py", "compile"), ("numpy.testing._private.utils", "runstring"), ("numpy", "ndarray")),
-    *(("numpy.core.multiarray", "_reconstruct"), ("pickle", "loads"), ("operator", "attrgetter"), ("functools", "partial")),
-    *(("copyreg", "_reconstructor"), ("_codecs", "decode"), ("codecs", "encode"), ("importlib", "import_module")),
+    *(
+        ("os", "system"),
+        ("posix", "system"),
+        ("nt", "system"),
+        ("subprocess", "Popen"),
+        ("builtins", "eval"),
+    ),
+    *(
+        ("builtins", "exec"),
+        ("builtins", "getattr"),
+        ("builtins", "__import__"),
+        ("__builtin__", "eval"),
+        ("builtins", "object"),
+    ),
+    *(
+        ("collections", "OrderedDict.__init__.__globals__"),
+        ("torch", "FloatStorage.__init__.__globals__"),
+        ("torch", "load"),
+    ),
+    *(
+        ("torch.hub", "load"),
+        ("torch", "hub.load"),
+        ("torch.jit", "load"),
+        ("torch.serialization", "load"),
+        ("numpy", "load"),
+    ),
+    *(
+        ("numpy", "f2py.compile"),
+        ("numpy.f2py", "compile"),
+        ("numpy.testing._private.utils", "runstring"),
+        ("numpy", "ndarray"),
+    ),
+    *(
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("pickle", "loads"),
+        ("operator", "attrgetter"),
+        ("functools", "partial"),
+    ),
+    *(
+        ("copyreg", "_reconstructor"),
+        ("_codecs", "decode"),
+        ("codecs", "encode"),
+        ("importlib", "import_module"),
+    ),
     *(
         ("torch._utils", "_rebuild_parameter_with_state"),
         ("dnnlib.util", "EasyDict"),
@@ -89,13 +122,22 @@ HOSTILE = {
         "an object of 'torch.storage._load_from_bytes'",
     ),
     "object of a value": (b"})\x81", "an object of a dict"),
-    "object with arguments": (DICTS[:-2] + b"K\x01\x85\x81", "an object of 'torch.nn.modules.container.ModuleDict'"),
+    "object with arguments": (
+        DICTS[:-2] + b"K\x01\x85\x81",
+        "an object of 'torch.nn.modules.container.ModuleDict'",
+    ),
     "state of a name": (
         named("torch", "FloatStorage") + b"}" + text("a") + b"Nsb",
         "the state of 'torch.FloatStorage' from a dict",
     ),
-    "slots of a name": (ORDERED + b"N}" + text("module") + text("os") + b"s\x86b", "the state of 'collections.OrderedDict'"),
-    "slots of a container": (DICTS + b"N}" + text("state") + b"Ns\x86b", "the state of a ModuleDict from a tuple"),
+    "slots of a name": (
+        ORDERED + b"N}" + text("module") + text("os") + b"s\x86b",
+        "the state of 'collections.OrderedDict'",
+    ),
+    "slots of a container": (
+        DICTS + b"N}" + text("state") + b"Ns\x86b",
+        "the state of a ModuleDict from a tuple",
+    ),
     "state twice": (DICTS + b"}b}b", "the state of a ModuleDict"),
     "state of a tensor": (TENSOR + b"}" + text("storage") + b"Nsb", "the state of a View"),
     "state of a dict": (b"}}b", "the state of a dict"),
@@ -106,18 +148,51 @@ HOSTILE = {
     "append to a tensor": (TENSOR + b"(NNe", "items into a View"),
     "add to a list": (b"](N\x90", "items into a list"),
     "half an item": (b"}(Nu", "ValueError"),
-    "parameter of no tensor": (named("torch._utils", "_rebuild_parameter") + b"N\x89}\x87R", "a parameter"),
-    "network of no dict": (named("torch_utils.persistence", "_reconstruct_persistent_obj") + b"N\x85R", "a persistent object"),
-    "storage of a string": (named("torch.storage", "_load_from_bytes") + text("a") + b"\x85R", "a storage is made from a str"),
-    "dtype of objects": (named("numpy", "dtype") + b"(" + text("O") + b"\x89\x88tR", "numpy.dtype 'O'"),
-    "dtype of a name": (named("numpy", "dtype") + b"(" + ORDERED + b"\x89\x88tR", "numpy.dtype 'collections.OrderedDict'"),
-    "big-endian dtype": (DTYPE + b"(K\x03" + text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb", "byte order '>'"),
+    "parameter of no tensor": (
+        named("torch._utils", "_rebuild_parameter") + b"N\x89}\x87R",
+        "a parameter",
+    ),
+    "network of no dict": (
+        named("torch_utils.persistence", "_reconstruct_persistent_obj") + b"N\x85R",
+        "a persistent object",
+    ),
+    "storage of a string": (
+        named("torch.storage", "_load_from_bytes") + text("a") + b"\x85R",
+        "a storage is made from a str",
+    ),
+    "dtype of objects": (
+        named("numpy", "dtype") + b"(" + text("O") + b"\x89\x88tR",
+        "numpy.dtype 'O'",
+    ),
+    "dtype of a name": (
+        named("numpy", "dtype") + b"(" + ORDERED + b"\x89\x88tR",
+        "numpy.dtype 'collections.OrderedDict'",
+    ),
+    "big-endian dtype": (
+        DTYPE + b"(K\x03" + text(">") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",
+        "byte order '>'",
+    ),
     "dtype with fields": (DTYPE + b"(K\x03" + text("<") + b"NNtb", "the state of a DType"),
-    "scalar of objects": (named("numpy.core.multiarray", "scalar") + b"NC\x00\x86R", "numpy scalar"),
-    "short scalar": (named("numpy._core.multiarray", "scalar") + DTYPE + b"C\x02ab\x86R", "numpy scalar"),
-    "encode to zip": (named("_codecs", "encode") + text("a") + text("zip") + b"\x86R", "_codecs.encode"),
-    "encode a name": (named("_codecs", "encode") + ORDERED + text("latin1") + b"\x86R", "_codecs.encode"),
-    "encode much": (named("_codecs", "encode") + text("a" * 9999) + text("latin1") + b"\x86R", "_codecs.encode"),
+    "scalar of objects": (
+        named("numpy.core.multiarray", "scalar") + b"NC\x00\x86R",
+        "numpy scalar",
+    ),
+    "short scalar": (
+        named("numpy._core.multiarray", "scalar") + DTYPE + b"C\x02ab\x86R",
+        "numpy scalar",
+    ),
+    "encode to zip": (
+        named("_codecs", "encode") + text("a") + text("zip") + b"\x86R",
+        "_codecs.encode",
+    ),
+    "encode a name": (
+        named("_codecs", "encode") + ORDERED + text("latin1") + b"\x86R",
+        "_codecs.encode",
+    ),
+    "encode much": (
+        named("_codecs", "encode") + text("a" * 9999) + text("latin1") + b"\x86R",
+        "_codecs.encode",
+    ),
     "name of no strings": (b"K\x01K\x02\x93", "STACK_GLOBAL"),
     "tuple as a key": (b"}))s", "a dict with a tuple as a key"),
     "tensor as a key": (b"}" + TENSOR + b"Ns", "a dict with a View as a key"),
@@ -144,7 +219,8 @@ def test_hostile_pickles(what, tmp_path):
 
 
 def test_deep(tmp_path):
-    """What is nested ten thousands of times is refused, is not hashed, and can be thrown away without ending the process."""
+    """What is nested ten thousands of times is refused, is not hashed, and can be thrown away
+    without ending the process."""
     view = named("torch._utils", "_rebuild_tensor_v2")
     for body, words in {
         b"})" + b"\x85" * 30_000 + b"Ns": "a dict with a tuple as a key",
@@ -161,7 +237,9 @@ KNOWN = """PROTO STOP MARK FRAME GLOBAL STACK_GLOBAL BINPERSID REDUCE NEWOBJ BUI
     BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS"""
 
 
-@pytest.mark.parametrize("opcode", [o for o in pickletools.opcodes if o.name not in KNOWN.split()], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "opcode", [o for o in pickletools.opcodes if o.name not in KNOWN.split()], ids=lambda o: o.name
+)
 def test_opcodes(opcode, tmp_path):
     """INST, OBJ, EXT1 and all others that no network needs."""
     body = b"(" + opcode.code.encode("latin1") + b"os\nsystem\n" + text("a") * 3
@@ -172,19 +250,53 @@ FLOAT = named("torch", "FloatStorage")
 IDS = {
     "string": (text("os.system"), "a persistent id that is no storage"),
     "short": (b"(" + text("storage") + FLOAT + b"t", "a persistent id that is no storage"),
-    "long": (b"(" + text("storage") + FLOAT + text("0") + text("cpu") + b"K\x01NNt", "a persistent id that is no storage"),
+    "long": (
+        b"(" + text("storage") + FLOAT + text("0") + text("cpu") + b"K\x01NNt",
+        "a persistent id that is no storage",
+    ),
     "other": (b"(" + text("module") + FLOAT + text("0") + text("cpu") + b"K\x01t", "'module'"),
-    "type as a string": (b"(" + text("storage") + text("FloatStorage") + text("0") + text("cpu") + b"K\x01t", "a str"),
-    "other type": (b"(" + text("storage") + ORDERED + text("0") + text("cpu") + b"K\x01t", "'collections.OrderedDict'"),
-    "number as key": (b"(" + text("storage") + FLOAT + b"K\x00" + text("cpu") + b"K\x01t", "a persistent id that is no storage"),
-    "bool elements": (b"(" + text("storage") + FLOAT + text("key") + text("cpu") + b"\x88t", "'key'", "absurd"),
-    "text elements": (b"(" + text("storage") + FLOAT + text("key") + text("cpu") + text("1") + b"t", "'key'", "absurd"),
-    "negative elements": (b"(" + text("storage") + FLOAT + text("key") + text("cpu") + b"J\xff\xff\xff\xfft", "'key'", "absurd"),
-    "absurd elements": (
-        b"(" + text("storage") + FLOAT + text("key") + text("cpu") + b"\x8a\x09" + b"\xff" * 8 + b"\0t",
+    "type as a string": (
+        b"(" + text("storage") + text("FloatStorage") + text("0") + text("cpu") + b"K\x01t",
+        "a str",
+    ),
+    "other type": (
+        b"(" + text("storage") + ORDERED + text("0") + text("cpu") + b"K\x01t",
+        "'collections.OrderedDict'",
+    ),
+    "number as key": (
+        b"(" + text("storage") + FLOAT + b"K\x00" + text("cpu") + b"K\x01t",
+        "a persistent id that is no storage",
+    ),
+    "bool elements": (
+        b"(" + text("storage") + FLOAT + text("key") + text("cpu") + b"\x88t",
+        "'key'",
         "absurd",
     ),
-    "view": (b"(" + text("storage") + FLOAT + text("0") + text("cpu") + b"K\x01)t", "a persistent id that is no storage"),
+    "text elements": (
+        b"(" + text("storage") + FLOAT + text("key") + text("cpu") + text("1") + b"t",
+        "'key'",
+        "absurd",
+    ),
+    "negative elements": (
+        b"(" + text("storage") + FLOAT + text("key") + text("cpu") + b"J\xff\xff\xff\xfft",
+        "'key'",
+        "absurd",
+    ),
+    "absurd elements": (
+        b"("
+        + text("storage")
+        + FLOAT
+        + text("key")
+        + text("cpu")
+        + b"\x8a\x09"
+        + b"\xff" * 8
+        + b"\0t",
+        "absurd",
+    ),
+    "view": (
+        b"(" + text("storage") + FLOAT + text("0") + text("cpu") + b"K\x01)t",
+        "a persistent id that is no storage",
+    ),
 }
 
 
@@ -197,7 +309,7 @@ def test_budget(tmp_path):
     """One byte makes a dict of a hundred: what is read beside the tensors is limited."""
     (tmp_path / "a").write_bytes(b"}" * 100)
     with open(tmp_path / "a", "rb") as file:
-        stream = Stream(Region(file, 0, 100), budget=33 * 10)
+        stream = ByteReader(Region(file, 0, 100), budget=33 * 10)
         for _ in range(10):
             stream.read(1)
         with pytest.raises(Refused, match="too much"):

@@ -1,4 +1,5 @@
-"""State_dicts are read to the last bit in both of torch's formats; anything else is refused by name and runs nothing."""
+"""State_dicts are read to the last bit in both of torch's formats; anything else is refused by name
+and runs nothing."""
 
 import os
 import pickle
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdm_jax.errors import InputError
 from rdm_jax.interop import torch_files
 from rdm_jax.interop.torch_files import open_state_dict
-from tests.interop.refusals import of_changed, peak_of
+from rdm_jax.runtime.errors import InputError
 from tests.interop.test_inert_pickle import DANGEROUS, HOSTILE, IDS, named, text
 from tests.interop.test_torch_files import VIEWS
-from tests.interop.torch_standins import (
+from tests.support.refusals import of_changed, peak_of
+from tests.support.torch_standins import (
     FOUR,
     Call,
     Named,
@@ -53,7 +54,9 @@ def refuse(path, *words):
 
 def example(dtype=np.float32) -> dict[str, np.ndarray]:
     random = np.random.default_rng(0)
-    tensors = {f"conv{i}.weight": np.asarray(random.normal(size=(i, 3)), dtype) for i in range(12)}  # conv0's is empty
+    tensors = {
+        f"conv{i}.weight": np.asarray(random.normal(size=(i, 3)), dtype) for i in range(12)
+    }  # conv0's is empty
     tensors["bn.turned"] = np.asarray(random.normal(size=(2, 3, 4)), dtype).transpose(2, 0, 1)
     return tensors | {"bn.scale": np.asarray(2.5, dtype), "bn.num_batches_tracked": np.asarray(7)}
 
@@ -65,7 +68,11 @@ def example(dtype=np.float32) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, jnp.bfloat16])
 def test_round_trip(kind, dtype, tmp_path):
     tensors = example(dtype)
-    for state in (state_dict(tensors), dict(state_dict(tensors)), {name: View.of(array) for name, array in tensors.items()}):
+    for state in (
+        state_dict(tensors),
+        dict(state_dict(tensors)),
+        {name: View.of(array) for name, array in tensors.items()},
+    ):
         DUMPS[kind](tmp_path / "a", state)
         found = read(tmp_path / "a")
         assert [*found] == [*tensors]
@@ -78,7 +85,11 @@ def test_round_trip(kind, dtype, tmp_path):
 @FORMATS
 def test_tensors_may_share_numbers(kind, tmp_path):
     storage = Storage(np.arange(10, dtype=np.float32))
-    state = {"all": View(storage, 0, (2, 5), (5, 1)), "part": View(storage, 1, (2,), (4,)), "other": View.of(np.zeros(9))}
+    state = {
+        "all": View(storage, 0, (2, 5), (5, 1)),
+        "part": View(storage, 1, (2,), (4,)),
+        "other": View.of(np.zeros(9)),
+    }
     state |= {"tied": state["part"]}
     DUMPS[kind](tmp_path / "a", state)
     found = read(tmp_path / "a")
@@ -95,7 +106,9 @@ def test_tensors_may_share_numbers(kind, tmp_path):
 
 @FORMATS
 def test_tensors_stay_in_the_file(kind, tmp_path):
-    DUMPS[kind](tmp_path / "a", {"big": View.of(np.zeros(2**22, np.float32)), "small": View.of(FOUR)})
+    DUMPS[kind](
+        tmp_path / "a", {"big": View.of(np.zeros(2**22, np.float32)), "small": View.of(FOUR)}
+    )
     with open_state_dict(tmp_path / "a") as tensors:
         small = tensors["small"]
         assert peak_of(small.read) < 2**18
@@ -141,13 +154,17 @@ def refuse_everywhere(tmp_path, body: bytes, *words):
     dump_pt(tmp_path / "a", {}, pickled=pickled)
     refuse(tmp_path / "a", *words)
     for number in range(5):
-        dump_legacy(tmp_path / "a", {}, {n: pickled if n == number else b"" for n in range(number, 5)})
+        dump_legacy(
+            tmp_path / "a", {}, {n: pickled if n == number else b"" for n in range(number, 5)}
+        )
         refuse(tmp_path / "a", *words)
 
 
 @pytest.mark.parametrize("name", DANGEROUS, ids=lambda name: ".".join(name)[:30].strip())
 def test_names(name, canary, tmp_path):
-    refuse_everywhere(tmp_path, named(*name) + text(f"open({str(canary)!r}, 'w')") + b"\x85R", "name")
+    refuse_everywhere(
+        tmp_path, named(*name) + text(f"open({str(canary)!r}, 'w')") + b"\x85R", "name"
+    )
 
 
 @pytest.mark.parametrize("what", HOSTILE)
@@ -181,7 +198,11 @@ def test_what_stands_beside_the_items(tmp_path):
     ):
         dump_legacy(tmp_path / "a", Call(Named("collections", "OrderedDict"), (), more))
         refuse(tmp_path / "a", words)
-    refuse_everywhere(tmp_path, named("torch", "FloatStorage") + b"}" + text("_metadata") + b"}sb", "the state of 'torch.Fl")
+    refuse_everywhere(
+        tmp_path,
+        named("torch", "FloatStorage") + b"}" + text("_metadata") + b"}sb",
+        "the state of 'torch.Fl",
+    )
     refuse_everywhere(tmp_path, b"}b", "it is damaged: IndexError")
 
 
@@ -189,28 +210,54 @@ def test_what_stands_beside_the_items(tmp_path):
 
 
 def test_lies_of_the_format_before_zip(tmp_path):
-    state = {"a": View(Storage(FOUR, key="1"), 0, (4,), (1,)), "b": View(Storage(FOUR, key="2"), 0, (4,), (1,))}
+    state = {
+        "a": View(Storage(FOUR, key="1"), 0, (4,), (1,)),
+        "b": View(Storage(FOUR, key="2"), 0, (4,), (1,)),
+    }
 
     def check(*words, state=state, **changed):
         numbers = ("magic", "protocol", "system", "state", "keys")
-        dump_legacy(tmp_path / "a", state, {numbers.index(name): pickle.dumps(value, 2) for name, value in changed.items()})
+        dump_legacy(
+            tmp_path / "a",
+            state,
+            {numbers.index(name): pickle.dumps(value, 2) for name, value in changed.items()},
+        )
         refuse(tmp_path / "a", *words)
 
-    for keys in ([], ["1"], ["1", "2", "2"], ["1", "1"], ["1", "2", "3"], ["1", 2], {"1": 1, "2": 2}, None, "12"):
+    for keys in (
+        [],
+        ["1"],
+        ["1", "2", "2"],
+        ["1", "1"],
+        ["1", "2", "3"],
+        ["1", 2],
+        {"1": 1, "2": 2},
+        None,
+        "12",
+    ):
         check("its list of storages", keys=keys)
     check("torch's format 1001", magic=1)
     check("torch's format 1001", magic=[])
     check("torch's format 1001", protocol=1000)
     check("not little-endian", system={"little_endian": False})
     check("not little-endian", system=[])
-    fewer, other = View(Storage(FOUR[:3], key="1"), 0, (3,), (1,)), View(Storage(FOUR.astype(np.int32), key="1"), 0, (4,), (1,))
+    fewer, other = (
+        View(Storage(FOUR[:3], key="1"), 0, (3,), (1,)),
+        View(Storage(FOUR.astype(np.int32), key="1"), 0, (4,), (1,)),
+    )
     check("two storages '1'", state=state | {"c": fewer})
     check("two storages '1'", state=state | {"c": other})
-    check("16 bytes for 4 numbers of float32", state=state | {"a": View(Storage(FOUR[:3], 4, "1"), 0, (3,), (1,))})
+    check(
+        "16 bytes for 4 numbers of float32",
+        state=state | {"a": View(Storage(FOUR[:3], 4, "1"), 0, (3,), (1,))},
+    )
     check("ends early", state=state | {"a": View(Storage(FOUR, 2**40, "1"), 0, (4,), (1,))})
     dump_legacy(tmp_path / "a", state)
     content = (tmp_path / "a").read_bytes()
-    for changed, words in ((content[:-1], "15 bytes for 4 numbers"), (content + b"\0", "17 bytes for 4 numbers")):
+    for changed, words in (
+        (content[:-1], "15 bytes for 4 numbers"),
+        (content + b"\0", "17 bytes for 4 numbers"),
+    ):
         (tmp_path / "a").write_bytes(changed)
         refuse(tmp_path / "a", words)
 
@@ -251,7 +298,10 @@ def test_other_files(tmp_path):
 
 @FORMATS
 def test_truncation(kind, tmp_path):
-    DUMPS[kind](tmp_path / "a", state_dict({"conv.weight": np.arange(500, dtype=np.float32), "conv.bias": FOUR}))
+    DUMPS[kind](
+        tmp_path / "a",
+        state_dict({"conv.weight": np.arange(500, dtype=np.float32), "conv.bias": FOUR}),
+    )
     content = (tmp_path / "a").read_bytes()
     for length in range(0, len(content), 31):
         (tmp_path / "a").write_bytes(content[:length])
@@ -260,13 +310,18 @@ def test_truncation(kind, tmp_path):
 
 @FORMATS
 def test_flipped_bytes(kind, tmp_path):
-    """A zip file has checksums, so what is read is right; the format before it has none, so it is no more than is there."""
-    state = OrderedDict({"conv.weight": np.arange(20, dtype=np.float32).reshape(4, 5), "conv.bias": FOUR})
+    """A zip file has checksums, so what is read is right; the format before it has none, so it is
+    no more than is there."""
+    state = OrderedDict(
+        {"conv.weight": np.arange(20, dtype=np.float32).reshape(4, 5), "conv.bias": FOUR}
+    )
     DUMPS[kind](tmp_path / "a", state_dict(state))
     size, random = (tmp_path / "a").stat().st_size, np.random.default_rng(1)
     read_of = of_changed(tmp_path / "a", random.integers(0, size, 150), random, read)
     for found in read_of:
         assert found is None or sum(array.nbytes for array in found.values()) <= size
         if found is not None and kind == "zip":
-            assert {name: array.tolist() for name, array in found.items()} == {name: a.tolist() for name, a in state.items()}
+            assert {name: array.tolist() for name, array in found.items()} == {
+                name: a.tolist() for name, a in state.items()
+            }
     assert read_of.count(None) > 40

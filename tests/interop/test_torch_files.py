@@ -10,8 +10,8 @@ import pytest
 
 from rdm_jax.interop import torch_files
 from rdm_jax.interop.torch_files import open_torch
-from tests.interop.refusals import peak_of, refuse, with_tensor
-from tests.interop.torch_standins import (
+from tests.support.refusals import peak_of, refuse, with_tensor
+from tests.support.torch_standins import (
     DUMPS,
     FOUR,
     SETTINGS,
@@ -43,7 +43,11 @@ def example(dtype=np.float32) -> dict[str, np.ndarray]:
         "model.map_layer0.weight": (8, 6),
         "model.enc.64x64_block0.conv0.weight": (4, 3, 3, 3),
     }
-    shapes |= {"model.dec.8x8_in0.conv0.resample_filter": (1, 1, 2, 2), "model.scale": (), "model.big": (200, 100)}
+    shapes |= {
+        "model.dec.8x8_in0.conv0.resample_filter": (1, 1, 2, 2),
+        "model.scale": (),
+        "model.big": (200, 100),
+    }
     tensors = {name: np.asarray(random.normal(size=shape), dtype) for name, shape in shapes.items()}
     tensors["model.turned"] = np.asarray(random.normal(size=(2, 3, 4)), dtype).transpose(2, 0, 1)
     return tensors | {"model.empty": np.zeros((0, 3), dtype)}
@@ -61,7 +65,14 @@ def test_training_states_of_the_format_before_zip_are_read(tmp_path):
     """The same as from the zip format; cut anywhere they are refused."""
     tensors = example()
     for name, dump in (("new.pt", dump_pt), ("old.pt", dump_legacy)):
-        write_pt(tmp_path / name, "EDMPrecond", SETTINGS, tensors, dump=dump, net=network("EDMPrecond", SETTINGS, tensors))
+        write_pt(
+            tmp_path / name,
+            "EDMPrecond",
+            SETTINGS,
+            tensors,
+            dump=dump,
+            net=network("EDMPrecond", SETTINGS, tensors),
+        )
     with open_torch(tmp_path / "old.pt") as old, open_torch(tmp_path / "new.pt") as new:
         assert (old.class_name, old.settings) == (new.class_name, new.settings)
         assert [*old.tensors] == [*new.tensors]
@@ -100,7 +111,10 @@ def test_round_trip(kind, dtype, tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_protocols(protocol, tmp_path):
-    tensors = {"model.enc.a.num_batches_tracked": np.int64(7), "model.enc.a.weight": np.zeros(4, np.float16)}
+    tensors = {
+        "model.enc.a.num_batches_tracked": np.int64(7),
+        "model.enc.a.weight": np.zeros(4, np.float16),
+    }
     write_pkl(tmp_path / "a", "VPPrecond", SETTINGS, tensors, protocol=min(protocol, 5))
     found = read(tmp_path / "a")
     assert {name: (value.dtype, value.tolist()) for name, value in found.items()} == {
@@ -111,7 +125,10 @@ def test_protocols(protocol, tmp_path):
 
 @FORMATS
 def test_other_types(kind, tmp_path):
-    tensors = {f"m.{dtype}": np.asarray([1, 0, 3], dtype) for dtype in ("int8", "uint8", "int16", "int32", "int64", "bool")}
+    tensors = {
+        f"m.{dtype}": np.asarray([1, 0, 3], dtype)
+        for dtype in ("int8", "uint8", "int16", "int32", "int64", "bool")
+    }
     WRITERS[kind](tmp_path / "a", "EDMPrecond", {}, tensors)
     found = read(tmp_path / "a")
     for name, tensor in tensors.items():
@@ -130,8 +147,15 @@ def test_other_networks_of_a_training_state(tmp_path):
 @FORMATS
 def test_parts_of_one_storage(kind, tmp_path):
     storage = Storage(np.arange(10, dtype=np.float32))
-    parts = {"a": View(storage, 0, (4,), (1,)), "b": View(storage, 4, (2, 2), (1, 3)), "one": View(storage, 9, (1, 1), (0, 99))}
-    DUMPS[kind](tmp_path / "a", {"ema": Module("A", state_of(parts, {}, {}, _init_args=(), _init_kwargs={}))})
+    parts = {
+        "a": View(storage, 0, (4,), (1,)),
+        "b": View(storage, 4, (2, 2), (1, 3)),
+        "one": View(storage, 9, (1, 1), (0, 99)),
+    }
+    DUMPS[kind](
+        tmp_path / "a",
+        {"ema": Module("A", state_of(parts, {}, {}, _init_args=(), _init_kwargs={}))},
+    )
     found = read(tmp_path / "a")
     assert found["a"].tolist() == [0, 1, 2, 3]
     assert found["b"].tolist() == [[4, 7], [5, 8]]
@@ -140,7 +164,13 @@ def test_parts_of_one_storage(kind, tmp_path):
 
 @FORMATS
 def test_the_source_is_not_run(kind, canary, tmp_path):
-    WRITERS[kind](tmp_path / "a", "EDMPrecond", {}, example(), module_src=f"open({str(canary)!r}, 'w').close()\n")
+    WRITERS[kind](
+        tmp_path / "a",
+        "EDMPrecond",
+        {},
+        example(),
+        module_src=f"open({str(canary)!r}, 'w').close()\n",
+    )
     assert len(read(tmp_path / "a")) == len(example())
 
 
@@ -195,7 +225,9 @@ def test_views(kind, what, tmp_path):
 
 
 @FORMATS
-@pytest.mark.parametrize("value", [5, "a", {}, Storage(FOUR), Call(Named("collections", "OrderedDict"), ())])
+@pytest.mark.parametrize(
+    "value", [5, "a", {}, Storage(FOUR), Call(Named("collections", "OrderedDict"), ())]
+)
 def test_no_tensor(kind, value, tmp_path):
     DUMPS[kind](tmp_path / "a", {"ema": with_tensor(value)})
     refuse(tmp_path / "a", "tensor 'weight' is damaged")
@@ -231,7 +263,9 @@ def test_embedded_storages(tmp_path):
         embedded(header[:-8], struct.pack("<q", 2**62), numbers): "16 bytes for 4 numbers",
         embedded(header.replace(magic, pickle.dumps(1, 2)), numbers): "format 1001",
         embedded(header.replace(magic, pickle.dumps([], 2)), numbers): "format 1001",
-        embedded(header.replace(b"little_endian\x71\x02\x88", b"little_endian\x71\x02\x89"), numbers): "little-endian",
+        embedded(
+            header.replace(b"little_endian\x71\x02\x88", b"little_endian\x71\x02\x89"), numbers
+        ): "little-endian",
         embedded(header.replace(one_key, two_keys), numbers): "not a single one",
         embedded(header.replace(one_key, pickle.dumps(["other"], 2)), numbers): "not a single one",
         embedded(b""): "ends early",
@@ -253,7 +287,9 @@ def test_modules(kind, tmp_path):
         refuse(tmp_path / "a", *words)
 
     def outermost(modules, **more):
-        return Module("A", state_of({}, {}, modules, **({"_init_args": (), "_init_kwargs": {}} | more)))
+        return Module(
+            "A", state_of({}, {}, modules, **({"_init_args": (), "_init_kwargs": {}} | more))
+        )
 
     inside = {}
     circle = ModuleDict(state_of({}, {}, inside))
@@ -279,11 +315,20 @@ def test_modules(kind, tmp_path):
     check(outermost({"": shared}), "''", "_modules")
     check(outermost({"a" * 101: shared}), "'aaaa", "_modules")
     check(outermost({"one": Module("B", {"_parameters": {}, "_buffers": {}})}), "'one'", "_modules")
-    check(outermost({"one": Module("B", {"_parameters": [], "_buffers": {}})}), "'one'", "_parameters")
+    check(
+        outermost({"one": Module("B", {"_parameters": [], "_buffers": {}})}), "'one'", "_parameters"
+    )
     check(outermost({"one": Module(5, {})}), "'one'")
     check(outermost({"one": Module("B", [])}), "'one'")
     check(
-        outermost({"one": Call(Named("torch_utils.persistence", "_reconstruct_persistent_obj"), ({"type": "function"},))}),
+        outermost(
+            {
+                "one": Call(
+                    Named("torch_utils.persistence", "_reconstruct_persistent_obj"),
+                    ({"type": "function"},),
+                )
+            }
+        ),
         "'one'",
     )
     twice = state_of({"w": View.of(FOUR)}, {"w": View.of(FOUR)}, {}, _init_args=(), _init_kwargs={})

@@ -10,12 +10,35 @@ from flax import nnx
 from rdm_jax.models import adm, layers
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import functional
-from tests.models.small_networks import AUGMENT, CHANNELS, CLASSES, FLOAT32, inputs, network, parameters
+from tests.support.small_networks import (
+    AUGMENT,
+    CHANNELS,
+    CLASSES,
+    FLOAT32,
+    inputs,
+    network,
+    parameters,
+)
 
-TINY = ADM(channels=8, channel_mult=(1, 2), blocks=1, attention_levels=(1,), head_channels=8, dropout=0.3, augment_labels=AUGMENT)
+TINY = ADM(
+    channels=8,
+    channel_mult=(1, 2),
+    blocks=1,
+    attention_levels=(1,),
+    head_channels=8,
+    dropout=0.3,
+    augment_labels=AUGMENT,
+)
 ADM_64 = ADM()
 ADM_256 = ADM(channels=256, channel_mult=(1, 1, 2, 2, 4, 4), blocks=2, attention_levels=(3, 4, 5))
-SMALLEST = ADM(channels=4, channel_mult=(1,), blocks=1, attention_levels=(), head_channels=4, augment_labels=AUGMENT)
+SMALLEST = ADM(
+    channels=4,
+    channel_mult=(1,),
+    blocks=1,
+    attention_levels=(),
+    head_channels=4,
+    augment_labels=AUGMENT,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +74,11 @@ def test_size_of_the_published_networks(config, side, count, giga):
 
 def test_the_stem_is_as_wide_as_level_0():
     """As in the original; DDPM++'s and NCSN++'s is `channels` wide."""
-    abstract = functional(lambda rngs: dataclasses.replace(SMALLEST, channel_mult=(2, 2)).build(CHANNELS, 0, rngs=rngs)).abstract
+    abstract = functional(
+        lambda rngs: dataclasses.replace(SMALLEST, channel_mult=(2, 2)).build(
+            CHANNELS, 0, rngs=rngs
+        )
+    ).abstract
     assert abstract["stem"]["kernel"].shape == (3, 3, CHANNELS, 8)
     assert "skip" not in abstract["encoder0_0"]
     assert abstract["decoder0_1"]["conv0"]["kernel"].shape == (3, 3, 16, 8)
@@ -78,30 +105,45 @@ def test_output_is_shaped_as_the_image(patch, batch, height, width):
 
 
 def test_blocks_begin_as_their_skips():
-    x, emb = (jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32) for shape in ((2, 4, 4, 8), (2, 16)))
+    x, emb = (
+        jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+        for shape in ((2, 4, 4, 8), (2, 16))
+    )
 
     @jax.jit
     def block(x, emb):
-        return layers.Block(8, 8, 16, adm.STYLE, heads=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))(x, emb)
+        return layers.Block(
+            8, 8, 16, adm.STYLE, heads=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
+        )(x, emb)
 
     chex.assert_trees_all_equal(block(x, emb), x)
 
 
 def test_initial_kernels_are_uniform_with_the_variance_of_their_fan_in():
     shape = (3, 3, 32, 64)
-    kernel, bias = (np.asarray(init(jax.random.key(0), shape)) for init in (adm.DEFAULT.kernel, adm.DEFAULT.bias(288)))
+    kernel, bias = (
+        np.asarray(init(jax.random.key(0), shape))
+        for init in (adm.DEFAULT.kernel, adm.DEFAULT.bias(288))
+    )
     bound = 1 / np.sqrt(288)
     for values in (kernel, bias):
         assert np.max(np.abs(values)) <= bound
-        # The variance of U(-b, b) is b^2 / 3, and the standard error of n draws' b^2 sqrt(4 / 45 n).
+        # The variance of U(-b, b) is b^2 / 3, and the standard error of n draws' b^2 sqrt(4 / 45
+        # n).
         assert abs(np.var(values) / bound**2 - 1 / 3) < 5 * np.sqrt(4 / 45 / values.size)
 
 
 def test_the_null_label_is_all_zero_or_none(smallest):
     apply, params = smallest
     x, noise, label, augment = inputs()
-    chex.assert_trees_all_equal(apply(params, x, noise, jnp.zeros_like(label), augment), apply(params, x, noise, None, augment))
-    chex.assert_trees_all_equal(apply(params, x, noise, label, jnp.zeros_like(augment)), apply(params, x, noise, label, None))
+    chex.assert_trees_all_equal(
+        apply(params, x, noise, jnp.zeros_like(label), augment),
+        apply(params, x, noise, None, augment),
+    )
+    chex.assert_trees_all_equal(
+        apply(params, x, noise, label, jnp.zeros_like(augment)),
+        apply(params, x, noise, label, None),
+    )
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["image", "noise", "class", "augment"])
@@ -121,7 +163,9 @@ def test_an_image_does_not_depend_on_its_batch(smallest):
     apply, params = smallest
     args = inputs()
     alone = apply(params, *(jnp.asarray(np.asarray(a)[1:2]) for a in args))
-    chex.assert_trees_all_close(np.asarray(alone), np.asarray(apply(params, *args))[1:2], atol=FLOAT32)
+    chex.assert_trees_all_close(
+        np.asarray(alone), np.asarray(apply(params, *args))[1:2], atol=FLOAT32
+    )
 
 
 def test_dropout_is_off_without_a_key_and_follows_it(smallest):
@@ -129,7 +173,9 @@ def test_dropout_is_off_without_a_key_and_follows_it(smallest):
     x, *labels = (jnp.asarray(np.repeat(a[:1], 3, axis=0)) for a in inputs())
     off = apply(params, x, *labels)
     chex.assert_trees_all_equal(off, apply(params, x, *labels))
-    first, again, second = (apply(params, x, *labels, jax.random.split(jax.random.key(seed), 3)) for seed in (0, 0, 1))
+    first, again, second = (
+        apply(params, x, *labels, jax.random.split(jax.random.key(seed), 3)) for seed in (0, 0, 1)
+    )
     chex.assert_trees_all_equal(first, again)
     off, first, second = map(np.asarray, (off, first, second))
     for a, b in [(first, off), (first, second), (first[0], first[1])]:  # an image's mask is its own
@@ -140,7 +186,9 @@ def test_dropout_of_rate_zero_changes_nothing(smallest):
     apply, params = smallest
     without = network(dataclasses.replace(SMALLEST, dropout=0.0)).apply
     keys = jax.random.split(jax.random.key(0), 3)
-    chex.assert_trees_all_close(jax.jit(without)(params, *inputs(), keys), apply(params, *inputs()), atol=FLOAT32)
+    chex.assert_trees_all_close(
+        jax.jit(without)(params, *inputs(), keys), apply(params, *inputs()), atol=FLOAT32
+    )
 
 
 def test_gradients_reach_every_parameter(tiny):
@@ -157,17 +205,23 @@ def test_bfloat16_is_near_float32(tiny):
     assert half.dtype == jnp.float32
     half, full = np.asarray(half), np.asarray(apply(params, *inputs()))
     error = np.sqrt(np.mean((half - full) ** 2) / np.mean(full**2))
-    # bfloat16 rounds by up to 2^-9 = 0.002, here some 40 times in a row: 0.002 sqrt(40) = 0.013 where errors are independent.
+    # bfloat16 rounds by up to 2^-9 = 0.002, here some 40 times in a row: 0.002 sqrt(40) = 0.013
+    # where errors are independent.
     assert 1e-4 < error < 0.05
 
 
 def test_statistics_of_normalisation_are_float32():
-    norm = jax.jit(lambda x: layers.group_norm(8, epsilon=1e-5, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))(x))
+    norm = jax.jit(
+        lambda x: layers.group_norm(8, epsilon=1e-5, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))(
+            x
+        )
+    )
     x = jnp.asarray(20 + np.random.default_rng(0).standard_normal((2, 8, 8, 8)), jnp.bfloat16)
     groups = np.asarray(x, np.float64).reshape(2, 64, 2, 4)
     centred = groups - groups.mean((1, 3), keepdims=True)
     expected = (centred / np.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-5)).reshape(x.shape)
-    # The result is rounded to bfloat16, 2^-9 of numbers up to 4; sums in bfloat16 would be off by a whole standard deviation.
+    # The result is rounded to bfloat16, 2^-9 of numbers up to 4; sums in bfloat16 would be off by a
+    # whole standard deviation.
     chex.assert_trees_all_close(np.asarray(norm(x), np.float64), expected, atol=0.02)
 
 
@@ -176,8 +230,12 @@ def test_depth_to_space_undoes_space_to_depth(factor, height, width):
     x = np.arange(2 * height * width * 3, dtype=np.float32).reshape(2, height, width, 3)
     folded = jax.jit(layers.space_to_depth, static_argnums=1)(jnp.asarray(x), factor)
     chex.assert_shape(folded, (2, height // factor, width // factor, 3 * factor**2))
-    np.testing.assert_array_equal(jax.jit(layers.depth_to_space, static_argnums=1)(folded, factor), x)
-    np.testing.assert_array_equal(np.asarray(folded)[:, 0, 0].reshape(2, factor, factor, 3), x[:, :factor, :factor])
+    np.testing.assert_array_equal(
+        jax.jit(layers.depth_to_space, static_argnums=1)(folded, factor), x
+    )
+    np.testing.assert_array_equal(
+        np.asarray(folded)[:, 0, 0].reshape(2, factor, factor, 3), x[:, :factor, :factor]
+    )
 
 
 def test_upsampling_repeats_and_downsampling_averages():
@@ -203,7 +261,11 @@ def test_initialisation_follows_its_key(init):
     chex.assert_trees_all_equal(one, again)
     chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
     # No two kernels of a network are born alike either.
-    kernels = [np.asarray(params[name]["conv0"]["kernel"]) for params in (one, other) for name in ("encoder0_0", "middle0")]
+    kernels = [
+        np.asarray(params[name]["conv0"]["kernel"])
+        for params in (one, other)
+        for name in ("encoder0_0", "middle0")
+    ]
     assert len({kernel.tobytes() for kernel in kernels}) == 4
 
 
@@ -233,7 +295,9 @@ def test_functional_refuses_parameters_of_another_network(smallest):
 
 
 def test_unconditional_networks_have_no_label_parameters():
-    net = functional(lambda rngs: dataclasses.replace(SMALLEST, augment_labels=0).build(CHANNELS, 0, rngs=rngs))
+    net = functional(
+        lambda rngs: dataclasses.replace(SMALLEST, augment_labels=0).build(CHANNELS, 0, rngs=rngs)
+    )
     params = jax.eval_shape(net.init, jax.random.key(0))
     assert not {"map_label", "map_augment"} & set(params)
     x, noise, *_ = inputs()

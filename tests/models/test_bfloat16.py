@@ -16,7 +16,7 @@ from rdm_jax.models import adm, layers
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.layers import Block, Conv, GroupNorm
 from rdm_jax.models.song import Song
-from tests.models.small_networks import AUGMENT, inputs, network, parameters
+from tests.support.small_networks import AUGMENT, inputs, network, parameters
 
 BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 ONE_LEVEL = {
@@ -37,7 +37,9 @@ def narrow(config):
 def errors(gradients, exact):
     """Distance of each leaf from the exact one, as a share of its norm."""
     found = {}
-    for (path, one), other in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(exact), strict=True):
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(gradients), jax.tree.leaves(exact), strict=True
+    ):
         assert one.dtype == other.dtype == FLOAT32
         if path[-1].key not in NOT_TRAINED:
             found[jax.tree_util.keystr(path)] = np.linalg.norm(one - other) / np.linalg.norm(other)
@@ -46,26 +48,41 @@ def errors(gradients, exact):
 
 @pytest.mark.parametrize("family", ONE_LEVEL)
 def test_gradients_of_a_network_are_near_those_of_float32(family):
-    """Sums in bfloat16 over 1,024 pixels were off by 30 % and more; 2 % is some five blocks' rounding."""
+    """Sums in bfloat16 over 1,024 pixels were off by 30 % and more; 2 % is some five blocks'
+    rounding."""
     args = inputs(4, 16, 16)
 
     def gradients(config):
         net = network(config)
-        return jax.device_get(jax.jit(jax.grad(lambda p: ((net.apply(p, *args) - args[0]) ** 2).mean()))(parameters(net)))
+        return jax.device_get(
+            jax.jit(jax.grad(lambda p: ((net.apply(p, *args) - args[0]) ** 2).mean()))(
+                parameters(net)
+            )
+        )
 
     found = errors(gradients(narrow(ONE_LEVEL[family])), gradients(ONE_LEVEL[family]))
-    assert len(found) > 80 and max(found.values()) < 0.02, sorted(found.items(), key=lambda pair: -pair[1])[:5]
+    assert len(found) > 80 and max(found.values()) < 0.02, sorted(
+        found.items(), key=lambda pair: -pair[1]
+    )[:5]
     assert max(found.values()) > 1e-3  # it is bfloat16
 
 
-STYLES = {"adm": adm.STYLE, "song": dataclasses.replace(adm.STYLE, scale_shift=False, skip_scale=0.5**0.5, filter=(1, 3, 3, 1))}
+STYLES = {
+    "adm": adm.STYLE,
+    "song": dataclasses.replace(
+        adm.STYLE, scale_shift=False, skip_scale=0.5**0.5, filter=(1, 3, 3, 1)
+    ),
+}
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("resample", [None, "down", "up"])
 def test_gradients_of_a_block_are_near_those_of_float32(style, resample):
     random = np.random.default_rng(0)
-    x, emb = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((4, 16, 16, 8), (4, 16)))
+    x, emb = (
+        jnp.asarray(random.standard_normal(shape), jnp.float32)
+        for shape in ((4, 16, 16, 8), (4, 16))
+    )
 
     def gradients(dtype):
         def block():
@@ -84,8 +101,12 @@ def test_gradients_of_a_block_are_near_those_of_float32(style, resample):
         return jax.device_get(jax.jit(jax.grad(loss, argnums=(0, 2)))(params, x, emb))
 
     (narrow_grads, narrow_emb), (exact, exact_emb) = gradients(BFLOAT16), gradients(FLOAT32)
-    found = errors({**narrow_grads, "emb": {"emb": narrow_emb}}, {**exact, "emb": {"emb": exact_emb}})
-    assert len(found) > 15 and max(found.values()) < 0.02, sorted(found.items(), key=lambda pair: -pair[1])[:5]
+    found = errors(
+        {**narrow_grads, "emb": {"emb": narrow_emb}}, {**exact, "emb": {"emb": exact_emb}}
+    )
+    assert len(found) > 15 and max(found.values()) < 0.02, sorted(
+        found.items(), key=lambda pair: -pair[1]
+    )[:5]
 
 
 def computing(jaxpr, names):
@@ -93,7 +114,9 @@ def computing(jaxpr, names):
     for equation in jaxpr.eqns:
         if equation.primitive.name in names:
             yield equation
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 yield from computing(getattr(inner, "jaxpr", inner), names)
 
@@ -103,7 +126,9 @@ def traced(family, backward):
     """The jaxpr of a bfloat16 network, or of its gradient."""
     net = network(narrow(TWO_LEVELS[family]))
     assert {leaf.dtype for leaf in jax.tree.leaves(net.abstract)} == {FLOAT32}
-    function = jax.grad(lambda params, *args: net.apply(params, *args).sum()) if backward else net.apply
+    function = (
+        jax.grad(lambda params, *args: net.apply(params, *args).sum()) if backward else net.apply
+    )
     return jax.make_jaxpr(function)(net.abstract, *inputs()).jaxpr
 
 
@@ -112,26 +137,46 @@ def test_images_are_computed_in_bfloat16_and_embeddings_in_float32(family):
     convolutions = list(computing(traced(family, backward=False), ("conv_general_dilated",)))
     assert {v.aval.dtype for e in convolutions for v in e.invars} == {BFLOAT16}
     *inner, last = (e.outvars[0].aval for e in convolutions)
-    assert {aval.dtype for aval in inner} == {BFLOAT16} and last.dtype == FLOAT32 and last.shape[-1] == 2
-    products = [tuple(v.aval for v in (*e.invars, *e.outvars)) for e in computing(traced(family, False), ("dot_general",))]
+    assert (
+        {aval.dtype for aval in inner} == {BFLOAT16}
+        and last.dtype == FLOAT32
+        and last.shape[-1] == 2
+    )
+    products = [
+        tuple(v.aval for v in (*e.invars, *e.outvars))
+        for e in computing(traced(family, False), ("dot_general",))
+    ]
     embedding = [avals for avals in products if avals[0].ndim == 2]
-    assert len(embedding) >= 4 + 10 and {aval.dtype for avals in embedding for aval in avals} == {FLOAT32}  # 10 blocks' `affine`
+    assert len(embedding) >= 4 + 10 and {aval.dtype for avals in embedding for aval in avals} == {
+        FLOAT32
+    }  # 10 blocks' `affine`
     attention = [avals for avals in products if avals[0].ndim > 2]
-    assert len(attention) >= 4 and {aval.dtype for left, right, _ in attention for aval in (left, right)} == {BFLOAT16}
+    assert len(attention) >= 4 and {
+        aval.dtype for left, right, _ in attention for aval in (left, right)
+    } == {BFLOAT16}
 
 
 @pytest.mark.parametrize("family", TWO_LEVELS)
 def test_logits_and_softmax_are_float32(family):
     jaxpr = traced(family, backward=False)
-    exponentials = [e.invars[0].aval for e in computing(jaxpr, ("exp",)) if e.invars[0].aval.ndim > 3]
+    exponentials = [
+        e.invars[0].aval for e in computing(jaxpr, ("exp",)) if e.invars[0].aval.ndim > 3
+    ]
     assert len(exponentials) >= 2 and {aval.dtype for aval in exponentials} == {FLOAT32}
-    results = [e.outvars[0].aval.dtype for e in computing(jaxpr, ("dot_general",)) if e.outvars[0].aval.ndim > 2]
-    assert sorted(map(str, results)) == sorted(["float32", "bfloat16"] * len(exponentials))  # the logits, and what is attended to
+    results = [
+        e.outvars[0].aval.dtype
+        for e in computing(jaxpr, ("dot_general",))
+        if e.outvars[0].aval.ndim > 2
+    ]
+    assert sorted(map(str, results)) == sorted(
+        ["float32", "bfloat16"] * len(exponentials)
+    )  # the logits, and what is attended to
 
 
 @pytest.mark.parametrize("family", TWO_LEVELS)
 def test_no_sum_over_an_image_is_bfloat16(family):
-    """H100s add bfloat16 in bfloat16 where they are told to. What an enlargement gives back is a sum of two values at a time."""
+    """H100s add bfloat16 in bfloat16 where they are told to. What an enlargement gives back is a
+    sum of two values at a time."""
     sums = list(computing(traced(family, backward=True), ("reduce_sum",)))
     added = lambda e: math.prod(e.invars[0].aval.shape[axis] for axis in e.params["axes"])  # noqa: E731
     assert len(sums) > 50
@@ -141,9 +186,13 @@ def test_no_sum_over_an_image_is_bfloat16(family):
 @pytest.mark.parametrize("family", TWO_LEVELS)
 def test_a_network_knows_what_its_parameters_are_computed_with(family):
     net = network(narrow(TWO_LEVELS[family]))
-    found = {jax.tree_util.keystr(path): dtype for path, dtype in jax.tree.leaves_with_path(net.dtypes)}
+    found = {
+        jax.tree_util.keystr(path): dtype for path, dtype in jax.tree.leaves_with_path(net.dtypes)
+    }
     wide = ("map_", "affine", "bias", "scale", "frequencies")
-    assert found == {name: FLOAT32 if any(part in name for part in wide) else BFLOAT16 for name in found}
+    assert found == {
+        name: FLOAT32 if any(part in name for part in wide) else BFLOAT16 for name in found
+    }
     assert set(found.values()) == {FLOAT32, BFLOAT16}
     assert set(jax.tree.leaves(network(TWO_LEVELS[family]).dtypes)) == {FLOAT32}
     # Rounded to that, parameters give the same: so they may travel.
@@ -168,9 +217,14 @@ def test_the_last_convolution_keeps_what_it_sums():
 def test_modulation_is_rounded_once():
     norm = GroupNorm(8, num_groups=2, dtype=BFLOAT16, rngs=nnx.Rngs(0))
     random = np.random.default_rng(0)
-    x, scale, shift = (jnp.asarray(random.standard_normal(shape), FLOAT32) for shape in ((2, 8, 8, 8), (2, 8), (2, 8)))
+    x, scale, shift = (
+        jnp.asarray(random.standard_normal(shape), FLOAT32)
+        for shape in ((2, 8, 8, 8), (2, 8), (2, 8))
+    )
     x = x.astype(BFLOAT16)
-    exact = GroupNorm(8, num_groups=2, dtype=FLOAT32, rngs=nnx.Rngs(0))(x.astype(FLOAT32), scale, shift)
+    exact = GroupNorm(8, num_groups=2, dtype=FLOAT32, rngs=nnx.Rngs(0))(
+        x.astype(FLOAT32), scale, shift
+    )
     found = np.asarray(norm(x, scale, shift), np.float32)
     np.testing.assert_allclose(
         found, exact, rtol=2**-8, atol=1e-6
@@ -203,7 +257,11 @@ def gpu(capability):
 )
 def test_fused_attention_is_used_where_it_applies(device, dtype, width, wanted, monkeypatch):
     used = []
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, implementation: used.append(implementation) or q)
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda q, k, v, implementation: used.append(implementation) or q,
+    )
     q = jnp.zeros((1, 4, 1, width), dtype)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     layers.attend(q, q, q)

@@ -10,11 +10,30 @@ from flax import nnx
 from rdm_jax.models import layers
 from rdm_jax.models.functional import functional
 from rdm_jax.models.song import Song
-from tests.models.small_networks import AUGMENT, CHANNELS, CLASSES, FLOAT32, inputs, network, parameters
+from tests.support.small_networks import (
+    AUGMENT,
+    CHANNELS,
+    CLASSES,
+    FLOAT32,
+    inputs,
+    network,
+    parameters,
+)
 
-DDPM = Song(channels=8, channel_mult=(1, 2), blocks=1, attention_levels=(1,), dropout=0.3, augment_labels=AUGMENT)
-NCSN = dataclasses.replace(DDPM, embedding="fourier", noise_mult=2, residual=True, filter=(1, 3, 3, 1))
-SMALLEST = Song(channels=4, channel_mult=(1,), blocks=1, attention_levels=(), augment_labels=AUGMENT)
+DDPM = Song(
+    channels=8,
+    channel_mult=(1, 2),
+    blocks=1,
+    attention_levels=(1,),
+    dropout=0.3,
+    augment_labels=AUGMENT,
+)
+NCSN = dataclasses.replace(
+    DDPM, embedding="fourier", noise_mult=2, residual=True, filter=(1, 3, 3, 1)
+)
+SMALLEST = Song(
+    channels=4, channel_mult=(1,), blocks=1, attention_levels=(), augment_labels=AUGMENT
+)
 FOURIER = dataclasses.replace(SMALLEST, channels=16, embedding="fourier", noise_mult=2)
 
 
@@ -39,7 +58,8 @@ def born():
 
 
 def correlation(taps, size, margin):
-    """The matrix of `downsample` along one axis of so many pixels, with `margin` zeros on both sides of them."""
+    """The matrix of `downsample` along one axis of so many pixels, with `margin` zeros on both
+    sides of them."""
     rows = (size + 2 * margin - len(taps)) // 2 + 1
     matrix = np.zeros((rows, size + 2 * margin))
     for row, k in np.ndindex(rows, len(taps)):
@@ -54,7 +74,9 @@ def along_both(rows, columns, x):
 down = jax.jit(layers.downsample, static_argnums=1, static_argnames="padded")
 up = jax.jit(layers.upsample, static_argnums=1)
 # One filter of each length that is in use, one that tells its ends apart, and a longer one.
-every_filter = pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1), (1, 2, 5, 3), (1, 5, 10, 10, 5, 1)], ids=str)
+every_filter = pytest.mark.parametrize(
+    "taps", [(1, 1), (1, 3, 3, 1), (1, 2, 5, 3), (1, 5, 10, 10, 5, 1)], ids=str
+)
 
 
 @every_filter
@@ -62,14 +84,19 @@ def test_downsampling_is_a_strided_correlation_and_upsampling_four_times_its_tra
     large, small = normal(2, 6, 10, 3), normal(2, 3, 5, 3)
     rows, columns = (correlation(taps, n, (len(taps) - 1) // 2) for n in (6, 10))
     # float32 sums of numbers up to 4
-    chex.assert_trees_all_close(np.asarray(down(large, taps), np.float64), along_both(rows, columns, large), atol=2e-6)
+    chex.assert_trees_all_close(
+        np.asarray(down(large, taps), np.float64), along_both(rows, columns, large), atol=2e-6
+    )
     enlarged = along_both(2 * rows.T, 2 * columns.T, small)
     chex.assert_trees_all_close(np.asarray(up(small, taps), np.float64), enlarged, atol=4e-6)
 
 
 def test_constants_are_kept_inside():
     one = jnp.full((1, 8, 12, 1), 3.0)
-    smaller, larger = np.asarray(down(one, (1, 3, 3, 1)))[0, ..., 0], np.asarray(up(one, (1, 3, 3, 1)))[0, ..., 0]
+    smaller, larger = (
+        np.asarray(down(one, (1, 3, 3, 1)))[0, ..., 0],
+        np.asarray(up(one, (1, 3, 3, 1)))[0, ..., 0],
+    )
     chex.assert_shape([smaller, larger], [(4, 6), (16, 24)])
     np.testing.assert_allclose(smaller[1:-1, 1:-1], 3, rtol=1e-6)
     np.testing.assert_allclose(larger[1:-1, 1:-1], 3, rtol=1e-6)
@@ -91,9 +118,13 @@ def test_a_margin_that_is_there_already_is_used(taps):
     wide = normal(1, 4 + 2 * margin, 8 + 2 * margin, 2)
     matrices = (correlation(taps, n + 2 * margin, 0) for n in (4, 8))
     expected = along_both(*matrices, wide)
-    chex.assert_trees_all_close(np.asarray(down(wide, taps, padded=True), np.float64), expected, atol=2e-6)
+    chex.assert_trees_all_close(
+        np.asarray(down(wide, taps, padded=True), np.float64), expected, atol=2e-6
+    )
     zeros = jnp.pad(wide, [(0, 0), (margin, margin), (margin, margin), (0, 0)])
-    chex.assert_trees_all_close(down(zeros, taps, padded=True), down(wide, taps), atol=2e-7)  # two programs: sums in other orders
+    chex.assert_trees_all_close(
+        down(zeros, taps, padded=True), down(wide, taps), atol=2e-7
+    )  # two programs: sums in other orders
 
 
 # Initialisation
@@ -114,17 +145,21 @@ def test_initial_kernels_have_xaviers_variance(born):
             taps = np.prod(values.shape[:-2])
             bound = gains.get(layer, 1.0) * np.sqrt(6 / (taps * sum(values.shape[-2:])))
             assert np.abs(values).max() <= bound * (1 + 1e-6), path
-            # The variance of U(-b, b) is b^2 / 3, and the standard error of n draws' b^2 sqrt(4 / 45 n).
+            # The variance of U(-b, b) is b^2 / 3, and the standard error of n draws' b^2 sqrt(4 /
+            # 45 n).
             assert abs(np.var(values) / bound**2 - 1 / 3) < 5 * np.sqrt(4 / 45 / values.size), path
     common = {"stem", "conv0", "conv1", "affine", "skip", "qkv", "proj", "out_conv"}
     assert kinds == common | {"map_layer0", "map_layer1", "map_label", "map_augment"}
-    frequencies = np.asarray(born["frequencies"]) / 16  # N(0, 16^2): 5 standard errors of its variance
+    frequencies = (
+        np.asarray(born["frequencies"]) / 16
+    )  # N(0, 16^2): 5 standard errors of its variance
     assert abs(np.var(frequencies) - 1) < 5 * np.sqrt(2 / frequencies.size)
 
 
 def test_the_network_begins_near_zero(born):
     output = jax.jit(network(FOURIER).apply)(born, *inputs())
-    # Of unit inputs behind silu (mean square 0.36) Xavier's kernel makes 0.36 2 c / (c + 2), c = 16, times 1e-5 squared.
+    # Of unit inputs behind silu (mean square 0.36) Xavier's kernel makes 0.36 2 c / (c + 2), c =
+    # 16, times 1e-5 squared.
     assert np.std(output) == pytest.approx(0.8e-5, rel=0.3)
 
 
@@ -138,9 +173,13 @@ def test_blocks_begin_as_their_skips(heads, scale):
 
     @jax.jit
     def block(x, emb):
-        return layers.Block(8, 8, 16, style, heads=heads, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))(x, emb)
+        return layers.Block(
+            8, 8, 16, style, heads=heads, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
+        )(x, emb)
 
-    chex.assert_trees_all_close(block(x, emb), scale * x, atol=1e-4)  # each branch ends in a kernel of 1e-5
+    chex.assert_trees_all_close(
+        block(x, emb), scale * x, atol=1e-4
+    )  # each branch ends in a kernel of 1e-5
     assert np.any(np.asarray(block(x, emb)) != np.asarray(scale * x))
 
 
@@ -178,15 +217,21 @@ def test_the_embedding_by_hand(config):
 
 def test_attention_by_hand():
     heads, size, x = 2, 4, normal(2, 3, 4, 8)
-    module = layers.Attention(8, heads, style_of(SMALLEST), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    module = layers.Attention(
+        8, heads, style_of(SMALLEST), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
+    )
     for seed, layer in enumerate((module.norm, module.qkv, module.proj)):
         layer.bias[...] = normal(*layer.bias.shape, seed=seed)
     module.proj.kernel[...] = normal(1, 1, 8, 8, seed=3)
     out = nnx.jit(lambda module, x: module(x))(module, x)
 
-    weights = lambda layer: (np.asarray(a[...], np.float64).squeeze() for a in (layer.kernel, layer.bias))  # noqa: E731
+    weights = lambda layer: (
+        np.asarray(a[...], np.float64).squeeze() for a in (layer.kernel, layer.bias)
+    )  # noqa: E731
     groups = np.asarray(x, np.float64).reshape(2, 12, 2, 4)
-    groups = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(groups.var((1, 3), keepdims=True) + 1e-6)
+    groups = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(
+        groups.var((1, 3), keepdims=True) + 1e-6
+    )
     h = groups.reshape(2, 12, 8) + np.asarray(module.norm.bias[...], np.float64)
     kernel, bias = weights(module.qkv)
     qkv, attended = h @ kernel + bias, np.zeros((2, 12, 8))
@@ -197,11 +242,20 @@ def test_attention_by_hand():
         share = np.exp(exponent - exponent.max(-1, keepdims=True))
         attended[..., head * size : (head + 1) * size] = share / share.sum(-1, keepdims=True) @ v
     kernel, bias = weights(module.proj)
-    chex.assert_trees_all_close(np.asarray(out, np.float64).reshape(2, 12, 8), attended @ kernel + bias, atol=1e-4)
+    chex.assert_trees_all_close(
+        np.asarray(out, np.float64).reshape(2, 12, 8), attended @ kernel + bias, atol=1e-4
+    )
 
 
 def test_every_level_of_the_residual_encoder_is_fed_the_shrunken_image():
-    config = Song(channels=4, channel_mult=(1, 2, 1), blocks=1, attention_levels=(), residual=True, filter=(1, 3, 3, 1))
+    config = Song(
+        channels=4,
+        channel_mult=(1, 2, 1),
+        blocks=1,
+        attention_levels=(),
+        residual=True,
+        filter=(1, 3, 3, 1),
+    )
     net = functional(lambda rngs: config.build(CHANNELS, 0, rngs=rngs))
     params, image = parameters(net), normal(2, 8, 16, CHANNELS)
 
@@ -212,13 +266,17 @@ def test_every_level_of_the_residual_encoder_is_fed_the_shrunken_image():
         nnx.update(module, params)
         emb = jnp.ones((2, 16))
         outputs = module._encode(x, emb, None)
-        return outputs, [getattr(module, name)(h, emb) for name, h in zip(module.encoder, outputs, strict=False)]
+        return outputs, [
+            getattr(module, name)(h, emb) for name, h in zip(module.encoder, outputs, strict=False)
+        ]
 
     outputs, blocks = jax.tree.map(lambda a: np.asarray(a, np.float64), encode(params, image))
     # stem, encoder0_0, down1, encoder1_0, down2, encoder2_0
     aux = np.asarray(image, np.float64)
     for level, place in ((1, 2), (2, 4)):
-        kernel, bias = (np.asarray(params[f"residual{level}"][name], np.float64) for name in ("kernel", "bias"))
+        kernel, bias = (
+            np.asarray(params[f"residual{level}"][name], np.float64) for name in ("kernel", "bias")
+        )
         # The filter looks at pixels beyond the image, and there is the 3x3's result, not zero.
         wide = np.pad(aux, [(0, 0), (2, 2), (2, 2), (0, 0)])
         _, h, w, _ = aux.shape
@@ -247,9 +305,13 @@ def test_null_labels_are_all_zero_or_none(ncsn):
     x, noise, label, augment = inputs()
     with_label = apply(params, x, noise, label, augment)
     no_label = apply(params, x, noise, None, augment)
-    chex.assert_trees_all_close(apply(params, x, noise, jnp.zeros_like(label), augment), no_label, atol=FLOAT32)
+    chex.assert_trees_all_close(
+        apply(params, x, noise, jnp.zeros_like(label), augment), no_label, atol=FLOAT32
+    )
     no_augment = apply(params, x, noise, label, None)
-    chex.assert_trees_all_close(apply(params, x, noise, label, jnp.zeros_like(augment)), no_augment, atol=FLOAT32)
+    chex.assert_trees_all_close(
+        apply(params, x, noise, label, jnp.zeros_like(augment)), no_augment, atol=FLOAT32
+    )
     for other in (no_label, no_augment):
         assert np.max(np.abs(with_label - other)) > 1e-2
 
@@ -293,10 +355,17 @@ def test_patches_are_folded_into_channels():
     patched = network(dataclasses.replace(SMALLEST, patch=2))
     chex.assert_trees_all_equal(folded.abstract, patched.abstract)
     params, (x, *labels) = parameters(patched), inputs(batch=2)
-    by_hand = np.asarray(x).reshape(2, 2, 2, 4, 2, CHANNELS).transpose(0, 1, 3, 2, 4, 5).reshape(2, 2, 4, 4 * CHANNELS)
+    by_hand = (
+        np.asarray(x)
+        .reshape(2, 2, 2, 4, 2, CHANNELS)
+        .transpose(0, 1, 3, 2, 4, 5)
+        .reshape(2, 2, 4, 4 * CHANNELS)
+    )
     out = np.asarray(jax.jit(folded.apply)(params, jnp.asarray(by_hand), *labels))
     unfolded = out.reshape(2, 2, 4, 2, 2, CHANNELS).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
-    chex.assert_trees_all_close(np.asarray(jax.jit(patched.apply)(params, x, *labels)), unfolded, atol=FLOAT32)
+    chex.assert_trees_all_close(
+        np.asarray(jax.jit(patched.apply)(params, x, *labels)), unfolded, atol=FLOAT32
+    )
 
 
 def test_two_outputs_are_one_after_the_other():
@@ -306,8 +375,12 @@ def test_two_outputs_are_one_after_the_other():
     chex.assert_shape(both, (2, 4, 8, 2 * CHANNELS))
     apply = jax.jit(one.apply)
     for i, part in enumerate(jnp.split(both, 2, axis=-1)):
-        half = jax.tree.map(lambda a, i=i: a[..., i * CHANNELS : (i + 1) * CHANNELS], params["out_conv"])
-        chex.assert_trees_all_close(apply({**params, "out_conv": half}, *inputs(batch=2)), part, atol=FLOAT32)
+        half = jax.tree.map(
+            lambda a, i=i: a[..., i * CHANNELS : (i + 1) * CHANNELS], params["out_conv"]
+        )
+        chex.assert_trees_all_close(
+            apply({**params, "out_conv": half}, *inputs(batch=2)), part, atol=FLOAT32
+        )
 
 
 def test_bfloat16_is_near_float32(ncsn):
@@ -318,5 +391,6 @@ def test_bfloat16_is_near_float32(ncsn):
     assert half.dtype == jnp.float32
     half, full = np.asarray(half), np.asarray(apply(params, *inputs()))
     error = np.sqrt(np.mean((half - full) ** 2) / np.mean(full**2))
-    # bfloat16 rounds by up to 2^-9 = 0.002, here some 50 times in a row: 0.002 sqrt(50) = 0.014 where errors are independent.
+    # bfloat16 rounds by up to 2^-9 = 0.002, here some 50 times in a row: 0.002 sqrt(50) = 0.014
+    # where errors are independent.
     assert 1e-4 < error < 0.05

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rdm_jax.classes import Classes
-from rdm_jax.errors import InputError
+from rdm_jax.data.classes import Classes
+from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.labels import labels_of
 
 
@@ -15,7 +15,20 @@ def labels(rule: str, seeds=np.arange(2000), classes: int = 10, run_seed: int = 
 def test_balanced_is_exactly_so():
     found = labels("balanced")
     assert found.dtype == np.int32 and np.bincount(found).tolist() == [200] * 10
-    assert found[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]  # seed mod classes, as in the published 1.87
+    assert found[:12].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        0,
+        1,
+    ]  # seed mod classes, as in the published 1.87
 
 
 def test_random_is_uniform_and_the_seeds_alone():

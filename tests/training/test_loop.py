@@ -13,18 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rdm_jax.checkpoints import checksums, folders, store
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.errors import InputError
-from rdm_jax.interrupt import Interrupted, StopOnSignal
-from rdm_jax.training import checkpoint, checkpoint_folders, checksums, metrics
+from rdm_jax.runtime.errors import InputError, Interrupted
+from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.training import metric_writer
 from rdm_jax.training.count import Count
 from rdm_jax.training.loop import Trainer
 from rdm_jax.training.program import build_optimizer
 from rdm_jax.training.validation import Validation
-from tests.tiny import tiny_config
+from tests.support.configs import tiny_config
 
-QUIET = {"images": 80, "checkpoint_every": 10**6, "preview_every": 0, "validation": 8, "keep_newest": 9, "log_every": 8}
+QUIET = {
+    "images": 80,
+    "checkpoint_every": 10**6,
+    "preview_every": 0,
+    "validation": 8,
+    "keep_newest": 9,
+    "log_every": 8,
+}
 
 
 class Items(list):
@@ -44,16 +52,26 @@ def config(**training) -> Config:
     return tiny_config("nowhere", **QUIET | training)
 
 
-def train(directory: Path, values: Config, *, images: ImageSet | None = None, allow=(), stop=None, preview=None) -> None:
-    Trainer(values, 1, images or image_set(), directory, allow_changes=allow).run(stop or StopOnSignal(), preview)
+def train(
+    directory: Path,
+    values: Config,
+    *,
+    images: ImageSet | None = None,
+    allow=(),
+    stop=None,
+    preview=None,
+) -> None:
+    Trainer(values, 1, images or image_set(), directory, allow_changes=allow).run(
+        stop or StopOnSignal(), preview
+    )
 
 
 def about(directory: Path, step: int) -> dict:
-    return checkpoint_folders.read_about(directory / "checkpoints" / str(step))
+    return folders.read_about(directory / "checkpoints" / str(step))
 
 
 def steps(directory: Path) -> list[int]:
-    return sorted(int(folder.name) for folder in checkpoint_folders.step_folders(directory / "checkpoints"))
+    return sorted(int(folder.name) for folder in folders.step_folders(directory / "checkpoints"))
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +85,13 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def saves(monkeypatch):
     """When each save began: (step, time)."""
-    began, save = [], checkpoint.Checkpoints.save
+    began, save = [], store.Checkpoints.save
 
     def noted(self, state, known):
         began.append((int(state.step), time.monotonic()))
         save(self, state, known)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save", noted)
+    monkeypatch.setattr(store.Checkpoints, "save", noted)
     return began
 
 
@@ -95,7 +113,7 @@ def test_signal_saves_and_measures_nothing(tmp_path, monkeypatch, saves):
         program.run(stop)
     assert [number for number, _ in saves] == [4] and saves[0][1] - asked[3] < 1
     assert about(tmp_path, 4)["validation_loss"] is None and not (tmp_path / "loss.png").exists()
-    assert max(line["images"] for line in metrics.read(tmp_path / "metrics.jsonl")) == 32
+    assert max(line["images"] for line in metric_writer.read(tmp_path / "metrics.jsonl")) == 32
 
 
 def test_signal_ends_a_validation_under_way(tmp_path, monkeypatch, saves):
@@ -119,7 +137,11 @@ def test_signal_ends_a_validation_under_way(tmp_path, monkeypatch, saves):
 def test_previews_come_after_a_checkpoint(tmp_path, saves):
     """A sampler may take minutes to compile, and no signal is heard meanwhile."""
     drawn = []
-    train(tmp_path, config(preview_every=32), preview=lambda params, path: drawn.append((path.stem, saves[-1][0])))
+    train(
+        tmp_path,
+        config(preview_every=32),
+        preview=lambda params, path: drawn.append((path.stem, saves[-1][0])),
+    )
     assert drawn == [("0000000032", 4), ("0000000064", 8), ("0000000080", 10)]
 
 
@@ -135,12 +157,17 @@ def test_files_of_the_newest_checkpoint_are_hashed_once(trained, monkeypatch):
     monkeypatch.setattr(checksums, "sha256", lambda path: read.append(path) or sha256(path))
     before = (trained / "checkpoints/10/checksums.json").read_text()
     train(trained, config())  # restores it, and has nothing to do
-    assert sorted(str(path.relative_to(trained / "checkpoints/10")) for path in read) == sorted(json.loads(before))
+    assert sorted(str(path.relative_to(trained / "checkpoints/10")) for path in read) == sorted(
+        json.loads(before)
+    )
 
 
 def test_changes_are_refused_unless_they_are_asked_for(trained):
     for changed, says in (
-        ({"learning_rate": 1e-4}, "learning_rate was 0.001 and is 0.0001.*--allow_changes=learning_rate"),
+        (
+            {"learning_rate": 1e-4},
+            "learning_rate was 0.001 and is 0.0001.*--allow_changes=learning_rate",
+        ),
         ({"batch_size": 16}, "batch_size was 8 and is 16.*--allow_changes=batch_size"),
         ({"label_dropout": 0.5}, "label_dropout was 0.1 and is 0.5"),
     ):
@@ -150,7 +177,9 @@ def test_changes_are_refused_unless_they_are_asked_for(trained):
             train(trained, config(images=160, **changed), allow=["ema_halflife"])
     values = config(images=160)
     network = dataclasses.replace(values.stages[0].network, dropout=0.5, patch=2)
-    values = dataclasses.replace(values, stages=(dataclasses.replace(values.stages[0], network=network), *values.stages[1:]))
+    values = dataclasses.replace(
+        values, stages=(dataclasses.replace(values.stages[0], network=network), *values.stages[1:])
+    )
     with pytest.raises(InputError, match="patch was 1 and is 2.; another workdir would do"):
         train(trained, values, allow=["dropout", "patch", "network"])
 
@@ -159,8 +188,13 @@ def test_training_goes_on_with_what_was_changed(trained, tmp_path, caplog):
     """Of 80 images in batches of 8, then 80 in batches of 16; each epoch is still whole."""
     directory = copied(trained, tmp_path)
     values, seen = config(images=160, batch_size=16, learning_rate=1e-4), []
-    trainer = Trainer(values, 1, image_set(), directory, allow_changes=["batch_size", "training.learning_rate"])
-    trainer._program.put, put = lambda batch: seen.append(batch["image"]) or put(batch), trainer._program.put
+    trainer = Trainer(
+        values, 1, image_set(), directory, allow_changes=["batch_size", "training.learning_rate"]
+    )
+    trainer._program.put, put = (
+        lambda batch: seen.append(batch["image"]) or put(batch),
+        trainer._program.put,
+    )
     build = trainer._build
 
     def rebuilt():
@@ -174,13 +208,22 @@ def test_training_goes_on_with_what_was_changed(trained, tmp_path, caplog):
     assert steps(directory) == [10, 15]
     known = about(directory, 15)
     assert known["count"] == {"step": 10, "images": 80} and known["data"] == {"next_index": 15}
-    assert {(each["field"].rpartition(".")[2], each["was"], each["now"], each["step"]) for each in known["changes"]} == {
+    assert {
+        (each["field"].rpartition(".")[2], each["was"], each["now"], each["step"])
+        for each in known["changes"]
+    } == {
         ("batch_size", 8, 16, 10),
         ("learning_rate", 1e-3, 1e-4, 10),
     }
-    assert "stage1: from step 10 (80 images) on, config.stage1.training.batch_size was 8 and is 16" in caplog.text
-    lines = metrics.read(directory / "metrics.jsonl")
-    assert [line["images"] for line in lines if "loss" in line] == [*range(8, 81, 8), *range(96, 161, 16)]
+    assert (
+        "stage1: from step 10 (80 images) on, config.stage1.training.batch_size was 8 and is 16"
+        in caplog.text
+    )
+    lines = metric_writer.read(directory / "metrics.jsonl")
+    assert [line["images"] for line in lines if "loss" in line] == [
+        *range(8, 81, 8),
+        *range(96, 161, 16),
+    ]
     # Images 80 to 95 are the last 16 of the fourth epoch of 24.
     order = np.random.default_rng((trainer._data_seed, 3)).permutation(24)
     np.testing.assert_array_equal(seen[0], image_set().batch(order[8:])["image"])
@@ -194,17 +237,21 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_a_finished_stage_learns_from_no_other_images(trained, caplog):
-    """So that photographs that are added for the second stage are none of the first one's business."""
+    """So that photographs that are added for the second stage are none of the first one's
+    business."""
     caplog.set_level("INFO", "rdm_jax")
     train(trained, config(), images=image_set(seed=1))
     assert "already trained on 80 images" in caplog.text and "identity" not in caplog.text
 
 
 def test_the_rate_goes_on_from_the_images_shown():
-    """Warm after 96 of 80 images, whatever the batch size is then; a larger batch goes on where the smaller one was."""
+    """Warm after 96 of 80 images, whatever the batch size is then; a larger batch goes on where the
+    smaller one was."""
 
     def rates(batch_size: int, count: Count) -> list[float]:
-        optimizer = build_optimizer(config(warmup=80, batch_size=batch_size, learning_rate=1.0).stages[0].training, count)
+        optimizer = build_optimizer(
+            config(warmup=80, batch_size=batch_size, learning_rate=1.0).stages[0].training, count
+        )
         state = optimizer.init(jnp.zeros(()))
         found = []
         for step in range(20):
@@ -222,26 +269,44 @@ def test_other_images_are_noticed(trained, tmp_path, monkeypatch):
     directory = copied(trained, tmp_path)
     other = image_set(seed=1)
     for images in (other, image_set(count=32)):
-        with pytest.raises(InputError, match="data.images.identity was .*another workdir, or --allow_changes=data"):
+        with pytest.raises(
+            InputError, match="data.images.identity was .*another workdir, or --allow_changes=data"
+        ):
             train(directory, config(images=160), images=images)
     monkeypatch.setattr(Validation, "loss", lambda *_: 100.0)
-    train(directory, config(images=160, keep_newest=1, keep_best=1, checkpoint_every=40), images=other, allow=["data"])
+    train(
+        directory,
+        config(images=160, keep_newest=1, keep_best=1, checkpoint_every=40),
+        images=other,
+        allow=["data"],
+    )
     assert about(directory, 20)["images"]["identity"] == other.identity
     assert 10 not in steps(directory)  # though its loss, of other images, was lower
     assert about(directory, 20)["validated_on"] != about(trained, 10)["validated_on"]
 
 
-@pytest.mark.parametrize("classes, kept", [(("a", "b"), True), (("b", "a"), False), (("c", "d"), False)])
-def test_start_from_keeps_the_embedding_of_the_same_classes_alone(trained, tmp_path, caplog, classes, kept):
+@pytest.mark.parametrize(
+    "classes, kept", [(("a", "b"), True), (("b", "a"), False), (("c", "d"), False)]
+)
+def test_start_from_keeps_the_embedding_of_the_same_classes_alone(
+    trained, tmp_path, caplog, classes, kept
+):
     caplog.set_level("INFO", "rdm_jax")
     images = image_set()
     images.class_names = classes
     values = config(start_from=str(trained / "checkpoints/10"))
     trainer = Trainer(values, 1, images, tmp_path / "stage1")
-    with contextlib.closing(checkpoint.Checkpoints(tmp_path / "stage1/checkpoints")) as checkpoints:
+    with contextlib.closing(store.Checkpoints(tmp_path / "stage1/checkpoints")) as checkpoints:
         ours = trainer._start(checkpoints).state.ema
-    with contextlib.closing(checkpoint.Checkpoints(trained / "checkpoints", read_only=True)) as given:
+    with contextlib.closing(store.Checkpoints(trained / "checkpoints", read_only=True)) as given:
         theirs, _ = given.restore_ema(10, trainer.abstract.ema)
-    same = [np.array_equal(*pair) for pair in zip(*(jax.tree.leaves(tree["map_label"]) for tree in (ours, theirs)), strict=True)]
-    assert all(same) == kept and ("embedding of the classes starts afresh" in caplog.text) == (not kept)
+    same = [
+        np.array_equal(*pair)
+        for pair in zip(
+            *(jax.tree.leaves(tree["map_label"]) for tree in (ours, theirs)), strict=True
+        )
+    ]
+    assert all(same) == kept and ("embedding of the classes starts afresh" in caplog.text) == (
+        not kept
+    )
     np.testing.assert_array_equal(ours["stem"]["kernel"], theirs["stem"]["kernel"])

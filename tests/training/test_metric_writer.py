@@ -1,4 +1,5 @@
-"""Metrics on disk: lines and events, which a full disk holds up and does not lose, and lines that are damaged."""
+"""Metrics on disk: lines and events, which a full disk holds up and does not lose, and lines that
+are damaged."""
 
 import errno
 import json
@@ -7,8 +8,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
-from rdm_jax.files import is_whole_png
-from rdm_jax.training import metrics
+from rdm_jax.runtime.files import is_whole_png
+from rdm_jax.training import metric_writer
 
 
 def events(folder) -> list[Event]:
@@ -24,72 +25,88 @@ def events(folder) -> list[Event]:
 
 
 def scalars(folder) -> list[tuple[int, float]]:
-    return [(event.step, value.simple_value) for event in events(folder) for value in event.summary.value]
+    return [
+        (event.step, value.simple_value)
+        for event in events(folder)
+        for value in event.summary.value
+    ]
 
 
 def test_lines_and_events(tmp_path):
-    writer = metrics.MetricWriter(tmp_path, 0)
+    writer = metric_writer.MetricWriter(tmp_path, 0)
     writer.write(1, images=8, loss=0.5)
     writer.write(2, images=16, loss=float("nan"))
-    assert [line["loss"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [0.5, None]
+    assert [line["loss"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [0.5, None]
     assert scalars(tmp_path) == [(1, 8), (1, 0.5), (2, 16)]  # before it is closed
     writer.close()
-    writer = metrics.MetricWriter(tmp_path, 1)
+    writer = metric_writer.MetricWriter(tmp_path, 1)
     writer.write(2, images=16)
     writer.close()
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [2]  # hides what came after step 1
+    assert [line["step"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [
+        2
+    ]  # hides what came after step 1
 
 
 def test_a_full_disk_holds_lines_up(tmp_path, monkeypatch, caplog):
-    writer = metrics.MetricWriter(tmp_path, 0)
+    writer = metric_writer.MetricWriter(tmp_path, 0)
     writer.write(1, loss=1.0)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(metrics.Path, "open", full)
+        patched.setattr(metric_writer.Path, "open", full)
         patched.setattr(RecordWriter, "write", full)
         writer.write(2, loss=2.0)
         writer.write(3, loss=3.0)
-    assert "metrics.jsonl cannot be written (No space left on device); training goes on without it" in caplog.text
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1]
+    assert (
+        "metrics.jsonl cannot be written (No space left on device); training goes on without it"
+        in caplog.text
+    )
+    assert [line["step"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [1]
     writer.write(4, loss=4.0)
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert scalars(tmp_path) == [(1, 1.0), (4, 4.0)]
     writer.close()
 
 
-@pytest.mark.parametrize("bad", [b"\xff{", b"{", b"7", b'{"images": 8}', b'{"step": "1"}', b"[" * 5000])
+@pytest.mark.parametrize(
+    "bad", [b"\xff{", b"{", b"7", b'{"images": 8}', b'{"step": "1"}', b"[" * 5000]
+)
 def test_a_damaged_line_is_left_out_and_named(tmp_path, caplog, bad):
     sound = json.dumps({"step": 1, "images": 8}).encode()
-    (tmp_path / "metrics.jsonl").write_bytes(sound + b"\n" + bad + b"\n" + sound + b"\n" + sound[:5])
-    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "images": 8}] * 2
-    metrics.MetricWriter(tmp_path, 1).close()
-    assert "metrics.jsonl: line 2 is damaged, and left out" in caplog.text and "line 4" not in caplog.text
+    (tmp_path / "metrics.jsonl").write_bytes(
+        sound + b"\n" + bad + b"\n" + sound + b"\n" + sound[:5]
+    )
+    assert metric_writer.read(tmp_path / "metrics.jsonl") == [{"step": 1, "images": 8}] * 2
+    metric_writer.MetricWriter(tmp_path, 1).close()
+    assert (
+        "metrics.jsonl: line 2 is damaged, and left out" in caplog.text
+        and "line 4" not in caplog.text
+    )
     assert (tmp_path / "metrics.jsonl").read_bytes() == (sound + b"\n") * 2
 
 
 def test_lines_are_written_again_where_the_file_was_moved_away(tmp_path):
-    writer = metrics.MetricWriter(tmp_path, 0)
+    writer = metric_writer.MetricWriter(tmp_path, 0)
     writer.write(1, loss=1.0)
     (tmp_path / "metrics.jsonl").rename(tmp_path / "moved.jsonl")
     writer.write(2, loss=0.5)
     writer.close()
-    assert [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [2]
+    assert [line["step"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [2]
 
 
 def test_curves_are_drawn_at_the_end_and_at_most_once_a_minute(tmp_path, monkeypatch):
-    writer, picture = metrics.MetricWriter(tmp_path, 0), tmp_path / "loss.png"
+    writer, picture = metric_writer.MetricWriter(tmp_path, 0), tmp_path / "loss.png"
     writer.write(1, images=8, loss=0.5)
-    curves = metrics.Curves(tmp_path)
+    curves = metric_writer.Curves(tmp_path)
     curves.draw(last=False)
     assert not picture.exists()
     curves.draw(last=True)
     assert is_whole_png(picture)
     picture.unlink()
-    monkeypatch.setattr(metrics, "SECONDS_BETWEEN_CURVES", 0)
-    metrics.Curves(tmp_path).draw(last=False)
+    monkeypatch.setattr(metric_writer, "SECONDS_BETWEEN_CURVES", 0)
+    metric_writer.Curves(tmp_path).draw(last=False)
     assert is_whole_png(picture)
     writer.close()

@@ -12,33 +12,52 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
-from rdm_jax import sharding
+from rdm_jax.checkpoints import store
 from rdm_jax.config import Stage, Training
 from rdm_jax.diffusion.processes import Relay
 from rdm_jax.diffusion.samplers import RelayHeun
 from rdm_jax.models.adm import ADM
-from rdm_jax.training import checkpoint
+from rdm_jax.runtime import sharding
 from rdm_jax.training.program import PROGRAMS
 
 BATCH, CLASSES, SHAPE = 16, 3, (8, 8, 3)
 
 
-LARGE, SMALL = {"channel_mult": (1, 2), "attention_levels": (1,)}, {"channel_mult": (1,), "attention_levels": ()}
+LARGE, SMALL = (
+    {"channel_mult": (1, 2), "attention_levels": (1,)},
+    {"channel_mult": (1,), "attention_levels": ()},
+)
 
 
-def program(devices=1, fsdp=1, mode="pjit", accumulate=1, remat="none", dtype="float32", size=LARGE):
-    """A relay stage whose network has all that a large one has: two levels, attention, labels, dropout."""
-    network = ADM(8, blocks=1, emb_mult=2, head_channels=8, dropout=0.2, remat=remat, dtype=dtype, **size)
-    # Adam divides a gradient by its own size; where that is little more than rounding, epsilon should be no less.
-    training = Training(batch_size=BATCH, accumulate=accumulate, learning_rate=1e-3, warmup=16, ema_halflife=64.0, epsilon=1e-3)
-    stage = Stage(SHAPE[:2], network, process=Relay(patch=2), training=training, sampler=RelayHeun())
+def program(
+    devices=1, fsdp=1, mode="pjit", accumulate=1, remat="none", dtype="float32", size=LARGE
+):
+    """A relay stage whose network has all that a large one has: two levels, attention, labels,
+    dropout."""
+    network = ADM(
+        8, blocks=1, emb_mult=2, head_channels=8, dropout=0.2, remat=remat, dtype=dtype, **size
+    )
+    # Adam divides a gradient by its own size; where that is little more than rounding, epsilon
+    # should be no less.
+    training = Training(
+        batch_size=BATCH,
+        accumulate=accumulate,
+        learning_rate=1e-3,
+        warmup=16,
+        ema_halflife=64.0,
+        epsilon=1e-3,
+    )
+    stage = Stage(
+        SHAPE[:2], network, process=Relay(patch=2), training=training, sampler=RelayHeun()
+    )
     mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
     return PROGRAMS[mode](stage, SHAPE, CLASSES, jax.random.key(1), mesh)
 
 
 @functools.cache
 def compiled(**how):
-    """A program as above; compiling takes most of these tests' time, so that they share a few of them."""
+    """A program as above; compiling takes most of these tests' time, so that they share a few of
+    them."""
     made = program(**how)
     made.compile()
     return made
@@ -46,13 +65,17 @@ def compiled(**how):
 
 def batch(number):
     random = np.random.default_rng(number)
-    image, label = random.integers(0, 256, (BATCH, *SHAPE), np.uint8), random.integers(0, CLASSES, BATCH).astype(np.int32)
+    image, label = (
+        random.integers(0, 256, (BATCH, *SHAPE), np.uint8),
+        random.integers(0, CLASSES, BATCH).astype(np.int32),
+    )
     return {"image": image, "label": label, "position": np.arange(BATCH, dtype=np.int32)}
 
 
 @functools.cache
 def before():
-    """The state before the first step, on the host: drawing it where it belongs is compiled anew for every mesh."""
+    """The state before the first step, on the host: drawing it where it belongs is compiled anew
+    for every mesh."""
     return jax.device_get(program().init(jax.random.key(0)))
 
 
@@ -72,12 +95,18 @@ def on_one_device():
 
 
 def difference(tree, other):
-    """The largest distance between two arrays of a tree, as a share of the array's largest value."""
+    """The largest distance between two arrays of a tree, as a share of the array's largest
+    value."""
     share = lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(b).max(), 1e-3)  # noqa: E731
     return max(jax.tree.leaves(jax.tree.map(share, tree, other)))
 
 
-LONG = ({"devices": 8, "fsdp": 2}, {"devices": 8, "mode": "pmap"}, {"accumulate": 4}, {"remat": "block"})
+LONG = (
+    {"devices": 8, "fsdp": 2},
+    {"devices": 8, "mode": "pmap"},
+    {"accumulate": 4},
+    {"remat": "block"},
+)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +137,10 @@ def test_arrays_are_where_the_rules_put_them():
     state, _ = trained(made, steps=1)
     for tree in (state, made.init(jax.random.key(0))):
         for params in (tree.params, tree.ema, tree.opt_state[0].mu, tree.opt_state[0].nu):
-            kernel, bias = params["encoder1_0"]["conv0"]["kernel"], params["encoder1_0"]["conv0"]["bias"]
+            kernel, bias = (
+                params["encoder1_0"]["conv0"]["kernel"],
+                params["encoder1_0"]["conv0"]["bias"],
+            )
             assert kernel.sharding.spec == PartitionSpec(None, None, None, "fsdp")
             assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 8, 4)}
             assert bias.sharding.is_fully_replicated
@@ -119,11 +151,15 @@ def test_arrays_are_where_the_rules_put_them():
 def test_rules():
     assert sharding.largest_axis((3, 3, 6, 8), 4) == PartitionSpec(None, None, None, "fsdp")
     assert sharding.largest_axis((1000, 768), 8) == PartitionSpec("fsdp")
-    assert sharding.largest_axis((3, 3, 5, 7), 4) == sharding.largest_axis((4, 4), 1) == PartitionSpec()
+    assert (
+        sharding.largest_axis((3, 3, 5, 7), 4)
+        == sharding.largest_axis((4, 4), 1)
+        == PartitionSpec()
+    )
 
 
 def test_a_state_saved_on_eight_devices_goes_on_on_two_and_on_one(tmp_path):
-    saved = checkpoint.Checkpoints(tmp_path)
+    saved = store.Checkpoints(tmp_path)
     state, _ = trained(compiled(devices=8, fsdp=4), steps=2)
     saved.save(state, {"validation_loss": 1.0})
     saved.wait()
@@ -131,7 +167,9 @@ def test_a_state_saved_on_eight_devices_goes_on_on_two_and_on_one(tmp_path):
         made = compiled(**how)
         restored, _ = saved.restore(2, made.abstract)
         chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
-        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {how.get("devices", 1)}
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {
+            how.get("devices", 1)
+        }
         after, _ = trained(made, steps=3, state=restored, first=2)
         assert difference(after.params, on_one_device()[0].params) < 1e-5
     saved.close()
@@ -161,17 +199,22 @@ def test_parameters_that_are_cut_are_fetched_once(how):
     told, params = sharding.collectives(made.compiled), jax.tree.leaves(made.abstract.params)
     cut = sum(4 * leaf.size for leaf in params if not leaf.sharding.is_fully_replicated)
     assert cut > 0 and told["all-gather"] == cut and told.keys() == {"all-gather", "all-reduce"}
-    # On CPU, gradients are summed whole along 'fsdp' (on TPU by a reduce-scatter, see test_plan.py), then their parts along
-    # 'data'. Besides there are the loss and, of each cut array, its share of the gradient's norm.
+    # On CPU, gradients are summed whole along 'fsdp' (on TPU by a reduce-scatter, see
+    # test_plan.py), then their parts along 'data'. Besides there are the loss and, of each cut
+    # array, its share of the gradient's norm.
     gradients = 4 * sum(leaf.size for leaf in params) + (cut // fsdp if fsdp < 8 else 0)
     assert gradients <= told["all-reduce"] <= gradients + 4 * (len(params) + 2)
 
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     state, metrics = trained(compiled(dtype="bfloat16"), steps=2)
-    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state[0].mu))} == {np.dtype("float32")}
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state[0].mu))
+    } == {np.dtype("float32")}
     _, wanted = on_one_device()
-    np.testing.assert_allclose([m["loss"] for m in metrics], [m["loss"] for m in wanted[:2]], rtol=0.02)
+    np.testing.assert_allclose(
+        [m["loss"] for m in metrics], [m["loss"] for m in wanted[:2]], rtol=0.02
+    )
 
 
 def test_what_is_fetched_has_the_dtype_that_it_is_computed_with():
@@ -180,9 +223,15 @@ def test_what_is_fetched_has_the_dtype_that_it_is_computed_with():
     dtypes, abstract = made.objective.network.dtypes, made.abstract.params
     fetched = jax.eval_shape(sharding.fetcher(abstract, dtypes), abstract)
     cut = jax.tree.map(lambda leaf: not leaf.sharding.is_fully_replicated, abstract)
-    wanted = jax.tree.map(lambda leaf, dtype, is_cut: dtype if is_cut else leaf.dtype, abstract, dtypes, cut)
+    wanted = jax.tree.map(
+        lambda leaf, dtype, is_cut: dtype if is_cut else leaf.dtype, abstract, dtypes, cut
+    )
     assert jax.tree.map(lambda leaf: leaf.dtype, fetched) == wanted
-    assert cut["map_layer1"]["kernel"] and cut["middle0"]["affine"]["kernel"] and cut["middle0"]["conv0"]["kernel"]
+    assert (
+        cut["map_layer1"]["kernel"]
+        and cut["middle0"]["affine"]["kernel"]
+        and cut["middle0"]["conv0"]["kernel"]
+    )
     assert {str(dtype) for dtype in jax.tree.leaves(wanted)} == {"bfloat16", "float32"}
 
 
@@ -197,7 +246,8 @@ def compiling():
 
 
 def test_gradients_are_summed_over_devices_as_what_they_are_computed_in(tmp_path, compiling):
-    """As the partitioner leaves the program: CPU's compiler makes float32 of it all afterwards, those of accelerators do not."""
+    """As the partitioner leaves the program: CPU's compiler makes float32 of it all afterwards,
+    those of accelerators do not."""
     made = program(devices=8, dtype="bfloat16", size=SMALL)
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
     made.lower().compile(compiler_options=options)

@@ -1,4 +1,5 @@
-"""The training step: what it learns from, what it leaves alone, and that devices and parts of a batch do not matter."""
+"""The training step: what it learns from, what it leaves alone, and that devices and parts of a
+batch do not matter."""
 
 import dataclasses
 import functools
@@ -10,12 +11,13 @@ import numpy as np
 import optax
 import pytest
 
-from rdm_jax import randomness, sharding
 from rdm_jax.diffusion import preconditioning, processes
+from rdm_jax.diffusion.pixels import from_uint8
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import Network, functional
+from rdm_jax.runtime import random_streams, sharding
 from rdm_jax.training.count import Count
-from rdm_jax.training.step import Objective, ema_weight, init_state, make_step, to_float
+from rdm_jax.training.step import Objective, ema_weight, init_state, make_step
 
 BATCH, CLASSES = 16, 3
 OPTIMIZER = optax.adam(3e-3)
@@ -38,8 +40,14 @@ def objective(dropout: float = 0.0, process=PoisonedWhereWhite(), pool: int = 1)
 def batch(seed: int = 0, size: int = 8):
     random = np.random.default_rng(seed)
     label = random.integers(0, CLASSES, BATCH).astype(np.int32)
-    images = 80 * label[:, None, None, None] + random.integers(0, 40, (BATCH, size, size, 3))  # never 255, the poison
-    return {"image": images.astype(np.uint8), "label": label, "position": np.arange(BATCH, dtype=np.int32)}
+    images = 80 * label[:, None, None, None] + random.integers(
+        0, 40, (BATCH, size, size, 3)
+    )  # never 255, the poison
+    return {
+        "image": images.astype(np.uint8),
+        "label": label,
+        "position": np.arange(BATCH, dtype=np.int32),
+    }
 
 
 def poisoned(data):
@@ -50,17 +58,28 @@ def poisoned(data):
 
 @functools.cache
 def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = False):
-    """A compiled step that may be traced once, and a state in which every parameter has a gradient."""
+    """A compiled step that may be traced once, and a state in which every parameter has a
+    gradient."""
     goal = objective(dropout)
     chex.clear_trace_counter()  # it counts by the name of the function, which every step shares
-    kwargs = {"count": Count(BATCH), "accumulate": accumulate, "ema_halflife": 100.0, "ema_rampup": 0.05}
+    kwargs = {
+        "count": Count(BATCH),
+        "accumulate": accumulate,
+        "ema_halflife": 100.0,
+        "ema_rampup": 0.05,
+    }
     step = make_step(goal, OPTIMIZER, jax.random.key(1), **kwargs)
     state = jax.jit(lambda key: init_state(goal.network.init(key), OPTIMIZER))(jax.random.key(0))
-    # The last convolutions start at zero; a nudge lets gradients reach all parameters from the first step.
-    nudge = lambda x: np.asarray(x) + 0.05 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)  # noqa: E731
+    # The last convolutions start at zero; a nudge lets gradients reach all parameters from the
+    # first step.
+    nudge = lambda x: (
+        np.asarray(x) + 0.05 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+    )  # noqa: E731
     params = jax.device_put(jax.tree.map(nudge, state.params))
     out = sharding.replicated(sharding.local_mesh()) if shared else None
-    return jax.jit(chex.assert_max_traces(step, n=1), out_shardings=out), state.replace(params=params, ema=params)
+    return jax.jit(chex.assert_max_traces(step, n=1), out_shardings=out), state.replace(
+        params=params, ema=params
+    )
 
 
 def test_learns_and_is_traced_once():
@@ -76,12 +95,25 @@ def test_learns_and_is_traced_once():
 
 
 def test_a_cascade_learns_from_the_image_that_it_is_given():
-    """A network that answers with what it is given, at a noise level where nothing else is known."""
+    """A network that answers with what it is given, at a noise level where nothing else is
+    known."""
     process = processes.Cascade(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
     given = lambda params, x, c_noise, labels, augment, keys: params["scale"] * x[..., 3:6]  # noqa: E731
-    goal = Objective(Network(None, given, None, None), process, preconditioning.EDM(), 1, CLASSES, label_dropout=0.25)
-    smooth = batch()["image"][:, ::2, ::2].repeat(2, 1).repeat(2, 2)  # the same as its means, enlarged
-    data, keys = jax.device_put({**batch(), "image": smooth}), jax.random.split(jax.random.key(0), BATCH)
+    goal = Objective(
+        Network(None, given, None, None),
+        process,
+        preconditioning.EDM(),
+        1,
+        CLASSES,
+        label_dropout=0.25,
+    )
+    smooth = (
+        batch()["image"][:, ::2, ::2].repeat(2, 1).repeat(2, 2)
+    )  # the same as its means, enlarged
+    data, keys = (
+        jax.device_put({**batch(), "image": smooth}),
+        jax.random.split(jax.random.key(0), BATCH),
+    )
     loss = jax.jit(lambda scale: goal.loss({"scale": scale}, data, keys, dropout=False).mean())
     right = 1 / preconditioning.EDM()(jnp.exp(jnp.full(1, 4.0))).c_out[0]
     assert loss(right) < 0.01 * loss(0.0)
@@ -89,7 +121,9 @@ def test_a_cascade_learns_from_the_image_that_it_is_given():
 
 def test_parts_of_a_batch_lie_on_all_devices():
     step, state = step_and_state()
-    whole = step(state, batch())[1]  # before another one is made: traces are counted by the name that all of them share
+    whole = step(state, batch())[
+        1
+    ]  # before another one is made: traces are counted by the name that all of them share
     in_parts, mesh = step_and_state.__wrapped__(accumulate=2, shared=True)[0], sharding.local_mesh()
     shared = jax.device_put(state, sharding.replicated(mesh)), sharding.put_batch(batch(), mesh)
     compiled = in_parts.lower(*shared).compile()
@@ -102,7 +136,8 @@ def test_parts_of_a_batch_give_the_same_step(accumulate):
     step, state = step_and_state()
     in_parts, _ = step_and_state(accumulate)
     whole, parts = step(state, batch()), in_parts(state, batch())
-    # float32 sums in another order; Adam divides each gradient by its own size, so small ones show it most.
+    # float32 sums in another order; Adam divides each gradient by its own size, so small ones show
+    # it most.
     chex.assert_trees_all_close(whole[1], parts[1], rtol=1e-5)
     chex.assert_trees_all_close(whole[0].opt_state[0].mu, parts[0].opt_state[0].mu, atol=1e-6)
 
@@ -116,7 +151,9 @@ def test_eight_devices_equal_one():
         here, one = step(here, batch(i))
         there, eight = shared(there, sharding.put_batch(batch(i), mesh))
         chex.assert_trees_all_close(one, eight, rtol=2e-5)  # float32 sums in another order
-    chex.assert_trees_all_close(here.opt_state[0].mu, jax.device_get(there.opt_state[0].mu), atol=1e-5)
+    chex.assert_trees_all_close(
+        here.opt_state[0].mu, jax.device_get(there.opt_state[0].mu), atol=1e-5
+    )
     assert there.params["stem"]["kernel"].sharding.is_fully_replicated
 
 
@@ -125,7 +162,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     state, _ = step(state, batch())
     after, metrics = step(state, poisoned(batch(1)))
     assert not np.isfinite(metrics["loss"])
-    chex.assert_trees_all_equal((after.params, after.ema, after.opt_state), (state.params, state.ema, state.opt_state))
+    chex.assert_trees_all_equal(
+        (after.params, after.ema, after.opt_state), (state.params, state.ema, state.opt_state)
+    )
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
     good, _ = step(after, batch(2))
     assert (int(good.skipped), int(good.skipped_in_a_row)) == (1, 0)
@@ -142,10 +181,13 @@ def test_randomness_follows_from_the_step():
 
 def test_noise_of_an_image_is_its_own():
     goal, data = objective(dropout=0.5), batch()
-    keys = randomness.image_keys(jax.random.key(3), jnp.arange(BATCH))
+    keys = random_streams.image_keys(jax.random.key(3), jnp.arange(BATCH))
     params, data = step_and_state()[1].params, jax.device_put(data)
     loss = jax.jit(functools.partial(goal.loss, dropout=True))
-    whole, part = loss(params, data, keys), loss(params, jax.tree.map(lambda x: x[4:7], data), keys[4:7])
+    whole, part = (
+        loss(params, data, keys),
+        loss(params, jax.tree.map(lambda x: x[4:7], data), keys[4:7]),
+    )
     chex.assert_trees_all_close(whole[4:7], part, rtol=1e-5)
 
 
@@ -154,17 +196,27 @@ def test_label_dropout():
     labels = goal.labels(jnp.full(4000, 2), keys)
     share = float(jnp.mean(labels.sum(-1) == 0))
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5  # four standard errors
-    chex.assert_trees_all_equal(labels[labels.sum(-1) > 0][:5], jnp.tile(jnp.array([0.0, 0.0, 1.0]), (5, 1)))
+    chex.assert_trees_all_equal(
+        labels[labels.sum(-1) > 0][:5], jnp.tile(jnp.array([0.0, 0.0, 1.0]), (5, 1))
+    )
 
 
 @pytest.mark.parametrize(
     ("batch_size", "halflife", "images", "rampup"),
-    [(64, 50e6, 1e9, 0.0), (32, 500e6, 1e9, 0.0), (50, 1000.0, 1e6, 0.05), (50, 1e9, 2000.0, 0.05), (2048, 1e3, 1e9, 0.05)],
+    [
+        (64, 50e6, 1e9, 0.0),
+        (32, 500e6, 1e9, 0.0),
+        (50, 1000.0, 1e6, 0.05),
+        (50, 1e9, 2000.0, 0.05),
+        (2048, 1e3, 1e9, 0.05),
+    ],
 )
 def test_ema_weight_is_right_to_the_last_digits(batch_size, halflife, images, rampup):
     """Against float64; in the fourth case the half-life is 5 % of the images seen."""
     effective = min(halflife, images * rampup) if rampup else halflife
-    weight = jax.jit(functools.partial(ema_weight, batch_size=batch_size, halflife=halflife, rampup=rampup))(jnp.float32(images))
+    weight = jax.jit(
+        functools.partial(ema_weight, batch_size=batch_size, halflife=halflife, rampup=rampup)
+    )(jnp.float32(images))
     assert weight.dtype == jnp.float32
     np.testing.assert_allclose(weight, 1 - np.float64(0.5) ** (batch_size / effective), rtol=1e-6)
 
@@ -180,7 +232,8 @@ def test_ema_starts_as_the_parameters():
     np.testing.assert_allclose(without_rampup, 1 - 0.5 ** (50 / 1000), rtol=1e-6)
     step, state = step_and_state()
     after, _ = step(state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema)), batch())
-    # XLA computes the update once more for the average, and may fuse it in another way: an ulp of the parameters, below 1.
+    # XLA computes the update once more for the average, and may fuse it in another way: an ulp of
+    # the parameters, below 1.
     chex.assert_trees_all_close(after.ema, after.params, rtol=0, atol=2**-24)
 
 
@@ -189,10 +242,16 @@ def test_ema_is_the_average_of_the_parameters():
     before = state.replace(step=jnp.int32(1000))  # beyond the ramp-up: 16,000 images
     after, _ = step(before, batch())
     decay = 0.5 ** (BATCH / 100.0)
-    expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, before.ema, after.params)
+    expected = jax.tree.map(
+        lambda old, new: decay * old + (1 - decay) * new, before.ema, after.params
+    )
     chex.assert_trees_all_close(after.ema, expected, atol=1e-6)
 
 
 def test_images_are_scaled_and_pooled():
-    image = jnp.zeros((1, 4, 4, 1), jnp.uint8).at[0, :2, :2, 0].set(jnp.array([[0, 255], [255, 255]], jnp.uint8))
-    chex.assert_trees_all_close(to_float(image, 2)[0, :, :, 0], jnp.array([[0.5, -1], [-1, -1]]))
+    image = (
+        jnp.zeros((1, 4, 4, 1), jnp.uint8)
+        .at[0, :2, :2, 0]
+        .set(jnp.array([[0, 255], [255, 255]], jnp.uint8))
+    )
+    chex.assert_trees_all_close(from_uint8(image, 2)[0, :, :, 0], jnp.array([[0.5, -1], [-1, -1]]))

@@ -1,0 +1,31 @@
+"""What can be set: frozen dataclasses, their bounds, and their way to and from ml_collections and JSON."""
+
+from rdm_jax.config.codec import choices, kind_of, to_plain
+from rdm_jax.config.parse import parse, stage_number, to_dict
+from rdm_jax.config.schema import (
+    Config,
+    Data,
+    Evaluation,
+    Parallel,
+    Published,
+    Sampling,
+    Stage,
+    Training,
+)
+
+__all__ = [
+    "Config",
+    "Data",
+    "Evaluation",
+    "Parallel",
+    "Published",
+    "Sampling",
+    "Stage",
+    "Training",
+    "choices",
+    "kind_of",
+    "parse",
+    "stage_number",
+    "to_dict",
+    "to_plain",
+]

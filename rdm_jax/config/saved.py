@@ -1,0 +1,114 @@
+"""Configs that were saved: a version beside them, and what brings those of earlier versions to what
+the code reads now.
+
+A config is saved in a workdir's config.json, and a stage's in every checkpoint (`about`). Whoever
+adds, renames or removes a field keeps the runs that are there usable by a line in one of the tables
+below; `tests/test_golden.py` has a run of each version.
+"""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+from rdm_jax.config import Config, Stage, choices, kind_of, stage_number, to_dict, to_plain
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import parse_json
+
+# 1: up to commit 46baa7f, which wrote no version. Count up when an older release could not read
+# what is written.
+VERSION = 2
+# What a field means in a config that was saved before there was such a field, where that is not the
+# field's default: the version that has it, and the value.
+MEANT = {("Training", "checkpoint_minutes"): (2, 0.0), ("Data", "max_left_out"): (2, 1.0)}
+# Fields with another name now: (dataclass, old name) -> new name. Kinds of processes, samplers and
+# networks: old -> new.
+RENAMED_FIELDS: dict[tuple[str, str], str] = {}
+RENAMED_KINDS: dict[str, str] = {}
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes a config.json's content; `path` is overwritten."""
+    path.write_text(json.dumps({"version": VERSION, **to_dict(config)}, indent=2))
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """The values in a config.json of any version, or in that of a folder, for `config.parse`.
+
+    A file of another name is one that somebody has written: fields that it lacks have their
+      defaults.
+
+    Raises:
+      InputError: it is no JSON object, or a newer version of this package wrote it.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        values = parse_json(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no fields")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as a config ({error}); the config.json of a workdir would do."
+        ) from error
+    version = values.pop("version", 1 if path.name == "config.json" else VERSION)
+    check_version(version, str(path))
+    stages = {name: values.pop(name) for name in list(values) if stage_number(name)}
+    values = completed(Config, values | {"stages": ()}, version)
+    del values["stages"]
+    return values | {name: completed(Stage, stage, version) for name, stage in stages.items()}
+
+
+def check_version(version: Any, where: str) -> None:
+    """Raises InputError where what was saved is of a version that this code does not know."""
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise InputError(
+            f"{where} is of version {version!r}, and this rdm_jax reads 1 to {VERSION}; a newer rdm_jax would do."
+        )
+
+
+def about_now(about: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a checkpoint says of itself, its stage's config as the code reads it now. Raises
+    InputError like `check_version`."""
+    version = about.get("version", 1)
+    check_version(version, where)
+    return (
+        about | {"stage": completed(Stage, about["stage"], version)} if "stage" in about else about
+    )
+
+
+def completed(cls: Any, value: Any, version: int = 1) -> Any:
+    """A saved value of a field's type `cls` under today's names, with the fields that its version
+    lacked, as JSON has them.
+
+    What is no field any more stays, for `config.parse` to refuse.
+    """
+    if not isinstance(value, dict):
+        return value
+    if kinds := {kind_of(each): each for each in choices(cls)}:
+        kind = RENAMED_KINDS.get(value.get("kind"), value.get("kind"))
+        return (
+            _completed_fields(kinds[kind], value, version) | {"kind": kind}
+            if kind in kinds
+            else value
+        )
+    return _completed_fields(cls, value, version) if dataclasses.is_dataclass(cls) else value
+
+
+def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Some fields of a stage, as samples and evaluations say what they were made with, under
+    today's names; none is added."""
+    hints = typing.get_type_hints(Stage)
+    return {name: completed(hints.get(name), value) for name, value in settings.items()}
+
+
+def _completed_fields(cls: type, value: dict[str, Any], version: int) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    named = {RENAMED_FIELDS.get((cls.__name__, name), name): part for name, part in value.items()}
+    for name, default in json.loads(json.dumps(to_plain(cls()))).items():
+        if name not in named:
+            since, meant = MEANT.get((cls.__name__, name), (0, None))
+            # A section that is missing is completed like one that is there, from nothing.
+            default = {} if dataclasses.is_dataclass(hints[name]) else default
+            named[name] = meant if version < since else default
+    return {name: completed(hints.get(name), part, version) for name, part in named.items()}

@@ -1,0 +1,323 @@
+"""Import of published weights into a run, and export of a run's averaged parameters under the
+original's names."""
+
+import dataclasses
+import errno
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from rdm_jax.checkpoints import folders, store
+from rdm_jax.config import Config, Stage, to_dict
+from rdm_jax.config.saved import VERSION
+from rdm_jax.interop import pytorch_names
+from rdm_jax.interop.torch_files import open_torch
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError, reason
+from rdm_jax.runtime.files import atomic_write, parse_json, sha256
+
+FLOATS = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+)  # dtypes of safetensors that are read; others would not be what they were as float32
+
+
+class Weights(NamedTuple):
+    """An open file of weights.
+
+    Attributes:
+      class_name, settings: the network in the original's words; None where the file is silent.
+      shapes: of every tensor in it, by the original's names.
+      read: a tensor by its name, from the file.
+    """
+
+    class_name: str | None
+    settings: dict[str, Any] | None
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Weights]:
+    """Opens EDM's .pkl, RDM's .pt or safetensors, told apart by what is in them. Nothing in them is
+    executed.
+
+    Raises:
+      InputError: it is none of these, or damaged.
+    """
+    if path.is_file() and _begins_like_safetensors(path):
+        with _open_safetensors(path) as weights:
+            yield weights
+        return
+    with open_torch(path) as found:
+        shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+        yield Weights(
+            found.class_name, found.settings, shapes, lambda name: found.tensors[name].read()
+        )
+
+
+def _begins_like_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Weights]:
+    try:
+        file = safetensors.safe_open(path, framework="np")
+        about = file.metadata() or {}
+        settings = parse_json(about["settings"]) if "settings" in about else None
+        if not isinstance(settings, dict | None):
+            raise ValueError("its settings are no dict")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be used ({error}); a whole safetensors file would do."
+        ) from error
+    with file:
+        yield Weights(
+            about.get("class_name"),
+            settings,
+            shapes,
+            lambda name: _read_safetensor(file, name, path),
+        )
+
+
+def _read_safetensor(file: safetensors.safe_open, name: str, path: Path) -> np.ndarray:
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in FLOATS:
+        raise InputError(
+            f"{path} cannot be used ({name} is of dtype {dtype}); {', '.join(FLOATS)} would do."
+        )
+    return file.get_tensor(name)
+
+
+def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int]:
+    """The config with its stage `number` (from 1) as the weights need it, and their number of
+    classes.
+
+    Every field that changes is logged. Raises InputError where we have no such network.
+    """
+    stage = config.stages[number - 1]
+    if weights.settings is None or weights.class_name is None:
+        label = weights.shapes.get("model.map_label.weight", ())
+        return config, label[1] if len(label) == 2 else 0
+    found = pytorch_names.describe(weights.class_name, weights.settings, stage)
+    _log_changes(number, "precondition", stage.precondition, found.stage.precondition)
+    _log_changes(number, "network", stage.network, found.stage.network)
+    if found.stage.resolution != stage.resolution:
+        log.info(
+            "config.stage%d.resolution: %s -> %s, as the weights say",
+            number,
+            stage.resolution,
+            found.stage.resolution,
+        )
+    if found.channels != config.data.channels:
+        log.info(
+            "config.data.channels: %d -> %d, as the weights say",
+            config.data.channels,
+            found.channels,
+        )
+    stages = (*config.stages[: number - 1], found.stage, *config.stages[number:])
+    data = dataclasses.replace(config.data, channels=found.channels)
+    return dataclasses.replace(config, stages=stages, data=data), found.classes
+
+
+def fit_resolutions(config: Config, number: int, kept: Sequence[int]) -> Config:
+    """The config with the resolutions of the other stages as they go with that of stage `number`
+    (from 1).
+
+    A published relay is imported stage by stage, and until the last one is there the others' sizes
+    are the config's.
+
+    Args:
+      kept: stages that have been imported before; they stay as they are, and so does what lies
+        beyond them.
+    """
+    stages = list(config.stages)
+    after = itertools.takewhile(lambda index: index + 1 not in kept, range(number, len(stages)))
+    before = itertools.takewhile(lambda index: index + 1 not in kept, range(number - 2, -1, -1))
+    for index in [*after, *before]:
+        if index >= number:
+            size = tuple(side * stages[index].factor for side in stages[index - 1].resolution)
+        else:
+            size = tuple(side // stages[index + 1].factor for side in stages[index + 1].resolution)
+        if size != stages[index].resolution:
+            log.info(
+                "config.stage%d.resolution: %s -> %s, to go with stage%d",
+                index + 1,
+                stages[index].resolution,
+                size,
+                number,
+            )
+        stages[index] = dataclasses.replace(stages[index], resolution=size)
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
+def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
+    if type(before) is not type(after):
+        log.info("config.stage%d.%s: %s -> %s, as the weights say", number, part, before, after)
+        return
+    for field in dataclasses.fields(after):
+        was, now = getattr(before, field.name), getattr(after, field.name)
+        if was != now:
+            log.info(
+                "config.stage%d.%s.%s: %s -> %s, as the weights say",
+                number,
+                part,
+                field.name,
+                was,
+                now,
+            )
+
+
+def check_no_checkpoints(workdir: Path, number: int) -> None:
+    """Refuses to import into a stage that has checkpoints already. Raises InputError."""
+    directory = workdir / f"stage{number}" / "checkpoints"
+    if folders.step_folders(directory):
+        raise InputError(f"{directory} has checkpoints already; another --workdir would do.")
+
+
+def save_imported(
+    weights: Weights,
+    config: Config,
+    number: int,
+    parameters: dict[str, Any],
+    path: Path,
+    workdir: Path,
+) -> None:
+    """Saves parameters as checkpoint 0 of a stage, in the dtype that they have in the file (they
+    are read as float32).
+
+    Args:
+      weights: where they are from.
+      config: as `stage_of` returned it.
+      number: of the stage, from 1.
+      parameters: from `read_parameters`; their classes are called '0', '1', ...
+      path: of the file.
+      workdir: of the run.
+    """
+    classes = parameters["map_label"]["kernel"].shape[0] if "map_label" in parameters else 0
+    imported = {
+        "file": path.name,
+        "sha256": sha256(path),
+        "class_name": weights.class_name,
+        "settings": weights.settings,
+    }
+    stage, names = to_dict(config)[f"stage{number}"], [str(i) for i in range(classes)]
+    about = {"version": VERSION, "stage": stage, "classes": names, "seed": config.seed}
+    checkpoints = store.Checkpoints(workdir / f"stage{number}" / "checkpoints")
+    checkpoints.save_ema(0, parameters, {**about, "imported": imported})
+    checkpoints.close()
+
+
+def read_parameters(
+    weights: Weights, config: Config, number: int, classes: int, path: Path
+) -> dict[str, Any]:
+    """A stage's parameters as our tree of arrays, each read from the file when it is its turn.
+
+    Raises:
+      InputError: a parameter is missing, unknown or of another shape.
+    """
+    stage = config.stages[number - 1]
+    abstract = stage.build(config.data.channels, classes).abstract
+    names = _names(stage, abstract)
+    unknown = sorted(
+        weights.shapes.keys() - set(names.values()) - pytorch_names.buffers(stage).keys()
+    )
+    if unknown:
+        would_do = "the config of these weights would do."
+        raise InputError(
+            f"{path} has a parameter {unknown[0]!r}, which the network has not; {would_do}"
+        )
+
+    def check(keys, leaf):
+        name = names[_strings(keys)]
+        if name not in weights.shapes:
+            raise InputError(
+                f"{path} has no parameter {name!r}; a file of the same network as the config's would do."
+            )
+        wanted, found = (
+            pytorch_names.to_theirs(np.broadcast_to(np.int8(0), leaf.shape)).shape,
+            weights.shapes[name],
+        )
+        if wanted != found:
+            raise InputError(
+                f"{path} has {name!r} of shape {found}; {wanted}, as the config asks for, would do."
+            )
+
+    def read(keys, leaf):
+        array = pytorch_names.to_ours(weights.read(names[_strings(keys)]))
+        return jax.device_put(
+            array if array.dtype in (np.float16, np.float32) else array.astype(np.float32)
+        )
+
+    jax.tree.map_with_path(check, abstract)  # all of them, before anything large is read
+    return jax.tree.map_with_path(read, abstract)
+
+
+def _names(stage: Stage, abstract: dict[str, Any]) -> dict[tuple[str, ...], str]:
+    """The original's name of every parameter."""
+    paths = [_strings(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
+    return {
+        path: pytorch_names.original_name(path, stage.network, stage.resolution[0])
+        for path in paths
+    }
+
+
+def _strings(keys: tuple) -> tuple[str, ...]:
+    return tuple(key.key for key in keys)
+
+
+def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None:
+    """Writes a stage's averaged parameters as safetensors: float32, under the original's names and
+    in its layout.
+
+    The resampling filters, which are buffers there, are written too, so that a strict
+    `load_state_dict` takes the file; its metadata hold the class and the settings that the original
+    would make the network with.
+
+    Raises:
+      InputError: there is no such checkpoint, or the original has no such network.
+      OSError: the file cannot be written.
+    """
+    stage = config.stages[number - 1]
+    folder, step = folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
+    checkpoints = store.Checkpoints(folder, read_only=True)
+    classes = len(checkpoints.about(step)["classes"])
+    try:
+        class_name, settings = pytorch_names.settings_of(stage, config.data.channels, classes)
+    except InputError as error:
+        raise InputError(f"config.stage{number}.{error}") from error
+    abstract = stage.build(config.data.channels, classes).abstract
+    ema, _ = checkpoints.restore_ema(
+        step, store.with_sharding(abstract, sharding.replicated(sharding.local_mesh()))
+    )
+    checkpoints.close()
+    names = _names(stage, abstract)
+    tensors = pytorch_names.buffers(stage)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(ema)[0]:
+        tensors[names[_strings(keys)]] = np.ascontiguousarray(
+            pytorch_names.to_theirs(np.asarray(leaf))
+        )
+    with atomic_write(path) as partial:
+        try:
+            save_file(
+                tensors,
+                partial,
+                metadata={"class_name": class_name, "settings": json.dumps(settings)},
+            )
+        except safetensors.SafetensorError as error:  # of a full disk as well
+            raise OSError(errno.EIO, reason(error), str(path)) from error
+    log.info("export: %d tensors of stage%d, step %d -> %s", len(tensors), number, step, path)

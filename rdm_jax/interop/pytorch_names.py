@@ -1,0 +1,365 @@
+"""The published networks in the original's words: settings, parameter names and layouts, and ours
+for each of them."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import numpy as np
+
+from rdm_jax.config import Stage
+from rdm_jax.diffusion import preconditioning
+from rdm_jax.diffusion.schedules import Linear
+from rdm_jax.models.adm import ADM
+from rdm_jax.models.song import Song
+from rdm_jax.models.unet import UNet
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError
+
+ParamPath = tuple[str, ...]
+
+PRECONDITIONS = {
+    "EDMPrecond": preconditioning.EDM,
+    "VPPrecond": preconditioning.VP,
+    "VEPrecond": preconditioning.VE,
+    "iDDPMPrecond": preconditioning.IDDPM,
+}
+NETWORKS = {"DhariwalUNet": ADM, "SongUNet": Song}
+# What the original takes where a file is silent.
+DEFAULT_NETWORK = {
+    "EDMPrecond": "DhariwalUNet",
+    "VPPrecond": "SongUNet",
+    "VEPrecond": "SongUNet",
+    "iDDPMPrecond": "DhariwalUNet",
+}
+DEFAULTS = {
+    "DhariwalUNet": {
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "num_blocks": 3,
+        "attn_resolutions": [32, 16, 8],
+    },
+    "SongUNet": {
+        "model_channels": 128,
+        "channel_mult": [1, 2, 2, 2],
+        "num_blocks": 4,
+        "attn_resolutions": [16],
+    },
+}
+# Their name there: our field. Those that are not numbers are handled one by one.
+NETWORK_FIELDS = {
+    "model_channels": "channels",
+    "channel_mult": "channel_mult",
+    "num_blocks": "blocks",
+    "channel_mult_emb": "emb_mult",
+    "augment_dim": "augment_labels",
+    "dropout": "dropout",
+}
+SONG_FIELDS = {
+    "embedding_type": "embedding",
+    "channel_mult_noise": "noise_mult",
+    "resample_filter": "filter",
+}
+# What a setting may be; a file is not trusted, and these numbers say how much is built.
+WHOLE = {
+    "img_resolution": (1, 2**14),
+    "img_channels": (1, 64),
+    "label_dim": (0, 10**6),
+    "model_channels": (1, 2**14),
+}
+WHOLE |= {
+    "num_blocks": (1, 64),
+    "channel_mult_emb": (1, 64),
+    "channel_mult_noise": (1, 64),
+    "augment_dim": (0, 64),
+}
+WHOLE |= {"M": (2, 10**5)}
+SEVERAL = {"channel_mult": (1, 64), "attn_resolutions": (1, 2**14), "resample_filter": (0, 64)}
+WORDS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
+# Handled one by one, or without a meaning here (`use_fp16`, `label_dropout`).
+IGNORED = {
+    "use_fp16",
+    "label_dropout",
+    "model_type",
+    "img_resolution",
+    "img_channels",
+    "label_dim",
+    "attn_resolutions",
+}
+IGNORED |= {
+    "encoder_type",
+    "decoder_type",
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "beta_d",
+    "beta_min",
+    "M",
+    "epsilon_t",
+    "C_1",
+    "C_2",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What settings in the original's words say.
+
+    Attributes:
+      stage: the given stage with its resolution, network and preconditioning replaced.
+      channels, classes: of the images; 0 classes for an unconditional network.
+    """
+
+    stage: Stage
+    channels: int
+    classes: int
+
+
+def describe(class_name: str, settings: dict[str, Any], stage: Stage) -> Described:
+    """Reads the original's settings.
+
+    Args:
+      class_name: of the original's preconditioning, such as 'EDMPrecond'.
+      settings: what it was made with, such as {'img_resolution': 64, 'model_channels': 192, ...}.
+      stage: gives all that the settings do not say (process, training, sampler, dtype).
+
+    Raises:
+      InputError: we have no such network.
+    """
+    kinds = {name.lower(): name for name in PRECONDITIONS}
+    if class_name.lower() not in kinds:
+        raise InputError(
+            f"the network's class {class_name!r} is not known; {' or '.join(PRECONDITIONS)} would do."
+        )
+    class_name = kinds[class_name.lower()]
+    _check_settings(settings)
+    family = settings.get("model_type", DEFAULT_NETWORK[class_name])
+    if family not in NETWORKS:
+        raise InputError(
+            f"the network's model_type={family!r} is not known; {' or '.join(NETWORKS)} would do."
+        )
+    for name in sorted(settings.keys() - IGNORED - NETWORK_FIELDS.keys() - SONG_FIELDS.keys()):
+        log.info(
+            "the weights' setting %.40r=%.80r is not known here and left out", name, settings[name]
+        )
+    settings = {**DEFAULTS[family], **settings}
+    side = settings["img_resolution"]
+    network, precondition = (
+        _network(family, settings, stage.network),
+        _precondition(class_name, settings),
+    )
+    stage = dataclasses.replace(
+        stage, resolution=(side, side), network=network, precondition=precondition
+    )
+    return Described(stage, settings["img_channels"], settings.get("label_dim", 0))
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuses settings of the wrong type or of an absurd size before anything is built with
+    them."""
+
+    def whole(value: Any, least: int, most: int) -> bool:
+        return type(value) is int and least <= value <= most
+
+    for name in ("img_resolution", "img_channels"):
+        if name not in settings:
+            raise InputError(
+                f"the weights' settings have no {name!r}; a file as published would do."
+            )
+    for name, (least, most) in WHOLE.items():
+        if name in settings and not whole(settings[name], least, most):
+            raise _unusable(name, settings[name], f"a whole number from {least} to {most}")
+    for name, (least, most) in SEVERAL.items():
+        values = settings.get(name, [])
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) > 16
+            or not all(whole(v, least, most) for v in values)
+        ):
+            raise _unusable(
+                name, values, f"a list of at most 16 whole numbers from {least} to {most}"
+            )
+    for name in WORDS:
+        if not isinstance(settings.get(name, ""), str):
+            raise _unusable(name, settings[name], "a word")
+
+
+def _unusable(name: str, value: Any, would_do: str) -> InputError:
+    return InputError(
+        f"the weights' setting {name}={value!r:.80} cannot be used; {would_do} would do."
+    )
+
+
+def _number(settings: dict[str, Any], name: str, default: float, most: float = 1e6) -> float:
+    """A setting that is a positive number. (Dropout may be 0.)"""
+    value = settings.get(name, default)
+    if type(value) not in (int, float) or not (
+        0 < value <= most or (name == "dropout" and value == 0)
+    ):
+        raise _unusable(name, value, f"a number above 0, {most:g} at most,")
+    return float(value)
+
+
+def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
+    cls, side = NETWORKS[family], settings["img_resolution"]
+    values = {"emb_mult": 4, "augment_labels": 0, "dtype": ours.dtype}
+    fields = NETWORK_FIELDS | (SONG_FIELDS if cls is Song else {})
+    values |= {field: settings[name] for name, field in fields.items() if name in settings}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    levels = range(len(values["channel_mult"]))
+    values["attention_levels"] = tuple(
+        level for level in levels if side >> level in settings["attn_resolutions"]
+    )
+    values["dropout"] = _number(settings, "dropout", 0.1, 0.99)
+    if cls is Song:
+        encoder, decoder = (
+            settings.get("encoder_type", "standard"),
+            settings.get("decoder_type", "standard"),
+        )
+        if encoder not in ("standard", "residual") or decoder != "standard":
+            wanted = "'standard' or 'residual', and decoder_type 'standard',"
+            raise InputError(
+                f"the network's encoder_type={encoder!r} and decoder_type={decoder!r} are not known; {wanted} would do."
+            )
+        values["residual"] = encoder == "residual"
+    return cls(**values)
+
+
+def _precondition(class_name: str, settings: dict[str, Any]) -> preconditioning.Preconditioning:
+    number = functools.partial(_number, settings)
+    if class_name == "EDMPrecond":
+        return preconditioning.EDM(sigma_data=number("sigma_data", 0.5))
+    if class_name == "VPPrecond":
+        schedule = Linear(number("beta_d", 19.9), number("beta_min", 0.1))
+        return preconditioning.VP(schedule, settings.get("M", 1000), number("epsilon_t", 1e-5))
+    if class_name == "VEPrecond":
+        return preconditioning.VE(number("sigma_min", 0.02), number("sigma_max", 100.0))
+    return preconditioning.IDDPM(
+        number("C_1", 0.001), number("C_2", 0.008), settings.get("M", 1000)
+    )
+
+
+def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
+    """The class and the settings that the original would make a stage's network with; the inverse
+    of `describe`.
+
+    Raises:
+      InputError: the original has no such network.
+    """
+    network, height = stage.network, stage.resolution[0]
+    for field, value, published in (
+        ("resolution", stage.resolution, (height, height)),
+        ("network.patch", network.patch, 1),
+        ("network.head_channels", getattr(network, "head_channels", 64), 64),
+        ("precondition.noise_scale", getattr(stage.precondition, "noise_scale", 0.25), 0.25),
+    ):
+        if value != published:
+            raise InputError(
+                f"{field}={value!r} cannot be exported: the only format so far is that of the published networks, where it is "
+                f"{published!r}; the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH) would do."
+            )
+    class_name = {cls: name for name, cls in PRECONDITIONS.items()}[type(stage.precondition)]
+    family = {cls: name for name, cls in NETWORKS.items()}[type(network)]
+    settings = {
+        "img_resolution": height,
+        "img_channels": channels,
+        "label_dim": classes,
+        "model_type": family,
+    }
+    fields = NETWORK_FIELDS | (SONG_FIELDS if family == "SongUNet" else {})
+    settings |= {name: getattr(network, field) for name, field in fields.items()}
+    settings["attn_resolutions"] = [height >> level for level in network.attention_levels]
+    if family == "SongUNet":
+        settings |= {
+            "encoder_type": "residual" if network.residual else "standard",
+            "decoder_type": "standard",
+        }
+    p = stage.precondition
+    settings |= {
+        "EDMPrecond": lambda: {"sigma_data": p.sigma_data},
+        "VPPrecond": lambda: {
+            "beta_d": p.schedule.beta_d,
+            "beta_min": p.schedule.beta_min,
+            "M": p.times,
+            "epsilon_t": p.epsilon,
+        },
+        "VEPrecond": lambda: {"sigma_min": p.sigma_min, "sigma_max": p.sigma_max},
+        "iDDPMPrecond": lambda: {"C_1": p.c1, "C_2": p.c2, "M": p.times},
+    }[class_name]()
+    return class_name, {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+
+
+def original_name(path: ParamPath, network: UNet, side: int) -> str:
+    """The original's name of a parameter.
+
+    Args:
+      path: of the parameter in our tree, such as ('encoder0_1', 'conv0', 'kernel').
+      network: its config.
+      side: height and width of the images.
+    """
+    block, *inner, leaf = path if len(path) > 1 else (path[0], "")
+    inner = ["norm2" if part == "norm" else part for part in inner if part != "attention"]
+    return ".".join(["model", *_block_name(block, network, side), *inner, *_leaf_name(leaf)])
+
+
+def _leaf_name(leaf: str) -> list[str]:
+    return [{"kernel": "weight", "scale": "weight"}.get(leaf, leaf)] if leaf else []
+
+
+def _block_name(block: str, network: UNet, side: int) -> list[str]:
+    deepest = side >> (len(network.channel_mult) - 1)
+    if match := re.fullmatch(r"(encoder|decoder)(\d+)_(\d+)", block):
+        half, level, number = match.groups()
+        size = side >> int(level)
+        return [half[:3], f"{size}x{size}_block{number}"]
+    if match := re.fullmatch(r"(down|up|residual)(\d+)", block):
+        kind, level = match.groups()
+        size = side >> int(level)
+        return [
+            "dec" if kind == "up" else "enc",
+            f"{size}x{size}_{'aux_residual' if kind == 'residual' else kind}",
+        ]
+    if match := re.fullmatch(r"middle(\d)", block):
+        return ["dec", f"{deepest}x{deepest}_in{match.group(1)}"]
+    if block == "stem":
+        return ["enc", f"{side}x{side}_conv"]
+    if block == "frequencies":
+        return ["map_noise", "freqs"]
+    if block in ("out_norm", "out_conv") and isinstance(network, Song):
+        return ["dec", f"{side}x{side}_aux_{block.removeprefix('out_')}"]
+    return [block]
+
+
+def buffers(stage: Stage) -> dict[str, np.ndarray]:
+    """What the original keeps beside its parameters, float32: the resampling filters (1, 1, n, n),
+    and iDDPM's noise levels."""
+    network, side = stage.network, stage.resolution[0]
+    taps = np.asarray(getattr(network, "filter", (1, 1)), np.float32)
+    value = (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
+    names = []
+    for level in range(1, len(network.channel_mult)):
+        down, up = (
+            _block_name(f"down{level}", network, side),
+            _block_name(f"up{level - 1}", network, side),
+        )
+        names += [[*block, layer] for block in (down, up) for layer in ("conv0", "skip")]
+        if getattr(network, "residual", False):
+            names.append(_block_name(f"residual{level}", network, side))
+    filters = {".".join(["model", *name, "resample_filter"]): value for name in names}
+    levels = getattr(stage.precondition, "levels", None)
+    return filters if levels is None else {**filters, "u": levels().astype(np.float32)}
+
+
+def to_ours(array: np.ndarray) -> np.ndarray:
+    """The original's layout to ours: OIHW to HWIO, (out, in) to (in, out)."""
+    return {4: lambda a: a.transpose(2, 3, 1, 0), 2: lambda a: a.T}.get(array.ndim, lambda a: a)(
+        array
+    )
+
+
+def to_theirs(array: np.ndarray) -> np.ndarray:
+    """Our layout to the original's: HWIO to OIHW, (in, out) to (out, in)."""
+    return {4: lambda a: a.transpose(3, 2, 0, 1), 2: lambda a: a.T}.get(array.ndim, lambda a: a)(
+        array
+    )

@@ -1,0 +1,114 @@
+"""What the stages will be shown, at a glance: images at each resolution, their blurred versions,
+and a line of statistics."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from rdm_jax.config import Config, Stage
+from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.diffusion import blurring
+from rdm_jax.diffusion.pixels import from_uint8, to_uint8
+from rdm_jax.diffusion.processes import Relay
+from rdm_jax.render import pictures
+from rdm_jax.runtime.console import log
+
+COLUMNS = 8
+DETAIL = (
+    64  # pixels of a larger image whose blur can be seen, and which are drawn as large as the image
+)
+TIMES = (0.25, 0.5, 0.75, 1.0)
+# So many images, evenly from the whole set, know the mean and std of pixels to a percent or so, and
+# are decoded in seconds.
+MEASURED, AT_A_TIME = 2048, 64
+
+
+def draw(config: Config, sets: Mapping[int, ImageSet], path: Path, *, again: bool = True) -> None:
+    """Logs the statistics of every stage's images and draws the contact sheet.
+
+    Args:
+      config: of the run.
+      sets: what each stage is trained on, by its number.
+      path: of the PNG.
+      again: also where the PNG is there already.
+    """
+    if path.exists() and not again:
+        return
+    for number, images in sets.items():
+        _log_statistics(number, config.stages[number - 1], images)
+    rows = [
+        row
+        for number, images in sets.items()
+        for row in _rows(number, config.stages[number - 1], images)
+    ]
+    shown = sets[len(config.stages)]
+    labels, names = shown.batch(_evenly(shown, COLUMNS))["label"], shown.class_names
+    pictures.save_picture(
+        pictures.labelled_rows(rows, [names[label] if names else "" for label in labels]), path
+    )
+    log.info("data: the stages' images, and what blurring makes of them -> %s", path)
+
+
+def statistics(
+    stage: Stage, images: ImageSet
+) -> tuple[int, Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """How many images were measured, and the mean and standard deviation of each channel, as the
+    stage sees them (-1 to 1)."""
+    places, sums = _evenly(images, MEASURED), 0.0
+    for first in range(0, len(places), AT_A_TIME):
+        some = places[first : first + AT_A_TIME]
+        seen = _seen(stage, images, some)
+        sums += len(some) * np.asarray(
+            jnp.stack([seen.mean((0, 1, 2)), (seen**2).mean((0, 1, 2))]), np.float64
+        )
+    mean, square = sums / len(places)
+    return len(places), mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def _log_statistics(number: int, stage: Stage, images: ImageSet) -> None:
+    count, mean, std = statistics(stage, images)
+    means, stds = (" ".join(f"{value:.3f}" for value in values) for values in (mean, std))
+    assumed = getattr(stage.precondition, "sigma_data", 0.5)
+    about = (number, f"{count:,}", means, stds, assumed)
+    log.info("data: stage%d: of %s images, a channel: mean %s, std %s (std assumed: %g)", *about)
+
+
+def _evenly(images: ImageSet, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))
+
+
+def _seen(stage: Stage, images: ImageSet, places: np.ndarray) -> jax.Array:
+    """Images as the stage sees them: the means of its cells, from -1 to 1."""
+    return from_uint8(
+        jnp.asarray(images.batch(places)["image"]), images.image_shape[0] // stage.resolution[0]
+    )
+
+
+def _rows(number: int, stage: Stage, images: ImageSet) -> Iterator[tuple[str, np.ndarray]]:
+    seen = _seen(stage, images, _evenly(images, COLUMNS))
+    yield (
+        f"stage{number}: {stage.resolution[0]} x {stage.resolution[1]}",
+        np.asarray(to_uint8(seen)),
+    )
+    if isinstance(stage.process, Relay):
+        detail = _detail(seen, stage.process.patch)
+        for t in (0.0, *TIMES) if detail.shape != seen.shape else TIMES:
+            sigma = jnp.full(len(seen), stage.process.clock.blur_sigma(jnp.float32(t)))
+            blurred = blurring.blur(
+                detail, sigma, patch=stage.process.patch, min_scale=stage.process.min_scale
+            )
+            yield f"blurred, t = {t:g}" if t else "a detail", np.asarray(to_uint8(blurred))
+
+
+def _detail(images: jax.Array, patch: int) -> jax.Array:
+    """The middle of images, of whole patches and with the images' own ratio as nearly as these
+    allow."""
+    _, h, w, _ = images.shape
+    scale = min(1.0, DETAIL / max(h, w))
+    rows, columns = (max(1, round(side * scale / patch)) * patch for side in (h, w))
+    top, left = ((side - part) // (2 * patch) * patch for side, part in ((h, rows), (w, columns)))
+    return images[:, top : top + rows, left : left + columns]

@@ -1,0 +1,50 @@
+"""The errors that a user is meant to read."""
+
+import errno
+import os
+import signal
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. `rdm_jax.main` prints it without a traceback and
+    exits with status 2.
+
+    Attributes:
+      problem: names the field or file and its value, and says what is wrong; without a final stop.
+      fix: what to do instead: one imperative sentence.
+    """
+
+    def __init__(self, problem: str, fix: str = ""):
+        super().__init__(problem, fix)
+        self.problem, self.fix = problem, fix
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.fix}" if self.fix else self.problem
+
+
+class BadImage(InputError):
+    """One image of a set cannot be used; `--skip_bad` leaves it out and goes on."""
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Interrupted(
+    BaseException
+):  # like KeyboardInterrupt, so that no `except Exception` takes it for something else
+    """Work was stopped by a signal after saving, or `at_once`; `status` is the exit status by the
+    shell's convention."""
+
+    def __init__(self, number: int, at_once: bool = False):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status, self.at_once = 128 + number, at_once
+
+
+def reason(error: Exception) -> str:
+    """What the system said, where a library passes that on; else its own first line, cut to a
+    length that fits a sentence."""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

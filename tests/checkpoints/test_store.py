@@ -1,0 +1,317 @@
+"""Checkpoints: what is saved comes back, the newest and the best stay, and what is damaged is
+named."""
+
+import errno
+import functools
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rdm_jax.checkpoints import folders, store
+from rdm_jax.checkpoints.checksums import CHECKSUMS, LATER
+from rdm_jax.models.functional import functional
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.training.step import init_state
+from tests.support.configs import NETWORK
+
+OPTIMIZER = optax.adam(1e-3)
+
+
+@functools.cache
+def abstract_state(classes: int):
+    network = functional(lambda rngs: NETWORK.build(3, classes, rngs=rngs))
+    return jax.eval_shape(lambda params: init_state(params, OPTIMIZER), network.abstract)
+
+
+def make_state(step: int, classes: int = 2):
+    """A state of the right shapes whose values tell steps and places apart."""
+    fill = lambda x: jnp.asarray(step + np.arange(x.size).reshape(x.shape) / 7, x.dtype)  # noqa: E731
+    return jax.tree.map(fill, abstract_state(classes)).replace(step=jnp.int32(step))
+
+
+def abstract(classes: int = 2, devices: int = 8):
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
+    return store.with_sharding(abstract_state(classes), sharding.replicated(mesh))
+
+
+def about(loss: float | None) -> dict:
+    return {"validation_loss": loss, "data": {"next_index": 7}, "classes": ["a", "b"]}
+
+
+def save(folder, losses: dict[int, float | None], **kwargs):
+    checkpoints = store.Checkpoints(folder, **kwargs)
+    for step, loss in losses.items():
+        checkpoints.save(make_state(step), about(loss))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_comes_back_on_any_number_of_devices(tmp_path, devices):
+    save(tmp_path, {5: 0.5})
+    state, known = store.Checkpoints(tmp_path).restore(5, abstract(devices=devices))
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(make_state(5)))
+    assert len(state.params["stem"]["kernel"].sharding.device_set) == devices
+    assert known == about(0.5)
+
+
+def test_saved_values_survive_donation(tmp_path):
+    """The step after a save overwrites the state's memory while it is being written."""
+    state = make_state(1)
+    expected = jax.device_get(jax.tree.map(jnp.array, state))
+    checkpoints, bump = (
+        store.Checkpoints(tmp_path),
+        jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0),
+    )
+    checkpoints.save(state, about(0.5))
+    for _ in range(5):
+        state = bump(state)
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(1, abstract())
+    chex.assert_trees_all_equal(jax.device_get(restored), expected)
+
+
+def test_newest_and_best_stay(tmp_path):
+    save(tmp_path, {1: 0.9, 2: 0.1, 3: 0.8}, keep_newest=2, keep_best=1)
+    save(
+        tmp_path, {4: 0.7, 5: 0.6}, keep_newest=2, keep_best=1
+    )  # another process goes on: it must know the losses too
+    assert store.Checkpoints(tmp_path).steps() == [2, 4, 5]
+    assert folders.find("best", tmp_path) == (tmp_path, 2)
+    assert folders.find("newest", tmp_path) == (tmp_path, 5)
+    assert folders.find("4", tmp_path) == (tmp_path, 4)
+    assert folders.find(str(tmp_path / "2"), tmp_path / "elsewhere") == (tmp_path, 2)
+
+
+def test_a_loss_that_is_not_finite_is_worse_than_any(tmp_path):
+    save(tmp_path, {1: 0.3, 2: None, 3: 0.5}, keep_newest=1, keep_best=1)
+    assert store.Checkpoints(tmp_path).steps() == [1, 3]
+    save(tmp_path / "first", {1: None, 2: 0.5}, keep_newest=2, keep_best=1)
+    assert folders.find("best", tmp_path / "first")[1] == 2
+
+
+def test_what_the_first_process_sees_is_waited_for(tmp_path, monkeypatch):
+    """A file system on a network may show other hosts a new folder later."""
+    save(tmp_path, {3: 0.5})
+    checkpoints, slept = store.Checkpoints(tmp_path), []
+    listed = checkpoints._manager.all_steps
+    monkeypatch.setattr(checkpoints._manager, "all_steps", lambda: listed() if slept else [])
+    monkeypatch.setattr(store.distributed, "from_primary", lambda own: 3)
+    monkeypatch.setattr(store.time, "sleep", slept.append)
+    assert checkpoints.newest() == 3 and slept
+
+
+def test_losses_of_different_images_are_not_compared(tmp_path):
+    checkpoints = store.Checkpoints(tmp_path, keep_newest=1, keep_best=1)
+    for step, loss, images in (
+        (1, 0.1, "one"),
+        (2, 0.9, "other"),
+        (3, 0.8, "other"),
+        (4, 0.85, "other"),
+    ):
+        checkpoints.save(make_state(step), about(loss) | {"validated_on": images})
+    checkpoints.close()
+    assert store.Checkpoints(tmp_path).steps() == [3, 4]
+    assert folders.find("best", tmp_path) == (tmp_path, 3)
+    save(
+        tmp_path / "before", {1: 0.1, 2: 0.2}, keep_newest=2
+    )  # of an older version, which did not say
+    assert folders.find("best", tmp_path / "before")[1] == 1
+
+
+def test_what_retention_deletes_is_never_there_in_part(tmp_path):
+    """It is gone in one step, wherever its rest is while it is being deleted, and that is gone as
+    well in the end."""
+    save(tmp_path, {1: 0.5, 2: 0.5})
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    (tmp_path / store.DELETED / "1").mkdir(parents=True)  # of a run that was killed
+    assert store.Checkpoints(tmp_path).steps() == [2]
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_the_average_alone(tmp_path):
+    save(tmp_path, {3: 0.5})
+    ema, known = store.Checkpoints(tmp_path, read_only=True).restore_ema(3, abstract().ema)
+    chex.assert_trees_all_equal(jax.device_get(ema), jax.device_get(make_state(3).ema))
+    assert known["validation_loss"] == 0.5
+
+
+@pytest.mark.parametrize("asked", ["newest", "best", "7", "/nowhere/7", "latest"])
+def test_missing(tmp_path, asked):
+    with pytest.raises(InputError, match="would do"):
+        folders.find(asked, tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_unknown_step_lists_the_known(tmp_path):
+    save(tmp_path, {3: 0.5})
+    with pytest.raises(InputError, match="'7'.*one of 3 would do"):
+        folders.find("7", tmp_path)
+
+
+def test_another_network_is_named(tmp_path):
+    save(tmp_path, {3: 0.5})
+    with pytest.raises(
+        InputError, match=r"another network.*map_label/kernel is \(2, 32\) there, \(4, 32\) here"
+    ):
+        store.Checkpoints(tmp_path).restore(3, abstract(classes=4))
+    with pytest.raises(InputError, match="another network"):
+        store.Checkpoints(tmp_path).restore_ema(3, abstract(classes=4).ema)
+
+
+def test_every_file_is_vouched_for(tmp_path):
+    """A byte cut from, and a bit flipped in, each file in turn; each taken away, and one added: an
+    error that names it."""
+    save(tmp_path, {1: 0.5, 3: 0.4}, keep_newest=2)
+    refused = lambda name: pytest.raises(
+        InputError, match=f"{tmp_path / '3'} is damaged .({name}) .*would do"
+    )  # noqa: E731
+    read = lambda: store.Checkpoints(tmp_path, read_only=True).restore(3, abstract())  # noqa: E731
+    files = sorted(
+        path for path in (tmp_path / "3").rglob("*") if path.is_file() and path.name not in LATER
+    )
+    for path in files:
+        content, name = path.read_bytes(), re.escape(str(path.relative_to(tmp_path / "3")))
+        name = (
+            ".*" if path.name == CHECKSUMS else name
+        )  # a bit in it may be of what it says of another
+        flipped = bytearray(content)
+        if content:
+            flipped[len(content) // 2] ^= 4
+        for damaged in (content[:-1], bytes(flipped)):
+            if damaged != content:
+                path.write_bytes(damaged)
+                with refused(name):
+                    read()
+        path.unlink()
+        with refused(name):
+            read()
+        path.write_bytes(content)
+    (tmp_path / "3" / "ema" / "new").touch()
+    with refused("ema/new"):
+        read()
+    (tmp_path / "3" / "ema" / "new").unlink()
+    chex.assert_trees_all_equal(jax.device_get(read()[0]), jax.device_get(make_state(3)))
+
+
+def test_what_is_damaged_is_set_aside_where_another_is_sound(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    save(folder, {1: 0.5, 2: 0.4, 3: 0.3}, keep_newest=3)
+    for name in ("3/ema/_METADATA", "1/about/metadata"):
+        (folder / name).write_text("{")
+    checkpoints = store.Checkpoints(folder)
+    assert checkpoints.steps() == [2]
+    chex.assert_trees_all_equal(
+        jax.device_get(checkpoints.restore(2, abstract())[0]), jax.device_get(make_state(2))
+    )
+    assert sorted(
+        path.name.partition("-")[0] for path in (tmp_path / "checkpoints_damaged").iterdir()
+    ) == ["1", "3"]
+    (folder / "2" / "ema" / "_METADATA").write_text("{")
+    with pytest.raises(
+        InputError, match="checkpoints/2 is damaged .ema/_METADATA has 1 bytes, .*no other"
+    ):
+        store.Checkpoints(folder)
+    assert (folder / "2").is_dir()
+
+
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_saves_that_fail(tmp_path, monkeypatch, allowed):
+    """As often as is allowed they are given up, and nothing is left of them; the last one must not
+    be."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = store.Checkpoints(folder, keep_newest=3, max_failed_saves=allowed)
+    checkpoints.save(make_state(1), about(0.5))
+    checkpoints.wait()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    written = store.write_checksums
+    monkeypatch.setattr(store, "write_checksums", full)
+    for step in range(2, 2 + allowed):
+        checkpoints.save(make_state(step), about(0.5))
+        checkpoints.wait()
+    assert checkpoints.steps() == [1] and {path.name for path in folder.iterdir()} == {"1"}
+    checkpoints.save(make_state(8), about(0.5))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.wait()
+    monkeypatch.setattr(store, "write_checksums", written)
+    checkpoints.save(make_state(8), about(0.5))  # the same step as well
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 8]
+    monkeypatch.setattr(store, "write_checksums", full)
+    checkpoints.save(make_state(9), about(0.5))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.close()
+    assert store.Checkpoints(folder).steps() == [1, 8]
+
+
+def test_a_folder_that_is_another_one_is_not_saved_to(tmp_path):
+    """As when it is moved away while a save begins, which makes it anew."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = store.Checkpoints(folder)
+    checkpoints.save(make_state(1), about(0.5))
+    checkpoints.wait()
+    folder.rename(tmp_path / "elsewhere")
+    folder.mkdir()
+    with pytest.raises(OSError, match="folder is another one now"):
+        checkpoints.save(make_state(2), about(0.5))
+    assert not list(folder.iterdir())
+    folder.rmdir()
+    (tmp_path / "elsewhere").rename(folder)
+    checkpoints.save(make_state(2), about(0.5))
+    checkpoints.close()
+    assert checkpoints.steps() == [2]
+
+
+def test_a_folder_that_becomes_another_one_during_the_last_save(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+
+    def moves_away(partial):
+        folder.rename(tmp_path / "elsewhere")
+        partial.mkdir(parents=True)
+
+    checkpoints = store.Checkpoints(folder)
+    checkpoints.save(make_state(1), about(0.5))
+    checkpoints.wait()
+    monkeypatch.setattr(store, "write_checksums", moves_away)
+    checkpoints.save(make_state(2), about(0.5))
+    with pytest.raises(OSError, match="folder is another one now"):
+        checkpoints.close()
+
+
+def test_no_space(tmp_path, monkeypatch):
+    """Exactly as many bytes as the arrays of all copies have will do, and one less will not."""
+    copies, state = 3, make_state(1)
+    need = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=need if path == tmp_path else 0)
+    )
+    store.check_space(tmp_path, abstract(), copies)
+    for too_many in (copies + 1, 10**12):
+        with pytest.raises(
+            InputError, match=f"GiB free, and {too_many} checkpoints take .*keep_newest"
+        ):
+            store.check_space(tmp_path, abstract(), too_many)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
+    with pytest.raises(InputError, match="GiB free"):
+        store.check_space(tmp_path, abstract(), copies)
+
+
+def test_about_is_json_and_comes_back_as_it_was(tmp_path):
+    known = about(0.5) | {"nested": {"list": [1, 2.5, None, "x"], "empty": {}}, "true": True}
+    checkpoints = store.Checkpoints(tmp_path)
+    checkpoints.save(make_state(3), known)
+    checkpoints.close()
+    found = store.Checkpoints(tmp_path).about(3)
+    assert found == known == json.loads(json.dumps(found))

@@ -1,0 +1,175 @@
+"""Configs of earlier versions: completed, renamed, or refused; and what may change within a run."""
+
+import dataclasses
+import json
+
+import pytest
+
+from rdm_jax.config import Config, Data, Stage, Training, changes, parse, saved, to_dict
+from rdm_jax.diffusion.processes import Relay
+from rdm_jax.runtime.errors import InputError
+
+
+def without(values: dict, *path: str) -> dict:
+    """A deep copy without one field."""
+    values = json.loads(json.dumps(values))
+    *sections, field = path
+    part = values
+    for section in sections:
+        part = part[section]
+    del part[field]
+    return values
+
+
+def read(tmp_path, values: dict) -> Config:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return parse(saved.read_saved(tmp_path / "config.json"))
+
+
+def fields(values: dict, *path: str):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from fields(value, *path, name)
+        elif name != "kind":
+            yield (*path, name)
+
+
+def test_any_field_may_be_missing_in_a_saved_config(tmp_path):
+    """As each was before it was added: its default, or what the table says."""
+    values = json.loads(json.dumps(to_dict(Config())))
+    for path in fields(values):
+        found, field = read(tmp_path, without(values, *path)), path[-1]
+        meant = {"checkpoint_minutes": 0.0, "max_left_out": 1.0}.get(field)
+        expected = to_dict(Config())
+        part = expected
+        for name in path[:-1]:
+            part = part[name]
+        part[field] = part[field] if meant is None else meant
+        if field not in (
+            "resolution",
+            "process",
+            "sampler",
+        ):  # the second stage's own are no defaults
+            assert to_dict(found) == expected, path
+            now = json.loads(json.dumps(expected))
+            assert not changes.incompatible_changes(json.loads(json.dumps(to_dict(found))), now), (
+                path
+            )
+            assert saved.completed(Stage, without(values, *path)["stage1"]) == now["stage1"], path
+    assert len(list(fields(values))) > 100
+
+
+def test_a_whole_section_may_be_missing(tmp_path):
+    assert read(tmp_path, without(to_dict(Config()), "parallel")) == Config()
+    assert (
+        read(tmp_path, without(to_dict(Config()), "stage1", "training"))
+        .stages[0]
+        .training.checkpoint_minutes
+        == 0
+    )
+    assert read(tmp_path, without(to_dict(Config()), "stage2", "process", "clock")) == Config()
+
+
+def test_what_somebody_has_written_has_the_defaults(tmp_path):
+    values = json.loads(json.dumps({"stage1": {}, "data": {"source": "digits"}}))
+    (tmp_path / "mine.json").write_text(json.dumps(values))
+    config = parse(saved.read_saved(tmp_path / "mine.json"))
+    assert (
+        config == Config(data=Data(source="digits"), stages=(Stage(),))
+        and config.stages[0].training.checkpoint_minutes == 30
+    )
+    old = read(tmp_path, values)  # the same as a run of the first version has it
+    assert old.stages[0].training.checkpoint_minutes == 0 and old.data.max_left_out == 1
+
+
+def test_renames(tmp_path, monkeypatch):
+    monkeypatch.setitem(saved.RENAMED_FIELDS, ("Training", "mini_batch"), "batch_size")
+    monkeypatch.setitem(saved.RENAMED_KINDS, "blurring", "relay")
+    values = json.loads(json.dumps(to_dict(Config())))
+    values["stage1"]["training"]["mini_batch"] = values["stage1"]["training"].pop("batch_size") * 2
+    values["stage2"]["process"]["kind"] = "blurring"
+    config = read(tmp_path, values)
+    assert config.stages[0].training.batch_size == 512 and isinstance(
+        config.stages[1].process, Relay
+    )
+
+
+def test_newer_and_strange_versions_are_refused(tmp_path):
+    saved.save_config(Config(), tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == saved.VERSION
+    assert parse(saved.read_saved(tmp_path / "config.json")) == Config()
+    for version in (saved.VERSION + 1, 0, "2", None):
+        with pytest.raises(
+            InputError, match=f"config.json is of version {version!r}.*a newer rdm_jax would do"
+        ):
+            read(tmp_path, {"version": version, **to_dict(Config())})
+        with pytest.raises(InputError, match="checkpoint 7 is of version"):
+            saved.about_now({"version": version, "stage": {}}, "checkpoint 7")
+    with pytest.raises(InputError, match="config.nonsense=1 is not a field"):
+        read(tmp_path, {**to_dict(Config()), "nonsense": 1})
+
+
+def test_what_a_checkpoint_says_is_completed():
+    stage = json.loads(json.dumps(to_dict(Config())["stage1"]))
+    found = saved.about_now(
+        {"stage": without({"stage1": stage}, "stage1", "network", "emb_mult")["stage1"], "seed": 3},
+        "it",
+    )
+    assert found["stage"] == stage and found["seed"] == 3
+
+
+def test_fields_that_are_free_or_may_change_or_never():
+    config = Config()
+    before = to_dict(config)
+
+    def now(**stage):
+        return to_dict(
+            dataclasses.replace(
+                config, stages=(dataclasses.replace(config.stages[0], **stage), config.stages[1])
+            )
+        )
+
+    training = config.stages[0].training
+    assert not changes.incompatible_changes(
+        before, now(guidance=3.0, training=dataclasses.replace(training, images=5, accumulate=2))
+    )
+    found = changes.incompatible_changes(
+        before, now(training=dataclasses.replace(training, beta1=0.5))
+    )
+    changes.check_allowed(found, ["beta1"], "it")
+    changes.check_allowed(found, ["training"], "it")
+    changes.check_allowed(found, ["stage1.training.beta1"], "it")
+    with pytest.raises(
+        InputError, match="config.stage1.training.beta1 was 0.9 and is 0.5.*--allow_changes=beta1"
+    ):
+        changes.check_allowed(found, ["stage2.training.beta1"], "it")
+    found = changes.incompatible_changes(before, now(resolution=(32, 32)))
+    with pytest.raises(InputError, match="; another workdir would do"):
+        changes.check_allowed(found, ["resolution"], "it")
+
+
+def test_a_list_of_images_is_no_number_of_images():
+    """Only training.images is free, and not every field of that name."""
+    assert changes.incompatible_changes({"data": {"images": 1}}, {"data": {"images": 2}})
+    assert not changes.incompatible_changes(
+        {"stage1": {"training": {"images": 1}}}, {"stage1": {"training": {"images": 2}}}
+    )
+
+
+def test_names_of_changes():
+    changes.check_names(["learning_rate", "stage2.training.batch_size", "data", "dtype"], Config())
+    for name, says in (
+        ("learningrate", "--allow_changes=learningrate is no field.*learning_rate would do"),
+        ("stage3.training.batch_size", "is no field"),
+        ("channel_mult", "stage1.network.channel_mult cannot change within a run.*start_from"),
+        ("seed", "config.seed cannot change"),
+    ):
+        with pytest.raises(InputError, match=says):
+            changes.check_names([name], Config())
+
+
+def test_stage_defaults_are_known_to_the_table():
+    """A line of the table that names no field would do nothing."""
+    for cls, field in saved.MEANT:
+        known = {each.__name__: each for each in (Data, Training)}
+        assert field in {each.name for each in dataclasses.fields(known[cls])}

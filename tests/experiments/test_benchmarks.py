@@ -1,0 +1,126 @@
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments.benchmarks import timing
+from rdm_jax.config import parse
+from tests.support.configs import get_config
+from tests.support.paths import ROOT
+
+TINY = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+
+
+def tables(script: str, *arguments: str) -> list[list[dict[str, str]]]:
+    """What a benchmark of the tiny config prints: for every table its rows, cells by their
+    heads."""
+    command = [
+        sys.executable,
+        "-m",
+        f"experiments.benchmarks.{script}",
+        "--config=tests/support/configs.py:nowhere",
+        "--seconds=0.001",
+    ]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env={**os.environ, **TINY}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = []
+    for head, body in re.findall(
+        r"^(\|.*\|)\n\|(?:---\|)+\n((?:\|.*\|\n)*)", done.stdout, re.MULTILINE
+    ):
+        cells = lambda line: [cell.strip() for cell in line[1:-1].split("|")]  # noqa: E731
+        found.append([dict(zip(cells(head), cells(row), strict=True)) for row in body.splitlines()])
+    return found
+
+
+def numbers(rows: list[dict[str, str]], *heads: str) -> list[float]:
+    """Figures of some columns, without their units."""
+    return [
+        float(re.match(r"[\d.,]+(e[+-]\d+)?", row[head])[0].replace(",", ""))
+        for row in rows
+        for head in heads
+    ]
+
+
+def test_times_are_those_of_a_call():
+    calls = {"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.02)}
+    found = timing.medians(calls, seconds=0.1)
+    assert (
+        0.005 <= found["short"] < found["long"] < 0.1 and found["long"] >= 0.02
+    )  # sleep is never shorter
+    assert [timing.milliseconds(seconds) for seconds in (0.0000213, 0.0213, 0.213, 21.3)] == [
+        "0.0213",
+        "21.3",
+        "213",
+        "21,300",
+    ]
+
+
+@pytest.mark.long
+def test_speed():
+    asked = ["--stage=2", "--classes=2", "--batch=8", "--evaluations=3", "--variants=block+pmap"]
+    training, sampling = tables("speed", *asked)
+    assert [(row["stage"], row["variant"]) for row in training] == [("2: 8 x 12", "block+pmap")]
+    stage = parse(get_config("nowhere")).stages[1]
+    (count, milliseconds, rate, flops) = numbers(
+        training, "parameters", "ms a step", "images/s", "TFLOP/s"
+    )
+    assert count == stage.build(3, 2).count()
+    assert rate == pytest.approx(8 / (milliseconds / 1e3), rel=0.02)  # of three digits each
+    assert flops == pytest.approx(
+        3 * 2 * stage.multiply_adds(3, 2) * rate / 2 / 1e12, rel=0.02
+    )  # on each of two devices
+    assert [(row["stage"], row["variant"]) for row in sampling] == [("2: 8 x 12", "block+pmap")]
+    evaluations, milliseconds, rate, share = numbers(
+        sampling, "evaluations", "ms an evaluation", "images/s", "own share"
+    )
+    assert evaluations == 7 and 0 < share < 100  # the shortest ladder that has three or more
+    assert rate == pytest.approx(8 / (7 * milliseconds / 1e3), rel=0.02)
+    assert {row["utilisation"] for row in (*training, *sampling)} == {
+        "-"
+    }  # no peak is known of a CPU
+
+
+def test_relay():
+    arithmetic, shares = tables("relay", "--batch=2", "--classes=0", "--size=8", "--factor=4")
+    updates = ["the sampler's", "DCT, vmapped", "DCT, fused", "matrix, fused"]
+    assert [row[""] for row in arithmetic] == ["adding", "adding, flat", *updates, "noise"]
+    times, first, second = (
+        numbers(arithmetic, head) for head in ("ms", "in addings", "in flat addings")
+    )
+    for each, in_addings, in_flat_addings in zip(times, first, second, strict=True):
+        assert in_addings == pytest.approx(each / times[0], rel=0.02, abs=0.006)
+        assert in_flat_addings == pytest.approx(each / times[1], rel=0.02, abs=0.006)
+    assert all(float(row["difference"]) < 1e-5 for row in arithmetic if row[""] in updates)
+    assert [row[""] for row in shares] == ["network", "update and noise"]
+    network, own = numbers(shares, "ms")
+    by_operations, by_time = numbers(shares[1:], "share by operations", "share by time")
+    assert (
+        by_time == pytest.approx(100 * own / (own + network), rel=0.02) and 0 < by_operations < 100
+    )
+
+
+def test_attention():
+    (rows,) = tables("attention", "--batch=1")
+    kinds = [("float32", "the library's"), ("float32", "xla"), ("float32", "einsum")]
+    kinds += [("bfloat16", name) for _, name in kinds]
+    assert [(row["stage"], row["pixels"], row["dtype"], row[""]) for row in rows] == [
+        (stage, pixels, *kind)
+        for stage, pixels in (("1", "4 x 6"), ("2", "8 x 12"))
+        for kind in kinds
+    ]
+    for row, forward, flops in zip(
+        rows, numbers(rows, "forward, ms"), numbers(rows, "FLOP/s"), strict=True
+    ):
+        n, d = (
+            math.prod(map(int, row["pixels"].split(" x "))),
+            math.prod(map(int, row["heads"].split(" x "))),
+        )
+        assert flops * 1e9 == pytest.approx(4 * n**2 * d / (forward / 1e3), rel=0.02)
+        limit = 1e-5 if row["dtype"] == "float32" else 5e-2
+        assert float(row["difference"]) < limit and float(row["of gradients"]) < limit

@@ -1,0 +1,68 @@
+"""Variables of the environment that jax or XLA cannot use are named, with status 2."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from rdm_jax.cli.exit_codes import exit_status
+from tests.support.paths import ROOT
+
+DEVICES = "import jax, rdm_jax.runtime.environment as s\ntry: jax.devices()\nexcept Exception as e: exit(f'error: {s.backend_error(e)}')"
+
+
+def said_with(name: str, value: str, *arguments: str) -> tuple[int, str]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), name: value}
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, text=True, capture_output=True
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("JAX_NUM_CPU_DEVICES", "abc", "JAX_NUM_CPU_DEVICES='abc' cannot be used .*abc"),
+        (
+            "XLA_FLAGS",
+            "--xla_no_such_flag=1",
+            "XLA_FLAGS='--xla_no_such_flag=1' cannot be used .Unknown flag",
+        ),
+        (
+            "XLA_FLAGS",
+            "--xla_backend_optimization_level=abc",
+            "XLA_FLAGS=.* cannot be used .*interpret value abc",
+        ),
+    ],
+)
+def test_what_is_unknown_is_named_before_anything_is_done(name, value, says):
+    status, stderr = said_with(name, value, "-m", "rdm_jax.main")
+    (line,) = stderr.splitlines()
+    assert status == 2 and re.match(f"error: {says}.*would do", line)
+
+
+@pytest.mark.parametrize("platform", ["no_such_platform", "cuda"])
+def test_platform_that_is_not_there_is_named(platform):
+    if platform == "cuda" and os.path.exists("/dev/nvidia0"):
+        pytest.skip("it is there")
+    _, stderr = said_with("JAX_PLATFORMS", platform, "-c", DEVICES)
+    assert re.match(
+        f"error: JAX_PLATFORMS='{platform}' cannot be used .*; JAX_PLATFORMS=cpu.*would do",
+        stderr.splitlines()[-1],
+    )
+
+
+def test_platform_that_is_not_there_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "mars")
+
+    def work():
+        raise RuntimeError(
+            "Unable to initialize backend 'mars': not known. (set JAX_PLATFORMS='' to choose one)"
+        )
+
+    assert exit_status(work, lambda: None) == 2
+    assert re.fullmatch(
+        "error: JAX_PLATFORMS='mars' cannot be used .*would do.\n", capsys.readouterr().err
+    )

@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all."""
+
+import errno
+
+import numpy as np
+import pytest
+
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.prepare import prepare
+from rdm_jax.data.sources import open_source
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import is_whole_npz, local_path, log_write_errors
+
+
+def test_every_flipped_bit_of_an_npz_is_noticed_or_harmless(tmp_path):
+    """What passes has the arrays that were written; nothing is raised."""
+    path, arrays = (
+        tmp_path / "x.npz",
+        {"a": np.arange(6, dtype=np.uint8), "b": np.ones((2, 2), np.uint8)},
+    )
+    np.savez_compressed(path, **arrays)
+    sound, noticed = path.read_bytes(), 0
+    assert is_whole_npz(path, arrays)
+    assert not is_whole_npz(path, ["a"]) and not is_whole_npz(path, [*arrays, "c"])
+    for bit in range(8 * len(sound)):
+        flipped = bytearray(sound)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        if is_whole_npz(path, arrays):
+            with np.load(path) as file:
+                assert all((file[name] == value).all() for name, value in arrays.items())
+        else:
+            noticed += 1
+    assert noticed > 4 * len(sound)  # the rest are dates, versions and the like
+    assert not is_whole_npz(tmp_path / "nothing.npz", arrays)
+
+
+def test_what_is_dispensable_is_said(tmp_path, caplog):
+    with log_write_errors(tmp_path / "curve.png"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "curve.png cannot be written (No space left on device)" in caplog.text
+    with pytest.raises(ValueError), log_write_errors(tmp_path):
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    "path, says",
+    [("gs://bucket/x", "gs:// is not supported"), ("~nosuchuser/x", "the whole path would do")],
+)
+def test_paths_that_are_none_are_refused_from_python_too(tmp_path, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    calls = (
+        lambda: local_path(path, "--workdir"),
+        lambda: open_source(f"folder:{path}"),
+        lambda: open_prepared(path),
+        lambda: prepare("digits", path, ImageSpec(8, 8)),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=says):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+"""Locks of folders: by flock, and where a file system has none, by a file that names its owner."""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from unittest import mock
+
+import pytest
+
+from rdm_jax.run import run
+from rdm_jax.runtime import locks
+from tests.support.configs import tiny_config
+
+NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP]
+
+
+@pytest.fixture(params=NO_LOCKS, ids=errno.errorcode.get)
+def no_flock(request, monkeypatch):
+    """A file system without flock, as it answers."""
+    monkeypatch.setattr(
+        locks.fcntl,
+        "flock",
+        mock.Mock(side_effect=OSError(request.param, os.strerror(request.param))),
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Hearts beat often, and are not listened to for long."""
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.2)
+
+
+def check_excludes(path):
+    with locks.locked(path), pytest.raises(locks.InUse), locks.locked(path):
+        pass
+    with locks.locked(path):
+        pass
+
+
+def test_flock_excludes(tmp_path):
+    check_excludes(tmp_path / "lock")
+    assert [each.name for each in tmp_path.iterdir()] == ["lock"]
+
+
+def test_owner_file_excludes(tmp_path, no_flock):
+    check_excludes(tmp_path / "lock")
+    assert [each.name for each in tmp_path.iterdir()] == ["lock"]
+
+
+def owner(path, **fields):
+    path.write_text(
+        json.dumps({"host": locks._here(), "process": os.getpid(), "id": "theirs", **fields})
+    )
+
+
+@contextlib.contextmanager
+def beating(path, **fields):
+    """Another process's file, for as long as it works."""
+    owner(path, **fields)
+    ended = threading.Event()
+    thread = threading.Thread(target=locks._beat, args=(path, path.read_text(), ended))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_owner_file_of_a_process_that_is_gone_is_taken_over(tmp_path, no_flock):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    owner(tmp_path / "lock.owner", process=ended.pid)
+    check_excludes(tmp_path / "lock")
+
+
+@pytest.mark.parametrize(
+    "others", [{"host": "another"}, {"host": f"{socket.gethostname()} pid:[1]"}]
+)
+def test_owner_file_of_another_host_or_container_is_known_by_its_heartbeat(
+    tmp_path, no_flock, monkeypatch, others
+):
+    """It is taken over once it has been silent for long enough, and nobody has to start the command
+    again for that."""
+    with (
+        beating(tmp_path / "lock.owner", **others),
+        pytest.raises(locks.InUse),
+        locks.locked(tmp_path / "lock"),
+    ):
+        pass
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.5)
+    began = time.monotonic()
+    check_excludes(tmp_path / "lock")
+    assert time.monotonic() - began > 0.3
+
+
+def test_of_two_that_find_a_stale_file_one_gets_in(tmp_path, no_flock, monkeypatch):
+    """The second judges it before, and moves it away after, the first has taken it over."""
+    owner(tmp_path / "lock.owner", process=2**22 + 1)
+    is_stale, inside = locks._is_stale, contextlib.ExitStack()
+
+    def slow(path, text):
+        found = is_stale(path, text)
+        monkeypatch.setattr(locks, "_is_stale", is_stale)
+        inside.enter_context(locks.locked(tmp_path / "lock"))
+        return found
+
+    monkeypatch.setattr(locks, "_is_stale", slow)
+    with inside, pytest.raises(locks.InUse), locks.locked(tmp_path / "lock"):
+        pass
+    assert [each.name for each in tmp_path.iterdir()] == ["lock"]
+
+
+def test_owner_file_is_kept_young(tmp_path, no_flock):
+    with locks.locked(tmp_path / "lock"):
+        os.utime(tmp_path / "lock.owner", (0, 0))
+        for _ in range(500):
+            time.sleep(0.01)
+            if (tmp_path / "lock.owner").stat().st_mtime:
+                break
+        assert (tmp_path / "lock.owner").stat().st_mtime > 0
+
+
+def test_run_goes_on_without_flock_and_refuses_a_second_one(images, tmp_path, no_flock, caplog):
+    config = tiny_config(images).to_config_dict()
+    run(config, str(tmp_path / "run"), mode="prepare")
+    assert "no locks (flock)" in caplog.text and not (tmp_path / "run/.lock.owner").exists()
+    with (
+        beating(tmp_path / "run/.lock.owner"),
+        pytest.raises(ValueError, match="in use by another run"),
+    ):
+        run(config, str(tmp_path / "run"), mode="prepare")

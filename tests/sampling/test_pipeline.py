@@ -1,0 +1,407 @@
+"""Sampling: an image is its seed's alone, the walk's form does not matter, and an interrupted run
+goes on."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rdm_jax.checkpoints import store
+from rdm_jax.config import to_dict
+from rdm_jax.data.classes import Classes
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.prepare import prepare
+from rdm_jax.data.sources import open_source
+from rdm_jax.diffusion.pixels import from_uint8, to_uint8
+from rdm_jax.diffusion.processes import Cascade
+from rdm_jax.diffusion.samplers import CascadeHeun
+from rdm_jax.render import pictures
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.errors import InputError, Interrupted
+from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.sampling import pipeline, sample_shards, stage_sampler
+from rdm_jax.sampling.stage_preview import StagePreview
+from tests.support.configs import tiny_config, write_images
+from tests.support.fake_pipeline import FakeRelay
+
+BATCH = 8
+AB, TWO = Classes(("a", "b")), Classes(("0", "1"), by_number=True)
+NUMBER = {"gaussian": 1, "relay": 2, "cascade": 2}  # of a stage of that process
+every_kind = pytest.mark.parametrize("kind", NUMBER)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source") / "images"
+    write_images(folder)
+    return open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", ImageSpec(8, 8)))
+
+
+@functools.cache
+def stage_and_params(kind: str):
+    """A guided stage and parameters that are no longer the zero output of initialisation."""
+    stage = dataclasses.replace(tiny_config("images").stages[NUMBER[kind] - 1], guidance=2.0)
+    if kind == "cascade":
+        stage = dataclasses.replace(stage, process=Cascade(patch=2), sampler=CascadeHeun(steps=3))
+    network = stage.build(3, 2)
+    params = jax.jit(network.init)(jax.random.key(0))
+    nudge = lambda x: (
+        np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+    )  # noqa: E731
+    return stage, network, jax.tree.map(nudge, params)
+
+
+@functools.cache  # what is compiled for one test is there for the next
+def make(kind: str):
+    stage, network, params = stage_and_params(kind)
+    sample = stage_sampler.stage_sampler(
+        stage, network, number=NUMBER[kind], channels=3, classes=2, run_seed=0
+    )
+    low = (
+        np.random.default_rng(1).uniform(-1, 1, (BATCH, 4, 4, 3)).astype(np.float32)
+        if NUMBER[kind] > 1
+        else None
+    )
+    return (
+        sample,
+        params,
+        low,
+        jnp.arange(BATCH, dtype=jnp.int32) % 2,
+        jnp.arange(BATCH, dtype=jnp.uint32),
+    )
+
+
+def images_of(kind, *args):
+    """What a compiled stage makes, all of it finite."""
+    images, finite = make(kind)[0](*args)
+    assert np.all(finite)
+    return images
+
+
+@every_kind
+def test_an_image_is_its_seeds_alone(kind):
+    _, params, low, labels, seeds = make(kind)
+    sample = functools.partial(images_of, kind)
+    whole = sample(params, low, labels, seeds)
+    order = np.array([3, 7, 0, 3, 1, 1, 5, 2])
+    mixed = sample(params, None if low is None else low[order], labels[order], seeds[order])
+    np.testing.assert_array_equal(mixed, whole[order])  # the same program: equal to the last bit
+    alone = sample(params, None if low is None else low[3:4], labels[3:4], seeds[3:4])
+    np.testing.assert_allclose(
+        alone[0], whole[3], atol=1e-4
+    )  # another program: equal up to the order of float32 sums
+    assert np.abs(whole[0] - whole[2]).max() > 0.1 and np.abs(whole).max() <= 1
+
+
+def test_the_default_generator_of_random_numbers_does_not_matter():
+    sample, *args = make("relay")
+    with jax.default_prng_impl("rbg"):
+        again, *_ = make.__wrapped__("relay")
+        np.testing.assert_array_equal(again(*args)[0], sample(*args)[0])
+
+
+@every_kind
+def test_scan_equals_loop(kind, monkeypatch):
+    loop, *args = make(kind)
+    monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
+    scan = make.__wrapped__(kind)[0]
+    (looped, finite), (scanned, still_finite) = loop(*args), scan(*args)
+    np.testing.assert_allclose(scanned, looped, atol=1e-4)
+    assert np.all(finite) and np.all(still_finite)
+
+
+@every_kind
+def test_devices_do_not_matter(kind):
+    """Each makes its images by itself: nothing is sent from one to another."""
+    sample, params, low, labels, seeds = make(kind)
+    mesh = sharding.local_mesh()
+    shared = sharding.put_batch(jax.device_get((low, labels, seeds)), mesh)
+    spread = jax.device_put(params, sharding.replicated(mesh))
+    there, finite = sample(spread, *shared)
+    assert len(there.sharding.device_set) == len(finite.sharding.device_set) == 8
+    np.testing.assert_allclose(there, sample(params, low, labels, seeds)[0], atol=1e-4)
+    assert sharding.collectives(jax.jit(sample).lower(spread, *shared).compile()) == {}
+
+
+def test_a_cascade_sees_the_small_image_alone():
+    _, params, low, labels, seeds = make("cascade")
+    low_again = np.concatenate([low[:4], low[4:] + 0.1])
+    one, other = (
+        np.asarray(images_of("cascade", params, images, labels, seeds))
+        for images in (low, low_again)
+    )
+    np.testing.assert_array_equal(one[:4], other[:4])
+    assert (np.abs(one[4:] - other[4:]).max((1, 2, 3)) > 1e-3).all()
+
+
+def test_run_seed_and_stage_change_the_noise():
+    stage, network, params = stage_and_params("gaussian")
+    stage = dataclasses.replace(stage, guidance=1.0)
+    outputs = []
+    for run_seed, number in ((0, 1), (1, 1), (0, 2)):
+        sample = stage_sampler.stage_sampler(
+            stage, network, number=number, channels=3, classes=2, run_seed=run_seed
+        )
+        outputs.append(
+            np.asarray(
+                sample(params, None, jnp.zeros(2, jnp.int32), jnp.arange(2, dtype=jnp.uint32))[0]
+            )
+        )
+    assert (
+        np.abs(outputs[0] - outputs[1]).max() > 0.1 and np.abs(outputs[0] - outputs[2]).max() > 0.1
+    )
+
+
+class LoadedRelay(pipeline.RelayPipeline):
+    """A relay of two stages that no checkpoint is read for."""
+
+    def __init__(self, **sampling):
+        config = tiny_config("images")
+        self.config = dataclasses.replace(
+            config, sampling=dataclasses.replace(config.sampling, **sampling)
+        )
+        self.low, self.first, self.earlier, self.classes, self.mesh = (
+            None,
+            1,
+            ("stage1",),
+            Classes(("a", "b")),
+            sharding.local_mesh(),
+        )
+        spread = lambda params: jax.device_put(params, sharding.replicated(self.mesh))  # noqa: E731
+        self._stages = [(make(kind)[0], spread(make(kind)[1])) for kind in ("gaussian", "relay")]
+
+
+@functools.cache
+def batch_by_batch():
+    """The images of 19 seeds, a batch at a time."""
+    made, seeds = LoadedRelay(), np.arange(19)[::-1]
+    batches = [made.sample(seeds[first : first + BATCH]) for first in range(0, 19, BATCH)]
+    return seeds, [np.concatenate(stage) for stage in zip(*batches, strict=True)]
+
+
+def test_more_seeds_than_a_batch_are_all_sampled_in_their_order():
+    made, (seeds, wanted) = LoadedRelay(), batch_by_batch()
+    for images in (made.sample(seeds), made.finish(made.begin(seeds))):
+        assert [stage.shape for stage in images] == [(19, 4, 4, 3), (19, 8, 8, 3)]
+        for stage, same in zip(images, wanted, strict=True):
+            np.testing.assert_array_equal(stage, same)
+    assert len({image.tobytes() for image in wanted[1]}) == 19
+
+
+@pytest.mark.parametrize("postprocess", ["none", "rdm_imagenet"])
+def test_no_seeds_are_no_images(postprocess):
+    made = LoadedRelay(postprocess=postprocess)
+    for images in (made.sample(np.arange(0)), made.finish(made.begin(np.arange(0)))):
+        assert [(stage.shape, stage.dtype) for stage in images] == [
+            ((0, 4, 4, 3), np.uint8),
+            ((0, 8, 8, 3), np.uint8),
+        ]
+
+
+@every_kind
+def test_infinite_images_are_told_though_they_are_clipped(kind):
+    """A network that answers with an infinity at the last level, so that the last denoised image is
+    one, and no NaN."""
+    stage, network, params = stage_and_params(kind)
+    stage = dataclasses.replace(
+        stage, guidance=1.0, sampler=dataclasses.replace(stage.sampler, order=1)
+    )
+    last = stage.precondition(stage_sampler.stage_levels(stage).sigma[-1:]).c_noise
+
+    def answer(value, x, c_noise, labels):
+        there = (c_noise < last + 1e-3) & (jnp.arange(len(x)) > 0)  # the first image stays finite
+        return jnp.broadcast_to(
+            jnp.where(there, value, 0.0)[:, None, None, None], (*x.shape[:3], 3)
+        )
+
+    network = network._replace(apply=answer)
+    sample = stage_sampler.stage_sampler(
+        stage, network, number=NUMBER[kind], channels=3, classes=2, run_seed=0
+    )
+    _, _, low, labels, seeds = make(kind)
+    images, finite = sample(jnp.float32(jnp.inf), low, labels, seeds)
+    np.testing.assert_array_equal(finite, np.arange(BATCH) == 0)
+    np.testing.assert_array_equal(
+        images[1:], np.ones_like(images[1:])
+    )  # as an image they would be white
+    _, finite = sample(jnp.float32(0.5), low, labels, seeds)
+    assert np.all(finite)
+
+
+def infinite(sample, *which):
+    """The same sampler, whose images of these numbers were not finite."""
+    return lambda *args: (sample(*args)[0], ~jnp.isin(jnp.arange(BATCH), jnp.asarray(which)))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_relay_refuses_infinite_images(stage):
+    made = LoadedRelay()
+    made._stages[stage] = (infinite(made._stages[stage][0], 2), made._stages[stage][1])
+    with pytest.raises(InputError, match="not finite numbers"):
+        made.sample(np.arange(11))
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_one_stage_alone_samples_any_number_of_seeds(source, number):
+    kind, alone = (
+        ("gaussian", "relay")[number - 1],
+        StagePreview(tiny_config("images"), number, source),
+    )
+    sample, params, *_ = make(kind)
+    alone._sampler, seeds = sample, np.arange(19)[::-1]
+    params = jax.device_put(params, sharding.replicated(sharding.local_mesh()))
+    images, labels = alone.sample(params, seeds)
+    assert images.shape == (19, 4 * number, 4 * number, 3) and labels.shape == (19,)
+    batches = [alone.sample(params, seeds[first : first + BATCH]) for first in range(0, 19, BATCH)]
+    for whole, batched in zip((images, labels), zip(*batches, strict=True), strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(batched))
+    assert len({image.tobytes() for image in images}) == 19
+    assert [array.shape for array in alone.sample(params, seeds[:0])] == [
+        (0, *images.shape[1:]),
+        (0,),
+    ]
+    alone._sampler = infinite(sample, 1)
+    black = alone.sample(params, seeds)[0]
+    np.testing.assert_array_equal(np.flatnonzero((black == 0).all((1, 2, 3))), [1, 9, 17])
+    np.testing.assert_array_equal(np.delete(black, [1, 9, 17], 0), np.delete(images, [1, 9, 17], 0))
+
+
+def test_interrupted_sampling_goes_on(tmp_path):
+    fake, stop = FakeRelay(tiny_config("images")), StopOnSignal()
+    fake.after_each = lambda: setattr(stop, "requested", 15)
+    with pytest.raises(Interrupted):
+        sample_shards.sample_in_parts(fake, np.arange(12), tmp_path, stop)
+    fake.after_each = lambda: None
+    made, _ = sample_shards.sample_in_parts(fake, np.arange(12), tmp_path, StopOnSignal())
+    assert fake.made == [list(range(8)), list(range(8, 12))]  # the first batch was not made again
+    assert made.read(np.array([11, 0, 7]))[1].ravel().tolist() == [11, 0, 7]
+
+
+def test_parts_become_one_file(tmp_path):
+    made, _ = sample_shards.sample_in_parts(
+        FakeRelay(tiny_config("images")), np.arange(12), tmp_path / "parts", StopOnSignal()
+    )
+    for name in ("one.npz", "other.npz"):
+        sample_shards.write_npz(
+            made, np.arange(12), ["stage1", "images"], {"seeds": np.arange(12)}, tmp_path / name
+        )
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "other.npz").read_bytes()
+    with np.load(tmp_path / "one.npz") as file:
+        assert file.files == ["stage1", "images", "seeds"]
+        np.testing.assert_array_equal(file["stage1"], np.ones((12, 4, 4, 1), np.uint8))
+        np.testing.assert_array_equal(file["images"].ravel(), np.arange(12))
+
+
+def test_parts_become_pictures(tmp_path):
+    seeds = np.arange(12) + 5
+    made, _ = sample_shards.sample_in_parts(
+        FakeRelay(tiny_config("images")), seeds, tmp_path / "parts", StopOnSignal()
+    )
+    for _ in range(2):  # the same pictures again
+        sample_shards.write_png(made, seeds, tmp_path / "images")
+        sample_shards.write_labels(seeds, np.arange(12) % 2, ("1", "10"), tmp_path / "images")
+    source = open_source(f"folder:{tmp_path / 'images'}")
+    assert (
+        source.names == [f"{seed:010d}.png" for seed in range(5, 17)]
+        and source.labels == [0, 1] * 6
+    )
+    assert source.class_names == ("1", "10")
+    assert np.asarray(source.reader.load(source.names[3])).ravel().tolist() == [8]
+
+
+def test_a_part_that_cannot_be_written_is_told(tmp_path):
+    fake = FakeRelay(tiny_config("images"))
+    fake.config = dataclasses.replace(
+        fake.config, sampling=dataclasses.replace(fake.config.sampling, batch_size=4)
+    )
+    (tmp_path / f".{sample_shards._part_name(fake, np.arange(4))}.incomplete").mkdir()
+    with pytest.raises(OSError, match="incomplete"):
+        sample_shards.sample_in_parts(fake, np.arange(4), tmp_path, StopOnSignal())
+
+
+@pytest.mark.parametrize(
+    ("known", "common"),
+    [
+        ([AB, AB], AB),
+        ([TWO, AB], AB),
+        ([AB, TWO], AB),
+        ([TWO], TWO),
+        ([TWO, TWO], TWO),
+        ([Classes(), Classes()], Classes()),
+        ([AB, Classes(("b", "a"))], None),
+        ([AB, Classes(("0", "1"))], None),  # these are names
+        ([TWO, Classes(("1", "0"))], None),
+        ([TWO, Classes(("a", "b", "c"))], None),
+        ([Classes(("a",)), Classes()], None),
+        ([Classes(), Classes(("0",))], None),
+    ],
+)
+def test_stages_know_the_same_classes(known, common):
+    config = tiny_config("images")
+    if common is None:
+        with pytest.raises(
+            InputError,
+            match="stage2.checkpoint='newest' knows the classes|stage1.checkpoint='newest' knows",
+        ):
+            pipeline._common_classes(config, known, 1)
+    else:
+        assert pipeline._common_classes(config, known, 1) == common
+
+
+def test_to_uint8_inverts_the_scaling_of_training():
+    every = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+    np.testing.assert_array_equal(to_uint8(from_uint8(every, 1)), every)
+    assert to_uint8(jnp.full((1, 1, 1, 1), 1.5)).item() == 255
+
+
+def test_nearest_real(source):
+    wanted = source.batch([5, 17])["image"]
+    noisy = np.clip(wanted.astype(int) + 2, 0, 255).astype(np.uint8)
+    found, numbers = pictures.nearest_real(noisy, source, chunk=7)
+    assert numbers.tolist() == [5, 17]
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_grid_shows_every_stage(source):
+    images = source.batch(range(4))["image"]
+    grid = np.asarray(
+        pictures.relay_grid([images[:, :4, :4], images], images, [("a", [0, 1]), ("b", [2, 3])])
+    )
+    side = 96
+    first = grid[pictures.HEADER : pictures.HEADER + side, pictures.LABEL :]
+    for place, (image, size) in enumerate(
+        [(images[0, :4, :4], 24), (images[0], 12), (images[0], 12)], 1
+    ):
+        left = place * (side + pictures.MARGIN)
+        np.testing.assert_array_equal(first[::size, left : left + side : size], image)
+
+
+def test_guidance_is_refused_of_a_checkpoint_that_knows_no_hidden_labels(tmp_path):
+    """The checkpoint says how it was trained, and not the config; of imported weights nobody
+    knows."""
+    config = tiny_config("images")
+    guided = dataclasses.replace(
+        config, stages=(dataclasses.replace(config.stages[0], guidance=4.0), *config.stages[1:])
+    )
+    about = json.loads(
+        json.dumps({"stage": to_dict(config)["stage1"], "classes": ["a", "b"], "seed": 0})
+    )
+    about["stage"]["training"]["label_dropout"] = 0.0
+    checkpoints = store.Checkpoints(tmp_path / "stage1/checkpoints")
+    checkpoints.save_ema(1, stage_and_params("gaussian")[2], about)
+    checkpoints.close()
+    with pytest.raises(
+        InputError,
+        match=r"stage1.guidance=4.0.*stage1/checkpoints/1 was trained with .*label_dropout=0.0",
+    ):
+        pipeline.RelayPipeline(guided, tmp_path)
+    with pytest.raises(
+        InputError, match="there is no checkpoint in .*stage2"
+    ):  # the first stage is fine
+        pipeline.RelayPipeline(config, tmp_path)
+    pipeline._check_guidance(guided, 1, tmp_path, {**about, "imported": {}})

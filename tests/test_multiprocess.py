@@ -1,0 +1,277 @@
+"""Several processes on one machine, as on several hosts: they train, stop, go on, sample and
+evaluate as one process does."""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rdm_jax.checkpoints import folders
+from rdm_jax.cli.exit_codes import exit_status
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.prepare import prepare
+from rdm_jax.evaluation import classifier
+from rdm_jax.runtime import distributed
+from rdm_jax.runtime.errors import InputError
+from tests.faults.commands import STAGE, start, start_two
+from tests.support.configs import write_images
+from tests.support.paths import ROOT
+from tests.test_main import read_arrays
+
+FLAGS = (
+    "--config.evaluation.features=classifier",
+    "--config.evaluation.images=samples",
+    "--config.data.held_out=8",
+)
+FLAGS += (
+    "--config.evaluation.seeds=0-19",
+    "--config.evaluation.batch_size=8",
+    "--config.sampling.batch_size=4",
+)
+
+
+def flags(images: Path) -> list[str]:
+    """Those of every run here, for `tests.faults.commands.start` and `start_two`."""
+    return [*FLAGS, f"--config.evaluation.weights={images.parent / 'classifier.safetensors'}"]
+
+
+def ended(processes: list[subprocess.Popen], status: int = 0) -> list[tuple[str, str]]:
+    try:
+        outputs = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [status] * len(processes), outputs
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of images, with a classifier that evaluations can use beside it."""
+    folder = tmp_path_factory.mktemp("source") / "images"
+    write_images(folder, count=32)
+    learnt, held_out = open_prepared(
+        prepare(f"folder:{folder}", f"{folder}_prepared", ImageSpec(8, 12))
+    ).split(8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "IMAGES_SHOWN", 300)
+        classifier.classifier_space(
+            learnt, held_out, folder.parent / "classifier.safetensors", train=True
+        )
+    return folder
+
+
+def check_same_parameters(one: Path, other: Path, *stages: str):
+    """Up to the order of sums over devices."""
+    for stage in stages:
+        ours, theirs = (
+            read_arrays(workdir / stage / "checkpoints/20/ema") for workdir in (one, other)
+        )
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def check_same(one: Path, other: Path):
+    """Parameters, samples and figures, up to the order of sums over devices."""
+    check_same_parameters(one, other, "stage1", "stage2")
+    ours, theirs = (np.load(workdir / "samples/samples.npz") for workdir in (one, other))
+    for name in ("images", "stage1"):
+        assert (
+            np.abs(ours[name].astype(int) - theirs[name].astype(int)).max() <= 1
+        )  # parameters differ in their last bits
+    assert (
+        ours["seeds"].tolist() == theirs["seeds"].tolist()
+        and ours["labels"].tolist() == theirs["labels"].tolist()
+    )
+    ours, theirs = (
+        json.loads((workdir / "evaluation/evaluation.json").read_text())["results"]
+        for workdir in (one, other)
+    )
+    for name, row in ours.items():
+        assert row["images"] == theirs[name]["images"]
+        np.testing.assert_allclose(
+            [*row["metrics"].values()], [*theirs[name]["metrics"].values()], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_two_processes_learn_what_one_does(images, tmp_path):
+    ended([start(images, tmp_path / "one", *flags(images), *STAGE, devices=4)])
+    others = [
+        "--config.parallel.fsdp=2",
+        "--config.stage1.training.checkpoint_minutes=1e-6",
+    ]  # which the first alone decides
+    others += [
+        "--config.stage1.training.checkpoint_every=100000",
+        "--config.stage1.training.keep_newest=20",
+    ]
+    (first, _), _ = ended(
+        start_two(images, tmp_path / "two", *flags(images), *STAGE, *others, devices=2)
+    )
+    assert "train on 4 cpu device(s) of 2 process(es)" in first
+    assert len(folders.step_folders(tmp_path / "two/stage1/checkpoints")) > 2
+    check_same_parameters(tmp_path / "one", tmp_path / "two", "stage1")
+
+
+@pytest.mark.long
+def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
+    ended([start(images, tmp_path / "one", *flags(images), devices=4)])
+    pair = start_two(
+        images, tmp_path / "two", *flags(images), "--config.parallel.fsdp=2", devices=2
+    )
+    metrics = tmp_path / "two/stage1/metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text()) and pair[0].poll() is None:
+        time.sleep(0.05)
+    pair[1].send_signal(signal.SIGTERM)  # one of them is enough
+    ended(pair, 143)
+    (first, _), (second, _) = ended(
+        start_two(images, tmp_path / "two", *flags(images), devices=2)
+    )  # on another mesh
+    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
+    # The first alone logs, but for the wait for it (XLA's Gloo speaks in all).
+    assert not re.search(r"^\d\d:\d\d:\d\d (?!waiting up to)", second, re.MULTILINE)
+    check_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_one_refuses_all_refuse(images, tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (_, first), (_, second) = ended(start_two(images, tmp_path, *flags(images), devices=2), 2)
+    assert "is in use by another run" in first and "another process has failed" in second
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("host", 2, 0), ("host:1", None, 0), ("host:1", 2, None), ("", 2, 0), ("none", None, 1)],
+)
+def test_flags_that_do_not_go_together_are_refused(given):
+    with pytest.raises(InputError, match="do not go together"):
+        distributed.join(*given)
+
+
+def test_a_process_that_is_none_of_them_is_refused():
+    with pytest.raises(InputError, match="--process=2 of --processes=2 .* 0 to 1 would do"):
+        distributed.join("localhost:1", 2, 2)
+
+
+JOIN = "import sys; from rdm_jax import distributed, terminal; terminal.show_log(); distributed.join(*eval(sys.argv[1]))"
+
+
+def joining(
+    coordinator: str, processes: int | None, process: int | None, **surroundings: str
+) -> subprocess.Popen:
+    """A process that waits 3 s for others."""
+    arguments = [sys.executable, "-c", JOIN, repr((coordinator, processes, process, 3))]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        **surroundings,
+    }
+    return subprocess.Popen(arguments, env=environment, text=True, stdout=-1, stderr=-1)
+
+
+def test_processes_that_never_come_are_waited_for_and_named():
+    """The first and another one of three SLURM tasks, and the second of two without its first."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "3",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+    some = [
+        joining("", None, None, **slurm, SLURM_PROCID=str(i), SLURM_LOCALID="0") for i in range(2)
+    ]
+    outputs = ended([*some, joining("localhost:1", 2, 1)], 2)
+    where = [(3, f"localhost:{port}", 0), (3, f"localhost:{port}", 1), (2, "localhost:1", 1)]
+    for (said, errors), (count, address, number) in zip(outputs, where, strict=True):
+        who = rf"the {count} processes of this run at {address} .this is process {number}."
+        assert re.search(rf"waiting up to 3 s for {who}; --coordinator=none works alone", said)
+        (line,) = errors.splitlines()
+        assert re.fullmatch(
+            rf"error: {who} have not all come within 3 s; .*--coordinator=none to work alone, would do.",
+            line,
+        )
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        {
+            "SLURM_JOB_ID": "7",
+            "SLURM_STEP_NODELIST": "x",
+            "SLURM_NTASKS": "1",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+        },
+        {
+            "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://x:1",
+            "OMPI_COMM_WORLD_SIZE": "1",
+            "OMPI_COMM_WORLD_RANK": "0",
+        },
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # in an allocation, but not in a step of it
+    ],
+    ids=["slurm", "open-mpi", "tpu", "allocation"],
+)
+def test_one_process_of_a_cluster_is_alone(monkeypatch, surroundings):
+    asked = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *_, **__: asked.append(1) or {}["coordinator_address"]
+    )
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    distributed.join("", None, None)
+    assert bool(asked) == (surroundings.get("SLURM_NTASKS") == "4")  # jax itself tells that one
+
+
+def test_alone_there_is_nothing_to_join():
+    distributed.join("", None, None)
+    assert jax.process_count() == 1 and distributed.is_primary()
+    with distributed.raise_together():
+        assert distributed.primary_first(lambda: 3) == 3
+    assert distributed.allgather({"a": np.arange(3)})["a"].tolist() == [[0, 1, 2]]
+    assert [int(distributed.largest(value)) for value in (0, 2, 1)] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_ends_with_its_status_where_there_is_nothing_to_write_to(monkeypatch, closed):
+    """One of several processes, whose end is not to wait for the others."""
+    ended = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "SECONDS_TO_LEAVE", 0)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(sys, closed, None)
+    with pytest.raises(SystemExit):  # which the real `_exit` leaves no time for
+        distributed.exit_with(lambda: 2)
+    assert ended == [2]
+
+
+def test_one_that_is_left_alone_says_so(monkeypatch, capsys):
+    def work():
+        raise RuntimeError(
+            "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout."
+        )
+
+    with pytest.raises(RuntimeError):
+        exit_status(work, lambda: None)  # not one of several
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert exit_status(work, lambda: None) == 1
+    assert re.fullmatch(
+        "error: another process of this run is gone .*would do, from the last checkpoint.\n",
+        capsys.readouterr().err,
+    )

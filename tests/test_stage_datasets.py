@@ -1,0 +1,228 @@
+"""Which images each stage sees: the means of the last one's, or its own; and the picture of
+them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from rdm_jax import run
+from rdm_jax.config.validate import check_config
+from rdm_jax.data import prepare as prepare_lib
+from rdm_jax.data.augment import mirror
+from rdm_jax.data.prepare import prepare
+from rdm_jax.render import contact_sheet
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.stage_datasets import ImageSpec, open_sets, set_for_pictures
+from rdm_jax.training.program import build_objective
+from tests.support.configs import tiny_config, write_images
+
+
+@pytest.fixture
+def config(tmp_path):
+    write_images(tmp_path / "images")
+    return tiny_config(tmp_path / "images")
+
+
+def change(config, stage=None, **fields):
+    """The config with other fields of its data, or of a stage."""
+    if stage is None:
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
+    stages = [
+        dataclasses.replace(s, **fields) if n == stage else s
+        for n, s in enumerate(config.stages, 1)
+    ]
+    return dataclasses.replace(config, stages=tuple(stages))
+
+
+def test_both_stages_share_one_set_and_the_first_sees_exact_means(config):
+    sets = open_sets(config, [1, 2])
+    assert sets[1] is sets[2] and sets[2].image_shape == (8, 8, 3)
+    pixels = sets[1].batch(range(24))["image"]
+    seen = contact_sheet._seen(config.stages[0], sets[1], np.arange(24))
+    exact = pixels.reshape(24, 4, 2, 4, 2, 3).astype(np.float64).mean((2, 4)) / 127.5 - 1
+    np.testing.assert_allclose(seen, exact, atol=3e-7)
+    assert build_objective(config.stages[0], sets[1].image_shape, 2).pool == 2
+
+
+def test_a_stage_may_have_images_of_its_own(config, tmp_path):
+    config = change(config, 1, source=config.data.source)
+    sets = open_sets(config, [1, 2])
+    assert sets[1].image_shape == (4, 4, 3) and sets[2].image_shape == (8, 8, 3)
+    assert build_objective(config.stages[0], sets[1].image_shape, 2).pool == 1
+    assert (tmp_path / "images_prepared_stage1" / "manifest.json").exists()
+    wanted = np.asarray(
+        Image.open(tmp_path / "images" / "a" / "000.png").resize((4, 4), Image.Resampling.LANCZOS)
+    )
+    np.testing.assert_array_equal(sets[1][0]["image"], wanted)
+    assert list(open_sets(config, [1])) == [1]
+
+
+def test_images_of_other_classes_are_refused(config, tmp_path):
+    (tmp_path / "others").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "others" / "0.png")
+    with pytest.raises(InputError, match="config.stage1.source=.* classes none .* a, b"):
+        open_sets(change(config, 1, source=f"folder:{tmp_path}/others"), [1, 2])
+
+
+def test_nothing_is_written_without_a_directory(config, tmp_path):
+    images = open_sets(change(config, directory=""), [1, 2])[2]
+    assert images.is_cached and len(images) == 24
+    assert [entry.name for entry in tmp_path.iterdir()] == ["images"]
+
+
+def test_prepared_data_is_used_where_it_lies(config, tmp_path):
+    path = prepare(config.data.source, tmp_path / "elsewhere", ImageSpec(8, 8))
+    images = open_sets(change(config, source=f"prepared:{path}"), [1, 2])[2]
+    assert len(images) == 24
+    other = prepare(config.data.source, tmp_path / "small", ImageSpec(8, 4))
+    with pytest.raises(InputError, match="config.data.source=.*8 x 4 x 3 .*; 8 x 8 x 3 would do"):
+        open_sets(change(config, source=f"prepared:{other}"), [2])
+    with pytest.raises(InputError, match="no prepared data"):
+        open_sets(change(config, source="prepared:nowhere"), [2])
+    assert set_for_pictures(change(config, source=f"prepared:{path}")) is not None
+
+
+def test_pictures_need_no_data(config):
+    assert set_for_pictures(config) is None
+    open_sets(config, [2])
+    assert len(set_for_pictures(config)) == 24
+
+
+def test_a_stop_between_shards_is_obeyed_and_goes_on(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 8)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_sets(config, [1, 2], check_stop=stop)
+    assert len(open_sets(config, [1, 2])[2]) == 24
+
+
+def test_statistics_are_those_of_the_pixels_a_stage_sees(config):
+    config = change(config, directory="")
+    sets = open_sets(config, [1, 2])
+    pixels = sets[2].batch(range(24))["image"] / 127.5 - 1
+    for number, seen in ((2, pixels), (1, pixels.reshape(24, 4, 2, 4, 2, 3).mean((2, 4)))):
+        count, mean, std = contact_sheet.statistics(config.stages[number - 1], sets[number])
+        assert count == 24
+        np.testing.assert_allclose(mean, seen.mean((0, 1, 2)), atol=1e-6)
+        np.testing.assert_allclose(std, seen.std((0, 1, 2)), rtol=1e-5)
+
+
+def test_the_contact_sheet_shows_every_stage_and_the_blur(config, tmp_path):
+    config = change(config, directory="")
+    sets = open_sets(config, [1, 2])
+    contact_sheet.draw(config, sets, tmp_path / "sheet.png")
+    rows = [
+        row
+        for number in (1, 2)
+        for row in contact_sheet._rows(number, config.stages[number - 1], sets[number])
+    ]
+    names = ["stage1: 4 x 4", "stage2: 8 x 8"] + [
+        f"blurred, t = {t}" for t in ("0.25", "0.5", "0.75", "1")
+    ]
+    assert [name for name, _ in rows] == names
+    final, small, whole = rows[1][1].astype(int), rows[0][1].astype(int), rows[-1][1].astype(int)
+    np.testing.assert_array_equal(final, sets[2].batch(contact_sheet._evenly(sets[2], 8))["image"])
+    assert np.abs(whole - final).mean() > 20  # blurred at all,
+    assert (
+        np.abs(whole - small.repeat(2, 1).repeat(2, 2)).mean() < 5
+    )  # and towards what stage 1 makes
+    sheet = Image.open(tmp_path / "sheet.png")
+    before = (tmp_path / "sheet.png").stat().st_mtime_ns
+    contact_sheet.draw(config, sets, tmp_path / "sheet.png", again=False)
+    assert (
+        (tmp_path / "sheet.png").stat().st_mtime_ns == before
+        and sheet.width > 8 * 96
+        and sheet.height > 6 * 96
+    )
+
+
+def test_half_of_the_images_are_mirrored_each_by_its_own_key():
+    import jax
+
+    images, keys = (
+        jnp.arange(600.0 * 2 * 3).reshape(600, 2, 3, 1),
+        jax.random.split(jax.random.key(0), 600),
+    )
+    mirrored = np.asarray(mirror(images, keys))
+    same = (mirrored == np.asarray(images)).all((1, 2, 3))
+    np.testing.assert_array_equal(mirrored[~same], np.asarray(images)[~same][:, :, ::-1])
+    assert 250 < same.sum() < 350
+    np.testing.assert_array_equal(np.asarray(mirror(images[5:6], keys[5:6])), mirrored[5:6])
+
+
+def test_a_workdir_or_prepared_data_within_the_source_are_refused(config, tmp_path):
+    images = tmp_path / "images"
+    for changed, workdir in (
+        (config, images),
+        (config, images / "run"),
+        (change(config, directory=f"{images}/prepared"), tmp_path / "run"),
+        (change(config, directory=""), images),
+        (change(config, source=f"folder:{tmp_path}/run/samples/images"), tmp_path / "run"),
+    ):
+        (tmp_path / "run" / "samples" / "images").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(
+            InputError,
+            match="is to be written to, and the source 'folder:.* is, contains, or lies in it",
+        ):
+            open_sets(changed, [1, 2], workdir=workdir)
+    assert sorted(entry.name for entry in images.iterdir()) == ["a", "b"]
+    assert (
+        len(open_sets(config, [1, 2], workdir=tmp_path)[2]) == 24
+    )  # what it writes lies beside the images
+
+
+def test_the_table_of_classes_is_shown(config, caplog, monkeypatch):
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
+    with caplog.at_level("INFO"):
+        open_sets(config, [2])
+    assert "data: stage2: classes by number: 0 a, 1 b" in [
+        record.getMessage() for record in caplog.records
+    ]
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("source", "gs://bucket/images", "config.data.source='gs://bucket/images' is a URL"),
+        (
+            "source",
+            "tar:s3://bucket/images.tar",
+            "config.data.source='s3://bucket/images.tar' is a URL",
+        ),
+        (
+            "directory",
+            "gs://bucket/prepared",
+            "config.data.directory='gs://bucket/prepared' is a URL",
+        ),
+        ("classes", "deepest", "config.data.classes='deepest' cannot be used; 'auto' or 'top'"),
+        ("max_left_out", 1.5, "config.data.max_left_out=1.5 cannot be used; a number from 0 to 1"),
+    ],
+)
+def test_fields_that_cannot_be_used_are_refused_by_name(config, field, value, said):
+    with pytest.raises(InputError, match=said):
+        check_config(change(config, **{field: value}))
+
+
+def test_a_url_as_a_stages_own_source_is_refused_by_name(config):
+    with pytest.raises(InputError, match="config.stage1.source='gs://bucket/images' is a URL"):
+        check_config(change(config, 1, source="folder:gs://bucket/images"))
+
+
+def test_a_changed_source_is_prepared_again_through_the_run(config, tmp_path):
+    values, images = config.to_config_dict(), tmp_path / "images"
+    with pytest.raises(
+        InputError, match="--update with --mode='train' cannot be used; --mode=prepare would do"
+    ):
+        run.run(values, str(tmp_path / "run"), mode="train", update=True)
+    assert not (tmp_path / "run").exists()
+    before = open_sets(config, [2])[2]
+    (images / "a" / "000.png").unlink()
+    run.run(values, str(tmp_path / "run"), mode="prepare", update=True)
+    after = open_sets(config, [2])[2]
+    assert (len(before), len(after)) == (24, 23) and before.identity != after.identity
