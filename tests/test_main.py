@@ -34,7 +34,7 @@ ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 def command(images: Path, workdir: Path, *flags: str) -> list[str]:
-    config = f"--config={ROOT}/tests/tiny.py:{images}"
+    config = f"--config={ROOT}/tests/support/configs.py:{images}"
     return [sys.executable, "-m", "rdm_jax.main", config, f"--workdir={workdir}", *flags]
 
 

@@ -165,7 +165,7 @@ def test_a_process_that_is_none_of_them_is_refused():
         distributed.join("localhost:1", 2, 2)
 
 
-JOIN = "import sys; from rdm_jax import distributed, terminal; terminal.show_log(); distributed.join(*eval(sys.argv[1]))"
+JOIN = "import sys; from rdm_jax.runtime import console, distributed; console.show_log(); distributed.join(*eval(sys.argv[1]))"
 
 
 def joining(
