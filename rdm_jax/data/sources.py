@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
 from rdm_jax.data import archives, readers
@@ -23,6 +22,9 @@ from rdm_jax.data.listing import LABELS_FILE, Listing, folders_of, is_meant_as_i
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
+from rdm_jax.runtime.lazy import lazy_import
+
+tfds = lazy_import("tensorflow_datasets", "data")
 
 SKIN_TONES = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
 LABEL_BYTES = (

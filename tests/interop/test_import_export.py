@@ -479,7 +479,7 @@ def test_export_to_a_full_disk_is_the_disks_fault(imported, tmp_path, monkeypatc
             "Error while serializing: I/O error: No space left on device (os error 28)"
         )
 
-    monkeypatch.setattr(import_export, "save_file", full)
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
     with pytest.raises(OSError, match="No space left on device.*x.safetensors"):
         run(
             values_of(config),
