@@ -99,7 +99,7 @@ def test_overrides_arrive(monkeypatch, tmp_path):
     ]
     given += ["--config.stage1.resolution=(16, 8)", "--config.seed=1", "--config.seed=2"]
     monkeypatch.setattr(sys, "argv", ["main", DIGITS, f"--workdir={tmp_path}", *given])
-    monkeypatch.setattr(main.run, "run", lambda values, *_, **__: found.append(parse(values)))
+    monkeypatch.setattr(main.modes, "run", lambda values, *_, **__: found.append(parse(values)))
     found = []
     with flagsaver.flagsaver():
         assert main.main() == 0

@@ -23,7 +23,7 @@ from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.interop import import_export, pytorch_names
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.song import Song
-from rdm_jax.run import run
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.low_images import LowImages
 from tests.support.configs import write_images
