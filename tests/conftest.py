@@ -37,6 +37,8 @@ gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+pytest_plugins = ["tests.support.cpu_seconds"]
+
 LONGEST = (
     "test_main.py",
     "training/test_program.py",
