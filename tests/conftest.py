@@ -51,9 +51,8 @@ LONGEST = (
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of 24 images in two classes, by whose name the config tests/support/configs.py makes
-    a run."""
+def image_folder(tmp_path_factory):
+    """A folder of 24 images in two classes, the argument of tests/support/configs.py."""
     folder = tmp_path_factory.mktemp("source") / "images"
     write_images(folder)
     return folder

@@ -45,15 +45,15 @@ def run(images: Path, workdir: Path, *flags: str) -> subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
+def finished(image_folder, tmp_path_factory):
     """An undisturbed run."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    done = run(images, workdir)
+    done = run(image_folder, workdir)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
 
-def test_everything_is_left_behind(finished, images):
+def test_everything_is_left_behind(finished, image_folder):
     workdir, done = finished
     samples = np.load(workdir / "samples/samples.npz")
     assert samples["images"].shape == (12, 8, 12, 3) and samples["images"].dtype == np.uint8
@@ -72,26 +72,26 @@ def test_everything_is_left_behind(finished, images):
         )
     for picture in ("samples/grid.png", "contact_sheet.png"):
         assert shows_images(workdir / picture), picture
-    assert parse(read_saved(workdir / "config.json")) == tiny_config(images, low=LOW)
+    assert parse(read_saved(workdir / "config.json")) == tiny_config(image_folder, low=LOW)
     for said in ("24 images", "compiled in", "images/s", "left", "network evaluations", "done"):
         assert said in done.stdout + done.stderr, said
 
 
-def test_again_does_nothing_but_say_so(finished, images):
+def test_again_does_nothing_but_say_so(finished, image_folder):
     workdir, _ = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.np*")}
-    again = run(images, workdir)
+    again = run(image_folder, workdir)
     assert again.returncode == 0
     for said in ("stage1: already trained", "stage2: already trained", "12 images are already in"):
         assert said in again.stdout
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.np*")} == before
 
 
-def test_sampling_takes_seeds_classes_steps_and_guidance(finished, images):
+def test_sampling_takes_seeds_classes_steps_and_guidance(finished, image_folder):
     """Image 9 of the run is made again alone, and again as the only one of another class."""
     workdir, _ = finished
     flags = ["--mode=sample", "--config.sampling.seeds=9", "--config.sampling.batch_size=1"]
-    alone = run(images, workdir, *flags, "--config.sampling.name=alone")
+    alone = run(image_folder, workdir, *flags, "--config.sampling.name=alone")
     assert alone.returncode == 0, alone.stderr
     old, new = np.load(workdir / "samples/samples.npz"), np.load(workdir / "alone/samples.npz")
     # Another batch size is another program, whose sums may differ in float32's last bits: one level
@@ -103,7 +103,11 @@ def test_sampling_takes_seeds_classes_steps_and_guidance(finished, images):
         "--config.stage1.sampler.steps=4",
     ]
     other = run(
-        images, workdir, *flags, "--config.sampling.name=other", "--config.stage2.checkpoint=10"
+        image_folder,
+        workdir,
+        *flags,
+        "--config.sampling.name=other",
+        "--config.stage2.checkpoint=10",
     )
     assert other.returncode == 0, other.stderr
     assert "stage2 from step 10" in other.stdout and "7 network evaluations" in other.stdout
@@ -160,16 +164,16 @@ def logged(workdir: Path, stage: str, images: int):
     )
 
 
-def test_killed_and_continued_is_bit_equal(finished, images, tmp_path):
+def test_killed_and_continued_is_bit_equal(finished, image_folder, tmp_path):
     """kill -9 in the middle of each stage, off the checkpoints; SIGTERM in sampling's place is
     another test."""
     workdir = tmp_path / "killed"
     for stage in ("stage1", "stage2"):
         process = subprocess.Popen(
-            command(images, workdir), env=ENVIRONMENT, cwd=ROOT, stdout=-1, stderr=-1
+            command(image_folder, workdir), env=ENVIRONMENT, cwd=ROOT, stdout=-1, stderr=-1
         )
         assert stop_when(process, logged(workdir, stage, 96), signal.SIGKILL) == -signal.SIGKILL
-    done = run(images, workdir)
+    done = run(image_folder, workdir)
     assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
     check_equal_states(workdir, finished[0], "stage1", "stage2")
     left, right = (
@@ -183,11 +187,13 @@ def test_killed_and_continued_is_bit_equal(finished, images, tmp_path):
 @pytest.mark.parametrize(
     "number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "CtrlC"]
 )
-def test_stopping_loses_nothing_and_goes_on_bit_equal(finished, images, tmp_path, number, status):
+def test_stopping_loses_nothing_and_goes_on_bit_equal(
+    finished, image_folder, tmp_path, number, status
+):
     workdir = tmp_path / "stopped"
     flags = ["--mode=train", "--stage=1", "--config.stage1.training.checkpoint_every=100000"]
     process = subprocess.Popen(
-        command(images, workdir, *flags), env=ENVIRONMENT, cwd=ROOT, stdout=-1, stderr=-1
+        command(image_folder, workdir, *flags), env=ENVIRONMENT, cwd=ROOT, stdout=-1, stderr=-1
     )
     assert stop_when(process, logged(workdir, "stage1", 48), number) == status
     (step,) = store.Checkpoints(workdir / "stage1/checkpoints", read_only=True).steps()
@@ -195,16 +201,16 @@ def test_stopping_loses_nothing_and_goes_on_bit_equal(finished, images, tmp_path
     assert (
         max(line["step"] for line in metric_writer.read(workdir / "stage1/metrics.jsonl")) == step
     )
-    done = run(images, workdir, *flags)
+    done = run(image_folder, workdir, *flags)
     assert done.returncode == 0 and f"going on from {step * 8} images" in done.stdout, done.stderr
     check_equal_states(workdir, finished[0], "stage1")
 
 
-def test_a_signal_when_all_is_done_is_not_lost(images, tmp_path, monkeypatch):
+def test_a_signal_when_all_is_done_is_not_lost(image_folder, tmp_path, monkeypatch):
     """An experiment makes many runs in one process."""
     monkeypatch.setattr("rdm_jax.run._work", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):
-        run_here(tiny_config(images).to_config_dict(), str(tmp_path))
+        run_here(tiny_config(image_folder).to_config_dict(), str(tmp_path))
 
 
 def test_bad_images_are_refused_or_left_out_and_listed(tmp_path):
@@ -227,14 +233,14 @@ def test_bad_images_are_refused_or_left_out_and_listed(tmp_path):
     assert again.returncode == 0 and "as they were written" in again.stdout
 
 
-def test_diverged_run_stops_and_keeps_the_last_good_state(images, tmp_path):
+def test_diverged_run_stops_and_keeps_the_last_good_state(image_folder, tmp_path):
     flags = [
         "--mode=train",
         "--stage=1",
         "--config.stage1.training.learning_rate=1e30",
         "--config.stage1.training.max_skipped=3",
     ]
-    done = run(images, tmp_path / "run", *flags)
+    done = run(image_folder, tmp_path / "run", *flags)
     assert done.returncode == 1
     assert (
         "3 steps in a row" in done.stderr
@@ -304,50 +310,53 @@ def refused(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_sentence(finished, images, tmp_path, refused, case):
+def test_refused_in_one_sentence(finished, image_folder, tmp_path, refused, case):
     flags, pattern = REFUSED[case]
     refused(
         command(
-            images, tmp_path / "run", *[flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+            image_folder,
+            tmp_path / "run",
+            *[flag.replace("{tmp}", str(tmp_path)) for flag in flags],
         ),
         pattern,
     )
     assert not list((tmp_path / "run").rglob("checkpoints"))
 
 
-def test_a_refused_run_leaves_the_workdir_as_it_was(images, tmp_path, refused):
+def test_a_refused_run_leaves_the_workdir_as_it_was(image_folder, tmp_path, refused):
     wrong = ["--config.stage1.network.channels=16", "--config.sampling.labels=7"]
-    refused(command(images, tmp_path / "run", *wrong), r"labels='7'")
+    refused(command(image_folder, tmp_path / "run", *wrong), r"labels='7'")
     assert not (tmp_path / "run/config.json").exists()
 
 
-def test_checkpoint_of_a_network_of_the_same_shape_is_refused(finished, images, refused):
+def test_checkpoint_of_a_network_of_the_same_shape_is_refused(finished, image_folder, refused):
     flags = ["--mode=sample", "--config.sampling.name=again"]
     workdir = finished[0]
     path = f"--config.stage1.checkpoint={workdir}/stage2/checkpoints/20"  # the same network, trained on another process
-    refused(command(images, workdir, *flags, path), r"stage1.process.*of another network")
+    refused(command(image_folder, workdir, *flags, path), r"stage1.process.*of another network")
 
 
-def test_another_config_in_the_same_workdir_is_refused(finished, images, refused):
+def test_another_config_in_the_same_workdir_is_refused(finished, image_folder, refused):
     workdir, _ = finished
     before = (workdir / "config.json").read_text()
     refused(
-        command(images, workdir, "--config.stage2.network.channels=16"),
+        command(image_folder, workdir, "--config.stage2.network.channels=16"),
         r"stage2.network.channels was 8 and is 16",
     )
     assert (workdir / "config.json").read_text() == before
 
 
-def test_batch_that_devices_cannot_share_is_refused(images, tmp_path, refused):
+def test_batch_that_devices_cannot_share_is_refused(image_folder, tmp_path, refused):
     flags = ["--config.stage2.training.batch_size=12"]
     refused(
-        command(images, tmp_path / "run", *flags), r"stage2.training.batch_size=12.*multiple of 8"
+        command(image_folder, tmp_path / "run", *flags),
+        r"stage2.training.batch_size=12.*multiple of 8",
     )
 
 
-def test_workdir_that_cannot_be_written_is_refused(images, tmp_path, refused):
+def test_workdir_that_cannot_be_written_is_refused(image_folder, tmp_path, refused):
     (tmp_path / "file").write_text("in the way")
-    refused(command(images, tmp_path / "file" / "run"), "cannot be written")
+    refused(command(image_folder, tmp_path / "file" / "run"), "cannot be written")
 
 
 @pytest.mark.parametrize(
@@ -379,10 +388,10 @@ def test_workdir_that_cannot_be_written_is_refused(images, tmp_path, refused):
     ],
 )
 def test_paths_that_are_none_are_refused_before_anything_is_made(
-    images, tmp_path, monkeypatch, workdir, flags, says
+    image_folder, tmp_path, monkeypatch, workdir, flags, says
 ):
     monkeypatch.chdir(tmp_path)
-    values = tiny_config(images).to_config_dict()
+    values = tiny_config(image_folder).to_config_dict()
     values.stage1.update_from_flattened_dict(flags.pop("change", {}))
     with pytest.raises(InputError, match=re.escape(says)):
         run_here(values, workdir, **flags)
@@ -390,9 +399,9 @@ def test_paths_that_are_none_are_refused_before_anything_is_made(
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate", "report", "export"])
-def test_workdir_with_a_typo_is_refused_where_a_run_is_needed(images, tmp_path, mode):
+def test_workdir_with_a_typo_is_refused_where_a_run_is_needed(image_folder, tmp_path, mode):
     flags = {"stage": 1, "weights": str(tmp_path / "x.safetensors")} if mode == "export" else {}
-    values = tiny_config(images).to_config_dict()
+    values = tiny_config(image_folder).to_config_dict()
     values.evaluation.features = "classifier"
     (tmp_path / "runs/digits").mkdir(parents=True)
     for wrong in ("runs/digts", "run/digits"):
@@ -413,14 +422,14 @@ def test_new_workdir_that_is_spelt_almost_as_another_is_told(tmp_path, caplog):
     assert f"--workdir='{tmp_path}/digts' is a new run; '{tmp_path}/digits' exists" in caplog.text
 
 
-def test_run_without_checkpoints_says_what_is_missing(images, tmp_path):
+def test_run_without_checkpoints_says_what_is_missing(image_folder, tmp_path):
     with pytest.raises(InputError, match=r"no checkpoint in .*stage1/checkpoints.*--mode train"):
-        run_here(tiny_config(images).to_config_dict(), str(tmp_path), mode="sample")
+        run_here(tiny_config(image_folder).to_config_dict(), str(tmp_path), mode="sample")
 
 
-def test_work_in_another_thread_goes_on_without_signal_handlers(images, tmp_path):
+def test_work_in_another_thread_goes_on_without_signal_handlers(image_folder, tmp_path):
     """As in a notebook server."""
-    values = tiny_config(images, low=LOW).to_config_dict()
+    values = tiny_config(image_folder, low=LOW).to_config_dict()
     thread = threading.Thread(
         target=run_here, args=(values, str(tmp_path)), kwargs={"mode": "prepare"}
     )
@@ -430,14 +439,14 @@ def test_work_in_another_thread_goes_on_without_signal_handlers(images, tmp_path
     assert (tmp_path / "contact_sheet.png").is_file() and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_workdir_in_use_is_refused(images, tmp_path, refused):
+def test_workdir_in_use_is_refused(image_folder, tmp_path, refused):
     (tmp_path / "run").mkdir()
     with (tmp_path / "run/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        refused(command(images, tmp_path / "run"), "in use by another run")
+        refused(command(image_folder, tmp_path / "run"), "in use by another run")
 
 
-def test_damaged_checkpoint_is_refused(finished, images, tmp_path, refused):
+def test_damaged_checkpoint_is_refused(finished, image_folder, tmp_path, refused):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (largest,) = sorted(
@@ -446,7 +455,7 @@ def test_damaged_checkpoint_is_refused(finished, images, tmp_path, refused):
     largest.write_bytes(largest.read_bytes()[:100])
     flags = ["--mode=sample", "--config.sampling.name=again"]
     refused(
-        command(images, workdir, *flags),
+        command(image_folder, workdir, *flags),
         r"stage2/checkpoints/20 is damaged .ema/d/.* has 100 bytes.*moving it.*step 15",
     )
     assert not (workdir / "again").exists()

@@ -24,10 +24,10 @@ from rdm_jax.data.prepare import prepare
 from rdm_jax.evaluation import classifier
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.errors import InputError
-from tests.faults.commands import STAGE, start, start_two
+from tests.support.checkpoints import read_arrays
+from tests.support.commands import STAGE, start, start_two
 from tests.support.configs import write_images
 from tests.support.paths import ROOT
-from tests.test_main import read_arrays
 
 FLAGS = (
     "--config.evaluation.features=classifier",
@@ -42,7 +42,7 @@ FLAGS += (
 
 
 def flags(images: Path) -> list[str]:
-    """Those of every run here, for `tests.faults.commands.start` and `start_two`."""
+    """Those of every run here, for `start` and `start_two`."""
     return [*FLAGS, f"--config.evaluation.weights={images.parent / 'classifier.safetensors'}"]
 
 
@@ -106,8 +106,8 @@ def check_same(one: Path, other: Path):
         )
 
 
-def test_two_processes_learn_what_one_does(images, tmp_path):
-    ended([start(images, tmp_path / "one", *flags(images), *STAGE, devices=4)])
+def test_two_processes_learn_what_one_does(image_folder, tmp_path):
+    ended([start(image_folder, tmp_path / "one", *flags(image_folder), *STAGE, devices=4)])
     others = [
         "--config.parallel.fsdp=2",
         "--config.stage1.training.checkpoint_minutes=1e-6",
@@ -117,7 +117,7 @@ def test_two_processes_learn_what_one_does(images, tmp_path):
         "--config.stage1.training.keep_newest=20",
     ]
     (first, _), _ = ended(
-        start_two(images, tmp_path / "two", *flags(images), *STAGE, *others, devices=2)
+        start_two(image_folder, tmp_path / "two", *flags(image_folder), *STAGE, *others, devices=2)
     )
     assert "train on 4 cpu device(s) of 2 process(es)" in first
     assert len(folders.step_folders(tmp_path / "two/stage1/checkpoints")) > 2
@@ -125,10 +125,10 @@ def test_two_processes_learn_what_one_does(images, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
-    ended([start(images, tmp_path / "one", *flags(images), devices=4)])
+def test_two_processes_stop_go_on_and_equal_one(image_folder, tmp_path):
+    ended([start(image_folder, tmp_path / "one", *flags(image_folder), devices=4)])
     pair = start_two(
-        images, tmp_path / "two", *flags(images), "--config.parallel.fsdp=2", devices=2
+        image_folder, tmp_path / "two", *flags(image_folder), "--config.parallel.fsdp=2", devices=2
     )
     metrics = tmp_path / "two/stage1/metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text()) and pair[0].poll() is None:
@@ -136,7 +136,7 @@ def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     pair[1].send_signal(signal.SIGTERM)  # one of them is enough
     ended(pair, 143)
     (first, _), (second, _) = ended(
-        start_two(images, tmp_path / "two", *flags(images), devices=2)
+        start_two(image_folder, tmp_path / "two", *flags(image_folder), devices=2)
     )  # on another mesh
     assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
     # The first alone logs, but for the wait for it (XLA's Gloo speaks in all).
@@ -144,10 +144,12 @@ def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     check_same(tmp_path / "one", tmp_path / "two")
 
 
-def test_what_one_refuses_all_refuse(images, tmp_path):
+def test_what_one_refuses_all_refuse(image_folder, tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (_, first), (_, second) = ended(start_two(images, tmp_path, *flags(images), devices=2), 2)
+        (_, first), (_, second) = ended(
+            start_two(image_folder, tmp_path, *flags(image_folder), devices=2), 2
+        )
     assert "is in use by another run" in first and "another process has failed" in second
 
 

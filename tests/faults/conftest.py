@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from rdm_jax.render.tables import markdown
-from tests.faults.commands import STAGE, run
+from tests.support.commands import STAGE, run
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def fault(request) -> Callable[[int, int, str], None]:
 
 
 @pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
+def finished(image_folder, tmp_path_factory):
     """An undisturbed training of stage 1, with the checkpoints of steps 10, 15 and 20."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    run(images, workdir, *STAGE)
+    run(image_folder, workdir, *STAGE)
     return workdir
 
 
