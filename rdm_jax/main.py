@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from rdm_jax import config, run
+from rdm_jax import config, modes
 from rdm_jax.cli.command import parse_flags
 from rdm_jax.cli.config_flag import WholeNumber, define_config
 from rdm_jax.cli.exit_codes import exit_status
@@ -44,7 +44,7 @@ _CONFIG = define_config(
     help_string="Config file, config.json or a run's folder; --config.field=value overrides."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
-_MODE = flags.DEFINE_enum("mode", "all", (*run.MODES, "plan"), "Which part to do.")
+_MODE = flags.DEFINE_enum("mode", "all", (*modes.MODES, "plan"), "Which part to do.")
 _STAGE = _whole_number(
     "stage", None, "With --mode train, import, export or plan: which stage, from 1.", lower_bound=1
 )
@@ -115,7 +115,7 @@ def _run() -> None:
         flag.name: flag.value
         for flag in (_MODE, _STAGE, _WEIGHTS, _EVALUATIONS, _SKIP_BAD, _UPDATE, _ALLOW_CHANGES)
     }
-    return run.run(_CONFIG.value, _WORKDIR.value, **part)
+    return modes.run(_CONFIG.value, _WORKDIR.value, **part)
 
 
 def main() -> int:

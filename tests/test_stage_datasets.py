@@ -219,10 +219,10 @@ def test_a_changed_source_is_prepared_again_through_the_run(config, tmp_path):
     with pytest.raises(
         InputError, match="--update with --mode='train' cannot be used; --mode=prepare would do"
     ):
-        run.run(values, str(tmp_path / "run"), mode="train", update=True)
+        run(values, str(tmp_path / "run"), mode="train", update=True)
     assert not (tmp_path / "run").exists()
     before = open_sets(config, [2])[2]
     (images / "a" / "000.png").unlink()
-    run.run(values, str(tmp_path / "run"), mode="prepare", update=True)
+    run(values, str(tmp_path / "run"), mode="prepare", update=True)
     after = open_sets(config, [2])[2]
     assert (len(before), len(after)) == (24, 23) and before.identity != after.identity

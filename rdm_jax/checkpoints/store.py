@@ -17,9 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
-from orbax.checkpoint import checkpoint_managers
 
 from rdm_jax.checkpoints.checksums import damage, write_checksums
 from rdm_jax.checkpoints.folders import (
@@ -34,7 +32,10 @@ from rdm_jax.config.saved import about_now
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError, reason
+from rdm_jax.runtime.lazy import lazy_import
 from rdm_jax.training.step import TrainState
+
+ocp = lazy_import("orbax.checkpoint")
 
 DELETED = ".deleted"  # where steps are moved that are not kept
 SECONDS_TO_APPEAR = 120  # that a file system on a network may take to show other hosts a new folder
@@ -75,12 +76,13 @@ class Checkpoints:
             # It was read as a whole just now, and need not be again before it is restored.
             self._sound = {distributed.from_primary(-1 if sound is None else sound)}
         # The newest alone would be deleted by a policy of the best alone, so both kinds are kept.
-        keep = [checkpoint_managers.LatestN(keep_newest), _Imported(self)]
+        managers = ocp.checkpoint_managers
+        keep = [managers.LatestN(keep_newest), _Imported(self)]
         if keep_best:
-            best = checkpoint_managers.BestN(get_metric_fn=self._merit, n=keep_best)
+            best = managers.BestN(get_metric_fn=self._merit, n=keep_best)
             keep.append(best)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+            preservation_policy=managers.AnyPreservationPolicy(keep),
             best_fn=lambda m: m[
                 "validation_loss"
             ],  # without it, Orbax does not write the metrics to disk
@@ -223,7 +225,7 @@ class Checkpoints:
         comparable = metrics.get("validated_on", self._validated_on) == self._validated_on
         return -metrics["validation_loss"] if comparable else -math.inf
 
-    def _save(self, step: int, args: ocp.args.Composite, about: dict[str, Any]) -> None:
+    def _save(self, step: int, args: Any, about: dict[str, Any]) -> None:
         self._saving, self._validated_on = step, about.get("validated_on")
         metrics = {"validation_loss": rank(about), "validated_on": self._validated_on}
         try:
@@ -378,12 +380,12 @@ class _Imported:
         return [not self._checkpoints.can_resume(each.step) for each in checkpoints]
 
 
-def _saving(tree: Any) -> ocp.args.PyTreeSave:
+def _saving(tree: Any) -> Any:
     # Orbax gathers a file in memory before it writes it, 2 GiB unless told otherwise.
     return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=16 * 2**20)
 
 
-def _restoring(abstract: Any) -> ocp.args.PyTreeRestore:
+def _restoring(abstract: Any) -> Any:
     return ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )

@@ -49,8 +49,8 @@ LOCK, SECONDS_TO_APPEAR = ".lock", 60
 
 
 def run(
-    values: ConfigDict,
-    workdir: str,
+    values: Config | ConfigDict | dict[str, Any],
+    workdir: str | os.PathLike,
     *,
     mode: str = "all",
     stage: int | None = None,
@@ -66,7 +66,7 @@ def run(
     left to the caller.
 
     Args:
-      values: what a config file returns.
+      values: a config, or what a config file returns.
       workdir: folder of the run; made if it is not there and the mode needs nothing in it.
       mode: one of MODES.
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
