@@ -3,6 +3,8 @@
 import gc
 import logging
 import os
+import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +23,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 import pytest
+from absl.testing import flagsaver
 
+from rdm_jax.main import main
+from tests.support.commands import arguments_of, error_line
 from tests.support.configs import write_images
 
 if jax.__version_info__ < (0, 11):  # nor does a newer one know the flag
@@ -72,3 +77,32 @@ def pytest_collection_modifyitems(items):
     """The longest files first, so that parallel workers end together."""
     place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+
+
+@pytest.fixture
+def command_here(capsys, monkeypatch):
+    """Runs the command in the test's own process: `command_here(flag, ...)`.
+
+    Returns the exit status and what was written to stdout and stderr.
+    """
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])
+        capsys.readouterr()
+        with flagsaver.flagsaver():
+            status = main()
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(command_here):
+    """Runs a command on the tiny config and asserts that it is refused by one sentence."""
+
+    def check(image_folder: Path, workdir: Path, *flags: str, pattern: str) -> None:
+        status, _, stderr = command_here(*arguments_of(image_folder, workdir, *flags))
+        assert status == 2, stderr
+        assert re.search(pattern, error_line(stderr)), stderr
+
+    return check
