@@ -44,16 +44,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 pytest_plugins = ["tests.support.cpu_seconds"]
 
-LONGEST = (
-    "test_main.py",
-    "training/test_program.py",
-    "test_multiprocess.py",
-    "experiments/test_notebooks.py",
-    "experiments/test_benchmarks.py",
-    "checkpoints/test_store.py",
-    "plan/test_plan.py",
-)
-
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
@@ -74,9 +64,12 @@ def _log_as_a_library_has_it():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that parallel workers end together."""
-    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+    """A test is of one tier: the first, the second or the long one."""
+    both = [
+        item.nodeid for item in items if {"second", "long"} <= {m.name for m in item.iter_markers()}
+    ]
+    if both:
+        raise pytest.UsageError(f"of two tiers: {', '.join(both)}")
 
 
 @pytest.fixture

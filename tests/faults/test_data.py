@@ -263,7 +263,7 @@ def refused(folder, source: str, name: str) -> str:
     return stderr
 
 
-@pytest.mark.parametrize("kind", one_of_many(IMAGES, "a bomb"))
+@pytest.mark.parametrize("kind", one_of_many(IMAGES, "a bomb", pytest.mark.second))
 def test_15_a_damaged_image(tmp_path, fault, kind):
     write_images(tmp_path / "images", count=4)
     (tmp_path / "images/a/bad.png").write_bytes(IMAGES[kind])

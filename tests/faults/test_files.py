@@ -208,6 +208,7 @@ def fuzz(name: str, folder, seconds: float = 0, **kwargs) -> int:
     return trials
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("name", READERS)
 def test_16_fuzzed(tmp_path, fault, name):
     trials = fuzz(name, tmp_path, max_examples=40, derandomize=True)

@@ -101,6 +101,7 @@ def test_18_a_clock_that_was_set_back(image_folder, finished, tmp_path, fault):
     fault(18, 1, "a clock that was set back: the newest checkpoint is the one of the last step")
 
 
+@pytest.mark.second  # tests/test_refusals.py has the same within a process
 def test_18_a_workdir_that_cannot_be_written(image_folder, tmp_path, fault):
     (tmp_path / "file").write_text("in the way")
     assert "cannot be written" in error_line(
