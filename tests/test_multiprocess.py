@@ -148,24 +148,37 @@ def test_what_one_refuses_all_refuse(images, tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (_, first), (_, second) = ended(start_two(images, tmp_path, *flags(images), devices=2), 2)
-    assert "is in use by another run" in first and "another process has failed" in second
+    assert "is in use by another run" in first and "another process failed" in second
 
 
 @pytest.mark.parametrize(
-    "given",
-    [("host", 2, 0), ("host:1", None, 0), ("host:1", 2, None), ("", 2, 0), ("none", None, 1)],
+    ("flags", "says"),
+    [
+        (("host", 2, 0), "--coordinator='host' is not a host with a port. Use host:port"),
+        (("host:1", None, 0), "do not go together: .* Pass --processes and --process too"),
+        (("host:1", 2, None), "do not go together: .* Pass --processes and --process too"),
+        (("", 2, 0), "do not go together: .* Pass --coordinator=host:port"),
+        (("none", None, 1), "do not go together: .* Pass --coordinator=host:port"),
+    ],
 )
-def test_flags_that_do_not_go_together_are_refused(given):
-    with pytest.raises(InputError, match="do not go together"):
-        distributed.join(*given)
+def test_join_refuses_flags_that_do_not_go_together(flags, says):
+    with pytest.raises(InputError, match=says):
+        distributed.join(*flags)
 
 
-def test_a_process_that_is_none_of_them_is_refused():
-    with pytest.raises(InputError, match="--process=2 of --processes=2 .* 0 to 1 would do"):
+def test_join_refuses_process_out_of_range():
+    with pytest.raises(
+        InputError, match="--process=2 with --processes=2 is out of range. Use 0 to 1"
+    ):
         distributed.join("localhost:1", 2, 2)
 
 
-JOIN = "import sys; from rdm_jax import distributed, terminal; terminal.show_log(); distributed.join(*eval(sys.argv[1]))"
+JOIN = """
+import sys
+from rdm_jax.runtime import console, distributed
+console.show_log()
+distributed.join(*eval(sys.argv[1]))
+"""
 
 
 def joining(
@@ -200,10 +213,10 @@ def test_processes_that_never_come_are_waited_for_and_named():
     where = [(3, f"localhost:{port}", 0), (3, f"localhost:{port}", 1), (2, "localhost:1", 1)]
     for (said, errors), (count, address, number) in zip(outputs, where, strict=True):
         who = rf"the {count} processes of this run at {address} .this is process {number}."
-        assert re.search(rf"waiting up to 3 s for {who}; --coordinator=none works alone", said)
+        assert re.search(rf"waiting up to 3 s for {who}; --coordinator=none runs alone", said)
         (line,) = errors.splitlines()
         assert re.fullmatch(
-            rf"error: {who} have not all come within 3 s; .*--coordinator=none to work alone, would do.",
+            rf"error: {who} have not all started within 3 s\. Start all .*--coordinator=none to run alone\.",
             line,
         )
 

@@ -401,7 +401,7 @@ REFUSED = {
         r"evaluation.reference='s3://b/x.npz' is a URL",
     ),
     "weights in a bucket": ({"weights": "gs://b/x"}, r"evaluation.weights='gs://b/x' is a URL"),
-    "no JSON list": ({"images": '["samples'}, r"evaluation.images=.* is no JSON list"),
+    "no JSON list": ({"images": '["samples'}, r"evaluation.images=.* is not a JSON list"),
 }
 
 
