@@ -170,7 +170,7 @@ def test_killed_and_continued_is_bit_equal(finished, images, tmp_path):
         )
         assert stop_when(process, logged(workdir, stage, 96), signal.SIGKILL) == -signal.SIGKILL
     done = run(images, workdir)
-    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
     check_equal_states(workdir, finished[0], "stage1", "stage2")
     left, right = (
         np.load(workdir / "samples/samples.npz"),
@@ -196,7 +196,7 @@ def test_stopping_loses_nothing_and_goes_on_bit_equal(finished, images, tmp_path
         max(line["step"] for line in metric_writer.read(workdir / "stage1/metrics.jsonl")) == step
     )
     done = run(images, workdir, *flags)
-    assert done.returncode == 0 and f"going on from {step * 8} images" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"resuming from {step * 8} images" in done.stdout, done.stderr
     check_equal_states(workdir, finished[0], "stage1")
 
 
@@ -272,11 +272,11 @@ REFUSED = {
     "seed out of range": (["--config.sampling.seeds=0-4294967296"], "seeds='0-4294967296'"),
     "no seeds": (["--config.sampling.seeds=a-b"], "seeds='a-b'"),
     "stage that is not there": (["--mode=train", "--stage=3"], "--stage=3"),
-    "stage without its mode": (["--stage=1"], "--stage=1 with --mode=all"),
-    "stray word": (["config.seed=5"], "config.seed=5.*--config.seed=5 would do"),
+    "stage without its mode": (["--stage=1"], "--stage=1 does not go with --mode=all"),
+    "stray word": (["config.seed=5"], r"config.seed=5.*Use --config.seed=5\."),
     "checkpoint that is not there": (["--config.stage2.checkpoint=/nowhere/9"], "/nowhere/9"),
     "checkpoint of no kind": (["--config.stage2.checkpoint=bset"], "checkpoint='bset'"),
-    "nothing to sample from": (["--mode=sample"], r"/run' does not exist.*training first"),
+    "nothing to sample from": (["--mode=sample"], r"/run' does not exist.*train first"),
     "guidance without dropout": (
         ["--config.stage1.guidance=2.0", "--config.stage1.training.label_dropout=0.0"],
         r"stage1.guidance=2.0.*label_dropout",
@@ -396,7 +396,7 @@ def test_workdir_with_a_typo_is_refused_where_a_run_is_needed(images, tmp_path, 
     values.evaluation.features = "classifier"
     (tmp_path / "runs/digits").mkdir(parents=True)
     for wrong in ("runs/digts", "run/digits"):
-        says = rf"{wrong}' does not exist, and --mode={mode}.*--workdir='{tmp_path}/runs/digits' would do"
+        says = rf"{wrong}' does not exist, and --mode={mode}.*Use --workdir='{tmp_path}/runs/digits'\."
         with pytest.raises(InputError, match=says):
             run_here(values, str(tmp_path / wrong), mode=mode, **flags)
     with pytest.raises(InputError, match="elsewhere' does not exist.*--mode=train"):
@@ -414,7 +414,7 @@ def test_new_workdir_that_is_spelt_almost_as_another_is_told(tmp_path, caplog):
 
 
 def test_run_without_checkpoints_says_what_is_missing(images, tmp_path):
-    with pytest.raises(InputError, match=r"no checkpoint in .*stage1/checkpoints.*--mode train"):
+    with pytest.raises(InputError, match=r"no checkpoint in .*stage1/checkpoints.*--mode=train"):
         run_here(tiny_config(images).to_config_dict(), str(tmp_path), mode="sample")
 
 
@@ -447,6 +447,6 @@ def test_damaged_checkpoint_is_refused(finished, images, tmp_path, refused):
     flags = ["--mode=sample", "--config.sampling.name=again"]
     refused(
         command(images, workdir, *flags),
-        r"stage2/checkpoints/20 is damaged .ema/d/.* has 100 bytes.*moving it.*step 15",
+        r"stage2/checkpoints/20 is damaged .ema/d/.* has 100 bytes instead of .*Move it away.*step 15",
     )
     assert not (workdir / "again").exists()

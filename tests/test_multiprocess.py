@@ -138,8 +138,8 @@ def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     (first, _), (second, _) = ended(
         start_two(images, tmp_path / "two", *flags(images), devices=2)
     )  # on another mesh
-    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
-    # The first alone logs, but for the wait for it (XLA's Gloo speaks in all).
+    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: resuming from" in first
+    # Only process 0 logs, except for the wait for it (XLA's Gloo logs in all).
     assert not re.search(r"^\d\d:\d\d:\d\d (?!waiting up to)", second, re.MULTILINE)
     check_same(tmp_path / "one", tmp_path / "two")
 
@@ -285,6 +285,6 @@ def test_one_that_is_left_alone_says_so(monkeypatch, capsys):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert exit_status(work, lambda: None) == 1
     assert re.fullmatch(
-        "error: another process of this run is gone .*would do, from the last checkpoint.\n",
+        "error: another process of this run has ended .*Start all of them again; they resume .*checkpoint.\n",
         capsys.readouterr().err,
     )
