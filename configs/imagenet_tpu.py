@@ -14,19 +14,13 @@ Hardware: 16 chips of 16 GB or more (experiments/benchmarks has the compiler's f
   yet.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from . import imagenet
 
 
 def get_config() -> ConfigDict:
     """The config as an ml_collections ConfigDict."""
-    spec = importlib.util.spec_from_file_location(
-        "imagenet", Path(__file__).with_name("imagenet.py")
-    )
-    imagenet = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(imagenet)
     config = imagenet.get_config()
     with config.unlocked():
         config.parallel.data, config.parallel.fsdp = 1, -1

@@ -15,9 +15,9 @@ from PIL import Image
 from rdm_jax.config import Config, Stage, kind_of, validate
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion.pixels import from_uint8, to_uint8
+from rdm_jax.modes import run
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import cell
-from rdm_jax.run import run
 from rdm_jax.runtime.compile_cache import keep_compiled
 from rdm_jax.runtime.console import quiet_libraries, show_log
 from rdm_jax.sampling.stage_sampler import evaluations

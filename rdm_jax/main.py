@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from rdm_jax import config, run
+from rdm_jax import config, modes
 from rdm_jax.cli.command import parse_flags
 from rdm_jax.cli.config_flag import WholeNumber, define_config
 from rdm_jax.cli.exit_codes import exit_status
@@ -115,7 +115,7 @@ def _run() -> None:
     distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value)
     keep_compiled()
     show_log(quiet=not distributed.is_primary())
-    run.run(
+    modes.run(
         _CONFIG.value,
         _WORKDIR.value,
         mode=_MODE.value,

@@ -14,7 +14,7 @@ from rdm_jax.checkpoints import folders
 from rdm_jax.config import parse
 from rdm_jax.config.saved import VERSION, read_saved
 from rdm_jax.evaluation.evaluator import RESULT
-from rdm_jax.run import run
+from rdm_jax.modes import run
 from rdm_jax.training import metric_writer
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.tar.gz"))

@@ -23,7 +23,7 @@ from rdm_jax.checkpoints import store
 from rdm_jax.config import parse
 from rdm_jax.config.saved import read_saved
 from rdm_jax.main import main
-from rdm_jax.run import run as run_here
+from rdm_jax.modes import run as run_here
 from rdm_jax.runtime.errors import InputError, Interrupted
 from rdm_jax.training import metric_writer
 from tests.support.configs import LOW, tiny_config, write_images
@@ -34,7 +34,7 @@ ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
 
 
 def command(images: Path, workdir: Path, *flags: str) -> list[str]:
-    config = f"--config={ROOT}/tests/tiny.py:{images}"
+    config = f"--config={ROOT}/tests/support/configs.py:{images}"
     return [sys.executable, "-m", "rdm_jax.main", config, f"--workdir={workdir}", *flags]
 
 
@@ -202,7 +202,7 @@ def test_stopping_loses_nothing_and_goes_on_bit_equal(finished, images, tmp_path
 
 def test_a_signal_when_all_is_done_is_not_lost(images, tmp_path, monkeypatch):
     """An experiment makes many runs in one process."""
-    monkeypatch.setattr("rdm_jax.run._work", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("rdm_jax.modes._work", lambda *_: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(Interrupted):
         run_here(tiny_config(images).to_config_dict(), str(tmp_path))
 

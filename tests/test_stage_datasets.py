@@ -218,10 +218,10 @@ def test_run_update_prepares_a_changed_source_again(config, tmp_path):
     with pytest.raises(
         InputError, match="--update does not go with --mode=train. Use it with --mode=prepare"
     ):
-        run.run(values, str(tmp_path / "run"), mode="train", update=True)
+        run(values, str(tmp_path / "run"), mode="train", update=True)
     assert not (tmp_path / "run").exists()
     before = open_sets(config, [2])[2]
     (images / "a" / "000.png").unlink()
-    run.run(values, str(tmp_path / "run"), mode="prepare", update=True)
+    run(values, str(tmp_path / "run"), mode="prepare", update=True)
     after = open_sets(config, [2])[2]
     assert (len(before), len(after)) == (24, 23) and before.identity != after.identity

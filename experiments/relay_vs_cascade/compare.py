@@ -31,9 +31,9 @@ from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import define_config
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.modes import run
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import markdown
-from rdm_jax.run import run
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.ranges import parse_numbers
 from rdm_jax.sampling.stage_sampler import evaluations, stage_levels

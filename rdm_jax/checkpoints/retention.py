@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from rdm_jax.runtime.lazy import lazy_import
+
+ocp = lazy_import("orbax.checkpoint")
 
 DELETED = ".deleted"  # where steps that are not kept are moved first
 
@@ -17,8 +18,8 @@ def manager_options(
     can_resume: Callable[[int], bool],
     before_commit: Callable[[], None],
     read_only: bool,
-) -> ocp.CheckpointManagerOptions:
-    """Returns the options of a checkpoint manager.
+) -> Any:
+    """Returns the `CheckpointManagerOptions` of a checkpoint manager.
 
     Args:
       keep_newest, keep_best: how many are kept.
@@ -29,11 +30,12 @@ def manager_options(
       read_only: nothing is written or deleted.
     """
     # `BestN` on its own would delete the newest one.
-    keep = [checkpoint_managers.LatestN(keep_newest), _Imported(can_resume)]
+    managers = ocp.checkpoint_managers
+    keep = [managers.LatestN(keep_newest), _Imported(can_resume)]
     if keep_best:
-        keep.append(checkpoint_managers.BestN(get_metric_fn=merit, n=keep_best))
+        keep.append(managers.BestN(get_metric_fn=merit, n=keep_best))
     return ocp.CheckpointManagerOptions(
-        preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+        preservation_policy=managers.AnyPreservationPolicy(keep),
         # Without `best_fn` Orbax does not write the metrics to disk.
         best_fn=lambda metrics: metrics["validation_loss"],
         best_mode="min",

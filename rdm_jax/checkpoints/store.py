@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 
 from rdm_jax.checkpoints import trees
@@ -34,6 +33,9 @@ from rdm_jax.config.saved import about_now
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError, reason
+from rdm_jax.runtime.lazy import lazy_import
+
+ocp = lazy_import("orbax.checkpoint")
 
 SECONDS_TO_APPEAR = 120  # that a network file system may take to show a new folder to other hosts
 
@@ -96,7 +98,8 @@ class Checkpoints:
         # All its files have just been read: `restore` need not read them again.
         self._sound = {distributed.from_primary(-1 if sound is None else sound)}
 
-    def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    def _open(self, options: Any) -> Any:
+        """Returns Orbax's manager of the checkpoints."""
         handlers = {
             "train": ocp.PyTreeCheckpointHandler(),
             "ema": ocp.PyTreeCheckpointHandler(),
@@ -221,7 +224,7 @@ class Checkpoints:
         comparable = metrics.get("validated_on", self._validated_on) == self._validated_on
         return -metrics["validation_loss"] if comparable else -math.inf
 
-    def _save(self, step: int, args: ocp.args.Composite, about: dict[str, Any]) -> None:
+    def _save(self, step: int, args: Any, about: dict[str, Any]) -> None:
         self._saving = step
         self._validated_on = about.get("validated_on")
         metrics = {"validation_loss": rank(about), "validated_on": self._validated_on}

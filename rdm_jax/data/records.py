@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 import rdm_jax
 from rdm_jax.data.content import image_hash, total
@@ -22,10 +20,13 @@ from rdm_jax.data.manifest import MANIFEST, identity
 from rdm_jax.data.sources import Source
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.runtime.errors import BadImage, InputError
-from rdm_jax.runtime.files import atomic_write, link_or_copy, parse_json, sha256
+from rdm_jax.runtime.files import atomic_write, parse_json, sha256
+from rdm_jax.runtime.lazy import lazy_import
+
+array_record = lazy_import("array_record.python.array_record_data_source", "data")
+tfds = lazy_import("tensorflow_datasets", "data")
 
 ENCODINGS = ("png", "jpeg", "raw")
-ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Shard:
     skip_bad: bool
 
     @property
-    def features(self) -> tfds.features.FeaturesDict:
-        """The features of a record: image, name and, with classes, label."""
+    def features(self) -> Any:
+        """The features of a record (`tfds.features.FeaturesDict`): image, name and, with classes, label."""
         shape = (self.form.height, self.form.width, self.form.channels)
         if self.encoding.kind == "raw":
             image = tfds.features.Tensor(
@@ -119,7 +120,7 @@ class Shard:
         }
         with atomic_write(self.path) as partial:
             _write_records(partial, self._examples(seen))
-            if len(ArrayRecordDataSource([str(partial)])) != seen["records"]:
+            if len(array_record.ArrayRecordDataSource([str(partial)])) != seen["records"]:
                 raise OSError(f"{partial} lost records while it was written")
             about = {"bytes": partial.stat().st_size, "sha256": sha256(partial), **seen}
         with atomic_write(voucher) as partial:
@@ -180,7 +181,7 @@ class Shard:
 
 def _write_records(path: Path, examples) -> None:
     try:
-        tfds.core.ExampleWriter(file_format=ARRAY_RECORD).write(path, examples)
+        tfds.core.ExampleWriter(file_format=tfds.core.FileFormat.ARRAY_RECORD).write(path, examples)
     except RuntimeError as error:  # array_record's words for a full disk, among others.
         raise OSError(f"{path}: {error}") from error
     with path.open("rb") as file:
@@ -201,55 +202,6 @@ def _read_voucher(voucher: Path) -> dict[str, Any] | None:
         return None
 
 
-class RelayImages(tfds.core.dataset_builder.FileReaderBuilder, skip_registration=True):
-    """Makes a data set, split 'train', of shards that are there already.
-
-    Not a ShardBasedBuilder, which writes one shard after the other, and after a kill begins again
-    with the first.
-
-    Args:
-      shards: number of records, and path, of each.
-      features: of a record.
-      spec: of the source, for the description.
-      data_dir: where tensorflow-datasets is to make the data set, on the same file system.
-
-    Attributes:
-      shard_paths: what the shards are called in the data set.
-    """
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(self, shards: Sequence[tuple[int, Path]], features, spec: str, data_dir: Path):
-        self._shards, self._features, self._spec = shards, features, spec
-        super().__init__(data_dir=data_dir, file_format=ARRAY_RECORD)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        description = f"Images of {self._spec}, prepared by rdm_jax."
-        kwargs = {"description": description, "features": self._features, "disable_shuffling": True}
-        return tfds.core.DatasetInfo(builder=self, **kwargs)
-
-    @property
-    def shard_paths(self) -> list[Path]:
-        """Where the shards are, or are to be, in the data set."""
-        template, count = self._get_filename_template("train"), len(self._shards)
-        return [
-            Path(template.sharded_filepath(shard_index=i, num_shards=count)) for i in range(count)
-        ]
-
-    def _download_and_prepare(self, dl_manager, download_config=None) -> None:
-        for (_, path), name in zip(self._shards, self.shard_paths, strict=True):
-            link_or_copy(path, name)
-        lengths, size = (
-            [records for records, _ in self._shards],
-            sum(path.stat().st_size for _, path in self._shards),
-        )
-        template = self._get_filename_template("train")
-        split = tfds.core.SplitInfo(
-            name="train", shard_lengths=lengths, num_bytes=size, filename_template=template
-        )
-        self.info.set_splits(tfds.core.SplitDict([split]))
-
-
 class RecordReader(Sequence):
     """Random access to the split 'train' of a data set in array_record files; it can be sent to
     another process.
@@ -264,7 +216,7 @@ class RecordReader(Sequence):
         self.features, split = builder.info.features, builder.info.splits["train"]
         self.declared, self._records = (
             split.num_examples,
-            ArrayRecordDataSource([str(file) for file in split.filepaths]),
+            array_record.ArrayRecordDataSource([str(file) for file in split.filepaths]),
         )
         self.image_shape = tuple(self.features["image"].shape)
         # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns

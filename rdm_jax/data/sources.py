@@ -11,10 +11,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 
-from rdm_jax.data import archives, readers
+from rdm_jax.data import archives, emoji, readers
 from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, wrapper
 from rdm_jax.data.images import ImageSpec, fit, to_uint8
 from rdm_jax.data.labels_file import by_labels_file
@@ -23,12 +22,13 @@ from rdm_jax.data.listing import LABELS_FILE, Listing, folders_of, is_meant_as_i
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
+from rdm_jax.runtime.lazy import lazy_import
 
-SKIN_TONES = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
+tfds = lazy_import("tensorflow_datasets", "data")
+
 LABEL_BYTES = (
     4096  # of a labels file, an image, at the most: a path and a number, or a one-hot list
 )
-_GET_EMOJI = "`npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz`, then emoji:package/assets"
 FILE_KINDS = ("folder", "zip", "tar", "emoji")
 SPECS = (
     "'digits'",
@@ -162,7 +162,7 @@ def open_source(
       InputError: the source is unknown, missing, empty, or holds something that is no image.
     """
     kind, _, path = spec.partition(":")
-    if skin_tones not in (("mark", "drop") if kind == "emoji" else ("",)):
+    if skin_tones not in (emoji.RULES if kind == "emoji" else ("",)):
         wanted = "'mark' or 'drop'" if kind == "emoji" else "''"
         raise InputError(
             f"skin_tones={skin_tones!r} does not go with the source {spec!r}; {wanted} would do."
@@ -244,8 +244,8 @@ def same_source(spec: str, other: str) -> bool:
 
 
 def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
-    if kind == "emoji" and not os.path.isdir(path):
-        raise InputError(f"the folder {path} of emoji is not there; {_GET_EMOJI}, would do.")
+    if kind == "emoji":
+        emoji.check_folder(path)
     place, inner = _archive_about(path)
     reader = _reader(kind, place)
     names, unusable = reader.names()
@@ -257,7 +257,7 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
     listing = sort_out(names, reader.head, str(path))
     listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
-        return _emoji(listed, path, skin_tones)
+        return emoji.by_skin_tone(listed, path, skin_tones)
     labels_file = _labels_file(listing, path) if classes == "auto" else ""
     if not labels_file:
         if listing.labels_files:
@@ -384,22 +384,6 @@ def _labelled(source: Source, found: Labelled) -> Source:
         skipped={**source.skipped, **found.skipped},
         lost=(*source.lost, *found.lost),
     )
-
-
-def _emoji(source: Source, root: Path, skin_tones: str) -> Source:
-    for name in source.names:
-        if not re.fullmatch(r"[0-9a-f]+([-_][0-9a-f]+)*\.\w+", name):
-            raise InputError(
-                f"{root / name} is not named by code points, as 1f44d-1f3fb.webp is; {_GET_EMOJI}, would do."
-            )
-    tones = [re.search("1f3f([b-f])", name) for name in source.names]
-    labels = [" bcdef".index(tone[1]) if tone else 0 for tone in tones]
-    if skin_tones == "mark":
-        return dataclasses.replace(source, class_names=SKIN_TONES, labels=labels)
-    kept = source.part([i for i, label in enumerate(labels) if not label])
-    if not len(kept):
-        raise InputError(f"skin_tones='drop' leaves nothing of {root}; 'mark' would do.")
-    return dataclasses.replace(kept, skipped=source.skipped)
 
 
 def _tfds(name: str, split: str = "train") -> Source:

@@ -5,16 +5,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import tensorflow_datasets as tfds
+from typing import Any
 
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.lazy import lazy_import
+
+tfds = lazy_import("tensorflow_datasets", "data")
 
 OWN_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.[a-z0-9_.]+\.[A-Za-z0-9_]+")
 
 
-def open_directory(directory: Path) -> tfds.core.DatasetBuilder:
-    """The data set in a directory, of the library's own kinds of features, in files of that
+def open_directory(directory: Path) -> Any:
+    """The data set (`tfds.core.DatasetBuilder`) in a directory, of the library's own kinds of features, in files of that
     directory.
 
     `tfds.builder_from_directory` alone imports, and so runs, whatever module a data set names as
@@ -47,7 +49,7 @@ def _own_features_alone(directory: Path) -> Iterator[None]:
     connector = tfds.features.FeatureConnector
     found, resolve = vars(connector)["cls_from_name"], connector.cls_from_name
 
-    def checked(name: str) -> type[tfds.features.FeatureConnector]:
+    def checked(name: str) -> Any:
         if not OWN_FEATURE.fullmatch(name):
             would_do = "a data set with features of tensorflow-datasets alone"
             raise InputError(

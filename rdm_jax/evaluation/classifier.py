@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
-from safetensors.numpy import save
 
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
@@ -23,7 +21,11 @@ from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, parse_json
+from rdm_jax.runtime.lazy import lazy_import
 from rdm_jax.runtime.random_streams import root_key
+
+safetensors = lazy_import("safetensors", "weights")
+safetensors_numpy = lazy_import("safetensors.numpy", "weights")
 
 FEATURES, WIDTHS = 64, (32, 64, 64)
 IMAGES_SHOWN, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 40_000, 100, 2e-3, 0.01
@@ -189,7 +191,9 @@ def _write(
         "accuracy": _accuracy(graph, params, held_out) if held_out else None,
     }
     with atomic_write(path) as partial:
-        partial.write_bytes(save(_named(params), metadata={"about": json.dumps(about)}))
+        partial.write_bytes(
+            safetensors_numpy.save(_named(params), metadata={"about": json.dumps(about)})
+        )
 
 
 def _accuracy(graph: Any, params: Any, images: ImageSet) -> float:

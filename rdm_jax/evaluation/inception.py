@@ -19,10 +19,11 @@ import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.interop.torch_files import open_state_dict
-from rdm_jax.interop.torch_tensors import Tensor
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import cache_folder, sha256
+from rdm_jax.runtime.lazy import lazy_import
+
+torch_files = lazy_import("rdm_jax.interop.torch_files")
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -312,7 +313,7 @@ def load(path: Path, sha256: str = SHA256) -> tuple[Params, str]:
         raise InputError(
             f"{path} cannot be used (its SHA-256 begins with {digest[:8]}, not {sha256[:8]}); {_published(path)}"
         )
-    with open_state_dict(path) as tensors:
+    with torch_files.open_state_dict(path) as tensors:
         _check(tensors, path)
 
         def read(name: str) -> np.ndarray:
@@ -358,7 +359,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check(tensors: dict[str, Tensor], path: Path) -> None:
+def _check(tensors: dict[str, Any], path: Path) -> None:
     """Refuses a file of another network, before anything large is read. How many batches a layer
     has seen does not matter."""
     wanted = _shapes()

@@ -11,6 +11,9 @@ from rdm_jax.render.tables import METRICS, PUBLISHED, cell, markdown, result_tab
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, is_aside
+from rdm_jax.runtime.lazy import lazy_import
+
+matplotlib_figure = lazy_import("matplotlib.figure", "plots")
 
 PAGE = "report.md"
 
@@ -153,10 +156,6 @@ def _over_training(stage: Path) -> dict[int, dict[str, float]]:
 
 def _draw(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     """A panel a metric, a curve a stage."""
-    from matplotlib.figure import (
-        Figure,  # Here, because it takes a second, and most commands draw nothing.
-    )
-
     found = [
         name
         for name in METRICS
@@ -165,7 +164,7 @@ def _draw(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     found = [name for name in found if name != "kid_standard_error"]
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+    figure = matplotlib_figure.Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, name in zip(panels, found, strict=False):
         for title, points in curves.items():

@@ -12,18 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import safetensors
-from safetensors.numpy import save_file
 
 from rdm_jax.checkpoints import folders, store
 from rdm_jax.config import Config, Stage, to_dict
 from rdm_jax.config.saved import VERSION
 from rdm_jax.interop import pytorch_names
-from rdm_jax.interop.torch_files import open_torch
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.files import atomic_write, parse_json, sha256
+from rdm_jax.runtime.lazy import lazy_import
+
+torch_files = lazy_import("rdm_jax.interop.torch_files")
+safetensors = lazy_import("safetensors", "weights")
+safetensors_numpy = lazy_import("safetensors.numpy", "weights")
 
 FLOATS = (
     "F64",
@@ -60,7 +62,7 @@ def open_weights(path: Path) -> Iterator[Weights]:
         with _open_safetensors(path) as weights:
             yield weights
         return
-    with open_torch(path) as found:
+    with torch_files.open_torch(path) as found:
         shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
         yield Weights(
             found.class_name, found.settings, shapes, lambda name: found.tensors[name].read()
@@ -94,7 +96,7 @@ def _open_safetensors(path: Path) -> Iterator[Weights]:
         )
 
 
-def _read_safetensor(file: safetensors.safe_open, name: str, path: Path) -> np.ndarray:
+def _read_safetensor(file: Any, name: str, path: Path) -> np.ndarray:
     dtype = file.get_slice(name).get_dtype()
     if dtype not in FLOATS:
         raise InputError(
@@ -313,7 +315,7 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
         )
     with atomic_write(path) as partial:
         try:
-            save_file(
+            safetensors_numpy.save_file(
                 tensors,
                 partial,
                 metadata={"class_name": class_name, "settings": json.dumps(settings)},

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from rdm_jax.runtime.files import atomic_write
+from rdm_jax.runtime.lazy import lazy_import
+
+matplotlib_figure = lazy_import("matplotlib.figure", "plots")
 
 
 def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
@@ -13,11 +16,7 @@ def draw_losses(lines: list[dict[str, Any]], path: Path) -> None:
       lines: of a `metrics.jsonl`.
       path: the file to write; the name of its folder is the title.
     """
-    from matplotlib.figure import (
-        Figure,  # Here, because it takes a second, and most commands draw nothing.
-    )
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = matplotlib_figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, style in (("loss", "-"), ("validation_loss", "o-")):
         points = [

@@ -40,6 +40,17 @@ def import_jax() -> None:
         ) from error
 
 
+def quiet_libtpu() -> None:
+    """Keeps libtpu from logging that this machine has no TPU, where it has none.
+
+    JAX looks for TPUs wherever libtpu is installed. It sets TPU_SKIP_MDS_QUERY where it finds no
+    chips; libtpu then logs six lines about two variables that are not set.
+    """
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
 def backend_error(error: BaseException) -> InputError | None:
     """Returns what to tell the user if JAX has not found the requested devices, else None."""
     if isinstance(error, RuntimeError) and str(error).startswith(NO_BACKEND):

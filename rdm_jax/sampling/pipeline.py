@@ -1,5 +1,6 @@
 """The relay itself: the stages run one after the other."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 from rdm_jax.checkpoints import folders, store
 from rdm_jax.config import Config, to_dict, validate
+from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.data.postprocess import postprocess
 from rdm_jax.diffusion.pixels import from_uint8, to_uint8
@@ -225,3 +227,17 @@ def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, 
                 raise InputError(
                     f"{name}={now!r}, but checkpoint {path} is of another network ({was!r}); {was!r} would do."
                 )
+
+
+def load(workdir: str | os.PathLike, **overrides: Any) -> RelayPipeline:
+    """The trained stages of a run.
+
+    Args:
+      workdir: of the run.
+      overrides: other values of its config, as for `load_config`:
+        `load("runs/digits", sampling={"labels": "3"}, stage1={"guidance": 1.5})`.
+
+    Raises:
+      InputError: as `load_config` and `RelayPipeline` do.
+    """
+    return RelayPipeline(load_config(os.fspath(workdir), **overrides), Path(workdir))

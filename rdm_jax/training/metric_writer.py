@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
-
 from rdm_jax.render.curves import draw_losses
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.files import atomic_write, log_write_errors, parse_json
+from rdm_jax.runtime.lazy import is_installed, lazy_import
+
+event_file = lazy_import("tensorboardX.event_file_writer", "tensorboard")
+protocol = lazy_import("tensorboardX.proto.event_pb2", "tensorboard")
+summary = lazy_import("tensorboardX.summary", "tensorboard")
 
 SECONDS_BETWEEN_CURVES = 60
 
@@ -85,30 +86,37 @@ class _Events:
     def __init__(self, directory: Path, step: int):
         self.directory = directory
         self._step = step
-        self._writer: EventsWriter | None = None
+        self._writer: Any = None
         self._files = 0
+        self._installed = is_installed("tensorboardX", "tensorboard", f"{directory} is not written")
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """Raises OSError; the next events then start another file."""
+        if not self._installed:
+            return
         try:
             self._writer = self._writer or self._open()
             for name, value in values.items():
                 self._writer.write_event(
-                    Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                    protocol.Event(
+                        wall_time=time.time(), step=step, summary=summary.scalar(name, value)
+                    )
                 )
             self._writer.flush()
         except OSError:
             self._writer = None
             raise
 
-    def _open(self) -> EventsWriter:
+    def _open(self) -> Any:
         self._files += 1
         self.directory.mkdir(exist_ok=True)
-        writer = EventsWriter(str(self.directory / "events"), f".{os.getpid()}.{self._files}")
+        writer = event_file.EventsWriter(
+            str(self.directory / "events"), f".{os.getpid()}.{self._files}"
+        )
         if self._step:  # hides the events of an interrupted run beyond it
-            started = SessionLog(status=SessionLog.START)
+            started = protocol.SessionLog(status=protocol.SessionLog.START)
             writer.write_event(
-                Event(wall_time=time.time(), step=self._step + 1, session_log=started)
+                protocol.Event(wall_time=time.time(), step=self._step + 1, session_log=started)
             )
         return writer
 
@@ -152,10 +160,13 @@ class Curves:
     def __init__(self, directory: Path):
         self._directory = directory
         self._due = time.monotonic() + SECONDS_BETWEEN_CURVES
+        self._installed = is_installed(
+            "matplotlib", "plots", f"{directory / 'loss.png'} is not drawn"
+        )
 
     def draw(self, last: bool) -> None:
         """Draws the plot if a minute has passed, or if it is the last one."""
-        if last or time.monotonic() >= self._due:
+        if self._installed and (last or time.monotonic() >= self._due):
             with log_write_errors(self._directory / "loss.png"):
                 draw_losses(read(self._directory / "metrics.jsonl"), self._directory / "loss.png")
             self._due = time.monotonic() + SECONDS_BETWEEN_CURVES

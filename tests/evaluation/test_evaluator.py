@@ -16,7 +16,7 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation import classifier, evaluator
 from rdm_jax.evaluation.evaluator import read_result
 from rdm_jax.evaluation.generated import StageStream
-from rdm_jax.run import run
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError, Interrupted
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling.pipeline import RelayPipeline

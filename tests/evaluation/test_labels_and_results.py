@@ -9,7 +9,7 @@ from rdm_jax.data.classes import Classes
 from rdm_jax.evaluation.evaluator import read_result
 from rdm_jax.evaluation.image_streams import SetStream, labels_by_name
 from rdm_jax.evaluation.report import write_report
-from rdm_jax.run import run
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from tests.support.configs import write_images
 from tests.support.small_evaluation import SPACE, config_of, measured, parts_of

@@ -2,7 +2,6 @@
 runs."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,8 @@ from PIL import Image
 from experiments import common
 from experiments.ablations.variants import GROUPS, unguided
 from experiments.relay_vs_cascade.variants import ORDERS, points, variants
-from rdm_jax.config import Config, parse, validate
+from rdm_jax.config import Config, validate
+from rdm_jax.config.load import load_config
 from rdm_jax.data.sources import open_source
 from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
 from rdm_jax.evaluation import inception
@@ -39,10 +39,7 @@ CHAINS = {
 
 
 def config_of(path: str, *arguments: str) -> Config:
-    spec = importlib.util.spec_from_file_location("a_config", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return parse(module.get_config(*arguments))
+    return load_config(":".join([str(ROOT / path), *arguments]))
 
 
 def test_the_methods_are_compared_on_equal_terms():

@@ -247,7 +247,7 @@ def test_installing_on_colab_keeps_its_jax(tmp_path, monkeypatch):
         calls.append(command)
         if command[0] == "git":
             (Path(command[-1]) / "rdm_jax").mkdir(parents=True)
-            (Path(command[-1]) / "rdm_jax" / "run.py").touch()
+            (Path(command[-1]) / "rdm_jax" / "main.py").touch()
             (Path(command[-1]) / "requirements.txt").write_text(
                 (ROOT / "requirements.txt").read_text()
             )

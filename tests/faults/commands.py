@@ -46,7 +46,7 @@ def environment(devices: int = 1, **others: str) -> dict[str, str]:
 def command(images: Path, workdir: Path, *flags: str, broken: str = "") -> list[str]:
     """Of a run of tests/support/configs.py; `broken` names a fault of tests/faults/broken.py."""
     program = ["tests.faults.broken", broken] if broken else ["rdm_jax.main"]
-    config = f"--config={ROOT}/tests/tiny.py:{images}"
+    config = f"--config={ROOT}/tests/support/configs.py:{images}"
     return [sys.executable, "-m", *program, config, f"--workdir={workdir}", *NO_PICTURES, *flags]
 
 

@@ -23,7 +23,7 @@ from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.interop import import_export, pytorch_names
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.song import Song
-from rdm_jax.run import run
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.low_images import LowImages
 from tests.support.configs import write_images
@@ -479,7 +479,7 @@ def test_export_to_a_full_disk_is_the_disks_fault(imported, tmp_path, monkeypatc
             "Error while serializing: I/O error: No space left on device (os error 28)"
         )
 
-    monkeypatch.setattr(import_export, "save_file", full)
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
     with pytest.raises(OSError, match="No space left on device.*x.safetensors"):
         run(
             values_of(config),

@@ -8,7 +8,7 @@ from rdm_jax.config import Config, Stage, parse
 from rdm_jax.config.saved import read_saved
 from rdm_jax.diffusion.processes import Relay
 from rdm_jax.interop.import_export import fit_resolutions
-from rdm_jax.run import run
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from tests.support.torch_stages import CLASSES, config_for, settings_for, tensors_of, values_of
 from tests.support.torch_standins import write_pkl

@@ -1,5 +1,6 @@
 """Environment variables that JAX or XLA cannot use: named, with exit status 2."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -69,3 +70,17 @@ def test_exit_status_of_missing_platform_has_no_traceback(monkeypatch, capsys):
         r"error: JAX_PLATFORMS='mars' cannot be used .*\. Set JAX_PLATFORMS=cpu or unset it\.\n",
         capsys.readouterr().err,
     )
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or os.path.exists("/dev/accel0"),
+    reason="needs libtpu on a machine without a TPU",
+)
+def test_libtpu_does_not_log_that_there_is_no_tpu():
+    script = "import jax, rdm_jax.cli.exit_codes as e; e.exit_status(jax.devices, lambda: None)"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 0
+    assert "TPU_" not in done.stderr and "WARNING" not in done.stderr

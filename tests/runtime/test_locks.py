@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from rdm_jax.run import run
+from rdm_jax.modes import run
 from rdm_jax.runtime import locks
 from tests.support.configs import tiny_config
 

@@ -11,7 +11,7 @@ from PIL import Image
 from rdm_jax.data.classes import Classes, matched
 from rdm_jax.data.sources import open_source
 from rdm_jax.evaluation.image_streams import NpzStream
-from rdm_jax.run import run
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError, Interrupted
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import write_samples

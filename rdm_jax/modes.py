@@ -4,8 +4,9 @@
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -35,8 +36,8 @@ from rdm_jax.workdir import Workdir
 
 
 def run(
-    values: ConfigDict,
-    workdir: str,
+    values: Config | ConfigDict | dict[str, Any],
+    workdir: str | os.PathLike,
     *,
     mode: str = "all",
     stage: int | None = None,
@@ -52,7 +53,7 @@ def run(
     left to the caller.
 
     Args:
-      values: what a config file returns.
+      values: a config, or what a config file returns.
       workdir: folder of the run; created unless the mode needs an existing run.
       mode: one of `cli.run_flags.MODES`.
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.

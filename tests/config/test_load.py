@@ -1,0 +1,182 @@
+"""What --config and `load_config` take: files, packaged configs by name, a run's folder."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from rdm_jax.config import Config, parse, to_dict
+from rdm_jax.config.load import load, load_config, packaged
+from rdm_jax.runtime.errors import InputError
+from tests.support.paths import ROOT
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a run, with its config.json alone."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(to_dict(Config(seed=7))))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["{0}", "{0}/config.json", "{1}/configs/saved.py:{0}", "{1}/configs/saved.py:{0}/config.json"],
+)
+def test_a_saved_config_is_found(saved, form):
+    assert parse(load(form.format(saved, ROOT))) == Config(seed=7)
+
+
+def test_whole_numbers_in_json_may_have_a_fraction_of_zero(saved):
+    values = to_dict(Config())
+    values["stage1"]["training"]["images"], values["stage1"]["resolution"] = 2e6, [64.0, 64.0]
+    (saved / "config.json").write_text(json.dumps(values))
+    first = parse(load(str(saved))).stages[0]
+    assert (
+        first.training.images == 2_000_000
+        and type(first.training.images) is int
+        and first.resolution == (64, 64)
+    )
+    values["stage1"]["training"]["images"] = 2.5
+    (saved / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        InputError, match="config.stage1.training.images=2.5 is no int; a whole number would do"
+    ):
+        load(str(saved))
+
+
+def test_warnings_as_errors_are_no_fault_of_a_config(tmp_path):
+    """`python -W error`: what the library warns of passes, what a config warns of surfaces as the
+    warning that it is."""
+    (tmp_path / "old.py").write_text(
+        "import warnings\ndef get_config(): warnings.warn('old', DeprecationWarning)"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse(load(str(ROOT / "configs/digits.py")))
+        with pytest.raises(DeprecationWarning, match="old"):
+            load(str(tmp_path / "old.py"))
+
+
+def test_a_config_or_a_plain_dict_may_be_returned(tmp_path):
+    (tmp_path / "x.py").write_text(
+        "from rdm_jax.config import Config, to_dict\nget_config = lambda plain='': eval(plain or 'Config()')"
+    )
+    assert (
+        parse(load(str(tmp_path / "x.py")))
+        == parse(load(f"{tmp_path}/x.py:to_dict(Config())"))
+        == Config()
+    )
+
+
+UNUSABLE = {
+    "syntax": ("def get_config(:\n", "fails (*x.py, line 1: SyntaxError: invalid syntax)"),
+    "encoding": (b"x = '\xff'\n", "fails (*x.py*SyntaxError*utf-8*"),
+    "import": (
+        "def get_config():\n    import nothing_here\n",
+        "fails (*x.py, line 2: ModuleNotFoundError: *nothing_here*",
+    ),
+    "no function": ("x = 1\n", "x.py has no function get_config. Add one. Return*"),
+    "nothing returned": ("def get_config():\n    pass\n", "get_config returns NoneType. Return*"),
+    "argument": ("def get_config(x):\n    pass\n", "x.py takes an argument. Use *x.py:ARGUMENT*"),
+    "type": ("def get_config():\n    len(3)\n", "fails (*x.py, line 2: TypeError: object of type*"),
+    "refused": (
+        "from rdm_jax.runtime.errors import InputError\ndef get_config():\n    raise InputError('no', 'Yes.')",
+        "no. Yes.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_config_file_that_cannot_be_used_is_refused(tmp_path, case):
+    content, says = UNUSABLE[case]
+    (tmp_path / "x.py").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=re.escape(says).replace(r"\*", ".*")) as refusal:
+        load(str(tmp_path / "x.py"))
+    assert refusal.value.fix.endswith(".") and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("", "--config='' names no config"),
+        ("gs://bucket/config.json", "is a URL"),
+        (f"{ROOT}/configs/saved.py:gs://bucket/run", "is a URL"),
+        (f"{ROOT}/configs/digts.py", "digts.py does not exist. Use .*/configs/digits.py."),
+        (f"{ROOT}/configs", "is a folder without a config.json"),
+        (
+            f"{ROOT}/configs/digits.py:tiny",
+            "digits.py takes no argument. Use .*digits.py.",
+        ),
+        (f"{ROOT}/configs/saved.py:/nowhere", "/nowhere cannot be read as a config"),
+        ("/nowhere.json", "/nowhere.json cannot be read as a config"),
+    ],
+)
+def test_config_that_is_not_there_is_refused(given, says):
+    with pytest.raises(InputError, match=says):
+        load(given)
+
+
+@pytest.mark.parametrize("name", [name for name in packaged() if name != "saved"])
+def test_packaged_configs_are_found_by_name(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    assert load(name) == load(str(ROOT / "configs" / f"{name}.py"))
+
+
+def test_a_packaged_config_takes_an_argument(monkeypatch, tmp_path, saved):
+    monkeypatch.chdir(tmp_path)
+    assert parse(load(f"saved:{saved}")) == Config(seed=7)
+    assert load("emoji:tiny") == load(f"{ROOT}/configs/emoji.py:tiny")
+
+
+def test_a_run_or_a_file_is_preferred_to_a_packaged_config(monkeypatch, tmp_path, saved):
+    monkeypatch.chdir(tmp_path)
+    digits = load("digits")
+    Path("digits").mkdir()
+    assert load("digits") == digits  # a folder without a config
+    saved.joinpath("config.json").rename("digits/config.json")
+    assert parse(load("digits")) == Config(seed=7)
+    Path("emoji").write_text(
+        "from rdm_jax.config import Config\nget_config = lambda: Config(seed=8)"
+    )
+    assert parse(load("emoji")) == Config(seed=8)
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("digts", "Use digits."),
+        ("configs/digits.py", "Use digits."),
+        ("none_of_them", f"Use a config file, a run's folder, or one of {', '.join(packaged())}."),
+    ],
+)
+def test_an_unknown_name_is_refused_with_those_that_exist(monkeypatch, tmp_path, given, fix):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--config={given!r}: {given} does not exist") as refusal:
+        load(given)
+    assert refusal.value.fix == fix
+
+
+def test_config_files_import_their_neighbours(tmp_path):
+    for folder, seed in (("a", 1), ("b", 2)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "other.py").write_text(f"seed = {seed}")
+        (tmp_path / folder / "mine.py").write_text(
+            "from rdm_jax.config import Config\n"
+            "from . import other\n"
+            "get_config = lambda: Config(seed=other.seed)"
+        )
+    seeds = [load(str(tmp_path / folder / "mine.py")).seed for folder in "aba"]
+    assert seeds == [1, 2, 1]
+
+
+def test_load_config_overrides_fields():
+    config = load_config("digits", seed=3, stage2={"sampler": {"steps": 8}})
+    usual = load_config("digits")
+    assert config.seed == 3 and config.stages[0] == usual.stages[0]
+    assert config.stages[1].sampler.steps == 8
+    assert config.stages[1].sampler.rho == usual.stages[1].sampler.rho
+    with pytest.raises(InputError, match=r"config.stage1.guidence=2 is not a field"):
+        load_config("digits", stage1={"guidence": 2})

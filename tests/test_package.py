@@ -1,0 +1,121 @@
+"""The package: what is imported when, its dependencies, its public names, its one address."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import rdm_jax
+from rdm_jax.config import Config
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.lazy import lazy_import
+from tests.support.paths import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# Libraries that take long to import, or that an extra installs.
+LATE = ("array_record", "grain", "matplotlib", "mlxtend", "orbax", "safetensors", "tensorboardX")
+LATE += ("tensorflow_datasets",)
+
+IMPORTS = """
+import json, sys
+loaded = {}
+for name in ("rdm_jax", "rdm_jax.modes", "rdm_jax.main"):
+    __import__(name)
+    loaded[name] = sorted(sys.modules)
+print(json.dumps(loaded))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The modules that a fresh process has, after each of three imports."""
+    command = [sys.executable, "-c", IMPORTS]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {name: set(modules) for name, modules in json.loads(output).items()}
+
+
+def test_the_package_imports_nothing_but_itself(loaded):
+    ours = {name for name in loaded["rdm_jax"] if name.partition(".")[0] == "rdm_jax"}
+    assert ours == {"rdm_jax"}
+    assert not loaded["rdm_jax"] & {"jax", "flax", "numpy", "absl", "ml_collections", *LATE}
+
+
+@pytest.mark.parametrize("name", ["rdm_jax.modes", "rdm_jax.main"])
+def test_optional_and_slow_libraries_are_imported_at_their_first_use(loaded, name):
+    assert {"jax", "flax"} <= loaded[name]
+    assert not loaded[name] & set(LATE)
+    assert not [module for module in loaded[name] if re.search(r"interop\.(torch|inert)", module)]
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    safetensors = lazy_import("safetensors", "weights")
+    with pytest.raises(InputError, match="the package safetensors is not installed") as refusal:
+        safetensors.safe_open("weights.safetensors")
+    assert refusal.value.fix == "Run pip install 'rdm_jax[weights]'."
+
+
+def test_a_missing_module_of_our_own_is_no_missing_library():
+    with pytest.raises(ModuleNotFoundError, match="rdm_jax.nowhere"):
+        _ = lazy_import("rdm_jax.nowhere", "weights").anything
+
+
+def test_public_names_are_importable():
+    assert set(rdm_jax.__all__) <= set(dir(rdm_jax))
+    assert all(getattr(rdm_jax, name) is not None for name in rdm_jax.__all__)
+    assert rdm_jax.Config is Config and callable(rdm_jax.run)
+    with pytest.raises(AttributeError, match="module 'rdm_jax' has no attribute 'sample'"):
+        _ = rdm_jax.sample
+
+
+def requirements(name: str) -> set[str]:
+    """The lines of a requirements file, spelt as in pyproject.toml."""
+    lines = (ROOT / name).read_text().splitlines()
+    return {line.replace('"', "'") for line in lines if line[:1] not in ("", "#", "-")}
+
+
+def extras(*names: str) -> set[str]:
+    """The requirements of extras, and of those that they name."""
+    found = set()
+    for requirement in [requirement for name in names for requirement in EXTRAS[name]]:
+        inner = re.fullmatch(r"rdm_jax\[(.*)\]", requirement)
+        found |= extras(*inner[1].split(",")) if inner else {requirement}
+    return found
+
+
+def test_requirements_files_are_the_packages_dependencies():
+    everything = {*PROJECT["dependencies"], *extras("all")}
+    assert requirements("requirements.txt") == everything
+    assert requirements("requirements-dev.txt") == extras("dev") - everything
+
+
+def test_oldest_versions_are_the_lower_bounds():
+    """What .ci/oldest.txt pins is what pyproject.toml promises to work with."""
+    pins = dict(re.findall(r"(?m)^(\S+?)==(\S+)$", (ROOT / ".ci/oldest.txt").read_text()))
+    bounds = dict(
+        re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups()
+        for line in {*PROJECT["dependencies"], *extras("all"), "chex>=0.1.90"}
+    )
+    assert {"jax", "flax", "grain", "optax", "orbax-checkpoint"} <= pins.keys() & bounds.keys()
+    assert {name: pins[name] for name in pins.keys() & bounds.keys()} == {
+        name: bounds[name] for name in pins.keys() & bounds.keys()
+    }
+
+
+def test_the_repository_has_one_address():
+    address = PROJECT["urls"]["Repository"]
+    owner_and_name = address.removeprefix("https://github.com/")
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]
+    for each in hook["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        assert f"]({address}/" in each["replacement"]
+    for path in sorted((ROOT / "experiments/notebooks").iterdir()):
+        text = path.read_text()
+        assert set(re.findall(r"colab\.research\.google\.com/github/([^/]+/[^/]+)/", text)) <= {
+            owner_and_name
+        }
+        if path.suffix == ".ipynb":
+            assert f'REPOSITORY = \\"{address}\\"' in text
