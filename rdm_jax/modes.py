@@ -1,7 +1,6 @@
 """A run from config to samples, part by part; what `main` does, for notebooks too."""
 
 import contextlib
-import dataclasses
 import functools
 import os
 import time
@@ -252,7 +251,7 @@ def _is_evaluated(config: Config, mode: str, training: list[int]) -> bool:
         raise InputError(
             "config.evaluation.features='none' with --mode=evaluate; 'inception' or 'classifier' would do."
         )
-    during_training = any(config.stages[number - 1].training.evaluate_every for number in training)
+    during_training = any(config.stage(number).training.evaluate_every for number in training)
     return features != "none" and (mode in ("all", "evaluate") or during_training)
 
 
@@ -285,14 +284,16 @@ def _with_imported(config: Config, workdir: Path) -> Config:
     path = workdir / "config.json"
     if not path.exists():
         return config
-    imported, stages = configs.parse(saved.read_saved(path)), list(config.stages)
+    imported = configs.parse(saved.read_saved(path))
     for number in [n for n in _imported(config, workdir) if n <= len(imported.stages)]:
-        kept = {
-            field: getattr(imported.stages[number - 1], field)
-            for field in ("resolution", "network", "precondition")
-        }
-        stages[number - 1] = dataclasses.replace(stages[number - 1], **kept)
-    return dataclasses.replace(config, stages=tuple(stages))
+        stage = imported.stage(number)
+        config = config.with_stage(
+            number,
+            resolution=stage.resolution,
+            network=stage.network,
+            precondition=stage.precondition,
+        )
+    return config
 
 
 def _imported(config: Config, workdir: Path) -> list[int]:

@@ -37,7 +37,7 @@ def open_sets(
         classes.
     """
     last, sets = len(config.stages), {}
-    for number in sorted({n if config.stages[n - 1].source else last for n in numbers}):
+    for number in sorted({n if config.stage(n).source else last for n in numbers}):
         try:
             options = {
                 "skip_bad": skip_bad,
@@ -65,16 +65,14 @@ def open_sets(
     for number, images in sets.items():
         others = sets.get(last, images).class_names
         if images.class_names != others:
-            path = f"config.stage{number}.source={config.stages[number - 1].source!r}"
+            path = f"config.stage{number}.source={config.stage(number).source!r}"
             kinds = (
                 f"{Classes(images.class_names)} and not, like config.data.source, {Classes(others)}"
             )
             raise InputError(
                 f"{path} has the classes {kinds}; the same in the same order would do."
             )
-    return {
-        n: sets[n] if n in sets and config.stages[n - 1].source else sets[last] for n in numbers
-    }
+    return {n: sets[n] if n in sets and config.stage(n).source else sets[last] for n in numbers}
 
 
 def _written_to(config: Config, workdir: Path | None) -> list[Path]:
@@ -111,7 +109,7 @@ def _open(
     update: bool,
     check_stop: Callable[[], None],
 ) -> ImageSet:
-    data, stage = config.data, config.stages[number - 1]
+    data, stage = config.data, config.stage(number)
     field, spec = (
         (f"config.stage{number}.source", stage.source)
         if stage.source

@@ -82,7 +82,7 @@ class Trainer:
         held_out: ImageSet | None = None,
         allow_changes: Sequence[str] = (),
     ):
-        self.name, self.stage = f"stage{number}", config.stages[number - 1]
+        self.name, self.stage = f"stage{number}", config.stage(number)
         self.training, self.source, self.directory = self.stage.training, source, directory
         self._key = lambda stream: random_streams.stream_key(config.seed, number - 1, stream)
         self.mesh, self._mode = (
