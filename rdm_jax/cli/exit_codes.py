@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import tolerate_closed_streams
-from rdm_jax.runtime.environment import backend_error, quiet_libtpu
+from rdm_jax.runtime.environment import backend_error
 from rdm_jax.runtime.errors import Diverged, InputError, Interrupted, reason
 
 
@@ -22,7 +22,6 @@ def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> 
       0; 1 if it diverged or another process is gone, 2 for what cannot be used, 130 and 143 if
       Ctrl-C or SIGTERM stopped it.
     """
-    quiet_libtpu()
     with tolerate_closed_streams():
         return _exit_status(work, workdir)
 
