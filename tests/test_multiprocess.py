@@ -139,8 +139,8 @@ def test_two_processes_stop_resume_and_equal_one(classified, tmp_path):
     (first, _), (second, _) = ended(
         start_two(classified, tmp_path / "two", *flags(classified), devices=2)
     )  # on another mesh
-    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
-    # The first alone logs, but for the wait for it (XLA's Gloo speaks in all).
+    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: resuming from" in first
+    # Only process 0 logs, except for the wait for it (XLA's Gloo logs in all).
     assert not re.search(r"^\d\d:\d\d:\d\d (?!waiting up to)", second, re.MULTILINE)
     check_same(tmp_path / "one", tmp_path / "two")
 
@@ -156,8 +156,14 @@ def test_refusal_of_one_process_ends_all(classified, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given",
-    [("host", 2, 0), ("host:1", None, 0), ("host:1", 2, None), ("", 2, 0), ("none", None, 1)],
+    ("flags", "says"),
+    [
+        (("host", 2, 0), "--coordinator='host' is not a host with a port. Use host:port"),
+        (("host:1", None, 0), "do not go together: .* Pass --processes and --process too"),
+        (("host:1", 2, None), "do not go together: .* Pass --processes and --process too"),
+        (("", 2, 0), "do not go together: .* Pass --coordinator=host:port"),
+        (("none", None, 1), "do not go together: .* Pass --coordinator=host:port"),
+    ],
 )
 def test_join_refuses_flags_that_do_not_go_together(given):
     with pytest.raises(InputError, match="do not go together"):
@@ -165,11 +171,18 @@ def test_join_refuses_flags_that_do_not_go_together(given):
 
 
 def test_join_refuses_a_process_that_is_none_of_them():
-    with pytest.raises(InputError, match="--process=2 of --processes=2 .* 0 to 1 would do"):
+    with pytest.raises(
+        InputError, match="--process=2 with --processes=2 is out of range. Use 0 to 1"
+    ):
         distributed.join("localhost:1", 2, 2)
 
 
-JOIN = "import sys; from rdm_jax.runtime import console, distributed; console.show_log(); distributed.join(*eval(sys.argv[1]))"
+JOIN = """
+import sys
+from rdm_jax.runtime import console, distributed
+console.show_log()
+distributed.join(*eval(sys.argv[1]))
+"""
 
 
 def joining(
@@ -205,10 +218,10 @@ def test_join_waits_for_processes_and_names_the_missing():
     where = [(3, f"localhost:{port}", 0), (3, f"localhost:{port}", 1), (2, "localhost:1", 1)]
     for (said, errors), (count, address, number) in zip(outputs, where, strict=True):
         who = rf"the {count} processes of this run at {address} .this is process {number}."
-        assert re.search(rf"waiting up to 3 s for {who}; --coordinator=none works alone", said)
+        assert re.search(rf"waiting up to 3 s for {who}; --coordinator=none runs alone", said)
         (line,) = errors.splitlines()
         assert re.fullmatch(
-            rf"error: {who} have not all come within 3 s; .*--coordinator=none to work alone, would do.",
+            rf"error: {who} have not all started within 3 s\. Start all .*--coordinator=none to run alone\.",
             line,
         )
 
@@ -296,6 +309,6 @@ def test_exit_status_names_a_process_that_is_gone(monkeypatch, capsys):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert exit_status(work, lambda: None) == 1
     assert re.fullmatch(
-        "error: another process of this run is gone .*would do, from the last checkpoint.\n",
+        "error: another process of this run has ended .*Start all of them again; they resume .*checkpoint.\n",
         capsys.readouterr().err,
     )

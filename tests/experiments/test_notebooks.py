@@ -180,7 +180,7 @@ def test_colab_goes_on_from_what_is_on_the_disk(trained):
         and "stage2: trained" not in cells["train-part"][0]
     )
     assert (
-        "stage1: going on from 32 images" in cells["train-rest"][0]
+        "stage1: resuming from 32 images" in cells["train-rest"][0]
         and "stage2: trained" in cells["train-rest"][0]
     )
     lines = [

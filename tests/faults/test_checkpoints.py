@@ -141,7 +141,7 @@ def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(image_folder, trained, fini
                 if path.name != CHECKSUMS
                 else ""
             )
-            assert f"20 is damaged ({named}" in stdout and "step 15 the newest" in stdout
+            assert f"20 is damaged ({named}" in stdout and "the newest is now step 15" in stdout
             assert_equal(state(trained), state(finished))  # trained again from step 15
     fault(
         6,

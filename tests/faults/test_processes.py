@@ -28,7 +28,7 @@ def test_20_one_of_two_is_killed(image_folder, tmp_path, fault, killed):
     # Or jax, which looks every ten seconds, has seen it first, and ends the process.
     said = any(
         words in stderr
-        for words in ("error: another process of this run is gone", "another task died")
+        for words in ("error: another process of this run has ended", "another task died")
     )
     assert pair[1 - killed].returncode != 0 and said, (pair[1 - killed].returncode, stdout, stderr)
     newest = steps(workdir)[-1]
@@ -39,7 +39,7 @@ def test_20_one_of_two_is_killed(image_folder, tmp_path, fault, killed):
     said = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     assert (
-        f"going on from {8 * newest:,} images" in said[0][0] and steps(workdir)[-1] == newest + 10
+        f"resuming from {8 * newest:,} images" in said[0][0] and steps(workdir)[-1] == newest + 10
     )
     fault(
         20,
