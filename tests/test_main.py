@@ -211,6 +211,6 @@ def test_damaged_checkpoint_is_refused(finished, image_folder, tmp_path, refused
     largest = max(arrays, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     flags = ["--mode=sample", "--config.sampling.name=again"]
-    damage = r"stage2/checkpoints/20 is damaged .ema/d/.* has 100 bytes.*moving it.*step 15"
+    damage = r"stage2/checkpoints/20 is damaged .ema/d/.* has 100 bytes instead of .*Move it away.*step 15"
     refused(image_folder, workdir, *flags, pattern=damage)
     assert not (workdir / "again").exists()
