@@ -9,6 +9,7 @@ the images among them are copied into it.
 import dataclasses
 import inspect
 import re
+import sys
 import types
 import typing
 from pathlib import Path
@@ -53,6 +54,8 @@ def on_page_markdown(markdown, page, config, files):
 
 def config_reference() -> str:
     """All fields that a config has, as Markdown: a section per dataclass, one table in each."""
+    if str(ROOT) not in sys.path:  # a checkout need not be installed
+        sys.path.insert(0, str(ROOT))
     from rdm_jax.config import Config
 
     sections, done = [], set()
@@ -91,7 +94,13 @@ def _kind(cls: type) -> str:
 
 def _summary(cls: type) -> str:
     """The docstring up to its sections, as one paragraph per paragraph."""
-    return re.split(r"\n(?=(?:Attributes|Args|Raises|Returns):\n)", inspect.getdoc(cls))[0].strip()
+    doc = re.split(r"\n(?=(?:Attributes|Args|Raises|Returns):\n)", inspect.getdoc(cls))[0]
+    return _escape(doc.strip())
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown takes neither for a cell's end nor for a link, as in Block[s](e)."""
+    return text.replace("|", "\\|").replace("](", "]\\(")
 
 
 def _table(cls: type) -> str:
@@ -108,7 +117,7 @@ def _table(cls: type) -> str:
             str(field.metadata.get("bounds", "")),
             meanings.get(field.name, ""),
         )
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append("| " + " | ".join(map(_escape, cells)) + " |")
     return "\n".join(rows) if len(rows) > 2 else "No fields of its own."
 
 

@@ -48,7 +48,7 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_golden_run_is_known_and_goes_on(golden, caplog):
+def test_golden_run_is_known_and_resumed(golden, caplog):
     """All that was done is left alone; then training goes on as the earlier version's own did."""
     before = {
         name: files(golden / "run" / name)

@@ -29,11 +29,7 @@ def change(config, stage=None, **fields):
     """The config with other fields of its data, or of a stage."""
     if stage is None:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
-    stages = [
-        dataclasses.replace(s, **fields) if n == stage else s
-        for n, s in enumerate(config.stages, 1)
-    ]
-    return dataclasses.replace(config, stages=tuple(stages))
+    return config.with_stage(stage, **fields)
 
 
 def test_open_sets_shares_one_set_and_the_first_stage_sees_exact_means(config):
@@ -107,7 +103,7 @@ def test_contact_sheet_statistics_of_the_pixels_a_stage_sees(config):
     sets = open_sets(config, [1, 2])
     pixels = sets[2].batch(range(24))["image"] / 127.5 - 1
     for number, seen in ((2, pixels), (1, pixels.reshape(24, 4, 2, 4, 2, 3).mean((2, 4)))):
-        count, mean, std = contact_sheet.statistics(config.stages[number - 1], sets[number])
+        count, mean, std = contact_sheet.statistics(config.stage(number), sets[number])
         assert count == 24
         np.testing.assert_allclose(mean, seen.mean((0, 1, 2)), atol=1e-6)
         np.testing.assert_allclose(std, seen.std((0, 1, 2)), rtol=1e-5)
@@ -120,7 +116,7 @@ def test_contact_sheet_shows_every_stage_and_the_blur(config, tmp_path):
     rows = [
         row
         for number in (1, 2)
-        for row in contact_sheet._rows(number, config.stages[number - 1], sets[number])
+        for row in contact_sheet._rows(number, config.stage(number), sets[number])
     ]
     names = ["stage1: 4 x 4", "stage2: 8 x 8"] + [
         f"blurred, t = {t}" for t in ("0.25", "0.5", "0.75", "1")
