@@ -234,7 +234,7 @@ def _prepare(job: Job) -> None:
 
 def _train(job: Job) -> None:
     evaluates = job.config.evaluation.features != "none" and any(
-        job.config.stages[number - 1].training.evaluate_every for number in job.trained
+        job.config.stage(number).training.evaluate_every for number in job.trained
     )
     last = job.numbers[-1:] if evaluates and needs_data(job.config) else []
     sets = job.open_sets([*job.trained, *last])

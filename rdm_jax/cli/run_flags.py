@@ -37,9 +37,9 @@ def check_flags(
 
 def check_paths(config: Config) -> None:
     """Raises InputError for URLs among the checkpoints that a config names."""
-    for number, stage in enumerate(config.stages, 1):
-        local_path(stage.checkpoint, f"config.stage{number}.checkpoint")
-        local_path(stage.training.start_from, f"config.stage{number}.training.start_from")
+    for stage in config.stages:
+        local_path(stage.checkpoint, f"config.{stage.name}.checkpoint")
+        local_path(stage.training.start_from, f"config.{stage.name}.training.start_from")
 
 
 def needs_run(config: Config, mode: str, evaluations: Sequence[str], *, generates: bool) -> bool:

@@ -84,8 +84,8 @@ class Trainer:
         held_out: ImageSet | None = None,
         allow_changes: Sequence[str] = (),
     ):
-        self.name = f"stage{number}"
-        self.stage = config.stages[number - 1]
+        self.stage = config.stage(number)
+        self.name = self.stage.name
         self.training = self.stage.training
         self.source = source
         self.directory = directory
