@@ -75,7 +75,8 @@ def run(
     check_flags(config, mode, stage, weights, update)
     check_paths(config)
     with distributed.raise_together():
-        needed = needs_run(config, mode, evaluations, generates=generates(config))
+        samples = mode == "evaluate" and generates(config)
+        needed = needs_run(config, mode, evaluations, generates=samples)
         needed_by = f"--mode={mode}" if needed else None
         folder = Workdir.from_flag(workdir, needed_by=needed_by)
     reported = [local_path(path, "--evaluations") for path in evaluations]

@@ -14,7 +14,9 @@ OF_ONE_STAGE = ("import", "export")
 def check_flags(
     config: Config, mode: str, stage: int | None, weights: str | None, update: bool
 ) -> None:
-    """Raises InputError for flags that do not go together."""
+    """Raises InputError for an unknown mode, and for flags that do not go together."""
+    if mode not in MODES:
+        raise InputError(f"--mode={mode} is not known", f"Use {' or '.join(MODES)}.")
     numbers = f"1 to {len(config.stages)}"
     one_stage = mode in OF_ONE_STAGE
     if stage is not None and mode not in ("train", *OF_ONE_STAGE):
