@@ -34,7 +34,8 @@ ORDER = [
     {"diffusion", "models", "data"},
     {"config"},
     {"checkpoints", "render"},
-    {"workdir", "stage_datasets"},
+    {"workdir"},
+    {"stage_datasets"},
     {"training", "sampling", "interop"},
     {"evaluation"},
     {"plan"},
@@ -44,7 +45,7 @@ ALLOWED = {
     room: {room} | {other for other in LEVEL if LEVEL[other] < LEVEL[room]} for room in LEVEL
 }
 ALLOWED["cli"] = {"runtime", "config", "cli"}
-ALLOWED["modes"] = {*LEVEL, "modes"} - {"plan"}
+ALLOWED["modes"] = {*LEVEL, "cli", "modes"} - {"plan"}
 ALLOWED["main"] = {*LEVEL, "cli", "modes"}
 ALLOWED["__init__"] = {*LEVEL, "modes"}
 

@@ -9,7 +9,9 @@ from rdm_jax.runtime.console import tolerate_closed_streams
 from rdm_jax.runtime.environment import backend_error
 from rdm_jax.runtime.errors import Diverged, InputError, Interrupted, reason
 
-DONE, FAILED, BAD_INPUT = 0, 1, 2
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
 
 
 def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> int:
