@@ -3,6 +3,7 @@
 import hashlib
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class Npz:
     def __init__(self, path: Path):
         self.path = path
         self.arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        self._member, self._name, self._position = None, "", 0
+        self._member: IO[bytes] | None = None
+        self._name, self._position = "", 0
         try:
             self._file = zipfile.ZipFile(path)
             for name in self._file.namelist():
@@ -45,7 +47,7 @@ class Npz:
     def __enter__(self) -> "Npz":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, name: str) -> np.ndarray:
@@ -91,12 +93,13 @@ class Npz:
         return data
 
     def _read(self, count: int) -> bytes:
+        assert self._member is not None
         data = self._member.read(count)
         if len(data) != count:
             raise ValueError("it ends before its last number")
         return data
 
-    def _header(self, member, size: int) -> tuple[tuple[int, ...], np.dtype]:
+    def _header(self, member: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]:
         version = np.lib.format.read_magic(member)
         if version not in HEADER_READERS:
             raise ValueError(f"version {version} of NumPy's format is not known")
