@@ -36,7 +36,7 @@ from rdm_jax.runtime.waiting import SECONDS_TO_JOIN
 
 def _define_integer(
     name: str, default: int | None, help_string: str, lower_bound: int | None = None
-) -> flags.FlagHolder:
+) -> flags.FlagHolder[int | None]:
     parser = WholeNumber(lower_bound)
     return flags.DEFINE(parser, name, default, help_string, serializer=flags.ArgumentSerializer())
 

@@ -35,7 +35,7 @@ class Workdir:
       classifier: the network of the classifier's features, if this run has trained one.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.config_file = self.path / "config.json"
         self.contact_sheet = self.path / "contact_sheet.png"
@@ -44,7 +44,7 @@ class Workdir:
         self._lock = self.path / ".lock"
 
     @classmethod
-    def from_flag(cls, path: str | os.PathLike, *, needed_by: str | None = None) -> "Workdir":
+    def from_flag(cls, path: str | os.PathLike[str], *, needed_by: str | None = None) -> "Workdir":
         """Returns the workdir that --workdir names, which is not created yet.
 
         Args:

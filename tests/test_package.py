@@ -124,15 +124,17 @@ def test_script_refuses_flags_like_the_module():
 
 
 def test_the_repository_has_one_address():
+    """The placeholder in pyproject.toml, and whatever else leads to the repository."""
     address = PROJECT["urls"]["Repository"]
-    owner_and_name = address.removeprefix("https://github.com/")
-    hook = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]
-    for each in hook["hooks"]["fancy-pypi-readme"]["substitutions"]:
-        assert f"]({address}/" in each["replacement"]
-    for path in sorted((ROOT / "experiments/notebooks").iterdir()):
+    owner = address.split("/")[-2]
+    assert address == f"https://github.com/{owner}/rdm_jax"
+    names = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml", "mkdocs.yml")
+    paths = [ROOT / name for name in names]
+    paths += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "experiments/notebooks").iterdir()]
+    for path in paths:
         text = path.read_text()
-        assert set(re.findall(r"colab\.research\.google\.com/github/([^/]+/[^/]+)/", text)) <= {
-            owner_and_name
-        }
+        found = re.findall(r"github(?:\.com)?/([\w-]+)/rdm_jax", text)
+        found += re.findall(r"([\w-]+)\.github\.io/rdm_jax", text)
+        assert set(found) <= {owner}, path
         if path.suffix == ".ipynb":
             assert f'REPOSITORY = \\"{address}\\"' in text

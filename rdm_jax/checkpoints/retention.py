@@ -1,6 +1,6 @@
 """Which checkpoints are kept, and how Orbax writes and deletes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rdm_jax.runtime.lazy import lazy_import
@@ -58,6 +58,6 @@ class _Imported:
     def __init__(self, can_resume: Callable[[int], bool]):
         self._can_resume = can_resume
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns for each checkpoint whether it is kept."""
         return [not self._can_resume(each.step) for each in checkpoints]

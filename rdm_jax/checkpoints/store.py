@@ -40,7 +40,7 @@ ocp = lazy_import("orbax.checkpoint")
 SECONDS_TO_APPEAR = 120  # that a network file system may take to show a new folder to other hosts
 
 # A training state: a dataclass of arrays with `step`, `ema` and a method `replace`.
-State = TypeVar("State")
+State = TypeVar("State", bound=Any)
 
 
 class Checkpoints:
@@ -239,6 +239,7 @@ class Checkpoints:
 
         Orbax would silently recreate it, hiding the loss of earlier checkpoints.
         """
+        assert self._descriptor is not None
         if not os.path.samestat(os.fstat(self._descriptor), self.directory.stat()):
             raise OSError(
                 errno.ESTALE, "the directory was replaced, and earlier checkpoints are gone"

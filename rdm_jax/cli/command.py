@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -105,7 +105,7 @@ def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
             yield found[1], value
 
 
-def _expected(parser: flags.ArgumentParser, value: str) -> tuple[str, str]:
+def _expected(parser: flags.ArgumentParser[Any], value: str) -> tuple[str, str]:
     """What is wrong with a value, and what to use, by the kind of its flag."""
     match parser:
         case flags.EnumParser():

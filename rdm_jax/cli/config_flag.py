@@ -38,7 +38,7 @@ class WholeNumber(flags.IntegerParser):
         raise ValueError(f"{argument!r} is not an integer")
 
 
-class _ConfigParser(flags.ArgumentParser):
+class _ConfigParser(flags.ArgumentParser[ConfigDict]):
     """Loads what --config names, and refuses overrides of unknown fields."""
 
     def parse(self, argument: str) -> ConfigDict:
@@ -51,7 +51,7 @@ class _ConfigParser(flags.ArgumentParser):
 
 def define_config(
     help_string: str = "Config file; --config.field=value overrides.",
-) -> flags.FlagHolder:
+) -> flags.FlagHolder[ConfigDict]:
     """Defines --config with ml_collections' overrides; its value is a locked ConfigDict.
 
     Parsing the flags raises `absl.flags.Error`, which `cli.command.parse_flags` turns into an

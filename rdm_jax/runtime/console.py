@@ -16,7 +16,7 @@ log = logging.getLogger("rdm_jax")
 class _BesideBars(logging.Handler):
     """Writes lines without breaking a progress bar that is on the screen."""
 
-    def emit(self, record: logging.LogRecord):
+    def emit(self, record: logging.LogRecord) -> None:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         # Characters that the terminal cannot encode are escaped, and raise nothing.
         line = self.format(record).encode(encoding, "backslashreplace").decode(encoding)

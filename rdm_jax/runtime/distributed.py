@@ -86,7 +86,7 @@ def _check_flags(
             f"{flags} do not go together: the numbers need a host:port",
             "Pass --coordinator=host:port, or none of the three.",
         )
-    if explicit and not 0 <= process < processes:
+    if processes is not None and process is not None and not 0 <= process < processes:
         raise InputError(
             f"--process={process} with --processes={processes} is out of range",
             f"Use 0 to {processes - 1}.",

@@ -20,7 +20,7 @@ from rdm_jax.runtime.errors import InputError
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
-def local_path(text: str | os.PathLike, field: str) -> Path:
+def local_path(text: str | os.PathLike[str], field: str) -> Path:
     """Returns the local path that the user gave, with '~' expanded.
 
     Args:

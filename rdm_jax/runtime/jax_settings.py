@@ -35,7 +35,7 @@ def check() -> None:
                 f"{name}={value} (or the variable {name.upper()}) cannot be used, as {effect}",
                 f"Set it to {needed}.",
             )
-    _log_precision(jax.config.jax_default_matmul_precision)
+    _log_precision(getattr(jax.config, "jax_default_matmul_precision", None))
 
 
 @functools.cache  # logs once

@@ -3,6 +3,7 @@
 import hashlib
 import zipfile
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class Npz:
         self.path = path
         self.arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         # The array that is being read, and how far.
-        self._member = None
+        self._member: IO[bytes] | None = None
         self._name = ""
         self._position = 0
         try:
@@ -48,7 +49,7 @@ class Npz:
     def __enter__(self) -> "Npz":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, name: str) -> np.ndarray:
@@ -96,12 +97,13 @@ class Npz:
         return data
 
     def _read(self, count: int) -> bytes:
+        assert self._member is not None
         data = self._member.read(count)
         if len(data) != count:
             raise ValueError("it ends before its last number")
         return data
 
-    def _header(self, member, size: int) -> tuple[tuple[int, ...], np.dtype]:
+    def _header(self, member: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]:
         version = np.lib.format.read_magic(member)
         if version not in HEADER_READERS:
             raise ValueError(f"version {version} of NumPy's format is not known")

@@ -96,7 +96,7 @@ RULES = ((r"\bkernel\b", largest_axis), (r"", unsharded))
 def by_rules(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Returns an abstract tree (of a training state, of parameters) with shardings by `RULES`."""
 
-    def with_sharding(path, leaf):
+    def with_sharding(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         rule = next(
             rule for pattern, rule in RULES if re.search(pattern, jax.tree_util.keystr(path))
         )
@@ -129,12 +129,12 @@ def fetcher(abstract: Any, dtypes: Any) -> Callable[[Any], Any]:
             return lambda x: x
 
         @jax.custom_vjp
-        def fetch(x):
+        def fetch(x: Array) -> Array:
             # Constrained before and after, so that the narrow copy is what is sent.
             narrow = jax.lax.with_sharding_constraint(x.astype(dtype), sharded)
             return jax.lax.with_sharding_constraint(narrow, replicated(sharded.mesh))
 
-        def backward(_, gradient):
+        def backward(_: None, gradient: Array) -> tuple[Array]:
             return (jax.lax.with_sharding_constraint(gradient, sharded).astype(leaf.dtype),)
 
         fetch.defvjp(lambda x: (fetch(x), None), backward)
@@ -159,7 +159,9 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
     # The TPU compiler writes an operation twice if it is spread over others: the channel tells.
     operations = {
         channel or number: operation
-        for number, (*operation, channel) in enumerate(_COLLECTIVE.findall(compiled.as_text()))
+        for number, (*operation, channel) in enumerate(
+            _COLLECTIVE.findall(compiled.as_text() or "")
+        )
     }
     found: dict[str, int] = {}
     for shapes, kind, started in operations.values():

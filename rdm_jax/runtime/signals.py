@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from types import FrameType
 
 from rdm_jax.runtime.errors import Interrupted
 
@@ -25,7 +26,7 @@ class StopOnSignal:
     context installs nothing and leaves signals to the caller.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requested: int | None = None
         self._signals = 0
 
@@ -36,11 +37,11 @@ class StopOnSignal:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame):
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self.requested = self.requested or number
         self._signals += 1
         if self._signals > len(ANSWERS):
@@ -67,6 +68,7 @@ def obey_parent_alone() -> None:
     """In a worker process: ignores Ctrl-C, and exits as soon as the parent process has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
         parent.join()

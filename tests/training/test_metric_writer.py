@@ -108,3 +108,19 @@ def test_curves_draw_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
     metric_writer.Curves(tmp_path).draw(last=False)
     assert is_whole_png(picture)
     writer.close()
+
+
+def test_metrics_are_written_without_optional_libraries(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with caplog.at_level("INFO", "rdm_jax"):
+        writer, curves = metric_writer.MetricWriter(tmp_path, 0), metric_writer.Curves(tmp_path)
+        writer.write(1, images=8, loss=0.5)
+        curves.draw(last=True)
+        writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert metric_writer.read(tmp_path / "metrics.jsonl")[0]["loss"] == 0.5
+    assert [message.partition(" is not installed. ")[2] for message in caplog.messages] == [
+        "Run pip install 'rdm_jax[tensorboard]'.",
+        "Run pip install 'rdm_jax[plots]'.",
+    ]
