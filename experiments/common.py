@@ -43,18 +43,6 @@ def check_relay(config: Config) -> None:
     )
 
 
-def with_stage(config: Config, number: int, **fields) -> Config:
-    """The config with other fields of stage `number` (from 1); `training` and `sampler` may be
-    dicts of what changes in them."""
-    stage = config.stages[number - 1]
-    for name in ("training", "sampler"):
-        if isinstance(fields.get(name), dict):
-            fields[name] = dataclasses.replace(getattr(stage, name), **fields[name])
-    stages = list(config.stages)
-    stages[number - 1] = dataclasses.replace(stage, **fields)
-    return dataclasses.replace(config, stages=tuple(stages))
-
-
 def with_evaluation(config: Config, **fields) -> Config:
     """The config with other fields of its evaluation."""
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **fields))
@@ -90,11 +78,9 @@ def trained(config: Config, workdir: Path, number: int) -> Path:
     Returns:
       The folder of its last checkpoint.
     """
-    config = with_stage(config, number, training={"preview_every": 0, "evaluate_every": 0})
+    config = config.with_stage(number, training={"preview_every": 0, "evaluate_every": 0})
     run(config.to_config_dict(), str(workdir), mode="train", stage=number)
-    return (
-        workdir / f"stage{number}" / "checkpoints" / str(config.stages[number - 1].training.steps)
-    )
+    return workdir / f"stage{number}" / "checkpoints" / str(config.stage(number).training.steps)
 
 
 def measured(config: Config, workdir: Path, name: str, what: str = "samples") -> dict[str, float]:
@@ -114,8 +100,8 @@ def with_evaluations(config: Config, number: int, wanted: int) -> Config:
       InputError: no ladder does.
     """
     ladders = range(2, 8 * wanted + 3)
-    of = lambda steps: with_stage(config, number, sampler={"steps": steps})  # noqa: E731
-    count = lambda steps: evaluations(of(steps).stages[number - 1])  # noqa: E731
+    of = lambda steps: config.with_stage(number, sampler={"steps": steps})  # noqa: E731
+    count = lambda steps: evaluations(of(steps).stage(number))  # noqa: E731
     steps = ladders[min(bisect.bisect_left(ladders, wanted, key=count), len(ladders) - 1)]
     validate.require(count(steps) == wanted, "evaluations", wanted, "an odd number, 3 or more,")
     return of(steps)

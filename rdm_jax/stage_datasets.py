@@ -1,4 +1,4 @@
-"""Which images each stage of a config is trained on: prepared, decoded and opened."""
+"""The images that each stage of a config is trained on: prepared, decoded and opened."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +11,7 @@ from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
+from rdm_jax.workdir import Workdir
 
 
 def open_sets(
@@ -23,81 +24,81 @@ def open_sets(
     update: bool = False,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[int, ImageSet]:
-    """Prepares what has not been prepared, and opens it.
+    """Prepares the images of stages unless that is done, and opens them.
 
     Args:
-      numbers: of the stages that are to be trained, from 1. A stage without a `source` has the last
+      numbers: of the stages that are trained, from 1. A stage without a `source` shares the last
         one's set.
-      workdir: of the run, for folders of images that overlap with what the run writes are refused
-        before they are read.
+      workdir: of the run; sources that overlap with its outputs are refused before they are read.
       skip_bad, verify, update, check_stop: as for `prepare.prepare`.
 
+    Returns:
+      The set of each stage, by number.
+
     Raises:
-      InputError: an image or a setting cannot be used, or a stage's own images are of other
-        classes.
+      InputError: an image or a setting cannot be used, or a stage's own images have other classes.
     """
-    last, sets = len(config.stages), {}
-    for number in sorted({n if config.stages[n - 1].source else last for n in numbers}):
+    last = len(config.stages)
+    own_or_last = {number: _set_number(config, number) for number in numbers}
+    sets: dict[int, ImageSet] = {}
+    for number in sorted(set(own_or_last.values())):
         try:
-            options = {
-                "skip_bad": skip_bad,
-                "verify": verify,
-                "update": update,
-                "check_stop": check_stop,
-            }
-            sets[number] = _open(config, number, _written_to(config, workdir), **options)
-        except BadImage as error:
-            raise InputError(f"{error} --skip_bad leaves such images out.") from error
-        about = (
-            number,
-            f"{len(sets[number]):,}",
-            *sets[number].image_shape,
-            len(sets[number].class_names),
-        )
-        log.info("data: stage%d: %s images of %d x %d x %d, %d classes", *about)
-        names = sets[number].class_names
-        if names != tuple(map(str, range(len(names)))):  # else each is called by its number
-            log.info(
-                "data: stage%d: classes by number: %s",
+            sets[number] = _open(
+                config,
                 number,
-                table(Classes(names), tuple(range(len(names)))),
+                Workdir(workdir).outputs(config) if workdir else [],
+                skip_bad=skip_bad,
+                verify=verify,
+                update=update,
+                check_stop=check_stop,
             )
+        except BadImage as error:
+            fix = f"{error.fix} --skip_bad leaves such images out.".strip()
+            raise InputError(error.problem, fix) from error
+        _log_set(number, sets[number])
     for number, images in sets.items():
         others = sets.get(last, images).class_names
         if images.class_names != others:
-            path = f"config.stage{number}.source={config.stages[number - 1].source!r}"
-            kinds = (
-                f"{Classes(images.class_names)} and not, like config.data.source, {Classes(others)}"
-            )
             raise InputError(
-                f"{path} has the classes {kinds}; the same in the same order would do."
+                f"config.stage{number}.source={config.stages[number - 1].source!r} has the classes "
+                f"{Classes(images.class_names)}, config.data.source has {Classes(others)}",
+                "Use the same classes in the same order.",
             )
-    return {
-        n: sets[n] if n in sets and config.stages[n - 1].source else sets[last] for n in numbers
-    }
+    return {number: sets[chosen] for number, chosen in own_or_last.items()}
 
 
-def _written_to(config: Config, workdir: Path | None) -> list[Path]:
-    """What of a workdir may hold pictures of a run's own."""
-    names = [f"stage{number}" for number in range(1, len(config.stages) + 1)]
-    return (
-        [workdir / name for name in (*names, config.sampling.name, config.evaluation.name)]
-        if workdir
-        else []
+def _set_number(config: Config, number: int) -> int:
+    """Returns the stage whose set a stage is trained on: itself, or the last one."""
+    return number if config.stages[number - 1].source else len(config.stages)
+
+
+def _log_set(number: int, images: ImageSet) -> None:
+    names = images.class_names
+    log.info(
+        "data: stage%d: %s images of %d x %d x %d, %d classes",
+        number,
+        f"{len(images):,}",
+        *images.image_shape,
+        len(names),
     )
+    indices = tuple(range(len(names)))
+    if names != tuple(map(str, indices)):  # else the names are the indices
+        log.info("data: stage%d: classes by number: %s", number, table(Classes(names), indices))
 
 
 def set_for_pictures(config: Config) -> ImageSet | None:
-    """Images to compare samples with, if they are there already; sampling needs none."""
-    spec, directory = config.data.source, config.data.directory
-    place = spec.removeprefix("prepared:") if spec.startswith("prepared:") else directory
+    """Returns images to compare samples with if they are prepared; sampling itself needs none."""
+    directory = config.data.directory
+    if config.data.source.startswith("prepared:"):
+        directory = config.data.source.removeprefix("prepared:")
     try:
-        if place and (Path(place).expanduser() / "dataset_info.json").is_file():
-            return open_sets(config, [len(config.stages)])[len(config.stages)]
-        reason = f"there is no prepared data in {place!r}"
+        if directory and (Path(directory).expanduser() / "dataset_info.json").is_file():
+            last = len(config.stages)
+            return open_sets(config, [last])[last]
+        reason = f"there is no prepared data in {directory!r}"
     except InputError as error:
         reason = str(error)
-    log.info("the picture will not show the nearest real images: %s", reason)
+    log.info("the samples are drawn without their nearest real images: %s", reason)
     return None
 
 
@@ -111,48 +112,53 @@ def _open(
     update: bool,
     check_stop: Callable[[], None],
 ) -> ImageSet:
+    """Opens the set of one stage, from 1: prepared elsewhere, read directly, or prepared here."""
     data, stage = config.data, config.stages[number - 1]
-    field, spec = (
-        (f"config.stage{number}.source", stage.source)
-        if stage.source
-        else ("config.data.source", data.source)
-    )
-    form = ImageSpec(
+    field, source = "config.data.source", data.source
+    if stage.source:
+        field, source = f"config.stage{number}.source", stage.source
+    spec = ImageSpec(
         *stage.resolution, channels=data.channels, background=data.background, crop=data.crop
     )
-    listed = {
-        "skin_tones": data.skin_tones if spec.startswith("emoji:") else "",
-        "classes": data.classes,
-    }
-    listed |= {"apart_from": apart_from, "skip_bad": skip_bad, "max_left_out": data.max_left_out}
     cache_bytes = int(data.cache_gib * 2**30)
-    if update and (spec.startswith("prepared:") or not data.directory):
+    if update and (source.startswith("prepared:") or not data.directory):
         log.info(
-            "data: there is nothing to update for %s=%r: it is prepared elsewhere, or read at every start",
+            "data: nothing to update for %s=%r: it is prepared elsewhere, or read at every start",
             field,
-            spec,
+            source,
         )
-    if spec.startswith("prepared:"):
-        images = open_prepared(spec.removeprefix("prepared:"), cache_bytes=cache_bytes)
-        if images.image_shape != (form.height, form.width, form.channels):
-            found, wanted = (
-                " x ".join(map(str, shape))
-                for shape in (images.image_shape, (*stage.resolution, form.channels))
-            )
-            raise InputError(
-                f"{field}={spec!r} has images of {found} (height x width x channels); {wanted} would do."
-            )
+    if source.startswith("prepared:"):
+        images = open_prepared(source.removeprefix("prepared:"), cache_bytes=cache_bytes)
+        _check_shape(images, spec, f"{field}={source!r}")
         return images
+    listing = {
+        "skin_tones": data.skin_tones if source.startswith("emoji:") else "",
+        "classes": data.classes,
+        "apart_from": apart_from,
+        "skip_bad": skip_bad,
+        "max_left_out": data.max_left_out,
+    }
     if not data.directory:
-        return open_direct(spec, form, cache_bytes=cache_bytes, **listed)
+        return open_direct(source, spec, cache_bytes=cache_bytes, **listing)
     directory = prepare(
-        spec,
+        source,
         f"{Path(data.directory)}_stage{number}" if stage.source else data.directory,
-        form,
+        spec,
         encoding=Encoding(data.encoding, data.quality),
         verify=verify,
         update=update,
         check_stop=check_stop,
-        **listed,
+        **listing,
     )
     return open_prepared(directory, cache_bytes=cache_bytes)
+
+
+def _check_shape(images: ImageSet, spec: ImageSpec, what: str) -> None:
+    """Refuses prepared images of another shape than the stage's."""
+    wanted = (spec.height, spec.width, spec.channels)
+    if images.image_shape != wanted:
+        found = " x ".join(map(str, images.image_shape))
+        raise InputError(
+            f"{what} has images of {found} (height x width x channels)",
+            f"Use images of {' x '.join(map(str, wanted))}.",
+        )

@@ -1,57 +1,53 @@
 """Eight virtual devices for every test, so that sharding is exercised on any machine."""
 
 import gc
+import json
 import logging
 import os
+import re
+import sys
 import tempfile
 from pathlib import Path
 
-# Tests compile much and compute little: XLA's optimising of machine code would take most of their
-# time.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] += " --xla_llvm_disable_expensive_passes=true"
-
-# What one process has compiled, the others read: the commands that tests run, and pytest's own
-# workers, which inherit this.
+# All processes share what one has compiled: pytest's workers and the commands that tests run. The
+# cache goes with the tests unless JAX_COMPILATION_CACHE_DIR says where to keep it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")  # gone with the process that made it
+    _CACHE = tempfile.TemporaryDirectory(prefix="compiled-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
+from absl.testing import flagsaver
 
+from rdm_jax.main import main
+from tests.support.commands import arguments_of, error_line
 from tests.support.configs import write_images
 
-if jax.__version_info__ < (0, 11):  # nor does a newer one know the flag
-    os.environ["XLA_FLAGS"] += (
-        " --xla_cpu_use_fusion_emitters=false"  # they take a third of the time of compiling
-    )
-if jax.__version_info__ >= (0, 10):  # others may not know the flag
+# Tests compile much and compute little: optimizing machine code would take most of their time.
+XLA_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if jax.__version_info__ < (0, 11):  # later ones do not know the flag
+    # Fusion emitters take a third of the time of compiling.
+    XLA_FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+if jax.__version_info__ >= (0, 10):  # earlier ones do not know the flag
     # On busy cores eight devices take long to meet; XLA would end the process after 40 s.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=180"
-# Tracing makes many objects, and collecting them as often as usual takes a tenth of the tests'
-# time.
+    XLA_FLAGS += ["--xla_cpu_collective_call_terminate_timeout_seconds=180"]
+# Not twice in pytest's workers: the flags are in the keys of the compile cache.
+before = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join([*before, *(flag for flag in XLA_FLAGS if flag not in before)])
+
+# Tracing makes many objects; collecting them as often as usual takes a tenth of the tests' time.
 gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-LONGEST = (
-    "test_main.py",
-    "training/test_program.py",
-    "test_multiprocess.py",
-    "experiments/test_notebooks.py",
-    "experiments/test_benchmarks.py",
-    "checkpoints/test_store.py",
-    "plan/test_plan.py",
-)
+pytest_plugins = ["tests.support.cpu_seconds"]
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of 24 images in two classes, by whose name the config tests/support/configs.py makes
-    a run."""
+def image_folder(tmp_path_factory):
+    """A folder of 24 images in two classes, the argument of tests/support/configs.py."""
     folder = tmp_path_factory.mktemp("source") / "images"
     write_images(folder)
     return folder
@@ -68,6 +64,39 @@ def _log_as_a_library_has_it():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that parallel workers end together."""
-    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path, len(LONGEST)))
+    """Every test is of one tier; the files that take longest come first, so that parallel workers
+    end together."""
+    for item in items:
+        if item.get_closest_marker("second") and item.get_closest_marker("long"):
+            raise pytest.UsageError(f"{item.nodeid} is of two tiers. Mark it second or long.")
+    seconds = json.loads((Path(__file__).parent / "cpu_seconds.json").read_text())["files"]
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
+
+
+@pytest.fixture
+def command_here(capsys, monkeypatch):
+    """Runs the command in the test's own process: `command_here(flag, ...)`.
+
+    Returns the exit status and what was written to stdout and stderr.
+    """
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["main", *arguments])
+        capsys.readouterr()
+        with flagsaver.flagsaver():
+            status = main()
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(command_here):
+    """Runs a command on the tiny config and asserts that it is refused by one sentence."""
+
+    def check(image_folder: Path, workdir: Path, *flags: str, pattern: str) -> None:
+        status, _, stderr = command_here(*arguments_of(image_folder, workdir, *flags))
+        assert status == 2, stderr
+        assert re.search(pattern, error_line(stderr)), stderr
+
+    return check

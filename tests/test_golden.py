@@ -48,7 +48,7 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_golden_run_is_known_and_goes_on(golden, caplog):
+def test_golden_run_is_known_and_resumed(golden, caplog):
     """All that was done is left alone; then training goes on as the earlier version's own did."""
     before = {
         name: files(golden / "run" / name)
@@ -66,7 +66,7 @@ def test_golden_run_is_known_and_goes_on(golden, caplog):
     again(mode="prepare")
     assert "was prepared before" in caplog.text and "as they were written" in caplog.text
     again(mode="train", stage2__training__images=160)
-    assert "stage2: going on from 80 images" in caplog.text
+    assert "stage2: resuming from 80 images" in caplog.text
     assert folders.read_about(golden / "run/stage2/checkpoints/20")["version"] == VERSION
     ours, theirs = (
         {

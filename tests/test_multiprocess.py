@@ -24,10 +24,10 @@ from rdm_jax.data.prepare import prepare
 from rdm_jax.evaluation import classifier
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.errors import InputError
-from tests.faults.commands import STAGE, start, start_two
+from tests.support.checkpoints import read_arrays
+from tests.support.commands import STAGE, start, start_two
 from tests.support.configs import write_images
 from tests.support.paths import ROOT
-from tests.test_main import read_arrays
 
 FLAGS = (
     "--config.evaluation.features=classifier",
@@ -42,7 +42,7 @@ FLAGS += (
 
 
 def flags(images: Path) -> list[str]:
-    """Those of every run here, for `tests.faults.commands.start` and `start_two`."""
+    """Those of every run here, for `start` and `start_two`."""
     return [*FLAGS, f"--config.evaluation.weights={images.parent / 'classifier.safetensors'}"]
 
 
@@ -106,8 +106,9 @@ def check_same(one: Path, other: Path):
         )
 
 
-def test_two_processes_learn_what_one_does(images, tmp_path):
-    ended([start(images, tmp_path / "one", *flags(images), *STAGE, devices=4)])
+@pytest.mark.second
+def test_two_processes_train_as_one_does(image_folder, tmp_path):
+    ended([start(image_folder, tmp_path / "one", *flags(image_folder), *STAGE, devices=4)])
     others = [
         "--config.parallel.fsdp=2",
         "--config.stage1.training.checkpoint_minutes=1e-6",
@@ -117,7 +118,7 @@ def test_two_processes_learn_what_one_does(images, tmp_path):
         "--config.stage1.training.keep_newest=20",
     ]
     (first, _), _ = ended(
-        start_two(images, tmp_path / "two", *flags(images), *STAGE, *others, devices=2)
+        start_two(image_folder, tmp_path / "two", *flags(image_folder), *STAGE, *others, devices=2)
     )
     assert "train on 4 cpu device(s) of 2 process(es)" in first
     assert len(folders.step_folders(tmp_path / "two/stage1/checkpoints")) > 2
@@ -125,10 +126,10 @@ def test_two_processes_learn_what_one_does(images, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
-    ended([start(images, tmp_path / "one", *flags(images), devices=4)])
+def test_two_processes_stop_resume_and_equal_one(image_folder, tmp_path):
+    ended([start(image_folder, tmp_path / "one", *flags(image_folder), devices=4)])
     pair = start_two(
-        images, tmp_path / "two", *flags(images), "--config.parallel.fsdp=2", devices=2
+        image_folder, tmp_path / "two", *flags(image_folder), "--config.parallel.fsdp=2", devices=2
     )
     metrics = tmp_path / "two/stage1/metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text()) and pair[0].poll() is None:
@@ -136,36 +137,50 @@ def test_two_processes_stop_go_on_and_equal_one(images, tmp_path):
     pair[1].send_signal(signal.SIGTERM)  # one of them is enough
     ended(pair, 143)
     (first, _), (second, _) = ended(
-        start_two(images, tmp_path / "two", *flags(images), devices=2)
+        start_two(image_folder, tmp_path / "two", *flags(image_folder), devices=2)
     )  # on another mesh
-    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: going on from" in first
-    # The first alone logs, but for the wait for it (XLA's Gloo speaks in all).
+    assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: resuming from" in first
+    # Only process 0 logs, except for the wait for it (XLA's Gloo logs in all).
     assert not re.search(r"^\d\d:\d\d:\d\d (?!waiting up to)", second, re.MULTILINE)
     check_same(tmp_path / "one", tmp_path / "two")
 
 
-def test_what_one_refuses_all_refuse(images, tmp_path):
+@pytest.mark.second
+def test_refusal_of_one_process_ends_all(image_folder, tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (_, first), (_, second) = ended(start_two(images, tmp_path, *flags(images), devices=2), 2)
+        (_, first), (_, second) = ended(
+            start_two(image_folder, tmp_path, *flags(image_folder), devices=2), 2
+        )
     assert "is in use by another run" in first and "another process has failed" in second
 
 
 @pytest.mark.parametrize(
-    "given",
-    [("host", 2, 0), ("host:1", None, 0), ("host:1", 2, None), ("", 2, 0), ("none", None, 1)],
+    ("flags", "says"),
+    [
+        (("host", 2, 0), "--coordinator='host' is not a host with a port. Use host:port"),
+        (("host:1", None, 0), "do not go together: .* Pass --processes and --process too"),
+        (("host:1", 2, None), "do not go together: .* Pass --processes and --process too"),
+        (("", 2, 0), "do not go together: .* Pass --coordinator=host:port"),
+        (("none", None, 1), "do not go together: .* Pass --coordinator=host:port"),
+    ],
 )
-def test_flags_that_do_not_go_together_are_refused(given):
+def test_join_refuses_flags_that_do_not_go_together(given):
     with pytest.raises(InputError, match="do not go together"):
         distributed.join(*given)
 
 
-def test_a_process_that_is_none_of_them_is_refused():
+def test_join_refuses_a_process_that_is_none_of_them():
     with pytest.raises(InputError, match="--process=2 of --processes=2 .* 0 to 1 would do"):
         distributed.join("localhost:1", 2, 2)
 
 
-JOIN = "import sys; from rdm_jax.runtime import console, distributed; console.show_log(); distributed.join(*eval(sys.argv[1]))"
+JOIN = """
+import sys
+from rdm_jax.runtime import console, distributed
+console.show_log()
+distributed.join(*eval(sys.argv[1]))
+"""
 
 
 def joining(
@@ -182,7 +197,8 @@ def joining(
     return subprocess.Popen(arguments, env=environment, text=True, stdout=-1, stderr=-1)
 
 
-def test_processes_that_never_come_are_waited_for_and_named():
+@pytest.mark.second
+def test_join_waits_for_processes_and_names_the_missing():
     """The first and another one of three SLURM tasks, and the second of two without its first."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -200,10 +216,10 @@ def test_processes_that_never_come_are_waited_for_and_named():
     where = [(3, f"localhost:{port}", 0), (3, f"localhost:{port}", 1), (2, "localhost:1", 1)]
     for (said, errors), (count, address, number) in zip(outputs, where, strict=True):
         who = rf"the {count} processes of this run at {address} .this is process {number}."
-        assert re.search(rf"waiting up to 3 s for {who}; --coordinator=none works alone", said)
+        assert re.search(rf"waiting up to 3 s for {who}; --coordinator=none runs alone", said)
         (line,) = errors.splitlines()
         assert re.fullmatch(
-            rf"error: {who} have not all come within 3 s; .*--coordinator=none to work alone, would do.",
+            rf"error: {who} have not all started within 3 s\. Start all .*--coordinator=none to run alone\.",
             line,
         )
 
@@ -228,7 +244,7 @@ def test_processes_that_never_come_are_waited_for_and_named():
     ],
     ids=["slurm", "open-mpi", "tpu", "allocation"],
 )
-def test_one_process_of_a_cluster_is_alone(monkeypatch, surroundings):
+def test_join_leaves_one_process_of_a_cluster_alone(monkeypatch, surroundings):
     asked = []
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *_, **__: asked.append(1) or {}["coordinator_address"]
@@ -239,7 +255,7 @@ def test_one_process_of_a_cluster_is_alone(monkeypatch, surroundings):
     assert bool(asked) == (surroundings.get("SLURM_NTASKS") == "4")  # jax itself tells that one
 
 
-def test_alone_there_is_nothing_to_join():
+def test_join_does_nothing_alone():
     distributed.join("", None, None)
     assert jax.process_count() == 1 and distributed.is_primary()
     with distributed.raise_together():
@@ -249,7 +265,7 @@ def test_alone_there_is_nothing_to_join():
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_ends_with_its_status_where_there_is_nothing_to_write_to(monkeypatch, closed):
+def test_exit_with_keeps_the_status_without_outputs(monkeypatch, closed):
     """One of several processes, whose end is not to wait for the others."""
     ended = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
@@ -261,7 +277,7 @@ def test_ends_with_its_status_where_there_is_nothing_to_write_to(monkeypatch, cl
     assert ended == [2]
 
 
-def test_one_that_is_left_alone_says_so(monkeypatch, capsys):
+def test_exit_status_names_a_process_that_is_gone(monkeypatch, capsys):
     def work():
         raise RuntimeError(
             "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 1 heartbeat timeout."
@@ -272,6 +288,6 @@ def test_one_that_is_left_alone_says_so(monkeypatch, capsys):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert exit_status(work, lambda: None) == 1
     assert re.fullmatch(
-        "error: another process of this run is gone .*would do, from the last checkpoint.\n",
+        "error: another process of this run has ended .*Start all of them again; they resume .*checkpoint.\n",
         capsys.readouterr().err,
     )

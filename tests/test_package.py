@@ -1,6 +1,7 @@
 """The package: what is imported when, its dependencies, its public names, its one address."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -94,16 +95,32 @@ def test_requirements_files_are_the_packages_dependencies():
 
 
 def test_oldest_versions_are_the_lower_bounds():
-    """What .ci/oldest.txt pins is what pyproject.toml promises to work with."""
-    pins = dict(re.findall(r"(?m)^(\S+?)==(\S+)$", (ROOT / ".ci/oldest.txt").read_text()))
-    bounds = dict(
-        re.fullmatch(r"([\w-]+)>=([\d.]+)", line).groups()
-        for line in {*PROJECT["dependencies"], *extras("all"), "chex>=0.1.90"}
+    """CI tests with the lower bounds that pyproject.toml promises."""
+    pins = set(re.findall(r"(?m)^\S+==\S+$", (ROOT / ".ci/oldest.txt").read_text()))
+    assert {each.replace(">=", "==") for each in {*PROJECT["dependencies"], *extras("all")}} <= pins
+
+
+def run_script(*flags: str, **variables: str) -> tuple[int, list[str]]:
+    """The exit status and the error lines of the command `rdm-jax`."""
+    script = "from rdm_jax.cli.script import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **variables},
+        capture_output=True,
+        text=True,
     )
-    assert {"jax", "flax", "grain", "optax", "orbax-checkpoint"} <= pins.keys() & bounds.keys()
-    assert {name: pins[name] for name in pins.keys() & bounds.keys()} == {
-        name: bounds[name] for name in pins.keys() & bounds.keys()
-    }
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_script_checks_the_environment_before_jax_is_imported():
+    status, (line,) = run_script(JAX_NUM_CPU_DEVICES="abc")
+    assert status == 2 and line.startswith("error: JAX_NUM_CPU_DEVICES='abc' cannot be used")
+
+
+def test_script_refuses_flags_like_the_module():
+    status, (line,) = run_script("--config", "digits", "--workdir", "w", "--mode", "tain")
+    assert status == 2 and line.startswith("error: --mode=tain is not known")
 
 
 def test_the_repository_has_one_address():

@@ -1,5 +1,4 @@
-"""Which images each stage sees: the means of the last one's, or its own; and the picture of
-them."""
+"""The images of each stage: means of the last one's, or its own; and the contact sheet."""
 
 import dataclasses
 
@@ -30,14 +29,10 @@ def change(config, stage=None, **fields):
     """The config with other fields of its data, or of a stage."""
     if stage is None:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, **fields))
-    stages = [
-        dataclasses.replace(s, **fields) if n == stage else s
-        for n, s in enumerate(config.stages, 1)
-    ]
-    return dataclasses.replace(config, stages=tuple(stages))
+    return config.with_stage(stage, **fields)
 
 
-def test_both_stages_share_one_set_and_the_first_sees_exact_means(config):
+def test_open_sets_shares_one_set_and_the_first_stage_sees_exact_means(config):
     sets = open_sets(config, [1, 2])
     assert sets[1] is sets[2] and sets[2].image_shape == (8, 8, 3)
     pixels = sets[1].batch(range(24))["image"]
@@ -47,7 +42,7 @@ def test_both_stages_share_one_set_and_the_first_sees_exact_means(config):
     assert build_objective(config.stages[0], sets[1].image_shape, 2).pool == 2
 
 
-def test_a_stage_may_have_images_of_its_own(config, tmp_path):
+def test_open_sets_of_a_stage_with_its_own_source(config, tmp_path):
     config = change(config, 1, source=config.data.source)
     sets = open_sets(config, [1, 2])
     assert sets[1].image_shape == (4, 4, 3) and sets[2].image_shape == (8, 8, 3)
@@ -60,38 +55,38 @@ def test_a_stage_may_have_images_of_its_own(config, tmp_path):
     assert list(open_sets(config, [1])) == [1]
 
 
-def test_images_of_other_classes_are_refused(config, tmp_path):
+def test_open_sets_refuses_other_classes(config, tmp_path):
     (tmp_path / "others").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "others" / "0.png")
-    with pytest.raises(InputError, match="config.stage1.source=.* classes none .* a, b"):
+    with pytest.raises(InputError, match="config.stage1.source=.* classes none, .* a, b"):
         open_sets(change(config, 1, source=f"folder:{tmp_path}/others"), [1, 2])
 
 
-def test_nothing_is_written_without_a_directory(config, tmp_path):
+def test_open_sets_writes_nothing_without_a_directory(config, tmp_path):
     images = open_sets(change(config, directory=""), [1, 2])[2]
     assert images.is_cached and len(images) == 24
     assert [entry.name for entry in tmp_path.iterdir()] == ["images"]
 
 
-def test_prepared_data_is_used_where_it_lies(config, tmp_path):
+def test_open_sets_of_prepared_data(config, tmp_path):
     path = prepare(config.data.source, tmp_path / "elsewhere", ImageSpec(8, 8))
     images = open_sets(change(config, source=f"prepared:{path}"), [1, 2])[2]
     assert len(images) == 24
     other = prepare(config.data.source, tmp_path / "small", ImageSpec(8, 4))
-    with pytest.raises(InputError, match="config.data.source=.*8 x 4 x 3 .*; 8 x 8 x 3 would do"):
+    with pytest.raises(InputError, match="config.data.source=.*8 x 4 x 3 .*Use images of 8 x 8 x 3"):
         open_sets(change(config, source=f"prepared:{other}"), [2])
     with pytest.raises(InputError, match="no prepared data"):
         open_sets(change(config, source="prepared:nowhere"), [2])
     assert set_for_pictures(change(config, source=f"prepared:{path}")) is not None
 
 
-def test_pictures_need_no_data(config):
+def test_set_for_pictures_needs_no_data(config):
     assert set_for_pictures(config) is None
     open_sets(config, [2])
     assert len(set_for_pictures(config)) == 24
 
 
-def test_a_stop_between_shards_is_obeyed_and_goes_on(config, tmp_path, monkeypatch):
+def test_open_sets_resumes_after_a_stop_between_shards(config, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 8)
 
     def stop():
@@ -102,25 +97,25 @@ def test_a_stop_between_shards_is_obeyed_and_goes_on(config, tmp_path, monkeypat
     assert len(open_sets(config, [1, 2])[2]) == 24
 
 
-def test_statistics_are_those_of_the_pixels_a_stage_sees(config):
+def test_contact_sheet_statistics_of_the_pixels_a_stage_sees(config):
     config = change(config, directory="")
     sets = open_sets(config, [1, 2])
     pixels = sets[2].batch(range(24))["image"] / 127.5 - 1
     for number, seen in ((2, pixels), (1, pixels.reshape(24, 4, 2, 4, 2, 3).mean((2, 4)))):
-        count, mean, std = contact_sheet.statistics(config.stages[number - 1], sets[number])
+        count, mean, std = contact_sheet.statistics(config.stage(number), sets[number])
         assert count == 24
         np.testing.assert_allclose(mean, seen.mean((0, 1, 2)), atol=1e-6)
         np.testing.assert_allclose(std, seen.std((0, 1, 2)), rtol=1e-5)
 
 
-def test_the_contact_sheet_shows_every_stage_and_the_blur(config, tmp_path):
+def test_contact_sheet_shows_every_stage_and_the_blur(config, tmp_path):
     config = change(config, directory="")
     sets = open_sets(config, [1, 2])
     contact_sheet.draw(config, sets, tmp_path / "sheet.png")
     rows = [
         row
         for number in (1, 2)
-        for row in contact_sheet._rows(number, config.stages[number - 1], sets[number])
+        for row in contact_sheet._rows(number, config.stage(number), sets[number])
     ]
     names = ["stage1: 4 x 4", "stage2: 8 x 8"] + [
         f"blurred, t = {t}" for t in ("0.25", "0.5", "0.75", "1")
@@ -142,7 +137,7 @@ def test_the_contact_sheet_shows_every_stage_and_the_blur(config, tmp_path):
     )
 
 
-def test_half_of_the_images_are_mirrored_each_by_its_own_key():
+def test_mirror_flips_half_of_the_images_by_their_keys():
     import jax
 
     images, keys = (
@@ -156,7 +151,7 @@ def test_half_of_the_images_are_mirrored_each_by_its_own_key():
     np.testing.assert_array_equal(np.asarray(mirror(images[5:6], keys[5:6])), mirrored[5:6])
 
 
-def test_a_workdir_or_prepared_data_within_the_source_are_refused(config, tmp_path):
+def test_open_sets_refuses_outputs_within_the_source(config, tmp_path):
     images = tmp_path / "images"
     for changed, workdir in (
         (config, images),
@@ -177,7 +172,7 @@ def test_a_workdir_or_prepared_data_within_the_source_are_refused(config, tmp_pa
     )  # what it writes lies beside the images
 
 
-def test_the_table_of_classes_is_shown(config, caplog, monkeypatch):
+def test_open_sets_logs_the_table_of_classes(config, caplog, monkeypatch):
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     with caplog.at_level("INFO"):
         open_sets(config, [2])
@@ -204,20 +199,20 @@ def test_the_table_of_classes_is_shown(config, caplog, monkeypatch):
         ("max_left_out", 1.5, "config.data.max_left_out=1.5 cannot be used; a number from 0 to 1"),
     ],
 )
-def test_fields_that_cannot_be_used_are_refused_by_name(config, field, value, said):
+def test_check_config_names_invalid_data_fields(config, field, value, said):
     with pytest.raises(InputError, match=said):
         check_config(change(config, **{field: value}))
 
 
-def test_a_url_as_a_stages_own_source_is_refused_by_name(config):
+def test_check_config_names_url_as_a_stages_source(config):
     with pytest.raises(InputError, match="config.stage1.source='gs://bucket/images' is a URL"):
         check_config(change(config, 1, source="folder:gs://bucket/images"))
 
 
-def test_a_changed_source_is_prepared_again_through_the_run(config, tmp_path):
+def test_run_update_prepares_a_changed_source_again(config, tmp_path):
     values, images = config.to_config_dict(), tmp_path / "images"
     with pytest.raises(
-        InputError, match="--update with --mode='train' cannot be used; --mode=prepare would do"
+        InputError, match="--update does not go with --mode=train. Use it with --mode=prepare"
     ):
         run(values, str(tmp_path / "run"), mode="train", update=True)
     assert not (tmp_path / "run").exists()

@@ -63,7 +63,7 @@ def measured(
     base = dataclasses.replace(base, seed=seed)
     usual = root / f"base-{seed}"
     for number in (1, 2):
-        base = common.with_stage(base, number, checkpoint=str(common.trained(base, usual, number)))
+        base = base.with_stage(number, checkpoint=str(common.trained(base, usual, number)))
     config = variant.change(base)
     learnt = [
         [(stage.network, stage.process, stage.training) for stage in each.stages]
@@ -71,8 +71,8 @@ def measured(
     ]
     workdir = usual if learnt[0] == learnt[1] else root / f"{variant.name}-{seed}"
     if workdir != usual:
-        config = common.with_stage(
-            config, variant.stage, checkpoint=str(common.trained(config, workdir, variant.stage))
+        config = config.with_stage(
+            variant.stage, checkpoint=str(common.trained(config, workdir, variant.stage))
         )
     name = "relay_" + "".join(c if c.isalnum() else "_" for c in variant.name)
     from_real = dataclasses.replace(

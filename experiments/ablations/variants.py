@@ -38,8 +38,8 @@ def unguided(config: Config, count: int) -> Config:
 
 def process(**fields) -> Change:
     """Another process of stage 2."""
-    return lambda config: common.with_stage(
-        config, 2, process=dataclasses.replace(config.stages[1].process, **fields)
+    return lambda config: config.with_stage(
+        2, process=dataclasses.replace(config.stages[1].process, **fields)
     )
 
 
@@ -66,21 +66,17 @@ def length(value: float) -> Change:
 
 def sampler(**fields) -> Change:
     """Another sampler of stage 2."""
-    return lambda config: common.with_stage(config, 2, sampler=fields)
+    return lambda config: config.with_stage(2, sampler=fields)
 
 
 def guidance(first: float, second: float) -> Change:
     """Other weights of guidance."""
-    return lambda config: common.with_stage(
-        common.with_stage(config, 1, guidance=first), 2, guidance=second
-    )
+    return lambda config: config.with_stage(1, guidance=first).with_stage(2, guidance=second)
 
 
 def label_dropout(rate: float, weight: float) -> Change:
     """Another share of hidden labels in stage 1, which is guided."""
-    return lambda config: common.with_stage(
-        config, 1, training={"label_dropout": rate}, guidance=weight
-    )
+    return lambda config: config.with_stage(1, training={"label_dropout": rate}, guidance=weight)
 
 
 def order(number: int) -> Change:

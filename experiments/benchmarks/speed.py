@@ -123,28 +123,19 @@ def varied(config: configs.Config, variant: str) -> configs.Config:
             parallel |= {"data": 1, "fsdp": -1}
         elif change != "config":
             raise InputError(f"--variants: {change!r} is not known; those in --helpshort would do.")
-    stages = tuple(
-        dataclasses.replace(
-            stage,
-            network=dataclasses.replace(stage.network, **network),
-            training=dataclasses.replace(stage.training, **training),
-        )
-        for stage in config.stages
-    )
-    return dataclasses.replace(
-        config, stages=stages, parallel=dataclasses.replace(config.parallel, **parallel)
-    )
+    for stage in config.stages:
+        config = config.with_stage(stage.number, network=network, training=training)
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **parallel))
 
 
 def resized(config: configs.Config, batch: int) -> configs.Config:
     """The config with batches of another size, if that is not 0."""
     if not batch:
         return config
-    of = lambda stage: dataclasses.replace(
-        stage, training=dataclasses.replace(stage.training, batch_size=batch)
-    )  # noqa: E731
+    for stage in config.stages:
+        config = config.with_stage(stage.number, training={"batch_size": batch})
     sampling = dataclasses.replace(config.sampling, batch_size=batch)
-    return dataclasses.replace(config, stages=tuple(map(of, config.stages)), sampling=sampling)
+    return dataclasses.replace(config, sampling=sampling)
 
 
 class Training:
@@ -160,7 +151,7 @@ class Training:
     """
 
     def __init__(self, config: configs.Config, number: int, classes: int):
-        stage = config.stages[number - 1]
+        stage = config.stage(number)
         size, shape = (
             stage.training.batch_size,
             (stage if stage.source else config.stages[-1]).resolution,
@@ -201,7 +192,7 @@ def training_row(
     profile: str = "",
 ) -> list[str]:
     """Cells of a row of the first table."""
-    stage, held = config.stages[number - 1], timing.peak_bytes()
+    stage, held = config.stage(number), timing.peak_bytes()
     size, network = stage.training.batch_size, stage.network
     training = Training(config, number, classes)
     each = timing.medians({"step": training.step}, seconds)["step"]
@@ -270,7 +261,7 @@ def sampling_row(
     profile: str = "",
 ) -> list[str]:
     """Cells of a row of the second table."""
-    whole, channels = config.stages[number - 1], config.data.channels
+    whole, channels = config.stage(number), config.data.channels
     stage, size, network = (
         short(whole, least),
         config.sampling.batch_size,
@@ -324,7 +315,7 @@ def fitting(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return [*_about(number, config.stages[number - 1], variant), "does not fit into memory"]
+        return [*_about(number, config.stage(number), variant), "does not fit into memory"]
 
 
 def rows(config: configs.Config) -> Iterator[tuple[configs.Config, int, str]]:

@@ -80,9 +80,7 @@ class Method:
 
     def with_sampler(self, **fields) -> "Method":
         """The same, its last stage's sampler having other fields."""
-        return dataclasses.replace(
-            self, config=common.with_stage(self.config, self.last, sampler=fields)
-        )
+        return dataclasses.replace(self, config=self.config.with_stage(self.last, sampler=fields))
 
     def with_evaluations(self, count: int) -> "Method":
         """The same with so many evaluations of the last network for an image, its ladder being what
@@ -98,9 +96,7 @@ class Method:
         stage = self.config.stages[-1]
         if step == stage.training.steps:
             return self.metrics(f"evaluations_{evaluations(stage)}")
-        return self.metrics(
-            f"step_{step}", common.with_stage(self.config, self.last, checkpoint=str(step))
-        )
+        return self.metrics(f"step_{step}", self.config.with_stage(self.last, checkpoint=str(step)))
 
     def from_images(self, folder: Path) -> Config:
         """The config that goes on from small images in a folder."""
@@ -115,9 +111,9 @@ def trained(base: Config, root: Path, seed: int, usual: int) -> list[Method]:
     first = common.trained(config_of["relay"], root / f"relay-{seed}", 1)
     for name, config in config_of.items():
         if len(config.stages) > 1:
-            config = common.with_stage(config, 1, checkpoint=str(first))
+            config = config.with_stage(1, checkpoint=str(first))
         last = common.trained(config, root / f"{name}-{seed}", len(config.stages))
-        config = common.with_stage(config, len(config.stages), checkpoint=str(last))
+        config = config.with_stage(len(config.stages), checkpoint=str(last))
         methods.append(Method(name, config, root / f"{name}-{seed}").with_evaluations(usual))
     return methods
 

@@ -35,12 +35,12 @@ def variants(config: Config) -> dict[str, Config]:
 
     Every checkpoint of the last networks is kept, and `points` are among them.
     """
-    config = common.with_stage(common.with_evaluation(config, images="samples"), 1, guidance=1.0)
+    config = common.with_evaluation(config, images="samples").with_stage(1, guidance=1.0)
     first, second = config.stages
     interval = second.training.batch_size * _interval(second.training)
     images = first.training.images + second.training.images
     kept = {"checkpoint_every": interval, "keep_newest": images // interval + 1}
-    config = common.with_stage(config, 2, guidance=1.0, training=kept)
+    config = config.with_stage(2, guidance=1.0, training=kept)
     second = config.stages[1]
     cascade = Cascade(patch=second.process.patch, augment_max=max(AUGMENTS))
     begin = {"sigma_min": second.sampler.sigma_min}
@@ -49,8 +49,8 @@ def variants(config: Config) -> dict[str, Config]:
     )
     return {
         "relay": config,
-        "cascade": common.with_stage(config, 2, process=cascade, sampler=CascadeHeun(**begin)),
-        "single": common.with_stage(alone, 1, training={"images": images}),
+        "cascade": config.with_stage(2, process=cascade, sampler=CascadeHeun(**begin)),
+        "single": alone.with_stage(1, training={"images": images}),
     }
 
 

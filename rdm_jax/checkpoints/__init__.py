@@ -1,1 +1,1 @@
-"""Checkpoints on disk: saved, checked and found."""
+"""Checkpoints on disk: saved, verified and found."""

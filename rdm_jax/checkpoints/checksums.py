@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files: Orbax does not notice a byte that has changed in an array."""
+"""Checksums of a checkpoint's files: Orbax does not notice a changed byte in an array."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 from rdm_jax.runtime.files import parse_json, sha256
 
 CHECKSUMS = "checksums.json"
-# Orbax writes these after everything else: the time of its commit, and that it was one. Nothing of
-# a training is in them.
+# Orbax writes these last: the time of its commit, and a marker. They hold no training state.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 SMALL = 2**20
 
@@ -22,11 +21,10 @@ def write_checksums(folder: Path) -> None:
 
 
 def damage(folder: Path, thorough: bool = True) -> str:
-    """What is wrong with the first file under a folder that is not as it was written, in some
-    words; '' where all are.
+    """Describes the first file under a folder that differs from its checksum; '' if none does.
 
     Args:
-      thorough: read all files; else only those under a MiB, and measure the others.
+      thorough: read all files; else only those below 1 MiB, and compare the sizes of the others.
     """
     try:
         listed = parse_json((folder / CHECKSUMS).read_text())
@@ -45,9 +43,9 @@ def damage(folder: Path, thorough: bool = True) -> str:
             return f"{name} does not belong to it"
         size, digest = expected[name]
         if found[name].stat().st_size != size:
-            return f"{name} has {found[name].stat().st_size:,} bytes, and had {size:,}"
+            return f"{name} has {found[name].stat().st_size:,} bytes instead of {size:,}"
         if (thorough or size < SMALL) and sha256(found[name]) != digest:
-            return f"{name} is not as it was written"
+            return f"{name} does not match its checksum"
     return ""
 
 

@@ -1,5 +1,4 @@
-"""The folders of a stage's checkpoints as they lie on the disk: which there are, which are sound,
-what each says of itself."""
+"""The folders of a stage's checkpoints: which exist, which are intact, what each says of itself."""
 
 import math
 import time
@@ -7,25 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from rdm_jax.checkpoints.checksums import damage
+from rdm_jax.config.changes import Change, incompatible_changes
 from rdm_jax.config.saved import about_now
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import parse_json
 
-RETRAIN = "training again in another workdir"
+RETRAIN = "Train again in another workdir."
 
 
-def read_about(folder: Path, remedy: str = RETRAIN, *, sound: bool = False) -> dict[str, Any]:
-    """What a checkpoint says of itself, without its arrays.
+def read_about(folder: Path, fix: str = RETRAIN, *, sound: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint's item 'about': all that it holds but its arrays.
 
     Args:
-      remedy: what would do where it is damaged.
-      sound: it was compared with its checksums before, and is not again.
+      fix: what to do if it is damaged, for the message.
+      sound: it has been compared with its checksums already.
 
     Raises:
-      InputError: it is damaged (small files alone are read), or a newer version of this package
-        wrote it.
+      InputError: it is damaged (only small files are read), or written by a newer version of this
+        package.
     """
     found = "" if sound else damage(folder, thorough=False)
     try:
@@ -33,53 +33,71 @@ def read_about(folder: Path, remedy: str = RETRAIN, *, sound: bool = False) -> d
     except (OSError, ValueError) as error:
         found = found or str(error)
     if found:
-        raise InputError(f"checkpoint {folder} is damaged ({found}); {remedy} would do.")
+        raise InputError(f"checkpoint {folder} is damaged ({found})", fix)
     return about_now(about, f"checkpoint {folder}")
 
 
+def changed_since(about: dict[str, Any], now: dict[str, Any], name: str) -> list[Change]:
+    """Returns the incompatible changes between two checkpoints of the stage called `name`.
+
+    Args:
+      about: what the earlier one says of itself; older versions do not name their images.
+      now: the same of the later one.
+    """
+    known = about.keys() & now.keys()
+
+    def as_config(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **{key: values[key] for key in ("seed", "classes") if key in known},
+            name: values["stage"],
+            "data": {"images": values["images"]} if "images" in known else {},
+        }
+
+    return incompatible_changes(as_config(about), as_config(now))
+
+
 def rank(about: dict[str, Any]) -> float:
-    """By which the best is the least: the validation loss; of imported parameters, and where it is
-    not finite, infinity."""
+    """Sort key for `best` (lower is better): the validation loss.
+
+    Infinity if it is not finite, or unknown as for imported parameters.
+    """
     loss = about.get("validation_loss")
     return math.inf if loss is None else loss
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a step's folder holds a training state, and not averaged parameters alone."""
+    """Whether a step's folder holds a training state, not only EMA parameters."""
     return (folder / "train").exists()
 
 
 def set_damaged_aside(directory: Path) -> int | None:
-    """Moves checkpoints that are not as they were written to `<directory>_damaged`, beside it,
-    where others are sound.
+    """Moves damaged checkpoints to `<directory>_damaged` if another one is intact.
 
-    The newest sound one is read as a whole; of those before it, large files are measured only.
+    Of the newest intact one all files are read; of those before it, large files are only measured.
 
     Returns:
-      Its step; None where there is no checkpoint.
+      The newest intact step; None if there is no checkpoint.
 
     Raises:
-      InputError: none is sound; nothing was moved.
+      InputError: none is intact; nothing was moved.
     """
-    wrong, sound = {}, []
-    for folder in sorted(
-        step_folders(directory), key=lambda folder: int(folder.name), reverse=True
-    ):
+    damaged, sound = {}, []
+    for folder in _newest_first(step_folders(directory)):
         found = damage(folder, thorough=not sound)
         if found:
-            wrong[folder] = found
+            damaged[folder] = found
         else:
             sound.append(folder)
-    for folder, found in wrong.items():
+    for folder, found in damaged.items():
         if not sound:
             raise InputError(
-                f"checkpoint {folder} is damaged ({found}), and there is no other; training again in another workdir would do."
+                f"checkpoint {folder} is damaged ({found}), and there is no other", RETRAIN
             )
         aside = directory.with_name(f"{directory.name}_damaged") / f"{folder.name}-{time.time_ns()}"
         aside.parent.mkdir(exist_ok=True)
         folder.rename(aside)
         log.warning(
-            "checkpoint %s is damaged (%s): it is %s now, and step %s the newest",
+            "checkpoint %s is damaged (%s): moved to %s; the newest is now step %s",
             folder,
             found,
             aside,
@@ -89,30 +107,27 @@ def set_damaged_aside(directory: Path) -> int | None:
 
 
 def step_folders(directory: Path) -> list[Path]:
-    """The folders of a stage's complete checkpoints; none where the stage has no directory yet."""
+    """Returns the folders of a stage's complete checkpoints, also if it has no directory yet."""
     return [child for child in directory.glob("*") if child.name.isdecimal()]
 
 
 def is_trained(directory: Path) -> bool:
-    """Whether a stage's checkpoints hold a training state, and not imported parameters alone."""
+    """Whether one of a stage's checkpoints holds a training state, not only EMA parameters."""
     return any(map(is_whole, step_folders(directory)))
 
 
 def newest_trained(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest training state that is not seen to be damaged, and what it says of itself; None
-    where there is none."""
-    for folder in sorted(
-        filter(is_whole, step_folders(directory)), key=lambda folder: int(folder.name), reverse=True
-    ):
-        if not damage(folder, thorough=False):
+    """Returns the newest training state without visible damage and its `about`, or None."""
+    for folder in _newest_first(step_folders(directory)):
+        if is_whole(folder) and not damage(folder, thorough=False):
             return folder, read_about(folder, sound=True)
     return None
 
 
 def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
-    """The folder of checkpoints and the step that a config's `checkpoint` means.
+    """Returns the folder of checkpoints and the step that a config's `checkpoint` names.
 
-    All processes must call it together: the first one looks, as others may see a new folder later.
+    All processes must call it together: process 0 looks, as others may see a new folder later.
 
     Args:
       checkpoint: 'newest', 'best', the number of a step, or the path of a step's folder.
@@ -122,22 +137,25 @@ def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
       InputError: there is no such checkpoint.
     """
     path = Path(checkpoint).expanduser()
-    named = checkpoint in ("newest", "best") or checkpoint.isdecimal()
+    own = checkpoint in ("newest", "best") or checkpoint.isdecimal()
+    step = -1
     with distributed.raise_together():
-        step = (
-            (_find(checkpoint, stage_directory) if named else _step_of(path))
-            if distributed.is_primary()
-            else -1
-        )
-    return stage_directory if named else path.parent, distributed.from_primary(step)
+        if distributed.is_primary():
+            step = _find(checkpoint, stage_directory) if own else _step_of(path)
+    return stage_directory if own else path.parent, distributed.from_primary(step)
+
+
+def _newest_first(folders: list[Path]) -> list[Path]:
+    return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
 
 
 def _step_of(folder: Path) -> int:
-    """The step whose checkpoint a folder is."""
+    """Returns the step whose checkpoint a folder is."""
     if folder.name.isdecimal() and folder.is_dir():
         return int(folder.name)
     raise InputError(
-        f"checkpoint={str(folder)!r} is no checkpoint; 'newest', 'best', a step, or the folder of a step would do."
+        f"checkpoint={str(folder)!r} is not a checkpoint",
+        "Use 'newest', 'best', a step, or the folder of a step.",
     )
 
 
@@ -145,7 +163,7 @@ def _find(checkpoint: str, directory: Path) -> int:
     steps = sorted(int(folder.name) for folder in step_folders(directory))
     if not steps:
         raise InputError(
-            f"there is no checkpoint in {directory}; training this stage first would do (--mode train)."
+            f"there is no checkpoint in {directory}", "Train this stage first (--mode=train)."
         )
     if checkpoint == "newest":
         return steps[-1]
@@ -155,8 +173,8 @@ def _find(checkpoint: str, directory: Path) -> int:
         comparable = [step for step in about if about[step].get("validated_on", known) == known]
         return min(comparable, key=lambda step: rank(about[step]))
     if int(checkpoint) not in steps:
-        known = ", ".join(map(str, steps))
         raise InputError(
-            f"checkpoint={checkpoint!r} is not among those in {directory}; one of {known} would do."
+            f"checkpoint={checkpoint!r} is not in {directory}",
+            f"Use one of {', '.join(map(str, steps))}.",
         )
     return int(checkpoint)

@@ -1,5 +1,4 @@
-"""The flag --config: a config file, a config.json or a run's folder; and its overrides,
---config.field=value."""
+"""The flag --config: a config file, a config.json or a run's folder; and --config.field=value."""
 
 import ast
 import contextlib
@@ -15,7 +14,8 @@ from ml_collections import ConfigDict, config_flags
 from rdm_jax.config.load import load
 from rdm_jax.runtime.errors import InputError
 
-flags.disclaim_key_flags()  # --config is one of the module's that defines it here, and so in its --helpshort
+# So that --helpshort lists --config with the flags of the module that calls `define_config`.
+flags.disclaim_key_flags()
 
 NAME = "config"
 OVERRIDE = re.compile(rf"--?(?:no)?({NAME}\.[^=]*)=?(.*)", re.DOTALL)
@@ -23,10 +23,10 @@ MAX_DIGITS = 18
 
 
 class WholeNumber(flags.IntegerParser):
-    """A whole number as people write it: 1000, 1_000, 1e3, 2.5e6."""
+    """An integer as people write it: 1000, 1_000, 1e3, 2.5e6."""
 
     def convert(self, argument: Any) -> int:
-        """The number. Raises ValueError for any other text."""
+        """Returns the integer. Raises ValueError for any other text."""
         if not isinstance(argument, str):
             return super().convert(argument)
         with contextlib.suppress(ValueError):
@@ -35,11 +35,11 @@ class WholeNumber(flags.IntegerParser):
             number = Decimal(argument)
             if number.is_finite() and number.adjusted() < MAX_DIGITS and number == int(number):
                 return int(number)
-        raise ValueError("it is not a whole number; one such as 1000, 1_000 or 1e3 would do.")
+        raise ValueError(f"{argument!r} is not an integer")
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Loads what --config names, and refuses overrides of what is no field in it."""
+    """Loads what --config names, and refuses overrides of unknown fields."""
 
     def parse(self, argument: str) -> ConfigDict:
         values = load(argument)
@@ -52,10 +52,10 @@ class _ConfigParser(flags.ArgumentParser):
 def define_config(
     help_string: str = "Config file; --config.field=value overrides.",
 ) -> flags.FlagHolder:
-    """Defines --config with its overrides by ml_collections; its value is a locked ConfigDict.
+    """Defines --config with ml_collections' overrides; its value is a locked ConfigDict.
 
-    What cannot be used raises `absl.flags.Error` when flags are parsed, which `rdm_jax.command`
-    puts into words.
+    Parsing the flags raises `absl.flags.Error`, which `cli.command.parse_flags` turns into an
+    InputError.
     """
     config_flags.register_flag_parser_for_type(int, WholeNumber())
     holder = config_flags.DEFINE_config_file(NAME, help_string=help_string)
@@ -64,29 +64,28 @@ def define_config(
 
 
 def _check_field(values: ConfigDict, field: str, text: str) -> None:
-    """Refuses an override of what is no field, with those that are spelt almost like it."""
+    """Refuses an override of an unknown field, and names those with nearly its name."""
     node, owner = values, NAME
     for part in field.split(".")[1:]:
         if not isinstance(node, ConfigDict):
-            raise InputError(
-                f"{field}: {owner} has no fields; --{owner}=VALUE, the whole of it, would do."
-            )
+            raise InputError(f"{field}: {owner} has no fields", f"Use --{owner}=VALUE.")
         if part not in node:
-            if "[" in part and part.partition("[")[0] in node:
-                whole = f"--{owner}.{part.partition('[')[0]}='(1, 2)'"
+            name, bracket, _ = part.partition("[")
+            if bracket and name in node:
                 raise InputError(
-                    f"{field}: an element cannot be set alone; all of them, as in {whole}, would do."
+                    f"{field}: a single element cannot be set", f"Use --{owner}.{name}='(1, 2)'."
                 )
             close = difflib.get_close_matches(part, node, n=1)
-            elsewhere = close or list(fields_called(part, values))[:3] or list(node)
-            would_do = " or ".join(elsewhere)
+            close = close or list(fields_called(part, values))[:3] or list(node)
             raise InputError(
-                f"{field}={text} is not a field of the config ({owner} has no {part!r}); {would_do} would do."
+                f"{field}={text} is not a field of the config ({owner} has no {part!r})",
+                f"Use {' or '.join(close)}.",
             )
         node, owner = node[part], f"{owner}.{part}"
     if isinstance(node, ConfigDict) and not _is_dict(text):
         raise InputError(
-            f"{field}={text}: this is a section; one of its fields, such as {field}.{next(iter(node))}, would do."
+            f"{field}={text}: {field} is a section",
+            f"Use one of its fields, such as {field}.{next(iter(node))}.",
         )
 
 
@@ -98,10 +97,9 @@ def _is_dict(text: str) -> bool:
 
 
 def fields_called(name: str, values: ConfigDict, owner: str = NAME) -> list[str]:
-    """All fields of this name, such as 'config.stage1.training.batch_size'."""
+    """Returns the paths of all fields of a name, such as 'config.stage1.training.batch_size'."""
     found = [f"{owner}.{key}" for key in values if key == name]
     for key, value in values.items():
-        found += (
-            fields_called(name, value, f"{owner}.{key}") if isinstance(value, ConfigDict) else []
-        )
+        if isinstance(value, ConfigDict):
+            found += fields_called(name, value, f"{owner}.{key}")
     return found

@@ -1,5 +1,4 @@
-"""How a command ends: one sentence where something is in its way, and a status that says what it
-was."""
+"""How a command ends: one line for an error, and an exit status that tells its kind."""
 
 import os
 import sys
@@ -10,17 +9,19 @@ from rdm_jax.runtime.console import tolerate_closed_streams
 from rdm_jax.runtime.environment import backend_error, quiet_libtpu
 from rdm_jax.runtime.errors import Diverged, InputError, Interrupted, reason
 
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
 
 def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> int:
-    """Does the work, and says in one sentence why it was not done.
+    """Does the work and prints one line if it fails.
 
     Args:
       work: what the command does.
-      workdir: where it writes; asked when a system's error names no file.
+      workdir: where it writes; asked if an error of the system names no file.
 
     Returns:
-      0; 1 if it diverged or another process is gone, 2 for what cannot be used, 130 and 143 if
-      Ctrl-C or SIGTERM stopped it.
+      0; 1 if training diverged or another process was lost, 2 for input that cannot be used, 130
+      and 143 after Ctrl-C and SIGTERM.
     """
     quiet_libtpu()
     with tolerate_closed_streams():
@@ -30,38 +31,33 @@ def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> 
 def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> int:
     try:
         work()
-    except (InputError, Diverged) as error:
-        print(f"error: {_in_one_line(str(error))}", file=sys.stderr)
-        return 1 if isinstance(error, Diverged) else 2
+    except InputError as error:
+        return _failed(str(error), BAD_INPUT)
+    except Diverged as error:
+        return _failed(str(error), FAILED)
     except OSError as error:
         where, why = error.filename or workdir(), error.strerror or error
-        print(
-            f"error: {where} cannot be used ({why}); free space, or another --workdir, would do.",
-            file=sys.stderr,
-        )
-        return 2
+        fix = "Free space, or use another --workdir."
+        return _failed(f"{where} cannot be used ({why}). {fix}", BAD_INPUT)
     except Exception as error:
         if refused := backend_error(error):
-            print(f"error: {_in_one_line(str(refused))}", file=sys.stderr)
-            return 2
+            return _failed(str(refused), BAD_INPUT)
         if not distributed.is_lost_peer(error):
             raise
-        what = f"another process of this run is gone ({_in_one_line(reason(error))})"
-        print(
-            f"error: {what}; starting all of them again would do, from the last checkpoint.",
-            file=sys.stderr,
-        )
-        return 1
+        fix = "Start all of them again; they resume from the last checkpoint."
+        return _failed(f"another process of this run has ended ({reason(error)}). {fix}", FAILED)
     except Interrupted as error:
-        print(f"{error}; the same command goes on from here", file=sys.stderr)
+        print(f"{error}; run the same command to resume", file=sys.stderr)
         if error.at_once:  # Python would wait for the threads of a save
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(error.status)
         return error.status
-    return 0
+    return DONE
 
 
-def _in_one_line(text: str) -> str:
-    """Without line breaks and the like, which a name in a stranger's file may have."""
-    return "".join(c if c.isprintable() else " " for c in text)
+def _failed(message: str, status: int) -> int:
+    """Prints an error on one line: names in untrusted files may hold line breaks and the like."""
+    line = "".join(c if c.isprintable() else " " for c in message)
+    print(f"error: {line}", file=sys.stderr)
+    return status

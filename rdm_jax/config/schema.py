@@ -6,7 +6,9 @@ overrides a field of it, and `parse` turns the result back into a `Config`, whic
 dataclasses that do the work are the ones that are filled in here.
 """
 
+import copy
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -159,6 +161,30 @@ class Stage:
     source: str = ""
 
     @property
+    def number(self) -> int:
+        """Position in the config, from 1. Not a field: `Config` sets it on the stages it holds.
+
+        Raises:
+          ValueError: the stage is not one of `Config.stages`.
+        """
+        if "_number" not in self.__dict__:
+            raise ValueError("a stage has a number only as one of Config.stages")
+        return self.__dict__["_number"]
+
+    @property
+    def name(self) -> str:
+        """'stage1' for the first stage: its section in a config and its folder in a workdir."""
+        return f"stage{self.number}"
+
+    def _numbered(self, number: int) -> "Stage":
+        """The same stage, equal to this one, with this number."""
+        if self.__dict__.get("_number") == number:
+            return self
+        stage = copy.copy(self)
+        object.__setattr__(stage, "_number", number)
+        return stage
+
+    @property
     def factor(self) -> int:
         """By how much this stage enlarges the one before it."""
         return (
@@ -303,6 +329,7 @@ class Config:
 
     Attributes:
       seed: of everything random, but for the images' own seeds.
+      stages: in the order in which they run; each knows its `number` and `name`.
     """
 
     seed: int = 0
@@ -315,8 +342,34 @@ class Config:
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
 
+    def __post_init__(self) -> None:
+        numbered = tuple(stage._numbered(i) for i, stage in enumerate(self.stages, 1))
+        object.__setattr__(self, "stages", numbered)
+
+    def stage(self, number: int) -> Stage:
+        """The stage of this number, from 1. Raises IndexError if there is none."""
+        if not 1 <= number <= len(self.stages):
+            raise IndexError(f"stage {number} of {len(self.stages)}")
+        return self.stages[number - 1]
+
+    def with_stage(self, number: int, **changes: Any) -> "Config":
+        """The config with fields of stage `number` (from 1) replaced.
+
+        A dict holds the fields to replace in a part of the stage, as in
+        `config.with_stage(2, training={"images": 1000}, guidance=1.0)`.
+        """
+        changed = self.stage(number)
+        for name, value in changes.items():
+            if isinstance(value, dict):
+                value = dataclasses.replace(getattr(changed, name), **value)
+            changed = dataclasses.replace(changed, **{name: value})
+        return dataclasses.replace(
+            self, stages=(*self.stages[: number - 1], changed, *self.stages[number:])
+        )
+
     def to_config_dict(self) -> ConfigDict:
         """The same as an ml_collections ConfigDict, which `--config.field=value` overrides."""
         fields = to_plain(self)
-        stages = {f"stage{i + 1}": stage for i, stage in enumerate(fields.pop("stages"))}
+        values = fields.pop("stages")
+        stages = {stage.name: value for stage, value in zip(self.stages, values, strict=True)}
         return ConfigDict({**fields, **stages}, sort_keys=False)

@@ -57,7 +57,7 @@ def open_references(
             config, stages=config.stages[:number]
         )  # its last stage says what size images have
         means = {
-            name: means_of(images, config.stages[number - 1].resolution[0])
+            name: means_of(images, config.stage(number).resolution[0])
             for name, images in sets.items()
         }
         file = f"reference_stage{number}.npz"

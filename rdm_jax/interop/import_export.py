@@ -111,7 +111,7 @@ def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int
 
     Every field that changes is logged. Raises InputError where we have no such network.
     """
-    stage = config.stages[number - 1]
+    stage = config.stage(number)
     if weights.settings is None or weights.class_name is None:
         label = weights.shapes.get("model.map_label.weight", ())
         return config, label[1] if len(label) == 2 else 0
@@ -131,9 +131,14 @@ def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int
             config.data.channels,
             found.channels,
         )
-    stages = (*config.stages[: number - 1], found.stage, *config.stages[number:])
+    config = config.with_stage(
+        number,
+        resolution=found.stage.resolution,
+        network=found.stage.network,
+        precondition=found.stage.precondition,
+    )
     data = dataclasses.replace(config.data, channels=found.channels)
-    return dataclasses.replace(config, stages=stages, data=data), found.classes
+    return dataclasses.replace(config, data=data), found.classes
 
 
 def fit_resolutions(config: Config, number: int, kept: Sequence[int]) -> Config:
@@ -232,7 +237,7 @@ def read_parameters(
     Raises:
       InputError: a parameter is missing, unknown or of another shape.
     """
-    stage = config.stages[number - 1]
+    stage = config.stage(number)
     abstract = stage.build(config.data.channels, classes).abstract
     names = _names(stage, abstract)
     unknown = sorted(
@@ -294,7 +299,7 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
       InputError: there is no such checkpoint, or the original has no such network.
       OSError: the file cannot be written.
     """
-    stage = config.stages[number - 1]
+    stage = config.stage(number)
     folder, step = folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
     checkpoints = store.Checkpoints(folder, read_only=True)
     classes = len(checkpoints.about(step)["classes"])

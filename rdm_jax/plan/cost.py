@@ -137,7 +137,7 @@ class TrainingCost:
 
 def training_cost(config: Config, number: int, chips: int, classes: int) -> TrainingCost:
     """What stage `number` (from 1) takes on so many chips, in the config's way of sharing them."""
-    stage, shape = config.stages[number - 1], image_shape(config, number)
+    stage, shape = config.stage(number), image_shape(config, number)
     training, sizes = (
         stage.training,
         sharding.mesh_sizes(config.parallel.data, config.parallel.fsdp, chips),
@@ -182,7 +182,7 @@ def shard_bytes(tree: Any) -> int:
 def image_shape(config: Config, number: int) -> tuple[int, int, int]:
     """Of the records that a stage is trained on: the last stage's, or its own where it has a source
     of its own."""
-    stage = config.stages[number - 1]
+    stage = config.stage(number)
     return (*(stage if stage.source else config.stages[-1]).resolution, config.data.channels)
 
 

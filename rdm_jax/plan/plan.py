@@ -6,7 +6,6 @@ Nothing is compiled for it but on request.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 
@@ -124,7 +123,7 @@ def _section(
     utilisation: float,
 ) -> str:
     """The table of a stage."""
-    stage = config.stages[number - 1]
+    stage = config.stage(number)
     training, network = stage.training, stage.network
     size, kind = " x ".join(map(str, stage.resolution)), kind_of(type(network))
     rows = [
@@ -163,7 +162,7 @@ def _exchange_rows(needs: TrainingCost) -> list[list[str]]:
 def _time_rows(
     config: Config, number: int, needs: TrainingCost, chip: Chip, chips: int, utilisation: float
 ) -> list[list[str]]:
-    stage = config.stages[number - 1]
+    stage = config.stage(number)
     computing, sending = (
         step_seconds(needs, chip, chips, stage.network.dtype, utilisation),
         needs.sent / chip.interconnect,
@@ -187,7 +186,7 @@ def _time_rows(
 def _hours(
     config: Config, number: int, needs: TrainingCost, chip: Chip, chips: int, utilisation: float
 ) -> float:
-    stage = config.stages[number - 1]
+    stage = config.stage(number)
     return (
         stage.training.steps
         * step_seconds(needs, chip, chips, stage.network.dtype, utilisation)
@@ -223,10 +222,10 @@ def _remedy(config: Config, number: int, chip: Chip, chips: int, classes: int) -
     chip; else the best."""
     room, best = FILLED * chip.gib * GIB, (0, "")
     for changes, changed in _remedies(config, number, chips):
-        training = changed.stages[number - 1].training
+        training = changed.stage(number).training
         parts = training.batch_size // chips
         needs = training_cost(
-            _changed(changed, number, training={"accumulate": parts}), number, chips, classes
+            changed.with_stage(number, training={"accumulate": parts}), number, chips, classes
         )
         fitting = max(
             (
@@ -254,27 +253,15 @@ def _remedies(config: Config, number: int, chips: int) -> Iterator[tuple[list[st
     """The config with more and more changes that save memory, and their flags."""
     changes: list[str] = []
     yield changes, config
-    network, field = config.stages[number - 1].network, f"--config.stage{number}.network"
+    network, field = config.stage(number).network, f"--config.stage{number}.network"
     if network.remat != "block":
-        config = _changed(config, number, network={"remat": "block"})
+        config = config.with_stage(number, network={"remat": "block"})
         yield (changes := [*changes, f"{field}.remat=block"]), config
     if network.dtype != "bfloat16":
-        config = _changed(config, number, network={"dtype": "bfloat16"})
+        config = config.with_stage(number, network={"dtype": "bfloat16"})
         yield (changes := [*changes, f"{field}.dtype=bfloat16"]), config
     if chips > 1 and config.parallel.mode == "pjit":
         config = dataclasses.replace(
             config, parallel=dataclasses.replace(config.parallel, data=1, fsdp=-1)
         )
         yield [*changes, "--config.parallel.data=1 --config.parallel.fsdp=-1"], config
-
-
-def _changed(config: Config, number: int, **changes: dict[str, Any]) -> Config:
-    """The config with fields of a part of stage `number` replaced."""
-    stages = list(config.stages)
-    stage = stages[number - 1]
-    parts = {
-        part: dataclasses.replace(getattr(stage, part), **fields)
-        for part, fields in changes.items()
-    }
-    stages[number - 1] = dataclasses.replace(stage, **parts)
-    return dataclasses.replace(config, stages=tuple(stages))

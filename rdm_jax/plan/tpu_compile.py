@@ -98,7 +98,7 @@ def compiled_stage(
     config: Config, number: int, classes: int, devices: list[Any], chip: Chip
 ) -> str:
     """What the compiler says of a stage's step."""
-    stage = config.stages[number - 1]
+    stage = config.stage(number)
     mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp, devices)
     program = PROGRAMS["pjit"](stage, image_shape(config, number), classes, root_key(0), mesh)
     start, images = (

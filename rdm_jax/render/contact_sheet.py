@@ -39,11 +39,11 @@ def draw(config: Config, sets: Mapping[int, ImageSet], path: Path, *, again: boo
     if path.exists() and not again:
         return
     for number, images in sets.items():
-        _log_statistics(number, config.stages[number - 1], images)
+        _log_statistics(number, config.stage(number), images)
     rows = [
         row
         for number, images in sets.items()
-        for row in _rows(number, config.stages[number - 1], images)
+        for row in _rows(number, config.stage(number), images)
     ]
     shown = sets[len(config.stages)]
     labels, names = shown.batch(_evenly(shown, COLUMNS))["label"], shown.class_names

@@ -1,1 +1,1 @@
-"""The process, the machine and the user: errors, files, signals, devices. Nothing of diffusion."""
+"""What every room stands on: errors, files, the console, signals, devices and processes."""

@@ -1,4 +1,4 @@
-"""What XLA has compiled, kept for the next time."""
+"""Where compiled XLA programs are cached between runs."""
 
 import jax
 
@@ -6,7 +6,6 @@ from rdm_jax.runtime.files import cache_folder
 
 
 def keep_compiled() -> None:
-    """Keeps programs among the user's caches, unless JAX has been told where
-    (JAX_COMPILATION_CACHE_DIR)."""
+    """Caches compiled programs, in the user's cache folder or JAX_COMPILATION_CACHE_DIR."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

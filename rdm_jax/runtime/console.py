@@ -1,4 +1,4 @@
-"""What a user sees while it runs: log lines on stdout, bars on stderr."""
+"""What a user sees during a run: log lines on stdout, progress bars on stderr."""
 
 import contextlib
 import logging
@@ -14,21 +14,18 @@ log = logging.getLogger("rdm_jax")
 
 
 class _BesideBars(logging.Handler):
-    """Writes lines without tearing a bar that is on the screen."""
+    """Writes lines without breaking a progress bar that is on the screen."""
 
     def emit(self, record: logging.LogRecord):
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        # A name that the terminal has no letters for is written with escapes, and ends nothing.
-        tqdm.write(
-            self.format(record).encode(encoding, "backslashreplace").decode(encoding),
-            file=sys.stdout,
-        )
+        # Characters that the terminal cannot encode are escaped, and raise nothing.
+        line = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
+        tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
 
 class _MayBeUnread:
-    """A stream whose reader may have gone, or whose disk may be full: what cannot be written is
-    lost, and nothing else."""
+    """A stream that may be closed, unread or on a full disk: writes that fail are dropped."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -37,7 +34,7 @@ class _MayBeUnread:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):  # the second where it is closed
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
             self._stream.write(text)
         return len(text)
 
@@ -46,7 +43,7 @@ class _MayBeUnread:
             self._stream.flush()
 
     def leave(self) -> None:
-        """Lets Python end without another attempt, whose failure would be its exit status."""
+        """Flushes; on failure redirects to /dev/null, as Python would flush again and exit 120."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
@@ -56,11 +53,11 @@ class _MayBeUnread:
 
 @contextlib.contextmanager
 def tolerate_closed_streams() -> Iterator[None]:
-    """A part in which work goes on where stdout or stderr are closed, their reader has gone, or
-    their disk is full."""
+    """Inside this context, work continues when stdout or stderr are closed, unread or full."""
     before = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout, sys.stderr = streams = [_MayBeUnread(stream or nowhere) for stream in before]
+    with open(os.devnull, "w") as devnull:
+        streams = [_MayBeUnread(stream or devnull) for stream in before]
+        sys.stdout, sys.stderr = streams
         try:
             yield
         finally:
@@ -70,8 +67,11 @@ def tolerate_closed_streams() -> Iterator[None]:
 
 
 def show_log(quiet: bool = False) -> None:
-    """Sends the project's log to the terminal; libraries keep their own settings. `quiet` leaves
-    warnings alone, and no bars."""
+    """Sends this project's log to stdout; loggers of libraries keep their settings.
+
+    Args:
+      quiet: show warnings only, and no progress bars.
+    """
     if not log.handlers:
         handler = _BesideBars()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -81,25 +81,27 @@ def show_log(quiet: bool = False) -> None:
 
 
 def quiet_libraries() -> None:
-    """Of what libraries log, nothing: what matters in it surfaces as an exception."""
+    """Silences third-party loggers; real problems surface as exceptions."""
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # of several failures in a save, it tells those after the first
+    # Of several failures in one save, asyncio logs all after the first.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def progress(total: int, description: str, done: int = 0) -> tqdm:
-    """A bar with images a second and the time left; where nobody watches a terminal, one line every
-    10 s."""
-    kwargs = {
-        "total": total,
-        "desc": description,
-        "unit": " images",
-        "initial": done,
-        "disable": log.level > logging.INFO,
-    }
-    if sys.stderr.isatty():
-        return tqdm(mininterval=0.2, **kwargs)
-    line = "{desc}: {n_fmt}/{total_fmt} images, {rate_fmt}, {remaining} left {postfix}\n"
-    # A bar within another would move the cursor, which a file has not.
-    return tqdm(mininterval=10, maxinterval=20, bar_format=line, position=0, **kwargs)
+    """Returns a progress bar in images, with rate and time left.
+
+    Without a terminal it prints one line every 10 s instead. `show_log(quiet=True)` disables it.
+    """
+    kwargs: dict[str, Any] = {"mininterval": 0.2}
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt}/{total_fmt} images, {rate_fmt}, {remaining} left {postfix}\n"
+        # position=0: a nested bar would move the cursor, which a file does not have.
+        kwargs = {"mininterval": 10, "maxinterval": 20, "bar_format": line, "position": 0}
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=" images",
+        initial=done,
+        disable=log.level > logging.INFO,
+        **kwargs,
+    )

@@ -1,5 +1,4 @@
-"""Several processes, on several hosts or on one: how they find one another, and who does what is to
-be done once."""
+"""Several processes, on several hosts or on one: how they join, agree and fail together."""
 
 import contextlib
 import functools
@@ -24,92 +23,105 @@ from rdm_jax.runtime.waiting import SECONDS_TO_JOIN, waiting
 
 Result = TypeVar("Result")
 SECONDS_TO_LEAVE = 5
-# In what jax, Gloo and gRPC say where a process that they talk to is gone.
-GONE = ("coordination service", "closed by peer", "reset by peer", "another task", "heartbeat")
+# Parts of the messages of JAX, Gloo and gRPC about a peer process that has ended.
+LOST_PEER = ("coordination service", "closed by peer", "reset by peer", "another task", "heartbeat")
+# Parts of JAX's messages if it finds no cluster, or is in use already.
+NO_CLUSTER = ("coordinator_address", "must be called before")
 
 
 def join(
     coordinator: str, processes: int | None, process: int | None, timeout: int = SECONDS_TO_JOIN
 ) -> None:
-    """Makes this process one of several, before jax looks for devices.
+    """Makes this process one of several, before JAX looks for devices.
 
     Args:
-      coordinator: 'host:port' of the first process, '' to ask the surroundings (what jax knows:
-        Cloud TPU, SLURM, Open MPI, Kubernetes; elsewhere the process stays alone), or 'none' to
-        stay alone.
-      processes, process: how many there are, and which this is, from 0; with 'host:port' only.
-      timeout: seconds to wait for the others, after which this process ends with status 2 and a
-        line that says so.
+      coordinator: 'host:port' of process 0; '' to detect a cluster from the environment (Cloud
+        TPU, SLURM, Open MPI, Kubernetes), or run alone without one; 'none' to run alone.
+      processes, process: their number, and the index of this one from 0; only with 'host:port'.
+      timeout: seconds to wait for the others; then this process ends with status 2 and a message.
 
     Raises:
       InputError: the three do not go together, or the others cannot be reached.
     """
-    given = ":" in coordinator
-    if (
-        (not given and coordinator not in ("", "none"))
-        or given != (processes is not None)
-        or given != (process is not None)
-    ):
-        found = f"--coordinator={coordinator!r}, --processes={processes}, --process={process}"
-        raise InputError(
-            f"{found} do not go together; a host:port with both numbers, or none of the three, would do."
-        )
-    if given and not 0 <= process < processes:
-        raise InputError(
-            f"--process={process} of --processes={processes} is none of them; 0 to {processes - 1} would do."
-        )
-    if coordinator == "none" or (not given and _is_alone()):
+    explicit = ":" in coordinator
+    _check_flags(coordinator, processes, process, explicit)
+    if coordinator == "none" or (not explicit and _is_alone()):
         return
     try:
         with waiting(timeout):
-            # jax itself would give up later, as XLA ends the process then.
+            # JAX's own timeout must be later: when it expires, XLA aborts the process.
             jax.distributed.initialize(
                 coordinator or None, processes, process, initialization_timeout=timeout + 300
             )
     except Exception as error:
-        # jax found no cluster, or half of one (a SLURM job without srun); or it works already, by
-        # itself.
-        alone = ("coordinator_address", "must be called before")
-        if not given and (
-            isinstance(error, KeyError) or any(reason in str(error) for reason in alone)
-        ):
+        # JAX found no cluster or half of one (a SLURM job without srun), or is in use already.
+        no_cluster = isinstance(error, KeyError) or any(part in str(error) for part in NO_CLUSTER)
+        if not explicit and no_cluster:
             return
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        where = coordinator or "those that the surroundings name"
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = coordinator or "named by the environment"
         raise InputError(
-            f"the other processes ({where}) cannot be reached ({reason}); --coordinator=none would do alone."
+            f"the other processes ({where}) cannot be reached ({message})",
+            "Pass --coordinator=none to run alone.",
         ) from error
 
 
+def _check_flags(
+    coordinator: str, processes: int | None, process: int | None, explicit: bool
+) -> None:
+    """Refuses values of --coordinator, --processes and --process that do not go together."""
+    if not explicit and coordinator not in ("", "none"):
+        raise InputError(
+            f"--coordinator={coordinator!r} is not a host with a port",
+            "Use host:port, or none to run alone.",
+        )
+    flags = f"--coordinator={coordinator!r}, --processes={processes}, --process={process}"
+    if explicit and None in (processes, process):
+        raise InputError(
+            f"{flags} do not go together: host:port needs both numbers",
+            "Pass --processes and --process too.",
+        )
+    if not explicit and (processes is not None or process is not None):
+        raise InputError(
+            f"{flags} do not go together: the numbers need a host:port",
+            "Pass --coordinator=host:port, or none of the three.",
+        )
+    if explicit and not 0 <= process < processes:
+        raise InputError(
+            f"--process={process} with --processes={processes} is out of range",
+            f"Use 0 to {processes - 1}.",
+        )
+
+
 def _is_alone() -> bool:
-    """Whether the surroundings say that there is nobody to join, though jax might wait, or ask a
-    server that is not there."""
+    """Whether the environment says that there is no other process.
+
+    Then JAX is not asked, as it might wait, or contact a server that does not exist.
+    """
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
         return False
-    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # one on Colab, among others
-    tasks = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get(
-        "SLURM_NTASKS"
-    )  # as jax does, Open MPI's first
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # has one host on Colab, for example
+    # Open MPI's variable first, as in JAX.
+    tasks = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
     return tasks == "1" or bool(tpu_hosts and "," not in tpu_hosts)
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes pictures, logs and results."""
+    """Whether this is process 0, which writes images, logs and results."""
     return jax.process_index() == 0
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error means that another process of the run has ended, without which this one
-    cannot go on."""
-    return jax.distributed.is_initialized() and any(words in str(error) for words in GONE)
+    """Whether an error means that another process of the run, which this one needs, has ended."""
+    return jax.distributed.is_initialized() and any(part in str(error) for part in LOST_PEER)
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Ends the process with the status that `main` returns.
 
-    Where something went wrong, jax's usual end would wait for the other processes, and they perhaps
-    for this one. The first process goes last: with it goes what tells the others of each other, and
-      they would end before they have said why.
+    After an error, JAX's own shutdown would wait for the other processes, and they perhaps for
+    this one. Process 0 leaves last: it hosts the coordination service, without which the others
+    would end before they have printed their errors.
     """
     try:
         status = main()
@@ -120,9 +132,8 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
         status = 1
     if status and jax.distributed.is_initialized():
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(
-                OSError, ValueError, AttributeError
-            ):  # its disk is full, or it is closed
+            # Its disk may be full, or it may be closed or missing.
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         if is_primary():
             time.sleep(SECONDS_TO_LEAVE)
@@ -131,53 +142,53 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
 
 
 def check_same(what: str, value: str) -> None:
-    """Refuses to go on where processes do not agree. Raises InputError in all of them."""
+    """Raises InputError in all processes unless `value` is the same in all of them."""
     digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:4], "little", signed=True)
     if len(set(allgather(np.int32(digest)).tolist())) > 1:
         raise InputError(
-            f"{what} is not the same for every process; files and folders that all hosts share would do."
+            f"{what} is not the same for every process",
+            "Use files and folders shared by all hosts.",
         )
 
 
 def allgather(tree: Any) -> Any:
-    """The arrays of every process, stacked along a new first axis (NumPy); all must call it
-    together, with the same shapes."""
+    """Stacks the arrays of all processes along a new first axis (NumPy).
+
+    All processes must call it together, with the same shapes.
+    """
     if jax.process_count() == 1:
         return jax.tree.map(lambda x: np.asarray(x)[None], tree)
     return multihost_utils.process_allgather(jax.tree.map(np.asarray, tree))
 
 
 def wait_for_all(what: str) -> None:
-    """Returns once every process has come here; `what` they have done is the same word
-    everywhere."""
+    """Waits until every process has called it with the same `what`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-    """A part that every process goes through: where it fails in one, it fails in all, and none
-    waits for another for ever.
+    """A context that all processes enter: if it fails in one, it fails in all, and none hangs.
 
     Raises:
-      InputError: it has failed in another process, which says why.
+      InputError: it failed in another process, which prints the reason.
     """
     failed = True
     try:
         yield
         failed = False
     finally:
-        somewhere = allgather(np.int32(failed)).any()
-    if somewhere:
-        raise InputError("another process has failed; what would do there would do here.")
+        any_failed = allgather(np.int32(failed)).any()
+    if any_failed:
+        raise InputError("another process failed", "See its error message.")
 
 
 def primary_first(function: Callable[[], Result]) -> Result:
-    """Calls `function` in the first process, and in the others after it: they find done what is
-    done once, such as files.
+    """Calls `function` in process 0, then in the others, which find its files in place.
 
     Raises:
-      InputError: it has failed in another process.
+      InputError: it failed in another process.
     """
     for turn in (True, False):
         with raise_together():
@@ -187,17 +198,17 @@ def primary_first(function: Callable[[], Result]) -> Result:
 
 
 class StopOfAll:
-    """By which all processes learn, at the same turn of a loop, that one of them was told to stop.
+    """Stops all processes at the same iteration of a loop when one of them receives a signal.
 
-    Every process must go through as many turns as the others. Where there are others, they learn it
-    a turn late, so that nothing waits for the devices.
+    All processes must run equally many iterations. With several processes the stop comes one
+    iteration late, so that nothing waits for the devices.
     """
 
     def __init__(self, stop: StopOnSignal):
         self._stop, self._before = stop, None
 
     def check(self) -> None:
-        """A turn. Raises `Interrupted`."""
+        """To be called in each iteration. Raises `Interrupted`."""
         if jax.process_count() == 1:
             return self._stop.check()
         before, self._before = self._before, largest(bool(self._stop.requested))
@@ -206,24 +217,21 @@ class StopOfAll:
 
 
 def largest(value: int) -> jax.Array:
-    """The largest value that a process has: a scalar (int32) that the devices may still be
-    computing.
+    """Returns the maximum over all processes as an int32 scalar that is computed asynchronously.
 
-    Every process must call it as often as the others, and then they read the same. Nothing waits
-    before it is read.
+    All processes must call it equally often, and then read the same. Only reading it waits.
     """
     mesh, of_all = _over_all()
     return of_all(sharding.put_batch(np.full(len(mesh.local_devices), value, np.int32), mesh))
 
 
 def in_any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process, which all must ask together; waits for the answer."""
+    """Whether the flag is set in any process. All must call it together; it waits for them."""
     return bool(int(largest(flag))) if jax.process_count() > 1 else flag
 
 
 def from_primary(value: int) -> int:
-    """What the first process has, in all: what one decides and all follow. All must call it
-    together."""
+    """Returns process 0's value (int32) in all processes, which must call it together."""
     return int(allgather(np.int32(value))[0])
 
 

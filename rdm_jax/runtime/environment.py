@@ -1,5 +1,4 @@
-"""What the environment's variables tell jax and XLA, which end the process, or raise, where they do
-not understand it."""
+"""Environment variables that JAX or XLA cannot use, which raise there or end the process."""
 
 import contextlib
 import os
@@ -11,12 +10,11 @@ import warnings
 
 from rdm_jax.runtime.errors import InputError
 
-NO_BACKEND = "Unable to initialize backend"  # in jax's words
+NO_BACKEND = "Unable to initialize backend"  # JAX's message
 
 
 def check_or_exit() -> None:
-    """Imports jax. Where the environment does not let it work, one line says why, and the process
-    ends with status 2."""
+    """Imports JAX; if the environment prevents it, prints one line and exits with status 2."""
     try:
         import_jax()
         _check_xla_flags()
@@ -26,19 +24,19 @@ def check_or_exit() -> None:
 
 
 def import_jax() -> None:
-    """Imports jax, which reads JAX_... of the environment. Raises InputError where it cannot."""
+    """Imports JAX, which reads the variables JAX_... . Raises InputError if one is invalid."""
     try:
         import jax  # noqa: F401
     except ValueError as error:
-        said = str(error)
+        message = str(error)
         named = [
             f"{name}={os.environ[name]!r}"
             for name in os.environ
-            if name.startswith("JAX_") and name.lower() in said.lower()
+            if name.startswith("JAX_") and name.lower() in message.lower()
         ]
-        what = ", ".join(named) or "a variable JAX_... of the environment"
+        what = ", ".join(named) or "an environment variable JAX_..."
         raise InputError(
-            f"{what} cannot be used ({said}); another value, or unsetting it, would do."
+            f"{what} cannot be used ({message})", "Set another value or unset it."
         ) from error
 
 
@@ -54,60 +52,61 @@ def quiet_libtpu() -> None:
 
 
 def backend_error(error: BaseException) -> InputError | None:
-    """What to tell the user where jax finds no devices of the platform that was asked for; None for
-    any other error."""
-    frames = traceback.extract_tb(error.__traceback__)
-    asserted = (
-        isinstance(error, AssertionError) and frames and frames[-1].name == "backends"
-    )  # none of its platforms is here
-    if not asserted and not (isinstance(error, RuntimeError) and str(error).startswith(NO_BACKEND)):
+    """Returns what to tell the user if JAX has not found the requested devices, else None."""
+    if isinstance(error, RuntimeError) and str(error).startswith(NO_BACKEND):
+        message = re.split(r" \((?:set JAX_PLATFORMS|you may need)", str(error))[0]
+    elif _no_platform(error):
+        message = "there is no such device"
+    else:
         return None
-    said = (
-        "there is no such device"
-        if asserted
-        else re.split(r" \((?:set JAX_PLATFORMS|you may need)", str(error))[0]
-    )
-    asked = os.environ.get("JAX_PLATFORMS", "")
-    if not asked:
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if not platforms:
         return InputError(
-            f"the accelerator cannot be used ({said}); ending what else uses it, or JAX_PLATFORMS=cpu, would do."
+            f"the accelerator cannot be used ({message})",
+            "End the other processes that use it, or set JAX_PLATFORMS=cpu.",
         )
     return InputError(
-        f"JAX_PLATFORMS={asked!r} cannot be used ({said}); JAX_PLATFORMS=cpu, or unsetting it, would do."
+        f"JAX_PLATFORMS={platforms!r} cannot be used ({message})",
+        "Set JAX_PLATFORMS=cpu or unset it.",
     )
+
+
+def _no_platform(error: BaseException) -> bool:
+    """Whether an assertion of JAX says that none of the requested platforms is available."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, AssertionError) and bool(frames) and frames[-1].name == "backends"
 
 
 def _check_xla_flags() -> None:
-    """Raises InputError where XLA would end the process: in its words, which a child process is
-    told."""
-    given = os.environ.get("XLA_FLAGS", "")
-    if not given.strip():
+    """Raises InputError with XLA's message if XLA cannot parse XLA_FLAGS.
+
+    XLA would end the process, so a child process parses them first.
+    """
+    value = os.environ.get("XLA_FLAGS", "")
+    if not value.strip():
         return
-    with tempfile.TemporaryFile() as said, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there are threads, which the child has no use for
+    with tempfile.TemporaryFile() as stderr, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about threads, which the child does not use
         child = os.fork()
         if not child:
-            _let_xla_read_its_flags(said.fileno())
+            _let_xla_parse_its_flags(stderr.fileno())
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said.seek(0)
-        lines = said.read().decode(errors="replace").splitlines()
+        stderr.seek(0)
+        lines = stderr.read().decode(errors="replace").splitlines()
     if status:
-        why = next(
-            (line for line in lines if "XLA_FLAGS" in line or "ouldn't" in line),
-            lines[0] if lines else "no reason given",
+        telling = (line for line in lines if "XLA_FLAGS" in line or "ouldn't" in line)
+        line = next(telling, lines[0] if lines else "no reason given")
+        raise InputError(
+            f"XLA_FLAGS={value!r} cannot be used ({line.partition('] ')[2] or line})",
+            "Use flags that this version of XLA knows; flags of TPUs go into LIBTPU_INIT_ARGS.",
         )
-        why = why.partition("] ")[2] or why
-        would_do = (
-            "flags that this version of XLA knows (those of TPUs belong into LIBTPU_INIT_ARGS)"
-        )
-        raise InputError(f"XLA_FLAGS={given!r} cannot be used ({why}); {would_do} would do.")
 
 
-def _let_xla_read_its_flags(stderr: int) -> None:
-    """In a child process, which it ends."""
-    with contextlib.suppress(Exception):  # where jaxlib has it no more, nothing is found out
+def _let_xla_parse_its_flags(stderr: int) -> None:
+    """Runs in a child process, and ends it."""
+    with contextlib.suppress(Exception):  # without this private API nothing is checked
         os.dup2(stderr, 2)
         from jaxlib import _jax
 
-        _jax.CompileOptions()  # has XLA's flags in it
+        _jax.CompileOptions()  # parses XLA_FLAGS
     os._exit(0)

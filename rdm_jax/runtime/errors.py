@@ -6,8 +6,7 @@ import signal
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. `rdm_jax.main` prints it without a traceback and
-    exits with status 2.
+    """A user's input cannot be used: printed as one line, without a traceback; exit status 2.
 
     Attributes:
       problem: names the field or file and its value, and says what is wrong; without a final stop.
@@ -23,18 +22,21 @@ class InputError(ValueError):
 
 
 class BadImage(InputError):
-    """One image of a set cannot be used; `--skip_bad` leaves it out and goes on."""
+    """One image of a set cannot be used; `--skip_bad` leaves it out and continues."""
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
+    """Too many consecutive steps had a loss or gradient that is not finite."""
 
 
-class Interrupted(
-    BaseException
-):  # like KeyboardInterrupt, so that no `except Exception` takes it for something else
-    """Work was stopped by a signal after saving, or `at_once`; `status` is the exit status by the
-    shell's convention."""
+# Like KeyboardInterrupt a BaseException, so that no `except Exception` swallows it.
+class Interrupted(BaseException):
+    """Work was stopped by a signal.
+
+    Attributes:
+      status: the exit status, 128 + the signal's number, as shells report it.
+      at_once: it stopped without saving.
+    """
 
     def __init__(self, number: int, at_once: bool = False):
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -42,8 +44,10 @@ class Interrupted(
 
 
 def reason(error: Exception) -> str:
-    """What the system said, where a library passes that on; else its own first line, cut to a
-    length that fits a sentence."""
+    """Returns the system's message where a library passes it on, else the error's first line.
+
+    The line is cut to 200 characters, which fit into a sentence.
+    """
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
         if os.strerror(number) in str(error):
             return os.strerror(number)

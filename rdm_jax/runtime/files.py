@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON in them."""
+"""Files written atomically, checked when read, and found by nearly their name."""
 
 import difflib
 import hashlib
@@ -21,50 +21,50 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def local_path(text: str | os.PathLike, field: str) -> Path:
-    """A path on this machine as the user gave it, with '~' expanded.
+    """Returns the local path that the user gave, with '~' expanded.
 
     Args:
-      field: the flag or field that it was given by, for the message.
+      field: the flag or config field that holds the path, for the message.
 
     Raises:
-      InputError: it begins with the home of a user who is not known, or is a URL. `Path` would make
-        a local folder called 'gs:' of gs://bucket, and everything written to it would be lost with
-        the machine.
+      InputError: it is a URL, or '~NAME' names an unknown user. `Path` would turn gs://bucket into
+        a local folder 'gs:', and everything written to it would be lost with the machine.
     """
-    scheme, found, _ = os.fspath(text).partition("://")
-    if found:
+    scheme, separator, _ = os.fspath(text).partition("://")
+    if separator:
         raise InputError(
-            f"{field}={os.fspath(text)!r} is a URL, and {scheme}:// is not supported; a local path, such as that of a mounted "
-            "bucket, would do."
+            f"{field}={os.fspath(text)!r} is a URL, and {scheme}:// is not supported",
+            "Use a local path, such as that of a mounted bucket.",
         )
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # of '~NAME/...'
+    except RuntimeError as error:
         raise InputError(
-            f"{field}={os.fspath(text)!r} cannot be used ({error}); the whole path would do."
+            f"{field}={os.fspath(text)!r} cannot be expanded ({error})", "Use the absolute path."
         ) from error
 
 
 def nearest(path: Path) -> Path | None:
-    """The path that exists and is spelt almost as this one, which does not: one of its folders or
-    the last name is another."""
+    """Returns an existing path spelled almost like `path`, which does not exist; else None.
+
+    The two differ in the name of one folder, or in the last name.
+    """
     missing = next(
         (folder for folder in reversed([path, *path.parents]) if not folder.exists()), None
     )
     if missing is None or not missing.parent.is_dir():
         return None
-    there = [other.name for other in missing.parent.iterdir() if not other.name.startswith(".")]
-    for name in difflib.get_close_matches(missing.name, there, cutoff=0.75):
-        found = missing.with_name(name) / path.relative_to(missing)
-        if found.exists():
-            return found
+    names = [other.name for other in missing.parent.iterdir() if not other.name.startswith(".")]
+    for name in difflib.get_close_matches(missing.name, names, cutoff=0.75):
+        candidate = missing.with_name(name) / path.relative_to(missing)
+        if candidate.exists():
+            return candidate
     return None
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a path to write to; what was written becomes `path` when the block ends, and is
-    removed when it raises."""
+    """Yields a temporary path that replaces `path` when the block ends; it is removed on errors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.incomplete")
     try:
@@ -75,13 +75,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def is_aside(folder: Path) -> bool:
-    """Whether a folder is called as `move_aside` calls one."""
+    """Whether a folder has a name that `move_aside` gives."""
     return re.search(r"-earlier-\d+$", folder.name) is not None
 
 
 def move_aside(folder: Path, names: Iterable[str]) -> Path:
-    """Moves what a folder has of these files, in this order, to a new folder beside it,
-    NAME-earlier-1 or so; returns it."""
+    """Moves these files of a folder, in this order, to a new folder NAME-earlier-N beside it.
+
+    Files that do not exist are skipped. Returns the new folder.
+    """
     number = next(
         n for n in itertools.count(1) if not folder.with_name(f"{folder.name}-earlier-{n}").exists()
     )
@@ -95,7 +97,7 @@ def move_aside(folder: Path, names: Iterable[str]) -> Path:
 
 
 def link_or_copy(path: Path, other: Path) -> None:
-    """Gives a file a second name, or copies it where the file system knows no such thing."""
+    """Hard-links a file, or copies it if the file system has no hard links."""
     try:
         os.link(path, other)
     except OSError:
@@ -104,31 +106,27 @@ def link_or_copy(path: Path, other: Path) -> None:
 
 @contextmanager
 def log_write_errors(path: Path) -> Iterator[None]:
-    """A part of a training that writes what it can do without: where the disk does not take it,
-    that is said, and no more."""
+    """Logs an OSError instead of raising it, for files that training can do without."""
     try:
         yield
     except OSError as error:
-        log.warning(
-            "%s cannot be written (%s); training goes on without it", path, error.strerror or error
-        )
+        log.warning("%s cannot be written (%s); training continues", path, error.strerror or error)
 
 
 def is_whole_npz(path: Path, names: Iterable[str]) -> bool:
-    """Whether an .npz is there, has these arrays and no others, and each has the checksum that it
-    should have."""
+    """Whether an .npz exists and holds exactly these arrays, each with its right checksum."""
     try:
         with zipfile.ZipFile(path) as file:
             return (
                 sorted(file.namelist()) == sorted(f"{name}.npy" for name in names)
                 and file.testzip() is None
             )
-    except Exception:  # a flipped bit may ask for a compression, or a password, that nobody knows
+    except Exception:  # a flipped bit may ask for an unknown compression, or for a password
         return False
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether a PNG is there and ends as one ends: what was cut off, or never written, does not."""
+    """Whether a PNG exists and ends with its end marker: truncated files do not."""
     try:
         with path.open("rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
@@ -138,8 +136,7 @@ def is_whole_png(path: Path) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON from a file says. Raises ValueError where it is none, and where it is nested too
-    deep for Python's own parser."""
+    """Parses JSON. Raises ValueError if it is invalid, or nested too deep for Python's parser."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -147,7 +144,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content in hexadecimal; '' where there is no such file."""
+    """Returns the SHA-256 of a file's content in hexadecimal; '' if the file does not exist."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -156,8 +153,7 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where the user's caches of this project lie."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(
-        "~/.cache"
-    )  # Path's own raises where there is no home
+    """Returns the folder of this project's caches: in the user's cache folder, else in /tmp."""
+    # Not Path.expanduser, which raises for a user without a home.
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(tempfile.gettempdir() if caches.startswith("~") else caches) / "rdm_jax"

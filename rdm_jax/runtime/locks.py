@@ -1,5 +1,7 @@
-"""One run at a time in a folder: by flock where the file system has it, else by a file that its
-owner keeps young."""
+"""One run at a time in a folder: by flock where the file system supports it, else by a file.
+
+That file names its owner, who refreshes its modification time (the heartbeat).
+"""
 
 import contextlib
 import errno
@@ -15,25 +17,26 @@ from pathlib import Path
 
 from rdm_jax.runtime.console import log
 
-# What flock says where another process has the lock; everything else means that it does not work
-# there.
+# flock's errors if another process holds the lock; all others mean that it is not supported.
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-HEARTBEAT_SECONDS, POLL_SECONDS, STALE_SECONDS = 10.0, 15.0, 120.0  # a poll sees at least one beat
+HEARTBEAT_SECONDS = 10.0
+POLL_SECONDS = 15.0  # longer than a heartbeat, so that a poll sees at least one
+STALE_SECONDS = 120.0
 
 
 class InUse(Exception):
-    """Another process has the lock."""
+    """Another process holds the lock."""
 
 
 def try_flock(descriptor: int) -> bool:
-    """Takes an exclusive lock on an open file, for as long as it is open.
+    """Takes an exclusive lock on an open file, held until the file is closed.
 
     Returns:
-      Whether this file system knows such locks: Lustre may be mounted without them, NFS have no
-        lock daemon.
+      Whether this file system supports flock: Lustre may be mounted without it, NFS may lack a
+      lock daemon.
 
     Raises:
-      InUse: another process has it.
+      InUse: another process holds the lock.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,82 +49,73 @@ def try_flock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """A part that one process at a time goes through; the lock ends with the process, however that
-    ends.
+    """A context that one process at a time can enter; the lock ends with the process.
 
-    Without flock, `path` with '.owner' at its end names the host and process, and is touched every
-    few seconds: another process takes it over when its owner is known to be gone (on the same
-      host), or has not touched it for two minutes.
+    Without flock, the file `path` + '.owner' names the host and process, and its owner touches it
+    every few seconds. Another process takes the lock over if the owner is known to have ended (on
+    the same host), or has not touched the file for two minutes.
 
     Args:
-      path: a file, made if need be, and never removed: others may have it open.
+      path: a file, created if missing, and never removed: others may have it open.
 
     Raises:
-      InUse: another process is in it.
+      InUse: another process is in the context.
       OSError: the file cannot be written.
     """
     with path.open("a") as file:
         if try_flock(file.fileno()):
             yield
             return
-        log.warning(
-            "%s: the file system knows no locks (flock); a file beside it keeps other runs out",
-            path,
-        )
+        log.warning("%s: the file system does not support flock; using an owner file instead", path)
         with owner_file(path.with_name(f"{path.name}.owner")):
             yield
 
 
 @contextlib.contextmanager
 def owner_file(path: Path) -> Iterator[None]:
-    """A lock without flock: `path` is there while one process is in this part. Raises InUse and
-    OSError like `locked`.
+    """A lock without flock: `path` exists while one process is in this context.
 
-    An owner that may be gone is waited for until its heart beats, or its file is too old.
+    Waits for an owner that may have ended, until a heartbeat is seen or the file is stale.
+
+    Raises:
+      InUse, OSError: as `locked`.
     """
-    ours, said = (
-        json.dumps({"host": _here(), "process": os.getpid(), "id": uuid.uuid4().hex}),
-        False,
-    )
-    while not _made(path, ours):
-        with contextlib.suppress(FileNotFoundError):  # just given back
-            theirs, beat = path.read_text(), path.stat().st_mtime
+    ours = json.dumps({"host": _host(), "process": os.getpid(), "id": uuid.uuid4().hex})
+    announced = False
+    while not _create(path, ours):
+        with contextlib.suppress(FileNotFoundError):  # just released
+            theirs, heartbeat = path.read_text(), path.stat().st_mtime
             if _is_stale(path, theirs):
                 _take_away(path, theirs)
                 continue
-            if not said:
-                log.info(
-                    "%s: waiting up to %d s to see whether its owner is at work",
-                    path,
-                    STALE_SECONDS,
-                )
-                said = True
+            if not announced:
+                log.info("%s: waiting up to %d s for its owner's heartbeat", path, STALE_SECONDS)
+                announced = True
             time.sleep(POLL_SECONDS)
-            if path.stat().st_mtime != beat or path.read_text() != theirs:
+            if path.stat().st_mtime != heartbeat or path.read_text() != theirs:
                 raise InUse
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, ours, ended), daemon=True)
-    beating.start()
+    heart = threading.Thread(target=_beat, args=(path, ours, ended), daemon=True)
+    heart.start()
     try:
         yield
     finally:
         ended.set()
-        beating.join()
+        heart.join()
         with contextlib.suppress(OSError):
             if path.read_text() == ours:
                 path.unlink()
 
 
-def _here() -> str:
-    """This host and, as containers on it may share its name, the processes that are known here by
-    their numbers."""
+def _host() -> str:
+    """Returns this host's name and process namespace: containers may share their host's name."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
 
 
-def _made(path: Path, text: str) -> bool:
-    """Whether the file was not there, and is now; never there in part."""
+def _create(path: Path, text: str) -> bool:
+    """Creates the file atomically with this text; returns False if it exists already."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     partial.write_text(text)
     try:
@@ -140,13 +134,12 @@ def _made(path: Path, text: str) -> bool:
 
 
 def _take_away(path: Path, text: str) -> None:
-    """Removes the file with this text. Raises InUse where another process has taken it over
-    meanwhile."""
+    """Removes the file if it has this text. Raises InUse if another process has taken it over."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(aside)
         try:
-            if aside.read_text() != text:  # what was moved is another one's: it gets it back
+            if aside.read_text() != text:  # the moved file is another owner's: give it back
                 with contextlib.suppress(OSError):
                     os.link(aside, path)
                 raise InUse
@@ -155,20 +148,22 @@ def _take_away(path: Path, text: str) -> None:
 
 
 def _is_stale(path: Path, text: str) -> bool:
-    """Whether the owner of a file is gone. Ages are by the file system's own clock: hosts' clocks
-    may differ."""
-    now = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    now.touch()
+    """Whether the owner of a file has ended, or the file is too old.
+
+    Ages are measured by the file system's clock, as those of hosts may differ.
+    """
+    probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    probe.touch()
     try:
-        age = now.stat().st_mtime - path.stat().st_mtime
+        age = probe.stat().st_mtime - path.stat().st_mtime
     finally:
-        now.unlink()
+        probe.unlink()
     try:
         owner = json.loads(text)
-        gone = owner["host"] == _here() and not _is_running(owner["process"])
+        has_ended = owner["host"] == _host() and not _is_running(owner["process"])
     except (ValueError, KeyError, TypeError):
-        gone = False  # damaged: its age says
-    return gone or age > STALE_SECONDS
+        has_ended = False  # a damaged file is judged by its age
+    return has_ended or age > STALE_SECONDS
 
 
 def _is_running(process: int) -> bool:
@@ -177,17 +172,15 @@ def _is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # a process of another user
     return True
 
 
 def _beat(path: Path, ours: str, ended: threading.Event) -> None:
-    """Touches the file until it ends, unless another process has taken it over."""
+    """Touches the file until `ended`, unless another process has taken it over."""
     while not ended.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
             if path.read_text() != ours:
-                log.warning(
-                    "%s: another run has taken this one's place; both write to the folder", path
-                )
+                log.warning("%s: another run has taken the lock; both write to the folder", path)
                 return
             os.utime(path)

@@ -1,20 +1,19 @@
-"""Lists that a setting gives as text: 'a, b', or as JSON '["a", "b"]'; of numbers also '0-3,7'."""
+"""Lists given as text: 'a, b' or JSON '["a", "b"]'; integers also as ranges, '0-3,7'."""
 
 import json
 from collections.abc import Iterable
 
 from rdm_jax.runtime.errors import InputError
 
-MAX_NUMBERS = 1_000_000  # images whose labels and features are in memory at once
+MAX_NUMBERS = 1_000_000  # the labels and features of so many images fit into memory
 LARGEST = 2**32 - 1
 
 
 def parse_list(text: str, field: str) -> tuple[str, ...]:
-    """The parts of a text between commas, without spaces about them; or of a JSON list, whose parts
-    may have commas in them.
+    """Splits a text at its commas and strips the parts; a JSON list may have commas in its parts.
 
     Raises:
-      InputError: it begins with '[' and is no JSON list of texts or whole numbers.
+      InputError: it begins with '[' and is not a JSON list of strings or integers.
     """
     if not text.lstrip().startswith("["):
         return tuple(part.strip() for part in text.split(","))
@@ -24,39 +23,37 @@ def parse_list(text: str, field: str) -> tuple[str, ...]:
             return tuple(map(str, parts))
     except (ValueError, RecursionError):
         pass
-    raise InputError(f"""{field}={text!r} is no JSON list; one such as '["a", "b"]' would do.""")
+    raise InputError(f"{field}={text!r} is not a JSON list", """Use a list such as '["a", "b"]'.""")
 
 
 def range_ends(part: str) -> tuple[str, str] | None:
-    """('0', '3') of '0-3' or '0 - 3', ('7', '7') of '7'; None for what is no number and no range of
-    numbers that rises."""
-    first, found, last = (end.strip() for end in part.partition("-"))
-    ends = (first, last if found else first)
-    fine = all(end.isascii() and end.isdecimal() and len(end) < 20 for end in ends) and int(
-        ends[0]
-    ) <= int(ends[1])
-    return ends if fine else None
+    """Returns ('0', '3') for '0-3' or '0 - 3', ('7', '7') for '7', None for anything else.
+
+    A range must not fall.
+    """
+    first, dash, last = (end.strip() for end in part.partition("-"))
+    ends = (first, last if dash else first)
+    if not all(end.isascii() and end.isdecimal() and len(end) < 20 for end in ends):
+        return None
+    return ends if int(ends[0]) <= int(ends[1]) else None
 
 
 def parse_numbers(text: str, field: str) -> tuple[int, ...]:
-    """'0-3,7' as (0, 1, 2, 3, 7): a set, in the order in which its numbers are first named, each
-    once.
+    """Parses '0-3,7' as (0, 1, 2, 3, 7): unique, in the order of first mention.
 
     Raises:
-      InputError: it is anything else, or has numbers (seeds) beyond 2^32 - 1, or too many.
+      InputError: it is anything else, has numbers (seeds) above 2^32 - 1, or too many of them.
     """
     return tuple(dict.fromkeys(_every_number(text, field)))
 
 
 def repetition(text: str, field: str) -> str:
-    """What to say where a list names numbers more than once; '' where it does not."""
-    numbers, every = parse_numbers(text, field), len(_every_number(text, field))
-    again = every - len(numbers)
-    return (
-        f"{field}={text!r} names {again} numbers again; each counts once ({len(numbers)} in all)"
-        if again
-        else ""
-    )
+    """Returns a sentence for the log if a list names numbers more than once, else ''."""
+    unique = len(parse_numbers(text, field))
+    repeated = len(_every_number(text, field)) - unique
+    if not repeated:
+        return ""
+    return f"{field}={text!r} repeats {repeated} numbers; each counts once ({unique} in all)"
 
 
 def _every_number(text: str, field: str) -> list[int]:
@@ -64,14 +61,17 @@ def _every_number(text: str, field: str) -> list[int]:
     for part in parse_list(text, field):
         ends = range_ends(part)
         if ends is None or int(ends[1]) > LARGEST:
-            would_do = f"ranges of numbers from 0 to {LARGEST}, such as '0-99,200',"
-            raise InputError(f"{field}={text!r} cannot be used; {would_do} would do.")
-        several = range(int(ends[0]), int(ends[1]) + 1)
-        if len(found) + len(several) > MAX_NUMBERS:
             raise InputError(
-                f"{field}={text!r} has too many numbers; at most {MAX_NUMBERS}, in several runs, would do."
+                f"{field}={text!r} is not a list of numbers from 0 to {LARGEST}",
+                "Use ranges such as '0-99,200'.",
             )
-        found.extend(several)
+        numbers = range(int(ends[0]), int(ends[1]) + 1)
+        if len(found) + len(numbers) > MAX_NUMBERS:
+            raise InputError(
+                f"{field}={text!r} has too many numbers",
+                f"Use at most {MAX_NUMBERS} in each of several runs.",
+            )
+        found.extend(numbers)
     return found
 
 

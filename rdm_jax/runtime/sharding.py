@@ -1,5 +1,7 @@
-"""Where arrays live: a mesh of devices with an axis for data and one for sharded parameters; one
-device is a mesh too."""
+"""How arrays are sharded: over a mesh with an axis for data and one for parameters (FSDP).
+
+A single device is a mesh too.
+"""
 
 import math
 import re
@@ -16,13 +18,13 @@ DATA, FSDP = AXES = ("data", "fsdp")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices, of every process.
+    """Returns a mesh of all devices of all processes.
 
     Args:
-      data: size of the axis along which batches alone are cut; -1 for the rest.
-      fsdp: size of the axis along which parameters, their average and the optimizer's state are
-        cut, too; -1 for the rest.
-      devices: instead of all that jax finds; of a topology, for what is compiled ahead of time.
+      data: size of the axis over which only batches are sharded; -1 for all remaining devices.
+      fsdp: size of the axis over which parameters, their EMA and the optimizer's state are
+        sharded too; -1 for all remaining devices.
+      devices: instead of all that JAX finds; those of a topology, to compile ahead of time.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -34,8 +36,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
 
 
 def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
-    """The sizes of both axes for so many devices. Raises ValueError where they do not multiply to
-    that."""
+    """Returns the sizes of both axes. Raises ValueError if their product is not `count`."""
     if data == -1 and fsdp > 0:
         data = count // fsdp
     elif fsdp == -1 and data > 0:
@@ -46,34 +47,39 @@ def mesh_sizes(data: int, fsdp: int, count: int) -> tuple[int, int]:
 
 
 def local_mesh() -> Mesh:
-    """This process's devices alone: sampling and evaluating need no word between processes."""
+    """Returns a mesh of this process's devices: sampling and evaluation need no others."""
     return make_mesh(devices=jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding that replicates an array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-    """The leading axis cut over all devices."""
+    """Returns the sharding that splits the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts this process's part of a batch (a tree of NumPy arrays) on its devices, as parts of
-    global arrays."""
+    """Puts this process's part of a batch (a tree of NumPy arrays) on its devices.
+
+    Returns:
+      Global arrays, whose leading axis is sharded over all devices.
+    """
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batched(mesh), x), batch)
 
 
-def whole(shape: tuple[int, ...], size: int) -> PartitionSpec:
-    """Every device has all of it."""
+def unsharded(shape: tuple[int, ...], size: int) -> PartitionSpec:
+    """Replicates the array on every device."""
     return PartitionSpec()
 
 
 def largest_axis(shape: tuple[int, ...], size: int) -> PartitionSpec:
-    """Cut along the largest axis that `size` divides, the last of equal ones; whole where there is
-    none."""
+    """Shards along the largest axis that `size` divides, the last of equal ones.
+
+    Replicates the array if there is no such axis.
+    """
     fitting = [axis for axis, length in enumerate(shape) if length % size == 0]
     if size == 1 or not fitting:
         return PartitionSpec()
@@ -81,15 +87,14 @@ def largest_axis(shape: tuple[int, ...], size: int) -> PartitionSpec:
     return PartitionSpec(*(FSDP if axis == chosen else None for axis in range(chosen + 1)))
 
 
-# How an array of the training state is cut over the axis 'fsdp': the first rule whose pattern is
-# found in its path holds. Biases and the scales of normalisation are small: fetching them would
-# take longer than they save.
-RULES = ((r"\bkernel\b", largest_axis), (r"", whole))
+# How an array of the training state is sharded over the axis 'fsdp': the first rule whose pattern
+# is found in its path applies. Biases and normalisation scales are small: gathering them would
+# cost more time than the memory is worth.
+RULES = ((r"\bkernel\b", largest_axis), (r"", unsharded))
 
 
 def by_rules(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Gives every leaf of an abstract tree (a training state, parameters) its sharding by
-    `RULES`."""
+    """Returns an abstract tree (of a training state, of parameters) with shardings by `RULES`."""
 
     def with_sharding(path, leaf):
         rule = next(
@@ -102,34 +107,35 @@ def by_rules(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def shardings(tree: Any) -> Any:
-    """The sharding of every leaf of a tree of arrays or abstract ones."""
+    """Returns the sharding of every leaf of a tree of arrays or abstract arrays."""
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def fetcher(abstract: Any, dtypes: Any) -> Callable[[Any], Any]:
-    """What makes parameters that are cut over the devices whole again, for one use.
+    """Returns a function that all-gathers sharded parameters for the forward pass.
 
-    Without it the compiler would choose for each convolution whether to move parameters or images.
-    Gradients come back summed and cut.
+    Their gradients come back summed and sharded. Without it the compiler would choose for each
+    convolution whether to move parameters or images.
 
     Args:
-      abstract: of the parameters, with their shardings.
-      dtypes: what each is computed with, as which what is cut travels.
+      abstract: the parameters' shapes, dtypes and shardings.
+      dtypes: the dtype that each is computed in; sharded parameters are cast to it before they are
+        gathered.
     """
 
     def of_leaf(leaf: jax.ShapeDtypeStruct, dtype: jnp.dtype) -> Callable[[Array], Array]:
-        cut = leaf.sharding
-        if cut.is_fully_replicated:
+        sharded = leaf.sharding
+        if sharded.is_fully_replicated:
             return lambda x: x
 
         @jax.custom_vjp
         def fetch(x):
-            # Told twice where the narrow copy is, so that it is what travels.
-            narrow = jax.lax.with_sharding_constraint(x.astype(dtype), cut)
-            return jax.lax.with_sharding_constraint(narrow, replicated(cut.mesh))
+            # Constrained before and after, so that the narrow copy is what is sent.
+            narrow = jax.lax.with_sharding_constraint(x.astype(dtype), sharded)
+            return jax.lax.with_sharding_constraint(narrow, replicated(sharded.mesh))
 
         def backward(_, gradient):
-            return (jax.lax.with_sharding_constraint(gradient, cut).astype(leaf.dtype),)
+            return (jax.lax.with_sharding_constraint(gradient, sharded).astype(leaf.dtype),)
 
         fetch.defvjp(lambda x: (fetch(x), None), backward)
         return fetch
@@ -139,44 +145,42 @@ def fetcher(abstract: Any, dtypes: Any) -> Callable[[Any], Any]:
 
 
 _COLLECTIVE = re.compile(
-    r"= ([^%\n]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\((?:.*?channel_id=(\d+))?"
+    r"= ([^%\n]*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?"
+    r"\((?:.*?channel_id=(\d+))?"
 )
 _ARRAY = re.compile(r"\b(pred|[a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes, a device and a run of the program, of the results of each kind of collective operation
-    in it.
+    """Returns the bytes of the results of each kind of collective, per device and execution.
 
-    What is in a loop is counted once.
+    Operations in a loop are counted once.
     """
-    found: dict[str, int] = {}
-    # TPUs' compiler writes an operation twice where it is spread over others: it is known by its
-    # channel.
+    # The TPU compiler writes an operation twice if it is spread over others: the channel tells.
     operations = {
-        channel or number: rest
-        for number, (*rest, channel) in enumerate(_COLLECTIVE.findall(compiled.as_text()))
+        channel or number: operation
+        for number, (*operation, channel) in enumerate(_COLLECTIVE.findall(compiled.as_text()))
     }
+    found: dict[str, int] = {}
     for shapes, kind, started in operations.values():
-        arrays = [
-            array for array in _ARRAY.findall(shapes) if array[2] or not started
-        ]  # no counters
-        arrays = (
-            arrays[len(arrays) // 2 :] if started and kind != "all-reduce" else arrays
-        )  # the operands come first
-        sizes = (
-            int(bits or 8) // 8 * math.prod(map(int, filter(None, shape.split(","))))
-            for _, bits, shape in arrays
-        )
-        found[kind] = found.get(kind, 0) + sum(sizes)
+        arrays = _ARRAY.findall(shapes)
+        if started:
+            arrays = [array for array in arrays if array[2]]  # scalars are counters
+            if kind != "all-reduce":
+                arrays = arrays[len(arrays) // 2 :]  # the operands come first
+        found[kind] = found.get(kind, 0) + sum(_bytes(bits, shape) for _, bits, shape in arrays)
     return found
 
 
-def on_this_process(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays that lie on the devices of all processes, whole on every device of `mesh`, a
-    mesh of this one's.
+def _bytes(bits: str, shape: str) -> int:
+    """Returns the size of an array from its dtype's bits and its shape in XLA's text."""
+    return int(bits or 8) // 8 * math.prod(map(int, filter(None, shape.split(","))))
 
-    All processes must call it together: what is cut is fetched from where it is.
+
+def on_this_process(tree: Any, mesh: Mesh) -> Any:
+    """Replicates a tree of global arrays on every device of `mesh`, a mesh of this process.
+
+    All processes must call it together, as shards are gathered from all devices.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, replicated(mesh))

@@ -1,4 +1,4 @@
-"""Stopping without losing anything: Ctrl-C and SIGTERM are noted, and obeyed between two steps."""
+"""Stopping without losing work: Ctrl-C and SIGTERM are noted, and obeyed between two steps."""
 
 import contextlib
 import multiprocessing
@@ -9,22 +9,20 @@ import threading
 
 from rdm_jax.runtime.errors import Interrupted
 
-# To the first signal and to the second one.
+# Printed at the first signal and at the second one.
 ANSWERS = (
-    b"\nstopping as soon as everything is saved\n",
-    b"once more stops at once, and loses the last steps\n",
+    b"\nsaving, then stopping\n",
+    b"the next signal stops at once and loses the steps since the last checkpoint\n",
 )
 
 
 class StopOnSignal:
-    """A context in which the first SIGINT or SIGTERM sets `requested`, and a third one interrupts
-    at once.
+    """A context in which the first SIGINT or SIGTERM sets `requested`; a third interrupts at once.
 
-    A second one is warned of that, and no more: a shell and what it started may each send the same
-      one. Long loops call `check`
-    where everything is saved, or look at `requested` and save first. Python gives signals to its
-    main thread alone: in another thread, such as a notebook server's, nothing is installed, and the
-      context leaves signals to the caller.
+    The second one only warns: a shell and the process that it started may each send the same one.
+    Long loops call `check` where everything is saved, or read `requested` and save first. Python
+    delivers signals to its main thread only: in another thread, such as a notebook server's, the
+    context installs nothing and leaves signals to the caller.
     """
 
     def __init__(self):
@@ -32,12 +30,10 @@ class StopOnSignal:
         self._signals = 0
 
     def __enter__(self) -> "StopOnSignal":
-        here = threading.current_thread() is threading.main_thread()
-        self._previous = {
-            number: signal.signal(number, self._note)
-            for number in (signal.SIGINT, signal.SIGTERM)
-            if here
-        }
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_):
@@ -49,14 +45,16 @@ class StopOnSignal:
         self._signals += 1
         if self._signals > len(ANSWERS):
             raise Interrupted(number, at_once=True)
-        # Not by print, in the middle of which the signal may have come.
+        # Not by print: the signal may have come in the middle of another print.
         with contextlib.suppress(OSError, AttributeError):  # there may be no stderr
             os.write(sys.stderr.fileno(), ANSWERS[self._signals - 1])
 
     @property
     def interruption(self) -> Interrupted:
-        """What to raise once everything is saved; where another process was told to stop, as if
-        this one were by SIGTERM."""
+        """The exception to raise once everything is saved.
+
+        If another process received the signal, it is that of SIGTERM.
+        """
         return Interrupted(self.requested or signal.SIGTERM)
 
     def check(self) -> None:
@@ -66,8 +64,7 @@ class StopOnSignal:
 
 
 def obey_parent_alone() -> None:
-    """In a worker process: leaves the terminal's Ctrl-C to the parent, and ends at once when that
-    is gone, however it went."""
+    """In a worker process: ignores Ctrl-C, and exits as soon as the parent process has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

@@ -1,5 +1,7 @@
-"""Waiting for the other processes of a run: it is said, and has an end of ours, where jax's own is
-an abort by XLA."""
+"""Waiting for the other processes of a run: announced, and ended with a message.
+
+JAX's own timeout ends in an abort by XLA.
+"""
 
 import contextlib
 import os
@@ -7,34 +9,34 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from jax._src.distributed import (
-    global_state,  # what jax has found in the surroundings, which it tells nowhere else
-)
+# The cluster that JAX has detected; no public API tells it.
+from jax._src.distributed import global_state
 
 from rdm_jax.runtime.console import log
 
-SECONDS_TO_SAY, SECONDS_TO_JOIN = 1, 120
+SECONDS_TO_ANNOUNCE = 1
+SECONDS_TO_JOIN = 120
 
 
 @contextlib.contextmanager
 def waiting(seconds: int) -> Iterator[None]:
-    """A part that calls `jax.distributed.initialize`, which waits in C++ for all processes.
+    """Wraps a call of `jax.distributed.initialize`, which waits in C++ for all processes.
 
-    After `SECONDS_TO_SAY` a line says for whom. After `seconds` the process ends with status 2 and
-    a line that says why: a wait that jax itself gives up is ended by XLA with SIGABRT and a stack
-      trace, and cannot be left in another way.
+    After `SECONDS_TO_ANNOUNCE` a log line names the processes that are awaited. After `seconds`
+    this process ends with status 2 and an error message: when JAX's own timeout expires, XLA
+    aborts (SIGABRT) with a stack trace, and nothing else can end the wait.
     """
     over = threading.Event()
 
     def watch() -> None:
-        if over.wait(SECONDS_TO_SAY):
+        if over.wait(SECONDS_TO_ANNOUNCE):
             return
-        log.info("waiting up to %d s for %s; --coordinator=none works alone", seconds, _who())
-        if over.wait(seconds - SECONDS_TO_SAY):
+        log.info("waiting up to %d s for %s; --coordinator=none runs alone", seconds, _awaited())
+        if over.wait(seconds - SECONDS_TO_ANNOUNCE):
             return
-        would_do = "starting all of them, as srun and mpirun do, a longer --join_timeout, or --coordinator=none to work alone,"
         print(
-            f"error: {_who()} have not all come within {seconds} s; {would_do} would do.",
+            f"error: {_awaited()} have not all started within {seconds} s. Start all of them, as "
+            "srun and mpirun do, raise --join_timeout, or pass --coordinator=none to run alone.",
             file=sys.stderr,
             flush=True,
         )
@@ -47,8 +49,10 @@ def waiting(seconds: int) -> Iterator[None]:
         over.set()
 
 
-def _who() -> str:
-    if global_state.coordinator_address is None:  # jax is still asking the surroundings
-        return "the processes that the surroundings name"
-    about = f"this is process {global_state.process_id}"
-    return f"the {global_state.num_processes} processes of this run at {global_state.coordinator_address} ({about})"
+def _awaited() -> str:
+    if global_state.coordinator_address is None:  # JAX is still detecting the cluster
+        return "the processes that the environment names"
+    return (
+        f"the {global_state.num_processes} processes of this run at "
+        f"{global_state.coordinator_address} (this is process {global_state.process_id})"
+    )

@@ -73,7 +73,7 @@ class RelayPipeline:
 
     def _load(self, number: int, workdir: Path) -> Classes:
         """Reads a stage's checkpoint and returns the classes that it knows."""
-        stage, channels = self.config.stages[number - 1], self.config.data.channels
+        stage, channels = self.config.stage(number), self.config.data.channels
         folder, step = folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
         checkpoints = store.Checkpoints(folder, read_only=True)
         about = checkpoints.about(step)
@@ -193,7 +193,7 @@ def _common_classes(config: Config, known: list[Classes], first: int) -> Classes
         if matched(classes, common) != tuple(
             range(len(common))
         ):  # the stages are given the same numbers
-            field = f"config.stage{number}.checkpoint={config.stages[number - 1].checkpoint!r}"
+            field = f"config.stage{number}.checkpoint={config.stage(number).checkpoint!r}"
             would_do = "checkpoints of the same classes in the same order would do."
             raise InputError(
                 f"{field} knows the classes {classes}, other stages {common}; {would_do}"
@@ -205,7 +205,7 @@ def _check_guidance(config: Config, number: int, path: Path, about: dict[str, An
     """Refuses guidance of a network that has never seen a hidden label. Of imported weights nobody
     knows."""
     guidance, hidden = (
-        config.stages[number - 1].guidance,
+        config.stage(number).guidance,
         about["stage"]["training"]["label_dropout"],
     )
     if guidance != 1 and not hidden and "imported" not in about:

@@ -36,7 +36,7 @@ class StagePreview:
 
     def __init__(self, config: Config, number: int, real: ImageSet):
         stage, channels, classes = (
-            config.stages[number - 1],
+            config.stage(number),
             real.image_shape[-1],
             len(real.class_names),
         )

@@ -187,7 +187,7 @@ def _say_what_is_made(
         numbers = tuple(np.unique(relay.labels(made)).tolist())
         log.info("samples: of the classes (number and name) %s", table(relay.classes, numbers))
     for number, loaded in enumerate(relay.checkpoints, relay.first):
-        stage = relay.config.stages[number - 1]
+        stage = relay.config.stage(number)
         about = (number, loaded["step"], evaluations(stage), stage.guidance)
         log.info(
             "samples: stage%d from step %d, %d network evaluations an image, guidance %g", *about

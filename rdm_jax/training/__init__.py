@@ -1,1 +1,1 @@
-"""One stage trained: the pure step, the loop around it, its metrics and checkpoints."""
+"""The training of one stage: the pure step, the loop around it, and its metrics."""

@@ -1,23 +1,20 @@
-"""The training of one stage: from a config and prepared images to checkpoints, metrics and
-previews."""
+"""The training of one stage: from a config and images to checkpoints, metrics and previews."""
 
 import collections
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
-from rdm_jax.checkpoints import folders, store
+from rdm_jax.checkpoints import store
 from rdm_jax.config import Config, to_dict
-from rdm_jax.config.changes import Change, check_allowed, incompatible_changes
 from rdm_jax.config.saved import VERSION
-from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.runtime import distributed, random_streams, sharding
@@ -29,48 +26,53 @@ from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.training import metric_writer
 from rdm_jax.training.count import Count
 from rdm_jax.training.metric_buffer import Clock, MetricBuffer
+from rdm_jax.training.probe import Probe
 from rdm_jax.training.program import PROGRAMS, Program
+from rdm_jax.training.start import Progress, Starter
 from rdm_jax.training.step import TrainState
 from rdm_jax.training.validation import Validation
 
-Preview = Callable[[Any, Path], None]
-Evaluate = Callable[[Any, int, Path], dict[str, float]]
-
 # Batches on their way to the devices while a step runs.
 BATCHES_AHEAD = 2
-# What processes tell each other with every step: nothing, that the first one wants a save, that one
-# has had a signal.
+# What processes tell each other with every step: nothing (0), that process 0 wants to save, or
+# that one of them has received a signal.
 SAVE, STOP = 1, 2
 
 
-class Point(NamedTuple):
-    """Where a training is.
+class Due(NamedTuple):
+    """What is scheduled after a step."""
 
-    Attributes:
-      state: as checkpoints have it.
-      step: steps taken.
-      data: the data iterator's state.
-    """
+    preview: bool
+    evaluation: bool
+    checkpoint: bool
 
-    state: TrainState
-    step: int
-    data: dict[str, int]
+
+class Session(NamedTuple):
+    """What accompanies the steps of one call of `Trainer.run`."""
+
+    checkpoints: store.Checkpoints
+    stop: StopOnSignal
+    probe: Probe | None
+    writer: metric_writer.MetricWriter | metric_writer.NoWriter
+    buffer: MetricBuffer
+    clock: Clock
+    curves: metric_writer.Curves
 
 
 class Trainer:
-    """One stage's training, ready to run: everything is built, and nothing is read or compiled yet.
+    """The training of one stage. Building it reads and compiles nothing.
 
     Args:
       config: of the run.
       number: of the stage, from 1.
-      source: the images to learn.
+      source: the images to train on.
       directory: of the stage, for checkpoints, metrics and previews.
-      held_out: the images whose loss tells the best checkpoint; None for those of `source`.
-      allow_changes: fields of the config that may have changed since the newest checkpoint
-        (`unchanged.check_names`).
+      held_out: the images whose loss ranks checkpoints; None for images of `source`.
+      allow_changes: fields of the config that may differ from the newest checkpoint's
+        (`config.changes.check_names`).
 
     Attributes:
-      abstract: the state's shapes and shardings.
+      abstract: shapes, dtypes and shardings of the training state.
     """
 
     def __init__(
@@ -82,22 +84,31 @@ class Trainer:
         held_out: ImageSet | None = None,
         allow_changes: Sequence[str] = (),
     ):
-        self.name, self.stage = f"stage{number}", config.stages[number - 1]
-        self.training, self.source, self.directory = self.stage.training, source, directory
-        self._key = lambda stream: random_streams.stream_key(config.seed, number - 1, stream)
-        self.mesh, self._mode = (
-            sharding.make_mesh(config.parallel.data, config.parallel.fsdp),
-            config.parallel.mode,
-        )
-        self._count = self._before = Count(
-            self.training.batch_size
-        )  # of the steps to come, and of those that were taken
-        self._program = self._build()
-        self.objective, self.abstract = self._program.objective, self._program.abstract
+        self.name = f"stage{number}"
+        self.stage = config.stages[number - 1]
+        self.training = self.stage.training
+        self.source = source
+        self.directory = directory
+        self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
+        self._number = number
+        self._seed = config.seed
+        self._mode = config.parallel.mode
+        self._workers = config.data.workers
+        self._worker_timeout = config.data.worker_timeout
         self._allow_changes = tuple(allow_changes)
-        key = self._key(RandomStream.VALIDATE)
+        # No two stages share an order of images, not even those of runs with other seeds.
+        self._data_seed = config.seed * 2**8 + number
+        # Of the steps to come, and of those taken.
+        self._count = self._before = Count(self.training.batch_size)
+        self._program = self._build()
+        self.objective = self._program.objective
+        self.abstract = self._program.abstract
         self._validation = Validation(
-            self.objective, held_out or source, self.training, key, self.mesh
+            self.objective,
+            held_out or source,
+            self.training,
+            self._key(RandomStream.VALIDATE),
+            self.mesh,
         )
         self._about = {
             "version": VERSION,
@@ -105,36 +116,23 @@ class Trainer:
             "classes": list(source.class_names),
             "seed": config.seed,
         }
-        self._worker_options = {
-            "workers": config.data.workers,
-            "worker_timeout": config.data.worker_timeout,
-        }
-        self._data_seed = (
-            config.seed * 2**8 + number
-        )  # no stage of a run shares its order with another run's
 
-    def run(
-        self, stop: StopOnSignal, preview: Preview | None = None, evaluate: Evaluate | None = None
-    ) -> None:
-        """Trains to the configured number of images, from the newest checkpoint if there is one.
+    def run(self, stop: StopOnSignal, probe: Probe | None = None) -> None:
+        """Trains to the configured number of images, resuming from the newest checkpoint.
 
         Args:
-          stop: looked at after every step; when a signal has come, the state is saved at once and
-            `Interrupted` raised.
-          preview: called with the averaged parameters and the path of a picture to draw, every
-            `preview_every` images.
-          evaluate: called with the averaged parameters, the images seen and a folder for the
-            results, every `evaluate_every` images: an evaluation that is stopped is gone on with
-              before training is. Returns metrics.
+          stop: read after every step; once a signal has come, the state is saved and `Interrupted`
+            raised.
+          probe: draws a preview every `preview_every` images and evaluates every `evaluate_every`;
+            an interrupted evaluation is resumed before training is.
 
-        Whatever may take long (a preview, an evaluation) comes after a checkpoint, as a signal is
-        not obeyed before it ends.
+        Previews and evaluations come after a checkpoint, as signals are not obeyed before they end.
 
         Raises:
-          Diverged: after `max_skipped` steps in a row that were not finite; the last good state is
-            saved.
+          Diverged: after `max_skipped` consecutive steps that were not finite; the last good state
+            is saved.
           InputError: the checkpoint cannot be used, or the disk is too small for more.
-          OSError: the last save has failed, or more than `max_failed_saves` in a row.
+          OSError: the last save failed, or more than `max_failed_saves` consecutive ones.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         self._about["images"] = {"count": len(self.source), "identity": self.source.identity}
@@ -145,207 +143,126 @@ class Trainer:
             keep_best=self.training.keep_best,
             max_failed_saves=self.training.max_failed_saves,
         )
-        waits = True
+        wait = True
         try:
-            self._run(checkpoints, stop, preview, evaluate)
+            self._run(checkpoints, stop, probe)
         except Interrupted as interruption:
-            waits = not interruption.at_once
+            wait = not interruption.at_once
             raise
         finally:
-            if waits:
-                checkpoints.close()  # after a save under way, also when something else went wrong
+            if wait:
+                checkpoints.close()  # after the current save, also if something else failed
 
-    def _run(
-        self,
-        checkpoints: store.Checkpoints,
-        stop: StopOnSignal,
-        preview: Preview | None,
-        evaluate: Evaluate | None,
-    ) -> None:
+    def _run(self, checkpoints: store.Checkpoints, stop: StopOnSignal, probe: Probe | None) -> None:
+        # Start.
         point = self._start(checkpoints)
-        evaluate_every, last = (
-            self.training.evaluate_every if evaluate else 0,
-            self._count.steps_for(self.training.images),
-        )
-        preview_every = self.training.preview_every if preview else 0
-        due = evaluate_every and (
-            self._before.is_due(point.step, evaluate_every) or point.step == last
-        )
-        if point.step and due and not self._is_evaluated(point.step):  # it was stopped
-            with contextlib.closing(self._writer(point.step)) as writer:
-                self._evaluate(evaluate, point, writer)
-        if point.step >= last:
-            log.info(
-                "%s: already trained on %s images",
-                self.name,
-                f"{self._count.images_at(point.step):,}",
-            )
+        self._finish_evaluation(point, probe)
+        if point.step >= self._last_step:
+            images = self._count.images_at(point.step)
+            log.info("%s: already trained on %s images", self.name, f"{images:,}")
             return
+
+        # What may fail or take long comes before the first step.
         copies = self.training.keep_newest + self.training.keep_best + 1 - len(checkpoints.steps())
         store.check_space(self.directory, self.abstract, copies)
         self._compile()
-        iterator, clock = self._iterator(point.data), Clock(60 * self.training.checkpoint_minutes)
-        writer, bar, curves = (
-            self._writer(point.step),
-            progress(*self._bar(point.step)),
-            metric_writer.Curves(self.directory),
-        )
-        window, batches = (
-            MetricBuffer(self.training, self._count, writer, bar),
-            self._batches(iterator),
-        )
+        iterator = self._iterator(point.data)
+        clock = Clock(60 * self.training.checkpoint_minutes)
+        writer = self._writer(point.step)
+        bar = self._bar(point.step)
+        curves = metric_writer.Curves(self.directory)
+        buffer = MetricBuffer(self.training, self._count, writer, bar)
+        session = Session(checkpoints, stop, probe, writer, buffer, clock, curves)
+
+        # Steps, and what comes between them.
+        batches = self._batches(iterator)
         running, step = self._program.place(point.state), point.step
         try:
-            while step < last:
+            while step < self._last_step:
                 batch, data_state = next(batches)
-                running, values = self._program(running, batch)
+                running, metrics = self._program(running, batch)
                 step += 1
-                window.add(step, values | self._told(stop, clock))
-                previewed, evaluated = (
-                    self._is_due(step, preview_every),
-                    self._is_due(step, evaluate_every),
-                )
-                due = previewed or evaluated or self._is_due(step, self.training.checkpoint_every)
-                if not due and not self._asked(window, stop, clock) and not window.diverged:
+                buffer.add(step, metrics | self._request(session))
+                due = self._due(step, probe)
+                if not any(due) and not self._requested(session) and not buffer.diverged:
                     continue
-                with window.paused():
-                    point = Point(self._program.whole(running), step, data_state)
-                    if self._asked(window, stop, clock) == STOP:
-                        self._save(
-                            checkpoints, point, None
-                        )  # and nothing before it: there may be no more than seconds
-                        raise stop.interruption
-                    self._save(checkpoints, point, self._validate(point, writer, stop))
-                    if distributed.in_any_process(
-                        bool(stop.requested)
-                    ):  # while it was validated: nothing is measured or drawn
-                        raise stop.interruption
-                    clock.restart()
-                    window.told = 0
-                    if distributed.is_primary():
-                        curves.draw(last=step == last or bool(window.diverged))
-                    if window.diverged:
-                        raise Diverged(window.diverged)
-                    if previewed:
-                        self._draw(preview, point)
-                    if evaluated:
-                        checkpoints.wait()  # an evaluation that is stopped is gone on with from this checkpoint
-                        self._evaluate(evaluate, point, writer)
+                with buffer.paused():
+                    point = Progress(self._program.whole(running), step, data_state)
+                    self._pause(session, point, due)
         finally:
             iterator.close()
-            window.close()
+            buffer.close()
             bar.close()
             writer.close()
-        rate, skipped = (
-            window.images / (window.seconds or float("nan")),
-            int(self._program.whole(running).skipped),
-        )
+        rate = buffer.images / (buffer.seconds or float("nan"))
+        skipped = int(self._program.whole(running).skipped)
         log.info("%s: trained, %.0f images/s, %d steps skipped", self.name, rate, skipped)
 
-    @property
-    def _alone(self) -> bool:
-        return jax.process_count() == 1
+    def _pause(self, session: Session, point: Progress, due: Due) -> None:
+        """Saves a checkpoint, then draws and evaluates what is due.
 
-    def _told(self, stop: StopOnSignal, clock: Clock) -> dict[str, jax.Array]:
-        """A metric by which all processes learn, at the same step, what one of them wants: SAVE,
-        STOP or neither."""
-        if self._alone:
-            return {}
-        wanted = (
-            STOP if stop.requested else SAVE if distributed.is_primary() and clock.is_over() else 0
-        )
-        return {"told": distributed.largest(wanted)}
+        All processes come here after the same step, and the metrics of all steps are known.
+        """
+        # A signal: nothing comes before the save, as there may be seconds left.
+        if self._requested(session) == STOP:
+            self._save(session, point, loss=None)
+            raise session.stop.interruption
 
-    def _asked(self, window: MetricBuffer, stop: StopOnSignal, clock: Clock) -> int:
-        """What is to be done after this step besides what is due: SAVE, STOP or neither, the same
-        in all processes."""
-        if not self._alone:
-            return window.told
-        return STOP if stop.requested else SAVE if clock.is_over() else 0
+        # The checkpoint. A signal during the validation skips what would follow.
+        self._save(session, point, loss=self._validate(session, point))
+        if distributed.in_any_process(bool(session.stop.requested)):
+            raise session.stop.interruption
+        session.clock.restart()
+        session.buffer.request = 0
 
-    def _save(self, checkpoints: store.Checkpoints, point: Point, loss: float | None) -> None:
-        checkpoints.save(point.state, {**self._about, "data": point.data, "validation_loss": loss})
+        # What may take long.
+        diverged = session.buffer.diverged
+        if distributed.is_primary():
+            session.curves.draw(last=point.step == self._last_step or bool(diverged))
+        if diverged:
+            raise Diverged(diverged)
+        if due.preview:
+            self._preview(session.probe, point)
+        if due.evaluation:
+            session.checkpoints.wait()  # an interrupted evaluation is resumed from this checkpoint
+            self._evaluate(session.probe, point, session.writer)
 
-    def _validate(
-        self,
-        point: Point,
-        writer: metric_writer.MetricWriter | metric_writer.NoWriter,
-        stop: StopOnSignal,
-    ) -> float | None:
-        """Measures the validation loss and writes it down; None where it is not finite, or a signal
-        has come meanwhile."""
-        loss = self._validation.loss(point.state.ema, stop)
-        if loss is None:
-            return None
-        writer.write(point.step, images=self._count.images_at(point.step), validation_loss=loss)
-        return loss if math.isfinite(loss) else None
+    def _start(self, checkpoints: store.Checkpoints) -> Progress:
+        """Resumes or initialises; from here on the training counts as its checkpoints do."""
+        start = Starter(
+            name=self.name,
+            stage=self.stage,
+            about=self._about,
+            program=self._program,
+            key=self._key(RandomStream.INIT),
+            allow_changes=self._allow_changes,
+        ).start(checkpoints)
+        self._about |= start.history
+        self._before, self._count = start.before, start.count
+        if self._count.step:  # the batch size has changed, and with it the learning rate's schedule
+            self._program = self._build()
+        return start.progress
 
-    def _evaluate(
-        self,
-        evaluate: Evaluate,
-        point: Point,
-        writer: metric_writer.MetricWriter | metric_writer.NoWriter,
-    ) -> None:
-        images = self._count.images_at(point.step)
-        values = evaluate(
-            self._here(point.state), images, self.directory / "evaluations" / f"{images:010d}"
-        )
-        writer.write(
-            point.step,
-            images=images,
-            **{f"evaluation/{name}": value for name, value in values.items()},
-        )
-
-    def _writer(self, step: int) -> metric_writer.MetricWriter | metric_writer.NoWriter:
-        return (
-            metric_writer.MetricWriter(self.directory, step)
-            if distributed.is_primary()
-            else metric_writer.NoWriter()
+    def _build(self) -> Program:
+        return PROGRAMS[self._mode](
+            self.stage,
+            self.source.image_shape,
+            len(self.source.class_names),
+            self._key(RandomStream.TRAIN),
+            self.mesh,
+            self._count,
         )
 
-    def _here(self, state: TrainState) -> Any:
-        """The averaged parameters, whole on each of this process's devices."""
-        return sharding.on_this_process(state.ema, sharding.local_mesh())
+    def _key(self, stream: RandomStream) -> Key[Array, ""]:
+        return random_streams.stream_key(self._seed, self._number - 1, stream)
 
-    def _batches(
-        self, iterator: TrainIterator
-    ) -> Iterator[tuple[dict[str, jax.Array], dict[str, int]]]:
-        """Batches that are on their way to the devices already, each with the iterator's state
-        after it."""
-        size = self.training.batch_size
-        position = np.arange(size, dtype=np.int32).reshape(jax.process_count(), -1)[
-            jax.process_index()
-        ]
-        ahead: collections.deque = collections.deque()
-        while True:
-            while len(ahead) <= BATCHES_AHEAD:
-                ahead.append(
-                    (
-                        self._program.put(next(iterator) | {"position": position}),
-                        iterator.get_state(),
-                    )
-                )
-            yield ahead.popleft()
-
-    def _is_evaluated(self, step: int) -> bool:
-        """Whether an evaluation of that step was written down, as the first process sees it."""
-        lines = (
-            metric_writer.read(self.directory / "metrics.jsonl") if distributed.is_primary() else []
-        )
-        found = any(
-            name.startswith("evaluation/")
-            for line in lines
-            if line["step"] == step
-            for name in line
-        )
-        return bool(distributed.from_primary(found))
-
-    def _is_due(self, step: int, every: int) -> bool:
-        """Whether something that happens every so many images, if they are more than 0, and at the
-        end, happens after a step."""
-        return bool(every) and (
-            self._count.is_due(step, every) or step == self._count.steps_for(self.training.images)
-        )
+    def _compile(self) -> None:
+        """Compiles all that runs between a signal and its checkpoint, and the validation loss."""
+        began = time.perf_counter()
+        log.info("%s: compiling the training step", self.name)
+        self._program.compile()
+        log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
+        self._validation.compile(self.abstract.ema)
 
     def _iterator(self, state: dict[str, int]) -> TrainIterator:
         iterator = train_iterator(
@@ -355,151 +272,124 @@ class Trainer:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             first=(self._count.step, self._count.images),
-            **self._worker_options,
+            workers=self._workers,
+            worker_timeout=self._worker_timeout,
         )
         iterator.set_state(state)
         return iterator
 
-    def _draw(self, preview: Preview, point: Point) -> None:
-        params = self._here(point.state)
+    def _batches(
+        self, iterator: TrainIterator
+    ) -> Iterator[tuple[dict[str, jax.Array], dict[str, int]]]:
+        """Yields batches that are on their way to the devices, with the iterator's state after."""
+        indices = np.arange(self.training.batch_size, dtype=np.int32)
+        position = indices.reshape(jax.process_count(), -1)[jax.process_index()]
+        ahead: collections.deque = collections.deque()
+        while True:
+            while len(ahead) <= BATCHES_AHEAD:
+                batch = self._program.put(next(iterator) | {"position": position})
+                ahead.append((batch, iterator.get_state()))
+            yield ahead.popleft()
+
+    @property
+    def _last_step(self) -> int:
+        return self._count.steps_for(self.training.images)
+
+    def _due(self, step: int, probe: Probe | None) -> Due:
+        return Due(
+            preview=probe is not None and self._is_due(step, self.training.preview_every),
+            evaluation=self._is_due(step, self._evaluate_every(probe)),
+            checkpoint=self._is_due(step, self.training.checkpoint_every),
+        )
+
+    def _is_due(self, step: int, every: int) -> bool:
+        """Whether something happens after a step: every so many images, and at the end.
+
+        Never for 0 images.
+        """
+        return bool(every) and (self._count.is_due(step, every) or step == self._last_step)
+
+    def _evaluate_every(self, probe: Probe | None) -> int:
+        return self.training.evaluate_every if probe is not None and probe.evaluates else 0
+
+    def _request(self, session: Session) -> dict[str, jax.Array]:
+        """Returns a metric that tells all processes, at the same step, what one of them wants."""
+        if jax.process_count() == 1:
+            return {}
+        wanted = 0
+        if session.stop.requested:
+            wanted = STOP
+        elif distributed.is_primary() and session.clock.is_over():
+            wanted = SAVE
+        return {"request": distributed.largest(wanted)}
+
+    def _requested(self, session: Session) -> int:
+        """Returns STOP, SAVE or 0: what is to be done now, the same in all processes."""
+        if jax.process_count() > 1:
+            return session.buffer.request
+        if session.stop.requested:
+            return STOP
+        return SAVE if session.clock.is_over() else 0
+
+    def _save(self, session: Session, point: Progress, loss: float | None) -> None:
+        about = {**self._about, "data": point.data, "validation_loss": loss}
+        session.checkpoints.save(point.state, about)
+
+    def _validate(self, session: Session, point: Progress) -> float | None:
+        """Measures and writes the validation loss; None if not finite, or if a signal came."""
+        loss = self._validation.loss(point.state.ema, session.stop)
+        if loss is None:
+            return None
+        images = self._count.images_at(point.step)
+        session.writer.write(point.step, images=images, validation_loss=loss)
+        return loss if math.isfinite(loss) else None
+
+    def _preview(self, probe: Probe, point: Progress) -> None:
+        params = self._local_ema(point.state)
         if distributed.is_primary():
             path = self.directory / "previews" / f"{self._count.images_at(point.step):010d}.png"
             with log_write_errors(path):
-                preview(params, path)
+                probe.preview(params, path)
 
-    def _bar(self, step: int) -> tuple[int, str, int]:
-        last = self._count.steps_for(self.training.images)
-        return self._count.images_at(last), f"training {self.name}", self._count.images_at(step)
-
-    def _start(self, checkpoints: store.Checkpoints) -> Point:
-        """Where to go on from: the newest checkpoint, or the beginning, with given parameters if
-        there are any."""
-        newest = checkpoints.newest()
-        if newest is not None and checkpoints.can_resume(newest):
-            return self._resume(checkpoints, newest)
-        count = self.objective.network.count()
-        log.info(
-            "%s: %s parameters, %d x %d pixels", self.name, f"{count:,}", *self.stage.resolution
-        )
-        state = self._program.init(self._key(RandomStream.INIT))
-        if newest is not None:
-            state = self._with_parameters(state, checkpoints, newest)
-        elif self.training.start_from:
-            folder, step = folders.find(self.training.start_from, self.directory)
-            with contextlib.closing(store.Checkpoints(folder, read_only=True)) as given:
-                state = self._with_parameters(state, given, step)
-        return Point(state, 0, {"next_index": 0})
-
-    def _resume(self, checkpoints: store.Checkpoints, step: int) -> Point:
-        about = checkpoints.about(step)
-        found = changed_since(about, self._about, self.name)
-        before = Count(about["stage"]["training"]["batch_size"], **about.get("count", {}))
-        if (
-            before.images_at(step) >= self.training.images
-        ):  # nothing more is learnt, from whatever images
-            found = [change for change in found if not change.field.startswith("config.data.")]
-        check_allowed(found, self._allow_changes, f"checkpoint {checkpoints.directory / str(step)}")
-        self._keep_history(about, step, found, before)
-        state, _ = checkpoints.restore(step, self.abstract)
-        state = state.replace(
-            skipped_in_a_row=jnp.zeros_like(state.skipped_in_a_row)
-        )  # a run that diverged may try again
-        images = self._count.images_at(step)
-        if step < self._count.steps_for(self.training.images):
-            for change in found:
-                log.warning(
-                    "%s: from step %d (%s images) on, %s", self.name, step, f"{images:,}", change
-                )
-            log.info("%s: going on from %s images", self.name, f"{images:,}")
-        return Point(state, step, about["data"])
-
-    def _keep_history(
-        self, about: dict[str, Any], step: int, found: Sequence[Change], before: Count
+    def _evaluate(
+        self,
+        probe: Probe,
+        point: Progress,
+        writer: metric_writer.MetricWriter | metric_writer.NoWriter,
     ) -> None:
-        """Takes over what a checkpoint knows of the training before it, with what changes now."""
-        self._about |= {
-            name: about[name] for name in ("started_from", "changes", "count") if name in about
-        }
-        if found:
-            self._about["changes"] = [
-                *self._about.get("changes", []),
-                *({"step": step, **each._asdict()} for each in found),
-            ]
-        self._before, self._count = before, before.changed(self.training.batch_size, step)
-        if self._count.step:
-            self._about["count"] = {"step": self._count.step, "images": self._count.images}
-            self._program = self._build()
+        images = self._count.images_at(point.step)
+        folder = self.directory / "evaluations" / f"{images:010d}"
+        metrics = probe.evaluate(self._local_ema(point.state), images, folder)
+        named = {f"evaluation/{name}": value for name, value in metrics.items()}
+        writer.write(point.step, images=images, **named)
 
-    def _build(self) -> Program:
-        kind, classes = PROGRAMS[self._mode], len(self.source.class_names)
-        return kind(
-            self.stage,
-            self.source.image_shape,
-            classes,
-            self._key(RandomStream.TRAIN),
-            self.mesh,
-            self._count,
-        )
+    def _finish_evaluation(self, point: Progress, probe: Probe | None) -> None:
+        """Resumes the evaluation of the newest checkpoint if it was interrupted."""
+        every = self._evaluate_every(probe)
+        due = every and (self._before.is_due(point.step, every) or point.step == self._last_step)
+        if point.step and due and not self._is_evaluated(point.step):
+            with contextlib.closing(self._writer(point.step)) as writer:
+                self._evaluate(probe, point, writer)
 
-    def _with_parameters(
-        self, state: TrainState, given: store.Checkpoints, step: int
-    ) -> TrainState:
-        """Puts averaged parameters of another training in place of random ones; the embedding of
-        other classes stays random."""
-        theirs, ours, about = given.abstract_ema(step), dict(self.abstract.ema), given.about(step)
-        label = theirs.get("map_label")
-        same = jax.tree.map(lambda x: x.shape, label) == jax.tree.map(
-            lambda x: x.shape, ours.get("map_label")
-        )
-        places = (
-            matched(Classes(tuple(self._about["classes"])), of_checkpoint(about)) if same else None
-        )
-        same = places == tuple(range(len(self._about["classes"])))
-        if not same:
-            ours.pop("map_label", None)
-            ours |= {"map_label": sharding.by_rules(label, self.mesh)} if label else {}
-            log.info(
-                "%s: the embedding of the classes starts afresh, as they are others than the given parameters'",
-                self.name,
-            )
-        ema, about = given.restore_ema(step, ours)
-        where = str(given.directory / str(step))
-        self._about["started_from"] = {"checkpoint": where} | {
-            k: about[k] for k in ("imported",) if k in about
-        }
-        if about["stage"]["precondition"] != self._about["stage"]["precondition"]:
-            log.info(
-                "%s: the given parameters are of another preconditioning (%s)",
-                self.name,
-                about["stage"]["precondition"],
-            )
-        ema = {
-            k: ema[k] if k in ema and (same or k != "map_label") else fresh
-            for k, fresh in state.ema.items()
-        }
-        log.info("%s: starting with the parameters in %s", self.name, given.directory / str(step))
-        return state.replace(params=jax.tree.map(jnp.copy, ema), ema=ema)
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether an evaluation of that step was written, as process 0 sees it."""
+        found = False
+        if distributed.is_primary():
+            lines = metric_writer.read(self.directory / "metrics.jsonl")
+            names = [name for line in lines if line["step"] == step for name in line]
+            found = any(name.startswith("evaluation/") for name in names)
+        return bool(distributed.from_primary(found))
 
-    def _compile(self) -> None:
-        """Compiles all that comes between a signal and its checkpoint, and the validation loss,
-        before anything can be lost."""
-        began = time.perf_counter()
-        log.info("%s: compiling the training step", self.name)
-        self._program.compile()
-        log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
-        self._validation.compile(self.abstract.ema)
+    def _writer(self, step: int) -> metric_writer.MetricWriter | metric_writer.NoWriter:
+        if distributed.is_primary():
+            return metric_writer.MetricWriter(self.directory, step)
+        return metric_writer.NoWriter()
 
+    def _bar(self, step: int) -> Any:
+        """Returns the progress bar in images."""
+        total = self._count.images_at(self._last_step)
+        return progress(total, f"training {self.name}", self._count.images_at(step))
 
-def changed_since(about: dict[str, Any], now: dict[str, Any], name: str) -> list[Change]:
-    """What is different between two checkpoints of the stage `name`, by what they know of
-    themselves, and not free.
-
-    Those of older versions do not know their images.
-    """
-    known = about.keys() & now.keys()
-    as_config = lambda it: {  # noqa: E731
-        **{key: it[key] for key in ("seed", "classes") if key in known},
-        name: it["stage"],
-        "data": {"images": it["images"]} if "images" in known else {},
-    }
-    return incompatible_changes(as_config(about), as_config(now))
+    def _local_ema(self, state: TrainState) -> Any:
+        """Returns the EMA parameters, replicated on this process's devices."""
+        return sharding.on_this_process(state.ema, sharding.local_mesh())

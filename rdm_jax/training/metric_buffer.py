@@ -1,4 +1,4 @@
-"""Metrics of steps that the devices are still computing, taken in without holding them up."""
+"""Metrics of steps that the devices are still computing, collected without waiting for them."""
 
 import collections
 import contextlib
@@ -7,37 +7,49 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from rdm_jax.config import Training
 from rdm_jax.training import metric_writer
 from rdm_jax.training.count import Count
 
-# Steps whose metrics are awaited: few, so that a run of bad steps is noticed at once, but not 0, so
-# that devices never idle.
+# Steps whose metrics are still awaited: few, so that bad steps are noticed soon, but more than 0,
+# so that the devices never idle.
 STEPS_IN_FLIGHT = 2
 
 
 class MetricBuffer:
-    """Gathers the metrics of steps as they become known, writes their means, and watches for
-    divergence.
+    """Collects the metrics of steps as they become known, writes means, and detects divergence.
 
     Attributes:
-      images, seconds: trained so far, the time of pauses left out.
-      told: the largest value yet of the metric 'told' of a step; the caller may set it back.
-      diverged: what to tell the user once too many steps in a row were not finite, else ''.
+      images, seconds: images trained so far, and the time that took, without pauses.
+      request: the maximum of the metric 'request' so far; the caller may reset it.
+      diverged: the error message once too many consecutive steps were not finite, else ''.
     """
 
-    def __init__(self, training: Training, count: Count, writer: metric_writer.MetricWriter, bar):
-        self._training, self._count, self._writer, self._bar = training, count, writer, bar
+    def __init__(
+        self,
+        training: Training,
+        count: Count,
+        writer: metric_writer.MetricWriter | metric_writer.NoWriter,
+        bar: tqdm,
+    ):
+        self.images = 0
+        self.seconds = 0.0
+        self.request = 0
+        self.diverged = ""
+        self._training = training
+        self._count = count
+        self._writer = writer
+        self._bar = bar
         self._pending: collections.deque = collections.deque()
         self._known: list[dict[str, float]] = []
-        self._seconds_written, self._resumed = 0.0, time.perf_counter()
         self._known_to = 0
-        self.images, self.seconds, self.told, self.diverged = 0, 0.0, 0, ""
+        self._seconds_written = 0.0
+        self._resumed = time.perf_counter()
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Takes a step's metrics, which the device may still be computing; they travel here as soon
-        as they are known."""
+        """Adds a step's metrics, which may still be computing, and starts to copy them."""
         for value in values.values():
             value.copy_to_host_async()
         self._pending.append((step, values))
@@ -46,36 +58,35 @@ class MetricBuffer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Waits for all steps, and does not count the time of what is done meanwhile."""
+        """Waits for all steps; the time spent inside this context is not counted."""
         while self._pending:
             self._settle(*self._pending.popleft())
         yield
         self._resumed = time.perf_counter()
 
     def close(self) -> None:
-        """Writes what has not been written yet."""
+        """Writes the metrics that have not been written yet."""
         if self._known:
             self._write(self._known_to)
 
     def _settle(self, step: int, values: dict[str, jax.Array]) -> None:
         known = {k: float(v) for k, v in jax.device_get(values).items()}
-        self.told = max(self.told, int(known.pop("told", 0)))
+        self.request = max(self.request, int(known.pop("request", 0)))
         self._known.append(known)
         self._known_to = step
         now, batch_size = time.perf_counter(), self._training.batch_size
-        self.images, self.seconds, self._resumed = (
-            self.images + batch_size,
-            self.seconds + now - self._resumed,
-            now,
-        )
+        self.images += batch_size
+        self.seconds += now - self._resumed
+        self._resumed = now
         self._bar.update(batch_size)
         if self._count.is_due(step, self._training.log_every):
             self._write(step)
         if known["skipped_in_a_row"] >= self._training.max_skipped:
             self.diverged = (
-                f"training stopped at step {step}: {int(known['skipped_in_a_row'])} steps in a row had a loss or gradient that "
-                "is not finite (training.max_skipped); the last good state is saved, and a smaller training.learning_rate with "
-                "--allow_changes=learning_rate would do."
+                f"training stopped at step {step}: {int(known['skipped_in_a_row'])} steps in a row "
+                "had a loss or gradient that is not finite (training.max_skipped). The last good "
+                "state is saved; resume with a smaller training.learning_rate and "
+                "--allow_changes=learning_rate."
             )
 
     def _write(self, step: int) -> None:
@@ -91,19 +102,21 @@ class MetricBuffer:
             **means,
         )
         self._bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-        self._known, self._seconds_written = [], self.seconds
+        self._known = []
+        self._seconds_written = self.seconds
 
 
 class Clock:
-    """Tells when so many seconds have passed since it was last started; never for 0."""
+    """Tells when a number of seconds has passed since its last start; never for 0."""
 
     def __init__(self, seconds: float):
-        self._seconds, self._began = seconds, time.monotonic()
+        self._seconds = seconds
+        self._began = time.monotonic()
 
     def is_over(self) -> bool:
-        """Whether they have."""
+        """Whether the time has passed."""
         return 0 < self._seconds <= time.monotonic() - self._began
 
     def restart(self) -> None:
-        """Counts them anew."""
+        """Starts again from 0."""
         self._began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Metrics on disk: JSON lines, TensorBoard events, and curves as a picture."""
+"""Metrics on disk: JSON lines, TensorBoard events, and plots of the losses."""
 
 import contextlib
 import json
@@ -23,23 +23,24 @@ SECONDS_BETWEEN_CURVES = 60
 class MetricWriter:
     """Appends metrics of one stage to `metrics.jsonl` and to TensorBoard events.
 
-    Where the disk does not take them, that is said, and training goes on: lines wait for the next
-    ones, events are lost.
+    Failed writes are logged and do not stop training: lines are retried with the next ones, events
+    are lost.
 
     Args:
       directory: of the stage.
-      step: the step that training goes on from; what an interrupted run wrote beyond it is dropped.
+      step: the step that training resumes from; lines of an interrupted run beyond it are dropped.
 
     Raises:
-      OSError: the directory cannot be written to as yet.
+      OSError: the directory cannot be written to at the start.
     """
 
     def __init__(self, directory: Path, step: int):
-        self._path, self._waiting = directory / "metrics.jsonl", ""
+        self._path = directory / "metrics.jsonl"
+        self._waiting = ""
         lines = _parsed(self._path)
         for number, line in enumerate(lines[:-1], 1):
             if line is None:
-                log.warning("%s: line %d is damaged, and left out", self._path, number)
+                log.warning("%s: line %d is damaged and skipped", self._path, number)
         with atomic_write(self._path) as partial:
             partial.write_text(
                 "".join(json.dumps(line) + "\n" for line in lines if line and line["step"] <= step)
@@ -47,34 +48,29 @@ class MetricWriter:
         self._events = _Events(directory / "tensorboard", step)
 
     def write(self, step: int, **values: float | int) -> None:
-        """One line: the step, and any numbers by name."""
-        values = {
-            k: v if math.isfinite(v) else None for k, v in values.items()
-        }  # JSON knows no NaN
-        self._waiting += json.dumps({"step": step, **values}) + "\n"
+        """Appends a line: the step, and any numbers by name; null for NaN and infinity."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line = {"step": step, **dict.fromkeys(values), **finite}
+        self._waiting += json.dumps(line) + "\n"
         with log_write_errors(self._path):
             self._append()
         with log_write_errors(self._events.directory):
-            self._events.write(
-                step, {name: value for name, value in values.items() if value is not None}
-            )
+            self._events.write(step, finite)
 
     def _append(self) -> None:
-        """Writes the lines that wait, all or none."""
-        size = (
-            self._path.stat().st_size if self._path.exists() else 0
-        )  # someone may have moved it away
+        """Writes all waiting lines or none."""
+        size = self._path.stat().st_size if self._path.exists() else 0  # a user may have moved it
         try:
             with self._path.open("a") as file:
                 file.write(self._waiting)
         except OSError:
-            with contextlib.suppress(OSError):  # where it is gone, the first error says so
+            with contextlib.suppress(OSError):  # if the file is gone, the first error says so
                 os.truncate(self._path, size)
             raise
         self._waiting = ""
 
     def close(self) -> None:
-        """Writes what waits, if that can be written now."""
+        """Writes the waiting lines, if that is possible now."""
         if self._waiting:
             with log_write_errors(self._path):
                 self._append()
@@ -82,15 +78,20 @@ class MetricWriter:
 
 
 class _Events:
-    """TensorBoard events, written at once: the library's own writer has a thread, and waits for
-    ever where that has failed."""
+    """TensorBoard events, written synchronously.
+
+    tensorboardX's own writer uses a thread, and hangs after that has failed.
+    """
 
     def __init__(self, directory: Path, step: int):
-        self.directory, self._step, self._writer, self._files = directory, step, None, 0
+        self.directory = directory
+        self._step = step
+        self._writer: Any = None
+        self._files = 0
         self._installed = is_installed("tensorboardX", "tensorboard", f"{directory} is not written")
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        """Raises OSError; the next events begin another file then."""
+        """Raises OSError; the next events then start another file."""
         if not self._installed:
             return
         try:
@@ -112,7 +113,7 @@ class _Events:
         writer = event_file.EventsWriter(
             str(self.directory / "events"), f".{os.getpid()}.{self._files}"
         )
-        if self._step:  # hides what an interrupted run has written beyond it
+        if self._step:  # hides the events of an interrupted run beyond it
             started = protocol.SessionLog(status=protocol.SessionLog.START)
             writer.write_event(
                 protocol.Event(wall_time=time.time(), step=self._step + 1, session_log=started)
@@ -120,14 +121,14 @@ class _Events:
         return writer
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         if self._writer:
             with contextlib.suppress(OSError):
                 self._writer.close()
 
 
 class NoWriter:
-    """Stands for a `MetricWriter` where another process writes."""
+    """Takes the place of a `MetricWriter` in all processes but the first."""
 
     def write(self, step: int, **values: float | int) -> None:
         """Does nothing."""
@@ -137,13 +138,12 @@ class NoWriter:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; those that a kill has cut short, or that are damaged, are
-    left out."""
+    """Returns the lines of a `metrics.jsonl` but for truncated and damaged ones."""
     return [line for line in _parsed(path) if line is not None]
 
 
 def _parsed(path: Path) -> list[dict[str, Any] | None]:
-    """Every line; None for those that are none of ours."""
+    """Returns every line; None for invalid ones."""
     lines: list[dict[str, Any] | None] = []
     for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -155,17 +155,17 @@ def _parsed(path: Path) -> list[dict[str, Any] | None]:
 
 
 class Curves:
-    """Draws a stage's `metrics.jsonl` as `loss.png`: at most once a minute, as training waits for
-    it."""
+    """Plots a stage's `metrics.jsonl` as `loss.png`, at most once a minute as training waits."""
 
     def __init__(self, directory: Path):
-        self._directory, self._due = directory, time.monotonic() + SECONDS_BETWEEN_CURVES
+        self._directory = directory
+        self._due = time.monotonic() + SECONDS_BETWEEN_CURVES
         self._installed = is_installed(
             "matplotlib", "plots", f"{directory / 'loss.png'} is not drawn"
         )
 
     def draw(self, last: bool) -> None:
-        """Draws them if a minute has passed, or if it is for the last time."""
+        """Draws the plot if a minute has passed, or if it is the last one."""
         if self._installed and (last or time.monotonic() >= self._due):
             with log_write_errors(self._directory / "loss.png"):
                 draw_losses(read(self._directory / "metrics.jsonl"), self._directory / "loss.png")

@@ -1,4 +1,4 @@
-"""The loss of fixed images under the averaged parameters, which tells the best checkpoint."""
+"""The loss of the EMA parameters on fixed images, which ranks checkpoints."""
 
 import dataclasses
 import hashlib
@@ -19,14 +19,13 @@ from rdm_jax.training.step import Objective
 
 
 class Validation:
-    """Measures the loss of images as they are, at fixed levels with fixed noise, labels dropped as
-    in training.
+    """Measures the loss at fixed noise levels with fixed noise, labels dropped as in training.
 
     Args:
-      objective: of the training; its augmentation is left out.
-      images: whose loss it is.
-      training: says how many of them, and in which parts.
-      key: of the levels and the noise.
+      objective: of the training; its augmentation is switched off.
+      images: that the loss is measured on.
+      training: gives their number and the size of batches.
+      key: of the noise levels and the noise.
       mesh: of the devices that train.
     """
 
@@ -39,34 +38,34 @@ class Validation:
         mesh: Mesh,
     ):
         self._objective = dataclasses.replace(objective, augmentation=None, flip=False)
-        self._images, self._key, self._mesh = images, key, mesh
-        self._label_dropout, self._size = (
-            training.label_dropout,
-            training.batch_size // training.accumulate,
-        )
-        # Evenly from the set, which may be sorted, in whole batches.
+        self._images = images
+        self._key = key
+        self._mesh = mesh
+        self._label_dropout = training.label_dropout
+        self._size = training.batch_size // training.accumulate
+        # Spread evenly over the set, which may be sorted, in whole batches.
         count = -(-training.validation // training.batch_size) * training.batch_size
-        self._places = np.linspace(0, len(images) - 1, count).astype(int)
+        self._indices = np.linspace(0, len(images) - 1, count).astype(int)
 
     @property
     def identity(self) -> str:
-        """A hash of all that the loss depends on but for the network and its parameters."""
-        parts = (self._images.identity, self._places.tolist(), self._label_dropout)
+        """A hash of all that the loss depends on, except the network and its parameters."""
+        parts = (self._images.identity, self._indices.tolist(), self._label_dropout)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     def compile(self, abstract_ema: Any) -> None:
         """Compiles the loss for parameters of these shapes and shardings."""
-        cut = sharding.batched(self._mesh)
-        array = lambda dtype, *shape: jax.ShapeDtypeStruct(
-            (self._size, *shape), dtype, sharding=cut
-        )  # noqa: E731
+        sharded = sharding.batched(self._mesh)
+
+        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((self._size, *shape), dtype, sharding=sharded)
+
         batch = {"image": array(jnp.uint8, *self._images.image_shape), "label": array(jnp.int32)}
         loss = jax.jit(self._loss, out_shardings=sharding.replicated(self._mesh))
         self._compiled = loss.lower(abstract_ema, batch, array(jnp.int32)).compile()
 
     def loss(self, ema: Any, stop: StopOnSignal) -> float | None:
-        """The mean over all images; None where a signal comes before it is known, in all
-        processes."""
+        """Returns the mean over all images; None in all processes if a signal comes before."""
         losses = []
         for part in self._parts():
             if distributed.in_any_process(bool(stop.requested)):
@@ -75,13 +74,13 @@ class Validation:
         return float(np.mean(losses))
 
     def _parts(self) -> Iterator[tuple[dict[str, jax.Array], jax.Array]]:
-        for first in range(0, len(self._places), self._size):
-            here = np.arange(first, first + self._size, dtype=np.int32).reshape(
-                jax.process_count(), -1
-            )[jax.process_index()]
-            yield sharding.put_batch((self._images.batch(self._places[here]), here), self._mesh)
+        """Yields batches, with each image's index among all validation images."""
+        for first in range(0, len(self._indices), self._size):
+            index = np.arange(first, first + self._size, dtype=np.int32)
+            local = index.reshape(jax.process_count(), -1)[jax.process_index()]
+            batch = self._images.batch(self._indices[local])
+            yield sharding.put_batch((batch, local), self._mesh)
 
-    def _loss(self, params: Any, batch: dict[str, jax.Array], number: jax.Array) -> jax.Array:
-        return self._objective.loss(
-            params, batch, random_streams.image_keys(self._key, number), dropout=False
-        ).mean()
+    def _loss(self, params: Any, batch: dict[str, jax.Array], index: jax.Array) -> jax.Array:
+        keys = random_streams.image_keys(self._key, index)
+        return self._objective.loss(params, batch, keys, dropout=False).mean()

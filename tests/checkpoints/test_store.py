@@ -1,5 +1,4 @@
-"""Checkpoints: what is saved comes back, the newest and the best stay, and what is damaged is
-named."""
+"""Checkpoints: saved and restored, the newest and the best kept, damage named."""
 
 import errno
 import functools
@@ -33,8 +32,11 @@ def abstract_state(classes: int):
 
 
 def make_state(step: int, classes: int = 2):
-    """A state of the right shapes whose values tell steps and places apart."""
-    fill = lambda x: jnp.asarray(step + np.arange(x.size).reshape(x.shape) / 7, x.dtype)  # noqa: E731
+    """A state of the right shapes whose values differ between steps and indices."""
+
+    def fill(x):
+        return jnp.asarray(step + np.arange(x.size).reshape(x.shape) / 7, x.dtype)
+
     return jax.tree.map(fill, abstract_state(classes)).replace(step=jnp.int32(step))
 
 
@@ -55,7 +57,7 @@ def save(folder, losses: dict[int, float | None], **kwargs):
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_comes_back_on_any_number_of_devices(tmp_path, devices):
+def test_restore_on_any_number_of_devices(tmp_path, devices):
     save(tmp_path, {5: 0.5})
     state, known = store.Checkpoints(tmp_path).restore(5, abstract(devices=devices))
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(make_state(5)))
@@ -63,14 +65,12 @@ def test_comes_back_on_any_number_of_devices(tmp_path, devices):
     assert known == about(0.5)
 
 
-def test_saved_values_survive_donation(tmp_path):
+def test_save_survives_donation(tmp_path):
     """The step after a save overwrites the state's memory while it is being written."""
     state = make_state(1)
     expected = jax.device_get(jax.tree.map(jnp.array, state))
-    checkpoints, bump = (
-        store.Checkpoints(tmp_path),
-        jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0),
-    )
+    checkpoints = store.Checkpoints(tmp_path)
+    bump = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     checkpoints.save(state, about(0.5))
     for _ in range(5):
         state = bump(state)
@@ -80,11 +80,10 @@ def test_saved_values_survive_donation(tmp_path):
     chex.assert_trees_all_equal(jax.device_get(restored), expected)
 
 
-def test_newest_and_best_stay(tmp_path):
+def test_retention_keeps_newest_and_best(tmp_path):
     save(tmp_path, {1: 0.9, 2: 0.1, 3: 0.8}, keep_newest=2, keep_best=1)
-    save(
-        tmp_path, {4: 0.7, 5: 0.6}, keep_newest=2, keep_best=1
-    )  # another process goes on: it must know the losses too
+    # Another process resumes: it must know the losses too.
+    save(tmp_path, {4: 0.7, 5: 0.6}, keep_newest=2, keep_best=1)
     assert store.Checkpoints(tmp_path).steps() == [2, 4, 5]
     assert folders.find("best", tmp_path) == (tmp_path, 2)
     assert folders.find("newest", tmp_path) == (tmp_path, 5)
@@ -92,15 +91,15 @@ def test_newest_and_best_stay(tmp_path):
     assert folders.find(str(tmp_path / "2"), tmp_path / "elsewhere") == (tmp_path, 2)
 
 
-def test_a_loss_that_is_not_finite_is_worse_than_any(tmp_path):
+def test_retention_ranks_non_finite_losses_last(tmp_path):
     save(tmp_path, {1: 0.3, 2: None, 3: 0.5}, keep_newest=1, keep_best=1)
     assert store.Checkpoints(tmp_path).steps() == [1, 3]
     save(tmp_path / "first", {1: None, 2: 0.5}, keep_newest=2, keep_best=1)
     assert folders.find("best", tmp_path / "first")[1] == 2
 
 
-def test_what_the_first_process_sees_is_waited_for(tmp_path, monkeypatch):
-    """A file system on a network may show other hosts a new folder later."""
+def test_newest_waits_for_what_process_0_sees(tmp_path, monkeypatch):
+    """A network file system may show a new folder to other hosts later."""
     save(tmp_path, {3: 0.5})
     checkpoints, slept = store.Checkpoints(tmp_path), []
     listed = checkpoints._manager.all_steps
@@ -110,7 +109,7 @@ def test_what_the_first_process_sees_is_waited_for(tmp_path, monkeypatch):
     assert checkpoints.newest() == 3 and slept
 
 
-def test_losses_of_different_images_are_not_compared(tmp_path):
+def test_retention_compares_losses_of_the_same_images_only(tmp_path):
     checkpoints = store.Checkpoints(tmp_path, keep_newest=1, keep_best=1)
     for step, loss, images in (
         (1, 0.1, "one"),
@@ -122,23 +121,21 @@ def test_losses_of_different_images_are_not_compared(tmp_path):
     checkpoints.close()
     assert store.Checkpoints(tmp_path).steps() == [3, 4]
     assert folders.find("best", tmp_path) == (tmp_path, 3)
-    save(
-        tmp_path / "before", {1: 0.1, 2: 0.2}, keep_newest=2
-    )  # of an older version, which did not say
+    # As an older version saved it, without 'validated_on'.
+    save(tmp_path / "before", {1: 0.1, 2: 0.2}, keep_newest=2)
     assert folders.find("best", tmp_path / "before")[1] == 1
 
 
-def test_what_retention_deletes_is_never_there_in_part(tmp_path):
-    """It is gone in one step, wherever its rest is while it is being deleted, and that is gone as
-    well in the end."""
+def test_retention_deletes_a_step_atomically(tmp_path):
+    """It is moved away first, and what was moved is deleted in the end."""
     save(tmp_path, {1: 0.5, 2: 0.5})
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
-    (tmp_path / store.DELETED / "1").mkdir(parents=True)  # of a run that was killed
+    (tmp_path / store.DELETED / "1").mkdir(parents=True)  # left by a killed run
     assert store.Checkpoints(tmp_path).steps() == [2]
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
 
 
-def test_the_average_alone(tmp_path):
+def test_restore_ema_only(tmp_path):
     save(tmp_path, {3: 0.5})
     ema, known = store.Checkpoints(tmp_path, read_only=True).restore_ema(3, abstract().ema)
     chex.assert_trees_all_equal(jax.device_get(ema), jax.device_get(make_state(3).ema))
@@ -146,19 +143,23 @@ def test_the_average_alone(tmp_path):
 
 
 @pytest.mark.parametrize("asked", ["newest", "best", "7", "/nowhere/7", "latest"])
-def test_missing(tmp_path, asked):
-    with pytest.raises(InputError, match="would do"):
+def test_find_refuses_missing_checkpoint(tmp_path, asked):
+    with pytest.raises(InputError, match="no checkpoint|not a checkpoint") as refusal:
         folders.find(asked, tmp_path / "checkpoints")
+    assert refusal.value.fix in (
+        "Train this stage first (--mode=train).",
+        "Use 'newest', 'best', a step, or the folder of a step.",
+    )
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_unknown_step_lists_the_known(tmp_path):
+def test_find_lists_known_steps(tmp_path):
     save(tmp_path, {3: 0.5})
-    with pytest.raises(InputError, match="'7'.*one of 3 would do"):
+    with pytest.raises(InputError, match=r"'7'.*Use one of 3\."):
         folders.find("7", tmp_path)
 
 
-def test_another_network_is_named(tmp_path):
+def test_restore_names_another_network(tmp_path):
     save(tmp_path, {3: 0.5})
     with pytest.raises(
         InputError, match=r"another network.*map_label/kernel is \(2, 32\) there, \(4, 32\) here"
@@ -168,22 +169,24 @@ def test_another_network_is_named(tmp_path):
         store.Checkpoints(tmp_path).restore_ema(3, abstract(classes=4).ema)
 
 
-def test_every_file_is_vouched_for(tmp_path):
-    """A byte cut from, and a bit flipped in, each file in turn; each taken away, and one added: an
-    error that names it."""
+def test_restore_verifies_every_file(tmp_path):
+    """Each file in turn loses a byte, gets a bit flipped, is removed; one is added: all named."""
     save(tmp_path, {1: 0.5, 3: 0.4}, keep_newest=2)
-    refused = lambda name: pytest.raises(
-        InputError, match=f"{tmp_path / '3'} is damaged .({name}) .*would do"
-    )  # noqa: E731
-    read = lambda: store.Checkpoints(tmp_path, read_only=True).restore(3, abstract())  # noqa: E731
+
+    def refused(name):
+        fix = "Move (it away, so that step 1 is the newest|the damaged step's folder away)"
+        return pytest.raises(InputError, match=rf"{tmp_path / '3'} is damaged .({name}) .*{fix}")
+
+    def read():
+        return store.Checkpoints(tmp_path, read_only=True).restore(3, abstract())
+
     files = sorted(
         path for path in (tmp_path / "3").rglob("*") if path.is_file() and path.name not in LATER
     )
     for path in files:
         content, name = path.read_bytes(), re.escape(str(path.relative_to(tmp_path / "3")))
-        name = (
-            ".*" if path.name == CHECKSUMS else name
-        )  # a bit in it may be of what it says of another
+        if path.name == CHECKSUMS:
+            name = ".*"  # the flipped bit may be in another file's checksum
         flipped = bytearray(content)
         if content:
             flipped[len(content) // 2] ^= 4
@@ -203,7 +206,7 @@ def test_every_file_is_vouched_for(tmp_path):
     chex.assert_trees_all_equal(jax.device_get(read()[0]), jax.device_get(make_state(3)))
 
 
-def test_what_is_damaged_is_set_aside_where_another_is_sound(tmp_path, caplog):
+def test_damaged_checkpoints_are_set_aside_if_another_is_intact(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     save(folder, {1: 0.5, 2: 0.4, 3: 0.3}, keep_newest=3)
     for name in ("3/ema/_METADATA", "1/about/metadata"):
@@ -218,16 +221,15 @@ def test_what_is_damaged_is_set_aside_where_another_is_sound(tmp_path, caplog):
     ) == ["1", "3"]
     (folder / "2" / "ema" / "_METADATA").write_text("{")
     with pytest.raises(
-        InputError, match="checkpoints/2 is damaged .ema/_METADATA has 1 bytes, .*no other"
+        InputError, match="checkpoints/2 is damaged .ema/_METADATA has 1 bytes instead .*no other"
     ):
         store.Checkpoints(folder)
     assert (folder / "2").is_dir()
 
 
 @pytest.mark.parametrize("allowed", [0, 2])
-def test_saves_that_fail(tmp_path, monkeypatch, allowed):
-    """As often as is allowed they are given up, and nothing is left of them; the last one must not
-    be."""
+def test_save_failures_are_skipped_up_to_a_maximum(tmp_path, monkeypatch, allowed):
+    """A failed save leaves nothing behind; the last save must succeed."""
     folder = tmp_path / "checkpoints"
     checkpoints = store.Checkpoints(folder, keep_newest=3, max_failed_saves=allowed)
     checkpoints.save(make_state(1), about(0.5))
@@ -246,7 +248,7 @@ def test_saves_that_fail(tmp_path, monkeypatch, allowed):
     with pytest.raises(OSError, match="No space left"):
         checkpoints.wait()
     monkeypatch.setattr(store, "write_checksums", written)
-    checkpoints.save(make_state(8), about(0.5))  # the same step as well
+    checkpoints.save(make_state(8), about(0.5))  # the same step again
     checkpoints.wait()
     assert checkpoints.steps() == [1, 8]
     monkeypatch.setattr(store, "write_checksums", full)
@@ -256,15 +258,15 @@ def test_saves_that_fail(tmp_path, monkeypatch, allowed):
     assert store.Checkpoints(folder).steps() == [1, 8]
 
 
-def test_a_folder_that_is_another_one_is_not_saved_to(tmp_path):
-    """As when it is moved away while a save begins, which makes it anew."""
+def test_save_refuses_a_replaced_directory(tmp_path):
+    """As if it is moved away while a save begins, which recreates it."""
     folder = tmp_path / "checkpoints"
     checkpoints = store.Checkpoints(folder)
     checkpoints.save(make_state(1), about(0.5))
     checkpoints.wait()
     folder.rename(tmp_path / "elsewhere")
     folder.mkdir()
-    with pytest.raises(OSError, match="folder is another one now"):
+    with pytest.raises(OSError, match="directory was replaced"):
         checkpoints.save(make_state(2), about(0.5))
     assert not list(folder.iterdir())
     folder.rmdir()
@@ -274,7 +276,7 @@ def test_a_folder_that_is_another_one_is_not_saved_to(tmp_path):
     assert checkpoints.steps() == [2]
 
 
-def test_a_folder_that_becomes_another_one_during_the_last_save(tmp_path, monkeypatch):
+def test_close_refuses_a_directory_replaced_during_the_last_save(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
 
     def moves_away(partial):
@@ -286,12 +288,12 @@ def test_a_folder_that_becomes_another_one_during_the_last_save(tmp_path, monkey
     checkpoints.wait()
     monkeypatch.setattr(store, "write_checksums", moves_away)
     checkpoints.save(make_state(2), about(0.5))
-    with pytest.raises(OSError, match="folder is another one now"):
+    with pytest.raises(OSError, match="directory was replaced"):
         checkpoints.close()
 
 
-def test_no_space(tmp_path, monkeypatch):
-    """Exactly as many bytes as the arrays of all copies have will do, and one less will not."""
+def test_check_space_refuses_too_few_bytes(tmp_path, monkeypatch):
+    """The exact size of all copies is enough; one byte less is not."""
     copies, state = 3, make_state(1)
     need = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     monkeypatch.setattr(
@@ -308,7 +310,7 @@ def test_no_space(tmp_path, monkeypatch):
         store.check_space(tmp_path, abstract(), copies)
 
 
-def test_about_is_json_and_comes_back_as_it_was(tmp_path):
+def test_about_round_trips_as_json(tmp_path):
     known = about(0.5) | {"nested": {"list": [1, 2.5, None, "x"], "empty": {}}, "true": True}
     checkpoints = store.Checkpoints(tmp_path)
     checkpoints.save(make_state(3), known)

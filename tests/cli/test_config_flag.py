@@ -1,4 +1,4 @@
-"""How overrides of --config are read and refused."""
+"""How flags and overrides of --config are read and refused."""
 
 import re
 import sys
@@ -27,7 +27,7 @@ DIGITS = f"--config={ROOT}/configs/digits.py"
         (" 8", 8),
     ],
 )
-def test_whole_numbers(text, number):
+def test_whole_number_parses(text, number):
     found = WholeNumber().parse(text)
     assert found == number and type(found) is int
 
@@ -35,38 +35,38 @@ def test_whole_numbers(text, number):
 @pytest.mark.parametrize(
     "text", ["", "many", "1.5", "1e-3", "nan", "inf", "1e99", "1e999999999", "1,000", True]
 )
-def test_what_is_no_whole_number_is_refused(text):
+def test_whole_number_refuses(text):
     with pytest.raises((ValueError, TypeError)):
         WholeNumber().parse(text)
 
 
 REFUSED = {
-    "--config.stage1.training.learningrate=1": "config.stage1.training.learningrate=1 is not a field .*; learning_rate would do",
-    "--config.learning_rate=1": "; config.stage1.training.learning_rate or config.stage2.training.learning_rate would do",
+    "--config.stage1.training.learningrate=1": "config.stage1.training.learningrate=1 is not a field .*Use learning_rate.",
+    "--config.learning_rate=1": "Use config.stage1.training.learning_rate or config.stage2.training.learning_rate.",
     "--config.stage3.guidance=1": r"config.stage3.guidance=1 is not a field of the config \(config has no 'stage3'\)",
-    "--config.stage1.training=5": "config.stage1.training=5: this is a section; one of its fields",
-    "--config.stage1.resolution[0]=9": "an element cannot be set alone; all of them, as in --config.stage1.resolution=",
-    "--config.stage1.resolution.x=9": "config.stage1.resolution has no fields; --config.stage1.resolution=VALUE",
-    "--config.stage1.training.images=1.5": "--config.stage1.training.images=1.5: it is not a whole number; .*1e3 would do",
-    "--config.stage1.training.learning_rate=fast": "learning_rate=fast: it is not a number; .*1e-4 would do",
-    "--config.stage1.training.flip=perhaps": "flip=perhaps: it is neither true nor false; True or False would do",
+    "--config.stage1.training=5": "config.stage1.training=5: config.stage1.training is a section. Use one of its fields",
+    "--config.stage1.resolution[0]=9": r"a single element cannot be set. Use --config.stage1.resolution='\(1, 2\)'",
+    "--config.stage1.resolution.x=9": "config.stage1.resolution has no fields. Use --config.stage1.resolution=VALUE",
+    "--config.stage1.training.images=1.5": "--config.stage1.training.images=1.5 is not an integer. Use .*1e3",
+    "--config.stage1.training.learning_rate=fast": "learning_rate=fast is not a number. Use .*1e-4",
+    "--config.stage1.training.flip=perhaps": "flip=perhaps is neither true nor false. Use True or False",
     "--config.seed": "Missing value for flag --config.seed",
-    "--foo": "--foo is not a flag; one of those that --helpshort lists would do",
-    "--wordkir=x": "--wordkir is not a flag; --workdir would do",
-    "--batch_size=8": "--batch_size is not a flag; --config.*batch_size would do",
-    "--mode=tain": "--mode=tain is not known; train would do",
-    "--mode=fly": "--mode=fly is not known; all or prepare or train or",
-    "--stage=abc": "--stage=abc: it is not a whole number",
-    "--stage=0": "--stage=0: 0 is not a positive integer",
-    "--utilisation=x": "--utilisation=x: it is not a number; .*1e-4 would do",
-    "--skip_bad=maybe": "--skip_bad=maybe: it is neither true nor false; True or False would do",
-    "configs/digits.py:x": "'configs/digits.py:x' is no flag; --config=configs/digits.py:x would do",
-    "word": "'word' is no flag; quotes around a value with spaces",
+    "--foo": "--foo is not a flag. Use one of the flags that --helpshort lists",
+    "--wordkir=x": "--wordkir is not a flag. Use --workdir",
+    "--batch_size=8": "--batch_size is not a flag. Use --config.*batch_size",
+    "--mode=tain": "--mode=tain is not known. Use train",
+    "--mode=fly": "--mode=fly is not known. Use all or prepare or train or",
+    "--stage=abc": "--stage=abc is not an integer of at least 1. Use .*1e3",
+    "--stage=0": "--stage=0 is not an integer of at least 1",
+    "--utilisation=x": "--utilisation=x is not a number. Use .*1e-4",
+    "--skip_bad=maybe": "--skip_bad=maybe is neither true nor false. Use True or False",
+    "configs/digits.py:x": "'configs/digits.py:x' is not a flag. Use --config=configs/digits.py:x",
+    "word": "'word' is not a flag. Put quotes around a value with spaces",
 }
 
 
 @pytest.mark.parametrize("flag", REFUSED)
-def test_flags_that_cannot_be_used_are_refused_in_one_sentence(monkeypatch, capsys, tmp_path, flag):
+def test_parse_flags_refuses_in_one_line(monkeypatch, capsys, tmp_path, flag):
     monkeypatch.setattr(sys, "argv", ["main", DIGITS, f"--workdir={tmp_path}/run", flag])
     with flagsaver.flagsaver():
         assert main.main() == 2
@@ -75,23 +75,23 @@ def test_flags_that_cannot_be_used_are_refused_in_one_sentence(monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
-def test_commands_of_experiments_refuse_in_the_same_way(monkeypatch, capsys):
+def test_command_refuses_in_one_line(monkeypatch, capsys):
     for given, says in (
         (
             ["--config.stage1.guidence=2"],
-            "config.stage1.guidence=2 is not a field of the config .*; guidance would do",
+            "config.stage1.guidence=2 is not a field of the config .*Use guidance",
         ),
         ([f"--config={ROOT}/configs/digts.py"], "digts.py does not exist. Use .*digits.py."),
-        (["--mode=tain"], "--mode=tain is not known; train would do"),
+        (["--mode=tain"], "--mode=tain is not known. Use train"),
     ):
         monkeypatch.setattr(sys, "argv", ["compare", *given])
         with flagsaver.flagsaver(), pytest.raises(SystemExit, match="2"):
-            command(lambda: pytest.fail("it has begun"), config=f"{ROOT}/configs/digits.py")
+            command(lambda: pytest.fail("the work has begun"), config=f"{ROOT}/configs/digits.py")
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(says, line) and line.startswith("error: ")
 
 
-def test_overrides_arrive(monkeypatch, tmp_path):
+def test_overrides_reach_the_config(monkeypatch, tmp_path):
     given = [
         "--config.stage1.training.images=1e3",
         "--config.stage1.training.learning_rate=1",

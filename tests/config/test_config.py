@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -95,6 +96,43 @@ def three_stages() -> Config:
     sizes = ((24, 16), (48, 32), (96, 64))
     first = Stage(sizes[0], network=relay["network"])
     return Config(stages=(first, Stage(sizes[1], **relay), Stage(sizes[2], **relay)))
+
+
+def test_stages_know_their_number():
+    config = three_stages()
+    assert [(s.number, s.name) for s in config.stages] == [
+        (1, "stage1"),
+        (2, "stage2"),
+        (3, "stage3"),
+    ]
+    assert config.stage(2) is config.stages[1] and config.stages[1] == config.stages[1]._numbered(3)
+    assert [s.number for s in dataclasses.replace(config, stages=config.stages[1:]).stages] == [
+        1,
+        2,
+    ]
+    assert "number" not in to_dict(config)["stage1"]
+    again = pickle.loads(pickle.dumps(config))
+    assert again == config and again.stage(3).number == 3
+    for number in (0, 4):
+        with pytest.raises(IndexError, match=f"stage {number} of 3"):
+            config.stage(number)
+    with pytest.raises(ValueError, match="only as one of Config.stages"):
+        Stage().name  # noqa: B018
+
+
+def test_with_stage_replaces_fields_and_parts():
+    config = three_stages()
+    sampler = RelayHeun(steps=5)
+    changed = config.with_stage(2, training={"images": 9, "flip": True}, guidance=3.0)
+    changed = changed.with_stage(2, sampler=sampler)
+    assert changed.stages[::2] == config.stages[::2] and changed.stage(2).name == "stage2"
+    expected = dataclasses.replace(
+        config.stages[1],
+        training=dataclasses.replace(config.stages[1].training, images=9, flip=True),
+        guidance=3.0,
+        sampler=sampler,
+    )
+    assert changed.stage(2) == expected and config == three_stages()
 
 
 def test_any_number_of_stages_of_any_shape():

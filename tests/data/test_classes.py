@@ -94,7 +94,7 @@ def test_a_list_means_names_and_else_numbers(text, classes, numbers):
             "might mean two things: there is no class called '1', and class number 1 is called '02'",
         ),
         ("polar baer", Classes(("cat", "polar bear")), "'polar bear', or another of the names"),
-        ('["a"', AB, "is no JSON list"),
+        ('["a"', AB, "is not a JSON list"),
         ("0", Classes(), "the data has none; 'balanced' would do"),
     ],
 )

@@ -8,14 +8,11 @@ import pytest
 import scipy.fft
 
 from rdm_jax.diffusion import blurring
+from tests.support.arrays import images
 
 PATCHES = [2, 3, 4, 5, 8]
 # A p x p transform sums p^2 products of magnitude below 4 in float32 (6e-8 each).
 FLOAT32 = 2e-6
-
-
-def images(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def levels(*values):

@@ -10,6 +10,7 @@ import scipy.fft
 import scipy.stats
 
 from rdm_jax.diffusion import blurring, preconditioning, processes, schedules
+from tests.support.arrays import images
 
 # Bounds are 5 standard errors: a right process fails a single comparison in 2 million seeds,
 # hundreds of them in thousands.
@@ -18,10 +19,6 @@ ERRORS = 5
 
 def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
-
-
-def images(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 diffuse = jax.jit(processes.diffuse, static_argnums=0)

@@ -11,12 +11,12 @@ import scipy.fft
 
 from rdm_jax.diffusion import blurring, schedules
 from rdm_jax.diffusion.samplers import Levels, RelayHeun, relay_update, walk
+from tests.support.arrays import images
 from tests.support.gaussian_targets import (
     SHAPE,
     concrete_levels,
     falls,
     flow,
-    images,
     integrate,
     is_mean,
     marginal_error,

@@ -11,6 +11,7 @@ import pytest
 
 from rdm_jax.diffusion import processes
 from rdm_jax.diffusion.samplers import Heun, walk
+from tests.support.arrays import images
 from tests.support.gaussian_targets import (
     PIXELS,
     SHAPE,
@@ -18,7 +19,6 @@ from tests.support.gaussian_targets import (
     concrete_levels,
     draw,
     gaussian_target,
-    images,
     propagate,
     relay,
     relay_process,

@@ -92,7 +92,7 @@ def test_a_seed_that_is_named_twice_is_one_image(source, relay, tmp_path, caplog
         config_of(source, images="samples", seeds="0-5,4-9"), relay, tmp_path / "twice"
     )["results"]
     assert once == twice and once["samples"]["images"] == 10
-    assert "evaluation.seeds='0-5,4-9' names 2 numbers again" in caplog.text
+    assert "evaluation.seeds='0-5,4-9' repeats 2 numbers" in caplog.text
 
 
 def test_one_image_is_sampled_where_an_evaluation_is_set_up(source, workdir, tmp_path):

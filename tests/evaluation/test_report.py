@@ -1,37 +1,12 @@
 """The page of evaluations."""
 
-import json
-
-import numpy as np
 import pytest
-from PIL import Image
 
 from rdm_jax.config import Published
 from rdm_jax.evaluation.report import write_report
 from rdm_jax.runtime.errors import InputError
+from tests.support.evaluations import write_evaluation
 from tests.support.pictures import shows_a_curve
-
-
-def write_evaluation(folder, *names: str, published: Published = Published(), **metrics):  # noqa: B008
-    folder.mkdir(parents=True)
-    result = {
-        "results": {
-            name: {"images": 50_000, "metrics": metrics, "notes": ["a note of " + name]}
-            for name in names
-        },
-        "made_with": {
-            "features": {"name": "inception", "digest": "0"},
-            "reference": {"file": "adm.npz"},
-            "images": [],
-        },
-        "published": vars(published),
-        "versions": {"jax": "0.0"},
-        "devices": "1 x cpu",
-    }
-    (folder / "evaluation.json").write_text(json.dumps(result))
-    for name in names:
-        Image.fromarray(np.full((4, 4, 3), 100, np.uint8)).save(folder / f"{name}.png")
-    return folder / "evaluation.json"
 
 
 def test_page_of_a_workdir(tmp_path):

@@ -1,33 +1,21 @@
 import math
-import os
 import re
-import subprocess
-import sys
 import time
 
 import pytest
 
 from experiments.benchmarks import timing
 from rdm_jax.config import parse
+from tests.support.commands import python
 from tests.support.configs import get_config
-from tests.support.paths import ROOT
-
-TINY = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
 
 
 def tables(script: str, *arguments: str) -> list[list[dict[str, str]]]:
     """What a benchmark of the tiny config prints: for every table its rows, cells by their
     heads."""
-    command = [
-        sys.executable,
-        "-m",
-        f"experiments.benchmarks.{script}",
-        "--config=tests/support/configs.py:nowhere",
-        "--seconds=0.001",
-    ]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env={**os.environ, **TINY}, capture_output=True, text=True
-    )
+    config = "--config=tests/support/configs.py:nowhere"
+    module = f"experiments.benchmarks.{script}"
+    done = python("-m", module, config, "--seconds=0.001", *arguments, devices=2)
     assert done.returncode == 0, done.stderr
     found = []
     for head, body in re.findall(
@@ -47,7 +35,7 @@ def numbers(rows: list[dict[str, str]], *heads: str) -> list[float]:
     ]
 
 
-def test_times_are_those_of_a_call():
+def test_medians_are_the_times_of_a_call():
     calls = {"short": lambda: time.sleep(0.005), "long": lambda: time.sleep(0.02)}
     found = timing.medians(calls, seconds=0.1)
     assert (
@@ -86,6 +74,7 @@ def test_speed():
     }  # no peak is known of a CPU
 
 
+@pytest.mark.second
 def test_relay():
     arithmetic, shares = tables("relay", "--batch=2", "--classes=0", "--size=8", "--factor=4")
     updates = ["the sampler's", "DCT, vmapped", "DCT, fused", "matrix, fused"]
@@ -105,6 +94,7 @@ def test_relay():
     )
 
 
+@pytest.mark.second
 def test_attention():
     (rows,) = tables("attention", "--batch=1")
     kinds = [("float32", "the library's"), ("float32", "xla"), ("float32", "einsum")]

@@ -3,10 +3,7 @@ runs."""
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.stage_sampler import evaluations, handover, joined_level
 from rdm_jax.training.count import Count
 from tests.support import inception_file
+from tests.support.commands import python
 from tests.support.configs import write_images
 from tests.support.paths import ROOT
 
@@ -42,7 +40,7 @@ def config_of(path: str, *arguments: str) -> Config:
     return load_config(":".join([str(ROOT / path), *arguments]))
 
 
-def test_the_methods_are_compared_on_equal_terms():
+def test_variants_differ_in_the_method_alone():
     methods = variants(config_of("configs/digits.py"))
     for config in methods.values():
         validate.check_config(config)
@@ -65,7 +63,7 @@ def test_the_methods_are_compared_on_equal_terms():
 @pytest.mark.parametrize(
     ("config", "of_relay"), [("digits", [200, 400, 600]), ("emoji", [10416, 20832, 31250])]
 )
-def test_methods_are_compared_at_checkpoints_that_are_kept(config, of_relay):
+def test_points_are_checkpoints_that_are_kept(config, of_relay):
     methods = variants(config_of(f"configs/{config}.py"))
     relays = methods["relay"].stages[-1].training
     for changed in methods.values():
@@ -86,7 +84,7 @@ def test_methods_are_compared_at_checkpoints_that_are_kept(config, of_relay):
 
 
 @pytest.mark.parametrize("wanted", [5, 49])
-def test_a_network_runs_as_often_as_is_asked_for(wanted):
+def test_with_evaluations_gives_the_number_asked_for(wanted):
     for config in variants(config_of("configs/digits.py")).values():
         last = len(config.stages)
         changed = common.with_evaluations(config, last, wanted)
@@ -96,7 +94,7 @@ def test_a_network_runs_as_often_as_is_asked_for(wanted):
         )
 
 
-def test_of_the_relays_ladders_the_one_that_joins_closest_to_the_truncation():
+def test_with_evaluations_joins_closest_to_the_truncation():
     for wanted in (5, 9):
         stage = common.with_evaluations(config_of("configs/digits.py"), 2, wanted).stages[1]
         every = [
@@ -107,12 +105,12 @@ def test_of_the_relays_ladders_the_one_that_joins_closest_to_the_truncation():
         assert float(joined_level(stage).sigma) == max(joined) <= stage.sampler.truncation_sigma
 
 
-def test_a_number_of_evaluations_that_no_ladder_has_is_refused():
+def test_with_evaluations_refuses_a_number_that_no_schedule_has():
     with pytest.raises(InputError, match="evaluations=4 cannot be used; an odd number, 3 or more"):
         common.with_evaluations(config_of("configs/digits.py"), 1, 4)
 
 
-def test_operations_of_sampling():
+def test_sampling_flops():
     config = config_of("configs/digits.py")
     first, second = (stage.multiply_adds(1, 10) for stage in config.stages)
     assert config.stages[0].guidance == 2 and config.stages[1].guidance == 1
@@ -120,7 +118,7 @@ def test_operations_of_sampling():
 
 
 @pytest.mark.parametrize("classes", [("a", "b"), ()])
-def test_small_images_are_the_means_in_their_class_folders(tmp_path, classes):
+def test_write_small_pools_into_class_folders(tmp_path, classes):
     class Images:
         class_names = classes
         image_shape = (4, 4, 1)
@@ -149,7 +147,7 @@ def test_small_images_are_the_means_in_their_class_folders(tmp_path, classes):
 @pytest.mark.parametrize(
     "variant", [v for group in GROUPS.values() for v in group], ids=lambda v: v.name
 )
-def test_variants_of_the_ablations_differ_where_they_should(variant):
+def test_ablations_differ_where_they_should(variant):
     base = unguided(config_of("configs/digits.py"), 19)
     changed = variant.change(base)
     validate.check_config(changed)
@@ -168,7 +166,7 @@ def test_variants_of_the_ablations_differ_where_they_should(variant):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_chains(chain):
+def test_chain_is_valid(chain):
     config = config_of("experiments/chain/config.py", chain)
     validate.check_config(config)
     assert tuple(stage.factor for stage in config.stages[1:]) == CHAINS[chain]
@@ -177,19 +175,13 @@ def test_chains(chain):
             assert float(re.search("where ([0-9.]+)% ", handover(stage))[1]) < 10
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-
-
 def run(*arguments: str) -> str:
-    done = command(*arguments)
+    done = python(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     ("experiment", "argument", "said"),
     [
@@ -203,10 +195,8 @@ def run(*arguments: str) -> str:
         ),
     ],
 )
-def test_what_an_experiment_cannot_use_is_refused_before_any_work(
-    experiment, argument, said, tmp_path
-):
-    done = command("-m", f"experiments.{experiment}", f"--workdir={tmp_path / 'runs'}", argument)
+def test_experiment_refuses_before_any_work(experiment, argument, said, tmp_path):
+    done = python("-m", f"experiments.{experiment}", f"--workdir={tmp_path / 'runs'}", argument)
     assert done.returncode == 2 and re.search(
         rf"^error: {said}.*would do\.$", done.stderr, re.MULTILINE
     ), done.stderr
@@ -221,6 +211,7 @@ def tables(printed: str) -> dict[str, list[list[str]]]:
     }
 
 
+@pytest.mark.second
 def test_spectrum(tmp_path):
     for number, small in enumerate(
         np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8)

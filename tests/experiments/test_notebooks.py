@@ -4,7 +4,6 @@ import ast
 import base64
 import importlib.metadata
 import io
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +18,12 @@ from PIL import Image
 
 from rdm_jax.checkpoints import store
 from rdm_jax.training import metric_writer
+from tests.support.commands import environment
 from tests.support.paths import ROOT
 from tests.support.pictures import are_samples, shows_a_curve, shows_images
 
 FOLDER = ROOT / "experiments" / "notebooks"
 NAMES = ("relay_diffusion_colab", "inside_the_relay")
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 NETWORK = {
     "channels": 8,
@@ -98,7 +97,7 @@ def execute(name: str, **values) -> dict[str, tuple[str, list[np.ndarray]]]:
     # From the checkout, as that is where the project is found; all that is written has its place in
     # the values.
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute(
-        env=ENVIRONMENT
+        env=environment()
     )
     return {
         cell.id: (printed(cell), shown(cell)) for cell in notebook.cells if cell.cell_type == "code"
@@ -181,7 +180,7 @@ def test_colab_goes_on_from_what_is_on_the_disk(trained):
         and "stage2: trained" not in cells["train-part"][0]
     )
     assert (
-        "stage1: going on from 32 images" in cells["train-rest"][0]
+        "stage1: resuming from 32 images" in cells["train-rest"][0]
         and "stage2: trained" in cells["train-rest"][0]
     )
     lines = [
@@ -208,6 +207,7 @@ def test_colab_shows_its_pictures(trained):
     }
 
 
+@pytest.mark.second
 def test_inside_the_relay():
     cells = execute("inside_the_relay", SIZE=64, DRAWS=32, STEPS=30)
     pictures = ("imports", "snr", "block", "blur", "forward", "clock", "sampler", "handover")
@@ -222,7 +222,7 @@ def test_inside_the_relay():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_they_are_kept_without_outputs(name):
+def test_notebook_is_kept_without_outputs(name):
     notebook = read(name)
     nbformat.validate(notebook)
     assert (

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from rdm_jax.render.tables import markdown
-from tests.faults.commands import STAGE, run
+from tests.support.commands import STAGE, run
+from tests.support.configs import write_images
 
 
 @pytest.fixture
@@ -20,11 +21,19 @@ def fault(request) -> Callable[[int, int, str], None]:
     return held
 
 
-@pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """A folder of images that the tests of all faults read."""
+    folder = tmp_path_factory.mktemp("source") / "images"
+    write_images(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(image_folder, tmp_path_factory):
     """An undisturbed training of stage 1, with the checkpoints of steps 10, 15 and 20."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    run(images, workdir, *STAGE)
+    run(image_folder, workdir, *STAGE)
     return workdir
 
 

@@ -28,8 +28,8 @@ from rdm_jax.interop.import_export import open_weights
 from rdm_jax.interop.torch_files import open_state_dict
 from rdm_jax.runtime.npz import Npz
 from rdm_jax.training import metric_writer
-from tests.evaluation.test_report import write_evaluation
 from tests.support.configs import tiny_config, write_images
+from tests.support.evaluations import write_evaluation
 from tests.support.torch_standins import dump_legacy, state_dict, write_pkl, write_pt
 
 SPACE = FeatureSpace("classifier", "digest", {"features": 4}, None, lambda params, images: images)

@@ -29,15 +29,15 @@ MUTANTS = [
     (
         1,
         "the optimizer's state is not restored",
-        "training/checkpoint.py",
-        "TrainState(**restored.train,",
-        "TrainState(**restored.train | {'opt_state': jax.tree.map(jnp.zeros_like, restored.train['opt_state'])},",
+        "checkpoints/store.py",
+        "abstract.replace(**restored.train,",
+        "abstract.replace(**restored.train | {'opt_state': jax.tree.map(jnp.zeros_like, restored.train['opt_state'])},",
         "test_1_ and 3",
     ),
     (
         1,
         "a step is listed before it is whole",
-        "training/checkpoint.py",
+        "checkpoints/store.py",
         "        write_checksums(partial[0] if",
         "        shutil.copytree(partial[0], self.directory / str(self._saving))\n        time.sleep(5)\n"
         "        shutil.rmtree(self.directory / str(self._saving))\n        write_checksums(partial[0] if",
@@ -46,7 +46,7 @@ MUTANTS = [
     (
         6,
         "no file is compared with its checksum",
-        "training/checksums.py",
+        "checkpoints/checksums.py",
         "    for name in sorted(expected.keys() | found.keys()):\n",
         "    for name in ():\n",
         "test_6_a_byte and 2",
@@ -78,9 +78,9 @@ MUTANTS = [
     (
         16,
         "a pickle is loaded by Python's own reader",
-        "interop/weights.py",
-        "    with open_torch(path) as found:\n",
-        "    import pickle\n    pickle.loads(path.read_bytes())\n    with open_torch(path) as found:\n",
+        "interop/import_export.py",
+        "    with torch_files.open_torch(path) as found:\n",
+        "    import pickle\n    pickle.loads(path.read_bytes())\n    with torch_files.open_torch(path) as found:\n",
         "from_outside and pickle",
     ),
     (
@@ -94,7 +94,7 @@ MUTANTS = [
     (
         16,
         "JSON that is nested too deep is not expected",
-        "files.py",
+        "runtime/files.py",
         "except RecursionError as error:",
         "except ZeroDivisionError as error:",
         "(test_16_fuzzed or from_outside) and config and not minutes",
@@ -102,7 +102,7 @@ MUTANTS = [
     (
         16,
         "the objects in an npz are made by NumPy's own reader",
-        "evaluation/npz.py",
+        "runtime/npz.py",
         "            self._file = zipfile.ZipFile(path)\n",
         "            list(np.load(path, allow_pickle=True).values())\n            self._file = zipfile.ZipFile(path)\n",
         "from_outside and npz",
@@ -120,7 +120,7 @@ def status(test: str, file: str = "", old: str = "", new: str = "") -> int:
             path = tree / "rdm_jax" / file
             text = path.read_text()
             if text.count(old) != 1:
-                raise ValueError(f"{file} has {old!r} {text.count(old)} times; once would do.")
+                raise ValueError(f"{file} has {old!r} {text.count(old)} times instead of once")
             path.write_text(text.replace(old, new))
         command = [
             sys.executable,

@@ -1,4 +1,4 @@
-"""Faults 1, 2 and 6 to 10: what happens to checkpoints while they are written, and afterwards."""
+"""Faults 1, 2, 6, 7, 9 and 10: what happens to checkpoints while they are written, and later."""
 
 import random
 import shutil
@@ -12,19 +12,8 @@ import pytest
 
 from rdm_jax.checkpoints.checksums import CHECKSUMS, LATER, write_checksums
 from rdm_jax.training import metric_writer
-from tests.faults import commands
-from tests.faults.commands import (
-    STAGE,
-    assert_equal,
-    mounted,
-    run,
-    said,
-    start,
-    state,
-    steps,
-    wait_for,
-)
-from tests.test_main import read_tree
+from tests.support.checkpoints import assert_equal, read_tree, state, steps
+from tests.support.commands import STAGE, error_line, run, start, wait_for
 
 EVERY_STEP = (
     "--config.stage1.training.checkpoint_every=8",
@@ -86,14 +75,14 @@ def killed_until_done(images, workdir, kills: int, moments: random.Random, pace:
 
 @pytest.mark.long  # tests/test_main.py has whole runs that are killed in each stage
 @pytest.mark.parametrize("kills", [3, 50])
-def test_1_killed_at_random_moments(images, finished, tmp_path, fault, kills):
-    within, attempt, pace = [], 0, Pace.seen(images, tmp_path / "pace")
+def test_1_killed_at_random_moments(image_folder, finished, tmp_path, fault, kills):
+    within, attempt, pace = [], 0, Pace.seen(image_folder, tmp_path / "pace")
     while len(within) < kills:
         workdir, attempt = tmp_path / str(attempt), attempt + 1
         within += killed_until_done(
-            images, workdir, min(5, kills - len(within)), random.Random(attempt), pace
+            image_folder, workdir, min(5, kills - len(within)), random.Random(attempt), pace
         )
-        run(images, workdir, *STAGE, *EVERY_STEP)
+        run(image_folder, workdir, *STAGE, *EVERY_STEP)
         assert_equal(state(workdir), state(finished))
     assert kills < 50 or {"a start", "a save"} <= set(within)
     counts = ", ".join(f"{within.count(what)} within {what}" for what in sorted(set(within)))
@@ -104,12 +93,13 @@ def test_1_killed_at_random_moments(images, finished, tmp_path, fault, kills):
     )
 
 
-def test_2_killed_between_the_last_write_and_the_commit(images, finished, tmp_path, fault):
+@pytest.mark.second
+def test_2_killed_between_the_last_write_and_the_commit(image_folder, finished, tmp_path, fault):
     workdir = tmp_path / "run"
-    run(images, workdir, *STAGE, broken="killed_before_commit", status=-signal.SIGKILL)
+    run(image_folder, workdir, *STAGE, broken="killed_before_commit", status=-signal.SIGKILL)
     left = {path.name for path in (workdir / "stage1/checkpoints").iterdir()}
     assert steps(workdir) == [5] and any(name.startswith("10.") for name in left)
-    run(images, workdir, *STAGE)  # which saves the same step
+    run(image_folder, workdir, *STAGE)  # which saves the same step
     assert (
         steps(workdir)
         == [10, 15, 20]
@@ -135,7 +125,7 @@ def files_of(step) -> list:
 
 @pytest.mark.long  # tests/training has each file cut and flipped within a process
 @pytest.mark.parametrize("count", [2, 10**6])
-def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(images, trained, finished, fault, count):
+def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(image_folder, trained, finished, fault, count):
     """Named is the file; where what is damaged is a checksum, the file that it is of."""
     files = files_of(trained / "stage1/checkpoints/20")
     chosen = files[:: max(1, len(files) // count)][:count]
@@ -145,13 +135,13 @@ def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(images, trained, finished, 
             shutil.rmtree(trained)
             shutil.copytree(finished, trained)
             damaged(path, each)
-            stdout, _ = run(images, trained, *STAGE)
+            stdout, _ = run(image_folder, trained, *STAGE)
             named = (
                 f"{path.relative_to(trained / 'stage1/checkpoints/20')} "
                 if path.name != CHECKSUMS
                 else ""
             )
-            assert f"20 is damaged ({named}" in stdout and "step 15 the newest" in stdout
+            assert f"20 is damaged ({named}" in stdout and "the newest is now step 15" in stdout
             assert_equal(state(trained), state(finished))  # trained again from step 15
     fault(
         6,
@@ -161,13 +151,17 @@ def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(images, trained, finished, 
 
 
 @pytest.mark.long  # tests/test_main.py has a damaged checkpoint refused
-def test_6_sampling_refuses_what_training_would_set_aside(images, trained, fault):
+def test_6_sampling_refuses_what_training_would_set_aside(image_folder, trained, fault):
     damaged(files_of(trained / "stage1/checkpoints/20/ema")[-1], "flipped")
     flags = ("--mode=sample", "--config.stage2.checkpoint=newest")
-    assert "checkpoints/20 is damaged (ema/" in said(run(images, trained, *flags, status=2)[1])
+    assert "checkpoints/20 is damaged (ema/" in error_line(
+        run(image_folder, trained, *flags, status=2)[1]
+    )
     for step in (10, 15):
         damaged(files_of(trained / f"stage1/checkpoints/{step}/train")[0], "cut")
-    assert "checkpoints/20 is damaged (ema/" in said(run(images, trained, *STAGE, status=2)[1])
+    assert "checkpoints/20 is damaged (ema/" in error_line(
+        run(image_folder, trained, *STAGE, status=2)[1]
+    )
     assert {path.name for path in (trained / "stage1/checkpoints").iterdir()} == {"10", "15", "20"}
     fault(
         6,
@@ -177,35 +171,39 @@ def test_6_sampling_refuses_what_training_would_set_aside(images, trained, fault
 
 
 @pytest.mark.long  # tests/training has the same within a process
-def test_7_files_gone_added_and_configs_changed(images, trained, finished, fault):
+def test_7_files_gone_added_and_configs_changed(image_folder, trained, finished, fault):
     files = files_of(trained / "stage1/checkpoints/20")
     files[0].unlink()
-    stdout, _ = run(images, trained, *STAGE)
+    stdout, _ = run(image_folder, trained, *STAGE)
     assert (
         f"20 is damaged ({files[0].relative_to(trained / 'stage1/checkpoints/20')} is missing)"
         in stdout
     )
     (trained / "stage1/checkpoints/20/ema/more").touch()
-    stdout, _ = run(images, trained, *STAGE)
+    stdout, _ = run(image_folder, trained, *STAGE)
     assert "20 is damaged (ema/more does not belong to it)" in stdout
     assert_equal(state(trained), state(finished))
     for flag in ("network.channels=16", "network.dtype=bfloat16"):
-        refusal = said(run(images, trained, *STAGE, f"--config.stage1.{flag}", status=2)[1])
+        refusal = error_line(
+            run(image_folder, trained, *STAGE, f"--config.stage1.{flag}", status=2)[1]
+        )
         assert f"config.stage1.{flag.partition('=')[0]} was" in refusal
     fault(7, 4, "an error or a line that names the file or the field")
 
 
 @pytest.mark.long
-def test_7_a_damaged_line_of_metrics_and_no_config(images, trained, fault):
+def test_7_a_damaged_line_of_metrics_and_no_config(image_folder, trained, fault):
     lines = (trained / "stage1/metrics.jsonl").read_bytes().splitlines(keepends=True)
     lines[3] = bytes([lines[3][0] | 0x80]) + lines[3][1:]
     (trained / "stage1/metrics.jsonl").write_bytes(b"".join(lines))
     (trained / "config.json").unlink()  # the checkpoint knows as well
-    refusal = said(
-        run(images, trained, *STAGE, "--config.stage1.training.learning_rate=0.5", status=2)[1]
+    refusal = error_line(
+        run(image_folder, trained, *STAGE, "--config.stage1.training.learning_rate=0.5", status=2)[
+            1
+        ]
     )
     assert "config.stage1.training.learning_rate was 0.001 and is 0.5" in refusal
-    stdout, _ = run(images, trained, *STAGE, "--config.stage1.training.images=176")
+    stdout, _ = run(image_folder, trained, *STAGE, "--config.stage1.training.images=176")
     assert "metrics.jsonl: line 4 is damaged, and left out" in stdout
     assert len(metric_writer.read(trained / "stage1/metrics.jsonl")) >= len(lines)
     fault(
@@ -230,7 +228,7 @@ CHANGES = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", CHANGES)
-def test_7_a_checkpoint_of_other_arrays(images, trained, fault, how):
+def test_7_a_checkpoint_of_other_arrays(image_folder, trained, fault, how):
     """Whose files are all as they were written."""
     step = trained / "stage1/checkpoints/20"
     tree = read_tree(step / "train")
@@ -240,18 +238,18 @@ def test_7_a_checkpoint_of_other_arrays(images, trained, fault, how):
     with ocp.PyTreeCheckpointer() as writer:
         writer.save(step / "train", tree)
     write_checksums(step)
-    refusal = said(run(images, trained, *STAGE, status=2)[1])
+    refusal = error_line(run(image_folder, trained, *STAGE, status=2)[1])
     assert "checkpoints/20 is of another network (params/" in refusal and f"/{key} is " in refusal
     fault(7, 1, f"an array that is {how}: an error that names it")
 
 
 @pytest.mark.long
-def test_10_retention_keeps_the_only_checkpoint_when_others_fail(images, tmp_path, fault):
+def test_10_retention_keeps_the_only_checkpoint_when_others_fail(image_folder, tmp_path, fault):
     flags = (
         "--config.stage1.training.max_failed_saves=1",
         "--config.stage1.training.keep_newest=1",
     )
-    run(images, tmp_path / "run", *STAGE, *flags, broken="saves_fail", status=2)
+    run(image_folder, tmp_path / "run", *STAGE, *flags, broken="saves_fail", status=2)
     assert steps(tmp_path / "run") == [5]
     fault(10, 2, "one is to be kept, and the saves after it fail: it is kept")
 
@@ -260,11 +258,13 @@ def test_10_retention_keeps_the_only_checkpoint_when_others_fail(images, tmp_pat
 @pytest.mark.parametrize(
     ("broken", "status"), [("saves_fail", 2), ("one_save_fails", 0), ("last_save_fails", 2)]
 )
-def test_9_a_failure_in_the_writers_thread(images, tmp_path, fault, broken, status):
+def test_9_a_failure_in_the_writers_thread(image_folder, tmp_path, fault, broken, status):
     flags = ("--config.stage1.training.max_failed_saves=1",)
-    stdout, stderr = run(images, tmp_path / "run", *STAGE, *flags, broken=broken, status=status)
+    stdout, stderr = run(
+        image_folder, tmp_path / "run", *STAGE, *flags, broken=broken, status=status
+    )
     assert "/10 cannot be written: " in stdout + stderr or broken == "last_save_fails"
-    assert "No space left" in (said(stderr) if status else stdout)
+    assert "No space left" in (error_line(stderr) if status else stdout)
     expected = {"one_save_fails": [5, 15, 20], "saves_fail": [5], "last_save_fails": [5, 10, 15]}[
         broken
     ]
@@ -274,140 +274,20 @@ def test_9_a_failure_in_the_writers_thread(images, tmp_path, fault, broken, stat
 
 
 @pytest.mark.long
-def test_9_a_normal_exit_waits(images, finished, tmp_path, fault):
-    run(images, tmp_path / "run", *STAGE, broken="last_save_is_slow")
+def test_9_a_normal_exit_waits(image_folder, finished, tmp_path, fault):
+    run(image_folder, tmp_path / "run", *STAGE, broken="last_save_is_slow")
     assert_equal(state(tmp_path / "run"), state(finished))
     fault(9, 1, "a normal exit waits for a save that is under way")
 
 
-def test_8_the_disk_is_full(images, tmp_path, fault):
-    """A small disk of its own, filled while training saves on it; what lies there is copied, as it
-    goes with the script."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    train = " ".join(
-        commands.command(images, disk / "run", *STAGE, "--config.stage1.training.images=1600000")
-    )
-    begun = f"while [ ! -d {disk}/run/stage1/checkpoints/5 ]; do sleep 0.05; done"
-    fill = f"cat /dev/zero > {disk}/zeros 2> {tmp_path}/full"
-    left = f"rm {disk}/zeros; cp -r {disk}/run {tmp_path}/run"
-    small = f"mount -t tmpfs -o size=20M none {disk}"
-    done = mounted(small, f"{train} & {begun}; {fill}; wait $!; status=$?; {left}; exit $status")
-    assert done.returncode == 2 and "No space left" in said(done.stderr, alone=False), (
-        done.stdout
-    )  # TensorStore speaks too
-    assert steps(tmp_path / "run")
-    run(images, tmp_path / "run", *STAGE)  # where there is space again
-    assert steps(tmp_path / "run")[-1] == 20 and not list(
-        (tmp_path / "run/stage1/checkpoints").glob("*tmp*")
-    )
-    fault(
-        8,
-        1,
-        "a full disk is said, with status 2; older checkpoints are sound, nothing is half listed, training goes on",
-    )
-
-
 @pytest.mark.long
-def test_8_the_disk_is_full_for_a_while(images, tmp_path, fault):
-    """Training goes on without what it cannot write, as is configured, and writes again where there
-    is space again."""
-    disk, log = tmp_path / "disk", tmp_path / "log"
-    disk.mkdir()
-    flags = (
-        "--config.stage1.training.images=16000",
-        "--config.stage1.training.checkpoint_every=400",
-    )
-    flags += ("--config.stage1.training.max_failed_saves=1000000",)
-    train = " ".join(commands.command(images, disk / "run", *STAGE, *flags))
-    script = [
-        f"{train} > {log} 2> {tmp_path}/stderr & while [ ! -d {disk}/run/stage1/checkpoints/50 ]; do sleep 0.05; done",
-        f"cat /dev/zero > {disk}/zeros 2> {tmp_path}/full",
-        f"while ! grep -q 'checkpoint .* cannot be written' {log}; do kill -0 $! || exit 9; sleep 0.05; done",
-        f"while ! grep -q 'metrics.jsonl cannot be written' {log}; do kill -0 $! || exit 9; sleep 0.05; done",
-        f"rm {disk}/zeros; wait $!; status=$?; cp -r {disk}/run {tmp_path}/run; exit $status",
-    ]
-    done = mounted(f"mount -t tmpfs -o size=20M none {disk}", "\n".join(script))
-    assert done.returncode == 0, (
-        done.returncode,
-        log.read_text(),
-        (tmp_path / "stderr").read_text(),
-    )
-    assert steps(tmp_path / "run")[-1] == 2000
-    seen = [
-        line["step"]
-        for line in metric_writer.read(tmp_path / "run/stage1/metrics.jsonl")
-        if "loss" in line
-    ]
-    assert seen == list(range(2, 2001, 2))  # lines wait, and none is lost
-    fault(
-        8,
-        1,
-        "a disk that is full for a while: said, survived as configured; no line of the metrics is lost",
-    )
-
-
-@pytest.mark.long  # tests/training has the same within a process
-@pytest.mark.parametrize("in_the_way", [False, True])
-def test_8_the_directory_goes_away(images, tmp_path, fault, in_the_way):
-    workdir = tmp_path / "run"
-    # Between two saves: one that is beginning would make the directory anew, which the next one
-    # would notice.
-    flags = (
-        "--config.stage1.training.images=160000",
-        "--config.stage1.training.checkpoint_every=1600",
-    )
-    process = start(images, workdir, *STAGE, *flags)
-    assert wait_for(lambda: steps(workdir, sound=False), process), process.communicate()
-    (workdir / "stage1").rename(tmp_path / "elsewhere")
-    if in_the_way:
-        (workdir / "stage1").write_text("in the way")
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 2 and "stage1" in said(stderr) and "cannot be" in said(stderr), (
-        stderr
-    )
-    assert not (workdir / "stage1/checkpoints").exists()  # or nobody would notice
-    fault(8, 1, "a directory that goes away ends the run, with status 2")
-
-
-@pytest.mark.long
-def test_8_the_directory_becomes_read_only(images, tmp_path, fault):
-    """It is mounted over itself, for reading only, while training saves in it."""
-    saved, elsewhere = tmp_path / "run/stage1/checkpoints", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    flags = (
-        "--config.stage1.training.images=1600000",
-        "--config.stage1.training.max_failed_saves=1",
-    )
-    train = " ".join(commands.command(images, tmp_path / "run", *STAGE, *flags))
-    begun = f"while [ ! -d {saved}/5 ]; do sleep 0.05; done"
-    # Elsewhere first: where a file is being written, a mount cannot become read-only.
-    mount = f"mount --bind {saved} {elsewhere} && mount -o remount,ro,bind {elsewhere} && mount --bind {elsewhere} {saved}"
-    done = mounted("true", f"{train} & {begun}; {mount}; wait $!")
-    assert done.returncode == 2 and "Read-only file system" in said(done.stderr, alone=False), (
-        done.stdout,
-        done.stderr,
-    )
-    assert "Read-only file system; training goes on without it" in done.stdout and steps(
-        tmp_path / "run"
-    )
-    run(images, tmp_path / "run", *STAGE)
-    assert steps(tmp_path / "run")[-1] >= 20
-    fault(
-        8,
-        1,
-        "a directory that becomes read-only is said, survived once as configured, and then ends the run with status 2",
-    )
-
-
-@pytest.mark.long
-def test_10_retention_keeps_the_only_sound_checkpoint(images, trained, finished, fault):
+def test_10_retention_keeps_the_only_sound_checkpoint(image_folder, trained, finished, fault):
     """All but the oldest damaged, one to be kept, and a kill in the second save: one is sound at
     any time."""
     for step in (15, 20):
         damaged(files_of(trained / f"stage1/checkpoints/{step}/train")[-1], "flipped")
     run(
-        images,
+        image_folder,
         trained,
         *STAGE,
         "--config.stage1.training.keep_newest=1",
@@ -415,6 +295,6 @@ def test_10_retention_keeps_the_only_sound_checkpoint(images, trained, finished,
         status=-9,
     )
     assert steps(trained) == [15]  # which was saved anew before 10 was deleted; 20 was not to be
-    run(images, trained, *STAGE)
+    run(image_folder, trained, *STAGE)
     assert_equal(state(trained), state(finished))
     fault(10, 1, "the sound one was kept and gone on from, the end is bit-equal")

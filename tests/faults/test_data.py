@@ -16,20 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.faults import commands
-from tests.faults.commands import (
-    GIB,
-    STAGE,
-    assert_equal,
-    bounded,
-    logged,
-    run,
-    short_and_long,
-    start,
-    state,
-    steps,
-    wait_for,
-)
+from tests.faults.tiers import one_of_many
+from tests.support import commands
+from tests.support.checkpoints import assert_equal, state, steps
+from tests.support.commands import GIB, STAGE, bounded, logged, run, start, wait_for
 from tests.support.configs import write_images
 
 NOTICED = 60  # seconds that a worker may take; on a busy machine it needs many to start
@@ -122,7 +112,7 @@ def workers_of(process) -> list[int]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
-def test_13_training_with_workers_is_killed(images, tmp_path, fault, workers):
+def test_13_training_with_workers_is_killed(image_folder, tmp_path, fault, workers):
     """In each of its epochs but the last (24 images, 3 batches of 8); the workers hand out what was
     not trained on again."""
     flags = (
@@ -130,10 +120,10 @@ def test_13_training_with_workers_is_killed(images, tmp_path, fault, workers):
         "--config.stage1.training.checkpoint_every=8",
         "--config.stage1.training.keep_newest=20",
     )
-    run(images, tmp_path / "undisturbed", *flags)  # which has the images in memory
+    run(image_folder, tmp_path / "undisturbed", *flags)  # which has the images in memory
     flags += (*NOT_IN_MEMORY, f"--config.data.workers={workers}")
     for epoch in range(6):
-        process = start(images, tmp_path / "run", *flags)
+        process = start(image_folder, tmp_path / "run", *flags)
         after = lambda epoch=epoch: any(
             step > 3 * epoch for step in steps(tmp_path / "run", sound=False)
         )  # noqa: E731
@@ -142,7 +132,7 @@ def test_13_training_with_workers_is_killed(images, tmp_path, fault, workers):
         process.kill()
         process.communicate()
         assert len(children) >= workers and all(ends(child) for child in children)
-    run(images, tmp_path / "run", *flags)
+    run(image_folder, tmp_path / "run", *flags)
     assert_equal(state(tmp_path / "run"), state(tmp_path / "undisturbed"))
     fault(
         13,
@@ -154,18 +144,22 @@ def test_13_training_with_workers_is_killed(images, tmp_path, fault, workers):
 @pytest.mark.long  # tests/data/test_pipeline.py has the same within a process
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
-def test_14_a_worker(images, tmp_path, fault, sent, workers):
+def test_14_a_worker(image_folder, tmp_path, fault, sent, workers):
     flags = (
         *STAGE,
         *NOT_IN_MEMORY,
         f"--config.data.worker_timeout={NOTICED}",
         "--config.stage1.training.images=800",
     )
-    run(images, tmp_path / "undisturbed", *flags, "--config.data.workers=0")
+    run(image_folder, tmp_path / "undisturbed", *flags, "--config.data.workers=0")
     log = tmp_path / "log"
     with log.open("w") as stdout:
         process = start(
-            images, tmp_path / "run", *flags, f"--config.data.workers={workers}", stdout=stdout
+            image_folder,
+            tmp_path / "run",
+            *flags,
+            f"--config.data.workers={workers}",
+            stdout=stdout,
         )
     noticed = lambda: "others take their place" in log.read_text()  # noqa: E731
     assert wait_for(logged(tmp_path / "run", 16), process), process.communicate()
@@ -269,7 +263,7 @@ def refused(folder, source: str, name: str) -> str:
     return stderr
 
 
-@pytest.mark.parametrize("kind", short_and_long(IMAGES, "a bomb"))
+@pytest.mark.parametrize("kind", one_of_many(IMAGES, "a bomb", pytest.mark.second))
 def test_15_a_damaged_image(tmp_path, fault, kind):
     write_images(tmp_path / "images", count=4)
     (tmp_path / "images/a/bad.png").write_bytes(IMAGES[kind])
@@ -282,7 +276,7 @@ def test_15_a_damaged_image(tmp_path, fault, kind):
     )
 
 
-@pytest.mark.parametrize("kind", short_and_long(ARCHIVES, "a member outside"))
+@pytest.mark.parametrize("kind", one_of_many(ARCHIVES, "a member outside"))
 def test_15_a_damaged_archive(tmp_path, fault, kind):
     content, named = ARCHIVES[kind]
     content = archive(**{"a/0.png": bytes(2 * GIB)}) if content is None else content

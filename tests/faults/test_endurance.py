@@ -3,13 +3,13 @@
 import pytest
 
 from rdm_jax.training import metric_writer
-from tests.faults.commands import STAGE, run
+from tests.support.commands import STAGE, run
 
 STEPS, EARLY = 100_000, 5_000
 
 
 @pytest.mark.long
-def test_19_a_hundred_thousand_steps(images, tmp_path, fault):
+def test_19_a_hundred_thousand_steps(image_folder, tmp_path, fault):
     """Memory, threads and open files after 5,000 steps, and at the end, after 95 more saves.
 
     What tensorstore converts to JSON it does not free (0.1.71 to 0.1.86 seen): some 1,750 Python
@@ -17,7 +17,7 @@ def test_19_a_hundred_thousand_steps(images, tmp_path, fault):
     """
     each = {"images": 8 * STEPS, "checkpoint_every": 8 * 1000, "log_every": 800}
     flags = [f"--config.stage1.training.{name}={value}" for name, value in each.items()]
-    run(images, tmp_path, *STAGE, *flags, broken="measured", timeout=2 * 3600)
+    run(image_folder, tmp_path, *STAGE, *flags, broken="measured", timeout=2 * 3600)
     told = {line["step"]: line for line in metric_writer.read(tmp_path / "stage1/told_by_0")}
     grown = {name: told[STEPS][name] - told[EARLY][name] for name in ("memory", "threads", "files")}
     assert (

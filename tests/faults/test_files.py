@@ -20,10 +20,12 @@ from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.manifest import MANIFEST
 from rdm_jax.data.prepare import prepare
 from rdm_jax.runtime.errors import InputError
-from tests.faults import commands
-from tests.faults.commands import GIB, ROOT, bounded, short_and_long
 from tests.faults.fuzzing import CHANGES, READERS, changed
+from tests.faults.tiers import one_of_many
+from tests.support import commands
+from tests.support.commands import GIB, bounded
 from tests.support.configs import write_images
+from tests.support.paths import ROOT
 
 SECONDS_EACH = 600  # of the long campaign
 SECONDS_A_FILE = datetime.timedelta(seconds=30)  # on busy cores; all of these files are small
@@ -104,13 +106,13 @@ KINDS = ("pickle", "torch archive", "safetensors header", "npz of objects", "con
 
 
 @pytest.mark.parametrize(
-    "kind", short_and_long(KINDS, "pickle")
+    "kind", one_of_many(KINDS, "pickle")
 )  # all readers are fuzzed below, within a process
-def test_16_from_outside(images, tmp_path, fault, kind):
+def test_16_from_outside(image_folder, tmp_path, fault, kind):
     canary = tmp_path / "canary"
     says, load = write_hostile(kind, tmp_path, canary)
     environment = commands.environment(PYTHONPATH=f"{ROOT}:{tmp_path}")
-    assert says in bounded(images, tmp_path / "run", *load, env=environment)
+    assert says in bounded(image_folder, tmp_path / "run", *load, env=environment)
     assert not canary.exists()
     fault(16, 1, f"{kind}: refused by its name, nothing executed, in bounded time and memory")
 
@@ -206,6 +208,7 @@ def fuzz(name: str, folder, seconds: float = 0, **kwargs) -> int:
     return trials
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("name", READERS)
 def test_16_fuzzed(tmp_path, fault, name):
     trials = fuzz(name, tmp_path, max_examples=40, derandomize=True)

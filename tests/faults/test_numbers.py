@@ -11,7 +11,8 @@ from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.pipeline import train_iterator
 from rdm_jax.data.prepare import prepare
 from rdm_jax.training import metric_writer
-from tests.faults.commands import STAGE, run, said, start_two, state
+from tests.support.checkpoints import state
+from tests.support.commands import STAGE, error_line, run, start_two
 from tests.support.configs import write_images
 
 LINES = (
@@ -122,7 +123,7 @@ def test_12_many_in_a_row_end_the_run(tmp_path, fault, pictures):
     )
     flags += ("--config.stage1.training.preview_every=32",) if pictures else ()
     _, stderr = run(images, tmp_path / "run", *STAGE, *flags, broken="white_is_nan", status=1)
-    found = int(re.search(r"([0-9]+) steps in a row", said(stderr))[1])
+    found = int(re.search(r"([0-9]+) steps in a row", error_line(stderr))[1])
     assert (
         4 <= found <= 6
     )  # what a step has found is read a step or two later, so that the device need not wait

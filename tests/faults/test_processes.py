@@ -5,18 +5,19 @@ import time
 
 import pytest
 
-from tests.faults.commands import STAGE, logged, start_two, steps, wait_for
+from tests.support.checkpoints import steps
+from tests.support.commands import STAGE, logged, start_two, wait_for
 
 SECONDS = 180  # jax asks the others every ten, and gives up after a hundred
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 1])
-def test_20_one_of_two_is_killed(images, tmp_path, fault, killed):
+def test_20_one_of_two_is_killed(image_folder, tmp_path, fault, killed):
     """The second, or the first, which writes what is saved and which the others ask who is
     there."""
     workdir = tmp_path / "run"
-    pair = start_two(images, workdir, *STAGE, "--config.stage1.training.images=160000")
+    pair = start_two(image_folder, workdir, *STAGE, "--config.stage1.training.images=160000")
     ready = lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)()  # noqa: E731
     assert wait_for(ready, pair[0], timeout=240), pair[0].communicate()
     pair[killed].send_signal(signal.SIGKILL)
@@ -27,16 +28,18 @@ def test_20_one_of_two_is_killed(images, tmp_path, fault, killed):
     # Or jax, which looks every ten seconds, has seen it first, and ends the process.
     said = any(
         words in stderr
-        for words in ("error: another process of this run is gone", "another task died")
+        for words in ("error: another process of this run has ended", "another task died")
     )
     assert pair[1 - killed].returncode != 0 and said, (pair[1 - killed].returncode, stdout, stderr)
     newest = steps(workdir)[-1]
     images_then = 8 * (newest + 10)
-    pair = start_two(images, workdir, *STAGE, f"--config.stage1.training.images={images_then}")
+    pair = start_two(
+        image_folder, workdir, *STAGE, f"--config.stage1.training.images={images_then}"
+    )
     said = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said
     assert (
-        f"going on from {8 * newest:,} images" in said[0][0] and steps(workdir)[-1] == newest + 10
+        f"resuming from {8 * newest:,} images" in said[0][0] and steps(workdir)[-1] == newest + 10
     )
     fault(
         20,

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from tests.faults.commands import run, start, wait_for
+from tests.support.commands import run, start, wait_for
 
 SAMPLE = ("--mode=sample", "--config.sampling.seeds=0-199", "--config.data.held_out=8")
 EVALUATE = (
@@ -21,10 +21,10 @@ SECONDS = 1200  # a classifier is trained first, which takes minutes as tests co
 
 
 @pytest.fixture(scope="module")
-def trained(images, tmp_path_factory):
+def trained(image_folder, tmp_path_factory):
     """A run of both stages that has sampled nothing; 8 images were held out."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    run(images, workdir, "--mode=train", "--config.data.held_out=8")
+    run(image_folder, workdir, "--mode=train", "--config.data.held_out=8")
     return workdir
 
 
@@ -51,17 +51,19 @@ WAYS = [("npz", 8, 1), ("png", 8, 1), ("npz", 20, 4), ("png", 6, 2)]
 
 @pytest.mark.long
 @pytest.mark.parametrize(("files", "batch", "devices"), WAYS)
-def test_17_killed_while_sampling(images, workdir, fault, files, batch, devices):
+def test_17_killed_while_sampling(image_folder, workdir, fault, files, batch, devices):
     """Twice, when some parts are written; a part, and a file of the result, that are cut in half
     are made again."""
     flags = (*SAMPLE, f"--config.sampling.files={files}", f"--config.sampling.batch_size={batch}")
     again = lambda name: run(
-        images, workdir, *flags, f"--config.sampling.name={name}", devices=devices
+        image_folder, workdir, *flags, f"--config.sampling.name={name}", devices=devices
     )  # noqa: E731
     again("whole")
     kept = {}
     for count in (2, 6):
-        process = start(images, workdir, *flags, "--config.sampling.name=killed", devices=devices)
+        process = start(
+            image_folder, workdir, *flags, "--config.sampling.name=killed", devices=devices
+        )
         parts = lambda: sorted((workdir / "killed").glob(".parts-*/0*.npz"))  # noqa: E731
         assert wait_for(lambda count=count, parts=parts: len(parts()) >= count, process), (
             process.communicate()
@@ -81,9 +83,9 @@ def test_17_killed_while_sampling(images, workdir, fault, files, batch, devices)
 
 
 @pytest.mark.long
-def test_17_on_other_devices(images, workdir, fault):
+def test_17_on_other_devices(image_folder, workdir, fault):
     for devices in (1, 4):
-        run(images, workdir, *SAMPLE, f"--config.sampling.name=on_{devices}", devices=devices)
+        run(image_folder, workdir, *SAMPLE, f"--config.sampling.name=on_{devices}", devices=devices)
     one, four = (
         np.load(workdir / name / "samples.npz")["images"].astype(int) for name in ("on_1", "on_4")
     )
@@ -93,10 +95,10 @@ def test_17_on_other_devices(images, workdir, fault):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("batch", "devices"), [(8, 1), (20, 4)])
-def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
+def test_17_killed_while_evaluating(image_folder, workdir, fault, batch, devices):
     batches = (*EVALUATE, f"--config.sampling.batch_size={batch}")
     run(
-        images,
+        image_folder,
         workdir,
         *batches,
         "--config.evaluation.name=whole",
@@ -104,13 +106,13 @@ def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
         timeout=SECONDS,
     )
     flags = (*batches, "--config.evaluation.name=killed")
-    process = start(images, workdir, *flags, devices=devices, broken="gathered_often")
+    process = start(image_folder, workdir, *flags, devices=devices, broken="gathered_often")
     assert wait_for(
         lambda: any((workdir / "killed").glob(".gathered*.npz")), process, timeout=SECONDS
     ), process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    stdout, _ = run(images, workdir, *flags, devices=devices, timeout=SECONDS)
+    stdout, _ = run(image_folder, workdir, *flags, devices=devices, timeout=SECONDS)
     assert re.search(r"going on from [0-9]+ of 200 images", stdout)
     found = [
         json.loads((workdir / name / "evaluation.json").read_text())["results"]["samples"]
@@ -127,9 +129,11 @@ def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
 
 
 @pytest.mark.long
-def test_17_short_of_images(images, workdir, fault):
+def test_17_short_of_images(image_folder, workdir, fault):
     flags = (*EVALUATE, "--config.evaluation.name=short")
-    _, stderr = run(images, workdir, *flags, broken="a_batch_is_lost", status=1, timeout=SECONDS)
+    _, stderr = run(
+        image_folder, workdir, *flags, broken="a_batch_is_lost", status=1, timeout=SECONDS
+    )
     assert re.search(r"[0-9]+ of [0-9]+ images have been seen", stderr)
     assert not list((workdir / "short").rglob("*.json"))
     fault(17, 1, "a batch of images is lost on the way: no figures, status 1")

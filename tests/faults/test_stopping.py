@@ -17,17 +17,8 @@ from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.signals import ANSWERS
 from rdm_jax.training import loop, metric_writer
-from tests.faults.commands import (
-    STAGE,
-    assert_equal,
-    logged,
-    run,
-    said,
-    start,
-    state,
-    steps,
-    wait_for,
-)
+from tests.support.checkpoints import assert_equal, state, steps
+from tests.support.commands import STAGE, error_line, logged, run, start, wait_for
 from tests.support.configs import LOW, tiny_config
 
 LONG = ("--config.stage1.training.images=160000",)
@@ -76,9 +67,9 @@ def stopped(images, workdir, *flags, moment, number: int, times: int, **kwargs) 
 
 
 @pytest.mark.parametrize(("moment", "number", "times"), SIGNALS)
-def test_3_a_signal(images, tmp_path, fault, number, moment, times):
+def test_3_a_signal(image_folder, tmp_path, fault, number, moment, times):
     workdir = tmp_path / "run"
-    stderr = stopped(images, workdir, *LONG, moment=moment, number=number, times=times)
+    stderr = stopped(image_folder, workdir, *LONG, moment=moment, number=number, times=times)
     assert b"stopped by" in stderr and [answer in stderr for answer in ANSWERS] == [True, times > 1]
     saved = steps(workdir)[-1]
     seen = [line["images"] for line in metric_writer.read(workdir / "stage1/metrics.jsonl")]
@@ -95,15 +86,20 @@ def test_3_a_signal(images, tmp_path, fault, number, moment, times):
 
 @pytest.mark.long  # tests/runtime/test_signals.py has the same within a process
 @pytest.mark.parametrize("number", STATUS)
-def test_3_a_signal_three_times_in_a_row(images, finished, tmp_path, fault, number):
+def test_3_a_signal_three_times_in_a_row(image_folder, finished, tmp_path, fault, number):
     """The first and the second one wait for a save, which takes a minute; the third one does
     not."""
     workdir = tmp_path / "run"
     stderr = stopped(
-        images, workdir, moment=in_a_save, number=number, times=3, broken="second_save_is_slow"
+        image_folder,
+        workdir,
+        moment=in_a_save,
+        number=number,
+        times=3,
+        broken="second_save_is_slow",
     )
     assert steps(workdir) == [5] and b"Traceback" not in stderr
-    run(images, workdir, *STAGE)
+    run(image_folder, workdir, *STAGE)
     assert_equal(state(workdir), state(finished))
     fault(
         3,
@@ -126,10 +122,10 @@ def about(workdir) -> dict:
 
 
 @pytest.mark.long  # tests/test_main.py has whole runs that are stopped and go on
-def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp_path, fault):
+def test_4_in_two_parts_and_twice_from_the_same_checkpoint(image_folder, finished, tmp_path, fault):
     for name in ("one", "other"):
         workdir = shortened(finished, tmp_path / name, 10)
-        assert "going on from 80 images" in run(images, workdir, *STAGE)[0]
+        assert "going on from 80 images" in run(image_folder, workdir, *STAGE)[0]
         assert_equal(
             state(workdir), state(finished)
         )  # parameters, average, moments, step, counters
@@ -140,11 +136,11 @@ def test_4_in_two_parts_and_twice_from_the_same_checkpoint(images, finished, tmp
 
 
 @pytest.mark.long
-def test_5_values_on_other_devices(images, finished, tmp_path, fault):
+def test_5_values_on_other_devices(image_folder, finished, tmp_path, fault):
     """Every checkpoint is restored from the one before it, cut over other devices, and saved
     again."""
-    config = configs.parse(tiny_config(images, low=LOW).to_config_dict())
-    source = open_prepared(f"{images}_prepared")
+    config = configs.parse(tiny_config(image_folder, low=LOW).to_config_dict())
+    source = open_prepared(f"{image_folder}_prepared")
     whole = loop.Trainer(config, 1, source, tmp_path).abstract
     directory, wanted = finished / "stage1/checkpoints", state(finished)
     for number, devices in enumerate((8, 1, 2, 4, 8)):
@@ -171,7 +167,7 @@ def test_5_values_on_other_devices(images, finished, tmp_path, fault):
 
 @pytest.mark.long
 @pytest.mark.parametrize("devices", [(8, 1), (8, 2, 4, 1, 8)], ids=str)
-def test_5_on_other_devices(images, tmp_path, fault, devices):
+def test_5_on_other_devices(image_folder, tmp_path, fault, devices):
     """Each part of a run on another number of devices: what it begins with is what was saved, and
     the order is the same."""
     workdir, losses = tmp_path / "run", {}
@@ -181,9 +177,9 @@ def test_5_on_other_devices(images, tmp_path, fault, devices):
             f"--config.stage1.training.images={40 * number}",
             "--config.stage1.training.log_every=8",
         )
-        run(images, workdir, *flags, devices=count)
+        run(image_folder, workdir, *flags, devices=count)
     run(
-        images,
+        image_folder,
         tmp_path / "alone",
         *STAGE,
         f"--config.stage1.training.images={40 * len(devices)}",
@@ -207,13 +203,13 @@ def test_5_on_other_devices(images, tmp_path, fault, devices):
 
 
 @pytest.mark.long  # tests/test_main.py has a second run refused
-def test_11_two_runs_on_one_workdir(images, tmp_path, fault):
+def test_11_two_runs_on_one_workdir(image_folder, tmp_path, fault):
     workdir = tmp_path / "run"
-    first = start(images, workdir, *STAGE, *LONG)
+    first = start(image_folder, workdir, *STAGE, *LONG)
     assert wait_for(logged(workdir, 16), first), first.communicate()
-    assert "in use by another run" in said(run(images, workdir, *STAGE, status=2)[1])
+    assert "in use by another run" in error_line(run(image_folder, workdir, *STAGE, status=2)[1])
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert (workdir / ".lock").exists()
-    run(images, workdir, *STAGE)
+    run(image_folder, workdir, *STAGE)
     fault(11, 2, "the second refuses; the lock of one that was killed does not block")

@@ -58,11 +58,11 @@ def test_a_stage_that_does_not_fit_the_one_imported_before_is_refused(tmp_path):
 def test_resolutions_that_go_with_one_stages(number, kept, sizes):
     """Factors 2 and 4; the stage that is imported has 8x8, the others have 99x99, which go with
     nothing."""
-    stages = [
+    stages = (
         Stage((99, 99)),
         Stage((99, 99), process=Relay(patch=2)),
         Stage((99, 99), process=Relay(patch=4)),
-    ]
-    stages[number - 1] = dataclasses.replace(stages[number - 1], resolution=(8, 8))
-    fitted = fit_resolutions(Config(stages=tuple(stages)), number, kept)
+    )
+    config = Config(stages=stages).with_stage(number, resolution=(8, 8))
+    fitted = fit_resolutions(config, number, kept)
     assert [stage.resolution for stage in fitted.stages] == [(size, size) for size in sizes]

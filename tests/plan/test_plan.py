@@ -45,14 +45,6 @@ def config(**training) -> Config:
     return tiny_config("images", **{"batch_size": 16, **training})
 
 
-def replaced(values: Config, number: int, **network) -> Config:
-    stages = list(values.stages)
-    stages[number - 1] = dataclasses.replace(
-        stages[number - 1], network=dataclasses.replace(stages[number - 1].network, **network)
-    )
-    return dataclasses.replace(values, stages=tuple(stages))
-
-
 def cut(values: Config, data: int, fsdp: int) -> Config:
     return dataclasses.replace(values, parallel=Parallel(data=data, fsdp=fsdp))
 
@@ -60,7 +52,7 @@ def cut(values: Config, data: int, fsdp: int) -> Config:
 def program(values: Config, number=2, devices=8):
     mesh = sharding.make_mesh(values.parallel.data, values.parallel.fsdp, jax.devices()[:devices])
     return PROGRAMS[values.parallel.mode](
-        values.stages[number - 1], (8, 8, 3), CLASSES, jax.random.key(1), mesh
+        values.stage(number), (8, 8, 3), CLASSES, jax.random.key(1), mesh
     )
 
 
@@ -185,7 +177,7 @@ def test_cut_kernels_take_an_eighth_and_come_back_as_copies():
     assert whole.copies == 0 and whole.gradients == 4 * whole.parameters
     kernels = eighth.copies / 4  # of float32
     assert eighth.gradients == 4 * (kernels / 8 + (whole.parameters - kernels))
-    values = replaced(cut(config(), 1, 8), 2, dtype="bfloat16")
+    values = cut(config(), 1, 8).with_stage(2, network={"dtype": "bfloat16"})
     narrow, params = training_cost(values, 2, 8, CLASSES), program(values).abstract.params
     # Of images' convolutions in bfloat16; embeddings are float32, and biases too, which are used
     # where they are.
@@ -224,9 +216,9 @@ def test_residuals_of_a_hand_case():
 
 
 def test_activations_grow_with_images_and_shrink_with_rematerialisation_and_bfloat16():
-    values = replaced(config(), 2, channels=16, blocks=2)
+    values = config().with_stage(2, network={"channels": 16, "blocks": 2})
     needs = {
-        remat: training_cost(replaced(values, 2, remat=remat), 2, 8, CLASSES)
+        remat: training_cost(values.with_stage(2, network={"remat": remat}), 2, 8, CLASSES)
         for remat in ("none", "convolutions", "block")
     }
     kept = [needs[remat].activations for remat in ("none", "convolutions", "block")]
@@ -234,15 +226,13 @@ def test_activations_grow_with_images_and_shrink_with_rematerialisation_and_bflo
     assert (
         training_cost(values, 2, 4, CLASSES).activations == 2 * kept[0]
     )  # twice the images a chip
-    accumulated = dataclasses.replace(values.stages[1].training, accumulate=2)
-    parts = dataclasses.replace(
-        values,
-        stages=(values.stages[0], dataclasses.replace(values.stages[1], training=accumulated)),
-    )
+    parts = values.with_stage(2, training={"accumulate": 2})
     halved = training_cost(parts, 2, 8, CLASSES)
     assert halved.activations == kept[0] / 2 and halved.gradients == 2 * needs["none"].gradients
     assert (
-        training_cost(replaced(values, 2, dtype="bfloat16"), 2, 8, CLASSES).activations
+        training_cost(
+            values.with_stage(2, network={"dtype": "bfloat16"}), 2, 8, CLASSES
+        ).activations
         < 0.75 * kept[0]
     )
 
@@ -294,7 +284,7 @@ def test_a_ring_sends():
 
 
 def test_pmap_averages_float32_once_a_step():
-    values = replaced(config(accumulate=2), 2, dtype="bfloat16")
+    values = config(accumulate=2).with_stage(2, network={"dtype": "bfloat16"})
     mapped = dataclasses.replace(values, parallel=Parallel(mode="pmap"))
     needs = training_cost(mapped, 2, 8, CLASSES)
     assert [e.size for e in needs.exchanges] == [4 * needs.parameters]
@@ -401,7 +391,11 @@ def test_chips_that_are_not_known_and_names_that_are_unique():
             {"compile": True, "values": dataclasses.replace(config(), parallel=Parallel("pmap"))},
             "mode='pmap'",
         ),
-        ("v5e-8", {"values": replaced(config(), 1, dtype="float16")}, "network.dtype='float16'"),
+        (
+            "v5e-8",
+            {"values": config().with_stage(1, network={"dtype": "float16"})},
+            "network.dtype='float16'",
+        ),
     ],
     ids=lambda part: part if isinstance(part, str) else " ".join(part),
 )
@@ -462,11 +456,7 @@ def test_what_does_not_fit_is_told_what_would_do_and_that_does():
     verdict = next(line for line in text.splitlines() if line.startswith("stage1"))
     assert verdict.startswith("stage1 DOES NOT FIT")
     accumulate = int(re.search(r"--config.stage1.training.accumulate=(\d+)", verdict)[1])
-    values = large()
-    training = dataclasses.replace(values.stages[0].training, accumulate=accumulate)
-    mended = dataclasses.replace(
-        values, stages=(dataclasses.replace(values.stages[0], training=training), values.stages[1])
-    )
+    mended = large().with_stage(1, training={"accumulate": accumulate})
     assert "stage1 FITS" in show("v5e-4", mended)
     assert (
         0.2 * V5E.gib * GIB < training_cost(mended, 1, 4, CLASSES).memory
@@ -474,7 +464,7 @@ def test_what_does_not_fit_is_told_what_would_do_and_that_does():
 
 
 def test_rematerialisation_is_said_to_cost_a_third_more():
-    text = show("v5e-8", replaced(config(), 2, remat="block"))
+    text = show("v5e-8", config().with_stage(2, network={"remat": "block"}))
     assert text.count("with blocks computed again (x 4/3)") == 1
 
 
@@ -495,7 +485,7 @@ def test_compiled_for_a_tpu_that_is_not_there(monkeypatch):
     pytest.importorskip("libtpu")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     before = dict(os.environ)
-    values = replaced(cut(config(), 1, 4), 1, dtype="bfloat16")
+    values = cut(config(), 1, 4).with_stage(1, network={"dtype": "bfloat16"})
     values = dataclasses.replace(values, stages=values.stages[:1])
     text = show("v5e-4", values, compile=True)
     assert dict(os.environ) == before

@@ -1,4 +1,4 @@
-"""Variables of the environment that jax or XLA cannot use are named, with status 2."""
+"""Environment variables that JAX or XLA cannot use: named, with exit status 2."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 DEVICES = "import jax, rdm_jax.runtime.environment as s\ntry: jax.devices()\nexcept Exception as e: exit(f'error: {s.backend_error(e)}')"
 
 
-def said_with(name: str, value: str, *arguments: str) -> tuple[int, str]:
+def run_with(name: str, value: str, *arguments: str) -> tuple[int, str]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), name: value}
     done = subprocess.run(
         [sys.executable, *arguments], env=environment, cwd=ROOT, text=True, capture_output=True
@@ -38,24 +38,26 @@ def said_with(name: str, value: str, *arguments: str) -> tuple[int, str]:
         ),
     ],
 )
-def test_what_is_unknown_is_named_before_anything_is_done(name, value, says):
-    status, stderr = said_with(name, value, "-m", "rdm_jax.main")
+def test_main_names_invalid_variable(name, value, says):
+    status, stderr = run_with(name, value, "-m", "rdm_jax.main")
     (line,) = stderr.splitlines()
-    assert status == 2 and re.match(f"error: {says}.*would do", line)
+    assert status == 2 and re.match(
+        rf"error: {says}.*\. (Set another value|Use flags that this version)", line
+    )
 
 
 @pytest.mark.parametrize("platform", ["no_such_platform", "cuda"])
-def test_platform_that_is_not_there_is_named(platform):
+def test_backend_error_names_missing_platform(platform):
     if platform == "cuda" and os.path.exists("/dev/nvidia0"):
-        pytest.skip("it is there")
-    _, stderr = said_with("JAX_PLATFORMS", platform, "-c", DEVICES)
+        pytest.skip("a GPU is present")
+    _, stderr = run_with("JAX_PLATFORMS", platform, "-c", DEVICES)
     assert re.match(
-        f"error: JAX_PLATFORMS='{platform}' cannot be used .*; JAX_PLATFORMS=cpu.*would do",
+        rf"error: JAX_PLATFORMS='{platform}' cannot be used .*\. Set JAX_PLATFORMS=cpu or unset it\.",
         stderr.splitlines()[-1],
     )
 
 
-def test_platform_that_is_not_there_is_no_traceback(monkeypatch, capsys):
+def test_exit_status_of_missing_platform_has_no_traceback(monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "mars")
 
     def work():
@@ -65,7 +67,8 @@ def test_platform_that_is_not_there_is_no_traceback(monkeypatch, capsys):
 
     assert exit_status(work, lambda: None) == 2
     assert re.fullmatch(
-        "error: JAX_PLATFORMS='mars' cannot be used .*would do.\n", capsys.readouterr().err
+        r"error: JAX_PLATFORMS='mars' cannot be used .*\. Set JAX_PLATFORMS=cpu or unset it\.\n",
+        capsys.readouterr().err,
     )
 
 

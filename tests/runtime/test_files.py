@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic files, their checks, and local paths."""
 
 import errno
 
@@ -13,8 +13,8 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import is_whole_npz, local_path, log_write_errors
 
 
-def test_every_flipped_bit_of_an_npz_is_noticed_or_harmless(tmp_path):
-    """What passes has the arrays that were written; nothing is raised."""
+def test_is_whole_npz_notices_every_harmful_bit_flip(tmp_path):
+    """A file that passes holds the arrays that were written; nothing is raised."""
     path, arrays = (
         tmp_path / "x.npz",
         {"a": np.arange(6, dtype=np.uint8), "b": np.ones((2, 2), np.uint8)},
@@ -32,11 +32,11 @@ def test_every_flipped_bit_of_an_npz_is_noticed_or_harmless(tmp_path):
                 assert all((file[name] == value).all() for name, value in arrays.items())
         else:
             noticed += 1
-    assert noticed > 4 * len(sound)  # the rest are dates, versions and the like
+    assert noticed > 4 * len(sound)  # the others are in dates, versions and so on
     assert not is_whole_npz(tmp_path / "nothing.npz", arrays)
 
 
-def test_what_is_dispensable_is_said(tmp_path, caplog):
+def test_log_write_errors_logs_os_errors_only(tmp_path, caplog):
     with log_write_errors(tmp_path / "curve.png"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert "curve.png cannot be written (No space left on device)" in caplog.text
@@ -46,9 +46,12 @@ def test_what_is_dispensable_is_said(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "path, says",
-    [("gs://bucket/x", "gs:// is not supported"), ("~nosuchuser/x", "the whole path would do")],
+    [
+        ("gs://bucket/x", "gs:// is not supported"),
+        ("~nosuchuser/x", r"'~nosuchuser/x' cannot be expanded .*Use the absolute path\."),
+    ],
 )
-def test_paths_that_are_none_are_refused_from_python_too(tmp_path, monkeypatch, path, says):
+def test_local_path_refuses_urls_and_unknown_users_everywhere(tmp_path, monkeypatch, path, says):
     monkeypatch.chdir(tmp_path)
     calls = (
         lambda: local_path(path, "--workdir"),

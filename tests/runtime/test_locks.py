@@ -1,4 +1,4 @@
-"""Locks of folders: by flock, and where a file system has none, by a file that names its owner."""
+"""Locks of folders: by flock, or by an owner file where the file system has no flock."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP]
 
 @pytest.fixture(params=NO_LOCKS, ids=errno.errorcode.get)
 def no_flock(request, monkeypatch):
-    """A file system without flock, as it answers."""
+    """A file system without flock: the errors it gives."""
     monkeypatch.setattr(
         locks.fcntl,
         "flock",
@@ -32,7 +32,7 @@ def no_flock(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Hearts beat often, and are not listened to for long."""
+    """Short heartbeats and polls."""
     monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(locks, "POLL_SECONDS", 0.2)
 
@@ -44,25 +44,25 @@ def check_excludes(path):
         pass
 
 
-def test_flock_excludes(tmp_path):
+def test_locked_excludes_by_flock(tmp_path):
     check_excludes(tmp_path / "lock")
     assert [each.name for each in tmp_path.iterdir()] == ["lock"]
 
 
-def test_owner_file_excludes(tmp_path, no_flock):
+def test_locked_excludes_by_owner_file(tmp_path, no_flock):
     check_excludes(tmp_path / "lock")
     assert [each.name for each in tmp_path.iterdir()] == ["lock"]
 
 
 def owner(path, **fields):
     path.write_text(
-        json.dumps({"host": locks._here(), "process": os.getpid(), "id": "theirs", **fields})
+        json.dumps({"host": locks._host(), "process": os.getpid(), "id": "theirs", **fields})
     )
 
 
 @contextlib.contextmanager
 def beating(path, **fields):
-    """Another process's file, for as long as it works."""
+    """Another process's owner file, with its heartbeat."""
     owner(path, **fields)
     ended = threading.Event()
     thread = threading.Thread(target=locks._beat, args=(path, path.read_text(), ended))
@@ -74,7 +74,7 @@ def beating(path, **fields):
         thread.join()
 
 
-def test_owner_file_of_a_process_that_is_gone_is_taken_over(tmp_path, no_flock):
+def test_owner_file_of_ended_process_is_taken_over(tmp_path, no_flock):
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
     owner(tmp_path / "lock.owner", process=ended.pid)
@@ -84,11 +84,10 @@ def test_owner_file_of_a_process_that_is_gone_is_taken_over(tmp_path, no_flock):
 @pytest.mark.parametrize(
     "others", [{"host": "another"}, {"host": f"{socket.gethostname()} pid:[1]"}]
 )
-def test_owner_file_of_another_host_or_container_is_known_by_its_heartbeat(
+def test_owner_file_of_another_host_is_judged_by_its_heartbeat(
     tmp_path, no_flock, monkeypatch, others
 ):
-    """It is taken over once it has been silent for long enough, and nobody has to start the command
-    again for that."""
+    """It is taken over once it is stale, without another call."""
     with (
         beating(tmp_path / "lock.owner", **others),
         pytest.raises(locks.InUse),
@@ -101,8 +100,8 @@ def test_owner_file_of_another_host_or_container_is_known_by_its_heartbeat(
     assert time.monotonic() - began > 0.3
 
 
-def test_of_two_that_find_a_stale_file_one_gets_in(tmp_path, no_flock, monkeypatch):
-    """The second judges it before, and moves it away after, the first has taken it over."""
+def test_owner_file_stale_is_taken_over_by_one_process(tmp_path, no_flock, monkeypatch):
+    """The second judges it before, and moves it after, the first has taken it over."""
     owner(tmp_path / "lock.owner", process=2**22 + 1)
     is_stale, inside = locks._is_stale, contextlib.ExitStack()
 
@@ -118,7 +117,7 @@ def test_of_two_that_find_a_stale_file_one_gets_in(tmp_path, no_flock, monkeypat
     assert [each.name for each in tmp_path.iterdir()] == ["lock"]
 
 
-def test_owner_file_is_kept_young(tmp_path, no_flock):
+def test_owner_file_is_touched_regularly(tmp_path, no_flock):
     with locks.locked(tmp_path / "lock"):
         os.utime(tmp_path / "lock.owner", (0, 0))
         for _ in range(500):
@@ -128,10 +127,12 @@ def test_owner_file_is_kept_young(tmp_path, no_flock):
         assert (tmp_path / "lock.owner").stat().st_mtime > 0
 
 
-def test_run_goes_on_without_flock_and_refuses_a_second_one(images, tmp_path, no_flock, caplog):
-    config = tiny_config(images).to_config_dict()
+def test_run_goes_on_without_flock_and_refuses_a_second_one(
+    image_folder, tmp_path, no_flock, caplog
+):
+    config = tiny_config(image_folder).to_config_dict()
     run(config, str(tmp_path / "run"), mode="prepare")
-    assert "no locks (flock)" in caplog.text and not (tmp_path / "run/.lock.owner").exists()
+    assert "does not support flock" in caplog.text and not (tmp_path / "run/.lock.owner").exists()
     with (
         beating(tmp_path / "run/.lock.owner"),
         pytest.raises(ValueError, match="in use by another run"),

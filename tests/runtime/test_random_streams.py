@@ -1,4 +1,4 @@
-"""What is drawn follows from the seed, whatever jax is set to."""
+"""Random draws follow from the seed, whatever JAX's settings are."""
 
 import re
 
@@ -17,22 +17,22 @@ from tests.support.precision import enable_x64
 
 
 def drawn(seeds):
-    """The noise of a few images, each from its own key."""
+    """Noise for a few images, each from its own key."""
     keys = random_streams.image_keys(
         random_streams.stream_key(3, 1, RandomStream.SAMPLE), jnp.asarray(seeds, jnp.uint32)
     )
     return np.asarray(jax.jit(jax.vmap(lambda key: jax.random.normal(key, (2, 3))))(keys))
 
 
-def test_streams_are_what_they_always_were():
-    """Golden numbers: another generator, or another way to the keys, changes every image."""
+def test_stream_key_golden_values():
+    """Another generator, or other folds, would change every image."""
     key = random_streams.stream_key(3, 1, RandomStream.SAMPLE)
     assert jax.random.key_data(key).tolist() == [1162771976, 1047151509]
     np.testing.assert_allclose(drawn([5])[0, 0], [1.7823627, -0.57366914, -1.2181393], rtol=1e-6)
 
 
 @pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
-def test_another_default_generator_changes_nothing(generator):
+def test_draws_ignore_default_generator(generator):
     wanted = drawn([5, 6, 7])
     with jax.default_prng_impl(generator):
         np.testing.assert_array_equal(drawn([5, 6, 7]), wanted)
@@ -47,7 +47,7 @@ def test_another_default_generator_changes_nothing(generator):
         ("jax_random_seed_offset", 1),
     ],
 )
-def test_settings_that_change_what_is_drawn_are_refused(setting, value, monkeypatch):
+def test_jax_settings_refuses_settings_that_change_draws(setting, value, monkeypatch):
     config = tiny_config("images")
     kept = getattr(jax.config, setting)
     jax.config.update(setting, value)
@@ -58,7 +58,7 @@ def test_settings_that_change_what_is_drawn_are_refused(setting, value, monkeypa
         ):
             with pytest.raises(
                 InputError,
-                match=f"^{setting}={value} .*{setting.upper()}.* cannot be used, .*; {kept} would do.$",
+                match=f"^{setting}={value} .*{setting.upper()}.* cannot be used, .*Set it to {kept}.$",
             ):
                 use()
     finally:
@@ -66,8 +66,8 @@ def test_settings_that_change_what_is_drawn_are_refused(setting, value, monkeypa
     check_config(config)
 
 
-def test_refused_settings_do_change_what_is_drawn(monkeypatch):
-    """Otherwise there would be nothing to refuse."""
+def test_refused_settings_do_change_draws(monkeypatch):
+    """Otherwise refusing them would be wrong."""
     wanted = drawn([5])
     monkeypatch.setattr(jax_settings, "NEEDED", {})
     with jax.threefry_partitionable(False):
@@ -76,7 +76,7 @@ def test_refused_settings_do_change_what_is_drawn(monkeypatch):
         assert drawn([5]).dtype == np.float64
 
 
-def test_a_chosen_precision_of_products_is_logged_once(caplog):
+def test_jax_settings_logs_matmul_precision_once(caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     jax_settings._log_precision.cache_clear()
     with jax.default_matmul_precision("float32"):
@@ -85,8 +85,8 @@ def test_a_chosen_precision_of_products_is_logged_once(caplog):
     assert caplog.text.count("jax_default_matmul_precision=float32") == 1
 
 
-def test_every_key_comes_from_the_root():
-    """A key that names no generator would follow jax's default."""
+def test_root_key_is_the_only_source_of_keys():
+    """A key made without naming its generator would follow JAX's default."""
     made = re.compile(r"random\.(key|PRNGKey)\(|import PRNGKey|nnx\.Rngs\(\d")
     files = [
         *ROOT.glob("rdm_jax/**/*.py"),

@@ -1,5 +1,4 @@
-"""What signals do: the first two are answered and obeyed where everything is saved, the third one
-at once."""
+"""Signals: the first two are answered and obeyed once all is saved, the third at once."""
 
 import signal
 import threading
@@ -10,7 +9,7 @@ from rdm_jax.runtime.errors import Interrupted
 from rdm_jax.runtime.signals import ANSWERS, StopOnSignal
 
 
-def test_the_third_one_stops_at_once(capfd):
+def test_stop_on_signal_third_signal_interrupts_at_once(capfd):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopOnSignal() as stop:
         stop.check()
@@ -26,14 +25,14 @@ def test_the_third_one_stops_at_once(capfd):
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
-def test_where_there_is_no_stderr_it_is_obeyed_all_the_same(monkeypatch):
+def test_stop_on_signal_works_without_stderr(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
     with StopOnSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
     assert stop.requested == signal.SIGTERM
 
 
-def test_outside_of_the_main_thread_signals_are_left_to_the_caller():
+def test_stop_on_signal_installs_nothing_in_other_threads():
     before, found = (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)), []
 
     def work():

@@ -101,7 +101,7 @@ def test_a_folder_holds_either_kind_of_file(tmp_path):
 def test_seeds_are_a_set(tmp_path, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     sample(tmp_path, files="png", seeds="0-5,5-9")
-    assert caplog.text.count("names 1 numbers again; each counts once (10 in all)") == 1
+    assert caplog.text.count("repeats 1 numbers; each counts once (10 in all)") == 1
     assert len(json.loads((tmp_path / "samples" / DATASET).read_text())["labels"]) == 10
     assert made_with(tmp_path / "samples")["sampling"]["seeds"] == "0-9"
 

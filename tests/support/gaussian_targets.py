@@ -216,10 +216,6 @@ def falls(errors):
     return np.asarray(errors)[:-1] / np.asarray(errors)[1:]
 
 
-def images(shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
-
-
 def draw(k):
     return jax.random.normal(jax.random.fold_in(jax.random.key(0), k), SHAPE)
 

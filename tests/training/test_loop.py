@@ -1,4 +1,4 @@
-"""The loop of a stage's training: what a signal, time and a changed config do to it."""
+"""The training loop: signals, checkpoints by time, changes of the config."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ QUIET = {
 
 class Items(list):
     def identity(self) -> str:
-        raise AssertionError("a set in memory is known by its pixels")
+        raise AssertionError("a set in memory is identified by its pixels")
 
 
 def image_set(seed: int = 0, count: int = 24) -> ImageSet:
@@ -46,6 +46,18 @@ def image_set(seed: int = 0, count: int = 24) -> ImageSet:
     images = ImageSet(items, (4, 4, 3), ("a", "b"))
     images.cache("decoding")
     return images
+
+
+class Previews:
+    """A probe that calls `preview` and evaluates nothing."""
+
+    evaluates = False
+
+    def __init__(self, preview):
+        self.preview = preview
+
+    def evaluate(self, *_):
+        raise AssertionError("nothing is evaluated")
 
 
 def config(**training) -> Config:
@@ -61,9 +73,8 @@ def train(
     stop=None,
     preview=None,
 ) -> None:
-    Trainer(values, 1, images or image_set(), directory, allow_changes=allow).run(
-        stop or StopOnSignal(), preview
-    )
+    trainer = Trainer(values, 1, images or image_set(), directory, allow_changes=allow)
+    trainer.run(stop or StopOnSignal(), Previews(preview) if preview else None)
 
 
 def about(directory: Path, step: int) -> dict:
@@ -95,7 +106,7 @@ def saves(monkeypatch):
     return began
 
 
-def test_signal_saves_and_measures_nothing(tmp_path, monkeypatch, saves):
+def test_signal_saves_before_anything_else(tmp_path, monkeypatch, saves):
     """Nothing is validated, drawn or compiled between a signal and its checkpoint."""
     stop, asked = StopOnSignal(), []
     program = Trainer(config(), 1, image_set(), tmp_path)
@@ -116,7 +127,7 @@ def test_signal_saves_and_measures_nothing(tmp_path, monkeypatch, saves):
     assert max(line["images"] for line in metric_writer.read(tmp_path / "metrics.jsonl")) == 32
 
 
-def test_signal_ends_a_validation_under_way(tmp_path, monkeypatch, saves):
+def test_signal_ends_a_running_validation(tmp_path, monkeypatch, saves):
     stop, signalled, parts = StopOnSignal(), [], Validation._parts
 
     def slow(self):
@@ -128,14 +139,14 @@ def test_signal_ends_a_validation_under_way(tmp_path, monkeypatch, saves):
             yield part
 
     monkeypatch.setattr(Validation, "_parts", slow)
-    with pytest.raises(Interrupted):  # of ten seconds of validation, and a preview
+    with pytest.raises(Interrupted):  # instead of ten seconds of validation, and a preview
         values = config(validation=400, checkpoint_every=16, preview_every=16)
         train(tmp_path, values, stop=stop, preview=lambda *_: time.sleep(600))
     assert [number for number, _ in saves] == [2] and saves[0][1] - signalled[0] < 1
 
 
-def test_previews_come_after_a_checkpoint(tmp_path, saves):
-    """A sampler may take minutes to compile, and no signal is heard meanwhile."""
+def test_preview_comes_after_a_checkpoint(tmp_path, saves):
+    """A sampler may take minutes to compile, during which no signal is obeyed."""
     drawn = []
     train(
         tmp_path,
@@ -152,17 +163,17 @@ def test_checkpoints_by_time(tmp_path, minutes, saved, saves):
     assert set(saved) <= set(found) <= {1, *saved}
 
 
-def test_files_of_the_newest_checkpoint_are_hashed_once(trained, monkeypatch):
+def test_resume_hashes_the_newest_checkpoint_once(trained, monkeypatch):
     read, sha256 = [], checksums.sha256
     monkeypatch.setattr(checksums, "sha256", lambda path: read.append(path) or sha256(path))
     before = (trained / "checkpoints/10/checksums.json").read_text()
-    train(trained, config())  # restores it, and has nothing to do
+    train(trained, config())  # restores it and has nothing to do
     assert sorted(str(path.relative_to(trained / "checkpoints/10")) for path in read) == sorted(
         json.loads(before)
     )
 
 
-def test_changes_are_refused_unless_they_are_asked_for(trained):
+def test_resume_refuses_changes_that_are_not_allowed(trained):
     for changed, says in (
         (
             {"learning_rate": 1e-4},
@@ -184,8 +195,8 @@ def test_changes_are_refused_unless_they_are_asked_for(trained):
         train(trained, values, allow=["dropout", "patch", "network"])
 
 
-def test_training_goes_on_with_what_was_changed(trained, tmp_path, caplog):
-    """Of 80 images in batches of 8, then 80 in batches of 16; each epoch is still whole."""
+def test_resume_with_allowed_changes(trained, tmp_path, caplog):
+    """80 images in batches of 8, then 80 in batches of 16; each epoch is still complete."""
     directory = copied(trained, tmp_path)
     values, seen = config(images=160, batch_size=16, learning_rate=1e-4), []
     trainer = Trainer(
@@ -236,17 +247,15 @@ def copied(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "stage1"))
 
 
-def test_a_finished_stage_learns_from_no_other_images(trained, caplog):
-    """So that photographs that are added for the second stage are none of the first one's
-    business."""
+def test_finished_stage_ignores_other_images(trained, caplog):
+    """Images added for the second stage do not concern the first one."""
     caplog.set_level("INFO", "rdm_jax")
     train(trained, config(), images=image_set(seed=1))
     assert "already trained on 80 images" in caplog.text and "identity" not in caplog.text
 
 
-def test_the_rate_goes_on_from_the_images_shown():
-    """Warm after 96 of 80 images, whatever the batch size is then; a larger batch goes on where the
-    smaller one was."""
+def test_learning_rate_continues_from_the_images_shown():
+    """The warm-up counts images: another batch size continues where the first one was."""
 
     def rates(batch_size: int, count: Count) -> list[float]:
         optimizer = build_optimizer(
@@ -264,8 +273,8 @@ def test_the_rate_goes_on_from_the_images_shown():
     assert rates(16, Count(8).changed(16, 4))[:4] == pytest.approx([0.4, 0.6, 0.8, 1], rel=1e-3)
 
 
-def test_other_images_are_noticed(trained, tmp_path, monkeypatch):
-    """And the losses of different images are not ranked."""
+def test_resume_notices_other_images(trained, tmp_path, monkeypatch):
+    """And losses on different images are not ranked together."""
     directory = copied(trained, tmp_path)
     other = image_set(seed=1)
     for images in (other, image_set(count=32)):
@@ -288,7 +297,7 @@ def test_other_images_are_noticed(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "classes, kept", [(("a", "b"), True), (("b", "a"), False), (("c", "d"), False)]
 )
-def test_start_from_keeps_the_embedding_of_the_same_classes_alone(
+def test_start_from_keeps_the_embedding_of_the_same_classes_only(
     trained, tmp_path, caplog, classes, kept
 ):
     caplog.set_level("INFO", "rdm_jax")
@@ -306,7 +315,5 @@ def test_start_from_keeps_the_embedding_of_the_same_classes_alone(
             *(jax.tree.leaves(tree["map_label"]) for tree in (ours, theirs)), strict=True
         )
     ]
-    assert all(same) == kept and ("embedding of the classes starts afresh" in caplog.text) == (
-        not kept
-    )
+    assert all(same) == kept and ("class embedding re-initialised" in caplog.text) == (not kept)
     np.testing.assert_array_equal(ours["stem"]["kernel"], theirs["stem"]["kernel"])

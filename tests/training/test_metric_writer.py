@@ -1,5 +1,4 @@
-"""Metrics on disk: lines and events, which a full disk holds up and does not lose, and lines that
-are damaged."""
+"""Metrics on disk: lines and events, on a full disk, and damaged lines."""
 
 import errno
 import json
@@ -13,7 +12,7 @@ from rdm_jax.training import metric_writer
 
 
 def events(folder) -> list[Event]:
-    """Of all files: a length in 8 bytes, its checksum in 4, an event, its checksum in 4."""
+    """The events of all files: 8 bytes of length, 4 of its checksum, the event, 4 of its checksum."""
     found = []
     for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
         content = path.read_bytes()
@@ -32,7 +31,7 @@ def scalars(folder) -> list[tuple[int, float]]:
     ]
 
 
-def test_lines_and_events(tmp_path):
+def test_metric_writer_writes_lines_and_events(tmp_path):
     writer = metric_writer.MetricWriter(tmp_path, 0)
     writer.write(1, images=8, loss=0.5)
     writer.write(2, images=16, loss=float("nan"))
@@ -43,12 +42,11 @@ def test_lines_and_events(tmp_path):
     writer.write(2, images=16)
     writer.close()
     assert [line["step"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [1, 2]
-    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [
-        2
-    ]  # hides what came after step 1
+    # A session log hides the events after step 1.
+    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [2]
 
 
-def test_a_full_disk_holds_lines_up(tmp_path, monkeypatch, caplog):
+def test_metric_writer_retries_lines_on_a_full_disk(tmp_path, monkeypatch, caplog):
     writer = metric_writer.MetricWriter(tmp_path, 0)
     writer.write(1, loss=1.0)
 
@@ -61,7 +59,7 @@ def test_a_full_disk_holds_lines_up(tmp_path, monkeypatch, caplog):
         writer.write(2, loss=2.0)
         writer.write(3, loss=3.0)
     assert (
-        "metrics.jsonl cannot be written (No space left on device); training goes on without it"
+        "metrics.jsonl cannot be written (No space left on device); training continues"
         in caplog.text
     )
     assert [line["step"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [1]
@@ -74,7 +72,7 @@ def test_a_full_disk_holds_lines_up(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
     "bad", [b"\xff{", b"{", b"7", b'{"images": 8}', b'{"step": "1"}', b"[" * 5000]
 )
-def test_a_damaged_line_is_left_out_and_named(tmp_path, caplog, bad):
+def test_metric_writer_skips_and_names_damaged_lines(tmp_path, caplog, bad):
     sound = json.dumps({"step": 1, "images": 8}).encode()
     (tmp_path / "metrics.jsonl").write_bytes(
         sound + b"\n" + bad + b"\n" + sound + b"\n" + sound[:5]
@@ -82,13 +80,13 @@ def test_a_damaged_line_is_left_out_and_named(tmp_path, caplog, bad):
     assert metric_writer.read(tmp_path / "metrics.jsonl") == [{"step": 1, "images": 8}] * 2
     metric_writer.MetricWriter(tmp_path, 1).close()
     assert (
-        "metrics.jsonl: line 2 is damaged, and left out" in caplog.text
+        "metrics.jsonl: line 2 is damaged and skipped" in caplog.text
         and "line 4" not in caplog.text
     )
     assert (tmp_path / "metrics.jsonl").read_bytes() == (sound + b"\n") * 2
 
 
-def test_lines_are_written_again_where_the_file_was_moved_away(tmp_path):
+def test_metric_writer_recreates_a_moved_file(tmp_path):
     writer = metric_writer.MetricWriter(tmp_path, 0)
     writer.write(1, loss=1.0)
     (tmp_path / "metrics.jsonl").rename(tmp_path / "moved.jsonl")
@@ -97,7 +95,7 @@ def test_lines_are_written_again_where_the_file_was_moved_away(tmp_path):
     assert [line["step"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [2]
 
 
-def test_curves_are_drawn_at_the_end_and_at_most_once_a_minute(tmp_path, monkeypatch):
+def test_curves_draw_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
     writer, picture = metric_writer.MetricWriter(tmp_path, 0), tmp_path / "loss.png"
     writer.write(1, images=8, loss=0.5)
     curves = metric_writer.Curves(tmp_path)

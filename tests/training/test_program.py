@@ -23,19 +23,32 @@ from rdm_jax.training.program import PROGRAMS
 BATCH, CLASSES, SHAPE = 16, 3, (8, 8, 3)
 
 
-LARGE, SMALL = (
-    {"channel_mult": (1, 2), "attention_levels": (1,)},
-    {"channel_mult": (1,), "attention_levels": ()},
-)
+LEVELS = {
+    "one level": {"channel_mult": (1,), "attention_levels": (0,)},
+    "two levels": {"channel_mult": (1, 2), "attention_levels": (1,)},
+    "no attention": {"channel_mult": (1,), "attention_levels": ()},
+}
+
+
+@pytest.fixture(params=["one level", pytest.param("two levels", marks=pytest.mark.second)])
+def size(request):
+    """The second one resamples as well, and takes twice as long to compile."""
+    return request.param
 
 
 def program(
-    devices=1, fsdp=1, mode="pjit", accumulate=1, remat="none", dtype="float32", size=LARGE
+    devices=1, fsdp=1, mode="pjit", accumulate=1, remat="none", dtype="float32", size="one level"
 ):
-    """A relay stage whose network has all that a large one has: two levels, attention, labels,
-    dropout."""
+    """A relay stage whose network has attention, labels and dropout."""
     network = ADM(
-        8, blocks=1, emb_mult=2, head_channels=8, dropout=0.2, remat=remat, dtype=dtype, **size
+        8,
+        blocks=1,
+        emb_mult=2,
+        head_channels=8,
+        dropout=0.2,
+        remat=remat,
+        dtype=dtype,
+        **LEVELS[size],
     )
     # Adam divides a gradient by its own size; where that is little more than rounding, epsilon
     # should be no less.
@@ -54,11 +67,14 @@ def program(
     return PROGRAMS[mode](stage, SHAPE, CLASSES, jax.random.key(1), mesh)
 
 
+def compiled(size="one level", **how):
+    """A program as above. Compiling takes most of these tests' time, and they share a few."""
+    return _compiled(size, tuple(sorted(how.items())))
+
+
 @functools.cache
-def compiled(**how):
-    """A program as above; compiling takes most of these tests' time, so that they share a few of
-    them."""
-    made = program(**how)
+def _compiled(size, how):
+    made = program(size=size, **dict(how))
     made.compile()
     return made
 
@@ -73,15 +89,16 @@ def batch(number):
 
 
 @functools.cache
-def before():
-    """The state before the first step, on the host: drawing it where it belongs is compiled anew
-    for every mesh."""
-    return jax.device_get(program().init(jax.random.key(0)))
+def before(size):
+    """The state before the first step, on the host: drawing it on its devices is compiled for every
+    mesh."""
+    return jax.device_get(program(size=size).init(jax.random.key(0)))
 
 
-def trained(made, steps=5, state=None, first=0):
+def trained(made, steps=5, state=None, first=0, size="one level"):
     """The state after some steps, as checkpoints have it, and the metrics of each."""
-    state = jax.device_put(before(), sharding.shardings(made.abstract)) if state is None else state
+    if state is None:
+        state = jax.device_put(before(size), sharding.shardings(made.abstract))
     state, metrics = made.place(state), []
     for number in range(first, first + steps):
         state, values = made(state, made.put(batch(number)))
@@ -90,8 +107,8 @@ def trained(made, steps=5, state=None, first=0):
 
 
 @functools.cache
-def on_one_device():
-    return jax.device_get(trained(compiled()))
+def on_one_device(size):
+    return jax.device_get(trained(compiled(size=size), size=size))
 
 
 def difference(tree, other):
@@ -114,35 +131,58 @@ LONG = (
     [
         {"devices": 8},
         {"devices": 8, "fsdp": 4},
-        {"devices": 8, "fsdp": 8, "remat": "convolutions"},
-        {"devices": 2, "mode": "pmap"},
-        *(pytest.param(how, marks=pytest.mark.long) for how in LONG),
     ],
     ids=str,
 )
-def test_what_is_learnt_does_not_depend_on_how(how):
-    (state, metrics), (wanted, wanted_metrics) = trained(compiled(**how)), on_one_device()
+def test_training_does_not_depend_on_the_mesh(how, size):
+    check_trained(how, size)
+
+
+@pytest.mark.second
+@pytest.mark.parametrize(
+    "how",
+    [{"devices": 8, "fsdp": 8, "remat": "convolutions"}, {"devices": 2, "mode": "pmap"}],
+    ids=str,
+)
+def test_training_does_not_depend_on_the_program(how):
+    check_trained(how, "two levels")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", LONG, ids=str)
+def test_training_does_not_depend_on_any_of_them(how):
+    check_trained(how, "two levels")
+
+
+def check_trained(how, size):
+    """The same losses, parameters and EMA as on one device."""
+    state, metrics = trained(compiled(**how, size=size), size=size)
+    wanted, wanted_metrics = on_one_device(size)
     assert int(state.step) == 5 and int(state.skipped) == 0
     chex.assert_trees_all_close(metrics, wanted_metrics, rtol=1e-5)
     assert difference(state.params, wanted.params) < 1e-5
     assert difference(state.ema, wanted.ema) < 1e-5
 
 
-def test_parameters_learn_in_those_steps():
-    assert difference(on_one_device()[0].params, before().params) > 1e-2
+def test_parameters_change_in_those_steps(size):
+    assert difference(on_one_device(size)[0].params, before(size).params) > 1e-2
 
 
-def test_arrays_are_where_the_rules_put_them():
-    made = compiled(devices=8, fsdp=4)
-    state, _ = trained(made, steps=1)
+def test_arrays_are_where_the_rules_put_them(size):
+    made = compiled(devices=8, fsdp=4, size=size)
+    state, _ = trained(made, steps=1, size=size)
+    block, shard = {
+        "one level": ("encoder0_0", (3, 3, 8, 2)),
+        "two levels": ("encoder1_0", (3, 3, 8, 4)),
+    }[size]
     for tree in (state, made.init(jax.random.key(0))):
         for params in (tree.params, tree.ema, tree.opt_state[0].mu, tree.opt_state[0].nu):
             kernel, bias = (
-                params["encoder1_0"]["conv0"]["kernel"],
-                params["encoder1_0"]["conv0"]["bias"],
+                params[block]["conv0"]["kernel"],
+                params[block]["conv0"]["bias"],
             )
             assert kernel.sharding.spec == PartitionSpec(None, None, None, "fsdp")
-            assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 8, 4)}
+            assert {shard.data.shape for shard in kernel.addressable_shards} == {shard}
             assert bias.sharding.is_fully_replicated
             stem = params["stem"]["kernel"]  # (3, 3, 3, 8)
             assert {shard.data.shape for shard in stem.addressable_shards} == {(3, 3, 3, 2)}
@@ -158,25 +198,27 @@ def test_rules():
     )
 
 
-def test_a_state_saved_on_eight_devices_goes_on_on_two_and_on_one(tmp_path):
+@pytest.mark.parametrize(
+    "how", [{}, pytest.param({"devices": 2, "mode": "pmap"}, marks=pytest.mark.second)], ids=str
+)
+def test_state_saved_on_eight_devices_resumes_on_fewer(tmp_path, how):
     saved = store.Checkpoints(tmp_path)
     state, _ = trained(compiled(devices=8, fsdp=4), steps=2)
     saved.save(state, {"validation_loss": 1.0})
     saved.wait()
-    for how in ({"devices": 2, "mode": "pmap"}, {}):
-        made = compiled(**how)
-        restored, _ = saved.restore(2, made.abstract)
-        chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
-        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {
-            how.get("devices", 1)
-        }
-        after, _ = trained(made, steps=3, state=restored, first=2)
-        assert difference(after.params, on_one_device()[0].params) < 1e-5
+    made = compiled(**how)
+    restored, _ = saved.restore(2, made.abstract)
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(restored)} == {
+        how.get("devices", 1)
+    }
+    after, _ = trained(made, steps=3, state=restored, first=2)
+    assert difference(after.params, on_one_device("one level")[0].params) < 1e-5
     saved.close()
 
 
-def test_devices_tell_each_other_gradients_and_nothing_else():
-    one, eight = compiled(), compiled(devices=8)
+def test_collectives_are_gradients_and_nothing_else(size):
+    one, eight = compiled(size=size), compiled(devices=8, size=size)
     parameters = 4 * eight.objective.network.count()
     assert sharding.collectives(one.compiled) == {}
     told = sharding.collectives(eight.compiled)
@@ -187,14 +229,18 @@ def test_devices_tell_each_other_gradients_and_nothing_else():
 @pytest.mark.parametrize(
     "how",
     [
-        {"devices": 8, "fsdp": 8, "remat": "convolutions"},
         {"devices": 8, "fsdp": 4},
-        pytest.param({"devices": 8, "fsdp": 8}, marks=pytest.mark.long),
-        pytest.param({"devices": 8, "fsdp": 2}, marks=pytest.mark.long),
+        pytest.param({"devices": 8, "fsdp": 4, "size": "two levels"}, marks=pytest.mark.second),
+        pytest.param(
+            {"devices": 8, "fsdp": 8, "remat": "convolutions", "size": "two levels"},
+            marks=pytest.mark.second,
+        ),
+        pytest.param({"devices": 8, "fsdp": 8, "size": "two levels"}, marks=pytest.mark.long),
+        pytest.param({"devices": 8, "fsdp": 2, "size": "two levels"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
-def test_parameters_that_are_cut_are_fetched_once(how):
+def test_sharded_parameters_are_fetched_once(how):
     made, fsdp = compiled(**how), how["fsdp"]
     told, params = sharding.collectives(made.compiled), jax.tree.leaves(made.abstract.params)
     cut = sum(4 * leaf.size for leaf in params if not leaf.sharding.is_fully_replicated)
@@ -211,13 +257,13 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     assert {
         leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state[0].mu))
     } == {np.dtype("float32")}
-    _, wanted = on_one_device()
+    _, wanted = on_one_device("one level")
     np.testing.assert_allclose(
         [m["loss"] for m in metrics], [m["loss"] for m in wanted[:2]], rtol=0.02
     )
 
 
-def test_what_is_fetched_has_the_dtype_that_it_is_computed_with():
+def test_fetched_parameters_have_the_dtype_of_the_computation():
     """And no narrower one: then a cut parameter would be another than a whole one."""
     made = program(devices=8, fsdp=4, dtype="bfloat16")
     dtypes, abstract = made.objective.network.dtypes, made.abstract.params
@@ -245,10 +291,10 @@ def compiling():
     compilation_cache.reset_cache()
 
 
-def test_gradients_are_summed_over_devices_as_what_they_are_computed_in(tmp_path, compiling):
+def test_gradients_are_summed_in_the_dtype_of_the_computation(tmp_path, compiling):
     """As the partitioner leaves the program: CPU's compiler makes float32 of it all afterwards,
     those of accelerators do not."""
-    made = program(devices=8, dtype="bfloat16", size=SMALL)
+    made = program(devices=8, dtype="bfloat16", size="no attention")
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}
     made.lower().compile(compiler_options=options)
     (text,) = (path.read_text() for path in tmp_path.glob("*after_spmd-partitioning*.txt"))

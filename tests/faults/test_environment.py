@@ -6,8 +6,11 @@ import subprocess
 
 import pytest
 
-from tests.faults import commands
-from tests.faults.commands import STAGE, assert_equal, mounted, run, said, short_and_long, state
+from tests.faults.tiers import one_of_many
+from tests.support import commands
+from tests.support.checkpoints import assert_equal, state
+from tests.support.commands import STAGE, error_line, mounted, run
+from tests.support.paths import ROOT
 
 
 def shell(
@@ -17,7 +20,7 @@ def shell(
     command = " ".join(commands.command(images, workdir, *STAGE, *flags))
     kwargs = {
         "env": commands.environment(**environment),
-        "cwd": commands.ROOT,
+        "cwd": ROOT,
         "capture_output": True,
         "text": True,
         "timeout": 300,
@@ -40,8 +43,8 @@ UNAFFECTED = {
 }
 
 
-@pytest.mark.parametrize("kind", short_and_long(UNAFFECTED, "stdout closed"))
-def test_18_training_is_unaffected(images, finished, tmp_path, fault, kind):
+@pytest.mark.parametrize("kind", one_of_many(UNAFFECTED, "stdout closed"))
+def test_18_training_is_unaffected(image_folder, finished, tmp_path, fault, kind):
     how = (
         UNAFFECTED[kind]
         .replace("STATUS", str(tmp_path / "status"))
@@ -55,7 +58,7 @@ def test_18_training_is_unaffected(images, finished, tmp_path, fault, kind):
     # Where a home is the matter, what is compiled is kept where a user's would be, and not where
     # the tests have it.
     done = shell(
-        images,
+        image_folder,
         tmp_path / "run",
         how,
         **({"JAX_COMPILATION_CACHE_DIR": ""} if "home" in kind.lower() else {}),
@@ -67,27 +70,25 @@ def test_18_training_is_unaffected(images, finished, tmp_path, fault, kind):
 
 
 @pytest.mark.long
-def test_18_a_read_only_source_tree(images, finished, tmp_path, fault):
-    mount = (
-        f"mount --bind {commands.ROOT} {commands.ROOT} && mount -o remount,ro,bind {commands.ROOT}"
-    )
-    train = " ".join(commands.command(images, tmp_path / "run", *STAGE))
-    done = mounted(mount, f"cd {commands.ROOT} && ! touch here && {train}")
+def test_18_a_read_only_source_tree(image_folder, finished, tmp_path, fault):
+    mount = f"mount --bind {ROOT} {ROOT} && mount -o remount,ro,bind {ROOT}"
+    train = " ".join(commands.command(image_folder, tmp_path / "run", *STAGE))
+    done = mounted(mount, f"cd {ROOT} && ! touch here && {train}")
     assert done.returncode == 0, done.stderr
     assert_equal(state(tmp_path / "run"), state(finished))
     fault(18, 1, "a read-only source tree: training is unaffected")
 
 
 @pytest.mark.long
-def test_18_a_clock_that_is_set_back_between_two_saves(images, finished, tmp_path, fault):
-    run(images, tmp_path / "run", *STAGE, broken="clock_goes_back")
-    assert "already trained on 160 images" in run(images, tmp_path / "run", *STAGE)[0]
+def test_18_a_clock_that_is_set_back_between_two_saves(image_folder, finished, tmp_path, fault):
+    run(image_folder, tmp_path / "run", *STAGE, broken="clock_goes_back")
+    assert "already trained on 160 images" in run(image_folder, tmp_path / "run", *STAGE)[0]
     assert_equal(state(tmp_path / "run"), state(finished))
     fault(18, 1, "a clock set back between two saves: training is unaffected")
 
 
 @pytest.mark.long
-def test_18_a_clock_that_was_set_back(images, finished, tmp_path, fault):
+def test_18_a_clock_that_was_set_back(image_folder, finished, tmp_path, fault):
     """The files of the newest checkpoint, and of all that was written with it, seem to be the
     oldest."""
     shutil.copytree(finished, tmp_path / "run")
@@ -96,11 +97,14 @@ def test_18_a_clock_that_was_set_back(images, finished, tmp_path, fault):
         tmp_path / "run/stage1/metrics.jsonl",
     ]:
         os.utime(path, (10**9, 10**9))
-    assert "already trained on 160 images" in run(images, tmp_path / "run", *STAGE)[0]
+    assert "already trained on 160 images" in run(image_folder, tmp_path / "run", *STAGE)[0]
     fault(18, 1, "a clock that was set back: the newest checkpoint is the one of the last step")
 
 
-def test_18_a_workdir_that_cannot_be_written(images, tmp_path, fault):
+@pytest.mark.second  # tests/test_refusals.py has the same within a process
+def test_18_a_workdir_that_cannot_be_written(image_folder, tmp_path, fault):
     (tmp_path / "file").write_text("in the way")
-    assert "cannot be written" in said(run(images, tmp_path / "file/run", *STAGE, status=2)[1])
+    assert "cannot be written" in error_line(
+        run(image_folder, tmp_path / "file/run", *STAGE, status=2)[1]
+    )
     fault(18, 1, "a workdir that cannot be written is refused")

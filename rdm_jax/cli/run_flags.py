@@ -1,0 +1,56 @@
+"""The modes of a run, and which flags go with them."""
+
+from collections.abc import Sequence
+
+from rdm_jax.config import Config
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import local_path
+
+MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "export")
+ONE_PROCESS = ("report", "import", "export")
+OF_ONE_STAGE = ("import", "export")
+
+
+def check_flags(
+    config: Config, mode: str, stage: int | None, weights: str | None, update: bool
+) -> None:
+    """Raises InputError for flags that do not go together."""
+    numbers = f"1 to {len(config.stages)}"
+    one_stage = mode in OF_ONE_STAGE
+    if stage is not None and mode not in ("train", *OF_ONE_STAGE):
+        raise InputError(
+            f"--stage={stage} does not go with --mode={mode}",
+            "Use it with --mode=train, import or export.",
+        )
+    if (stage is None and one_stage) or (stage is not None and not 0 < stage <= len(config.stages)):
+        raise InputError(
+            f"--stage={stage} with --mode={mode} is not a stage of the config", f"Use {numbers}."
+        )
+    if one_stage != bool(weights):
+        raise InputError(
+            f"--weights={weights} does not go with --mode={mode}",
+            "Pass the path of a file." if one_stage else "Use it with --mode=import or export.",
+        )
+    if update and mode != "prepare":
+        raise InputError(f"--update does not go with --mode={mode}", "Use it with --mode=prepare.")
+
+
+def check_paths(config: Config) -> None:
+    """Raises InputError for URLs among the checkpoints that a config names."""
+    for number, stage in enumerate(config.stages, 1):
+        local_path(stage.checkpoint, f"config.stage{number}.checkpoint")
+        local_path(stage.training.start_from, f"config.stage{number}.training.start_from")
+
+
+def needs_run(config: Config, mode: str, evaluations: Sequence[str], *, generates: bool) -> bool:
+    """Whether a mode works on an existing run in the workdir.
+
+    Args:
+      evaluations: files that a report is of.
+      generates: whether the evaluation measures generated images.
+    """
+    if mode == "report":
+        return not evaluations
+    if any("/" in stage.checkpoint for stage in config.stages):  # checkpoints of another run
+        return False
+    return mode in ("sample", "export") or (mode == "evaluate" and generates)

@@ -1,0 +1,72 @@
+"""The mode 'import': published weights become a stage of a workdir."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from rdm_jax.config import Config, validate
+from rdm_jax.interop.import_export import (
+    check_no_checkpoints,
+    fit_resolutions,
+    open_weights,
+    read_parameters,
+    save_imported,
+    stage_of,
+)
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.workdir import Workdir
+
+# What weights say of their stage; the rest stays as the config has it.
+IMPORTED_FIELDS = ("resolution", "network", "precondition")
+
+
+def import_stage(config: Config, number: int, path: Path, workdir: Workdir) -> None:
+    """Imports weights into a stage, with a config.json that fits them and earlier imports.
+
+    Args:
+      config: of the run; the weights overrule its `IMPORTED_FIELDS`.
+      number: of the stage, from 1.
+      path: of the file: .pkl, .pt or safetensors.
+      workdir: of the run; locked meanwhile.
+
+    Raises:
+      InputError: the file cannot be used, or the workdir has another config or checkpoints.
+      Interrupted: a signal came.
+    """
+    with open_weights(path) as weights, workdir.locked(), StopOnSignal() as stop:
+        check_no_checkpoints(workdir.path, number)
+        before = _with_imported(config, workdir)
+        fitting, classes = stage_of(weights, before, number)
+        if fitting.stages[number - 1].resolution != before.stages[number - 1].resolution:
+            fitting = fit_resolutions(fitting, number, workdir.stages_with_checkpoints(config))
+        validate.check_config(fitting, evaluates=False)
+        workdir.check_same_config(fitting, trains=True)
+        parameters = read_parameters(weights, fitting, number, classes, path)
+        stop.check()  # nothing has been written yet
+        workdir.write_config(fitting)
+        save_imported(weights, fitting, number, parameters, path, workdir.path)
+    log.info(
+        "import: %s parameters, %d classes -> stage%d of %s",
+        f"{sum(leaf.size for leaf in jax.tree.leaves(parameters)):,}",
+        classes,
+        number,
+        workdir.path,
+    )
+    if fitting != config:
+        log.info("import: use these weights with --config %s", workdir.path)
+
+
+def _with_imported(config: Config, workdir: Workdir) -> Config:
+    """Returns the config with the networks of stages that were imported into the workdir before."""
+    imported = workdir.read_config()
+    if imported is None:
+        return config
+    stages = list(config.stages)
+    for number in workdir.stages_with_checkpoints(config):
+        if number <= len(imported.stages):
+            stage = imported.stages[number - 1]
+            kept = {field: getattr(stage, field) for field in IMPORTED_FIELDS}
+            stages[number - 1] = dataclasses.replace(stages[number - 1], **kept)
+    return dataclasses.replace(config, stages=tuple(stages))

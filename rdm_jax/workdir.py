@@ -1,0 +1,225 @@
+"""The working directory of a run: its lock, its config.json, and the paths of everything in it."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from rdm_jax.checkpoints import folders
+from rdm_jax.config import Config, changes, parse, saved, to_dict
+from rdm_jax.runtime import distributed, locks
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import atomic_write, local_path, nearest
+
+SECONDS_TO_APPEAR = 60  # that a network file system may take to show the lock to other hosts
+# Of a config, what all stages of a workdir share; the rest is compared stage by stage.
+SHARED = ("seed", "data")
+
+
+class Workdir:
+    """The working directory of a run. Creating the object reads and writes nothing.
+
+    Args:
+      path: of the folder, which need not exist.
+
+    Attributes:
+      path: of the folder.
+      config_file: the config that the run was trained with, as JSON.
+      contact_sheet: images of the training sets.
+      report: folder of the report on evaluations.
+      classifier: the network of the classifier's features, if this run has trained one.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.contact_sheet = self.path / "contact_sheet.png"
+        self.report = self.path / "report"
+        self.classifier = self.path / "classifier.safetensors"
+        self._lock = self.path / ".lock"
+
+    @classmethod
+    def from_flag(cls, path: str | os.PathLike, *, needed_by: str | None = None) -> "Workdir":
+        """Returns the workdir that --workdir names, which is not created yet.
+
+        Args:
+          needed_by: what needs an existing run, such as '--mode=sample'; None if nothing does.
+
+        Raises:
+          InputError: the path is empty or a URL, or does not exist and is needed.
+        """
+        if not os.fspath(path).strip():
+            raise InputError(
+                "--workdir='' names no folder",
+                "Pass the path of a folder, '.' for the current one.",
+            )
+        workdir = cls(local_path(path, "--workdir"))
+        if workdir.path.exists():
+            return workdir
+        similar = nearest(workdir.path)
+        if needed_by:
+            fix = "Use the folder of a run, or train first (--mode=train)."
+            raise InputError(
+                f"{workdir} does not exist, and {needed_by} works on an existing run",
+                f"Use --workdir={str(similar)!r}." if similar else fix,
+            )
+        if similar:
+            log.warning("%s is a new run; %r exists", workdir, str(similar))
+        return workdir
+
+    def __str__(self) -> str:
+        return f"--workdir={str(self.path)!r}"
+
+    def stage(self, number: int) -> Path:
+        """Returns the folder of a stage (from 1)."""
+        return self.path / f"stage{number}"
+
+    def checkpoints(self, number: int) -> Path:
+        """Returns the folder of a stage's checkpoints (from 1)."""
+        return self.stage(number) / "checkpoints"
+
+    def samples(self, config: Config) -> Path:
+        """Returns the folder of the config's samples."""
+        return self.path / config.sampling.name
+
+    def evaluation(self, config: Config) -> Path:
+        """Returns the folder of the config's evaluation."""
+        return self.path / config.evaluation.name
+
+    def outputs(self, config: Config) -> list[Path]:
+        """Returns the folders that may hold images made by the run."""
+        stages = [self.stage(number) for number, _ in enumerate(config.stages, 1)]
+        return [*stages, self.samples(config), self.evaluation(config)]
+
+    def stages_with_checkpoints(self, config: Config) -> list[int]:
+        """Returns the numbers of the config's stages (from 1) that have checkpoints here."""
+        numbers = range(1, len(config.stages) + 1)
+        return [number for number in numbers if self.checkpoints(number).is_dir()]
+
+    def is_trained(self, number: int) -> bool:
+        """Whether a stage (from 1) has been trained, as process 0 sees it. All must call it."""
+        trained = distributed.is_primary() and folders.is_trained(self.checkpoints(number))
+        return bool(distributed.from_primary(trained))
+
+    def read_config(self) -> Config | None:
+        """Returns the config in config.json; None if there is no such file."""
+        return parse(saved.read_saved(self.config_file)) if self.config_file.exists() else None
+
+    def write_config(self, config: Config) -> None:
+        """Writes config.json atomically."""
+        with atomic_write(self.config_file) as partial:
+            saved.save_config(config, partial)
+
+    def check_same_config(
+        self, config: Config, *, trains: bool, allow_changes: Sequence[str] = ()
+    ) -> None:
+        """Refuses a config other than the one that the workdir was trained with.
+
+        Imported weights alone do not bind the config.
+
+        Args:
+          trains: compare stages with their checkpoints too; sampling compares networks later.
+          allow_changes: fields that may differ.
+
+        Raises:
+          InputError: names the fields that differ.
+        """
+        trained = [n for n, _ in enumerate(config.stages, 1) if self.is_trained(n)]
+        if not trained:
+            return
+        now = to_dict(config)
+        if self.config_file.exists():
+            before = saved.read_saved(self.config_file)
+            found = changes.incompatible_changes(
+                {key: before[key] for key in SHARED if key in before},
+                {key: now[key] for key in SHARED},
+            )
+            changes.check_allowed(found, allow_changes, str(self))
+        for number in trained if trains else ():
+            newest = folders.newest_trained(self.checkpoints(number))
+            if newest:  # else all are damaged, which training reports
+                folder, about = newest
+                name = f"stage{number}"
+                stage_now = {"seed": config.seed, "stage": now[name]}
+                found = folders.changed_since(about, stage_now, name)
+                changes.check_allowed(found, allow_changes, f"checkpoint {folder}")
+
+    def check_named_checkpoints(self, config: Config, training: Sequence[int]) -> None:
+        """Refuses paths of checkpoints that are needed and missing, before anything is trained.
+
+        Args:
+          training: numbers of the stages that are going to be trained, from 1.
+
+        Raises:
+          InputError: names the field.
+        """
+        for number, stage in enumerate(config.stages, 1):
+            if "/" in stage.checkpoint:
+                folders.find(stage.checkpoint, Path())
+            starts = not self.is_trained(number) and number in training
+            if stage.training.start_from and starts:
+                try:
+                    folders.find(stage.training.start_from, Path())
+                except InputError as error:
+                    raise InputError(
+                        f"config.stage{number}.training.start_from: {error.problem}", error.fix
+                    ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Creates the folder and keeps other runs out of it; the lock ends with process 0.
+
+        All processes must enter it together.
+
+        Raises:
+          InputError: it cannot be written, is in use, or is not the same folder for all processes.
+        """
+        token = str(distributed.allgather(np.int32(time.time_ns() % 2**31))[0])
+        with contextlib.ExitStack() as held:
+            with distributed.raise_together():
+                if distributed.is_primary():
+                    held.enter_context(self._locked(token))
+            with distributed.raise_together():
+                if not self._shows(token):
+                    raise InputError(
+                        f"{self} is not the same for every process",
+                        "Use a folder that all hosts share.",
+                    )
+            yield
+
+    @contextmanager
+    def _locked(self, token: str) -> Iterator[None]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.touch()
+        except OSError as error:
+            raise InputError(
+                f"{self} cannot be written ({error.strerror})", "Use another folder."
+            ) from error
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locks.locked(self._lock))
+            except locks.InUse as error:
+                raise InputError(
+                    f"{self} is in use by another run", "Wait until that has ended."
+                ) from error
+            # Written in place: a renamed file would be another lock.
+            with self._lock.open("r+") as lock:
+                lock.truncate(0)
+                lock.write(token)
+                lock.flush()
+                os.fsync(lock.fileno())
+            yield
+
+    def _shows(self, token: str) -> bool:
+        """Whether the lock has this text, which a network file system may show late."""
+        for _ in range(SECONDS_TO_APPEAR):
+            if self._lock.is_file() and self._lock.read_text() == token:
+                return True
+            time.sleep(1)
+        return False
