@@ -307,4 +307,5 @@ def test_python(guide, folder, monkeypatch, block):
     if "images" in names and isinstance(names["images"], np.ndarray):
         assert names["images"].shape[1:] == (32, 32, 1) and names["images"].dtype == np.uint8
     if "result" in names:
-        assert np.isfinite(names["result"]["sets"]["samples"]["frechet_distance"])
+        metrics = names["result"]["results"]["samples"]["metrics"]
+        assert np.isfinite(metrics["frechet_distance"])

@@ -73,9 +73,8 @@ def test_open_sets_of_prepared_data(config, tmp_path):
     images = open_sets(change(config, source=f"prepared:{path}"), [1, 2])[2]
     assert len(images) == 24
     other = prepare(config.data.source, tmp_path / "small", ImageSpec(8, 4))
-    with pytest.raises(
-        InputError, match="config.data.source=.*8 x 4 x 3 .*Use images of 8 x 8 x 3"
-    ):
+    says = "config.data.source=.*8 x 4 x 3 .*Use images of 8 x 8 x 3"
+    with pytest.raises(InputError, match=says):
         open_sets(change(config, source=f"prepared:{other}"), [2])
     with pytest.raises(InputError, match="no prepared data"):
         open_sets(change(config, source="prepared:nowhere"), [2])
