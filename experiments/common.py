@@ -22,6 +22,7 @@ from rdm_jax.runtime.compile_cache import keep_compiled
 from rdm_jax.runtime.console import quiet_libraries, show_log
 from rdm_jax.sampling.stage_sampler import evaluations
 from rdm_jax.stage_datasets import open_sets
+from rdm_jax.workdir import Workdir
 
 COLUMNS = ("fid", "frechet_distance", "kid", "accuracy", "precision", "recall")
 
@@ -80,7 +81,7 @@ def trained(config: Config, workdir: Path, number: int) -> Path:
     """
     config = config.with_stage(number, training={"preview_every": 0, "evaluate_every": 0})
     run(config.to_config_dict(), str(workdir), mode="train", stage=number)
-    return workdir / f"stage{number}" / "checkpoints" / str(config.stage(number).training.steps)
+    return Workdir(workdir).checkpoints(number) / str(config.stage(number).training.steps)
 
 
 def measured(config: Config, workdir: Path, name: str, what: str = "samples") -> dict[str, float]:

@@ -29,6 +29,7 @@ from rdm_jax.plan.plan import plan
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.compile_cache import keep_compiled
 from rdm_jax.runtime.console import quiet_libraries, show_log
+from rdm_jax.runtime.environment import quiet_libtpu
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.waiting import SECONDS_TO_JOIN
 
@@ -102,6 +103,7 @@ def _run() -> None:
             "Pass them as in --config configs/digits.py --workdir runs/digits.",
         )
     if _MODE.value == "plan":
+        quiet_libtpu()
         text = plan(
             config.parse(_CONFIG.value),
             target=_TARGET.value,
@@ -113,6 +115,7 @@ def _run() -> None:
         print(text)
         return
     distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value)
+    quiet_libtpu()  # sets a variable that `join` would take for a cluster of one host
     keep_compiled()
     show_log(quiet=not distributed.is_primary())
     modes.run(

@@ -75,7 +75,8 @@ def run(
     check_flags(config, mode, stage, weights, update)
     check_paths(config)
     with distributed.raise_together():
-        needed = needs_run(config, mode, evaluations, generates=generates(config))
+        samples = mode == "evaluate" and generates(config)
+        needed = needs_run(config, mode, evaluations, generates=samples)
         needed_by = f"--mode={mode}" if needed else None
         folder = Workdir.from_flag(workdir, needed_by=needed_by)
     reported = [local_path(path, "--evaluations") for path in evaluations]
@@ -234,7 +235,7 @@ def _prepare(job: Job) -> None:
 
 def _train(job: Job) -> None:
     evaluates = job.config.evaluation.features != "none" and any(
-        job.config.stages[number - 1].training.evaluate_every for number in job.trained
+        job.config.stage(number).training.evaluate_every for number in job.trained
     )
     last = job.numbers[-1:] if evaluates and needs_data(job.config) else []
     sets = job.open_sets([*job.trained, *last])

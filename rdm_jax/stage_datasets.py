@@ -60,7 +60,7 @@ def open_sets(
         others = sets.get(last, images).class_names
         if images.class_names != others:
             raise InputError(
-                f"config.stage{number}.source={config.stages[number - 1].source!r} has the classes "
+                f"config.stage{number}.source={config.stage(number).source!r} has the classes "
                 f"{Classes(images.class_names)}, config.data.source has {Classes(others)}",
                 "Use the same classes in the same order.",
             )
@@ -69,7 +69,7 @@ def open_sets(
 
 def _set_number(config: Config, number: int) -> int:
     """Returns the stage whose set a stage is trained on: itself, or the last one."""
-    return number if config.stages[number - 1].source else len(config.stages)
+    return number if config.stage(number).source else len(config.stages)
 
 
 def _log_set(number: int, images: ImageSet) -> None:
@@ -113,7 +113,7 @@ def _open(
     check_stop: Callable[[], None],
 ) -> ImageSet:
     """Opens the set of one stage, from 1: prepared elsewhere, read directly, or prepared here."""
-    data, stage = config.data, config.stages[number - 1]
+    data, stage = config.data, config.stage(number)
     field, source = "config.data.source", data.source
     if stage.source:
         field, source = f"config.stage{number}.source", stage.source

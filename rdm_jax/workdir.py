@@ -93,12 +93,12 @@ class Workdir:
 
     def outputs(self, config: Config) -> list[Path]:
         """Returns the folders that may hold images made by the run."""
-        stages = [self.stage(number) for number, _ in enumerate(config.stages, 1)]
+        stages = [self.stage(stage.number) for stage in config.stages]
         return [*stages, self.samples(config), self.evaluation(config)]
 
     def stages_with_checkpoints(self, config: Config) -> list[int]:
         """Returns the numbers of the config's stages (from 1) that have checkpoints here."""
-        numbers = range(1, len(config.stages) + 1)
+        numbers = [stage.number for stage in config.stages]
         return [number for number in numbers if self.checkpoints(number).is_dir()]
 
     def is_trained(self, number: int) -> bool:
@@ -129,7 +129,7 @@ class Workdir:
         Raises:
           InputError: names the fields that differ.
         """
-        trained = [n for n, _ in enumerate(config.stages, 1) if self.is_trained(n)]
+        trained = [stage for stage in config.stages if self.is_trained(stage.number)]
         if not trained:
             return
         now = to_dict(config)
@@ -140,13 +140,12 @@ class Workdir:
                 {key: now[key] for key in SHARED},
             )
             changes.check_allowed(found, allow_changes, str(self))
-        for number in trained if trains else ():
-            newest = folders.newest_trained(self.checkpoints(number))
+        for stage in trained if trains else ():
+            newest = folders.newest_trained(self.checkpoints(stage.number))
             if newest:  # else all are damaged, which training reports
                 folder, about = newest
-                name = f"stage{number}"
-                stage_now = {"seed": config.seed, "stage": now[name]}
-                found = folders.changed_since(about, stage_now, name)
+                stage_now = {"seed": config.seed, "stage": now[stage.name]}
+                found = folders.changed_since(about, stage_now, stage.name)
                 changes.check_allowed(found, allow_changes, f"checkpoint {folder}")
 
     def check_named_checkpoints(self, config: Config, training: Sequence[int]) -> None:
@@ -158,16 +157,16 @@ class Workdir:
         Raises:
           InputError: names the field.
         """
-        for number, stage in enumerate(config.stages, 1):
+        for stage in config.stages:
             if "/" in stage.checkpoint:
                 folders.find(stage.checkpoint, Path())
-            starts = not self.is_trained(number) and number in training
+            starts = not self.is_trained(stage.number) and stage.number in training
             if stage.training.start_from and starts:
                 try:
                     folders.find(stage.training.start_from, Path())
                 except InputError as error:
                     raise InputError(
-                        f"config.stage{number}.training.start_from: {error.problem}", error.fix
+                        f"config.{stage.name}.training.start_from: {error.problem}", error.fix
                     ) from error
 
     @contextmanager

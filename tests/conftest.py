@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 # All processes share what one has compiled: pytest's workers and the commands that tests run. The
 # cache goes with the tests unless JAX_COMPILATION_CACHE_DIR says where to keep it.
@@ -83,7 +84,7 @@ def command_here(capsys, monkeypatch):
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["main", *arguments])
         capsys.readouterr()
-        with flagsaver.flagsaver():
+        with flagsaver.flagsaver(), mock.patch.dict(os.environ):
             status = main()
         return status, *capsys.readouterr()
 

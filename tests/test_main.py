@@ -103,7 +103,7 @@ def kill(image_folder: Path, workdir: Path, stage: str, *flags: str) -> None:
 def test_killed_stage_resumes_bit_equal(finished, image_folder, tmp_path):
     kill(image_folder, tmp_path / "run", "stage1", *STAGE)
     stdout, _ = run(image_folder, tmp_path / "run", *STAGE)
-    assert "going on from" in stdout
+    assert "resuming from" in stdout
     assert_equal(state(tmp_path / "run"), state(finished[0]))
 
 
@@ -113,7 +113,7 @@ def test_run_killed_in_each_stage_resumes_bit_equal(finished, image_folder, tmp_
     for stage in ("stage1", "stage2"):
         kill(image_folder, workdir, stage)
     stdout, _ = run(image_folder, workdir)
-    assert "going on from" in stdout
+    assert "resuming from" in stdout
     for stage in ("stage1", "stage2"):
         assert_equal(state(workdir, stage=stage), state(finished[0], stage=stage))
     ours, theirs = (np.load(each / "samples/samples.npz") for each in (workdir, finished[0]))
@@ -134,7 +134,7 @@ def test_stopped_stage_resumes_bit_equal(finished, image_folder, tmp_path, numbe
     lines = metric_writer.read(workdir / "stage1/metrics.jsonl")
     assert max(line["step"] for line in lines) == step
     stdout, _ = run(image_folder, workdir, *flags)
-    assert f"going on from {step * 8} images" in stdout
+    assert f"resuming from {step * 8} images" in stdout
     assert_equal(state(workdir), state(finished[0]))
 
 
@@ -211,6 +211,6 @@ def test_damaged_checkpoint_is_refused(finished, image_folder, tmp_path, refused
     largest = max(arrays, key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     flags = ["--mode=sample", "--config.sampling.name=again"]
-    damage = r"stage2/checkpoints/20 is damaged .ema/d/.* has 100 bytes.*moving it.*step 15"
+    damage = r"stage2/checkpoints/20 is damaged .ema/d/.* has 100 bytes instead of .*Move it away.*step 15"
     refused(image_folder, workdir, *flags, pattern=damage)
     assert not (workdir / "again").exists()

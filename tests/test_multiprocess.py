@@ -25,7 +25,7 @@ from rdm_jax.evaluation import classifier
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.errors import InputError
 from tests.support.checkpoints import read_arrays
-from tests.support.commands import STAGE, start, start_two
+from tests.support.commands import STAGE, arguments_of, start, start_two
 from tests.support.configs import write_images
 from tests.support.paths import ROOT
 
@@ -57,7 +57,7 @@ def ended(processes: list[subprocess.Popen], status: int = 0) -> list[tuple[str,
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def classified(tmp_path_factory):
     """A folder of images, with a classifier that evaluations can use beside it."""
     folder = tmp_path_factory.mktemp("source") / "images"
     write_images(folder, count=32)
@@ -107,8 +107,8 @@ def check_same(one: Path, other: Path):
 
 
 @pytest.mark.second
-def test_two_processes_train_as_one_does(image_folder, tmp_path):
-    ended([start(image_folder, tmp_path / "one", *flags(image_folder), *STAGE, devices=4)])
+def test_two_processes_train_as_one_does(classified, tmp_path):
+    ended([start(classified, tmp_path / "one", *flags(classified), *STAGE, devices=4)])
     others = [
         "--config.parallel.fsdp=2",
         "--config.stage1.training.checkpoint_minutes=1e-6",
@@ -118,7 +118,7 @@ def test_two_processes_train_as_one_does(image_folder, tmp_path):
         "--config.stage1.training.keep_newest=20",
     ]
     (first, _), _ = ended(
-        start_two(image_folder, tmp_path / "two", *flags(image_folder), *STAGE, *others, devices=2)
+        start_two(classified, tmp_path / "two", *flags(classified), *STAGE, *others, devices=2)
     )
     assert "train on 4 cpu device(s) of 2 process(es)" in first
     assert len(folders.step_folders(tmp_path / "two/stage1/checkpoints")) > 2
@@ -126,10 +126,10 @@ def test_two_processes_train_as_one_does(image_folder, tmp_path):
 
 
 @pytest.mark.long
-def test_two_processes_stop_resume_and_equal_one(image_folder, tmp_path):
-    ended([start(image_folder, tmp_path / "one", *flags(image_folder), devices=4)])
+def test_two_processes_stop_resume_and_equal_one(classified, tmp_path):
+    ended([start(classified, tmp_path / "one", *flags(classified), devices=4)])
     pair = start_two(
-        image_folder, tmp_path / "two", *flags(image_folder), "--config.parallel.fsdp=2", devices=2
+        classified, tmp_path / "two", *flags(classified), "--config.parallel.fsdp=2", devices=2
     )
     metrics = tmp_path / "two/stage1/metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text()) and pair[0].poll() is None:
@@ -137,7 +137,7 @@ def test_two_processes_stop_resume_and_equal_one(image_folder, tmp_path):
     pair[1].send_signal(signal.SIGTERM)  # one of them is enough
     ended(pair, 143)
     (first, _), (second, _) = ended(
-        start_two(image_folder, tmp_path / "two", *flags(image_folder), devices=2)
+        start_two(classified, tmp_path / "two", *flags(classified), devices=2)
     )  # on another mesh
     assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: resuming from" in first
     # Only process 0 logs, except for the wait for it (XLA's Gloo logs in all).
@@ -146,13 +146,13 @@ def test_two_processes_stop_resume_and_equal_one(image_folder, tmp_path):
 
 
 @pytest.mark.second
-def test_refusal_of_one_process_ends_all(image_folder, tmp_path):
+def test_refusal_of_one_process_ends_all(classified, tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (_, first), (_, second) = ended(
-            start_two(image_folder, tmp_path, *flags(image_folder), devices=2), 2
+            start_two(classified, tmp_path, *flags(classified), devices=2), 2
         )
-    assert "is in use by another run" in first and "another process has failed" in second
+    assert "is in use by another run" in first and "another process failed" in second
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,15 @@ def test_refusal_of_one_process_ends_all(image_folder, tmp_path):
         (("none", None, 1), "do not go together: .* Pass --coordinator=host:port"),
     ],
 )
-def test_join_refuses_flags_that_do_not_go_together(given):
-    with pytest.raises(InputError, match="do not go together"):
-        distributed.join(*given)
+def test_join_refuses_flags_that_do_not_go_together(flags, says):
+    with pytest.raises(InputError, match=says):
+        distributed.join(*flags)
 
 
 def test_join_refuses_a_process_that_is_none_of_them():
-    with pytest.raises(InputError, match="--process=2 of --processes=2 .* 0 to 1 would do"):
+    with pytest.raises(
+        InputError, match="--process=2 with --processes=2 is out of range. Use 0 to 1"
+    ):
         distributed.join("localhost:1", 2, 2)
 
 
@@ -253,6 +255,25 @@ def test_join_leaves_one_process_of_a_cluster_alone(monkeypatch, surroundings):
         monkeypatch.setenv(name, value)
     distributed.join("", None, None)
     assert bool(asked) == (surroundings.get("SLURM_NTASKS") == "4")  # jax itself tells that one
+
+
+def test_command_joins_a_cluster_where_libtpu_finds_no_chips(
+    image_folder, tmp_path, monkeypatch, command_here
+):
+    """What keeps libtpu quiet must not look like a cluster of one host."""
+    asked = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *_, **__: asked.append(1) or {}["coordinator_address"]
+    )
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "4",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    command_here(*arguments_of(image_folder, tmp_path / "run", "--mode=prepare"))
+    assert asked
 
 
 def test_join_does_nothing_alone():

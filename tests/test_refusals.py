@@ -35,11 +35,11 @@ REFUSED = {
     "seed out of range": (["--config.sampling.seeds=0-4294967296"], "seeds='0-4294967296'"),
     "no seeds": (["--config.sampling.seeds=a-b"], "seeds='a-b'"),
     "stage that is not there": (["--mode=train", "--stage=3"], "--stage=3"),
-    "stage without its mode": (["--stage=1"], "--stage=1 with --mode=all"),
-    "stray word": (["config.seed=5"], "config.seed=5.*--config.seed=5 would do"),
+    "stage without its mode": (["--stage=1"], "--stage=1 does not go with --mode=all"),
+    "stray word": (["config.seed=5"], r"config.seed=5.*Use --config.seed=5\."),
     "checkpoint that is not there": (["--config.stage2.checkpoint=/nowhere/9"], "/nowhere/9"),
     "checkpoint of no kind": (["--config.stage2.checkpoint=bset"], "checkpoint='bset'"),
-    "nothing to sample from": (["--mode=sample"], r"/run' does not exist.*training first"),
+    "nothing to sample from": (["--mode=sample"], r"/run' does not exist.*train first"),
     "guidance without dropout": (
         ["--config.stage1.guidance=2.0", "--config.stage1.training.label_dropout=0.0"],
         r"stage1.guidance=2.0.*label_dropout",
@@ -133,7 +133,9 @@ def test_workdir_with_a_typo_is_refused_where_a_run_is_needed(image_folder, tmp_
     values.evaluation.features = "classifier"
     (tmp_path / "runs/digits").mkdir(parents=True)
     for wrong in ("runs/digts", "run/digits"):
-        says = rf"{wrong}' does not exist, and --mode={mode}.*--workdir='{tmp_path}/runs/digits' would do"
+        says = (
+            rf"{wrong}' does not exist, and --mode={mode}.*Use --workdir='{tmp_path}/runs/digits'\."
+        )
         with pytest.raises(InputError, match=says):
             run(values, str(tmp_path / wrong), mode=mode, **flags)
     with pytest.raises(InputError, match="elsewhere' does not exist.*--mode=train"):
@@ -151,5 +153,5 @@ def test_new_workdir_that_is_spelt_almost_as_another_is_told(tmp_path, caplog):
 
 
 def test_run_without_checkpoints_says_what_is_missing(image_folder, tmp_path):
-    with pytest.raises(InputError, match=r"no checkpoint in .*stage1/checkpoints.*--mode train"):
+    with pytest.raises(InputError, match=r"no checkpoint in .*stage1/checkpoints.*--mode=train"):
         run(tiny_config(image_folder).to_config_dict(), str(tmp_path), mode="sample")

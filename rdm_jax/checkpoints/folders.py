@@ -81,7 +81,8 @@ def set_damaged_aside(directory: Path) -> int | None:
     Raises:
       InputError: none is intact; nothing was moved.
     """
-    damaged, sound = {}, []
+    damaged: dict[Path, str] = {}
+    sound: list[Path] = []
     for folder in _newest_first(step_folders(directory)):
         found = damage(folder, thorough=not sound)
         if found:

@@ -11,6 +11,7 @@ from absl import app, flags
 from rdm_jax.cli.config_flag import NAME, WholeNumber, fields_called
 from rdm_jax.cli.exit_codes import exit_status
 from rdm_jax.config import Config
+from rdm_jax.runtime.environment import quiet_libtpu
 from rdm_jax.runtime.errors import InputError
 
 WORD = re.compile(r"--?([^=]+)(?:=(.*))?", re.DOTALL)
@@ -35,6 +36,7 @@ def command(
         parse_flags(sys.argv)
         if NAME in flags.FLAGS and flags.FLAGS[NAME].value is None:
             raise InputError("--config is missing", "Pass a config such as configs/digits.py.")
+        quiet_libtpu()
         work()
 
     sys.exit(exit_status(parse_and_work, workdir))

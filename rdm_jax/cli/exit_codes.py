@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import tolerate_closed_streams
-from rdm_jax.runtime.environment import backend_error, quiet_libtpu
+from rdm_jax.runtime.environment import backend_error
 from rdm_jax.runtime.errors import Diverged, InputError, Interrupted, reason
 
-DONE, FAILED, BAD_INPUT = 0, 1, 2
+DONE = 0
+FAILED = 1
+BAD_INPUT = 2
 
 
 def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> int:
@@ -23,7 +25,6 @@ def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> 
       0; 1 if training diverged or another process was lost, 2 for input that cannot be used, 130
       and 143 after Ctrl-C and SIGTERM.
     """
-    quiet_libtpu()
     with tolerate_closed_streams():
         return _exit_status(work, workdir)
 

@@ -14,7 +14,9 @@ OF_ONE_STAGE = ("import", "export")
 def check_flags(
     config: Config, mode: str, stage: int | None, weights: str | None, update: bool
 ) -> None:
-    """Raises InputError for flags that do not go together."""
+    """Raises InputError for an unknown mode, and for flags that do not go together."""
+    if mode not in MODES:
+        raise InputError(f"--mode={mode} is not known", f"Use {' or '.join(MODES)}.")
     numbers = f"1 to {len(config.stages)}"
     one_stage = mode in OF_ONE_STAGE
     if stage is not None and mode not in ("train", *OF_ONE_STAGE):
@@ -37,9 +39,9 @@ def check_flags(
 
 def check_paths(config: Config) -> None:
     """Raises InputError for URLs among the checkpoints that a config names."""
-    for number, stage in enumerate(config.stages, 1):
-        local_path(stage.checkpoint, f"config.stage{number}.checkpoint")
-        local_path(stage.training.start_from, f"config.stage{number}.training.start_from")
+    for stage in config.stages:
+        local_path(stage.checkpoint, f"config.{stage.name}.checkpoint")
+        local_path(stage.training.start_from, f"config.{stage.name}.training.start_from")
 
 
 def needs_run(config: Config, mode: str, evaluations: Sequence[str], *, generates: bool) -> bool:

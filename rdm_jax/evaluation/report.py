@@ -12,6 +12,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, is_aside
 from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.workdir import Workdir
 
 matplotlib_figure = lazy_import("matplotlib.figure", "plots")
 
@@ -46,7 +47,7 @@ def write_report(workdir: Path, paths: list[Path]) -> None:
         raise InputError(
             f"there is no {RESULT} in {workdir}; --mode=evaluate first, or --evaluations=PATH, would do."
         )
-    folder = workdir / "report"
+    folder = Workdir(workdir).report
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# Evaluation"]
     titles = _titles([path.parent for path in paths], workdir)

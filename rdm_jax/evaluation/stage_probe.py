@@ -45,7 +45,7 @@ class StageProbe:
         self._sampler.preview(params, path)
 
     def evaluate(self, params: Any, images_seen: int, folder: Path) -> dict[str, float]:
-        """Returns metrics of the stage's samples; {} after an error, which training survives."""
+        """Returns metrics of the stage's samples; {} after an error that must not stop training."""
         try:
             return self._evaluator.run_stage(
                 self._number, self._sampler, params, images_seen, folder

@@ -22,6 +22,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.files import atomic_write, parse_json, sha256
 from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.workdir import Workdir
 
 torch_files = lazy_import("rdm_jax.interop.torch_files")
 safetensors = lazy_import("safetensors", "weights")
@@ -191,7 +192,7 @@ def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
 
 def check_no_checkpoints(workdir: Path, number: int) -> None:
     """Refuses to import into a stage that has checkpoints already. Raises InputError."""
-    directory = workdir / f"stage{number}" / "checkpoints"
+    directory = Workdir(workdir).checkpoints(number)
     if folders.step_folders(directory):
         raise InputError(f"{directory} has checkpoints already; another --workdir would do.")
 
@@ -224,7 +225,7 @@ def save_imported(
     }
     stage, names = to_dict(config)[f"stage{number}"], [str(i) for i in range(classes)]
     about = {"version": VERSION, "stage": stage, "classes": names, "seed": config.seed}
-    checkpoints = store.Checkpoints(workdir / f"stage{number}" / "checkpoints")
+    checkpoints = store.Checkpoints(Workdir(workdir).checkpoints(number))
     checkpoints.save_ema(0, parameters, {**about, "imported": imported})
     checkpoints.close()
 
@@ -300,7 +301,7 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
       OSError: the file cannot be written.
     """
     stage = config.stage(number)
-    folder, step = folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
+    folder, step = folders.find(stage.checkpoint, Workdir(workdir).checkpoints(number))
     checkpoints = store.Checkpoints(folder, read_only=True)
     classes = len(checkpoints.about(step)["classes"])
     try:

@@ -1,6 +1,5 @@
 """The mode 'import': published weights become a stage of a workdir."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -39,7 +38,7 @@ def import_stage(config: Config, number: int, path: Path, workdir: Workdir) -> N
         check_no_checkpoints(workdir.path, number)
         before = _with_imported(config, workdir)
         fitting, classes = stage_of(weights, before, number)
-        if fitting.stages[number - 1].resolution != before.stages[number - 1].resolution:
+        if fitting.stage(number).resolution != before.stage(number).resolution:
             fitting = fit_resolutions(fitting, number, workdir.stages_with_checkpoints(config))
         validate.check_config(fitting, evaluates=False)
         workdir.check_same_config(fitting, trains=True)
@@ -63,10 +62,9 @@ def _with_imported(config: Config, workdir: Workdir) -> Config:
     imported = workdir.read_config()
     if imported is None:
         return config
-    stages = list(config.stages)
     for number in workdir.stages_with_checkpoints(config):
         if number <= len(imported.stages):
-            stage = imported.stages[number - 1]
+            stage = imported.stage(number)
             kept = {field: getattr(stage, field) for field in IMPORTED_FIELDS}
-            stages[number - 1] = dataclasses.replace(stages[number - 1], **kept)
-    return dataclasses.replace(config, stages=tuple(stages))
+            config = config.with_stage(number, **kept)
+    return config

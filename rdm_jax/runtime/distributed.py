@@ -205,7 +205,8 @@ class StopOfAll:
     """
 
     def __init__(self, stop: StopOnSignal):
-        self._stop, self._before = stop, None
+        self._stop = stop
+        self._before: jax.Array | None = None
 
     def check(self) -> None:
         """To be called in each iteration. Raises `Interrupted`."""

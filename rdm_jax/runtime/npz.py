@@ -29,7 +29,10 @@ class Npz:
     def __init__(self, path: Path):
         self.path = path
         self.arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-        self._member, self._name, self._position = None, "", 0
+        # The array that is being read, and how far.
+        self._member = None
+        self._name = ""
+        self._position = 0
         try:
             self._file = zipfile.ZipFile(path)
             for name in self._file.namelist():
@@ -80,7 +83,9 @@ class Npz:
         """
         try:
             if self._member is None or self._name != name or self._position > first:
-                self._member, self._name, self._position = self._file.open(f"{name}.npy"), name, 0
+                self._member = self._file.open(f"{name}.npy")
+                self._name = name
+                self._position = 0
                 self._header(self._member, self._file.getinfo(f"{name}.npy").file_size)
             while self._position < first:
                 self._position += len(self._read(min(first - self._position, CHUNK)))

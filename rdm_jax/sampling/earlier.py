@@ -25,6 +25,7 @@ from rdm_jax.sampling.made_with import (
 )
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.sample_shards import LABELS, png_name
+from rdm_jax.workdir import Workdir
 
 SAMPLES = "samples.json"
 PICTURE = re.compile(r"\d{10}\.png")
@@ -83,7 +84,7 @@ def check_settings(config: Config, first: int, workdir: Path) -> None:
       InputError: it holds samples of other settings, or some that nobody knows what they were made
         with.
     """
-    folder = workdir / config.sampling.name
+    folder = Workdir(workdir).samples(config)
     before = _read(folder)
     if before:
         ours = settings(with_seeds(config, _seeds(before)), first)

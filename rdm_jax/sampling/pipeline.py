@@ -20,6 +20,7 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.stage_sampler import in_batches, stage_sampler
+from rdm_jax.workdir import Workdir
 
 
 class Begun(NamedTuple):
@@ -74,7 +75,7 @@ class RelayPipeline:
     def _load(self, number: int, workdir: Path) -> Classes:
         """Reads a stage's checkpoint and returns the classes that it knows."""
         stage, channels = self.config.stage(number), self.config.data.channels
-        folder, step = folders.find(stage.checkpoint, workdir / f"stage{number}" / "checkpoints")
+        folder, step = folders.find(stage.checkpoint, Workdir(workdir).checkpoints(number))
         checkpoints = store.Checkpoints(folder, read_only=True)
         about = checkpoints.about(step)
         _check_same_stage(self.config, number, folder / str(step), about)

@@ -36,6 +36,7 @@ from rdm_jax.sampling.sample_shards import (
     write_png,
 )
 from rdm_jax.sampling.stage_sampler import evaluations, handover
+from rdm_jax.workdir import Workdir
 
 COLUMNS, ROWS = 3, 10  # examples a row of the grid, and its rows
 
@@ -62,7 +63,7 @@ def sample_to_files(
       InputError: a small image to start from cannot be used, or the folder holds something else.
       Interrupted: a signal came; the batches done so far are kept.
     """
-    config, folder = relay.config, workdir / relay.config.sampling.name
+    config, folder = relay.config, Workdir(workdir).samples(relay.config)
     asked = parse_numbers(config.sampling.seeds, "config.sampling.seeds")
     if said := repetition(config.sampling.seeds, "config.sampling.seeds"):
         log.info("samples: %s", said)

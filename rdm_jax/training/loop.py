@@ -36,7 +36,8 @@ from rdm_jax.training.validation import Validation
 BATCHES_AHEAD = 2
 # What processes tell each other with every step: nothing (0), that process 0 wants to save, or
 # that one of them has received a signal.
-SAVE, STOP = 1, 2
+SAVE = 1
+STOP = 2
 
 
 class Due(NamedTuple):
@@ -84,8 +85,8 @@ class Trainer:
         held_out: ImageSet | None = None,
         allow_changes: Sequence[str] = (),
     ):
-        self.name = f"stage{number}"
-        self.stage = config.stages[number - 1]
+        self.stage = config.stage(number)
+        self.name = self.stage.name
         self.training = self.stage.training
         self.source = source
         self.directory = directory
@@ -238,7 +239,8 @@ class Trainer:
             allow_changes=self._allow_changes,
         ).start(checkpoints)
         self._about |= start.history
-        self._before, self._count = start.before, start.count
+        self._before = start.before
+        self._count = start.count
         if self._count.step:  # the batch size has changed, and with it the learning rate's schedule
             self._program = self._build()
         return start.progress

@@ -204,7 +204,7 @@ def test_7_a_damaged_line_of_metrics_and_no_config(image_folder, trained, fault)
     )
     assert "config.stage1.training.learning_rate was 0.001 and is 0.5" in refusal
     stdout, _ = run(image_folder, trained, *STAGE, "--config.stage1.training.images=176")
-    assert "metrics.jsonl: line 4 is damaged, and left out" in stdout
+    assert "metrics.jsonl: line 4 is damaged and skipped" in stdout
     assert len(metric_writer.read(trained / "stage1/metrics.jsonl")) >= len(lines)
     fault(
         7,

@@ -125,7 +125,7 @@ def about(workdir) -> dict:
 def test_4_in_two_parts_and_twice_from_the_same_checkpoint(image_folder, finished, tmp_path, fault):
     for name in ("one", "other"):
         workdir = shortened(finished, tmp_path / name, 10)
-        assert "going on from 80 images" in run(image_folder, workdir, *STAGE)[0]
+        assert "resuming from 80 images" in run(image_folder, workdir, *STAGE)[0]
         assert_equal(
             state(workdir), state(finished)
         )  # parameters, average, moments, step, counters

@@ -481,6 +481,7 @@ def test_words_of_a_compiler_whose_memory_is_full():
 # The compiler
 
 
+@pytest.mark.second
 def test_compiled_for_a_tpu_that_is_not_there(monkeypatch):
     pytest.importorskip("libtpu")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -11,7 +11,14 @@ import pytest
 from rdm_jax.cli.exit_codes import exit_status
 from tests.support.paths import ROOT
 
-DEVICES = "import jax, rdm_jax.runtime.environment as s\ntry: jax.devices()\nexcept Exception as e: exit(f'error: {s.backend_error(e)}')"
+DEVICES = """
+import jax
+from rdm_jax.runtime.environment import backend_error
+try:
+    jax.devices()
+except Exception as error:
+    exit(f"error: {backend_error(error)}")
+"""
 
 
 def run_with(name: str, value: str, *arguments: str) -> tuple[int, str]:
@@ -52,7 +59,7 @@ def test_backend_error_names_missing_platform(platform):
         pytest.skip("a GPU is present")
     _, stderr = run_with("JAX_PLATFORMS", platform, "-c", DEVICES)
     assert re.match(
-        rf"error: JAX_PLATFORMS='{platform}' cannot be used .*\. Set JAX_PLATFORMS=cpu or unset it\.",
+        rf"error: JAX_PLATFORMS='{platform}' cannot be used .*\. Set JAX_PLATFORMS=cpu or unset",
         stderr.splitlines()[-1],
     )
 

@@ -12,7 +12,7 @@ from rdm_jax.training import metric_writer
 
 
 def events(folder) -> list[Event]:
-    """The events of all files: 8 bytes of length, 4 of its checksum, the event, 4 of its checksum."""
+    """The events of all files: a length in 8 bytes, its checksum in 4, an event, its checksum."""
     found = []
     for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
         content = path.read_bytes()
