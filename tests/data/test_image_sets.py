@@ -160,7 +160,7 @@ def test_too_many_that_cannot_be_used_are_refused_unless_that_is_allowed(folder)
         (folder / name).write_bytes(b"no image")
     with pytest.raises(
         InputError,
-        match="2 of 10 files .* would be left out \\(2 cannot be decoded\\).*data.max_left_out",
+        match="2 of 10 entries .* are unusable \\(2 cannot be decoded\\).*data.max_left_out",
     ):
         open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True)
     assert (

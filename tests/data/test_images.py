@@ -190,9 +190,7 @@ def test_palette_with_alpha_of_each_colour_is_composited(tmp_path):
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
-    with pytest.raises(
-        BadImage, match="has too many pixels .*; at most 89,478,485 in all would do"
-    ):
+    with pytest.raises(BadImage, match="has too many pixels .*Use at most 89,478,485 pixels"):
         images.open_image(png_of(1, [b"\0"], 8, 0, header_size=(40_000, 25_000)))
     with pytest.raises(BadImage, match=r"too many pixels \(10,000 x 9,000\)"):
         images.open_image(png_of(1, [b"\0"], 8, 0, header_size=(10_000, 9_000)))
@@ -270,12 +268,12 @@ def test_adms_crop_fills_any_size(size):
 def test_without_a_crop_another_size_is_refused():
     pixels = np.zeros((4, 6, 3), np.uint8)
     assert images.fit(pixels, ImageSpec(4, 6, crop="none")) is pixels
-    with pytest.raises(BadImage, match="4 x 6 .*; 4 x 4"):
+    with pytest.raises(BadImage, match="4 x 6 .*Use images of 4 x 4"):
         images.fit(pixels, ImageSpec(4, 4, crop="none"))
 
 
 def test_adms_crop_refuses_what_it_would_enlarge_beyond_all_bounds():
-    with pytest.raises(BadImage, match="too thin"):
+    with pytest.raises(BadImage, match="too narrow"):
         images.fit(np.zeros((1, 2000, 3), np.uint8), ImageSpec(256, 256, crop="adm"))
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rdm_jax.data.left_out import check_left_out
+from rdm_jax.data.left_out import check_left_out, reasons
 from rdm_jax.data.sources import open_source
 from rdm_jax.runtime.errors import InputError
 from tests.support.archive_members import classes, png, pngs, values, write_folder, write_zip
@@ -83,21 +83,21 @@ def test_of_two_spellings_the_one_of_edm_counts(tmp_path):
     assert classes(open_source(write_zip(tmp_path / "set.zip", members))) == PLAIN
 
 
-def test_labels_without_a_file_are_not_called_files(tmp_path, caplog):
+def test_check_left_out_counts_labels_without_a_file(tmp_path, caplog):
     labels = [*LABELS, *([f"gone{i}.png", 0] for i in range(5))]
     source = open_source(write_folder(tmp_path / "set", with_labels(labels)), skip_bad=True)
     with pytest.raises(
         InputError,
-        match="5 of 10 files and labels of set would be left out .*; data.max_left_out=0.5 would do",
+        match="5 of 10 entries of set are unusable .*Set data.max_left_out=0.5.",
     ):
-        check_left_out(source.skipped, len(source), source.lost, 0.1, "set")
-    assert "5 of 10 files and labels of set are left out" in caplog.text
+        check_left_out(reasons(source.skipped), len(source), source.lost, 0.1, "set")
+    assert "5 of 10 entries of set are left out" in caplog.text
 
 
 @pytest.mark.parametrize("count, remedy", [(29, "0.29"), (83, "0.83"), (100, "1"), (57, "0.57")])
-def test_the_share_that_would_do_does(count, remedy):
+def test_check_left_out_names_the_least_share(count, remedy):
     skipped = {str(number): "is damaged" for number in range(count)}
-    with pytest.raises(InputError, match=f"data.max_left_out={remedy} would do"):
+    with pytest.raises(InputError, match=f"Set data.max_left_out={remedy}[.,]"):
         check_left_out(skipped, 100 - count, (), 0.1, "set")
     check_left_out(skipped, 100 - count, (), float(remedy), "set")
 
@@ -133,7 +133,7 @@ def test_another_normal_form_is_read_only_where_it_is_unique(tmp_path):
     members = with_labels([["A.PNG", 0], ["b.png", 1]], pngs("a.png", "A.png", "b.png"))
     with pytest.raises(
         InputError,
-        match="'A.PNG' .* has a label in dataset.json and is not there.*2 that cannot be used for other reasons",
+        match="'A.PNG' .* is listed in dataset.json but missing .*2 unusable for other reasons",
     ):
         open_source(write_folder(tmp_path / "two", members))
 
@@ -179,7 +179,7 @@ def test_a_labels_file_of_a_part_of_the_images_is_refused_by_its_folder(written)
         "a/dataset.json": json.dumps({"labels": [["1.png", 0]]}),
     }
     spec = written(members)
-    with pytest.raises(InputError, match="a/dataset.json .*'a' alone; folder:.*/a "):
+    with pytest.raises(InputError, match="a/dataset.json .*'a' only.*folder:.*/a "):
         open_source(spec, skip_bad=True)
     assert open_source(spec, classes="top").class_names == ("a", "b")
 
@@ -203,7 +203,7 @@ REFUSED = {
     "an empty name": ([[NAMED, " "], *LABELS[1:]], NAMED),
     "a name that is no text": (
         [[NAMED, "\ud800"], *([name, "b"] for name, _ in LABELS[1:])],
-        "no text",
+        "control character",
     ),
     "no name": ([[0, 0], *LABELS[1:]], r"\[0, 0\]"),
     "labels alone": ([0, 1, 2, 0, 1], "the label 0"),
@@ -219,7 +219,7 @@ REFUSED = {
     ),
     "other files": (
         [[f"elsewhere/{name}", label] for name, label in LABELS],
-        "names 'elsewhere.*no image that is there",
+        "names 'elsewhere.*no image that exists",
     ),
     "a number": (7, "dataset.json"),
     "a text": ("ant", "dataset.json"),
@@ -264,7 +264,7 @@ def test_a_class_whose_images_are_all_missing_is_lost(written, labels):
     source = open_source(written(with_labels(labels, present)), skip_bad=True)
     assert source.lost == ("bee" if "bee" in labels[1] else "1",) and len(source) == 3
     with pytest.raises(InputError, match="the whole class '(bee|1)'"):
-        check_left_out(source.skipped, len(source), source.lost, 0.9, "folder:set")
+        check_left_out(reasons(source.skipped), len(source), source.lost, 0.9, "folder:set")
     some = {name: content for name, content in EDM.items() if name != labels[4][0]}
     assert open_source(written(with_labels(labels, some)), skip_bad=True).lost == ()
 
@@ -272,7 +272,7 @@ def test_a_class_whose_images_are_all_missing_is_lost(written, labels):
 @pytest.mark.parametrize(
     "more, named",
     [
-        ({"class_names": ["ant", "bee"]}, "the class 2; one of its 2 class_names"),
+        ({"class_names": ["ant", "bee"]}, "the class 2. Use one of its 2 class_names"),
         ({"class_names": ["ant", "ant", "bee"]}, "different names"),
         ({"class_names": {"0": "ant"}}, "different names"),
         ({"class_names": [0, 1, 2]}, "different names"),

@@ -81,7 +81,7 @@ def test_other_settings_are_refused_by_name_and_change_nothing(folder, tmp_path,
 def test_what_else_is_in_the_directory_is_refused_and_kept(folder, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="set is there and is no prepared data"):
+    with pytest.raises(InputError, match="set exists but is not a prepared data set"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
     assert (tmp_path / "set" / "thesis.tex").read_text() == "years of work"
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_used_is_left_out_and_listed_where_that_is_asked_for(
     (folder / "dog" / "notes.exe").write_text("not even meant as one")
     with pytest.raises(
         InputError,
-        match="5 of 8 files .* \\(4 cannot be decoded, 1 is not an image\\), and .* whole class 'cat'",
+        match="5 of 8 entries .* \\(4 cannot be decoded, 1 is not an image\\), and .* whole class 'cat'",
     ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=0.2)
     assert not (tmp_path / "set").exists()
@@ -217,14 +217,16 @@ def test_a_class_that_would_be_lost_is_refused_whatever_its_share(folder, tmp_pa
     (folder / "bird").mkdir()
     (folder / "bird/sparrow.heic").write_bytes(b"unreadable")
     with pytest.raises(
-        InputError, match="1 of 64 files .* whole class 'bird'; data.max_left_out=1"
+        InputError, match="1 of 64 entries .* whole class 'bird'.*data.max_left_out=1"
     ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
     for name in ("cat/0", "cat/1", "cat/2"):
         (folder / f"{name}.png").write_bytes(b"not a picture")
     (folder / "bird/sparrow.heic").unlink()
     (folder / "bird").rmdir()
-    with pytest.raises(InputError, match="3 of 63 files .* whole class 'cat'; data.max_left_out=1"):
+    with pytest.raises(
+        InputError, match="3 of 63 entries .* whole class 'cat'.*data.max_left_out=1"
+    ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
 
 
@@ -244,7 +246,7 @@ def test_a_flipped_bit_in_a_finished_shard_is_found_when_asked_for(folder, tmp_p
     prepare(f"folder:{folder}", tmp_path / "set", FORM, verify=True)
     (shard,) = path.glob("*.array_record*")
     flip_bit(shard, 70_000)
-    with pytest.raises(InputError, match=f"{shard.name} is not as it was written"):
+    with pytest.raises(InputError, match=f"{shard.name} differs from its hash in the manifest"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, verify=True)
 
 
@@ -260,7 +262,7 @@ def test_where_there_are_no_hard_links_files_are_copied(folder, tmp_path, monkey
 
 def test_a_mount_point_is_refused_at_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
-    with pytest.raises(InputError, match="mounted"):
+    with pytest.raises(InputError, match="mount point"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
 
 
@@ -291,7 +293,7 @@ def test_a_manifest_without_a_version_is_read_and_a_newer_one_refused_by_name(fo
     )
     for version, message in (
         (3, "version 3.*up to 2.*newer rdm_jax"),
-        ("x", "no prepared data .*version"),
+        ("x", "not a prepared data set .*version"),
     ):
         (path / "manifest.json").write_text(json.dumps({**manifest, "version": version}))
         with pytest.raises(InputError, match=message):

@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from rdm_jax.data import prepare as prepare_lib
-from rdm_jax.data import readers
+from rdm_jax.data import readers, write_shards
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
@@ -80,16 +80,16 @@ def test_prepares_where_there_is_no_flock(folder, tmp_path, monkeypatch, number)
 def test_processes_write_the_same_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 1)
     one = files(prepare(f"folder:{folder}", tmp_path / "one", FORM))
-    monkeypatch.setattr(prepare_lib, "ALONE_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_lib, "cores", lambda: 2)
+    monkeypatch.setattr(write_shards, "ALONE_SECONDS", 0.0)
+    monkeypatch.setattr(write_shards, "cores", lambda: 2)
     assert files(prepare(f"folder:{folder}", tmp_path / "several", FORM)) == one
 
 
 def test_a_damaged_image_in_another_process_is_refused_by_name(folder, tmp_path, monkeypatch):
     (folder / "dog" / "1.png").write_bytes(b"not a picture")
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 4)
-    monkeypatch.setattr(prepare_lib, "ALONE_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_lib, "cores", lambda: 2)
+    monkeypatch.setattr(write_shards, "ALONE_SECONDS", 0.0)
+    monkeypatch.setattr(write_shards, "cores", lambda: 2)
     with pytest.raises(InputError, match="dog/1.png"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
 
@@ -213,7 +213,7 @@ def test_what_was_left_beside_a_finished_set_is_removed(folder, tmp_path):
 # that are not. Processes that it starts read this file, too.
 SLOW = """
 import sys, time
-from rdm_jax.data import images, prepare, readers
+from rdm_jax.data import images, prepare, readers, write_shards
 load = readers.Folder.load
 def slow(self, name):
     if name == "dog/2.png":
@@ -223,7 +223,9 @@ def slow(self, name):
 readers.Folder.load = slow
 if __name__ == "__main__":
     processes = int(sys.argv[3])
-    prepare.SHARD_IMAGES, prepare.ALONE_SECONDS, prepare.cores = 2, 60.0 * (processes == 1), lambda: processes
+    prepare.SHARD_IMAGES = 2
+    write_shards.ALONE_SECONDS = 60.0 * (processes == 1)
+    write_shards.cores = lambda: processes
     prepare.prepare(sys.argv[1], sys.argv[2], images.ImageSpec(8, 6))
 """
 

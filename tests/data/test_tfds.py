@@ -91,9 +91,9 @@ def test_splits_can_be_named_and_joined(tmp_path):
 
 def test_an_image_without_its_label_is_refused_or_left_out(tmp_path):
     source = open_source("tfds:relay_test_shapes:test")
-    with pytest.raises(BadImage, match="class number -1"):
+    with pytest.raises(BadImage, match="class index -1"):
         source.label(1)
-    with pytest.raises(InputError, match="class number -1"):
+    with pytest.raises(InputError, match="class index -1"):
         prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM)
     assert (
         len(
@@ -112,7 +112,7 @@ def test_an_image_without_its_label_is_refused_or_left_out(tmp_path):
 
 
 def test_a_data_set_that_is_not_known_is_refused():
-    with pytest.raises(InputError, match="knows no data set 'relay_test_nothing'"):
+    with pytest.raises(InputError, match="has no data set 'relay_test_nothing'"):
         open_source("tfds:relay_test_nothing")
 
 

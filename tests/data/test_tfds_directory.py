@@ -59,9 +59,7 @@ def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
         prepared / "features.json",
         lambda features: HOSTILE[form] if "within" in form else features | HOSTILE[form],
     )
-    with pytest.raises(
-        InputError, match="features.json wants 'canary_module.Image' to be imported"
-    ):
+    with pytest.raises(InputError, match="features.json asks to import 'canary_module.Image'"):
         open_prepared(prepared)
     assert not canary.exists()
     with pytest.raises(ValueError):
@@ -78,7 +76,7 @@ def test_files_elsewhere_are_not_read(prepared):
 
     change(prepared / "dataset_info.json", elsewhere)
     with pytest.raises(
-        InputError, match="dataset_info.json names .*images.*; files beside it would do"
+        InputError, match="dataset_info.json names .*images.*files are in its own directory"
     ):
         open_prepared(prepared)
 
@@ -91,7 +89,7 @@ def test_a_file_that_is_gone_is_named(prepared):
     change(prepared / MANIFEST, renamed)
     with pytest.raises(
         InputError,
-        match="another is missing; deleting the directory and preparing it again would do",
+        match="another is missing. Delete the directory and prepare it again",
     ):
         open_prepared(prepared)
 
@@ -107,5 +105,5 @@ def test_manifests_are_looked_at(prepared, field, value):
         return manifest
 
     change(prepared / MANIFEST, hostile)
-    with pytest.raises(InputError, match="no prepared data"):
+    with pytest.raises(InputError, match="not a prepared data set"):
         open_prepared(prepared)

@@ -111,7 +111,7 @@ def test_an_interrupted_update_stays_and_goes_on(folder, tmp_path, again, monkey
         again(check_stop=mock.Mock(side_effect=[None, KeyboardInterrupt]))
     said = again(update=False)
     assert (
-        f"an update of {tmp_path}/set was interrupted; --update goes on with the 2 files finished in"
+        f"an update of {tmp_path}/set was interrupted; --update resumes with the 2 files finished in"
         in said
     )
     assert len(open_prepared(tmp_path / "set")) == 7
@@ -153,7 +153,7 @@ def test_a_set_of_an_older_version_is_compared_by_names(folder, tmp_path, again,
         (tmp_path / "set" / "source.npz").unlink()
     else:
         (tmp_path / "set" / "source.npz").write_bytes(b"PK\3\4")
-    assert "names of images alone" in again() and "nothing has changed" in again()
+    assert "names of images only" in again() and "nothing has changed" in again()
     (folder / "cat" / "0.png").rename(folder / "cat" / "00.png")
     assert "1 added (cat/00.png), 1 removed (cat/0.png)" in again()
-    assert "names of images alone" not in again()
+    assert "names of images only" not in again()
