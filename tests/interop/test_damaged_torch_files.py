@@ -27,7 +27,7 @@ def test_other_files(tmp_path):
     refuse(tmp_path / "missing", "No such file")
     refuse(tmp_path, "a directory")
     os.mkfifo(tmp_path / "pipe")
-    refuse(tmp_path / "pipe", "it is no file")
+    refuse(tmp_path / "pipe", "it is not a plain file")
     for content in (
         b"",
         b"\x80",
@@ -43,7 +43,7 @@ def test_other_files(tmp_path):
     np.savez(tmp_path / "a.npz", a=FOUR)
     refuse(tmp_path / "a.npz", "0 members '*/data.pkl'")
     (tmp_path / "old.pt").write_bytes(legacy_header(Storage(FOUR)) + FOUR.tobytes())
-    refuse(tmp_path / "old.pt", "it holds a storage of numbers and no dict of networks")
+    refuse(tmp_path / "old.pt", "it holds a storage of numbers instead of a dict of networks")
     for objects in ([], {}, {"net": 1}):
         dump_pkl(tmp_path / "a", objects)
         refuse(tmp_path / "a")

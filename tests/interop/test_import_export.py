@@ -224,7 +224,7 @@ def test_small_images_bring_their_classes(tmp_path):
         by_order.labels(seeds, named)
     with pytest.raises(
         InputError,
-        match=r"classes a, b \(2\), and the network knows 0, 1, 2 \(3\), known by number alone",
+        match=r"classes a, b \(2\), and the network knows 0, 1, 2 \(3\), known by index only",
     ):
         low_images(config, tmp_path / "others", ["a", "b"]).labels(seeds, imported)
 
@@ -371,24 +371,24 @@ REFUSED = {
     "shape": (
         {"model__out_norm__bias": np.zeros(9, np.float32)},
         {},
-        r"'model.out_norm.bias' of shape \(9,\); \(8,\)",
+        r"'model.out_norm.bias' of shape \(9,\) instead of \(8,\)",
     ),
     "family": (
         {},
         {"model_type": "VisionTransformer"},
-        "model_type='VisionTransformer' is not known",
+        "model_type='VisionTransformer' is unknown",
     ),
     "text": ({}, {"model_channels": "192"}, "model_channels='192' cannot be used"),
     "absurd": (
         {},
         {"num_blocks": 10**6},
-        "num_blocks=1000000 cannot be used; a whole number from 1 to 64",
+        "num_blocks=1000000 cannot be used. Use an integer from 1 to 64[.]",
     ),
     "levels": ({}, {"channel_mult": [1, None]}, "channel_mult=.*cannot be used"),
     "negative": ({}, {"label_dim": -1}, "label_dim=-1 cannot be used"),
     "infinite": ({}, {"sigma_data": float("inf")}, "sigma_data=inf cannot be used"),
     "huge": ({}, {"dropout": 10**400}, "dropout=1000.*cannot be used"),
-    "word": ({}, {"embedding_type": [1]}, "embedding_type=.*cannot be used; a word would do"),
+    "word": ({}, {"embedding_type": [1]}, "embedding_type=.*cannot be used. Use a string[.]"),
     "encoder": ({}, {"model_type": "SongUNet", "encoder_type": "skip"}, "encoder_type='skip'"),
 }
 
@@ -407,14 +407,14 @@ def test_weights_that_do_not_fit_are_refused(case, imported, tmp_path):
             stage=1,
             weights=str(tmp_path / "x.pkl"),
         )
-    assert "would do" in str(refused.value)
+    assert refused.value.fix.startswith("Use ") and refused.value.fix.endswith(".")
     assert not (tmp_path / "run/config.json").exists()
 
 
 def test_an_unknown_preconditioning_is_refused(imported, tmp_path):
     _, config, tensors = imported
     write_pt(tmp_path / "x.pt", "FlowPrecond", settings_for(config.stages[0])[1], tensors[0])
-    with pytest.raises(InputError, match="'FlowPrecond' is not known; EDMPrecond or"):
+    with pytest.raises(InputError, match="'FlowPrecond' is unknown. Use EDMPrecond or"):
         run(
             values_of(config),
             str(tmp_path / "run"),
@@ -426,7 +426,7 @@ def test_an_unknown_preconditioning_is_refused(imported, tmp_path):
 
 def test_an_import_overwrites_nothing(imported):
     folder, config, _ = imported
-    with pytest.raises(InputError, match="has checkpoints already; another --workdir would do"):
+    with pytest.raises(InputError, match="already has checkpoints. Use another --workdir"):
         run(
             values_of(config),
             str(folder / "run"),
@@ -553,7 +553,7 @@ def test_export_of_another_network_names_the_stage(imported, tmp_path):
     )
     changed = dataclasses.replace(config, stages=(first, config.stages[1]))
     with pytest.raises(
-        InputError, match="^config.stage1.network.head_channels=8 cannot be exported: .* it is 64; "
+        InputError, match="^config.stage1.network.head_channels=8 cannot be exported: .* it is 64. "
     ):
         run(
             values_of(changed),

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from rdm_jax.interop.inert_pickle import ByteReader, Refused, Region
+from rdm_jax.interop.byte_reader import ByteReader, Refused, Region
 from tests.support.refusals import peak_of, refuse, with_tensor
 from tests.support.torch_standins import Bytes, Call, Named, View, dump_pkl, dump_pt
 
@@ -248,11 +248,11 @@ def test_opcodes(opcode, tmp_path):
 
 FLOAT = named("torch", "FloatStorage")
 IDS = {
-    "string": (text("os.system"), "a persistent id that is no storage"),
-    "short": (b"(" + text("storage") + FLOAT + b"t", "a persistent id that is no storage"),
+    "string": (text("os.system"), "a persistent id that is not a storage"),
+    "short": (b"(" + text("storage") + FLOAT + b"t", "a persistent id that is not a storage"),
     "long": (
         b"(" + text("storage") + FLOAT + text("0") + text("cpu") + b"K\x01NNt",
-        "a persistent id that is no storage",
+        "a persistent id that is not a storage",
     ),
     "other": (b"(" + text("module") + FLOAT + text("0") + text("cpu") + b"K\x01t", "'module'"),
     "type as a string": (
@@ -265,22 +265,22 @@ IDS = {
     ),
     "number as key": (
         b"(" + text("storage") + FLOAT + b"K\x00" + text("cpu") + b"K\x01t",
-        "a persistent id that is no storage",
+        "a persistent id that is not a storage",
     ),
     "bool elements": (
         b"(" + text("storage") + FLOAT + text("key") + text("cpu") + b"\x88t",
         "'key'",
-        "absurd",
+        "impossible",
     ),
     "text elements": (
         b"(" + text("storage") + FLOAT + text("key") + text("cpu") + text("1") + b"t",
         "'key'",
-        "absurd",
+        "impossible",
     ),
     "negative elements": (
         b"(" + text("storage") + FLOAT + text("key") + text("cpu") + b"J\xff\xff\xff\xfft",
         "'key'",
-        "absurd",
+        "impossible",
     ),
     "absurd elements": (
         b"("
@@ -291,11 +291,11 @@ IDS = {
         + b"\x8a\x09"
         + b"\xff" * 8
         + b"\0t",
-        "absurd",
+        "impossible",
     ),
     "view": (
         b"(" + text("storage") + FLOAT + text("0") + text("cpu") + b"K\x01)t",
-        "a persistent id that is no storage",
+        "a persistent id that is not a storage",
     ),
 }
 

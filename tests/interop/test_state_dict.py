@@ -39,15 +39,16 @@ def read(path):
 
 
 def refuse(path, *words):
-    """Asserts that the file is refused in one sentence which has these words in it."""
+    """Asserts that the file is refused by an error with a remedy, which has these words in it."""
     with pytest.raises(InputError) as caught, open_state_dict(path):
         pass
     message = str(caught.value)
     assert message.startswith(f"{path} cannot be used (")
-    assert message.endswith("); a state_dict as torch.save writes it would do.")
+    assert caught.value.problem.endswith(")")
+    assert caught.value.fix == "Use a state_dict as torch.save writes it."
     assert "\n" not in message
     assert len(message) < 700
-    assert "TypeCheckError" not in message  # which only the tests have
+    assert "TypeCheckError" not in message  # types are only checked in tests
     for word in words:
         assert word in message, message
 
@@ -137,7 +138,7 @@ def test_other_objects(kind, tmp_path, monkeypatch):
         refuse(tmp_path / "a", words)
     monkeypatch.setattr(torch_files, "MAX_PARTS", 10)
     DUMPS[kind](tmp_path / "a", {str(i): View.of(FOUR) for i in range(11)})
-    refuse(tmp_path / "a", "no dict of up to 10 tensors")
+    refuse(tmp_path / "a", "not a dict of up to 10 tensors")
 
 
 @FORMATS
@@ -282,7 +283,7 @@ def test_other_files(tmp_path):
     refuse(tmp_path / "missing", "No such file")
     refuse(tmp_path, "a directory")
     os.mkfifo(tmp_path / "pipe")
-    refuse(tmp_path / "pipe", "it is no file")
+    refuse(tmp_path / "pipe", "it is not a plain file")
     for content in (b"", b"\x80", b"PK\x03\x04", b"\x93NUMPY", b"cos\nsystem\n.", b"\0" * 1000):
         (tmp_path / "a").write_bytes(content)
         refuse(tmp_path / "a")

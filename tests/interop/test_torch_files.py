@@ -84,7 +84,7 @@ def test_training_states_of_the_format_before_zip_are_read(tmp_path):
         (tmp_path / "cut.pt").write_bytes(whole[:length])
         refuse(tmp_path / "cut.pt")
     dump_legacy(tmp_path / "other.pt", [View.of(FOUR)])
-    refuse(tmp_path / "other.pt", "it holds a list and no dict of networks")
+    refuse(tmp_path / "other.pt", "it holds a list instead of a dict of networks")
 
 
 @FORMATS
@@ -141,7 +141,7 @@ def test_other_networks_of_a_training_state(tmp_path):
     write_pt(tmp_path / "a", "EDMPrecond", {}, example(), net=net)
     assert [*read(tmp_path / "a", "net")] == ["model.w"]
     refuse(tmp_path / "a", "'best'", "'ema', 'optimizer_state', 'step', 'net'", key="best")
-    refuse(tmp_path / "a", "its 'step' is an int and no network", key="step")
+    refuse(tmp_path / "a", "its 'step' is an int instead of a network", key="step")
 
 
 @FORMATS
@@ -194,8 +194,8 @@ VIEWS = {
     "offset beyond": ((2, (3,), (1,)), "beyond its storage of 4"),
     "empty beyond": ((5, (0,), (1,)), "beyond its storage of 4"),
     "stride beyond": ((0, (2, 2), (1, 3)), "beyond its storage of 4"),
-    "stride 0": ((0, (1_000_000_000,), (0,)), "lie over each other"),
-    "overlapping itself": ((0, (2, 2), (1, 1)), "lie over each other"),
+    "stride 0": ((0, (1_000_000_000,), (0,)), "its elements overlap"),
+    "overlapping itself": ((0, (2, 2), (1, 1)), "its elements overlap"),
     "absurd size": ((0, (2**62,), (1,)), "2^40"),
     "absurd product": ((0, (2**30, 2**30), (2**30, 1)), "2^40"),
     "absurd and empty": ((0, (2**30, 2**30, 0), (1, 1, 1)), "2^40"),
@@ -266,8 +266,8 @@ def test_embedded_storages(tmp_path):
         embedded(
             header.replace(b"little_endian\x71\x02\x88", b"little_endian\x71\x02\x89"), numbers
         ): "little-endian",
-        embedded(header.replace(one_key, two_keys), numbers): "not a single one",
-        embedded(header.replace(one_key, pickle.dumps(["other"], 2)), numbers): "not a single one",
+        embedded(header.replace(one_key, two_keys), numbers): "exactly once",
+        embedded(header.replace(one_key, pickle.dumps(["other"], 2)), numbers): "exactly once",
         embedded(b""): "ends early",
         embedded(b"\x80\x02" + b"N" * 5000): "too much",
         View(Storage(FOUR, numel=5), 0, (5,), (1,)): "16 bytes for 5 numbers",
@@ -307,7 +307,7 @@ def test_modules(kind, tmp_path):
     deep = ModuleDict(state_of({}, {}, {}))
     for _ in range(40):
         deep = ModuleDict(state_of({}, {}, {"a": deep}))
-    check(outermost({"one": deep}), "more than 32 one in the other")
+    check(outermost({"one": deep}), "more than 32 nested")
     check(outermost({"one": 5}), "'one'", "an int")
     check(outermost({"one": View.of(FOUR)}), "'one'", "a View")
     check(outermost({"a.b": shared}), "'a.b'", "_modules")
@@ -334,7 +334,7 @@ def test_modules(kind, tmp_path):
     twice = state_of({"w": View.of(FOUR)}, {"w": View.of(FOUR)}, {}, _init_args=(), _init_kwargs={})
     check(Module("A", twice), "two tensors 'w'")
     for root in (5, "ema", None, shared, View.of(FOUR), OrderedDict()):
-        check(root, "'ema'", "no network")
+        check(root, "'ema'", "instead of a network")
 
 
 @FORMATS
@@ -357,10 +357,10 @@ def test_settings(kind, tmp_path):
         (Named("torch", "FloatStorage"), "'torch."),
     ):
         check(made({"a": [value]}), words, "among its settings")
-    check(made({"a": {1: 2}}), "other names than strings")
+    check(made({"a": {1: 2}}), "names that are not strings")
     circle = []
     circle.append(circle)
-    check(made({"a": circle}), "one in the other")
+    check(made({"a": circle}), "nested")
     shared = []
     for _ in range(30):
         shared = [shared] * 10
