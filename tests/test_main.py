@@ -217,7 +217,7 @@ def test_bad_images_are_refused_or_left_out_and_listed(tmp_path):
     done = run(tmp_path / "images", tmp_path / "run", "--mode=prepare", "--skip_bad")
     assert done.returncode == 0, done.stderr
     assert (
-        "1 left out" in done.stdout
+        "1 of 24 entries are left out" in done.stdout
         and "23 images" in done.stdout
         and "std assumed: 0.5" in done.stdout
     )
