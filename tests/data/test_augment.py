@@ -49,19 +49,19 @@ def transformed(image, **values):
     return compiled(image, only(**values))
 
 
-def test_nothing_is_the_identity():
+def test_transform_of_zeros_is_the_identity():
     x = white((1, SIZE, SIZE, 1))
     chex.assert_trees_all_close(transformed(x), x, atol=1e-5)
 
 
-def test_flips_exchange_the_sides():
+def test_flips():
     x = white((1, SIZE, SIZE, 1))
     chex.assert_trees_all_close(transformed(x, x_flip=1.0), x[:, :, ::-1], atol=1e-5)
     chex.assert_trees_all_close(transformed(x, y_flip=1.0), x[:, ::-1], atol=1e-5)
 
 
 @pytest.mark.parametrize(("right", "down"), [(3, 0), (0, 5), (-4, 2)])
-def test_a_shift_by_whole_pixels_moves_the_image_and_its_reflection(right, down):
+def test_integer_shift_moves_image_and_reflection(right, down):
     x = white((1, SIZE, SIZE, 1))
     std = Augmentation().shift_std
     moved = transformed(x, shift_x=right / (std * SIZE), shift_y=down / (std * SIZE))
@@ -117,7 +117,7 @@ def test_anisotropy_along_any_axis_keeps_the_area():
     np.testing.assert_allclose(centre, factor * 3 * direction, atol=0.05)
 
 
-def test_a_transformation_counts_in_standard_deviations():
+def test_transformation_is_in_standard_deviations():
     stronger = Augmentation(scale_std=0.4, anisotropy_std=0.4, shift_std=0.25)
     t = only(scale=-0.8, anisotropy=0.6, axis=0.3, shift_x=0.7, shift_y=-0.4, rotation=1.0)
     half = t._replace(
@@ -170,7 +170,7 @@ def expectation(augmentation, image, t):
     return out
 
 
-def test_all_together_follow_their_definition():
+def test_transform_matches_its_definition():
     shape = (4, 9, 14, 2)  # not square
     with enable_x64(True):
         augmentation = Augmentation(
@@ -188,7 +188,7 @@ def test_all_together_follow_their_definition():
             )
 
 
-def test_labels_say_what_was_done():
+def test_labels_describe_the_transformation():
     values = dict(
         x_flip=1,
         y_flip=1,
@@ -272,7 +272,7 @@ def test_draws_have_their_distributions():
     assert np.max(np.abs(off_diagonal)) < 5 / np.sqrt(moving.shape[1])
 
 
-def test_without_a_gate_open_only_left_and_right_are_exchanged():
+def test_draw_with_closed_gates_only_flips():
     augmentation = Augmentation(probability=0.0)
     x, keys = white((8, 6, 4, 3)), jax.random.split(jax.random.key(0), 8)
     out, labels = jax.jit(augmentation.__call__)(x, keys)
@@ -283,7 +283,7 @@ def test_without_a_gate_open_only_left_and_right_are_exchanged():
     )
 
 
-def test_an_image_depends_on_itself_and_its_key_alone_on_one_device_or_eight():
+def test_images_are_independent_on_one_or_eight_devices():
     """One trace, the same numbers wherever the image lies, and on a cut batch nothing passes
     between the devices."""
     function = jax.jit(chex.assert_max_traces(Augmentation(probability=1.0).__call__, n=1))
@@ -315,7 +315,7 @@ def test_an_image_depends_on_itself_and_its_key_alone_on_one_device_or_eight():
         chex.assert_trees_all_close(np.asarray(ours), np.asarray(theirs), atol=1e-5)
 
 
-def test_halving_undoes_doubling_and_is_its_transpose():
+def test_halve_is_inverse_and_transpose_of_double():
     double, halve = (
         jax.jit(function, static_argnames="axis") for function in (augment.double, augment.halve)
     )

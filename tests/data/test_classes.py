@@ -36,11 +36,11 @@ THREE = Classes(("0", "1", "2"), by_number=True)  # of imported weights
         (Classes(("0", "1", "2")), Classes(("0", "1"), by_number=True), None),
     ],
 )
-def test_sets_are_matched_by_name(theirs, ours, numbers):
+def test_matched_by_name(theirs, ours, numbers):
     assert matched(theirs, ours) == numbers
 
 
-def test_imported_weights_alone_know_numbers_only():
+def test_of_checkpoint_by_number():
     assert of_checkpoint({"classes": ["0", "1"], "imported": {"file": "x.pkl"}}) == Classes(
         ("0", "1"), by_number=True
     )
@@ -63,7 +63,7 @@ def test_imported_weights_alone_know_numbers_only():
         ('["crane, bird", "1"]', Classes(("crane", "crane, bird")), (1, 1)),
     ],
 )
-def test_a_list_means_names_and_else_numbers(text, classes, numbers):
+def test_parse_labels_names_and_numbers(text, classes, numbers):
     assert parse_labels(text, classes, "labels") == numbers
 
 
@@ -98,13 +98,13 @@ def test_a_list_means_names_and_else_numbers(text, classes, numbers):
         ("0", Classes(), "the data has none. Set labels='balanced'."),
     ],
 )
-def test_what_is_no_class_or_might_be_two_is_refused(text, classes, says):
+def test_parse_labels_refuses_unknown_and_ambiguous(text, classes, says):
     with pytest.raises(InputError, match=says) as refusal:
         parse_labels(text, classes, "labels")
     assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
 
 
-def test_the_table_is_short():
+def test_table_is_short():
     many = Classes(tuple(f"n{number}" for number in range(1000)))
     assert table(AB, (0, 1)) == "0 a, 1 b"
     assert (

@@ -54,7 +54,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("form", HOSTILE)
-def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
+def test_foreign_features_are_not_imported(prepared, canary, form):
     change(
         prepared / "features.json",
         lambda features: HOSTILE[form] if "within" in form else features | HOSTILE[form],
@@ -67,7 +67,7 @@ def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
     assert canary.exists()
 
 
-def test_files_elsewhere_are_not_read(prepared):
+def test_files_elsewhere_are_refused(prepared):
     def elsewhere(info):
         info["splits"][0]["filepathTemplate"] = (
             "../images/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -81,7 +81,7 @@ def test_files_elsewhere_are_not_read(prepared):
         open_prepared(prepared)
 
 
-def test_a_file_that_is_gone_is_named(prepared):
+def test_missing_files_are_named(prepared):
     def renamed(manifest):
         manifest["shards"][0]["file"] = "another"
         return manifest
@@ -99,7 +99,7 @@ WRONG = [*(("file", name) for name in NO_NAMES), ("bytes", "7"), ("sha256", 7)]
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)
-def test_manifests_are_looked_at(prepared, field, value):
+def test_manifest_entries_are_checked(prepared, field, value):
     def hostile(manifest):
         manifest["shards"][0][field] = value
         return manifest

@@ -51,7 +51,7 @@ def test_other_files(tmp_path):
     refuse(tmp_path / "a", "it has no 'ema'")
 
 
-def test_errors_inside_are_the_callers_own(tmp_path):
+def test_caller_errors_are_passed_on(tmp_path):
     write_pkl(tmp_path / "a", "A", {}, {"m.w": FOUR})
     with pytest.raises(KeyError), open_torch(tmp_path / "a") as original:
         original.tensors["other"]
@@ -106,7 +106,7 @@ def test_zip_files(archive, tmp_path):
     check((members | {"archive/data.pkl": b""}).items(), "ends early")
 
 
-def test_lies_in_the_zip_directory(archive, tmp_path):
+def test_inconsistent_zip_directory(archive, tmp_path):
     members, check = archive
 
     def edit(name, **fields):
@@ -152,7 +152,7 @@ def test_checksums(tmp_path):
 
 
 @FORMATS
-def test_a_file_that_shrinks(kind, tmp_path):
+def test_shrinking_file(kind, tmp_path):
     WRITERS[kind](tmp_path / "a", "EDMPrecond", {}, {"model.w": np.zeros(100_000, np.float32)})
     with open_torch(tmp_path / "a") as original:
         os.truncate(tmp_path / "a", 100_000)

@@ -76,7 +76,7 @@ def sampled(imported):
     return dict(np.load(folder / "run/samples/samples.npz"))
 
 
-def test_every_tensor_arrives(imported):
+def test_import_keeps_every_tensor(imported):
     folder, config, tensors = imported
     for number, stage in enumerate(config.stages, 1):
         ema, about = restored(folder / "run", stage, number)
@@ -109,7 +109,7 @@ def test_imported_weights_are_sampled_without_data(imported, sampled):
     assert Image.open(folder / "run/samples/grid.png").width > 0
 
 
-def test_settings_of_the_file_that_is_imported_first_are_kept(imported, tmp_path):
+def test_import_keeps_settings_of_the_first_file(imported, tmp_path):
     """Two imports with the same config, which neither file agrees with."""
     folder, config, tensors = imported
     for number, name in ((1, "one.pkl"), (2, "two.pkl")):
@@ -131,7 +131,7 @@ def test_settings_of_the_file_that_is_imported_first_are_kept(imported, tmp_path
     assert [stage.network.dropout for stage in saved.stages] == pytest.approx([0.2, 0.3])
 
 
-def test_the_sde_sampler_and_postprocessing_are_options(imported, sampled):
+def test_sde_sampler_and_postprocessing_are_options(imported, sampled):
     folder, config, _ = imported
     first, second = config.stages
     stages = (
@@ -154,7 +154,7 @@ def test_the_sde_sampler_and_postprocessing_are_options(imported, sampled):
     )
 
 
-def test_stage_2_alone_goes_on_from_a_folder_of_small_images(imported, sampled):
+def test_stage_2_continues_from_a_folder(imported, sampled):
     """From stage 1's own images it makes the same pictures as the whole relay, to what 8 bits leave
     of them."""
     folder, config, _ = imported
@@ -178,7 +178,7 @@ def test_stage_2_alone_goes_on_from_a_folder_of_small_images(imported, sampled):
     )
 
 
-def test_small_images_of_no_stages_size_are_refused(imported, tmp_path):
+def test_low_images_of_another_size_are_refused(imported, tmp_path):
     folder, config, _ = imported
     write_images(tmp_path / "low", count=2, size=6)
     sampling = dataclasses.replace(
@@ -200,7 +200,7 @@ def low_images(config, folder, names, colour="black") -> LowImages:
     return LowImages(dataclasses.replace(config, sampling=sampling))
 
 
-def test_small_images_bring_their_classes(tmp_path):
+def test_low_images_have_classes(tmp_path):
     config, seeds = config_for(tmp_path), np.arange(4)
     imported, named = Classes(("0", "1", "2"), by_number=True), Classes(("0", "1", "2"))
     by_name = low_images(config, tmp_path / "by_name", ["2", "0"])
@@ -229,13 +229,13 @@ def test_small_images_bring_their_classes(tmp_path):
         low_images(config, tmp_path / "others", ["a", "b"]).labels(seeds, imported)
 
 
-def test_other_small_images_are_other_samples(tmp_path):
+def test_samples_depend_on_low_images(tmp_path):
     config, seeds = config_for(tmp_path), np.arange(4)
     first, again = (low_images(config, tmp_path, ["a", "b"]).digest(seeds) for _ in range(2))
     assert first == again != low_images(config, tmp_path, ["a", "b"], "white").digest(seeds)
 
 
-def test_export_has_the_originals_names_and_comes_back_exactly(imported, sampled, tmp_path):
+def test_export_round_trip(imported, sampled, tmp_path):
     folder, config, tensors = imported
     again = tmp_path / "again"
     for number in (1, 2):
@@ -259,7 +259,7 @@ def test_export_has_the_originals_names_and_comes_back_exactly(imported, sampled
     )
 
 
-def test_training_goes_on_from_imported_weights(imported, tmp_path):
+def test_training_resumes_from_imported_weights(imported, tmp_path):
     """Fine-tuning in the import's own workdir; transfer to other classes by `start_from`. The step
     is too small to see."""
     folder, config, tensors = imported
@@ -322,14 +322,14 @@ def test_training_goes_on_from_imported_weights(imported, tmp_path):
     ],
     ids=["edm", "iddpm", "ve", "vp"],
 )
-def test_settings_are_read_as_they_are_written(network, precondition):
+def test_settings_round_trip(network, precondition):
     stage = Stage(resolution=(16, 16), network=network, precondition=precondition)
     class_name, settings = pytorch_names.settings_of(stage, 3, 7)
     found = pytorch_names.describe(class_name, json.loads(json.dumps(settings)), Stage())
     assert found == pytorch_names.Described(stage, 3, 7)
 
 
-def test_a_network_unlike_the_configs_changes_the_config(tmp_path, capsys):
+def test_import_changes_the_config(tmp_path, capsys):
     """DDPM++ / NCSN++ weights for a config that had an ADM: the network, the resolution and all
     else are the file's."""
     config = config_for(tmp_path)
@@ -394,7 +394,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_weights_that_do_not_fit_are_refused(case, imported, tmp_path):
+def test_import_refuses_other_weights(case, imported, tmp_path):
     _, config, tensors = imported
     changes, settings, message = REFUSED[case]
     class_name, theirs = settings_for(config.stages[0])
@@ -411,7 +411,7 @@ def test_weights_that_do_not_fit_are_refused(case, imported, tmp_path):
     assert not (tmp_path / "run/config.json").exists()
 
 
-def test_an_unknown_preconditioning_is_refused(imported, tmp_path):
+def test_import_refuses_unknown_preconditioning(imported, tmp_path):
     _, config, tensors = imported
     write_pt(tmp_path / "x.pt", "FlowPrecond", settings_for(config.stages[0])[1], tensors[0])
     with pytest.raises(InputError, match="'FlowPrecond' is unknown. Use EDMPrecond or"):
@@ -424,7 +424,7 @@ def test_an_unknown_preconditioning_is_refused(imported, tmp_path):
         )
 
 
-def test_an_import_overwrites_nothing(imported):
+def test_import_overwrites_nothing(imported):
     folder, config, _ = imported
     with pytest.raises(InputError, match="already has checkpoints. Use another --workdir"):
         run(
@@ -447,13 +447,13 @@ def test_an_import_overwrites_nothing(imported):
     ],
     ids=["no-file", "no-stage", "no-such-stage", "train", "no-such-file"],
 )
-def test_flags_that_do_not_go_together_are_refused(tmp_path, flags, message):
+def test_flags_are_checked(tmp_path, flags, message):
     with pytest.raises(InputError, match=re.escape(message)):
         run(values_of(config_for(tmp_path)), str(tmp_path / "run"), **flags)
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "no-json", "no-dict", "deep"])
-def test_damaged_safetensors_are_refused(tmp_path, damage):
+def test_import_refuses_damaged_safetensors(tmp_path, damage):
     path = tmp_path / "x.safetensors"
     settings = {"no-json": "{", "no-dict": "[1]", "deep": "[" * 100_000}.get(damage, "{}")
     save_file({"a": np.zeros(100, np.float32)}, path, metadata={"settings": settings})
@@ -471,7 +471,7 @@ def test_damaged_safetensors_are_refused(tmp_path, damage):
         )
 
 
-def test_export_to_a_full_disk_is_the_disks_fault(imported, tmp_path, monkeypatch):
+def test_export_to_a_full_disk_raises_os_error(imported, tmp_path, monkeypatch):
     folder, config, _ = imported
 
     def full(*_, **__):
@@ -492,7 +492,7 @@ def test_export_to_a_full_disk_is_the_disks_fault(imported, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 1), ("C64", 8)])
-def test_safetensors_of_dtypes_that_would_be_lost_are_refused(tmp_path, dtype, size):
+def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size):
     header = json.dumps(
         {"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}
     ).encode()
@@ -508,7 +508,7 @@ def test_safetensors_of_dtypes_that_would_be_lost_are_refused(tmp_path, dtype, s
         opened.read("x")
 
 
-def test_safetensors_without_metadata_are_read_as_the_config_says(imported, tmp_path):
+def test_safetensors_without_metadata_use_the_config(imported, tmp_path):
     _, config, tensors = imported
     save_file(
         {k: np.ascontiguousarray(v) for k, v in tensors[0].items()}, tmp_path / "x.safetensors"
@@ -537,7 +537,7 @@ def test_safetensors_without_metadata_are_read_as_the_config_says(imported, tmp_
     ],
     ids=["not-square", "patch", "heads", "noise-scale"],
 )
-def test_networks_that_the_original_has_not_cannot_be_exported(stage, field):
+def test_export_refuses_unpublished_networks(stage, field):
     with pytest.raises(
         InputError,
         match=re.escape(f"{field} cannot be exported")
@@ -546,7 +546,7 @@ def test_networks_that_the_original_has_not_cannot_be_exported(stage, field):
         pytorch_names.settings_of(stage, 3, 0)
 
 
-def test_export_of_another_network_names_the_stage(imported, tmp_path):
+def test_export_names_the_stage(imported, tmp_path):
     folder, config, _ = imported
     first = dataclasses.replace(
         config.stages[0], network=dataclasses.replace(NETWORK, head_channels=8)
@@ -565,7 +565,7 @@ def test_export_of_another_network_names_the_stage(imported, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_the_relays_own_process_is_the_configs(imported):
+def test_describe_keeps_the_process(imported):
     _, config, _ = imported
     assert isinstance(config.stages[1].process, Relay)
     described = pytorch_names.describe(*settings_for(config.stages[1]), config.stages[1])

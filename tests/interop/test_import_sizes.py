@@ -30,7 +30,7 @@ def import_stage(folder, config: Config, number: int, size: int) -> Config:
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
-def test_two_stages_are_imported_in_any_order(tmp_path, order):
+def test_import_in_any_order(tmp_path, order):
     """The config has 4x4 -> 8x8, the files have 8x8 -> 16x16."""
     config = config_for(tmp_path)
     for number in order:
@@ -38,7 +38,7 @@ def test_two_stages_are_imported_in_any_order(tmp_path, order):
         assert [stage.resolution for stage in saved.stages] == [(8, 8), (16, 16)]
 
 
-def test_a_stage_that_does_not_fit_the_one_imported_before_is_refused(tmp_path):
+def test_import_refuses_a_stage_of_another_size(tmp_path):
     config = config_for(tmp_path)
     import_stage(tmp_path, config, 1, 4)
     with pytest.raises(InputError, match=r"config.stage2.resolution=\(16, 16\).*8, 8"):
@@ -55,7 +55,7 @@ def test_a_stage_that_does_not_fit_the_one_imported_before_is_refused(tmp_path):
         (2, [1, 3], [99, 8, 99]),
     ],
 )
-def test_resolutions_that_go_with_one_stages(number, kept, sizes):
+def test_fit_resolutions(number, kept, sizes):
     """Factors 2 and 4; the stage that is imported has 8x8, the others have 99x99, which go with
     nothing."""
     stages = [

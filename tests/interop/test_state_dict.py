@@ -84,7 +84,7 @@ def test_round_trip(kind, dtype, tmp_path):
 
 
 @FORMATS
-def test_tensors_may_share_numbers(kind, tmp_path):
+def test_shared_tensors(kind, tmp_path):
     storage = Storage(np.arange(10, dtype=np.float32))
     state = {
         "all": View(storage, 0, (2, 5), (5, 1)),
@@ -180,7 +180,7 @@ def test_persistent_ids(what, tmp_path):
 
 
 @FORMATS
-def test_an_object_beside_the_tensors(kind, canary, tmp_path):
+def test_foreign_objects(kind, canary, tmp_path):
     runs = Call(Named("os", "system"), (f"touch {canary}",))
     DUMPS[kind](tmp_path / "a", {"weight": View.of(FOUR), "more": runs})
     refuse(tmp_path / "a", "it names 'os.system'")
@@ -190,7 +190,7 @@ def test_an_object_beside_the_tensors(kind, canary, tmp_path):
     refuse(tmp_path / "a", "it names 'os.system'")
 
 
-def test_what_stands_beside_the_items(tmp_path):
+def test_attributes_beside_items(tmp_path):
     for more, words in (
         ({"_metadata": {}, "__class__": "a"}, "the state of a dict"),
         ({"__dict__": {}}, "the state of a dict"),
@@ -210,7 +210,7 @@ def test_what_stands_beside_the_items(tmp_path):
 # Files.
 
 
-def test_lies_of_the_format_before_zip(tmp_path):
+def test_inconsistent_format_before_zip(tmp_path):
     state = {
         "a": View(Storage(FOUR, key="1"), 0, (4,), (1,)),
         "b": View(Storage(FOUR, key="2"), 0, (4,), (1,)),
@@ -263,7 +263,7 @@ def test_lies_of_the_format_before_zip(tmp_path):
         refuse(tmp_path / "a", words)
 
 
-def test_lies_of_zip_files(tmp_path):
+def test_inconsistent_zip_files(tmp_path):
     dump_pt(tmp_path / "good", state_dict({"a": FOUR}))
     with zipfile.ZipFile(tmp_path / "good") as good:
         members = {name: good.read(name) for name in good.namelist()}

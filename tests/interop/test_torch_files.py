@@ -61,7 +61,7 @@ def read(path, key="ema"):
 # What is read.
 
 
-def test_training_states_of_the_format_before_zip_are_read(tmp_path):
+def test_training_states_before_zip(tmp_path):
     """The same as from the zip format; cut anywhere they are refused."""
     tensors = example()
     for name, dump in (("new.pt", dump_pt), ("old.pt", dump_legacy)):
@@ -163,7 +163,7 @@ def test_parts_of_one_storage(kind, tmp_path):
 
 
 @FORMATS
-def test_the_source_is_not_run(kind, canary, tmp_path):
+def test_module_source_is_not_run(kind, canary, tmp_path):
     WRITERS[kind](
         tmp_path / "a",
         "EDMPrecond",
@@ -228,7 +228,7 @@ def test_views(kind, what, tmp_path):
 @pytest.mark.parametrize(
     "value", [5, "a", {}, Storage(FOUR), Call(Named("collections", "OrderedDict"), ())]
 )
-def test_no_tensor(kind, value, tmp_path):
+def test_values_that_are_not_tensors(kind, value, tmp_path):
     DUMPS[kind](tmp_path / "a", {"ema": with_tensor(value)})
     refuse(tmp_path / "a", "tensor 'weight' is damaged")
     DUMPS[kind](tmp_path / "a", {"ema": with_tensor(View(5, 0, (1,), (1,)))})
