@@ -35,6 +35,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, local_path
 
+DEFAULT_ENCODING = Encoding()
 # Images per shard, up to so many shards: a kill costs seconds, and a large set is not a million
 # files.
 SHARD_IMAGES = 256
@@ -48,7 +49,7 @@ def prepare(
     directory: str | os.PathLike,
     form: ImageSpec,
     *,
-    encoding: Encoding = Encoding(),  # noqa: B008
+    encoding: Encoding = DEFAULT_ENCODING,
     skin_tones: str = "",
     classes: str = "auto",
     skip_bad: bool = False,

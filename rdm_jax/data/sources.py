@@ -271,7 +271,7 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
 
 
 def _containing_archive(path: Path) -> tuple[Path, str]:
-    """The archive that a path leads into and the folder in it, with a slash; else the path and ''."""
+    """The archive that a path leads into, and the folder in it with a slash; else path and ''."""
     if not os.path.exists(path):
         for above in path.parents:
             if os.path.isfile(above):

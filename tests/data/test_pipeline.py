@@ -359,7 +359,8 @@ def test_workers_that_fail_twice_raise(directory):
     )  # less than a start
     with pytest.raises(
         InputError,
-        match="config.data.workers=1: the workers failed twice .*no batch in 0.01 s.*worker_timeout",
+        match="config.data.workers=1: the workers failed twice .*no batch in 0.01 s.*"
+        "worker_timeout",
     ):
         next(batches)
     assert all(ends(process.pid) for process in workers_of_this())

@@ -177,7 +177,8 @@ def test_skip_bad_lists_what_is_left_out(folder, tmp_path, monkeypatch):
     (folder / "dog" / "notes.exe").write_text("not even meant as one")
     with pytest.raises(
         InputError,
-        match="5 of 8 entries .* \\(4 cannot be decoded, 1 is not an image\\), and .* whole class 'cat'",
+        match="5 of 8 entries .* \\(4 cannot be decoded, 1 is not an image\\), "
+        "and .* whole class 'cat'",
     ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=0.2)
     assert not (tmp_path / "set").exists()

@@ -150,7 +150,7 @@ def test_shards_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch, 
     for i, file in enumerate(sorted(folder.rglob("*.png"))):
         os.utime(file, ns=(i, i))
 
-    def labelled(shift, form=FORM, encoding=Encoding(), root=folder):  # noqa: B008
+    def labelled(shift, form=FORM, encoding=prepare_lib.DEFAULT_ENCODING, root=folder):
         names = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.png"))]
         labels = [[name, (i + shift) % 2] for i, name in enumerate(names)]
         (root / "dataset.json").write_text(json.dumps({"labels": labels}))

@@ -73,8 +73,11 @@ def test_update_logs_and_prepares_changes(folder, tmp_path, again):
 def test_update_notices_changes_during_preparation(folder, tmp_path, again):
     """The image is read first, and changes after that."""
     (folder / "dog" / "9.png").write_bytes((folder / "dog" / "0.png").read_bytes())
-    changed = lambda: Image.new("RGB", (6, 8), (4, 5, 6)).save(folder / "cat" / "0.png")  # noqa: E731
-    again(check_stop=changed)
+
+    def change():
+        Image.new("RGB", (6, 8), (4, 5, 6)).save(folder / "cat" / "0.png")
+
+    again(check_stop=change)
     assert open_prepared(tmp_path / "set")[0]["image"][0, 0].tolist() != [4, 5, 6]
     assert "1 changed (cat/0.png)" in again()
     assert open_prepared(tmp_path / "set")[0]["image"][0, 0].tolist() == [4, 5, 6]
@@ -111,8 +114,8 @@ def test_update_resumes(folder, tmp_path, again, monkeypatch):
         again(check_stop=mock.Mock(side_effect=[None, KeyboardInterrupt]))
     said = again(update=False)
     assert (
-        f"an update of {tmp_path}/set was interrupted; --update resumes with the 2 files finished in"
-        in said
+        f"an update of {tmp_path}/set was interrupted; "
+        "--update resumes with the 2 files finished in" in said
     )
     assert len(open_prepared(tmp_path / "set")) == 7
     reads, load = [], readers.Folder.load

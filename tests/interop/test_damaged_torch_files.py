@@ -8,17 +8,9 @@ import pytest
 
 from rdm_jax.interop.torch_files import open_torch
 from rdm_jax.runtime.errors import InputError
+from tests.support.published_files import FOUR, SETTINGS, WRITERS, write_pkl, write_pt
 from tests.support.refusals import of_changed, refuse
-from tests.support.torch_standins import (
-    FOUR,
-    SETTINGS,
-    WRITERS,
-    Storage,
-    dump_pkl,
-    legacy_header,
-    write_pkl,
-    write_pt,
-)
+from tests.support.torch_standins import Storage, dump_pkl, legacy_header
 
 FORMATS = pytest.mark.parametrize("kind", ["pkl", "pt"])
 

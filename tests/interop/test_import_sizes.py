@@ -10,8 +10,8 @@ from rdm_jax.diffusion.processes import Relay
 from rdm_jax.interop.import_export import fit_resolutions
 from rdm_jax.run import run
 from rdm_jax.runtime.errors import InputError
+from tests.support.published_files import write_pkl
 from tests.support.torch_stages import CLASSES, config_for, settings_for, tensors_of, values_of
-from tests.support.torch_standins import write_pkl
 
 
 def import_stage(folder, config: Config, number: int, size: int) -> Config:

@@ -15,9 +15,9 @@ from rdm_jax.interop.torch_files import open_state_dict
 from rdm_jax.runtime.errors import InputError
 from tests.interop.test_inert_pickle import DANGEROUS, HOSTILE, IDS, named, text
 from tests.interop.test_torch_files import VIEWS
+from tests.support.published_files import FOUR, write_pkl
 from tests.support.refusals import of_changed, peak_of
 from tests.support.torch_standins import (
-    FOUR,
     Call,
     Named,
     Storage,
@@ -26,7 +26,6 @@ from tests.support.torch_standins import (
     dump_pt,
     legacy_header,
     state_dict,
-    write_pkl,
 )
 
 DUMPS = {"zip": dump_pt, "legacy": dump_legacy}

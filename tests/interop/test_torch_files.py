@@ -10,12 +10,17 @@ import pytest
 
 from rdm_jax.interop import torch_files
 from rdm_jax.interop.torch_files import open_torch
-from tests.support.refusals import peak_of, refuse, with_tensor
-from tests.support.torch_standins import (
+from tests.support.published_files import (
     DUMPS,
     FOUR,
     SETTINGS,
     WRITERS,
+    network,
+    write_pkl,
+    write_pt,
+)
+from tests.support.refusals import peak_of, refuse, with_tensor
+from tests.support.torch_standins import (
     Bytes,
     Call,
     Module,
@@ -27,10 +32,7 @@ from tests.support.torch_standins import (
     dump_pkl,
     dump_pt,
     legacy_header,
-    network,
     state_of,
-    write_pkl,
-    write_pt,
 )
 
 FORMATS = pytest.mark.parametrize("kind", ["pkl", "pt"])
