@@ -1,4 +1,4 @@
-"""Zips and tars: the same images as in a folder, and nothing from a hostile one."""
+"""Zips and tars: the same images as in a folder; hostile ones are refused."""
 
 import io
 import json
@@ -242,7 +242,7 @@ def test_tar_refuses_duplicate_members(tmp_path):
 
 @pytest.mark.parametrize("length", [0, 100, 512, 1024, 1500, 2048, -9000, -6000])
 def test_tar_refuses_truncation(tmp_path, length):
-    """Also at the border of two members, which the library takes for the end."""
+    """Also at the boundary of two members, which the library takes for the end."""
     spec = write_tar(tmp_path / "set.tar", pngs(*(f"{i}.png" for i in range(9))))
     content = (tmp_path / "set.tar").read_bytes()
     (tmp_path / "set.tar").write_bytes(content[:length])
@@ -360,7 +360,7 @@ def test_zip_recognises_unmarked_utf8(tmp_path):
     "named, wanted", [(b"caf\x82/1.png", "gr\u00fcn"), (b"other", "caf\u00e9")]
 )
 def test_zip_code_page_and_unicode_field(tmp_path, named, wanted, caplog):
-    """The field counts where it is of the name as it stands."""
+    """The field is used if its checksum is that of the raw name."""
     member = zipfile.ZipInfo("caf#/1.png")
     field = b"\1" + zlib.crc32(named).to_bytes(4, "little") + "gr\u00fcn/1.png".encode()
     member.extra = (0x7075).to_bytes(2, "little") + len(field).to_bytes(2, "little") + field

@@ -1,5 +1,4 @@
-"""Augmentation: each transformation does what its name says, draws have the stated frequencies,
-labels tell what was done."""
+"""Augmentation: geometry, frequencies of draws, and labels."""
 
 import chex
 import jax
@@ -15,7 +14,7 @@ from rdm_jax.runtime import sharding
 from tests.support.precision import enable_x64
 
 SIZE = 32
-# Turning and stretching is measured on Gaussian blobs of height 1 and a standard deviation of 3
+# Rotation and stretching are measured on Gaussian blobs of height 1 and a standard deviation of 3
 # pixels. Interpolating lowers their top by about 0.01, and as sym6 is no mirror image of itself
 # (its centre of mass is 0.05 pixels off its middle), half a turn moves them by 0.1 pixels, which is
 # 0.02. Half a pixel's error would be 0.1.
@@ -28,8 +27,7 @@ def white(shape, seed=0):
 
 
 def blob(x=0.0, y=0.0, std_x=3.0, std_y=3.0):
-    """(1, SIZE, SIZE, 1): a Gaussian at (x, y), from the centre to the right and down, in
-    pixels."""
+    """(1, SIZE, SIZE, 1): a Gaussian at (x, y) pixels right of and below the centre."""
     places = np.arange(SIZE) - (SIZE - 1) / 2
     image = np.exp(
         -(((places[None, :] - x) / std_x) ** 2) / 2 - ((places[:, None] - y) / std_y) ** 2 / 2
@@ -38,7 +36,7 @@ def blob(x=0.0, y=0.0, std_x=3.0, std_y=3.0):
 
 
 def only(**values):
-    """The transformation of one image that is nothing but `values`."""
+    """One image's transformation of zeros except `values`."""
     return Transformation(*(jnp.asarray([values.get(name, 0.0)], jnp.float32) for name in FIELDS))
 
 
@@ -128,8 +126,7 @@ def test_transformation_is_in_standard_deviations():
 
 
 def expectation(augmentation, image, t):
-    """One (h, w, c) image in float64, step by step as the paper tells it, with matrices for
-    homogeneous (x, y, 1)."""
+    """One (h, w, c) image in float64, by the paper's matrices for homogeneous (x, y, 1)."""
     h, w, _ = image.shape
     image = image[:: -1 if t["y_flip"] else 1, :: -1 if t["x_flip"] else 1]
     shift = np.array(
@@ -141,7 +138,7 @@ def expectation(augmentation, image, t):
     )
 
     def turn(angle):
-        """Counterclockwise, y pointing down."""
+        """Rotates counterclockwise; y points down."""
         return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
     stretching = turn(t["axis"]) @ np.diag([stretch, 1 / stretch]) @ turn(-t["axis"])
@@ -154,7 +151,7 @@ def expectation(augmentation, image, t):
         around = np.apply_along_axis(
             lambda v: np.convolve(v, taps * np.sqrt(2))[5:-6], axis, between
         )
-    # Output places in the doubled image: pixel i is place 2 i.
+    # Output coordinates in the doubled image: pixel i is at 2 i.
     y, x = np.meshgrid(np.arange(-5, 2 * h + 5), np.arange(-5, 2 * w + 5), indexing="ij")
     x, y = np.einsum(
         "ij,jyx->iyx", backward, np.stack([x - (w - 1) - 2 * shift[0], y - (h - 1) - 2 * shift[1]])
@@ -218,7 +215,7 @@ def test_labels_describe_the_transformation():
 
 
 def draws(probability, count=20_000):
-    """Every field's draws, in float64."""
+    """The draws of every field, in float64."""
     keys = jax.random.split(jax.random.key(5), count)
     t = jax.jit(jax.vmap(Augmentation(probability).draw))(keys)
     return {name: np.asarray(value, np.float64) for name, value in t._asdict().items()}
@@ -284,8 +281,7 @@ def test_draw_with_closed_gates_only_flips():
 
 
 def test_images_are_independent_on_one_or_eight_devices():
-    """One trace, the same numbers wherever the image lies, and on a cut batch nothing passes
-    between the devices."""
+    """One trace; equal numbers on any device; a sharded batch needs no communication."""
     function = jax.jit(chex.assert_max_traces(Augmentation(probability=1.0).__call__, n=1))
     x, keys = white((8, 6, 4, 3)), jax.random.split(jax.random.key(0), 8)
     out, labels = function(x, keys)

@@ -1,4 +1,4 @@
-"""Which folders or file names are classes, in which order, and what the log says of the choice."""
+"""Classes from folders and file names: rules, order, and log."""
 
 import pytest
 
@@ -12,7 +12,7 @@ NESTED = pngs("a/1.png", "a/x/2.png", "b/x/3.png", "b/y/z/4.png")
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """A function that gives all lines of the log so far."""
+    """Returns a function that returns the log so far."""
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     caplog.set_level("INFO")
     return lambda: "\n".join(record.getMessage() for record in caplog.records)

@@ -1,4 +1,4 @@
-"""Classes are known by name: how sets are matched, and which classes a list means."""
+"""Classes: matching by name, and lists of labels."""
 
 import pytest
 

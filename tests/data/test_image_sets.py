@@ -1,4 +1,4 @@
-"""Sets of images: a small source decoded into memory, nothing written."""
+"""Image sets: sources in memory, and identities."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""Every kind of image is read to the right 8-bit pixels, and brought to the size asked for."""
+"""Images of every kind: 8-bit conversion, crop and resize."""
 
 import io
 import struct
@@ -16,7 +16,7 @@ WHITE = (255, 255, 255)
 
 
 def read_back(image, tmp_path, name="image.png", channels=3, background=WHITE, **options):
-    """The pixels after a round trip through a file, at the image's own size."""
+    """The pixels after a round trip through a file, at the original size."""
     image.save(tmp_path / name, **options)
     return images.to_uint8(images.open_image(tmp_path / name), channels, background)
 
@@ -156,7 +156,7 @@ def test_fit_makes_non_square_images():
 
 
 def png_of(pixels_per_row, rows, depth, colour, header_size=None):
-    """A PNG file by hand, for kinds that Pillow does not write."""
+    """Makes a PNG file by hand, for kinds that Pillow does not write."""
     width, height = header_size or (len(rows[0]) // pixels_per_row, len(rows))
 
     def chunk(kind, content):
@@ -221,7 +221,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncated_images_are_refused(kind):
-    """Wherever a file is cut, it is refused, or what was cut off did not matter."""
+    """A truncated file is refused, unless the missing part does not matter."""
     rng, whole = np.random.default_rng(0), io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(whole, kind, **KINDS[kind])
     whole = whole.getvalue()
@@ -241,8 +241,7 @@ def test_truncated_images_are_refused(kind):
 
 
 def test_adm_crop_matches_the_published_rule():
-    """For squares, against ADM's own words: halve by box while at least twice, bicubic to the
-    shorter side, central crop."""
+    """For squares: halve by a box filter while possible, bicubic to the shorter side, crop."""
     pixels = np.random.default_rng(3).integers(0, 256, (41, 70, 3), np.uint8)
     image = Image.fromarray(pixels)
     while min(image.size) >= 2 * 9:

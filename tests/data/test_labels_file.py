@@ -1,5 +1,4 @@
-"""EDM's dataset.json and its relatives: what can mean one thing only is read, all else is refused
-with one message."""
+"""EDM's dataset.json and variants: unambiguous ones are read, others refused."""
 
 import json
 
@@ -157,7 +156,7 @@ def test_labels_file_below_a_wrapper(written, wrapper):
 
 
 def test_own_samples_are_read_from_a_zip(tmp_path):
-    """Index folders are no classes, and nothing has to be skipped."""
+    """Index folders are not classes, and nothing is skipped."""
     members = {f"images/00000/img{i:08d}.png": png(i) for i in range(3)}
     labels = {
         "labels": [[f"00000/img{i:08d}.png", 3] for i in range(3)],
@@ -253,7 +252,7 @@ def test_bad_labels_are_skipped_on_request(written, labels, named):
     ],
 )
 def test_lost_classes(written, labels):
-    """Without it the classes after it would have other numbers."""
+    """Without the class, later classes would have other indices."""
     labels = [
         [name, [float(v) for v in label] if isinstance(label, list) else label]
         for name, label in labels

@@ -1,5 +1,4 @@
-"""Batches: every image once an epoch, the same whatever the number of processes, resumed
-exactly."""
+"""Batches: order, exact resumption, processes and workers."""
 
 import collections
 import itertools
@@ -45,7 +44,7 @@ def source(directory):
 
 
 def numbers(batches):
-    """Which images went into some batches, in order."""
+    """Names the images of some batches, in order."""
     return np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]).tolist()
 
 
@@ -130,8 +129,7 @@ def test_order_depends_on_seed(source):
 
 
 def test_order_is_uniform(source):
-    """Image 0 lands on each of 23 places equally often: chi-square with 22 degrees, 5.6 sigma at
-    60."""
+    """Image 0 is equally often at each of 23 positions: chi-square, 22 degrees, 5.6 sigma at 60."""
     order = np.array(numbers(take(1000, train_iterator(source, batch_size=COUNT, seed=5)))).reshape(
         1000, COUNT
     )
@@ -175,7 +173,7 @@ def test_state_is_json_and_resumes_with_other_processes(source, taken):
 
 
 def test_batches_are_writable(source):
-    """What a consumer writes into a batch must not reach the cache."""
+    """Writes to a batch must not change the cache."""
     before = source.batch(np.arange(COUNT))["image"]
     next(train_iterator(source, batch_size=COUNT, seed=0))["image"][...] = 0
     np.testing.assert_array_equal(source.batch(np.arange(COUNT))["image"], before)
@@ -316,8 +314,7 @@ def test_cached_set_uses_no_workers(source):
 
 
 def ends(process):
-    """Whether a process that is not ours is gone, or nothing but its number is left, within some
-    seconds."""
+    """Whether a process that is not a child ends, or becomes a zombie, within some seconds."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]

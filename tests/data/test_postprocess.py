@@ -9,7 +9,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def images(batch=3, channels=3):
-    """Smooth and coloured, of levels from 0 to 255, no two alike."""
+    """Smooth coloured images of levels from 0 to 255, all different."""
     ramp = np.linspace(0, 1, 16 * 12 * channels).reshape(16, 12, channels)
     return np.stack([np.uint8(np.round(255 * ramp ** (k + 1))) for k in range(batch)])
 

@@ -1,4 +1,4 @@
-"""Preparing: what is made, what is refused, and that tensorflow-datasets reads it."""
+"""Preparation: results, refusals, and reading by tensorflow-datasets."""
 
 import hashlib
 import json
@@ -228,7 +228,7 @@ def test_prepare_refuses_to_lose_a_class(folder, tmp_path):
 
 
 def test_prepare_raises_for_unreadable_files(folder, tmp_path, monkeypatch):
-    """A disk that goes away must not leave a set of what it had given before."""
+    """A disk that fails must not leave a set of the images read before."""
 
     def gone(*args, **kwargs):
         raise OSError(5, "Input/output error")

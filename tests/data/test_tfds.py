@@ -18,7 +18,7 @@ FORM = ImageSpec(5, 4)
 
 
 class RelayTestShapes(tfds.core.GeneratorBasedBuilder):
-    """Seven images; of the split 'test' one has no label."""
+    """Seven images; one of the split 'test' has no label."""
 
     VERSION = tfds.core.Version("1.0.0")
     folder = None
@@ -46,7 +46,7 @@ class RelayTestShapes(tfds.core.GeneratorBasedBuilder):
 
 
 class RelayTestWords(RelayTestShapes):
-    """No images."""
+    """A data set without images."""
 
     def _info(self):
         return tfds.core.DatasetInfo(

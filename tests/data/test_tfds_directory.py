@@ -1,5 +1,4 @@
-"""Data sets that a stranger may have made: what their files name is not imported, and not looked
-for elsewhere."""
+"""Untrusted data sets: nothing that they name is imported or read elsewhere."""
 
 import json
 import sys
@@ -28,7 +27,7 @@ def change(path, function):
 
 @pytest.fixture
 def canary(tmp_path, monkeypatch):
-    """A module in the way of an import, as the current folder is; it says so when it is run."""
+    """A module that an import would find; it prints when it is run."""
     (tmp_path / "canary_module.py").write_text(
         f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ImportError"
     )

@@ -1,5 +1,4 @@
-"""A source that has changed since it was prepared: compared and prepared again where that is asked
-for."""
+"""Updates: a source that has changed since its preparation."""
 
 import json
 import os
@@ -19,8 +18,7 @@ from tests.support.small_folder import FORM, files
 
 @pytest.fixture
 def again(folder, tmp_path, caplog, monkeypatch):
-    """A function that compares the fixture's folder with what was prepared of it, and gives what
-    the log says."""
+    """Returns a function that updates the set of the fixture's folder, and returns the log."""
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     caplog.set_level("INFO")
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
@@ -71,7 +69,7 @@ def test_update_logs_and_prepares_changes(folder, tmp_path, again):
 
 
 def test_update_notices_changes_during_preparation(folder, tmp_path, again):
-    """The image is read first, and changes after that."""
+    """The image is read first, and changes afterwards."""
     (folder / "dog" / "9.png").write_bytes((folder / "dog" / "0.png").read_bytes())
 
     def change():

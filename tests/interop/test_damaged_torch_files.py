@@ -1,4 +1,4 @@
-"""Files that are no published ones, or are damaged or hostile: all are refused by name."""
+"""Files that are not published ones, or are damaged or hostile, are refused."""
 
 import os
 import zipfile
@@ -51,8 +51,7 @@ def test_caller_errors_are_passed_on(tmp_path):
 
 @pytest.fixture
 def archive(tmp_path):
-    """(members of a good training state by name, a function that asserts what is said of
-    others)."""
+    """(members of a good training state by name, a function that asserts a refusal of others)."""
     write_pt(tmp_path / "good.pt", "EDMPrecond", SETTINGS, {"model.w": FOUR, "model.b": FOUR})
     with zipfile.ZipFile(tmp_path / "good.pt") as good:
         members = {name: good.read(name) for name in good.namelist()}
@@ -121,7 +120,7 @@ def test_inconsistent_zip_directory(archive, tmp_path):
     check(members.items(), "overlap", change=edit("archive/data/0", header_offset=0))
     check(members.items(), "no header", change=edit("archive/version", header_offset=10**9))
 
-    # One member's local record inside another's data, each of them whole.
+    # One member's local record inside another's data, both of them complete.
     with zipfile.ZipFile(tmp_path / "good.pt") as good:
         start, end = (good.getinfo(f"archive/data/{n}").header_offset for n in (1, 2))
     record = (tmp_path / "good.pt").read_bytes()[start:end]
@@ -173,11 +172,10 @@ def test_truncation(kind, tmp_path):
 
 @FORMATS
 def test_flipped_bytes(kind, tmp_path):
-    """A zip file has checksums, so what is read is right; a snapshot has none, so it is no more
-    than is there."""
+    """A zip file has checksums: what is read is right. A snapshot has none: it is not larger."""
     WRITERS[kind](tmp_path / "a", "EDMPrecond", SETTINGS, SMALL)
     size, random = (tmp_path / "a").stat().st_size, np.random.default_rng(1)
-    # Mostly in what is not numbers, at both ends.
+    # Mostly in metadata, at both ends.
     places = [
         *random.integers(0, 3000, 80),
         *random.integers(size - 3000, size, 80),

@@ -47,7 +47,7 @@ def restored(workdir, stage: Stage, number: int, classes: int = CLASSES):
 
 @pytest.fixture(scope="module")
 def sampled(imported):
-    """Its samples, guided, with churn, exponent 100 and truncation."""
+    """Samples with guidance, churn, exponent 100 and truncation."""
     folder, config, _ = imported
     run(values_of(config), str(folder / "run"), mode="sample")
     return dict(np.load(folder / "run/samples/samples.npz"))
@@ -87,7 +87,7 @@ def test_imported_weights_are_sampled_without_data(imported, sampled):
 
 
 def test_import_keeps_settings_of_the_first_file(imported, tmp_path):
-    """Two imports with the same config, which neither file agrees with."""
+    """Two imports with one config, which differs from both files."""
     folder, config, tensors = imported
     for number, name in ((1, "one.pkl"), (2, "two.pkl")):
         class_name, settings = settings_for(config.stages[number - 1])
@@ -132,8 +132,7 @@ def test_sde_sampler_and_postprocessing_are_options(imported, sampled):
 
 
 def test_stage_2_continues_from_a_folder(imported, sampled):
-    """From stage 1's own images it makes the same pictures as the whole relay, to what 8 bits leave
-    of them."""
+    """From stage 1's own images, rounded to 8 bits: the samples of the whole relay."""
     folder, config, _ = imported
     for seed, (image, label) in enumerate(zip(sampled["stage1"], sampled["labels"], strict=True)):
         path = folder / "low" / f"{seed:02d}_{label}.png"
@@ -148,8 +147,8 @@ def test_stage_2_continues_from_a_folder(imported, sampled):
     made = np.load(folder / "run/low/samples.npz")
     np.testing.assert_array_equal(made["stage1"], sampled["stage1"])
     difference = np.abs(made["images"].astype(int) - sampled["images"])
-    # The enlarged image lies half a level of 8 bits off at most, below the noise; a random network
-    # passes it on.
+    # The upsampled image differs by at most half of an 8-bit level, below the noise; a random network
+    # propagates that.
     assert np.mean(difference) < 0.25 * np.mean(
         np.abs(sampled["images"].astype(int) - np.roll(sampled["images"], 1, 0))
     )
@@ -237,8 +236,10 @@ def test_export_round_trip(imported, sampled, tmp_path):
 
 
 def test_training_resumes_from_imported_weights(imported, tmp_path):
-    """Fine-tuning in the import's own workdir; transfer to other classes by `start_from`. The step
-    is too small to see."""
+    """Fine-tuning in the workdir of an import, and transfer to other classes by `start_from`.
+
+    The learning rate is too small to change parameters visibly.
+    """
     folder, config, tensors = imported
     write_images(folder / "images")
     small = dataclasses.replace(
@@ -307,8 +308,7 @@ def test_settings_round_trip(network, precondition):
 
 
 def test_import_changes_the_config(tmp_path, capsys):
-    """DDPM++ / NCSN++ weights for a config that had an ADM: the network, the resolution and all
-    else are the file's."""
+    """DDPM++ / NCSN++ weights replace the network and the resolution of an ADM config."""
     config = config_for(tmp_path)
     stage = dataclasses.replace(
         config.stages[0], network=NCSN, precondition=preconditioning.VE(), resolution=(8, 8)

@@ -19,7 +19,7 @@ from tests.support.torch_stages import NETWORK, config_for, settings_for, values
 
 
 def change(tensors, **changes):
-    """The tensors with some of them replaced, or left out for None."""
+    """Replaces some tensors, or removes them for None."""
     named = {name.replace("__", "."): value for name, value in changes.items()}
     return {name: value for name, value in {**tensors, **named}.items() if value is not None}
 

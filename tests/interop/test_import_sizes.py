@@ -1,4 +1,4 @@
-"""Published stages of other sizes than the config's, imported one after the other."""
+"""Imports of published stages with other resolutions than the config's."""
 
 import dataclasses
 
@@ -15,8 +15,7 @@ from tests.support.torch_stages import CLASSES, config_for, settings_for, tensor
 
 
 def import_stage(folder, config: Config, number: int, size: int) -> Config:
-    """Imports a file of a stage of that size into folder/run, with the config as it is, and returns
-    what is saved."""
+    """Imports a file of a stage of that size into folder/run; returns the saved config."""
     stage = dataclasses.replace(config.stages[number - 1], resolution=(size, size))
     write_pkl(folder / "x.pkl", *settings_for(stage), tensors_of(stage, CLASSES, 0))
     run(
@@ -56,8 +55,7 @@ def test_import_refuses_a_stage_of_another_size(tmp_path):
     ],
 )
 def test_fit_resolutions(number, kept, sizes):
-    """Factors 2 and 4; the stage that is imported has 8x8, the others have 99x99, which go with
-    nothing."""
+    """Factors 2 and 4; the imported stage has 8x8, the others 99x99, which match nothing."""
     stages = [
         Stage((99, 99)),
         Stage((99, 99), process=Relay(patch=2)),

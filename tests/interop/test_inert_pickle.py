@@ -1,4 +1,4 @@
-"""Hostile pickles, opcode by opcode: each is refused by name and runs nothing."""
+"""Hostile pickles, opcode by opcode: each is refused and runs nothing."""
 
 import pickle
 import pickletools
@@ -219,8 +219,7 @@ def test_hostile_pickles(what, tmp_path):
 
 
 def test_deep(tmp_path):
-    """What is nested ten thousands of times is refused, is not hashed, and can be thrown away
-    without ending the process."""
+    """Deeply nested values are refused, are not hashed, and can be freed."""
     view = named("torch._utils", "_rebuild_tensor_v2")
     for body, words in {
         b"})" + b"\x85" * 30_000 + b"Ns": "a dict with a tuple as a key",
@@ -245,7 +244,7 @@ KNOWN = """
     "opcode", [o for o in pickletools.opcodes if o.name not in KNOWN.split()], ids=lambda o: o.name
 )
 def test_opcodes(opcode, tmp_path):
-    """INST, OBJ, EXT1 and all others that no network needs."""
+    """INST, OBJ, EXT1 and all other opcodes that no network needs."""
     body = b"(" + opcode.code.encode("latin1") + b"os\nsystem\n" + text("a") * 3
     refuse_everywhere(tmp_path, body, f"the pickle opcode {opcode.name})" if opcode.name else "")
 
@@ -310,7 +309,7 @@ def test_persistent_ids(what, tmp_path):
 
 
 def test_budget(tmp_path):
-    """One byte makes a dict of a hundred: what is read beside the tensors is limited."""
+    """One byte makes a dict of a hundred: data beside the tensors is limited."""
     (tmp_path / "a").write_bytes(b"}" * 100)
     with open(tmp_path / "a", "rb") as file:
         stream = ByteReader(Region(file, 0, 100), budget=33 * 10)

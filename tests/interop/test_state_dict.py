@@ -1,5 +1,4 @@
-"""State_dicts are read to the last bit in both of torch's formats; anything else is refused by name
-and runs nothing."""
+"""State dicts in both of torch's formats: exact tensors; anything else is refused."""
 
 import os
 import pickle
@@ -61,7 +60,7 @@ def example(dtype=np.float32) -> dict[str, np.ndarray]:
     return tensors | {"bn.scale": np.asarray(2.5, dtype), "bn.num_batches_tracked": np.asarray(7)}
 
 
-# What is read.
+# Files that are read.
 
 
 @FORMATS
@@ -94,7 +93,7 @@ def test_shared_tensors(kind, tmp_path):
     DUMPS[kind](tmp_path / "a", state)
     found = read(tmp_path / "a")
     assert found["part"].tolist() == found["tied"].tolist() == [1, 5]
-    # Not so many that a small file would fill the memory.
+    # But not so many that a small file fills the memory.
     state |= {f"copy{i}": View(storage, 0, (10,), (1,)) for i in range(1_000)}
     DUMPS[kind](tmp_path / "a", state)
     with open_state_dict(tmp_path / "a"):
@@ -117,7 +116,7 @@ def test_tensors_stay_in_the_file(kind, tmp_path):
         small.read()
 
 
-# What is no state_dict.
+# Objects that are not state dicts.
 
 
 @FORMATS
@@ -149,7 +148,7 @@ def test_views(kind, what, tmp_path):
 
 
 def refuse_everywhere(tmp_path, body: bytes, *words):
-    """As the pickle of a zip file, and as each of the five of the format before it."""
+    """As the pickle of a zip file, and as each of the five of the format before zip."""
     pickled = b"\x80\x02" + body + b"."
     dump_pt(tmp_path / "a", {}, pickled=pickled)
     refuse(tmp_path / "a", *words)
@@ -206,7 +205,7 @@ def test_attributes_beside_items(tmp_path):
     refuse_everywhere(tmp_path, b"}b", "it is damaged: IndexError")
 
 
-# Files.
+# Damaged files.
 
 
 def test_inconsistent_format_before_zip(tmp_path):
@@ -310,8 +309,7 @@ def test_truncation(kind, tmp_path):
 
 @FORMATS
 def test_flipped_bytes(kind, tmp_path):
-    """A zip file has checksums, so what is read is right; the format before it has none, so it is
-    no more than is there."""
+    """A zip file has checksums: what is read is right. The older format is not larger."""
     state = OrderedDict(
         {"conv.weight": np.arange(20, dtype=np.float32).reshape(4, 5), "conv.bias": FOUR}
     )

@@ -1,4 +1,4 @@
-"""Published files are read to the last bit, and what is written in them is never run."""
+"""Published files: exact tensors and settings; nothing in them is run."""
 
 import pickle
 import struct
@@ -60,11 +60,11 @@ def read(path, key="ema"):
         return {name: tensor.read() for name, tensor in original.tensors.items()}
 
 
-# What is read.
+# Files that are read.
 
 
 def test_training_states_before_zip(tmp_path):
-    """The same as from the zip format; cut anywhere they are refused."""
+    """Equal to the zip format; truncated files are refused."""
     tensors = example()
     for name, dump in (("new.pt", dump_pt), ("old.pt", dump_legacy)):
         write_pt(
@@ -189,7 +189,7 @@ def test_tensors_stay_in_the_file(kind, tmp_path):
         small.read()
 
 
-# Tensors and storages that are none.
+# Invalid tensors and storages.
 
 VIEWS = {
     "beyond the storage": ((0, (5,), (1,)), "beyond its storage of 4"),
@@ -279,7 +279,7 @@ def test_embedded_storages(tmp_path):
         refuse(tmp_path / "a", "tensor 'weight' is damaged", words)
 
 
-# Modules and settings that are none.
+# Invalid modules and settings.
 
 
 @FORMATS
