@@ -164,7 +164,7 @@ def test_open_sets_refuses_outputs_within_the_source(config, tmp_path):
         (tmp_path / "run" / "samples" / "images").mkdir(parents=True, exist_ok=True)
         with pytest.raises(
             InputError,
-            match="is to be written to, and the source 'folder:.* is, contains, or lies in it",
+            match="is written to, and overlaps with the source 'folder:",
         ):
             open_sets(changed, [1, 2], workdir=workdir)
     assert sorted(entry.name for entry in images.iterdir()) == ["a", "b"]

@@ -1,4 +1,4 @@
-"""Images in a zip or a tar, one at a time and by name. Nothing is ever unpacked to the disk."""
+"""Images in a zip or a tar, read one at a time by name. Nothing is unpacked to the disk."""
 
 import abc
 import errno
@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,9 +20,11 @@ from rdm_jax.data.readers import Reader
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 
-# Images are compressed already, so that a member which shrinks to less than this share of itself is
-# no honest one.
-MAX_RATIO, SMALL = 200, 2**20
+# Images are compressed already: a larger member that unpacks to more than MAX_RATIO times its size
+# is a decompression bomb.
+MAX_RATIO = 200
+SMALL = 2**20
+# Bits and ids of the zip format.
 ENCRYPTED, UTF8, LINK, UNICODE_PATH = 0x1, 0x800, 0o120000, 0x7075
 COMPRESSED = {
     b"\x1f\x8b": "gunzip -k",
@@ -32,12 +35,12 @@ COMPRESSED = {
 
 
 def is_zip(path: Path) -> bool:
-    """Whether a file begins as a zip does."""
+    """Whether a file begins like a zip."""
     return read_head(path)[:4] in (b"PK\3\4", b"PK\5\6")
 
 
 def is_tar(path: Path) -> bool:
-    """Whether a file begins as a tar does, or has the name of a compressed one."""
+    """Whether a file begins like a tar, or has the name of a compressed one."""
     with path.open("rb") as file:
         ustar = file.read(262)[257:] == b"ustar"
     return ustar or re.search(r"\.(tar(\.\w+)?|tgz|txz|tbz2?)$", path.name.lower()) is not None
@@ -56,7 +59,8 @@ class Archive(Reader):
     def __init__(self, path: Path):
         if not os.path.isfile(path):
             raise InputError(
-                f"there is no {self.kind} {path}; the path of a file, or folder:PATH for a folder, would do."
+                f"there is no {self.kind} {path}",
+                "Give the path of a file, or folder:PATH for a folder.",
             )
         try:
             self._path, self._version, self.place = path, _version(path), str(path.resolve())
@@ -73,14 +77,16 @@ class Archive(Reader):
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"{path} cannot be read as a {self.kind} ({error}); a whole copy would do."
+                f"{path} cannot be read as a {self.kind} ({error})",
+                "Copy it again from an intact original.",
             ) from error
         if members.guessed:
-            about = (f"{len(members.guessed):,}", path, members.guessed[0])
             log.warning(
-                "data: %s names in %s are in an unknown code page, and may be read wrong, such as %r; "
-                "`unzip -O CODEPAGE`, or a zip made again with names in UTF-8, would do",
-                *about,
+                "data: %s names in %s are in an unknown code page and may be misread, such as %r; "
+                "unpack it with `unzip -O CODEPAGE`, or make the zip again with names in UTF-8",
+                f"{len(members.guessed):,}",
+                path,
+                members.guessed[0],
             )
 
     def _members(self) -> "_Members":
@@ -90,28 +96,28 @@ class Archive(Reader):
             )
         return _opened(_KINDS[self.kind], self._path, self._version)
 
-    def names(self) -> tuple[list[str], dict[str, str]]:
-        """The names of its files, those of systems left out, and of those that cannot be used, with
-        the reason."""
+    def names(self) -> tuple[list[str], dict[str, BadImage]]:
+        """The names of its usable files, and those of unusable ones with the reason.
+
+        Files that systems leave behind are in neither.
+        """
         members = self._members()
         return list(members.usable), dict(members.unusable)
 
     def read(self, name: str, most: int) -> bytes:
-        """A member's bytes. Raises BadImage where they are damaged, more than `most`, or
-        suspiciously well compressed."""
+        """A member's bytes. Raises BadImage if damaged, larger than `most`, or a bomb."""
         members = self._members()
         size, stored = members.sizes(name)
         if size > most:
-            raise BadImage(f"has {size:,} bytes; at most {most:,} would do.")
+            raise BadImage(f"has {size:,} bytes", f"Use at most {most:,} bytes.")
         if size > max(SMALL, MAX_RATIO * stored):
-            sizes = f"{stored:,} to {size:,} bytes"
             raise BadImage(
-                f"unpacks from {sizes}, which no image does; the set without it would do."
+                f"unpacks from {stored:,} to {size:,} bytes, which no image does", "Remove it."
             )
         return members.read(name)
 
     def head(self, name: str) -> bytes:
-        """A member's first bytes; b'' where they cannot be read."""
+        """A member's first bytes; b'' if they cannot be read."""
         return self._members().head(name)
 
     def load(self, name: str) -> Image.Image:
@@ -119,18 +125,18 @@ class Archive(Reader):
         return open_image(self.read(name, MAX_BYTES))
 
     def stamp(self, name: str) -> str:
-        """What the archive says of the member that changes with it."""
+        """Metadata of the archive that change when the member changes."""
         return self._members().stamp(name)
 
 
 class Zip(Archive):
-    """The members of a zip. Raises InputError where it cannot be read as one."""
+    """The members of a zip. Raises InputError if it cannot be read as one."""
 
     kind = "zip"
 
 
 class Tar(Archive):
-    """The members of a tar that is not compressed. Raises InputError where it is no such thing."""
+    """The members of an uncompressed tar. Raises InputError if it is not one."""
 
     kind = "tar"
 
@@ -141,20 +147,23 @@ def _version(path: Path) -> tuple[int, int]:
 
 
 class _Members(abc.ABC):
-    """An open archive: its members that can be used, by name, and what is wrong with the others.
+    """An open archive: its usable members by name, and what is wrong with the others.
 
     Attributes:
-      guessed: names that may be others, for nobody knows their code page.
+      usable: whatever the subclass keeps of a member, by name.
+      unusable: the reason, by name.
+      guessed: names whose code page is unknown, and which may be misread.
     """
 
     def __init__(self, kind: str):
-        self._kind, self.usable, self.unusable = kind, {}, {}
+        self._kind = kind
+        self.usable: dict[str, Any] = {}
+        self.unusable: dict[str, BadImage] = {}
         self.guessed: list[str] = []
         self._folders: set[str] = set()
 
     def _add(self, name: str, member: object, reason: str | None) -> None:
-        """Takes note of a member, unless its name or kind is one that no archive of images
-        needs."""
+        """Adds a member, if its name and kind are ones that an archive of images needs."""
         name = re.sub(r"(?<![^/])\./|(?<=/)/", "", name)  # as `tar cf set.tar data/.` writes them
         if not name or any(is_rubbish(part) for part in name.split("/") if part != ".."):
             return
@@ -164,30 +173,32 @@ class _Members(abc.ABC):
         reason = reason or _unsafe_name(name, self._kind)
         if reason:
             self.usable.pop(name, None)
-            self.unusable[name] = f"{reason}; a plain file below the {self._kind}'s root would do."
+            self.unusable[name] = BadImage(
+                reason, f"Replace it by a plain file below the root of the {self._kind}."
+            )
         elif name in self.usable or name in self.unusable:
-            self.usable.pop(name, None)  # Who is to say which of the two is meant?
-            self.unusable[name] = f"is in the {self._kind} twice; one of them would do."
+            self.usable.pop(name, None)  # which of the two is meant is unknown
+            self.unusable[name] = BadImage(f"is in the {self._kind} twice", "Keep one of them.")
         else:
             self.usable[name] = member
 
     def _note_empty(self) -> None:
-        """As for a folder: an empty class is more likely a slip than meant."""
+        """Marks empty folders as unusable: an empty class is more likely a slip than meant."""
         parents = {
             name.rstrip("/").rpartition("/")[0]
             for name in (*self.usable, *self.unusable, *self._folders)
         }
         filled = {f"{folder}/" for parent in parents for folder in (parent, *folders_of(parent))}
         for name in self._folders - filled:
-            self.unusable[name] = "is an empty folder; at least one image in it would do."
+            self.unusable[name] = BadImage("is an empty folder", "Add an image, or remove it.")
 
     @abc.abstractmethod
     def sizes(self, name: str) -> tuple[int, int]:
-        """Bytes of a member, and of what is stored of it."""
+        """Bytes of a member, unpacked and as stored."""
 
     @abc.abstractmethod
     def read(self, name: str) -> bytes:
-        """A member's bytes. Raises BadImage where they are damaged."""
+        """A member's bytes. Raises BadImage if they are damaged."""
 
     @abc.abstractmethod
     def head(self, name: str) -> bytes:
@@ -200,7 +211,7 @@ class _Members(abc.ABC):
 
 def _unsafe_name(name: str, kind: str) -> str | None:
     if NO_TEXT.search(name):
-        return "has a NUL or another character that is no text in its name"
+        return "has a NUL or another control character in its name"
     if name.startswith("/") or ".." in name.split("/") or re.match("[A-Za-z]:", name):
         return f"has a name that leads out of the {kind}"
     return None
@@ -232,17 +243,18 @@ class _ZipMembers(_Members):
             RuntimeError,
             ValueError,
         ) as error:
-            if isinstance(error, OSError) and error.errno:  # bz2 has none for data that are no bz2
+            if isinstance(error, OSError) and error.errno:  # bz2 sets none for invalid data
                 raise
             raise BadImage(
-                f"cannot be unpacked ({error}); a whole copy, or the set without it, would do."
+                f"cannot be unpacked ({error})",
+                "Copy it again from an intact original, or remove it.",
             ) from error
 
     def head(self, name: str) -> bytes:
         try:
             with self._file.open(self.usable[name]) as member:
                 return member.read(MAGIC_BYTES)
-        except Exception:  # as for `read`; what cannot be unpacked is no image
+        except Exception:  # as in `read`; what cannot be unpacked is not an image
             return b""
 
     def stamp(self, name: str) -> str:
@@ -250,14 +262,14 @@ class _ZipMembers(_Members):
 
 
 def _zip_name(member: zipfile.ZipInfo) -> tuple[str, bool]:
-    """A member's name, with the backslashes of Windows as slashes; and whether it is in an encoding
-    that is known.
+    """A member's name, with Windows' backslashes as slashes; and whether its encoding is known.
 
-    UTF-8 that is not marked as such is read as what it is; what is neither, as of an old DOS.
+    UTF-8 that is not marked as such is recognised; anything else is read as code page 437.
     """
-    name, is_known = member.orig_filename, True
+    name = member.orig_filename
+    is_known = True
     if not member.flag_bits & UTF8:
-        raw = name.encode("cp437")  # as which zipfile has decoded it
+        raw = name.encode("cp437")  # zipfile has decoded it as such
         try:
             name = (_unicode_path(member.extra, raw) or raw).decode()
         except UnicodeDecodeError:
@@ -266,15 +278,14 @@ def _zip_name(member: zipfile.ZipInfo) -> tuple[str, bool]:
 
 
 def _unicode_path(extra: bytes, raw: bytes) -> bytes | None:
-    """The name in Info-ZIP's field for it, if that is of the name as it is."""
+    """The name in Info-ZIP's Unicode path field, if its checksum is that of the raw name."""
     while len(extra) >= 4:
-        kind, size = int.from_bytes(extra[:2], "little"), int.from_bytes(extra[2:4], "little")
-        field, extra = extra[4 : 4 + size], extra[4 + size :]
-        if (
-            kind == UNICODE_PATH
-            and field[:1] == b"\1"
-            and int.from_bytes(field[1:5], "little") == zlib.crc32(raw)
-        ):
+        kind = int.from_bytes(extra[:2], "little")
+        size = int.from_bytes(extra[2:4], "little")
+        field = extra[4 : 4 + size]
+        extra = extra[4 + size :]
+        checksum = int.from_bytes(field[1:5], "little")
+        if kind == UNICODE_PATH and field[:1] == b"\1" and checksum == zlib.crc32(raw):
             return field[5:]
     return None
 
@@ -289,43 +300,42 @@ class _TarMembers(_Members):
     def __init__(self, path: Path):
         super().__init__("tar")
         self._file = path.open("rb")
-        head, version = self._file.read(6), _version(path)
+        head = self._file.read(6)
+        version = _version(path)
         for magic, unpack in COMPRESSED.items():
             if head.startswith(magic):
-                would_do = (
-                    f"`{unpack} {path.name}` first, for single images cannot be read from it,"
+                raise InputError(
+                    f"{path} is a compressed tar, from which single images cannot be read",
+                    f"Run `{unpack} {path.name}` first.",
                 )
-                raise InputError(f"{path} is a compressed tar; {would_do} would do.")
         self._file.seek(0)
         with tarfile.open(
             fileobj=self._file, mode="r:", encoding="utf-8", errors="surrogateescape"
         ) as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # which the library would keep, at a kilobyte each
-                reason = (
-                    None
-                    if member.isdir() or member.isreg() and not member.issparse()
-                    else "is a link, a device or sparse"
-                )
-                stamp = f"{member.size} {member.offset_data} {version}"  # a tar has no checksums of content
+                archive.members = []  # the library keeps them all, at a kilobyte each
+                is_plain = member.isdir() or member.isreg() and not member.issparse()
+                # A tar has no checksums of content.
+                stamp = f"{member.size} {member.offset_data} {version}"
                 self._add(
-                    member.name + "/" * member.isdir(),
+                    f"{member.name}/" if member.isdir() else member.name,
                     (member.offset_data, member.size, stamp),
-                    reason,
+                    None if is_plain else "is a link, a device or sparse",
                 )
             self._note_empty()
             self._check_end(archive.offset)
 
     def _check_end(self, end: int) -> None:
-        """The library takes whatever it cannot read for the end of the archive."""
+        """Checks that only zeros follow: the library takes anything unreadable for the end."""
         self._file.seek(end)
         block = self._file.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("it is cut off")
         while block:
             if block.strip(b"\0"):
+                offset = self._file.tell() - len(block)
                 raise tarfile.ReadError(
-                    f"it is damaged, or another one was joined to it, at byte {self._file.tell() - len(block)}"
+                    f"it is damaged, or another one was joined to it, at byte {offset}"
                 )
             block = self._file.read(2**20)
 
@@ -341,7 +351,7 @@ class _TarMembers(_Members):
     def _part(self, name: str, size: int) -> bytes:
         content = os.pread(self._file.fileno(), size, self.usable[name][0])
         if len(content) < size:
-            raise BadImage("is cut off; a whole copy would do.")
+            raise BadImage("is truncated", "Copy the tar again from an intact original.")
         return content
 
     def stamp(self, name: str) -> str:
@@ -351,8 +361,7 @@ class _TarMembers(_Members):
 _KINDS = {"zip": _ZipMembers, "tar": _TarMembers}
 
 
-@functools.lru_cache(
-    maxsize=4
-)  # The directory of perhaps a million members is read once a process, not once a shard.
+# Cached, so that a directory of perhaps a million members is read once per process, not per shard.
+@functools.lru_cache(maxsize=4)
 def _opened(kind: type[_Members], path: Path, version: tuple[int, int]) -> _Members:
     return kind(path)

@@ -1,8 +1,7 @@
-"""EDM's geometric augmentation (arXiv 2206.00364, appendix F.2): flips, then one affine map, and
-the labels that say which.
+"""EDM's geometric augmentation (arXiv 2206.00364, appendix F.2): flips, then one affine map.
 
-The network is told by nine labels what was done to its image, so that what it learns does not leak
-into its samples: zeros, the labels of an image as it is, ask for images that were left alone.
+The network is conditioned on nine labels that describe the augmentation of its image, so that
+augmentations do not leak into samples: sampling uses zeros, the labels of an unchanged image.
 """
 
 import dataclasses
@@ -17,20 +16,21 @@ from jaxtyping import Array, Float, Key
 LABELS = 9
 
 # The low-pass filter of the wavelet sym6. Its shifts by even numbers are orthonormal, so `halve`
-# undoes `double` exactly. The sixth tap is by far the largest: with it in the middle, pixel i of an
-# image lies at place 2 i of the doubled one.
-_SYM6 = np.asarray([0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
-                    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
-                    0.0017677118642428036, -0.007800708325034148])  # fmt: skip
+# inverts `double` exactly. The sixth tap is by far the largest: with it in the middle, pixel i of
+# an image is at index 2 i of the doubled one.
+_SYM6 = np.asarray([
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+])  # fmt: skip
 _BEFORE, _AFTER = 5, 6  # taps on either side of the middle one
 
 
 class Transformation(NamedTuple):
-    """What is done to an image, in this order; all zero for nothing. Of one image, or with a
-    leading batch axis.
+    """The augmentation of one image, or of a batch; applied in this order, zeros for the identity.
 
     Attributes:
-      x_flip, y_flip: 1 where left and right, top and bottom are exchanged, else 0.
+      x_flip, y_flip: 1 for a horizontal or a vertical flip, else 0.
       scale: log2 of the magnification, in units of `scale_std`.
       rotation: radians counterclockwise.
       anisotropy: log2 of the stretching along the axis and of the shrinking across it, in units of
@@ -51,22 +51,21 @@ class Transformation(NamedTuple):
 
 
 def mirror(images: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Float[Array, "b h w c"]:
-    """Exchanges left and right of half of the images, each by its own key."""
+    """Flips half of the images horizontally, each by its own key."""
     flip = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Which transformations are drawn, and how strong they are; the defaults are the published
-    training commands'.
+    """The distribution of transformations; the defaults are those of the published commands.
 
     Attributes:
-      probability: of each transformation but the exchange of left and right, which half of all
-        images undergo whatever this is; 0.2 for CelebA-HQ.
+      probability: of each transformation except the horizontal flip, which always has 1/2; 0.2 for
+        CelebA-HQ.
       scale_std, anisotropy_std: standard deviations of log2 of the magnification and of the
         stretching.
-      shift_std: standard deviation of the shifts, as a part of the width and of the height.
+      shift_std: standard deviation of the shifts, as a fraction of the width and of the height.
     """
 
     probability: float = 0.12
@@ -75,8 +74,7 @@ class Augmentation:
     shift_std: float = 0.125
 
     def draw(self, key: Key[Array, ""]) -> Transformation:
-        """The transformation of one image. What its gate leaves out is 0; both shifts pass one
-        gate."""
+        """The transformation of one image; 0 where a gate is closed. Both shifts share a gate."""
         gate_key, coin_key, normal_key, angle_key = jax.random.split(key, 4)
         flip, scale, rotate, stretch, shift = jax.random.uniform(gate_key, (5,)) < self.probability
         x_flip, y_flip, turn_axis = jax.random.bernoulli(coin_key, 0.5, (3,))
@@ -94,7 +92,7 @@ class Augmentation:
         )
 
     def labels(self, t: Transformation) -> Float[Array, "*b 9"]:
-        """What the network is told of the transformations."""
+        """The labels that the network is conditioned on."""
         return jnp.stack(
             [
                 t.x_flip,
@@ -113,44 +111,41 @@ class Augmentation:
     def transform(
         self, images: Float[Array, "b h w c"], t: Transformation
     ) -> Float[Array, "b h w c"]:
-        """Transforms each image about its centre; what comes in from outside is its reflection, and
-        beyond that zeros."""
-        return jax.vmap(self._transform_one)(
-            images, jax.tree.map(lambda a: a.astype(images.dtype), t)
-        )
+        """Transforms each image about its centre, padded by its reflection and then by zeros."""
+        t = jax.tree.map(lambda a: a.astype(images.dtype), t)
+        return jax.vmap(self._transform_one)(images, t)
 
     def _transform_one(
         self, image: Float[Array, "h w c"], t: Transformation
     ) -> Float[Array, "h w c"]:
-        """Transforms at twice the resolution, where bilinear interpolation does little harm."""
+        """Transforms at twice the resolution, where bilinear interpolation loses little."""
         h, w, _ = image.shape
         image = jnp.where(t.x_flip > 0, image[:, ::-1], image)
         image = jnp.where(t.y_flip > 0, image[::-1], image)
-        # The widest reflection there is; one draw in a million needs more.
-        doubled = double(
-            double(jnp.pad(image, ((h - 1, h - 1), (w - 1, w - 1), (0, 0)), "reflect"), 0), 1
-        )
+        # The widest reflection possible; one draw in a million needs more.
+        padded = jnp.pad(image, ((h - 1, h - 1), (w - 1, w - 1), (0, 0)), "reflect")
+        doubled = double(double(padded, 0), 1)
 
-        def places(size: int) -> Float[Array, " n"]:
-            """The places that `halve` needs, counted from the centre, which is `size - 1` when
-            counted from pixel 0."""
+        def coordinates(size: int) -> Float[Array, " n"]:
+            """The coordinates that `halve` needs, relative to the centre at `size - 1`."""
             return jnp.arange(-_BEFORE, 2 * size - 1 + _AFTER, dtype=image.dtype) - (size - 1)
 
-        x = places(w)[None, :] - 2 * w * self.shift_std * t.shift_x
-        y = places(h)[:, None] - 2 * h * self.shift_std * t.shift_y
+        x = coordinates(w)[None, :] - 2 * w * self.shift_std * t.shift_x
+        y = coordinates(h)[:, None] - 2 * h * self.shift_std * t.shift_y
         m = self._inverse(t)
-        # From the centre to the corner of the reflection: the image's own size - 1 and twice the
-        # margin's.
-        at = [m[1, 0] * x + m[1, 1] * y + 3 * (h - 1), m[0, 0] * x + m[0, 1] * y + 3 * (w - 1)]
-        moved = jax.vmap(
-            lambda channel: map_coordinates(channel, at, order=1, mode="constant"), -1, -1
-        )(doubled)
-        return halve(halve(moved, 0), 1)
+        # From the centre to the corner of the padding: size - 1, plus twice the margin.
+        rows = m[1, 0] * x + m[1, 1] * y + 3 * (h - 1)
+        columns = m[0, 0] * x + m[0, 1] * y + 3 * (w - 1)
+
+        def resample(channel: Float[Array, "h2 w2"]) -> Float[Array, "h3 w3"]:
+            return map_coordinates(channel, [rows, columns], order=1, mode="constant")
+
+        return halve(halve(jax.vmap(resample, -1, -1)(doubled), 0), 1)
 
     def _inverse(self, t: Transformation) -> Float[Array, "2 2"]:
-        """From an output's (x, y), shifted back, to the input's; y points down, so `_rotation` of
-        it turns clockwise.
+        """The matrix from (x, y) of the output, shifted back, to that of the input.
 
+        y points down, so that `_rotation` turns clockwise.
         S(scale)^-1 R(rotation) R(-axis) S(stretch, 1 / stretch)^-1 R(axis), the two rotations in
         the middle being one.
         """
@@ -167,7 +162,7 @@ class Augmentation:
     def __call__(
         self, images: Float[Array, "b h w c"], keys: Key[Array, " b"]
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b 9"]]:
-        """Transforms each image by what its own key draws; returns the images and their labels."""
+        """Transforms each image as drawn by its own key; returns the images and their labels."""
         t = jax.vmap(self.draw)(keys)
         return self.transform(images, t), self.labels(t)
 
@@ -178,10 +173,10 @@ def _rotation(angle: Float[Array, ""]) -> Float[Array, "2 2"]:
 
 
 def double(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """Twice as many values along an axis: zeros put in between, convolved with sym6; zeros outside.
+    """Upsamples an axis by 2: interleaves zeros and convolves with sym6; zeros outside.
 
-    y_m = sqrt(2) sum_i f_{m - 2 i + 5} x_i, which for even m takes the odd taps alone, and for odd
-    m the even ones.
+    y_m = sqrt(2) sum_i f_{m - 2 i + 5} x_i, which uses the odd taps for even m, and the even taps
+    for odd m.
     """
     x = jnp.moveaxis(x, axis, 0)
     n, taps = len(x), jnp.asarray(np.sqrt(2) * _SYM6, x.dtype)
@@ -192,7 +187,7 @@ def double(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
 
 
 def halve(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
-    """Half as many values along an axis, half the transpose of `double` and its inverse.
+    """Downsamples an axis by 2; half the transpose of `double`, and its inverse.
 
     y_i = sum_m f_{m - 2 i + 5} x_m / sqrt(2); `x` begins at m = -5 and ends at m = 2 n + 4, n being
     the length of y.

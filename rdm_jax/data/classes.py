@@ -1,7 +1,6 @@
-"""Classes are known by name; a number is an index that is shown. Sets are matched by name, or
-refused.
+"""Classes of image sets and networks, matched by name.
 
-Imported weights alone know their classes by number only: nothing else may be matched by its place.
+Only imported weights know their classes by index alone; nothing else is matched by index.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.ranges import parse_list, range_ends
 
 SHOWN = 5  # names in a message
-LABEL_RULES = ("balanced", "random")  # what sampling.labels may be besides a list
+LABEL_RULES = ("balanced", "random")  # values of sampling.labels besides a list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +20,9 @@ class Classes:
     """The classes of a set of images or of a network.
 
     Attributes:
-      names: in the order of their numbers; () for none.
-      by_number: whether the numbers are all that is known, as of imported weights. The names are
-        '0', '1', ... then.
+      names: in the order of their indices; () for none.
+      by_number: whether only the indices are known, as of imported weights. The names are then
+        '0', '1', ...
     """
 
     names: tuple[str, ...] = ()
@@ -35,48 +34,49 @@ class Classes:
     def __str__(self) -> str:
         if not self.names:
             return "none"
-        known = (
-            f"{', '.join(self.names[:SHOWN])}{', ...' if len(self) > SHOWN else ''} ({len(self)})"
-        )
-        return f"{known}, known by number alone" if self.by_number else known
+        more = ", ..." if len(self) > SHOWN else ""
+        known = f"{', '.join(self.names[:SHOWN])}{more} ({len(self)})"
+        return f"{known}, known by index only" if self.by_number else known
 
 
 def of_checkpoint(about: Mapping[str, Any]) -> Classes:
-    """The classes that a checkpoint's network was trained on, as the checkpoint says."""
+    """The classes that a checkpoint's network was trained on, from the checkpoint's metadata."""
     return Classes(tuple(about["classes"]), by_number="imported" in about)
 
 
 def matched(theirs: Classes, ours: Classes) -> tuple[int, ...] | None:
-    """For each of their classes its number among ours; None where they are not the same classes, or
-    not some of them.
+    """For each of their classes its index among ours; None if theirs are not a subset of ours.
 
-    Names decide. Where one side knows numbers alone, and there are as many of both, the order does;
-    unless a name of the other side is a number, which would mean two things.
+    Names decide. If one side knows indices only, and both have the same number of classes, the
+    order decides; unless a name of the other side is a number, which is ambiguous.
     """
-    number = {name: place for place, name in enumerate(ours.names)}
-    by_name = (
-        tuple(number[name] for name in theirs.names) if number.keys() >= set(theirs.names) else None
-    )
+    number = {name: index for index, name in enumerate(ours.names)}
+    by_name = None
+    if number.keys() >= set(theirs.names):
+        by_name = tuple(number[name] for name in theirs.names)
     if not (theirs.by_number or ours.by_number):
         return by_name
     if by_name is not None and (len(theirs) == len(ours) or not theirs.by_number):
         return by_name
     named = ours if theirs.by_number else theirs
-    means_one_thing = not any(name.isdecimal() for name in named.names)
-    return tuple(range(len(ours))) if len(theirs) == len(ours) and means_one_thing else None
+    is_unambiguous = not any(name.isdecimal() for name in named.names)
+    return tuple(range(len(ours))) if len(theirs) == len(ours) and is_unambiguous else None
 
 
 def parse_labels(text: str, classes: Classes, field: str) -> tuple[int, ...]:
-    """The numbers of the classes that a list names, '3', 'cat, dog' or '0,2-5', in its order, with
-    repetition.
+    """The indices of the classes that a list names, in its order, with repetition.
 
     A part that is the name of a class means that class. Any other number, or range of numbers,
-    means the classes with these numbers, if no class is called by a number.
+    means the classes with these indices, if no class has a number as its name.
+
+    Args:
+      text: such as '3', 'cat, dog' or '0,2-5'.
+      field: the field or flag, for errors.
 
     Raises:
-      InputError: a part is no class's name or number, or might be either.
+      InputError: a part is neither the name nor the index of a class, or is ambiguous.
     """
-    number = {name: place for place, name in enumerate(classes.names)}
+    number = {name: index for index, name in enumerate(classes.names)}
     called_by_numbers = any(name.isdecimal() for name in classes.names)
     found: list[int] = []
     for part in parse_list(text, field):
@@ -101,21 +101,25 @@ def parse_labels(text: str, classes: Classes, field: str) -> tuple[int, ...]:
 def _refused(text: str, part: str, classes: Classes, field: str) -> InputError:
     if not classes.names:
         return InputError(
-            f"{field}={text!r} names classes, and the data has none; 'balanced' would do."
+            f"{field}={text!r} names classes, but the data has none", f"Set {field}='balanced'."
         )
     close = difflib.get_close_matches(part, classes.names, n=1)
     names = f"{close[0]!r}, or another of the names {classes}" if close else f"the names {classes}"
     if not any(name.isdecimal() for name in classes.names):
         return InputError(
-            f"{field}={text!r}: there is no class {part!r}; {names}, or numbers from 0 to {len(classes) - 1} would do."
+            f"{field}={text!r}: there is no class {part!r}",
+            f"Use {names}, or indices from 0 to {len(classes) - 1}.",
         )
     if part.isdecimal() and int(part) < len(classes):
-        other = f"there is no class called {part!r}, and class number {part} is called {classes.names[int(part)]!r}"
-        return InputError(f"{field}={text!r} might mean two things: {other}; {names} would do.")
-    return InputError(f"{field}={text!r}: there is no class called {part!r}; {names} would do.")
+        return InputError(
+            f"{field}={text!r} is ambiguous: there is no class called {part!r}, and the class with "
+            f"index {part} is called {classes.names[int(part)]!r}",
+            f"Use {names}.",
+        )
+    return InputError(f"{field}={text!r}: there is no class called {part!r}", f"Use {names}.")
 
 
 def table(classes: Classes, numbers: tuple[int, ...]) -> str:
-    """The numbers of some classes with their names, for the log: '0 cat, 3 dog, ... (12)'."""
+    """The indices of some classes with their names, for the log: '0 cat, 3 dog, ... (12)'."""
     known = ", ".join(f"{number} {classes.names[number]}" for number in numbers[: 2 * SHOWN])
     return f"{known}, ... ({len(numbers)})" if len(numbers) > 2 * SHOWN else known

@@ -1,5 +1,4 @@
-"""Sets of images of one size, with access at random: prepared records, or a small source decoded
-into memory."""
+"""Sets of images of one size with random access: prepared records, or a source in memory."""
 
 import concurrent.futures
 import functools
@@ -12,7 +11,7 @@ import numpy as np
 
 from rdm_jax.data.content import image_hash, set_hash, total
 from rdm_jax.data.images import ImageSpec
-from rdm_jax.data.left_out import check_left_out
+from rdm_jax.data.left_out import check_left_out, reasons
 from rdm_jax.data.manifest import MANIFEST, read_manifest
 from rdm_jax.data.records import RecordReader
 from rdm_jax.data.sources import check_apart, cores, open_source
@@ -25,15 +24,14 @@ Batch = dict[str, np.ndarray]
 
 
 class ImageSet(Sequence):
-    """Images of one size; made by `open_prepared` or `open_direct`. It can be sent to another
-    process.
+    """Images of one size, made by `open_prepared` or `open_direct`; can be pickled.
 
     Args:
-      items: pixels, uint8 (h, w, c), and class number by index.
+      items: pixels, uint8 (h, w, c), and class index, by index.
       image_shape: (h, w, c) of every image.
-      class_names: the classes; empty when the images have none (every label is -1 then).
-      content: the hash of the set by `content.set_hash`; '' where it is not known yet.
-      names: of the images, to find that hash once they are in memory; () where they have none.
+      class_names: the classes; empty without classes (every label is then -1).
+      content: the hash of the set by `content.set_hash`; '' if unknown.
+      names: of the images, from which that hash is found once they are in memory; () if unknown.
 
     Attributes:
       image_shape, class_names: as given.
@@ -47,12 +45,14 @@ class ImageSet(Sequence):
         content: str = "",
         names: Sequence[str] = (),
     ):
-        self.image_shape, self.class_names, self._names = image_shape, class_names, names
-        self._items, self._cached, self._content = items, None, content
+        self.image_shape = image_shape
+        self.class_names = class_names
+        self._items = items
+        self._content = content
+        self._names = names
+        self._cached: Batch | None = None
         self._whole: ImageSet | None = None  # the set that this one is a part of
-        self._chosen: np.ndarray | None = (
-            None  # the images of a part, by their index in the whole set
-        )
+        self._chosen: np.ndarray | None = None  # indices of a part in the whole set
 
     def __len__(self) -> int:
         if self._chosen is not None:
@@ -64,15 +64,14 @@ class ImageSet(Sequence):
 
         Raises:
           IndexError: there is no such image.
-          InputError: its record is damaged.
+          InputError: the record is damaged.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         return {key: values[0] for key, values in self.batch([index]).items()}
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Several images, in the order given: {'image': uint8 (b, h, w, c), 'label': int32
-        (b,)}."""
+        """Several images in this order: {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
         if self._chosen is not None:
             indices = self._chosen[np.asarray(indices)]
         if self._cached:
@@ -86,43 +85,41 @@ class ImageSet(Sequence):
         return batch
 
     def split(self, held_out: int) -> tuple["ImageSet", "ImageSet | None"]:
-        """The set without `held_out` of its images, and these; no copies.
+        """The set without `held_out` of its images, and these (None for 0); nothing is copied.
 
-        They are chosen at random, always the same, one from each of so many equal parts: of every
-        class, if the set is sorted.
+        One image is drawn from each of `held_out` equal parts, with a fixed seed; so that of a
+        sorted set every class is represented.
 
         Raises:
-          InputError: none would be left.
+          InputError: no image is left for training.
         """
         if not held_out:
             return self, None
         if not held_out < len(self):
             raise InputError(
-                f"config.data.held_out={held_out} leaves none of {len(self)} images; fewer would do."
+                f"config.data.held_out={held_out} leaves none of {len(self)} images",
+                f"Use at most {len(self) - 1}.",
             )
-        held = np.floor(
-            (np.arange(held_out) + np.random.default_rng(0).random(held_out)) * len(self) / held_out
-        ).astype(int)
+        offsets = np.random.default_rng(0).random(held_out)
+        held = np.floor((np.arange(held_out) + offsets) * len(self) / held_out).astype(int)
         return self._part(np.setdiff1d(np.arange(len(self)), held)), self._part(held)
 
     def _part(self, chosen: np.ndarray) -> "ImageSet":
         part = ImageSet(self._items, self.image_shape, self.class_names)
-        part._cached, part._chosen = (
-            self._cached,
-            chosen if self._chosen is None else self._chosen[chosen],
-        )
+        part._cached = self._cached
+        part._chosen = chosen if self._chosen is None else self._chosen[chosen]
         part._whole = self._whole or self
         return part
 
     @functools.cached_property
     def identity(self) -> str:
-        """Equal for the same images in the same order with the same classes, in memory or not, and
-        wherever they lie.
+        """Equal for the same images in the same order with the same classes, however stored.
 
-        That of a part is the whole set's and a hash of which images it has.
+        That of a part is the identity of the whole set and a hash of the part's indices.
         """
         if self._whole is not None:
-            return f"{self._whole.identity} {hashlib.sha256(self._chosen.astype('<i8').tobytes()).hexdigest()[:16]}"
+            chosen = hashlib.sha256(self._chosen.astype("<i8").tobytes()).hexdigest()
+            return f"{self._whole.identity} {chosen[:16]}"
         if self._content or not (self._cached and len(self._names)):
             return self._content or self.fingerprint
         hashes = map(image_hash, self._names, self._cached["label"].tolist(), self._cached["image"])
@@ -130,18 +127,15 @@ class ImageSet(Sequence):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells the set from every other: a hash of its pixels where they are in memory, else of
-        what its files say of theirs."""
+        """A hash that identifies the set: of its pixels in memory, else of its files' metadata."""
         digest = hashlib.sha256(repr((len(self), self.image_shape, self.class_names)).encode())
         if self._cached:
             for first in range(0, len(self), 1024):
                 for values in self.batch(np.arange(first, min(first + 1024, len(self)))).values():
                     digest.update(np.ascontiguousarray(values))
         else:
-            digest.update(
-                self._items.identity().encode()
-                + (b"" if self._chosen is None else self._chosen.tobytes())
-            )
+            digest.update(self._items.identity().encode())
+            digest.update(b"" if self._chosen is None else self._chosen.tobytes())
         return digest.hexdigest()
 
     @property
@@ -155,18 +149,18 @@ class ImageSet(Sequence):
         return self._cached is not None
 
     def cache(self, description: str, skip: Callable[[int, BadImage], None] | None = None) -> None:
-        """Decodes the whole set into one array, so that a batch costs a look-up.
+        """Decodes the whole set into one array, so that a batch is a lookup.
 
         Args:
           description: of the progress bar.
-          skip: is told of each image that cannot be used, which is left out then; None to raise for
-            it.
+          skip: called for each image that cannot be used, which is then left out; None to raise.
 
         Raises:
           InputError: an image cannot be used.
         """
         count = len(self._items)
-        images, labels = np.empty((count, *self.image_shape), np.uint8), np.empty(count, np.int32)
+        images = np.empty((count, *self.image_shape), np.uint8)
+        labels = np.empty(count, np.int32)
         kept = np.ones(count, bool)
 
         def decode(index: int) -> None:
@@ -179,7 +173,7 @@ class ImageSet(Sequence):
                 skip(index, error)
             bar.update()
 
-        # Pillow and array_record let go of Python's lock while they decode.
+        # Pillow and array_record release Python's lock while they decode.
         with (
             progress(count, description) as bar,
             concurrent.futures.ThreadPoolExecutor(cores()) as pool,
@@ -193,39 +187,40 @@ class ImageSet(Sequence):
         if not kept.all():
             images, labels = images[kept], labels[kept]
             self._names = [name for name, keep in zip(self._names, kept, strict=True) if keep]
-        self._cached, self._items = {"image": images, "label": labels}, ()
+        self._cached = {"image": images, "label": labels}
+        self._items = ()
 
 
 def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> ImageSet:
-    """Opens what `prepare` wrote, or any array_record set of tensorflow-datasets with one size of
-    image in 'train'.
+    """Opens a prepared data set, made by `prepare` or by tensorflow-datasets as array_record.
 
     Args:
-      directory: the one with dataset_info.json in it.
-      cache_bytes: the set is decoded into memory, once, when its pixels are not more than this.
+      directory: the one that contains dataset_info.json. The split is 'train'; its images must have
+        one size.
+      cache_bytes: the set is decoded into memory, once, if its pixels take at most this.
 
     Raises:
-      InputError: nothing is there, it is damaged, or its images are not uint8 of one size.
+      InputError: there is no data set, it is damaged, or its images are not uint8 of one size.
     """
     directory = local_path(directory, "directory").resolve()
     if not (directory / "dataset_info.json").is_file():
         raise InputError(
-            f"there is no prepared data in {directory}; the directory that --mode=prepare has made would do."
+            f"there is no prepared data in {directory}",
+            "Give the directory that --mode=prepare has made.",
         )
     import_library("tensorflow_datasets", "data")  # where it is missing, the data is not damaged
     try:
         reader = RecordReader(directory)
         shape, dtype = reader.image_shape, reader.features["image"].np_dtype
-    except (
-        Exception
-    ) as error:  # Whatever is wrong with the files, the libraries report it in their own ways.
+    except Exception as error:  # the libraries raise their own errors for damaged files
         raise InputError(
-            f"the prepared data in {directory} is damaged ({error}); preparing it again would do."
+            f"the prepared data in {directory} is damaged ({error})", "Prepare it again."
         ) from error
-    _check_whole(directory, reader)
+    _check_complete(directory, reader)
     if len(shape) != 3 or None in shape or dtype != np.uint8:
         raise InputError(
-            f"the images in {directory} have shape {shape}, {dtype}; uint8 of one size would do."
+            f"the images in {directory} have shape {shape}, {dtype}",
+            "Use a data set of uint8 images of one size.",
         )
     images = ImageSet(reader, shape, reader.class_names, reader.content())
     if images.nbytes <= cache_bytes:
@@ -233,29 +228,25 @@ def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> Imag
     return images
 
 
-def _check_whole(directory: Path, reader: RecordReader) -> None:
-    """Compares what can be seen without reading the records; a record has a checksum of its own."""
+def _check_complete(directory: Path, reader: RecordReader) -> None:
+    """Checks counts, classes and sizes; does not read records, which have checksums."""
     if reader.declared != len(reader):
         raise InputError(
-            f"{directory} holds {len(reader)} of {reader.declared} records; preparing it again would do."
+            f"{directory} holds {len(reader)} of {reader.declared} records", "Prepare it again."
         )
     if not (directory / MANIFEST).is_file():
-        return  # Another's set.
+        return  # not made by `prepare`
+    fix = "Delete the directory and prepare it again."
     manifest = read_manifest(directory)
     if list(manifest["classes"]) != list(reader.class_names):
-        raise InputError(
-            f"{directory} has other classes than its manifest; deleting it and preparing it again would do."
-        )
+        raise InputError(f"{directory} has other classes than its manifest", fix)
     for shard in manifest["shards"]:
         path = directory / shard["file"]
-        size = path.stat().st_size if path.is_file() else None
+        if not path.is_file():
+            raise InputError(f"{path} is missing", fix)
+        size = path.stat().st_size
         if size != shard["bytes"]:
-            named = (
-                f"{path} is missing"
-                if size is None
-                else f"{path} has {size:,} of {shard['bytes']:,} bytes"
-            )
-            raise InputError(f"{named}; deleting the directory and preparing it again would do.")
+            raise InputError(f"{path} has {size:,} of {shard['bytes']:,} bytes", fix)
 
 
 def open_direct(
@@ -273,10 +264,9 @@ def open_direct(
 
     Args:
       spec, skin_tones, classes: as for `sources.open_source`.
-      form: what every image is brought to.
-      cache_bytes: how much memory the pixels may take.
-      skip_bad: leave out images that cannot be used, with a line in the log, instead of refusing
-        the set.
+      form: size and channels of every image.
+      cache_bytes: the most memory that the pixels may take.
+      skip_bad: leave out images that cannot be used, with a line in the log, instead of raising.
       max_left_out, apart_from: as for `prepare.prepare`.
 
     Raises:
@@ -285,26 +275,25 @@ def open_direct(
     form.check()
     check_apart(spec, apart_from)
     source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
-    check_left_out(source.skipped, len(source), source.lost, max_left_out, spec)
+    skipped = reasons(source.skipped)
+    check_left_out(skipped, len(source), source.lost, max_left_out, spec)
     shape = (form.height, form.width, form.channels)
     images = ImageSet(DecodedSource(source, form), shape, source.class_names, names=source.names)
     if images.nbytes > cache_bytes:
-        size = f"{len(source):,} images take {images.nbytes / 2**30:.3g} GiB in memory, more than {cache_bytes / 2**30:.3g}"
-        would_do = "a data.directory to prepare them in, or a larger data.cache_gib,"
         raise InputError(
-            f"{spec} is too large to be used without preparing ({size}); {would_do} would do."
+            f"{spec} is too large to be used without preparing ({len(source):,} images take "
+            f"{images.nbytes / 2**30:.3g} GiB in memory, more than {cache_bytes / 2**30:.3g})",
+            "Set a data.directory to prepare them in, or a larger data.cache_gib.",
         )
-    skipped = dict(source.skipped)
 
     def skip(index: int, error: BadImage) -> None:
-        name = source.names[index]
-        skipped[name] = str(error).removeprefix(f"image {name!r} ")
+        skipped[source.names[index]] = error.reason
 
     images.cache(f"decoding {spec}", skip if skip_bad else None)
     for name, reason in skipped.items():
         log.info("data: left out: %s: %s", name, reason)
     if not len(images):
-        raise InputError(f"no image of {spec} can be used; another source would do.")
+        raise InputError(f"no image of {spec} can be used", "Use another source.")
     if len(skipped) > len(source.skipped):
         left = set(images.batch(np.arange(len(images)))["label"].tolist())
         lost = {source.class_names[label] for label in {*source.labels} - left}
@@ -313,7 +302,7 @@ def open_direct(
 
 
 class DecodedSource(Sequence):
-    """A source's images, each decoded when it is asked for."""
+    """The images of a source, each decoded when it is read."""
 
     def __init__(self, source, form: ImageSpec):
         self._source, self._form = source, form
@@ -325,8 +314,6 @@ class DecodedSource(Sequence):
         return self._source.read(index, self._form), self._source.label(index)
 
     def identity(self) -> str:
-        """Changes when an image does: the names, sizes and times or checksums of all, and the
-        form."""
-        return repr(
-            [(name, self._source.reader.stamp(name)) for name in self._source.names] + [self._form]
-        )
+        """Changes when an image does: the names and stamps of all images, and the form."""
+        stamps = [(name, self._source.reader.stamp(name)) for name in self._source.names]
+        return repr([*stamps, self._form])

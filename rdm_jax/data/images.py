@@ -1,4 +1,4 @@
-"""One image: from the bytes of a file to uint8 pixels of the size asked for."""
+"""One image: from the bytes of a file to uint8 pixels of the requested size."""
 
 import dataclasses
 import errno
@@ -14,41 +14,41 @@ from PIL import Image, ImageOps, features
 from rdm_jax.runtime.errors import BadImage, InputError
 
 # Pillow decides by content which of these a file is; what it could also open (EPS by running
-# Ghostscript, PDF, HDF5) is nothing to train on. The suffixes decide only which files of a folder
-# are meant as images.
-_HAS_AVIF = "avif" in features.modules and features.check(
-    "avif"
-)  # since Pillow 11.3, where it was built with libavif
+# Ghostscript, PDF, HDF5) is nothing to train on. The suffixes only decide which files of a folder
+# are meant as images. AVIF needs Pillow 11.3, built with libavif.
+_HAS_AVIF = "avif" in features.modules and features.check("avif")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _HAS_AVIF else ()))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 SUFFIXES += (".ppm", ".pgm", ".pbm", ".pnm", ".avif")
-# How files of these formats begin, for what has another suffix or none.
+# How files of these formats begin, for files with another suffix or none.
 MAGIC = re.compile(
-    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0|II\*\0|MM\0\*|P[1-6]\s|....ftypavi[fs]",
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM....\0\0\0\0"
+    rb"|II\*\0|MM\0\*|P[1-6]\s|....ftypavi[fs]",
     re.DOTALL,
 )
 MAGIC_BYTES = 16
-# Bounds of what one image may take in memory, whatever its file says. Of more pixels Pillow warns;
-# here they are refused.
+# Bounds of what one image may take in memory, whatever its file says. Pillow only warns of more
+# pixels; here they are refused.
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 512 * 2**20
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# How an image becomes one of the size asked for, as a manifest says it.
+# How an image becomes one of the requested size, in the words of a manifest.
 CROPS = {
     "lanczos": "the central crop of the ratio asked for, then Lanczos",
-    "adm": "halved by a box filter while both sides are at least twice those asked for, bicubic until one fits, central crop",
+    "adm": "halved by a box filter while both sides are at least twice those asked for, "
+    "bicubic until one fits, central crop",
     "none": "every image has the size asked for",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """What every image is brought to.
+    """The size and the channels that every image is converted to.
 
     Attributes:
       height, width: in pixels.
       channels: 1 (luma) or 3 (RGB).
-      background: RGB from 0 to 255, behind what is transparent.
+      background: RGB from 0 to 255, behind transparent pixels.
       crop: one of CROPS.
     """
 
@@ -59,68 +59,68 @@ class ImageSpec:
     crop: str = "lanczos"
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be used; it names the field."""
+        """Raises InputError, naming the field, if a field is out of range."""
         for name, side in (("height", self.height), ("width", self.width)):
             if side < 1:
-                raise InputError(f"{name}={side} is no size of an image; 1 or more would do.")
+                raise InputError(f"{name}={side} is out of range", "Use 1 or more.")
         if self.channels not in (1, 3):
             raise InputError(
-                f"channels={self.channels} cannot be used; 1 or 3 (grey or RGB) would do."
+                f"channels={self.channels} is not supported", "Use 1 (grey) or 3 (RGB)."
             )
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise InputError(
-                f"background={self.background} is no colour; three numbers from 0 to 255 would do."
+                f"background={self.background} is not a colour", "Use three numbers from 0 to 255."
             )
         if self.crop not in CROPS:
             raise InputError(
-                f"crop={self.crop!r} is not known; {' or '.join(map(repr, CROPS))} would do."
+                f"crop={self.crop!r} is unknown", f"Use {' or '.join(map(repr, CROPS))}."
             )
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file begins as one of FORMATS (or as AVIF) does, by its first MAGIC_BYTES."""
+    """Whether the first MAGIC_BYTES of a file are those of one of FORMATS, or of AVIF."""
     return MAGIC.match(head) is not None
 
 
 def open_image(file: Path | bytes) -> Image.Image:
-    """Decodes an image, the first frame where there are several, and turns it upright (EXIF).
+    """Decodes an image (the first frame of an animation) and turns it upright (EXIF).
 
     Raises:
-      BadImage: it is damaged, empty, too large, or no image; the message continues 'image NAME'.
+      BadImage: it is damaged, empty, too large, or not an image.
       OSError: the file cannot be read, which says nothing about the image.
     """
     size = len(file) if isinstance(file, bytes) else file.stat().st_size
     if not 0 < size <= MAX_BYTES:
-        raise BadImage(f"has {size:,} bytes; 1 to {MAX_BYTES:,} would do.")
+        raise BadImage(f"has {size:,} bytes", f"Use a file of 1 to {MAX_BYTES:,} bytes.")
+    fewer_pixels = f"Use at most {MAX_PIXELS:,} pixels."
+    readable = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with Image.open(
-            io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS
-        ) as image:
+        with Image.open(readable, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(
-                    f"has too many pixels ({image.width:,} x {image.height:,}); at most {MAX_PIXELS:,} in all would do."
+                    f"has too many pixels ({image.width:,} x {image.height:,})", fewer_pixels
                 )
             image.load()
             return ImageOps.exif_transpose(image)
     except (BadImage, MemoryError):
         raise
-    except Image.DecompressionBombError as error:  # of twice as many, before we are asked
+    except Image.DecompressionBombError as error:  # Pillow's own bound, before ours is checked
         raise BadImage(
-            f"has too many pixels (more than {2 * MAX_PIXELS:,}); at most {MAX_PIXELS:,} in all would do."
+            f"has too many pixels (more than {2 * MAX_PIXELS:,})", fewer_pixels
         ) from error
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
-        # What the system says, but for a seek to where the file says that something is, is no fault
-        # of the image.
+    # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
+    except Exception as error:
+        # An error of the system is no fault of the image, except for a seek to an offset that the
+        # file gives.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         if not _HAS_AVIF and _is_avif(file):
             raise BadImage(
-                "is an AVIF image, which this Pillow cannot decode; `pip install 'pillow>=11.3'` would do."
+                "is an AVIF image, which the installed Pillow cannot decode",
+                "Run `pip install 'pillow>=11.3'`.",
             ) from error
         raise BadImage(
-            f"cannot be decoded ({error}); a whole copy, or the set without it, would do."
+            f"cannot be decoded ({error})", "Copy it again from an intact original, or remove it."
         ) from error
 
 
@@ -138,10 +138,10 @@ def read_head(path: Path) -> bytes:
 def to_uint8(
     image: Image.Image, channels: int, background: tuple[int, ...]
 ) -> UInt8[np.ndarray, "h w c"]:
-    """Brings a Pillow image of any mode to 8 bits a channel.
+    """Converts a Pillow image of any mode to 8 bits per channel.
 
     16-bit grey is scaled by 255/65535 (Pillow alone would clip it), CMYK is converted without a
-    colour profile, and what is transparent is composited on the background before any resizing, so
+    colour profile, and transparent pixels are composited on the background before any resizing, so
     that no hidden colour bleeds in.
 
     Args:
@@ -150,7 +150,7 @@ def to_uint8(
       background: RGB, 0 to 255.
 
     Raises:
-      BadImage: the mode has no 8-bit reading; the message continues 'image NAME'.
+      BadImage: the mode has no 8-bit conversion.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = _from_16_bits(image)
@@ -163,58 +163,60 @@ def to_uint8(
         pixels = np.asarray(image.convert("RGB").convert("L" if channels == 1 else "RGB"))
     except ValueError as error:
         raise BadImage(
-            f"has mode {image.mode!r} ({error}); RGB, grey, palette or CMYK would do."
+            f"has mode {image.mode!r} ({error})", "Convert it to RGB, grey, palette or CMYK."
         ) from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
-    if (
-        values.min() < 0 or values.max() > 65535
-    ):  # Mode 'I' is 32 bits wide, and its white is anyone's guess.
+    # Mode 'I' is 32 bits wide; which value means white is unknown.
+    if values.min() < 0 or values.max() > 65535:
         raise BadImage(
-            f"has grey values from {values.min()} to {values.max()}; 8 or 16 bits would do."
+            f"has grey values from {values.min()} to {values.max()}", "Convert it to 8 or 16 bits."
         )
     grey = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
     if "transparency" in image.info:
-        grey.putalpha(
-            Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
-        )
+        alpha = np.where(values == image.info["transparency"], 0, 255)
+        grey.putalpha(Image.fromarray(alpha.astype(np.uint8)))
     return grey
 
 
 def fit(
     pixels: UInt8[np.ndarray, "h w c"], form: ImageSpec
 ) -> UInt8[np.ndarray, "{form.height} {form.width} c"]:
-    """Crops and resizes by the form's rule; the identity where the size is right already.
+    """Crops and resizes by the rule `form.crop`; the identity for images that have the size.
 
     Raises:
-      BadImage: the rule is 'none' and the size another one; the message continues 'image NAME'.
+      BadImage: the rule is 'none' and the image has another size.
     """
     rows, columns, _ = pixels.shape
     if (rows, columns) == (form.height, form.width):
         return pixels
     if form.crop == "none":
         raise BadImage(
-            f"is of {rows} x {columns} (height x width); {form.height} x {form.width}, or another data.crop, would do."
+            f"has size {rows} x {columns} (height x width)",
+            f"Use images of {form.height} x {form.width}, or set another data.crop.",
         )
-    return (_fit_adm if form.crop == "adm" else _fit_lanczos)(pixels, form.height, form.width)
+    if form.crop == "adm":
+        return _fit_adm(pixels, form.height, form.width)
+    return _fit_lanczos(pixels, form.height, form.width)
 
 
 def _fit_lanczos(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns, _ = pixels.shape
     crop_rows = max(1, min(rows, round(columns * height / width)))
     crop_columns = max(1, min(columns, round(rows * width / height)))
-    # Not by ImageOps.fit, whose filter reaches for pixels beyond the crop.
-    return _resize(
-        _central(pixels, crop_rows, crop_columns), height, width, Image.Resampling.LANCZOS
-    )
+    # Not ImageOps.fit, whose filter uses pixels outside the crop.
+    cropped = _central(pixels, crop_rows, crop_columns)
+    return _resize(cropped, height, width, Image.Resampling.LANCZOS)
 
 
 def _fit_adm(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The crop of ADM (arXiv 2105.05233) and of EDM's ImageNet-64, which is given for squares, for
-    any height and width."""
+    """The crop of ADM (arXiv 2105.05233) and of EDM's ImageNet-64.
+
+    Published for squares; here for any height and width.
+    """
     while pixels.shape[0] >= 2 * height and pixels.shape[1] >= 2 * width:
         pixels = _resize(pixels, pixels.shape[0] // 2, pixels.shape[1] // 2, Image.Resampling.BOX)
     rows, columns, _ = pixels.shape
@@ -222,7 +224,8 @@ def _fit_adm(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = round(rows * scale), round(columns * scale)
     if rows * columns > MAX_PIXELS:
         raise BadImage(
-            f"is too thin for crop='adm', which would enlarge it to {rows:,} x {columns:,}; 'lanczos' would do."
+            f"is too narrow for crop='adm', which enlarges it to {rows:,} x {columns:,}",
+            "Set data.crop='lanczos'.",
         )
     return _central(_resize(pixels, rows, columns, Image.Resampling.BICUBIC), height, width)
 
@@ -240,11 +243,11 @@ def _resize(
 
 
 def encode(pixels: UInt8[np.ndarray, "h w c"], encoding: str, quality: int) -> bytes:
-    """A PNG (`quality` is not looked at) or a JPEG without chroma subsampling, as bytes."""
-    image, file = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), io.BytesIO()
-    image.save(
-        file,
-        format=encoding,
-        **({"quality": quality, "subsampling": 0} if encoding == "jpeg" else {}),
-    )
+    """Encodes as 'png' (`quality` is ignored), or as 'jpeg' without chroma subsampling."""
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    file = io.BytesIO()
+    if encoding == "jpeg":
+        image.save(file, format=encoding, quality=quality, subsampling=0)
+    else:
+        image.save(file, format=encoding)
     return file.getvalue()

@@ -1,79 +1,76 @@
-"""What a set does without: counted by reason, shown, and refused where it is too much."""
+"""What a set does without: counted by reason, logged, and refused if it is too much."""
 
 import collections
 import re
 from collections.abc import Iterable, Mapping
 
 from rdm_jax.runtime.console import log
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import BadImage, InputError
 
-NO_FILE = "has a label in"  # how the reason begins of a labels file's entry without a file
+
+def reasons(skipped: Mapping[str, BadImage]) -> dict[str, str]:
+    """The reasons alone, by name, as a manifest lists them."""
+    return {name: error.reason for name, error in skipped.items()}
 
 
 def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
-    """Names by the reason for which they were left out, the most frequent first; what differs from
-    file to file is cut off."""
+    """Groups names by their reason, the most frequent one first.
+
+    What differs from file to file (numbers, and what stands in parentheses) is dropped.
+    """
     found = collections.defaultdict(list)
     for name, reason in skipped.items():
-        found[re.sub("[0-9][0-9,.]*", "N", re.split(" ?[(;]", reason)[0])].append(name)
+        found[re.sub("[0-9][0-9,.]*", "N", reason.partition(" (")[0])].append(name)
     return dict(sorted(found.items(), key=lambda pair: -len(pair[1])))
-
-
-def what_of(skipped: Mapping[str, str]) -> str:
-    """What is left out: files, or labels as well whose files are not there."""
-    return (
-        "files and labels"
-        if any(reason.startswith(NO_FILE) for reason in skipped.values())
-        else "files"
-    )
 
 
 def check_left_out(
     skipped: Mapping[str, str], count: int, lost: Iterable[str], most: float, spec: str
 ) -> None:
-    """Shows what is left out, by reason.
+    """Logs what is left out, by reason.
 
     Args:
       skipped: reasons by name.
-      count: of the images that are used.
-      lost: classes of which nothing is left.
-      most: the share of all that may be left out; 1 for all, and whole classes too.
+      count: number of images that are used.
+      lost: classes of which no image is left.
+      most: the largest share of entries that may be left out; 1 allows everything, whole classes
+        included.
       spec: of the source.
 
     Raises:
-      InputError: that is more than `most`, or a class is lost.
+      InputError: the share exceeds `most`, or a class is lost.
     """
     if not skipped:
         return
     lost, total = sorted(lost), count + len(skipped)
     too_many = len(skipped) / total > most
-    show = log.warning if too_many or lost or 10 * len(skipped) > total else log.info
-    counts = (f"{len(skipped):,}", f"{total:,}", what_of(skipped))
+    is_grave = too_many or lost or 10 * len(skipped) > total
+    show = log.warning if is_grave else log.info
     show(
-        "data: %s%s of %s %s of %s are left out:",
-        "WARNING: " * (show == log.warning),
-        *counts,
+        "data: %s%s of %s entries of %s are left out:",
+        "WARNING: " if is_grave else "",
+        f"{len(skipped):,}",
+        f"{total:,}",
         spec,
     )
-    for reason, names in by_reason(skipped).items():
+    grouped = by_reason(skipped)
+    for reason, names in grouped.items():
         show("data:   %s: %s, such as %r", f"{len(names):,}", reason, names[0])
     if lost:
-        show("data:   nothing is left of the class %s", ", ".join(map(repr, lost[:10])))
+        show("data:   no image is left of the class %s", ", ".join(map(repr, lost[:10])))
     if most < 1 and (too_many or lost):
-        reasons = ", ".join(
-            f"{len(names):,} {reason}" for reason, names in list(by_reason(skipped).items())[:3]
-        )
-        whole = f", and with it the whole class {lost[0]!r}" if lost else ""
-        remedy = (
-            f"data.max_left_out={_enough(len(skipped), total):g}"
-            if not lost
-            else "data.max_left_out=1, which allows anything,"
+        counts = ", ".join(f"{len(names):,} {reason}" for reason, names in [*grouped.items()][:3])
+        classes = f", and with them the whole class {lost[0]!r}" if lost else ""
+        fix = (
+            "Set data.max_left_out=1, which allows any loss."
+            if lost
+            else f"Set data.max_left_out={_least_share(len(skipped), total):g}."
         )
         raise InputError(
-            f"{counts[0]} of {counts[1]} {counts[2]} of {spec} would be left out ({reasons}){whole}; {remedy} would do."
+            f"{len(skipped):,} of {total:,} entries of {spec} are unusable ({counts}){classes}", fix
         )
 
 
-def _enough(left_out: int, total: int) -> float:
-    """The least share, in whole percent, that allows so many to be left out."""
+def _least_share(left_out: int, total: int) -> float:
+    """The smallest share, in whole percent, that allows so many to be left out."""
     return next(percent / 100 for percent in range(1, 101) if left_out / total <= percent / 100)

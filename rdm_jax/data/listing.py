@@ -1,5 +1,4 @@
-"""Which files of a folder or an archive are meant as images, which lie beside them, and which no
-user put there."""
+"""Tells apart the files of a folder or an archive: images, side files, and what systems leave."""
 
 import collections
 import os
@@ -9,24 +8,13 @@ from typing import NamedTuple
 
 from rdm_jax.data.images import SUFFIXES, is_image
 from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import BadImage
 
 LABELS_FILE = "dataset.json"
 # What systems, file managers and network drives leave behind, in lower case; besides all names that
 # begin with a dot.
-RUBBISH = frozenset(
-    [
-        "__macosx",
-        "thumbs.db",
-        "ehthumbs.db",
-        "desktop.ini",
-        "@eadir",
-        "icon\r",
-        "lost+found",
-        "$recycle.bin",
-        "#recycle",
-    ]
-    + ["system volume information"]
-)
+RUBBISH = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "lost+found"}
+RUBBISH |= {"$recycle.bin", "#recycle", "system volume information"}
 # What people keep beside images; by suffix, and by name where there is none.
 SIDE_SUFFIX = re.compile(
     r"\.(txt|text|jsonl?|[ct]sv|xml|ya?ml|toml|md|rst|html?|css|js|pdf|log|bib|url|sha256|md5)"
@@ -34,67 +22,56 @@ SIDE_SUFFIX = re.compile(
 SIDE_NAME = re.compile(
     "readme|licen[sc]e|copying|notice|authors|change(log|s)|citation|manifest|(md5|sha256)sums"
 )
-# Images that cannot be read here; a folder of them is meant as images all the same.
-UNREADABLE = (
-    ".heic",
-    ".heif",
-    ".jxl",
-    ".jp2",
-    ".j2k",
-    ".psd",
-    ".svg",
-    ".ico",
-    ".tga",
-    ".exr",
-    ".hdr",
-    ".dcm",
-)
-UNREADABLE += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
+# Image formats that are not supported; a folder of such files is still a folder of images.
+UNSUPPORTED = (".heic", ".heif", ".jxl", ".jp2", ".j2k", ".psd", ".svg", ".ico", ".tga", ".exr")
+UNSUPPORTED += (".hdr", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2")
 ARCHIVE = re.compile(r"\.(zip|tar|tgz|gz|xz|bz2|7z|rar)$")
-NO_TEXT = re.compile(
-    "[\\x00-\\x1f\\x7f\\ud800-\\udfff]"
-)  # control characters, and bytes that are no UTF-8
+# Control characters, and bytes that are not UTF-8.
+NO_TEXT = re.compile("[\\x00-\\x1f\\x7f\\ud800-\\udfff]")
 
 
 def is_rubbish(name: str) -> bool:
-    """Whether a file or folder was put there by a system for its own ends, and is not meant."""
+    """Whether a file or folder was put there by a system for its own ends."""
     return name.startswith(".") or name.lower() in RUBBISH
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a file is one that people keep beside images, and is no image."""
+    """Whether a file is of a kind that people keep beside images, and is not an image itself."""
     stem, suffix = os.path.splitext(name.rpartition("/")[2].lower())
     return bool(SIDE_SUFFIX.fullmatch(suffix) or (not suffix and SIDE_NAME.fullmatch(stem)))
 
 
 def is_meant_as_image(name: str) -> bool:
-    """Whether a file is called as images are, of any kind."""
-    return name.lower().endswith((*SUFFIXES, *UNREADABLE))
+    """Whether a file has the suffix of an image format, supported or not."""
+    return name.lower().endswith((*SUFFIXES, *UNSUPPORTED))
 
 
 class Listing(NamedTuple):
-    """The names in a place, sorted out.
+    """The files of a folder or an archive, sorted out.
 
     Attributes:
-      images: in order of name.
-      labels_files: those called LABELS_FILE, in upper or lower case.
+      images: names, sorted.
+      labels_files: names of files called LABELS_FILE, in upper or lower case.
       unusable: what is neither an image nor a side file, and why.
     """
 
     images: list[str]
     labels_files: list[str]
-    unusable: dict[str, str]
+    unusable: dict[str, BadImage]
 
 
 def sort_out(names: Iterable[str], read_head: Callable[[str], bytes], place: str) -> Listing:
-    """Tells images, labels files, side files (which are counted in the log) and strangers apart.
+    """Tells images, labels files, side files (which are counted in the log) and others apart.
 
     Args:
       names: of all files.
-      read_head: gives the first bytes of a file, which decide where its suffix is not known.
-      place: for the log.
+      read_head: returns the first bytes of a file; they decide where the suffix is unknown.
+      place: the folder or archive, for the log.
     """
-    images, labels_files, side, unusable = [], [], [], {}
+    images: list[str] = []
+    labels_files: list[str] = []
+    side: list[str] = []
+    unusable: dict[str, BadImage] = {}
     for name in sorted(names):
         if name.lower().endswith(SUFFIXES):
             images.append(name)
@@ -105,37 +82,40 @@ def sort_out(names: Iterable[str], read_head: Callable[[str], bytes], place: str
         elif is_image(read_head(name)):
             images.append(name)
         elif ARCHIVE.search(name.lower()):
-            unusable[name] = (
-                "is not an image but an archive; unpacking it, or zip:PATH or tar:PATH for it alone, would do."
+            unusable[name] = BadImage(
+                "is not an image but an archive",
+                "Unpack it, or use it alone as zip:PATH or tar:PATH.",
             )
         else:
-            unusable[name] = f"is not an image; nothing but {', '.join(SUFFIXES)} would do."
+            unusable[name] = BadImage("is not an image", f"Use {', '.join(SUFFIXES)}.")
     if side:
-        kinds = collections.Counter(
-            os.path.splitext(name)[1].lower() or name.rpartition("/")[2] for name in side
-        )
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
-        alone = sorted(
-            {folder for name in side for folder in folders_of(name)}
-            - {f for name in images for f in folders_of(name)}
-        )
-        if alone:
-            log.info(
-                "data: no image is in the folder %s of %s",
-                ", ".join(map(repr, alone[:5])) + ", ..." * (len(alone) > 5),
-                place,
-            )
-        log.info(
-            "data: %s file(s) beside the images of %s are not looked at (%s), such as %r",
-            f"{len(side):,}",
-            place,
-            kinds,
-            side[0],
-        )
+        _log_side_files(side, images, place)
     return Listing(images, labels_files, unusable)
 
 
+def _log_side_files(side: list[str], images: list[str], place: str) -> None:
+    """Counts side files by kind, and names the folders that hold nothing else."""
+    kinds = collections.Counter(
+        os.path.splitext(name)[1].lower() or name.rpartition("/")[2] for name in side
+    )
+    with_images = {folder for name in images for folder in folders_of(name)}
+    without = sorted({folder for name in side for folder in folders_of(name)} - with_images)
+    if without:
+        log.info(
+            "data: no image is in the folder %s of %s",
+            ", ".join(map(repr, without[:5])) + (", ..." if len(without) > 5 else ""),
+            place,
+        )
+    log.info(
+        "data: %s file(s) beside the images of %s are ignored (%s), such as %r",
+        f"{len(side):,}",
+        place,
+        ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)),
+        side[0],
+    )
+
+
 def folders_of(name: str) -> Iterator[str]:
-    """All folders that a file lies in."""
+    """All folders that contain a file, the innermost first."""
     while name := name.rpartition("/")[0]:
         yield name

@@ -1,4 +1,4 @@
-"""What a prepared set says of itself, and whether its files still are what they were."""
+"""The manifest of a prepared set, and the verification of its files."""
 
 import re
 from pathlib import Path
@@ -21,61 +21,69 @@ FIELDS = {
     "shards": list,
 }
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
-# Settings that version 1 does not have, with the values that mean what it did.
+# Settings that version 1 lacks, with the values that reproduce its behaviour.
 NEW_SETTINGS = {"classes": "auto"}
 SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
 def verify_files(directory: Path) -> None:
-    """Compares every file with its hash in the manifest. Raises InputError for one that differs or
-    is not there."""
+    """Compares every file with its hash in the manifest.
+
+    Raises:
+      InputError: a file differs or is missing.
+    """
     shards = read_manifest(directory)["shards"]
     with progress(sum(shard["records"] for shard in shards), f"verifying {directory.name}") as bar:
         for shard in shards:
             if sha256(directory / shard["file"]) != shard["sha256"]:
-                would_do = "deleting the directory and preparing it again"
                 raise InputError(
-                    f"{directory / shard['file']} is not as it was written; {would_do} would do."
+                    f"{directory / shard['file']} differs from its hash in the manifest",
+                    "Delete the directory and prepare it again.",
                 )
             bar.update(shard["records"])
-    log.info("data: %d files in %s are as they were written", len(shards), directory)
+    log.info("data: %d files in %s match their hashes", len(shards), directory)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a prepared set, with settings that older versions lack. Raises InputError
-    where there is none."""
+    """The manifest of a prepared set, with settings that older versions lack.
+
+    Raises:
+      InputError: there is none, it is damaged, or a newer version wrote it.
+    """
     try:
         manifest = parse_json((directory / MANIFEST).read_text())
         version = manifest.get("version", 1)
         if type(version) is not int:
             raise ValueError(f"version is {version!r:.40}")
         if version > VERSION:
-            newer = f"{directory / MANIFEST} has version {version}, and this rdm_jax reads versions up to {VERSION}"
             raise InputError(
-                f"{newer}; a newer rdm_jax, or preparing the data again in another directory, would do."
+                f"{directory / MANIFEST} has version {version}, and this rdm_jax reads versions up "
+                f"to {VERSION}",
+                "Install a newer rdm_jax, or prepare the data again in another directory.",
             )
         if not manifest.keys() >= FIELDS.keys():
             raise ValueError("fields are missing")
         for field, kind in FIELDS.items():
             if type(manifest[field]) is not kind:
-                raise ValueError(f"{field} is no {kind.__name__}")
+                raise ValueError(f"{field} is not a {kind.__name__}")
         for shard in manifest["shards"]:
             _check_shard(shard)
         if version > 1 and type(manifest.get("content")) is not str:
-            raise ValueError("content is no str")
+            raise ValueError("content is not a str")
         manifest["settings"] = NEW_SETTINGS | manifest["settings"]
         return manifest
     except InputError:
         raise
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{directory} is there and is no prepared data ({error}); another directory would do."
+            f"{directory} exists but is not a prepared data set ({error})", "Use another directory."
         ) from error
 
 
 def identity(directory: Path) -> str:
-    """Tells the images of a prepared set from those of every other; older manifests have the hashes
-    of files alone.
+    """A hash that identifies the images of a prepared set.
+
+    Older manifests only have the hashes of files.
 
     Raises:
       InputError: there is no manifest.
@@ -92,8 +100,7 @@ def _check_shard(shard: Any) -> None:
     if not isinstance(shard, dict) or any(
         type(shard.get(field)) is not kind for field, kind in SHARD.items()
     ):
-        raise ValueError("what it says of a file is not complete")
-    if not FILE_NAME.fullmatch(
-        shard["file"]
-    ):  # it may be a stranger's, and the file is going to be opened
-        raise ValueError(f"{shard['file'][:200]!r} is no file beside it")
+        raise ValueError("the entry of a shard is not complete")
+    # The manifest is not trusted, and the file is going to be opened.
+    if not FILE_NAME.fullmatch(shard["file"]):
+        raise ValueError(f"{shard['file'][:200]!r} is not a file beside it")

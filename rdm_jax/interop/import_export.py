@@ -1,5 +1,4 @@
-"""Import of published weights into a run, and export of a run's averaged parameters under the
-original's names."""
+"""Import of published weights into a run, and export of EMA parameters in the published format."""
 
 import dataclasses
 import errno
@@ -28,21 +27,17 @@ torch_files = lazy_import("rdm_jax.interop.torch_files")
 safetensors = lazy_import("safetensors", "weights")
 safetensors_numpy = lazy_import("safetensors.numpy", "weights")
 
-FLOATS = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-)  # dtypes of safetensors that are read; others would not be what they were as float32
+# The supported dtypes of safetensors; others change their values as float32.
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Weights(NamedTuple):
     """An open file of weights.
 
     Attributes:
-      class_name, settings: the network in the original's words; None where the file is silent.
-      shapes: of every tensor in it, by the original's names.
-      read: a tensor by its name, from the file.
+      class_name, settings: of the network, in the published code's words; None if unknown.
+      shapes: of every tensor in it, by PyTorch's names.
+      read: reads a tensor by its name.
     """
 
     class_name: str | None
@@ -53,8 +48,7 @@ class Weights(NamedTuple):
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[Weights]:
-    """Opens EDM's .pkl, RDM's .pt or safetensors, told apart by what is in them. Nothing in them is
-    executed.
+    """Opens EDM's .pkl, RDM's .pt or safetensors, recognised by content. Nothing is executed.
 
     Raises:
       InputError: it is none of these, or damaged.
@@ -82,11 +76,12 @@ def _open_safetensors(path: Path) -> Iterator[Weights]:
         about = file.metadata() or {}
         settings = parse_json(about["settings"]) if "settings" in about else None
         if not isinstance(settings, dict | None):
-            raise ValueError("its settings are no dict")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            raise ValueError("its settings are not a dict")
+        names = file.keys()  # not iterable itself
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be used ({error}); a whole safetensors file would do."
+            f"{path} cannot be used ({error})", "Use an intact safetensors file."
         ) from error
     with file:
         yield Weights(
@@ -101,16 +96,18 @@ def _read_safetensor(file: Any, name: str, path: Path) -> np.ndarray:
     dtype = file.get_slice(name).get_dtype()
     if dtype not in FLOATS:
         raise InputError(
-            f"{path} cannot be used ({name} is of dtype {dtype}); {', '.join(FLOATS)} would do."
+            f"{path} cannot be used ({name} is of dtype {dtype})", f"Use {', '.join(FLOATS)}."
         )
     return file.get_tensor(name)
 
 
 def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int]:
-    """The config with its stage `number` (from 1) as the weights need it, and their number of
-    classes.
+    """The config with stage `number` (from 1) as the weights require, and their number of classes.
 
-    Every field that changes is logged. Raises InputError where we have no such network.
+    Every field that changes is logged.
+
+    Raises:
+      InputError: the weights are of a network that is not supported.
     """
     stage = config.stage(number)
     if weights.settings is None or weights.class_name is None:
@@ -121,14 +118,14 @@ def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int
     _log_changes(number, "network", stage.network, found.stage.network)
     if found.stage.resolution != stage.resolution:
         log.info(
-            "config.stage%d.resolution: %s -> %s, as the weights say",
+            "config.stage%d.resolution: %s -> %s, as in the weights",
             number,
             stage.resolution,
             found.stage.resolution,
         )
     if found.channels != config.data.channels:
         log.info(
-            "config.data.channels: %d -> %d, as the weights say",
+            "config.data.channels: %d -> %d, as in the weights",
             config.data.channels,
             found.channels,
         )
@@ -143,15 +140,13 @@ def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int
 
 
 def fit_resolutions(config: Config, number: int, kept: Sequence[int]) -> Config:
-    """The config with the resolutions of the other stages as they go with that of stage `number`
-    (from 1).
+    """The config with the resolutions of other stages adapted to that of stage `number` (from 1).
 
-    A published relay is imported stage by stage, and until the last one is there the others' sizes
-    are the config's.
+    A published relay is imported stage by stage; resolutions of stages that are not imported yet
+    are not known.
 
     Args:
-      kept: stages that have been imported before; they stay as they are, and so does what lies
-        beyond them.
+      kept: stages that are imported already; they are not changed, nor are stages beyond them.
     """
     stages = list(config.stages)
     after = itertools.takewhile(lambda index: index + 1 not in kept, range(number, len(stages)))
@@ -163,7 +158,7 @@ def fit_resolutions(config: Config, number: int, kept: Sequence[int]) -> Config:
             size = tuple(side // stages[index + 1].factor for side in stages[index + 1].resolution)
         if size != stages[index].resolution:
             log.info(
-                "config.stage%d.resolution: %s -> %s, to go with stage%d",
+                "config.stage%d.resolution: %s -> %s, to match stage%d",
                 index + 1,
                 stages[index].resolution,
                 size,
@@ -175,13 +170,13 @@ def fit_resolutions(config: Config, number: int, kept: Sequence[int]) -> Config:
 
 def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
     if type(before) is not type(after):
-        log.info("config.stage%d.%s: %s -> %s, as the weights say", number, part, before, after)
+        log.info("config.stage%d.%s: %s -> %s, as in the weights", number, part, before, after)
         return
     for field in dataclasses.fields(after):
         was, now = getattr(before, field.name), getattr(after, field.name)
         if was != now:
             log.info(
-                "config.stage%d.%s.%s: %s -> %s, as the weights say",
+                "config.stage%d.%s.%s: %s -> %s, as in the weights",
                 number,
                 part,
                 field.name,
@@ -191,10 +186,10 @@ def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
 
 
 def check_no_checkpoints(workdir: Path, number: int) -> None:
-    """Refuses to import into a stage that has checkpoints already. Raises InputError."""
+    """Raises InputError if a stage already has checkpoints."""
     directory = Workdir(workdir).checkpoints(number)
     if folders.step_folders(directory):
-        raise InputError(f"{directory} has checkpoints already; another --workdir would do.")
+        raise InputError(f"{directory} already has checkpoints", "Use another --workdir.")
 
 
 def save_imported(
@@ -205,14 +200,13 @@ def save_imported(
     path: Path,
     workdir: Path,
 ) -> None:
-    """Saves parameters as checkpoint 0 of a stage, in the dtype that they have in the file (they
-    are read as float32).
+    """Saves parameters as checkpoint 0 of a stage, in their dtype in the file.
 
     Args:
-      weights: where they are from.
-      config: as `stage_of` returned it.
+      weights: the file that they are read from.
+      config: as `stage_of` returns it.
       number: of the stage, from 1.
-      parameters: from `read_parameters`; their classes are called '0', '1', ...
+      parameters: from `read_parameters`; the names of their classes are '0', '1', ...
       path: of the file.
       workdir: of the run.
     """
@@ -223,17 +217,24 @@ def save_imported(
         "class_name": weights.class_name,
         "settings": weights.settings,
     }
-    stage, names = to_dict(config)[f"stage{number}"], [str(i) for i in range(classes)]
-    about = {"version": VERSION, "stage": stage, "classes": names, "seed": config.seed}
+    about = {
+        "version": VERSION,
+        "stage": to_dict(config)[f"stage{number}"],
+        "classes": [str(i) for i in range(classes)],
+        "seed": config.seed,
+        "imported": imported,
+    }
     checkpoints = store.Checkpoints(Workdir(workdir).checkpoints(number))
-    checkpoints.save_ema(0, parameters, {**about, "imported": imported})
+    checkpoints.save_ema(0, parameters, about)
     checkpoints.close()
 
 
 def read_parameters(
     weights: Weights, config: Config, number: int, classes: int, path: Path
 ) -> dict[str, Any]:
-    """A stage's parameters as our tree of arrays, each read from the file when it is its turn.
+    """Reads a stage's parameters, one after the other, into this package's tree of arrays.
+
+    float16 and float32 are kept, other dtypes become float32.
 
     Raises:
       InputError: a parameter is missing, unknown or of another shape.
@@ -245,38 +246,37 @@ def read_parameters(
         weights.shapes.keys() - set(names.values()) - pytorch_names.buffers(stage).keys()
     )
     if unknown:
-        would_do = "the config of these weights would do."
         raise InputError(
-            f"{path} has a parameter {unknown[0]!r}, which the network has not; {would_do}"
+            f"{path} has a parameter {unknown[0]!r}, which the network does not have",
+            "Use the config of these weights.",
         )
 
     def check(keys, leaf):
         name = names[_strings(keys)]
         if name not in weights.shapes:
             raise InputError(
-                f"{path} has no parameter {name!r}; a file of the same network as the config's would do."
+                f"{path} has no parameter {name!r}", "Use a file of the config's network."
             )
-        wanted, found = (
-            pytorch_names.to_theirs(np.broadcast_to(np.int8(0), leaf.shape)).shape,
-            weights.shapes[name],
-        )
+        wanted = pytorch_names.to_theirs(np.broadcast_to(np.int8(0), leaf.shape)).shape
+        found = weights.shapes[name]
         if wanted != found:
             raise InputError(
-                f"{path} has {name!r} of shape {found}; {wanted}, as the config asks for, would do."
+                f"{path} has {name!r} of shape {found} instead of {wanted}, the config's",
+                "Use the config of these weights.",
             )
 
     def read(keys, leaf):
         array = pytorch_names.to_ours(weights.read(names[_strings(keys)]))
-        return jax.device_put(
-            array if array.dtype in (np.float16, np.float32) else array.astype(np.float32)
-        )
+        if array.dtype not in (np.float16, np.float32):
+            array = array.astype(np.float32)
+        return jax.device_put(array)
 
     jax.tree.map_with_path(check, abstract)  # all of them, before anything large is read
     return jax.tree.map_with_path(read, abstract)
 
 
 def _names(stage: Stage, abstract: dict[str, Any]) -> dict[tuple[str, ...], str]:
-    """The original's name of every parameter."""
+    """PyTorch's name of every parameter, by path."""
     paths = [_strings(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
     return {
         path: pytorch_names.original_name(path, stage.network, stage.resolution[0])
@@ -289,15 +289,14 @@ def _strings(keys: tuple) -> tuple[str, ...]:
 
 
 def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None:
-    """Writes a stage's averaged parameters as safetensors: float32, under the original's names and
-    in its layout.
+    """Writes a stage's EMA parameters as safetensors: float32, with PyTorch's names and layout.
 
-    The resampling filters, which are buffers there, are written too, so that a strict
-    `load_state_dict` takes the file; its metadata hold the class and the settings that the original
-    would make the network with.
+    Resampling filters, which are buffers in PyTorch, are written as well, so that a strict
+    `load_state_dict` accepts the file; its metadata has the class and the settings to construct the
+    network with.
 
     Raises:
-      InputError: there is no such checkpoint, or the original has no such network.
+      InputError: there is no such checkpoint, or the published code has no such network.
       OSError: the file cannot be written.
     """
     stage = config.stage(number)
@@ -307,25 +306,20 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
     try:
         class_name, settings = pytorch_names.settings_of(stage, config.data.channels, classes)
     except InputError as error:
-        raise InputError(f"config.stage{number}.{error}") from error
+        raise InputError(f"config.stage{number}.{error.problem}", error.fix) from error
     abstract = stage.build(config.data.channels, classes).abstract
-    ema, _ = checkpoints.restore_ema(
-        step, store.with_sharding(abstract, sharding.replicated(sharding.local_mesh()))
-    )
+    replicated = sharding.replicated(sharding.local_mesh())
+    ema, _ = checkpoints.restore_ema(step, store.with_sharding(abstract, replicated))
     checkpoints.close()
     names = _names(stage, abstract)
     tensors = pytorch_names.buffers(stage)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(ema)[0]:
-        tensors[names[_strings(keys)]] = np.ascontiguousarray(
-            pytorch_names.to_theirs(np.asarray(leaf))
-        )
+        array = pytorch_names.to_theirs(np.asarray(leaf))
+        tensors[names[_strings(keys)]] = np.ascontiguousarray(array)
+    metadata = {"class_name": class_name, "settings": json.dumps(settings)}
     with atomic_write(path) as partial:
         try:
-            safetensors_numpy.save_file(
-                tensors,
-                partial,
-                metadata={"class_name": class_name, "settings": json.dumps(settings)},
-            )
-        except safetensors.SafetensorError as error:  # of a full disk as well
+            safetensors_numpy.save_file(tensors, partial, metadata=metadata)
+        except safetensors.SafetensorError as error:  # also raised for a full disk
             raise OSError(errno.EIO, reason(error), str(path)) from error
     log.info("export: %d tensors of stage%d, step %d -> %s", len(tensors), number, step, path)

@@ -1,9 +1,9 @@
-"""A pickle read as inert data: nothing in it is imported, called or run.
+"""Reads a pickle as inert data: nothing in it is imported, called or run.
 
 A pickle is a program. Unpickling with a list of allowed names still runs it: it calls what it
-named, and sets items and attributes of what came out. Here a name is a `Name`, a call makes one of
-the records below or a plain value, and only our own lists, dicts and records are ever written to.
-Every check is made by exact type, so no method of anything foreign runs.
+names, and sets items and attributes of the results. Here a name is a `Name`, a call makes one of
+the records below or a plain value, and only lists, dicts and records of this module are written to.
+Every check is made by exact type, so that no method of a foreign object runs.
 """
 
 import io
@@ -16,26 +16,12 @@ from typing import Any
 
 import numpy as np
 
-# What a pickle may cost in all, where a read costs its bytes and READ_COST, as one byte (an empty
-# dict) can take a hundred bytes of memory. That is room for four million reads, or as many bytes of
-# module_src; a training state needs less than a million.
-BUDGET = 2**27
-READ_COST = 32
-LINE_BYTES = 256  # a GLOBAL's module or name
-
-
-class Refused(Exception):
-    """What is wrong in a file, and what would do instead; `rdm_jax.interop.torch_files` makes it an
-    InputError."""
-
-    def __init__(self, why: str, would_do: str = ""):
-        super().__init__(why)
-        self.would_do = would_do
+from rdm_jax.interop.byte_reader import LINE_BYTES, ByteReader, Refused, Region, quoted
 
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """A class or function that a pickle names; nothing but its name."""
+    """The name of a class or function in a pickle; nothing else of it."""
 
     module: str
     name: str
@@ -45,29 +31,8 @@ class Name:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Region:
-    """A byte string that is left in the file: where it starts, and its length, which is within the
-    file."""
-
-    file: io.BufferedIOBase
-    start: int
-    length: int
-
-    def read(self, start: int, count: int) -> bytes:
-        """Some of its bytes. Raises Refused, before anything is allocated, if they are not all in
-        it."""
-        if not 0 <= count <= self.length - start:
-            raise Refused("it ends early")
-        self.file.seek(self.start + start)  # as others read the same file in between
-        data = self.file.read(count)
-        if len(data) != count:
-            raise Refused("it ends early")
-        return data
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Persistent:
-    """A call of torch_utils.persistence on a dict; what the dict holds is not checked yet."""
+    """A call of torch_utils.persistence on a dict, whose content is not checked yet."""
 
     meta: dict
 
@@ -81,7 +46,7 @@ class ModuleDict:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """A tensor, as whatever stood in the call; nothing of it is checked yet."""
+    """A tensor, with the arguments of the call; not checked yet."""
 
     storage: Any
     offset: Any
@@ -91,15 +56,20 @@ class View:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedded:
-    """A storage as a byte string: torch's format before zip."""
+    """A storage in a byte string, in torch's format before zip."""
 
     region: Region
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stored:
-    """A storage beside the pickle: the name of its type, its key, its number of elements (checked:
-    none negative)."""
+    """A storage beside the pickle.
+
+    Attributes:
+      kind: name of its type.
+      key: by which it is found.
+      numel: number of elements, checked to be at least 0.
+    """
 
     kind: str
     key: str
@@ -113,65 +83,18 @@ class _DType:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Set:
-    """A set, of which nothing is kept: no set in a network matters, and keeping none means hashing
-    nothing."""
-
-
-def quoted(text: str) -> str:
-    """A text from the file as it can stand in a message: escaped, and cut where it is long."""
-    return repr(text if len(text) <= 80 else f"{text[:80]}...")
-
-
-class ByteReader:
-    """A region read in order.
-
-    Raises:
-      Refused: for a read beyond the region's end or beyond the budget, before anything is
-        allocated.
-    """
-
-    def __init__(self, region: Region, budget: int = BUDGET):
-        self._region, self._position, self._budget = region, 0, budget
-
-    def read(self, count: int) -> bytes:
-        """The next `count` bytes."""
-        self._budget -= count + READ_COST
-        if self._budget < 0 and count <= self._region.length - self._position:
-            raise Refused("it has too much beside its tensors")
-        data = self._region.read(self._position, count)
-        self._position += count
-        return data
-
-    def readline(self) -> bytes:
-        """The next line, of LINE_BYTES at most."""
-        line = b""
-        while not line.endswith(b"\n"):
-            if len(line) == LINE_BYTES:
-                raise Refused(f"it has a name of more than {LINE_BYTES} bytes")
-            line += self.read(1)
-        return line
-
-    def skip(self, count: int) -> Region:
-        """Where the next `count` bytes are, which are not read."""
-        if not 0 <= count <= self._region.length - self._position:
-            raise Refused("it ends early")
-        self._position += count
-        return Region(self._region.file, self._region.start + self._position - count, count)
-
-    def rest(self) -> Region:
-        """Where all that was not read yet is."""
-        return self.skip(self._region.length - self._position)
+    """A set, whose items are dropped: no set in a network matters, and no item is hashed."""
 
 
 def _persistent(meta: Any) -> Persistent:
     if type(meta) is not dict:
-        raise Refused("a persistent object is made from something other than a dict")
+        raise Refused("a persistent object is not made from a dict")
     return Persistent(meta)
 
 
 def _parameter(tensor: Any, requires_grad: Any, hooks: Any) -> View:
     if type(tensor) is not View:
-        raise Refused("a parameter is made from something other than a tensor")
+        raise Refused("a parameter is not made from a tensor")
     return tensor
 
 
@@ -196,47 +119,38 @@ def _set(items: Any) -> _Set:
 
 
 def _encode(text: Any, encoding: Any) -> Region:
-    """How protocol 2 writes bytes; a network has only a number's, and encoding one long text many
-    times would fill the memory."""
+    """Bytes, as protocol 2 writes them.
+
+    A network only has those of a number; encoding a long text many times could fill the memory.
+    """
     if (
         type(text) is not str
         or type(encoding) is not str
         or encoding != "latin1"
         or len(text) > LINE_BYTES
     ):
-        raise Refused("it calls '_codecs.encode' on other than a short text and 'latin1'")
+        raise Refused("it calls '_codecs.encode' with other than a short text and 'latin1'")
     return Region(io.BytesIO(text.encode("latin1")), 0, len(text))
 
 
+_DTYPE_CODES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+
+
 def _dtype(code: Any, align: Any, copy: Any) -> _DType:
-    if type(code) is not str or code not in (
-        "f2",
-        "f4",
-        "f8",
-        "i1",
-        "i2",
-        "i4",
-        "i8",
-        "u1",
-        "u2",
-        "u4",
-        "u8",
-        "b1",
-    ):
-        raise Refused(
-            f"it has a numpy.dtype {quoted(code) if type(code) is str else describe(code)}"
-        )
+    if type(code) is not str or code not in _DTYPE_CODES:
+        shown = quoted(code) if type(code) is str else describe(code)
+        raise Refused(f"it has a numpy.dtype {shown}")
     return _DType(code)
 
 
 def _scalar(dtype: Any, raw: Any) -> int | float | bool:
-    """The number as Python's own."""
+    """The scalar as a Python number."""
     if type(dtype) is not _DType or type(raw) is not Region or raw.length != int(dtype.code[1]):
         raise Refused("it has a damaged numpy scalar")
     return np.frombuffer(raw.read(0, raw.length), f"<{dtype.code}")[0].item()
 
 
-# What may be called, and what is done instead.
+# What a pickle may call, and what is done instead.
 _CALLS: dict[Name, Callable] = {
     Name("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
     Name("torch._utils", "_rebuild_parameter"): _parameter,
@@ -251,123 +165,86 @@ _CALLS: dict[Name, Callable] = {
     Name("_codecs", "encode"): _encode,
 }
 _MODULE_DICT = Name("torch.nn.modules.container", "ModuleDict")
-_STORAGES = tuple(
-    Name("torch", f"{kind}Storage")
-    for kind in (
-        "Float",
-        "Half",
-        "Double",
-        "BFloat16",
-        "Long",
-        "Int",
-        "Short",
-        "Char",
-        "Byte",
-        "Bool",
-    )
-)
+_FLOAT_KINDS = ("Float", "Half", "Double", "BFloat16")
+_INTEGER_KINDS = ("Long", "Int", "Short", "Char", "Byte", "Bool")
+_STORAGES = tuple(Name("torch", f"{kind}Storage") for kind in (*_FLOAT_KINDS, *_INTEGER_KINDS))
 _NAMES = {*_CALLS, _MODULE_DICT, *_STORAGES}
 
 
 def describe(value: Any) -> str:
-    """What a value from the file is, without showing (and so walking) it."""
-    kind = type(value).__name__.strip("_")
+    """The kind of a value from the file, in words; does not show (and so traverse) it."""
     if type(value) is Stored:
         return "a storage of numbers"
-    return str(value) if type(value) is Name else f"{'an' if kind[0] in 'aeiouEIO' else 'a'} {kind}"
+    if type(value) is Name:
+        return str(value)
+    kind = type(value).__name__.strip("_")
+    return f"{'an' if kind[0] in 'aeiouEIO' else 'a'} {kind}"
 
 
 class _Opcodes(dict):
-    """What is done for each opcode; one that is not listed is refused by name."""
+    """The method of each opcode; an opcode that is not listed is refused by name."""
 
     def __missing__(self, code: int):
         known = pickletools.code2op.get(chr(code))
         raise Refused(f"it has the pickle opcode {known.name if known else hex(code)}")
 
 
+# Opcodes that do the same as in Python's unpickler: frames and names, the memo, numbers and text,
+# containers.
+_UNCHANGED = (pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL)
+_UNCHANGED += (pickle.BINPERSID, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET)
+_UNCHANGED += (pickle.LONG_BINGET, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT)
+_UNCHANGED += (pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE)
+_UNCHANGED += (pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.EMPTY_TUPLE, pickle.TUPLE)
+_UNCHANGED += (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.EMPTY_DICT)
+
+
 class Unpickler(pickle._Unpickler):
     """Reads one pickle from a stream.
 
-    It extends Python's own unpickler in pure Python rather than the one in C, although its name is
-    private: there each opcode can be replaced or left out, and the memo is a dict, so that an index
-      of 2^31 allocates nothing.
-    Only what the picklers of Python and torch write for a network, in protocols 2 to 5, is known.
+    It extends Python's unpickler in pure Python, although its name is private, and not the one in
+    C: each opcode can be replaced or left out, and the memo is a dict, so that an index of 2^31
+    allocates nothing.
+    It only knows what the picklers of Python and torch write for a network, in protocols 2 to 5.
 
     Raises:
-      Refused: something unknown is in it.
-      Exception: whatever Python's unpickler raises for damaged input.
+      Refused: it contains something unknown.
+      Exception: of Python's unpickler, for damaged input.
     """
 
-    _SAME = (
-        *(
-            pickle.PROTO,
-            pickle.STOP,
-            pickle.MARK,
-            pickle.GLOBAL,
-            pickle.STACK_GLOBAL,
-            pickle.BINPERSID,
-        ),
-        *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET),
-        *(
-            pickle.NONE,
-            pickle.NEWTRUE,
-            pickle.NEWFALSE,
-            pickle.BININT,
-            pickle.BININT1,
-            pickle.BININT2,
-            pickle.LONG1,
-        ),
-        *(pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-        *(
-            pickle.EMPTY_TUPLE,
-            pickle.TUPLE,
-            pickle.TUPLE1,
-            pickle.TUPLE2,
-            pickle.TUPLE3,
-            pickle.EMPTY_LIST,
-            pickle.EMPTY_DICT,
-        ),
-    )
-    dispatch = _Opcodes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _SAME})
+    dispatch = _Opcodes({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _UNCHANGED})
 
     def __init__(self, stream: ByteReader):
         super().__init__(stream)
         self._stream = stream
 
     def find_class(self, module: str, name: str) -> Name:
-        """A name, if it is on the list."""
+        """A name, if it is an allowed one."""
         found = Name(module, name)
         if found not in _NAMES:
             raise Refused(f"it names {found}")
         return found
 
     def persistent_load(self, pid: Any) -> Stored:
-        """A storage: ('storage', its type, key, location, elements), in the older format also a
-        view, which must be None."""
-        if (
-            type(pid) is not tuple
-            or len(pid) not in (5, 6)
-            or any(type(pid[i]) is not str for i in (0, 2, 3))
-        ):
-            raise Refused("it has a persistent id that is no storage")
+        """A storage: ('storage', type, key, location, number of elements).
+
+        The older format has also a view, which must be None.
+        """
+        wrong = "it has a persistent id that is not a storage"
+        if type(pid) is not tuple or len(pid) not in (5, 6):
+            raise Refused(wrong)
+        if any(type(pid[i]) is not str for i in (0, 2, 3)):
+            raise Refused(wrong)
         what, kind, key, _, numel, *view = pid
-        if (
-            what != "storage"
-            or type(kind) is not Name
-            or kind not in _STORAGES
-            or view not in ([], [None])
-        ):
-            raise Refused(
-                f"it has a persistent id that is no storage but {quoted(what)} of {describe(kind)}"
-            )
+        is_storage = what == "storage" and type(kind) is Name and kind in _STORAGES
+        if not is_storage or view not in ([], [None]):
+            raise Refused(f"{wrong} but {quoted(what)} of {describe(kind)}")
         if type(numel) is not int or not 0 <= numel < 2**60:
-            raise Refused(f"storage {quoted(key)} has an absurd number of elements")
+            raise Refused(f"storage {quoted(key)} has an impossible number of elements")
         return Stored(kind.name, key, numel)
 
     def _frame(self):
-        self._stream.read(
-            8
-        )  # frames only help to read ahead; what is in them means the same without them
+        self._stream.read(8)  # frames only help to read ahead; their content means the same without
 
     dispatch[pickle.FRAME[0]] = _frame
 
@@ -391,12 +268,8 @@ class Unpickler(pickle._Unpickler):
     def _new(self):
         arguments = self.stack.pop()
         made = self.stack[-1]
-        if (
-            type(made) is not Name
-            or made != _MODULE_DICT
-            or type(arguments) is not tuple
-            or arguments
-        ):
+        is_module_dict = type(made) is Name and made == _MODULE_DICT
+        if not is_module_dict or type(arguments) is not tuple or arguments:
             raise Refused(f"it makes an object of {describe(made)}")
         self.stack[-1] = ModuleDict()
 
@@ -407,16 +280,14 @@ class Unpickler(pickle._Unpickler):
         target = self.stack[-1]
         if type(target) is ModuleDict and type(state) is dict and target.state is None:
             target.state = state
-        elif (
-            type(target) is _DType
-            and type(state) is tuple
-            and len(state) == 8
-            and type(state[1]) is str
-        ):
-            if state[1] not in ("<", "|"):
-                raise Refused(f"it has a number of byte order {quoted(state[1])}")
-        else:
-            raise Refused(f"it sets the state of {describe(target)} from {describe(state)}")
+            return
+        if type(target) is _DType and type(state) is tuple and len(state) == 8:
+            order = state[1]
+            if type(order) is str:
+                if order not in ("<", "|"):
+                    raise Refused(f"it has a number of byte order {quoted(order)}")
+                return
+        raise Refused(f"it sets the state of {describe(target)} from {describe(state)}")
 
     dispatch[pickle.BUILD[0]] = _build
 
@@ -428,20 +299,17 @@ class Unpickler(pickle._Unpickler):
             target.extend(items)
         elif kind is dict:
             for name, value in zip(items[::2], items[1::2], strict=True):
-                if type(name) not in (
-                    str,
-                    int,
-                    float,
-                    bool,
-                    type(None),
-                ):  # hashing a deep tuple ends the process
+                # Plain keys only: hashing a deep tuple ends the process.
+                if type(name) not in (str, int, float, bool, type(None)):
                     raise Refused(f"it has a dict with {describe(name)} as a key")
                 target[name] = value
 
+    def _set_item(self):
+        value, name = self.stack.pop(), self.stack.pop()
+        self._extend(dict, [name, value])
+
     dispatch[pickle.APPEND[0]] = lambda self: self._extend(list, [self.stack.pop()])
     dispatch[pickle.APPENDS[0]] = lambda self: self._extend(list, self.pop_mark())
-    dispatch[pickle.SETITEM[0]] = lambda self: self._extend(
-        dict, [self.stack.pop(), self.stack.pop()][::-1]
-    )
+    dispatch[pickle.SETITEM[0]] = _set_item
     dispatch[pickle.SETITEMS[0]] = lambda self: self._extend(dict, self.pop_mark())
     dispatch[pickle.ADDITEMS[0]] = lambda self: self._extend(_Set, self.pop_mark())

@@ -1,5 +1,7 @@
-"""The published networks in the original's words: settings, parameter names and layouts, and ours
-for each of them."""
+"""Settings, parameter names and layouts of the published PyTorch networks, and ours for each.
+
+"The original" is the published code of EDM and RDM.
+"""
 
 import dataclasses
 import functools
@@ -26,7 +28,7 @@ PRECONDITIONS = {
     "iDDPMPrecond": preconditioning.IDDPM,
 }
 NETWORKS = {"DhariwalUNet": ADM, "SongUNet": Song}
-# What the original takes where a file is silent.
+# The original's defaults, for files without these settings.
 DEFAULT_NETWORK = {
     "EDMPrecond": "DhariwalUNet",
     "VPPrecond": "SongUNet",
@@ -47,7 +49,7 @@ DEFAULTS = {
         "attn_resolutions": [16],
     },
 }
-# Their name there: our field. Those that are not numbers are handled one by one.
+# The original's name to our field. Other settings are handled one by one.
 NETWORK_FIELDS = {
     "model_channels": "channels",
     "channel_mult": "channel_mult",
@@ -61,54 +63,34 @@ SONG_FIELDS = {
     "channel_mult_noise": "noise_mult",
     "resample_filter": "filter",
 }
-# What a setting may be; a file is not trusted, and these numbers say how much is built.
-WHOLE = {
+# Bounds of settings: a file is not trusted, and these numbers decide how much memory is used.
+INTEGERS = {
     "img_resolution": (1, 2**14),
     "img_channels": (1, 64),
     "label_dim": (0, 10**6),
     "model_channels": (1, 2**14),
-}
-WHOLE |= {
     "num_blocks": (1, 64),
     "channel_mult_emb": (1, 64),
     "channel_mult_noise": (1, 64),
     "augment_dim": (0, 64),
+    "M": (2, 10**5),
 }
-WHOLE |= {"M": (2, 10**5)}
-SEVERAL = {"channel_mult": (1, 64), "attn_resolutions": (1, 2**14), "resample_filter": (0, 64)}
+LISTS = {"channel_mult": (1, 64), "attn_resolutions": (1, 2**14), "resample_filter": (0, 64)}
 WORDS = ("model_type", "embedding_type", "encoder_type", "decoder_type")
 # Handled one by one, or without a meaning here (`use_fp16`, `label_dropout`).
-IGNORED = {
-    "use_fp16",
-    "label_dropout",
-    "model_type",
-    "img_resolution",
-    "img_channels",
-    "label_dim",
-    "attn_resolutions",
-}
-IGNORED |= {
-    "encoder_type",
-    "decoder_type",
-    "sigma_min",
-    "sigma_max",
-    "sigma_data",
-    "beta_d",
-    "beta_min",
-    "M",
-    "epsilon_t",
-    "C_1",
-    "C_2",
-}
+IGNORED = {"use_fp16", "label_dropout", "model_type", "img_resolution", "img_channels", "label_dim"}
+IGNORED |= {"attn_resolutions", "encoder_type", "decoder_type", "sigma_min", "sigma_max"}
+IGNORED |= {"sigma_data", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What settings in the original's words say.
+    """A network that the original's settings describe.
 
     Attributes:
-      stage: the given stage with its resolution, network and preconditioning replaced.
-      channels, classes: of the images; 0 classes for an unconditional network.
+      stage: the input stage with another resolution, network and preconditioning.
+      channels: of the images.
+      classes: their number; 0 for an unconditional network.
     """
 
     stage: Stage
@@ -117,92 +99,81 @@ class Described:
 
 
 def describe(class_name: str, settings: dict[str, Any], stage: Stage) -> Described:
-    """Reads the original's settings.
+    """Translates the original's settings.
 
     Args:
       class_name: of the original's preconditioning, such as 'EDMPrecond'.
-      settings: what it was made with, such as {'img_resolution': 64, 'model_channels': 192, ...}.
-      stage: gives all that the settings do not say (process, training, sampler, dtype).
+      settings: of its constructor, such as {'img_resolution': 64, 'model_channels': 192, ...}.
+      stage: for everything that is not in the settings (process, training, sampler, dtype).
 
     Raises:
-      InputError: we have no such network.
+      InputError: the network is not supported.
     """
     kinds = {name.lower(): name for name in PRECONDITIONS}
     if class_name.lower() not in kinds:
         raise InputError(
-            f"the network's class {class_name!r} is not known; {' or '.join(PRECONDITIONS)} would do."
+            f"the network's class {class_name!r} is unknown", f"Use {' or '.join(PRECONDITIONS)}."
         )
     class_name = kinds[class_name.lower()]
     _check_settings(settings)
     family = settings.get("model_type", DEFAULT_NETWORK[class_name])
     if family not in NETWORKS:
         raise InputError(
-            f"the network's model_type={family!r} is not known; {' or '.join(NETWORKS)} would do."
+            f"the network's model_type={family!r} is unknown", f"Use {' or '.join(NETWORKS)}."
         )
     for name in sorted(settings.keys() - IGNORED - NETWORK_FIELDS.keys() - SONG_FIELDS.keys()):
-        log.info(
-            "the weights' setting %.40r=%.80r is not known here and left out", name, settings[name]
-        )
+        log.info("the weights' setting %.40r=%.80r is unknown and ignored", name, settings[name])
     settings = {**DEFAULTS[family], **settings}
     side = settings["img_resolution"]
-    network, precondition = (
-        _network(family, settings, stage.network),
-        _precondition(class_name, settings),
-    )
     stage = dataclasses.replace(
-        stage, resolution=(side, side), network=network, precondition=precondition
+        stage,
+        resolution=(side, side),
+        network=_network(family, settings, stage.network),
+        precondition=_precondition(class_name, settings),
     )
     return Described(stage, settings["img_channels"], settings.get("label_dim", 0))
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    """Refuses settings of the wrong type or of an absurd size before anything is built with
-    them."""
+    """Raises InputError for settings of a wrong type or out of bounds, before anything is built."""
 
-    def whole(value: Any, least: int, most: int) -> bool:
+    def is_integer(value: Any, least: int, most: int) -> bool:
         return type(value) is int and least <= value <= most
 
     for name in ("img_resolution", "img_channels"):
         if name not in settings:
             raise InputError(
-                f"the weights' settings have no {name!r}; a file as published would do."
+                f"the weights' settings have no {name!r}", "Use a file as it was published."
             )
-    for name, (least, most) in WHOLE.items():
-        if name in settings and not whole(settings[name], least, most):
-            raise _unusable(name, settings[name], f"a whole number from {least} to {most}")
-    for name, (least, most) in SEVERAL.items():
+    for name, (least, most) in INTEGERS.items():
+        if name in settings and not is_integer(settings[name], least, most):
+            raise _unusable(name, settings[name], f"an integer from {least} to {most}")
+    for name, (least, most) in LISTS.items():
         values = settings.get(name, [])
-        if (
-            not isinstance(values, list | tuple)
-            or len(values) > 16
-            or not all(whole(v, least, most) for v in values)
-        ):
-            raise _unusable(
-                name, values, f"a list of at most 16 whole numbers from {least} to {most}"
-            )
+        is_list = isinstance(values, list | tuple) and len(values) <= 16
+        if not is_list or not all(is_integer(value, least, most) for value in values):
+            raise _unusable(name, values, f"a list of at most 16 integers from {least} to {most}")
     for name in WORDS:
         if not isinstance(settings.get(name, ""), str):
-            raise _unusable(name, settings[name], "a word")
+            raise _unusable(name, settings[name], "a string")
 
 
-def _unusable(name: str, value: Any, would_do: str) -> InputError:
-    return InputError(
-        f"the weights' setting {name}={value!r:.80} cannot be used; {would_do} would do."
-    )
+def _unusable(name: str, value: Any, wanted: str) -> InputError:
+    return InputError(f"the weights' setting {name}={value!r:.80} cannot be used", f"Use {wanted}.")
 
 
 def _number(settings: dict[str, Any], name: str, default: float, most: float = 1e6) -> float:
-    """A setting that is a positive number. (Dropout may be 0.)"""
+    """A setting that is a positive number; dropout may be 0."""
     value = settings.get(name, default)
-    if type(value) not in (int, float) or not (
-        0 < value <= most or (name == "dropout" and value == 0)
-    ):
-        raise _unusable(name, value, f"a number above 0, {most:g} at most,")
+    is_number = type(value) in (int, float)
+    if not is_number or not (0 < value <= most or (name == "dropout" and value == 0)):
+        raise _unusable(name, value, f"a number above 0 and at most {most:g}")
     return float(value)
 
 
 def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
-    cls, side = NETWORKS[family], settings["img_resolution"]
+    cls = NETWORKS[family]
+    side = settings["img_resolution"]
     values = {"emb_mult": 4, "augment_labels": 0, "dtype": ours.dtype}
     fields = NETWORK_FIELDS | (SONG_FIELDS if cls is Song else {})
     values |= {field: settings[name] for name, field in fields.items() if name in settings}
@@ -213,14 +184,12 @@ def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
     )
     values["dropout"] = _number(settings, "dropout", 0.1, 0.99)
     if cls is Song:
-        encoder, decoder = (
-            settings.get("encoder_type", "standard"),
-            settings.get("decoder_type", "standard"),
-        )
+        encoder = settings.get("encoder_type", "standard")
+        decoder = settings.get("decoder_type", "standard")
         if encoder not in ("standard", "residual") or decoder != "standard":
-            wanted = "'standard' or 'residual', and decoder_type 'standard',"
             raise InputError(
-                f"the network's encoder_type={encoder!r} and decoder_type={decoder!r} are not known; {wanted} would do."
+                f"the network's encoder_type={encoder!r} with decoder_type={decoder!r} is unknown",
+                "Use 'standard' or 'residual', with decoder_type 'standard'.",
             )
         values["residual"] = encoder == "residual"
     return cls(**values)
@@ -241,13 +210,13 @@ def _precondition(class_name: str, settings: dict[str, Any]) -> preconditioning.
 
 
 def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
-    """The class and the settings that the original would make a stage's network with; the inverse
-    of `describe`.
+    """The original's class and settings of a stage's network; the inverse of `describe`.
 
     Raises:
       InputError: the original has no such network.
     """
-    network, height = stage.network, stage.resolution[0]
+    network, precondition = stage.network, stage.precondition
+    height = stage.resolution[0]
     for field, value, published in (
         ("resolution", stage.resolution, (height, height)),
         ("network.patch", network.patch, 1),
@@ -256,10 +225,11 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
     ):
         if value != published:
             raise InputError(
-                f"{field}={value!r} cannot be exported: the only format so far is that of the published networks, where it is "
-                f"{published!r}; the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH) would do."
+                f"{field}={value!r} cannot be exported: the only format so far is that of the "
+                f"published networks, where it is {published!r}",
+                "Use the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH).",
             )
-    class_name = {cls: name for name, cls in PRECONDITIONS.items()}[type(stage.precondition)]
+    class_name = {cls: name for name, cls in PRECONDITIONS.items()}[type(precondition)]
     family = {cls: name for name, cls in NETWORKS.items()}[type(network)]
     settings = {
         "img_resolution": height,
@@ -271,22 +241,23 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
     settings |= {name: getattr(network, field) for name, field in fields.items()}
     settings["attn_resolutions"] = [height >> level for level in network.attention_levels]
     if family == "SongUNet":
-        settings |= {
-            "encoder_type": "residual" if network.residual else "standard",
-            "decoder_type": "standard",
-        }
-    p = stage.precondition
-    settings |= {
-        "EDMPrecond": lambda: {"sigma_data": p.sigma_data},
-        "VPPrecond": lambda: {
-            "beta_d": p.schedule.beta_d,
-            "beta_min": p.schedule.beta_min,
-            "M": p.times,
-            "epsilon_t": p.epsilon,
-        },
-        "VEPrecond": lambda: {"sigma_min": p.sigma_min, "sigma_max": p.sigma_max},
-        "iDDPMPrecond": lambda: {"C_1": p.c1, "C_2": p.c2, "M": p.times},
-    }[class_name]()
+        settings["encoder_type"] = "residual" if network.residual else "standard"
+        settings["decoder_type"] = "standard"
+    match precondition:
+        case preconditioning.EDM():
+            settings["sigma_data"] = precondition.sigma_data
+        case preconditioning.VP():
+            settings["beta_d"] = precondition.schedule.beta_d
+            settings["beta_min"] = precondition.schedule.beta_min
+            settings["M"] = precondition.times
+            settings["epsilon_t"] = precondition.epsilon
+        case preconditioning.VE():
+            settings["sigma_min"] = precondition.sigma_min
+            settings["sigma_max"] = precondition.sigma_max
+        case preconditioning.IDDPM():
+            settings["C_1"] = precondition.c1
+            settings["C_2"] = precondition.c2
+            settings["M"] = precondition.times
     return class_name, {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
 
 
@@ -295,7 +266,7 @@ def original_name(path: ParamPath, network: UNet, side: int) -> str:
 
     Args:
       path: of the parameter in our tree, such as ('encoder0_1', 'conv0', 'kernel').
-      network: its config.
+      network: the config of the network.
       side: height and width of the images.
     """
     block, *inner, leaf = path if len(path) > 1 else (path[0], "")
@@ -316,10 +287,8 @@ def _block_name(block: str, network: UNet, side: int) -> list[str]:
     if match := re.fullmatch(r"(down|up|residual)(\d+)", block):
         kind, level = match.groups()
         size = side >> int(level)
-        return [
-            "dec" if kind == "up" else "enc",
-            f"{size}x{size}_{'aux_residual' if kind == 'residual' else kind}",
-        ]
+        name = "aux_residual" if kind == "residual" else kind
+        return ["dec" if kind == "up" else "enc", f"{size}x{size}_{name}"]
     if match := re.fullmatch(r"middle(\d)", block):
         return ["dec", f"{deepest}x{deepest}_in{match.group(1)}"]
     if block == "stem":
@@ -332,17 +301,14 @@ def _block_name(block: str, network: UNet, side: int) -> list[str]:
 
 
 def buffers(stage: Stage) -> dict[str, np.ndarray]:
-    """What the original keeps beside its parameters, float32: the resampling filters (1, 1, n, n),
-    and iDDPM's noise levels."""
+    """The original's buffers, float32: resampling filters (1, 1, n, n), iDDPM's noise levels."""
     network, side = stage.network, stage.resolution[0]
     taps = np.asarray(getattr(network, "filter", (1, 1)), np.float32)
     value = (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
     names = []
     for level in range(1, len(network.channel_mult)):
-        down, up = (
-            _block_name(f"down{level}", network, side),
-            _block_name(f"up{level - 1}", network, side),
-        )
+        down = _block_name(f"down{level}", network, side)
+        up = _block_name(f"up{level - 1}", network, side)
         names += [[*block, layer] for block in (down, up) for layer in ("conv0", "skip")]
         if getattr(network, "residual", False):
             names.append(_block_name(f"residual{level}", network, side))
@@ -353,13 +319,13 @@ def buffers(stage: Stage) -> dict[str, np.ndarray]:
 
 def to_ours(array: np.ndarray) -> np.ndarray:
     """The original's layout to ours: OIHW to HWIO, (out, in) to (in, out)."""
-    return {4: lambda a: a.transpose(2, 3, 1, 0), 2: lambda a: a.T}.get(array.ndim, lambda a: a)(
-        array
-    )
+    if array.ndim == 4:
+        return array.transpose(2, 3, 1, 0)
+    return array.T if array.ndim == 2 else array
 
 
 def to_theirs(array: np.ndarray) -> np.ndarray:
     """Our layout to the original's: HWIO to OIHW, (in, out) to (out, in)."""
-    return {4: lambda a: a.transpose(3, 2, 0, 1), 2: lambda a: a.T}.get(array.ndim, lambda a: a)(
-        array
-    )
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    return array.T if array.ndim == 2 else array

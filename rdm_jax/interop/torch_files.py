@@ -1,5 +1,7 @@
-"""PyTorch's files as settings and tensors: EDM's snapshots (.pkl), RDM's training states (.pt), and
-state_dicts (.pth)."""
+"""Settings and tensors from PyTorch's files, which are not trusted.
+
+These are EDM's snapshots (.pkl), RDM's training states (.pt), and state_dicts (.pth).
+"""
 
 import io
 import os
@@ -8,16 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rdm_jax.interop.inert_pickle import (
-    ByteReader,
-    ModuleDict,
-    Persistent,
-    Refused,
-    Region,
-    Unpickler,
-    describe,
-    quoted,
-)
+from rdm_jax.interop.byte_reader import ByteReader, Refused, Region, quoted
+from rdm_jax.interop.inert_pickle import ModuleDict, Persistent, Unpickler, describe
 from rdm_jax.interop.torch_tensors import (
     MAGIC,
     OpenFile,
@@ -32,8 +26,8 @@ from rdm_jax.interop.torch_tensors import (
     open_zip,
 )
 
-# Far more than any published network has; the objects in a file may be shared, so that a small file
-# can spell a huge network.
+# Far more than any published network has. Objects in a file may be shared, so that a small file can
+# describe a huge network.
 MAX_PARTS = 20_000  # modules and tensors, or values among the settings
 MAX_DEPTH = 32
 MAX_NAME = 100
@@ -41,12 +35,12 @@ MAX_NAME = 100
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """What a file says of one network.
+    """One network of a file.
 
     Attributes:
       class_name: of the outermost module, such as 'EDMPrecond'.
-      settings: the keyword arguments that it was made with, as Python's own dicts, lists, tuples,
-        strings and numbers.
+      settings: the keyword arguments of its constructor, as plain dicts, lists, tuples, strings and
+        numbers.
       tensors: all parameters and buffers by full name, such as 'model.enc.64x64_conv.weight'.
     """
 
@@ -57,54 +51,52 @@ class Original:
 
 @contextmanager
 def open_torch(path: str | os.PathLike, key: str = "ema") -> Iterator[Original]:
-    """Opens a published file, told apart by its content, for as long as its tensors are to be read.
+    """Opens a published file; its kind is recognised by content.
 
-    Nothing in the file is run or imported (`rdm_jax.interop.inert_pickle`), and no tensor's numbers
-    are loaded before its `read`; that all of them are there, and lie apart, is checked at once.
+    Nothing in the file is run or imported (`rdm_jax.interop.inert_pickle`). Numbers are loaded by
+    `Tensor.read` only, while the context is open; that all of them exist and do not overlap is
+    checked at once.
 
     Args:
       path: an EDM snapshot, which is a pickle, or an RDM training state in torch's zip format or
         the one before it.
-      key: which network of the file; 'ema' is in both formats, 'net' in training states.
+      key: of the network in the file; 'ema' is in both kinds, 'net' in training states.
 
     Raises:
-      InputError: the file cannot be read, is damaged, or has anything in it that a network does not
-        have.
+      InputError: the file cannot be read, is damaged, or contains anything that a network does not.
     """
-    would_do = "a snapshot of EDM (.pkl) or a training state of RDM (.pt), as published,"
-    with _opened(path, would_do, lambda source, opened: _network(source, opened, key)) as original:
+    fix = "Use a snapshot of EDM (.pkl) or a training state of RDM (.pt), as published."
+    with _opened(path, fix, lambda source, opened: _network(source, opened, key)) as original:
         yield original
 
 
 @contextmanager
 def open_state_dict(path: str | os.PathLike) -> Iterator[dict[str, Tensor]]:
-    """Opens a file of named tensors and nothing else, for as long as they are to be read: the same
-    care as in `open_torch`.
+    """Opens a file of named tensors and nothing else, with the same care as `open_torch`.
 
-    Here tensors may share their numbers, as tied weights do, as long as all of them together are no
-    larger than the file.
+    Tensors may share numbers here, like tied weights, if all together are not larger than the file.
 
     Args:
-      path: what `torch.save` makes of a state_dict, in torch's zip format or the one before it.
+      path: a state_dict as `torch.save` writes it, in torch's zip format or the one before it.
 
     Raises:
-      InputError: the file cannot be read, is damaged, or has anything in it that a state_dict does
-        not have.
+      InputError: the file cannot be read, is damaged, or contains anything that a state_dict does
+        not.
     """
-    with _opened(path, "a state_dict as torch.save writes it", _state_dict) as tensors:
+    with _opened(path, "Use a state_dict as torch.save writes it.", _state_dict) as tensors:
         yield tensors
 
 
 @contextmanager
 def _opened(
-    path: str | os.PathLike, would_do: str, parse: Callable[[OpenFile, ExitStack], Any]
+    path: str | os.PathLike, fix: str, parse: Callable[[OpenFile, ExitStack], Any]
 ) -> Iterator[Any]:
     path = os.fspath(path)
     with ExitStack() as opened:
         try:
-            found = parse(OpenFile(path, would_do, open_file(path, opened)), opened)
+            found = parse(OpenFile(path, fix, open_file(path, opened)), opened)
         except Exception as error:
-            raise input_error(path, would_do, error) from error
+            raise input_error(path, fix, error) from error
         yield found
 
 
@@ -113,7 +105,7 @@ def _whole(file: io.BufferedIOBase) -> Region:
 
 
 def _is_zip(file: io.BufferedIOBase) -> bool:
-    """Whether it is a zip file; otherwise it begins as a pickle. Raises Refused for any other."""
+    """Whether it is a zip file; otherwise it begins like a pickle. Raises Refused for any other."""
     magic = file.read(4)
     if magic != b"PK\x03\x04" and magic[:1] != b"\x80":
         raise Refused("it is neither a pickle nor a zip file")
@@ -124,45 +116,43 @@ def _network(source: OpenFile, opened: ExitStack, key: str) -> Original:
     if _is_zip(source.file):
         graph, find = open_zip(source.file, opened, Unpickler)
     else:
-        graph, find = Unpickler(ByteReader(_whole(source.file))).load(), embedded_storage
+        graph = Unpickler(ByteReader(_whole(source.file))).load()
+        find = embedded_storage
         if type(graph) is int and graph == MAGIC:
             graph, find = open_sequential(_whole(source.file))
     if type(graph) is not dict:
-        raise Refused(f"it holds {describe(graph)} and no dict of networks")
+        raise Refused(f"it holds {describe(graph)} instead of a dict of networks")
     if key not in graph:
-        names = ", ".join(
-            quoted(name) for name in [name for name in graph if type(name) is str][:20]
-        )
+        names = [quoted(name) for name in graph if type(name) is str][:20]
         raise Refused(
-            f"it has no {key!r}, only {names or 'nothing'}",
-            f"a file with it, or one of these for {key!r},",
+            f"it has no {key!r}, only {', '.join(names) or 'nothing'}",
+            f"Use a file with it, or one of these instead of {key!r}.",
         )
     network = graph[key]
     if type(network) is not Persistent:
-        raise Refused(f"its {key!r} is {describe(network)} and no network")
+        raise Refused(f"its {key!r} is {describe(network)} instead of a network")
     class_name, state = _class_and_state(network, key)
     arguments, settings = state.get("_init_args"), state.get("_init_kwargs")
     if type(arguments) not in (tuple, list) or arguments or type(settings) is not dict:
-        raise Refused(f"its {key!r} does not name all the settings that it was made with")
+        raise Refused(f"its {key!r} does not have all its settings as keyword arguments")
     return Original(class_name, _Plain()(settings), _tensors(network, find, source))
 
 
 def _state_dict(source: OpenFile, opened: ExitStack) -> dict[str, Tensor]:
     size = _whole(source.file).length
-    graph, find = (
-        open_zip(source.file, opened, StateDictUnpickler)
-        if _is_zip(source.file)
-        else open_sequential(_whole(source.file))
-    )
+    if _is_zip(source.file):
+        graph, find = open_zip(source.file, opened, StateDictUnpickler)
+    else:
+        graph, find = open_sequential(_whole(source.file))
     if type(graph) is not dict or len(graph) > MAX_PARTS:
-        raise Refused(f"it holds {describe(graph)} and no dict of up to {MAX_PARTS} tensors")
+        raise Refused(f"it holds {describe(graph)}, not a dict of up to {MAX_PARTS} tensors")
     for name in graph:
         if type(name) is not str:
             raise Refused(f"it has a tensor with {describe(name)} as its name")
     tensors = {name: named_tensor(name, view, find, source) for name, view in graph.items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > size:
-        raise Refused(f"its tensors have {total} bytes in all, in a file of {size}")
+        raise Refused(f"its tensors have {total} bytes in all, in a file of {size} bytes")
     return tensors
 
 
@@ -171,39 +161,37 @@ def _class_and_state(module: Any, name: str) -> tuple[str, dict[Any, Any]]:
         return "ModuleDict", module.state
     meta = module.meta if type(module) is Persistent else {}
     kind, class_name, state = meta.get("type"), meta.get("class_name"), meta.get("state")
-    if (
-        type(kind) is not str
-        or kind != "class"
-        or type(class_name) is not str
-        or type(state) is not dict
-    ):
+    is_class = type(kind) is str and kind == "class" and type(class_name) is str
+    if not is_class or type(state) is not dict:
         raise Refused(
-            f"its module {quoted(name)} is {describe(module)} and not a module as torch_utils.persistence writes it"
+            f"its module {quoted(name)} is {describe(module)}, not a module as "
+            "torch_utils.persistence writes it"
         )
     return class_name, state
 
 
 def _tensors(network: Any, find: Callable[[Any], Storage], source: OpenFile) -> dict[str, Tensor]:
-    """All tensors of a network by full name; the modules are walked without recursion and each only
-    once."""
+    """All tensors of a network by full name, without recursion; each module must occur once."""
     tensors: dict[str, Tensor] = {}
     used: dict[Hashable, list[tuple[int, int, str]]] = {}
-    waiting, met, parts = [("", network, 0)], set(), 0
+    waiting: list[tuple[str, Any, int]] = [("", network, 0)]
+    met: set[int] = set()
+    parts = 0
     while waiting:
         prefix, module, depth = waiting.pop()
-        if (
-            id(module) in met
-        ):  # cycles end here, and so do small files that spell exponentially many modules
+        # This ends cycles, and small files that describe exponentially many modules.
+        if id(module) in met:
             raise Refused(f"its module {quoted(prefix[:-1])} is in it twice")
         met.add(id(module))
         _, state = _class_and_state(module, prefix[:-1])
         found = {
             part: _children(state, part, prefix) for part in ("_parameters", "_buffers", "_modules")
         }
-        parts += 1 + sum(len(state[part]) for part in found)  # with those that are None
+        parts += 1 + sum(len(state[part]) for part in found)  # those that are None included
         if parts > MAX_PARTS or depth > MAX_DEPTH:
             raise Refused(
-                f"it has more than {MAX_PARTS} modules and tensors, or more than {MAX_DEPTH} one in the other"
+                f"it has more than {MAX_PARTS} modules and tensors, or more than {MAX_DEPTH} "
+                "nested ones"
             )
         for name, view in [*found["_parameters"].items(), *found["_buffers"].items()]:
             full = prefix + name
@@ -217,14 +205,19 @@ def _tensors(network: Any, find: Callable[[Any], Storage], source: OpenFile) -> 
             (f"{prefix}{name}.", child, depth + 1)
             for name, child in reversed(found["_modules"].items())
         )
-    for places in used.values():
-        places.sort()
-        for (_, end, one), (start, _, other) in zip(places, places[1:], strict=False):
+    _check_overlap(used)
+    return tensors
+
+
+def _check_overlap(used: dict[Hashable, list[tuple[int, int, str]]]) -> None:
+    """Raises Refused if two tensors share elements; `used` has (start, end, name) by storage."""
+    for spans in used.values():
+        spans.sort()
+        for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
             if start < end:
                 raise Refused(
                     f"its tensors {quoted(one)} and {quoted(other)} overlap in one storage"
                 )
-    return tensors
 
 
 def _children(state: dict[Any, Any], part: str, prefix: str) -> dict[str, Any]:
@@ -240,8 +233,10 @@ def _children(state: dict[Any, Any], part: str, prefix: str) -> dict[str, Any]:
 
 
 class _Plain:
-    """Copies settings, refusing what is none and counting what is copied: values may be shared, and
-    hold themselves."""
+    """Copies settings; refuses foreign values, and too many.
+
+    The number is bounded, as values may be shared or contain themselves.
+    """
 
     def __init__(self):
         self._left = MAX_PARTS
@@ -250,13 +245,13 @@ class _Plain:
         self._left -= 1
         if self._left < 0 or depth > MAX_DEPTH:
             raise Refused(
-                f"it has more than {MAX_PARTS} settings, or more than {MAX_DEPTH} one in the other"
+                f"it has more than {MAX_PARTS} settings, or more than {MAX_DEPTH} nested ones"
             )
         if type(value) in (list, tuple):
             return type(value)([self(item, depth + 1) for item in value])
         if type(value) is dict:
             if any(type(name) is not str for name in value):
-                raise Refused("it has settings with other names than strings")
+                raise Refused("it has settings with names that are not strings")
             return {name: self(item, depth + 1) for name, item in value.items()}
         if type(value) not in (str, int, float, bool, type(None)):
             raise Refused(f"it has {describe(value)} among its settings")

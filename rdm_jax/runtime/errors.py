@@ -22,7 +22,20 @@ class InputError(ValueError):
 
 
 class BadImage(InputError):
-    """One image of a set cannot be used; `--skip_bad` leaves it out and continues."""
+    """One image of a set cannot be used; `--skip_bad` leaves it out and continues.
+
+    Args:
+      reason: what is wrong with the image: a predicate such as "is empty", without the image's name.
+      fix: as for `InputError`.
+      image: the name of the image, where it is known; `problem` then begins with it.
+
+    Attributes:
+      reason: as given.
+    """
+
+    def __init__(self, reason: str, fix: str = "", image: str = ""):
+        super().__init__(f"image {image!r} {reason}" if image else reason, fix)
+        self.args, self.reason = (reason, fix, image), reason
 
 
 class Diverged(RuntimeError):

@@ -7,7 +7,7 @@ from tests.support.archive_members import write_folder, write_tar, write_zip
 
 @pytest.fixture
 def folder(tmp_path):
-    """Seven images of the size itself, in two classes."""
+    """Seven images of the requested size, in two classes."""
     rng = np.random.default_rng(0)
     for name in ("cat/0", "cat/1", "cat/2", "dog/0", "dog/1", "dog/2", "dog/3"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -19,6 +19,6 @@ def folder(tmp_path):
 
 @pytest.fixture(params=["zip", "folder", "tar"])
 def written(request, tmp_path):
-    """A function that writes members as a zip, a folder or a tar, and gives its spec."""
+    """Returns a function that writes members as a zip, a folder or a tar, and returns its spec."""
     write = {"zip": write_zip, "folder": write_folder, "tar": write_tar}[request.param]
     return lambda members: write(tmp_path / f"set.{request.param}", members)

@@ -1,4 +1,4 @@
-"""Zips and tars: the same images as in a folder, and nothing from a hostile one."""
+"""Zips and tars: the same images as in a folder; hostile ones are refused."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from tests.support.archive_members import (
 EDM = pngs(*(f"{i // 2:05d}/img{i:08d}.png" for i in range(5)))
 
 
-def test_class_folders_and_none(written):
+def test_zip_with_and_without_class_folders(written):
     source = open_source(
         written(
             {"b/1.png": png(1), "a/2.png": png(2), ".hidden": b"", "__MACOSX/a/._2.png": b""} | {}
@@ -37,18 +37,18 @@ def test_class_folders_and_none(written):
     assert (source.class_names, values(source)) == (("a", "b"), [2, 1])
 
 
-def test_no_folders_are_no_classes(written):
+def test_flat_archives_have_no_classes(written):
     source = open_source(written({"b.png": png(1), "a.png": png(2)}))
     assert (source.class_names, values(source)) == ((), [2, 1])
 
 
-def test_a_source_can_be_sent_to_another_process(written):
+def test_archive_can_be_pickled(written):
     source = open_source(written(EDM))
     sent = pickle.loads(pickle.dumps(source.part([3, 1])))
     assert values(sent) == [3, 1] and [sent.label(i) for i in range(2)] == [1, 0]
 
 
-def test_the_stamp_of_an_image_changes_with_it(written):
+def test_stamp_changes_with_the_image(written):
     before = open_source(written({"a.png": png(1), "b.png": png(2)})).reader
     stamps = [before.stamp(name) for name in ("a.png", "b.png")]
     after = open_source(written({"a.png": png(1), "b.png": png(3) + b"\0"})).reader
@@ -78,7 +78,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("member, reason", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_members_are_refused_by_name_or_left_out(tmp_path, member, reason):
+def test_zip_refuses_or_skips_hostile_members(tmp_path, member, reason):
     spec = write_zip(
         tmp_path / "set.zip",
         [("good.png", png(1)), (member, b"#!" if "sh" in member.filename else png(2))],
@@ -94,7 +94,7 @@ def test_hostile_members_are_refused_by_name_or_left_out(tmp_path, member, reaso
     assert list(tmp_path.parent.glob("evil*")) == []
 
 
-def test_a_name_with_nul_is_refused(tmp_path):
+def test_zip_refuses_names_with_nul(tmp_path):
     spec = write_zip(tmp_path / "set.zip", {"good.png": png(1), "evil.sh#.png": png(2)})
     content = (tmp_path / "set.zip").read_bytes().replace(b"evil.sh#.png", b"evil.sh\0.png")
     (tmp_path / "set.zip").write_bytes(content)
@@ -104,7 +104,7 @@ def test_a_name_with_nul_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_two_members_of_one_name_are_refused(tmp_path):
+def test_zip_refuses_duplicate_members(tmp_path):
     spec = write_zip(
         tmp_path / "set.zip", [("a.png", png(1)), ("b.png", png(2)), ("a.png", png(3))]
     )
@@ -113,14 +113,14 @@ def test_two_members_of_one_name_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 10, 200, -1, -30])
-def test_a_truncated_zip_is_refused(tmp_path, length):
+def test_zip_refuses_truncation(tmp_path, length):
     spec = write_zip(tmp_path / "set.zip", EDM)
     (tmp_path / "set.zip").write_bytes((tmp_path / "set.zip").read_bytes()[:length])
     with pytest.raises(InputError, match=r"set\.zip cannot be read as a zip"):
         open_source(spec)
 
 
-def test_what_is_no_zip_is_refused(tmp_path):
+def test_zip_refuses_other_files(tmp_path):
     (tmp_path / "set.zip").write_bytes(b"no zip at all")
     for path in ("set.zip", "none.zip"):
         with pytest.raises(
@@ -129,7 +129,7 @@ def test_what_is_no_zip_is_refused(tmp_path):
             open_source(f"zip:{tmp_path}/{path}")
 
 
-def test_a_damaged_member_is_refused_by_name(tmp_path):
+def test_zip_names_damaged_members(tmp_path):
     spec = write_zip(tmp_path / "set.zip", EDM)
     content = bytearray((tmp_path / "set.zip").read_bytes())
     content[content.index(b"IDAT") + 6] ^= 1
@@ -138,7 +138,7 @@ def test_a_damaged_member_is_refused_by_name(tmp_path):
         open_source(spec).read(0, FORM)
 
 
-def test_a_bomb_is_refused_by_name_before_it_unpacks(tmp_path, monkeypatch):
+def test_zip_refuses_bombs_before_unpacking(tmp_path, monkeypatch):
     file = io.BytesIO()
     Image.new("RGB", (1000, 1000)).save(file, "bmp")
     spec = write_zip(tmp_path / "set.zip", {"bomb.bmp": file.getvalue()}, zipfile.ZIP_DEFLATED)
@@ -148,23 +148,23 @@ def test_a_bomb_is_refused_by_name_before_it_unpacks(tmp_path, monkeypatch):
         open_source(spec).read(0, FORM)
 
 
-def test_a_member_that_promises_too_much_is_refused(tmp_path, monkeypatch):
+def test_zip_refuses_large_members(tmp_path, monkeypatch):
     monkeypatch.setattr("rdm_jax.data.archives.MAX_BYTES", 50)
     spec = write_zip(tmp_path / "set.zip", EDM)
     with pytest.raises(BadImage, match=f"{NAMED}.*at most 50"):
         open_source(spec).read(0, FORM)
 
 
-def test_a_zip_without_images_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no image"):
+def test_zip_without_images_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no usable image"):
         open_source(write_zip(tmp_path / "set.zip", {"dataset.json": json.dumps({"labels": None})}))
-    with pytest.raises(InputError, match="no image"):
+    with pytest.raises(InputError, match="no usable image"):
         open_source(write_zip(tmp_path / "empty.zip", {}))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("impostor", ["a.png", "a.png#.sh"])
-def test_nothing_is_read_in_place_of_a_member_that_was_left_out(tmp_path, impostor):
+def test_zip_reads_nothing_instead_of_skipped_members(tmp_path, impostor):
     spec = write_zip(
         tmp_path / "set.zip", [("a.png", png(1)), ("b.png", png(2)), (impostor, png(3))]
     )
@@ -175,7 +175,7 @@ def test_nothing_is_read_in_place_of_a_member_that_was_left_out(tmp_path, impost
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_damaged_member_of_any_compression_is_refused_by_name(tmp_path, compression):
+def test_zip_names_damaged_members_of_any_compression(tmp_path, compression):
     noise = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
         noise, "bmp"
@@ -190,7 +190,7 @@ def test_a_damaged_member_of_any_compression_is_refused_by_name(tmp_path, compre
         open_source(spec).read(0, FORM)
 
 
-def test_a_zip_that_changes_while_it_is_read_is_noticed(tmp_path):
+def test_zip_notices_changes(tmp_path):
     spec = write_zip(tmp_path / "set.zip", {"a.png": png(1), "b.png": png(2)})
     sent = pickle.dumps(open_source(spec))
     write_zip(tmp_path / "set.zip", {"b.png": png(1), "a.png": png(2) + b"more"})
@@ -198,10 +198,10 @@ def test_a_zip_that_changes_while_it_is_read_is_noticed(tmp_path):
         pickle.loads(sent).read(0, FORM)
 
 
-def test_a_labels_file_that_is_a_bomb_is_refused_unread(tmp_path):
+def test_labels_file_bomb_is_refused_unread(tmp_path):
     text = '{"labels": [' + "[]," * 2**20 + "[]]}"
     spec = write_zip(tmp_path / "set.zip", {**EDM, "dataset.json": text}, zipfile.ZIP_DEFLATED)
-    with pytest.raises(InputError, match="dataset.json .* at most"):
+    with pytest.raises(InputError, match="dataset.json .*has .* bytes.*at most"):
         open_source(spec)
 
 
@@ -213,13 +213,13 @@ TARS = {
     "a hard link": ({"name": "evil.png", "type": tarfile.LNKTYPE, "linkname": "good.png"}, "link"),
     "a device": ({"name": "evil.png", "type": tarfile.CHRTYPE}, "device"),
     "a fifo": ({"name": "evil.png", "type": tarfile.FIFOTYPE}, "device"),
-    "a line break": ({"name": "evil\n.png"}, "no text"),
+    "a line break": ({"name": "evil\n.png"}, "control character"),
     "no image": ({"name": "evil.sh"}, "not an image"),
 }
 
 
 @pytest.mark.parametrize("fields, reason", TARS.values(), ids=TARS)
-def test_hostile_members_of_a_tar_are_refused_by_name_or_left_out(tmp_path, fields, reason):
+def test_tar_refuses_or_skips_hostile_members(tmp_path, fields, reason):
     member = tarfile.TarInfo()
     for field, value in fields.items():
         setattr(member, field, value)
@@ -231,7 +231,7 @@ def test_hostile_members_of_a_tar_are_refused_by_name_or_left_out(tmp_path, fiel
     assert values(source) == [1] and len(source.skipped) == 1
 
 
-def test_two_members_of_one_name_in_a_tar_are_refused(tmp_path):
+def test_tar_refuses_duplicate_members(tmp_path):
     spec = write_tar(
         tmp_path / "set.tar", [("a.png", png(1)), ("b.png", png(2)), ("./a.png", png(3))]
     )
@@ -241,8 +241,8 @@ def test_two_members_of_one_name_in_a_tar_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("length", [0, 100, 512, 1024, 1500, 2048, -9000, -6000])
-def test_a_tar_that_is_cut_off_is_refused(tmp_path, length):
-    """Also at the border of two members, which the library takes for the end."""
+def test_tar_refuses_truncation(tmp_path, length):
+    """Also at the boundary of two members, which the library takes for the end."""
     spec = write_tar(tmp_path / "set.tar", pngs(*(f"{i}.png" for i in range(9))))
     content = (tmp_path / "set.tar").read_bytes()
     (tmp_path / "set.tar").write_bytes(content[:length])
@@ -250,7 +250,7 @@ def test_a_tar_that_is_cut_off_is_refused(tmp_path, length):
         open_source(spec)
 
 
-def test_a_tar_with_a_damaged_header_or_joined_to_another_is_refused(tmp_path):
+def test_tar_refuses_damaged_headers_and_joined_files(tmp_path):
     spec = write_tar(tmp_path / "set.tar", pngs("a.png", "b.png", "c.png"))
     content = (tmp_path / "set.tar").read_bytes()
     (tmp_path / "set.tar").write_bytes(content[:1030] + b"#" + content[1031:])
@@ -266,17 +266,17 @@ def test_a_tar_with_a_damaged_header_or_joined_to_another_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "mode, remedy", [("gz", "gunzip -k"), ("xz", "xz -dk"), ("bz2", "bunzip2 -k")]
 )
-def test_a_compressed_tar_is_refused_with_the_remedy(tmp_path, mode, remedy):
+def test_tar_refuses_compression_with_the_remedy(tmp_path, mode, remedy):
     write_tar(tmp_path / f"set.tar.{mode}", EDM, f"w:{mode}")
     for kind in ("tar", "folder", "zip"):
         with pytest.raises(
             InputError,
-            match=rf"set\.tar\.{mode} is a compressed tar; `{remedy} set\.tar\.{mode}` first",
+            match=rf"set\.tar\.{mode} is a compressed tar.*Run `{remedy} set\.tar\.{mode}` first",
         ):
             open_source(f"{kind}:{tmp_path}/set.tar.{mode}")
 
 
-def test_a_tar_with_long_names_and_a_dot_before_them_is_read(tmp_path):
+def test_tar_reads_long_and_dotted_names(tmp_path):
     names = [f"./{'long' * 40}/{i}.png" for i in range(3)]
     root = tarfile.TarInfo(".")
     root.type = tarfile.DIRTYPE
@@ -285,14 +285,14 @@ def test_a_tar_with_long_names_and_a_dot_before_them_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("given", [["data/."], ["./data"], ["data/./a", "data/./b"]])
-def test_a_tar_of_paths_with_a_dot_inside_is_read(tmp_path, given):
+def test_tar_reads_paths_with_dots(tmp_path, given):
     write_folder(tmp_path / "data", pngs("a/0.png", "a/1.png", "b/2.png"))
     subprocess.run(["tar", "cf", "set.tar", *given], cwd=tmp_path, check=True)
     source = open_source(f"tar:{tmp_path}/set.tar")
     assert values(source) == [0, 1, 2] and source.class_names == ("a", "b") and not source.skipped
 
 
-def test_a_zip_of_names_with_a_dot_inside_is_read(tmp_path):
+def test_zip_reads_paths_with_dots(tmp_path):
     spec = write_zip(
         tmp_path / "set.zip", pngs("a/./0.png", "./a//././1.png", "b./.2/3.png", "b./2.png")
     )
@@ -304,7 +304,7 @@ def test_a_zip_of_names_with_a_dot_inside_is_read(tmp_path):
     "write, name",
     [(write_folder, "set"), (write_zip, "set.zip"), (write_tar, "set.tar"), (write_zip, "set")],
 )
-def test_what_is_there_is_read_whatever_it_was_called(tmp_path, kind, write, name):
+def test_kind_is_found_by_content(tmp_path, kind, write, name):
     write(tmp_path / name, EDM)
     assert values(open_source(f"{kind}:{tmp_path / name}")) == [0, 1, 2, 3, 4]
 
@@ -313,33 +313,29 @@ def test_what_is_there_is_read_whatever_it_was_called(tmp_path, kind, write, nam
 @pytest.mark.parametrize(
     ("inner", "remedy"),
     [
-        ("Set/Cats", "'set/cats' would do"),
-        ("set/cat", "'set/cats' would do"),
+        ("Set/Cats", "Use 'set/cats'[.]"),
+        ("set/cat", "Use 'set/cats'[.]"),
         ("x", "'set', 'set/cats', 'set/dogs' or another"),
     ],
 )
-def test_a_folder_in_an_archive_that_is_misspelt_is_refused_with_close_ones(
-    tmp_path, write, inner, remedy
-):
+def test_misspelt_folder_in_an_archive(tmp_path, write, inner, remedy):
     spec = write(tmp_path / "a.zip", pngs("set/cats/0.png", "set/dogs/1.png"))
     with pytest.raises(
-        InputError, match=f"there is no folder '{inner}' with files in {tmp_path}/a.zip; {remedy}"
+        InputError, match=f"there is no folder '{inner}' with files in {tmp_path}/a.zip.*{remedy}"
     ):
         open_source(f"{spec}/{inner}")
     assert values(open_source(f"{spec}/set/dogs")) == [1]
-    with pytest.raises(
-        InputError, match="the archive itself, whose files are in no folder, would do"
-    ):
+    with pytest.raises(InputError, match="Use the archive itself: its files are in no folder[.]"):
         open_source(f"{write(tmp_path / 'flat', pngs('0.png'))}/x")
 
 
-def test_a_file_that_is_no_archive_is_refused_as_a_folder(tmp_path):
+def test_folder_refuses_plain_files(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
-    with pytest.raises(InputError, match="a.png is a file and no folder, zip or tar"):
+    with pytest.raises(InputError, match="a.png is a file but not a folder, zip or tar"):
         open_source(f"folder:{tmp_path}/a.png")
 
 
-def test_a_zip_made_on_windows_is_read(tmp_path):
+def test_zip_made_on_windows(tmp_path):
     spec = write_zip(
         tmp_path / "set.zip",
         [(hostile("cat\\1.png"), png(1)), (hostile("dog\\2.png"), png(2)), (hostile("dog\\"), b"")],
@@ -347,7 +343,7 @@ def test_a_zip_made_on_windows_is_read(tmp_path):
     assert classes(open_source(spec)) == {"cat/1.png": "cat", "dog/2.png": "dog"}
 
 
-def test_names_in_utf8_are_read_as_such_though_the_zip_does_not_say_so(tmp_path):
+def test_zip_recognises_unmarked_utf8(tmp_path):
     spec = write_zip(tmp_path / "set.zip", pngs("caf\u00e9/1.png", "d/2.png"))
     content = bytearray((tmp_path / "set.zip").read_bytes())
     for signature, at in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
@@ -363,8 +359,8 @@ def test_names_in_utf8_are_read_as_such_though_the_zip_does_not_say_so(tmp_path)
 @pytest.mark.parametrize(
     "named, wanted", [(b"caf\x82/1.png", "gr\u00fcn"), (b"other", "caf\u00e9")]
 )
-def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, wanted, caplog):
-    """The field counts where it is of the name as it stands."""
+def test_zip_code_page_and_unicode_field(tmp_path, named, wanted, caplog):
+    """The field is used if its checksum is that of the raw name."""
     member = zipfile.ZipInfo("caf#/1.png")
     field = b"\1" + zlib.crc32(named).to_bytes(4, "little") + "gr\u00fcn/1.png".encode()
     member.extra = (0x7075).to_bytes(2, "little") + len(field).to_bytes(2, "little") + field
@@ -374,12 +370,14 @@ def test_names_of_an_old_code_page_and_info_zips_own_field(tmp_path, named, want
     )
     source = open_source(spec)
     assert set(source.class_names) == {wanted, "d"} and sorted(values(source)) == [1, 2]
-    said = f"1 names in {tmp_path}/set.zip are in an unknown code page, and may be read wrong, such as 'caf\u00e9/1.png'; `unzip"
-    assert (said in caplog.text) == (wanted == "caf\u00e9")
+    said = f"1 names in {tmp_path}/set.zip are in an unknown code page and may be misread, such as "
+    assert (f"{said}'caf\u00e9/1.png'; unpack it with `unzip" in caplog.text) == (
+        wanted == "caf\u00e9"
+    )
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
-def test_an_empty_folder_is_refused_in_an_archive_as_in_a_folder(tmp_path, write):
+def test_empty_folder_in_an_archive_is_refused(tmp_path, write):
     folder = tarfile.TarInfo("dog") if write is write_tar else "dog/"
     if write is write_tar:
         folder.type = tarfile.DIRTYPE

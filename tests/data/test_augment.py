@@ -1,5 +1,4 @@
-"""Augmentation: each transformation does what its name says, draws have the stated frequencies,
-labels tell what was done."""
+"""Augmentation: geometry, frequencies of draws, and labels."""
 
 import chex
 import jax
@@ -15,7 +14,7 @@ from rdm_jax.runtime import sharding
 from tests.support.precision import enable_x64
 
 SIZE = 32
-# Turning and stretching is measured on Gaussian blobs of height 1 and a standard deviation of 3
+# Rotation and stretching are measured on Gaussian blobs of height 1 and a standard deviation of 3
 # pixels. Interpolating lowers their top by about 0.01, and as sym6 is no mirror image of itself
 # (its centre of mass is 0.05 pixels off its middle), half a turn moves them by 0.1 pixels, which is
 # 0.02. Half a pixel's error would be 0.1.
@@ -28,8 +27,7 @@ def white(shape, seed=0):
 
 
 def blob(x=0.0, y=0.0, std_x=3.0, std_y=3.0):
-    """(1, SIZE, SIZE, 1): a Gaussian at (x, y), from the centre to the right and down, in
-    pixels."""
+    """(1, SIZE, SIZE, 1): a Gaussian at (x, y) pixels right of and below the centre."""
     places = np.arange(SIZE) - (SIZE - 1) / 2
     image = np.exp(
         -(((places[None, :] - x) / std_x) ** 2) / 2 - ((places[:, None] - y) / std_y) ** 2 / 2
@@ -38,7 +36,7 @@ def blob(x=0.0, y=0.0, std_x=3.0, std_y=3.0):
 
 
 def only(**values):
-    """The transformation of one image that is nothing but `values`."""
+    """One image's transformation of zeros except `values`."""
     return Transformation(*(jnp.asarray([values.get(name, 0.0)], jnp.float32) for name in FIELDS))
 
 
@@ -49,19 +47,19 @@ def transformed(image, **values):
     return compiled(image, only(**values))
 
 
-def test_nothing_is_the_identity():
+def test_transform_of_zeros_is_the_identity():
     x = white((1, SIZE, SIZE, 1))
     chex.assert_trees_all_close(transformed(x), x, atol=1e-5)
 
 
-def test_flips_exchange_the_sides():
+def test_flips():
     x = white((1, SIZE, SIZE, 1))
     chex.assert_trees_all_close(transformed(x, x_flip=1.0), x[:, :, ::-1], atol=1e-5)
     chex.assert_trees_all_close(transformed(x, y_flip=1.0), x[:, ::-1], atol=1e-5)
 
 
 @pytest.mark.parametrize(("right", "down"), [(3, 0), (0, 5), (-4, 2)])
-def test_a_shift_by_whole_pixels_moves_the_image_and_its_reflection(right, down):
+def test_integer_shift_moves_image_and_reflection(right, down):
     x = white((1, SIZE, SIZE, 1))
     std = Augmentation().shift_std
     moved = transformed(x, shift_x=right / (std * SIZE), shift_y=down / (std * SIZE))
@@ -117,7 +115,7 @@ def test_anisotropy_along_any_axis_keeps_the_area():
     np.testing.assert_allclose(centre, factor * 3 * direction, atol=0.05)
 
 
-def test_a_transformation_counts_in_standard_deviations():
+def test_transformation_is_in_standard_deviations():
     stronger = Augmentation(scale_std=0.4, anisotropy_std=0.4, shift_std=0.25)
     t = only(scale=-0.8, anisotropy=0.6, axis=0.3, shift_x=0.7, shift_y=-0.4, rotation=1.0)
     half = t._replace(
@@ -128,8 +126,7 @@ def test_a_transformation_counts_in_standard_deviations():
 
 
 def expectation(augmentation, image, t):
-    """One (h, w, c) image in float64, step by step as the paper tells it, with matrices for
-    homogeneous (x, y, 1)."""
+    """One (h, w, c) image in float64, by the paper's matrices for homogeneous (x, y, 1)."""
     h, w, _ = image.shape
     image = image[:: -1 if t["y_flip"] else 1, :: -1 if t["x_flip"] else 1]
     shift = np.array(
@@ -141,7 +138,7 @@ def expectation(augmentation, image, t):
     )
 
     def turn(angle):
-        """Counterclockwise, y pointing down."""
+        """Rotates counterclockwise; y points down."""
         return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
     stretching = turn(t["axis"]) @ np.diag([stretch, 1 / stretch]) @ turn(-t["axis"])
@@ -154,7 +151,7 @@ def expectation(augmentation, image, t):
         around = np.apply_along_axis(
             lambda v: np.convolve(v, taps * np.sqrt(2))[5:-6], axis, between
         )
-    # Output places in the doubled image: pixel i is place 2 i.
+    # Output coordinates in the doubled image: pixel i is at 2 i.
     y, x = np.meshgrid(np.arange(-5, 2 * h + 5), np.arange(-5, 2 * w + 5), indexing="ij")
     x, y = np.einsum(
         "ij,jyx->iyx", backward, np.stack([x - (w - 1) - 2 * shift[0], y - (h - 1) - 2 * shift[1]])
@@ -170,7 +167,7 @@ def expectation(augmentation, image, t):
     return out
 
 
-def test_all_together_follow_their_definition():
+def test_transform_matches_its_definition():
     shape = (4, 9, 14, 2)  # not square
     with enable_x64(True):
         augmentation = Augmentation(
@@ -188,7 +185,7 @@ def test_all_together_follow_their_definition():
             )
 
 
-def test_labels_say_what_was_done():
+def test_labels_describe_the_transformation():
     values = dict(
         x_flip=1,
         y_flip=1,
@@ -218,7 +215,7 @@ def test_labels_say_what_was_done():
 
 
 def draws(probability, count=20_000):
-    """Every field's draws, in float64."""
+    """The draws of every field, in float64."""
     keys = jax.random.split(jax.random.key(5), count)
     t = jax.jit(jax.vmap(Augmentation(probability).draw))(keys)
     return {name: np.asarray(value, np.float64) for name, value in t._asdict().items()}
@@ -272,7 +269,7 @@ def test_draws_have_their_distributions():
     assert np.max(np.abs(off_diagonal)) < 5 / np.sqrt(moving.shape[1])
 
 
-def test_without_a_gate_open_only_left_and_right_are_exchanged():
+def test_draw_with_closed_gates_only_flips():
     augmentation = Augmentation(probability=0.0)
     x, keys = white((8, 6, 4, 3)), jax.random.split(jax.random.key(0), 8)
     out, labels = jax.jit(augmentation.__call__)(x, keys)
@@ -283,9 +280,8 @@ def test_without_a_gate_open_only_left_and_right_are_exchanged():
     )
 
 
-def test_an_image_depends_on_itself_and_its_key_alone_on_one_device_or_eight():
-    """One trace, the same numbers wherever the image lies, and on a cut batch nothing passes
-    between the devices."""
+def test_images_are_independent_on_one_or_eight_devices():
+    """One trace; equal numbers on any device; a sharded batch needs no communication."""
     function = jax.jit(chex.assert_max_traces(Augmentation(probability=1.0).__call__, n=1))
     x, keys = white((8, 6, 4, 3)), jax.random.split(jax.random.key(0), 8)
     out, labels = function(x, keys)
@@ -315,7 +311,7 @@ def test_an_image_depends_on_itself_and_its_key_alone_on_one_device_or_eight():
         chex.assert_trees_all_close(np.asarray(ours), np.asarray(theirs), atol=1e-5)
 
 
-def test_halving_undoes_doubling_and_is_its_transpose():
+def test_halve_is_inverse_and_transpose_of_double():
     double, halve = (
         jax.jit(function, static_argnames="axis") for function in (augment.double, augment.halve)
     )

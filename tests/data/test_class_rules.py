@@ -1,4 +1,4 @@
-"""Which folders or file names are classes, in which order, and what the log says of the choice."""
+"""Classes from folders and file names: rules, order, and log."""
 
 import pytest
 
@@ -12,13 +12,13 @@ NESTED = pngs("a/1.png", "a/x/2.png", "b/x/3.png", "b/y/z/4.png")
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """A function that gives all lines of the log so far."""
+    """Returns a function that returns the log so far."""
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     caplog.set_level("INFO")
     return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
-def test_nested_trees_are_read_whole_and_the_choice_is_said(written, said):
+def test_auto_uses_top_folders_and_logs_it(written, said):
     source = open_source(written(NESTED))
     assert values(source) == [0, 1, 2, 3] and not source.skipped
     assert classes(source) == {
@@ -29,7 +29,7 @@ def test_nested_trees_are_read_whole_and_the_choice_is_said(written, said):
     }
     assert (
         "2 top folders (data.classes='top'); folders are up to 3 deep" in said()
-        and "data.classes='leaf' takes the 3 names" in said()
+        and "data.classes='leaf' uses the 3 names" in said()
     )
 
 
@@ -41,20 +41,20 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule, wanted", RULES.items())
-def test_which_folder_is_the_class_can_be_chosen(written, said, rule, wanted):
+def test_rules_choose_the_folder(written, said, rule, wanted):
     source = open_source(written(NESTED), classes=rule)
     assert list(classes(source).values()) == wanted and values(source) == [0, 1, 2, 3]
     assert ("'x' is in a/x and b/x" in said()) == (rule == "leaf")
 
 
 @pytest.mark.parametrize("wrapper", ["photos/", "my/photos/"])
-def test_a_folder_about_all_is_looked_through_in_a_folder_as_in_an_archive(written, said, wrapper):
+def test_wrapper_is_ignored(written, said, wrapper):
     source = open_source(written(pngs(f"{wrapper}a/1.png", f"{wrapper}b/2.png")))
     assert source.class_names == ("a", "b") and values(source) == [0, 1]
-    assert f"all in the folder {wrapper[:-1]!r}, which is looked through" in said()
+    assert f"all in the folder {wrapper[:-1]!r}, which is ignored" in said()
 
 
-def test_a_single_folder_of_images_has_no_classes_unless_that_is_asked_for(written, said):
+def test_single_folder_is_a_class_on_request(written, said):
     spec = written(pngs("photos/1.png", "photos/2.png"))
     assert (
         open_source(spec).class_names == ()
@@ -81,13 +81,14 @@ def test_a_single_folder_of_images_has_no_classes_unless_that_is_asked_for(writt
         ("mine/train", "mine/test"),
     ],
 )
-def test_a_split_on_top_is_asked_about(written, parts):
+def test_splits_are_refused(written, parts):
     spec = written(
         pngs(*(f"{part}/{name}/{part[-3:]}.png" for part in parts for name in ("cat", "dog")))
     )
     with pytest.raises(
         InputError,
-        match=f"parts of one set and no classes; \\w+:.*/({'|'.join(parts)}) for .*data.classes='leaf'",
+        match=f"splits of one set and not classes. Use \\w+:.*/({'|'.join(parts)}) for .*"
+        "data.classes='leaf'",
     ) as caught:
         open_source(spec)
     assert "\n" not in str(caught.value)
@@ -98,14 +99,14 @@ def test_a_split_on_top_is_asked_about(written, parts):
     )
 
 
-def test_a_training_part_alone_is_a_folder_about_all(written):
+def test_training_split_alone_is_a_wrapper(written):
     assert open_source(written(pngs("train/cat/1.png", "train/dog/2.png"))).class_names == (
         "cat",
         "dog",
     )
 
 
-def test_classes_that_are_called_like_a_part_are_classes_beside_others(written):
+def test_classes_named_like_splits_are_kept(written):
     assert open_source(written(pngs("train/1.png", "test/2.png", "plane/3.png"))).class_names == (
         "plane",
         "test",
@@ -113,17 +114,15 @@ def test_classes_that_are_called_like_a_part_are_classes_beside_others(written):
     )
 
 
-def test_images_at_the_top_and_in_folders_are_refused_with_the_remedy(written):
+def test_images_beside_class_folders_are_refused(written):
     spec = written(pngs("0.png", "cat/1.png", "dog/2.png"))
-    with pytest.raises(
-        InputError, match="'0.png' .* is in no folder, as others are; data.classes='none'"
-    ):
+    with pytest.raises(InputError, match="'0.png' .* is in no folder, .*Set data.classes='none'"):
         open_source(spec)
     assert values(open_source(spec, classes="none")) == [0, 1, 2]
     assert list(open_source(spec, skip_bad=True).skipped) == ["0.png"]
 
 
-def test_class_folders_that_are_numbers_are_in_the_order_of_numbers(written):
+def test_order_of_numeric_folders(written):
     source = open_source(written(pngs("1/a.png", "10/b.png", "2/c.png")))
     assert source.class_names == ("1", "2", "10") and classes(source) == {
         "1/a.png": "1",
@@ -132,7 +131,7 @@ def test_class_folders_that_are_numbers_are_in_the_order_of_numbers(written):
     }
 
 
-def test_the_order_of_names():
+def test_ordered():
     assert ordered(["b", "10", "9"], "set") == ("10", "9", "b")
     assert ordered(["007", "10", "09"], "set") == ("007", "09", "10")
     assert ordered(["0", "9" * 5000], "set") == ("0", "9" * 5000)
@@ -146,12 +145,12 @@ PREFIXED = pngs(
 )
 
 
-def test_prefixes_of_names_are_said_and_taken_where_that_is_asked_for(written, said):
+def test_prefixes_are_logged_and_used_on_request(written, said):
     spec = written(PREFIXED)
     assert open_source(spec).class_names == ()
     assert (
-        "file names have 3 prefixes ('big dog', 'cat', 'dog'), which data.classes='prefix' makes classes"
-        in said()
+        "file names have 3 prefixes ('big dog', 'cat', 'dog'), which are the classes with "
+        "data.classes='prefix'" in said()
     )
     assert classes(open_source(spec, classes="prefix")) == {
         "big dog (1).png": "big dog",
@@ -172,27 +171,31 @@ def test_prefixes_of_names_are_said_and_taken_where_that_is_asked_for(written, s
         ("cat.png", "dog.png"),
     ],
 )
-def test_names_without_classes_in_them_are_not_remarked_on(written, said, names):
+def test_prefixes_are_not_logged_for_plain_names(written, said, names):
     assert open_source(written(pngs(*names))).class_names == ()
     assert "prefix" not in said()
 
 
-def test_a_name_without_a_number_has_no_prefix(written):
+def test_prefix_needs_a_number(written):
     spec = written({**PREFIXED, **pngs("logo.png")})
     with pytest.raises(InputError, match="'logo.png' .* has no number after a separator"):
         open_source(spec, classes="prefix")
 
 
-def test_spaces_about_the_name_of_a_class_are_taken_off_where_it_stays_its_own(written, said):
+def test_kept_names_strips_spaces(written, said):
     source = open_source(written(pngs("cat /1.png", "dog/2.png")))
     assert source.class_names == ("cat", "dog") and "'cat ' of" in said()
 
 
 @pytest.mark.parametrize(
     "name, other, wrong",
-    [("cat ", "cat", "like another"), (" ", "dog", "empty"), ("a\u2028b", "c", "line break")],
+    [
+        ("cat ", "cat", "of another class, except"),
+        (" ", "dog", "empty"),
+        ("a\u2028b", "c", "line break"),
+    ],
 )
-def test_class_names_that_would_not_stay_their_own_are_refused(tmp_path, name, other, wrong):
+def test_kept_names_refuses_ambiguous_names(tmp_path, name, other, wrong):
     with pytest.raises(InputError, match=wrong):
         open_source(write_folder(tmp_path, pngs(f"{name}/1.png", f"{other}/2.png")))
 
@@ -200,12 +203,12 @@ def test_class_names_that_would_not_stay_their_own_are_refused(tmp_path, name, o
 @pytest.mark.parametrize(
     "spec, rule", [("digits", "top"), ("emoji:x", "leaf"), ("folder:x", "deepest")]
 )
-def test_rules_that_do_not_go_with_a_source_are_refused(spec, rule):
-    with pytest.raises(InputError, match=f"classes={rule!r} does not go with the source {spec!r}"):
+def test_rules_unsupported_by_the_source_are_refused(spec, rule):
+    with pytest.raises(InputError, match=f"classes={rule!r} is not supported .* {spec!r}. Use"):
         open_source(spec, classes=rule, skin_tones="drop" if "emoji" in spec else "")
 
 
-def test_any_source_can_be_without_classes(tmp_path):
+def test_classes_none_fits_any_source(tmp_path):
     spec = write_folder(tmp_path, pngs("1f44d.png", "1f44d-1f3fb.png")).replace("folder", "emoji")
     assert open_source(spec, skin_tones="mark").class_names
     source = open_source(spec, skin_tones="mark", classes="none")

@@ -1,4 +1,4 @@
-"""Classes are known by name: how sets are matched, and which classes a list means."""
+"""Classes: matching by name, and lists of labels."""
 
 import pytest
 
@@ -36,11 +36,11 @@ THREE = Classes(("0", "1", "2"), by_number=True)  # of imported weights
         (Classes(("0", "1", "2")), Classes(("0", "1"), by_number=True), None),
     ],
 )
-def test_sets_are_matched_by_name(theirs, ours, numbers):
+def test_matched_by_name(theirs, ours, numbers):
     assert matched(theirs, ours) == numbers
 
 
-def test_imported_weights_alone_know_numbers_only():
+def test_of_checkpoint_by_number():
     assert of_checkpoint({"classes": ["0", "1"], "imported": {"file": "x.pkl"}}) == Classes(
         ("0", "1"), by_number=True
     )
@@ -63,7 +63,7 @@ def test_imported_weights_alone_know_numbers_only():
         ('["crane, bird", "1"]', Classes(("crane", "crane, bird")), (1, 1)),
     ],
 )
-def test_a_list_means_names_and_else_numbers(text, classes, numbers):
+def test_parse_labels_names_and_numbers(text, classes, numbers):
     assert parse_labels(text, classes, "labels") == numbers
 
 
@@ -73,38 +73,38 @@ def test_a_list_means_names_and_else_numbers(text, classes, numbers):
         (
             "c",
             AB,
-            r"labels='c': there is no class 'c'; the names a, b \(2\), or numbers from 0 to 1 would do.",
+            r"labels='c': there is no class 'c'. Use the names a, b \(2\), or indices from 0 to 1.",
         ),
         ("2", AB, "no class '2'"),
         ("1-0", AB, "no class '1-0'"),
         (
             "0",
             BY_TEXT,
-            "labels='0' might mean two things: there is no class called '0', and class number 0 is called '1'",
+            "labels='0' is ambiguous: .* no class called '0', .* index 0 is called '1'",
         ),
         (
             "1-3",
             BY_TEXT,
-            "might mean two things: there is no class called '3', and class number 3 is called '2'",
+            "is ambiguous: .* no class called '3', .* index 3 is called '2'",
         ),
         ("7", BY_TEXT, "no class called '7'"),
         (
             "1",
             Classes(("01", "02")),
-            "might mean two things: there is no class called '1', and class number 1 is called '02'",
+            "is ambiguous: .* no class called '1', .* index 1 is called '02'",
         ),
         ("polar baer", Classes(("cat", "polar bear")), "'polar bear', or another of the names"),
         ('["a"', AB, "is not a JSON list"),
-        ("0", Classes(), "the data has none; 'balanced' would do"),
+        ("0", Classes(), "the data has none. Set labels='balanced'."),
     ],
 )
-def test_what_is_no_class_or_might_be_two_is_refused(text, classes, says):
+def test_parse_labels_refuses_unknown_and_ambiguous(text, classes, says):
     with pytest.raises(InputError, match=says) as refusal:
         parse_labels(text, classes, "labels")
-    assert str(refusal.value).endswith("would do.") and "\n" not in str(refusal.value)
+    assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
 
 
-def test_the_table_is_short():
+def test_table_is_short():
     many = Classes(tuple(f"n{number}" for number in range(1000)))
     assert table(AB, (0, 1)) == "0 a, 1 b"
     assert (

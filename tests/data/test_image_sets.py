@@ -1,4 +1,4 @@
-"""Sets of images: a small source decoded into memory, nothing written."""
+"""Image sets: sources in memory, and identities."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def test_a_source_in_memory_and_its_records_are_the_same(folder, tmp_path):
+def test_open_direct_equals_open_prepared(folder, tmp_path):
     direct = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
     prepared = open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM))
     assert direct.is_cached and not prepared.is_cached
@@ -38,7 +38,7 @@ def test_a_source_in_memory_and_its_records_are_the_same(folder, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 
-def test_a_fingerprint_tells_images_apart(folder, tmp_path):
+def test_fingerprint_depends_on_images(folder, tmp_path):
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     direct, one, same = (
         open_direct(f"folder:{folder}", FORM, cache_bytes=2**20),
@@ -56,14 +56,14 @@ def test_a_fingerprint_tells_images_apart(folder, tmp_path):
     ) == len(sets)
 
 
-def test_a_source_that_does_not_fit_is_refused_before_it_is_decoded(folder):
+def test_open_direct_refuses_large_sources_undecoded(folder):
     for file in folder.rglob("*.png"):
         file.write_bytes(b"")
     with pytest.raises(InputError, match="data.directory .*data.cache_gib"):
         open_direct(f"folder:{folder}", FORM, cache_bytes=10 * 8 * 6 * 3 - 1)
 
 
-def test_damaged_images_are_refused_or_left_out_with_a_line_each(folder, caplog, monkeypatch):
+def test_open_direct_refuses_or_skips_damaged_images(folder, caplog, monkeypatch):
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     (folder / "a" / "002.png").write_bytes(b"no image")
     (folder / "b" / "notes.exe").write_bytes(b"")
@@ -84,16 +84,14 @@ def test_damaged_images_are_refused_or_left_out_with_a_line_each(folder, caplog,
     np.testing.assert_array_equal(images[0]["image"], first)
 
 
-def test_a_prepared_set_can_be_sent_to_another_process(folder, tmp_path):
+def test_prepared_set_can_be_pickled(folder, tmp_path):
     images = open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM))
     chex.assert_trees_all_equal(
         pickle.loads(pickle.dumps(images)).batch([3, 1]), images.batch([3, 1])
     )
 
 
-def test_the_identity_is_that_of_the_images_wherever_and_however_they_are_kept(
-    folder, tmp_path, monkeypatch
-):
+def test_identity_is_independent_of_storage(folder, tmp_path, monkeypatch):
     spec = f"folder:{folder}"
     raw = prepare(spec, tmp_path / "raw", FORM, encoding=Encoding("raw"))
     png = prepare(spec, tmp_path / "png", FORM)
@@ -127,7 +125,7 @@ def _other_label(folder):
 
 
 @pytest.mark.parametrize("change", [_other_pixel, _other_class, _other_label])
-def test_the_identity_changes_with_a_pixel_a_label_and_a_class(folder, tmp_path, change):
+def test_identity_depends_on_pixels_labels_classes(folder, tmp_path, change):
     before = open_prepared(prepare(f"folder:{folder}", tmp_path / "before", FORM))
     direct = open_direct(f"folder:{folder}", FORM, cache_bytes=2**20)
     change(folder)
@@ -138,7 +136,7 @@ def test_the_identity_changes_with_a_pixel_a_label_and_a_class(folder, tmp_path,
     assert open_direct(f"folder:{folder}", FORM, cache_bytes=2**20).identity != direct.identity
 
 
-def test_sets_of_older_versions_and_of_others_have_an_identity(folder, tmp_path):
+def test_identity_of_older_and_foreign_sets(folder, tmp_path):
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     manifest = json.loads((path / "manifest.json").read_text())
     for key in ("version", "content"):
@@ -155,12 +153,12 @@ def test_sets_of_older_versions_and_of_others_have_an_identity(folder, tmp_path)
     )
 
 
-def test_too_many_that_cannot_be_used_are_refused_unless_that_is_allowed(folder):
+def test_open_direct_bounds_what_is_left_out(folder):
     for name in ("a/000.png", "a/002.png"):
         (folder / name).write_bytes(b"no image")
     with pytest.raises(
         InputError,
-        match="2 of 10 files .* would be left out \\(2 cannot be decoded\\).*data.max_left_out",
+        match="2 of 10 entries .* are unusable \\(2 cannot be decoded\\).*data.max_left_out",
     ):
         open_direct(f"folder:{folder}", FORM, cache_bytes=2**20, skip_bad=True)
     assert (

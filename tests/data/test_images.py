@@ -1,4 +1,4 @@
-"""Every kind of image is read to the right 8-bit pixels, and brought to the size asked for."""
+"""Images of every kind: 8-bit conversion, crop and resize."""
 
 import io
 import struct
@@ -16,17 +16,17 @@ WHITE = (255, 255, 255)
 
 
 def read_back(image, tmp_path, name="image.png", channels=3, background=WHITE, **options):
-    """The pixels after a round trip through a file, at the image's own size."""
+    """The pixels after a round trip through a file, at the original size."""
     image.save(tmp_path / name, **options)
     return images.to_uint8(images.open_image(tmp_path / name), channels, background)
 
 
-def test_rgb_is_read_unchanged(tmp_path):
+def test_rgb_is_unchanged(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     np.testing.assert_array_equal(read_back(Image.fromarray(pixels), tmp_path), pixels)
 
 
-def test_grey_is_the_same_in_one_channel_and_equal_in_three(tmp_path):
+def test_grey_in_one_and_three_channels(tmp_path):
     pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     np.testing.assert_array_equal(
         read_back(Image.fromarray(pixels), tmp_path, channels=1), pixels[..., None]
@@ -41,14 +41,14 @@ def test_colour_to_one_channel_is_luma(tmp_path):
     assert pixels.shape == (2, 2, 1) and (pixels == round(0.299 * 255)).all()
 
 
-def test_one_bit_is_black_and_white(tmp_path):
+def test_one_bit_is_black_or_white(tmp_path):
     bits = np.array([[True, False], [False, True]])
     np.testing.assert_array_equal(
         read_back(Image.fromarray(bits), tmp_path, channels=1)[..., 0], bits * 255
     )
 
 
-def test_palette_gives_its_colours_and_its_transparency(tmp_path):
+def test_palette_keeps_colours_and_transparency(tmp_path):
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), mode="L").convert("P")
     image.putpalette([10, 20, 30, 200, 100, 50, 1, 2, 3])
     pixels = read_back(image, tmp_path, transparency=2, background=(0, 255, 0))
@@ -64,7 +64,7 @@ def test_alpha_is_composited_on_the_background(tmp_path, background):
     np.testing.assert_allclose(pixels[0, 2], half, atol=1)
 
 
-def test_hidden_colour_does_not_bleed_in_when_resized(tmp_path):
+def test_hidden_colour_does_not_bleed_in(tmp_path):
     rgba = np.zeros(
         (8, 8, 4), np.uint8
     )  # Transparent black beside opaque white: white all over, at any size.
@@ -79,7 +79,7 @@ def test_grey_with_alpha_is_composited(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["image.png", "image.tif", "image.pgm"])
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path, name):
+def test_sixteen_bits_are_scaled(tmp_path, name):
     values = np.array([[0, 257, 128 * 257, 40000, 65535]], np.uint16)
     pixels = read_back(Image.fromarray(values), tmp_path, name, channels=1)
     np.testing.assert_array_equal(pixels[..., 0], [[0, 1, 128, 156, 255]])
@@ -115,7 +115,7 @@ def test_exif_rotation_is_applied(tmp_path, orientation, expected):
 
 
 @pytest.mark.parametrize("name", ["image.gif", "image.webp"])
-def test_of_an_animation_the_first_frame_is_read(tmp_path, name):
+def test_animation_is_its_first_frame(tmp_path, name):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     pixels = read_back(
         frames[0],
@@ -129,7 +129,7 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path, name):
 
 
 @pytest.mark.parametrize("mode", ["F", "La"])
-def test_modes_without_an_8_bit_reading_are_refused(mode):
+def test_modes_without_8_bit_conversion_are_refused(mode):
     with pytest.raises(BadImage, match=repr(mode)):
         images.to_uint8(Image.new(mode, (2, 2)), 3, WHITE)
 
@@ -139,7 +139,7 @@ def test_grey_beyond_16_bits_is_refused():
         images.to_uint8(Image.fromarray(np.full((2, 2), 70000, np.int32)), 1, WHITE)
 
 
-def test_fit_is_the_identity_at_the_size_itself():
+def test_fit_is_the_identity_at_equal_size():
     pixels = np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8)
     np.testing.assert_array_equal(images.fit(pixels, ImageSpec(5, 7)), pixels)
 
@@ -156,7 +156,7 @@ def test_fit_makes_non_square_images():
 
 
 def png_of(pixels_per_row, rows, depth, colour, header_size=None):
-    """A PNG file by hand, for kinds that Pillow does not write."""
+    """Makes a PNG file by hand, for kinds that Pillow does not write."""
     width, height = header_size or (len(rows[0]) // pixels_per_row, len(rows))
 
     def chunk(kind, content):
@@ -182,30 +182,28 @@ def test_sixteen_bit_colour_is_read_at_eight(colour, expected):
     np.testing.assert_array_equal(images.to_uint8(image, 3, WHITE), [[expected]])
 
 
-def test_palette_with_alpha_of_each_colour_is_composited(tmp_path):
+def test_palette_with_alpha_is_composited(tmp_path):
     image = Image.fromarray(np.array([[0, 1]], np.uint8), mode="L").convert("P")
     image.putpalette([0, 0, 0, 200, 0, 0])
     pixels = read_back(image, tmp_path, transparency=bytes([255, 0]))
     np.testing.assert_array_equal(pixels, [[[0, 0, 0], [255, 255, 255]]])
 
 
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded():
-    with pytest.raises(
-        BadImage, match="has too many pixels .*; at most 89,478,485 in all would do"
-    ):
+def test_open_image_refuses_too_many_pixels_undecoded():
+    with pytest.raises(BadImage, match="has too many pixels .*Use at most 89,478,485 pixels"):
         images.open_image(png_of(1, [b"\0"], 8, 0, header_size=(40_000, 25_000)))
     with pytest.raises(BadImage, match=r"too many pixels \(10,000 x 9,000\)"):
         images.open_image(png_of(1, [b"\0"], 8, 0, header_size=(10_000, 9_000)))
 
 
-def test_a_file_of_too_many_bytes_is_refused_unread(tmp_path):
+def test_open_image_refuses_too_many_bytes_unread(tmp_path):
     with (tmp_path / "huge.webp").open("wb") as file:
         file.truncate(images.MAX_BYTES + 1)
     with pytest.raises(BadImage, match="bytes"):
         images.open_image(tmp_path / "huge.webp")
 
 
-def test_a_file_that_is_not_there_is_no_bad_image(tmp_path):
+def test_missing_file_is_not_a_bad_image(tmp_path):
     with pytest.raises(FileNotFoundError):
         images.open_image(tmp_path / "gone.png")
 
@@ -222,8 +220,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_truncated_image_is_never_a_partly_black_one(kind):
-    """Wherever a file is cut, it is refused, or what was cut off did not matter."""
+def test_truncated_images_are_refused(kind):
+    """A truncated file is refused, unless the missing part does not matter."""
     rng, whole = np.random.default_rng(0), io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(whole, kind, **KINDS[kind])
     whole = whole.getvalue()
@@ -242,9 +240,8 @@ def test_a_truncated_image_is_never_a_partly_black_one(kind):
     assert refused > 50
 
 
-def test_adms_crop_is_its_published_rule():
-    """For squares, against ADM's own words: halve by box while at least twice, bicubic to the
-    shorter side, central crop."""
+def test_adm_crop_matches_the_published_rule():
+    """For squares: halve by a box filter while possible, bicubic to the shorter side, crop."""
     pixels = np.random.default_rng(3).integers(0, 256, (41, 70, 3), np.uint8)
     image = Image.fromarray(pixels)
     while min(image.size) >= 2 * 9:
@@ -260,26 +257,26 @@ def test_adms_crop_is_its_published_rule():
 
 
 @pytest.mark.parametrize("size", [(30, 30), (9, 40), (100, 7), (3, 3), (64, 65)])
-def test_adms_crop_fills_any_size(size):
+def test_adm_crop_fits_any_size(size):
     pixels = np.full((*size, 3), 77, np.uint8)
     np.testing.assert_array_equal(
         images.fit(pixels, ImageSpec(6, 10, crop="adm")), np.full((6, 10, 3), 77)
     )
 
 
-def test_without_a_crop_another_size_is_refused():
+def test_crop_none_refuses_other_sizes():
     pixels = np.zeros((4, 6, 3), np.uint8)
     assert images.fit(pixels, ImageSpec(4, 6, crop="none")) is pixels
-    with pytest.raises(BadImage, match="4 x 6 .*; 4 x 4"):
+    with pytest.raises(BadImage, match="4 x 6 .*Use images of 4 x 4"):
         images.fit(pixels, ImageSpec(4, 4, crop="none"))
 
 
-def test_adms_crop_refuses_what_it_would_enlarge_beyond_all_bounds():
-    with pytest.raises(BadImage, match="too thin"):
+def test_adm_crop_refuses_narrow_images():
+    with pytest.raises(BadImage, match="too narrow"):
         images.fit(np.zeros((1, 2000, 3), np.uint8), ImageSpec(256, 256, crop="adm"))
 
 
-def test_want_of_memory_is_no_bad_image(monkeypatch):
+def test_out_of_memory_is_not_a_bad_image(monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError
 

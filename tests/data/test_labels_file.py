@@ -1,12 +1,11 @@
-"""EDM's dataset.json and its relatives: what can mean one thing only is read, all else is refused
-with one message."""
+"""EDM's dataset.json and variants: unambiguous ones are read, others refused."""
 
 import json
 
 import numpy as np
 import pytest
 
-from rdm_jax.data.left_out import check_left_out
+from rdm_jax.data.left_out import check_left_out, reasons
 from rdm_jax.data.sources import open_source
 from rdm_jax.runtime.errors import InputError
 from tests.support.archive_members import classes, png, pngs, values, write_folder, write_zip
@@ -24,14 +23,14 @@ def relabelled(change):
     return [[name, change(label)] for name, label in LABELS]
 
 
-def test_edms_layout_with_labels(written):
+def test_edm_layout_with_labels(written):
     source = open_source(written(with_labels(LABELS[::-1])))
     assert values(source) == [0, 1, 2, 3, 4] and source.class_names == ("0", "1", "2")
     assert [source.label(i) for i in range(5)] == [0, 1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("labels", [None, [], {}, [None], [[name, None] for name in EDM]])
-def test_edms_layout_without_labels(written, labels):
+def test_edm_layout_without_labels(written, labels):
     source = open_source(written(with_labels(labels)))
     assert values(source) == [0, 1, 2, 3, 4] and source.class_names == ()
 
@@ -65,17 +64,17 @@ READ = {
 
 
 @pytest.mark.parametrize("labels, wanted", READ.values(), ids=READ)
-def test_what_can_mean_one_thing_only_is_read(tmp_path, labels, wanted):
+def test_unambiguous_variants_are_read(tmp_path, labels, wanted):
     source = open_source(write_folder(tmp_path / "set", with_labels(labels)))
     assert classes(source) == wanted and not source.skipped
 
 
-def test_a_labels_file_is_known_in_upper_case_too(written):
+def test_labels_file_in_upper_case(written):
     labels = json.dumps({"labels": LABELS})
     assert classes(open_source(written({**EDM, "Dataset.JSON": labels}))) == PLAIN
 
 
-def test_of_two_spellings_the_one_of_edm_counts(tmp_path):
+def test_exact_spelling_of_the_labels_file_wins(tmp_path):
     members = {
         **with_labels(LABELS),
         "Dataset.json": json.dumps({"labels": [[name, 9] for name, _ in LABELS]}),
@@ -83,32 +82,32 @@ def test_of_two_spellings_the_one_of_edm_counts(tmp_path):
     assert classes(open_source(write_zip(tmp_path / "set.zip", members))) == PLAIN
 
 
-def test_labels_without_a_file_are_not_called_files(tmp_path, caplog):
+def test_check_left_out_counts_labels_without_a_file(tmp_path, caplog):
     labels = [*LABELS, *([f"gone{i}.png", 0] for i in range(5))]
     source = open_source(write_folder(tmp_path / "set", with_labels(labels)), skip_bad=True)
     with pytest.raises(
         InputError,
-        match="5 of 10 files and labels of set would be left out .*; data.max_left_out=0.5 would do",
+        match="5 of 10 entries of set are unusable .*Set data.max_left_out=0.5.",
     ):
-        check_left_out(source.skipped, len(source), source.lost, 0.1, "set")
-    assert "5 of 10 files and labels of set are left out" in caplog.text
+        check_left_out(reasons(source.skipped), len(source), source.lost, 0.1, "set")
+    assert "5 of 10 entries of set are left out" in caplog.text
 
 
 @pytest.mark.parametrize("count, remedy", [(29, "0.29"), (83, "0.83"), (100, "1"), (57, "0.57")])
-def test_the_share_that_would_do_does(count, remedy):
+def test_check_left_out_names_the_least_share(count, remedy):
     skipped = {str(number): "is damaged" for number in range(count)}
-    with pytest.raises(InputError, match=f"data.max_left_out={remedy} would do"):
+    with pytest.raises(InputError, match=f"Set data.max_left_out={remedy}[.,]"):
         check_left_out(skipped, 100 - count, (), 0.1, "set")
     check_left_out(skipped, 100 - count, (), float(remedy), "set")
 
 
 @pytest.mark.parametrize("bare", [LABELS, dict(LABELS)])
-def test_labels_alone_are_read(tmp_path, bare):
+def test_labels_alone(tmp_path, bare):
     source = open_source(write_folder(tmp_path / "set", {**EDM, "dataset.json": json.dumps(bare)}))
     assert classes(source) == PLAIN
 
 
-def test_classes_named_by_numbers_are_in_the_order_of_numbers(tmp_path):
+def test_order_of_numeric_classes(tmp_path):
     labels = [[name, label] for name, label in zip(EDM, ["11", "2", "1", "10", "2"], strict=True)]
     assert open_source(write_folder(tmp_path / "set", with_labels(labels))).class_names == (
         "1",
@@ -118,12 +117,12 @@ def test_classes_named_by_numbers_are_in_the_order_of_numbers(tmp_path):
     )
 
 
-def test_absolute_paths_in_the_folder_are_read(tmp_path):
+def test_absolute_paths(tmp_path):
     labels = [[str(tmp_path / "set" / name), label] for name, label in LABELS]
     assert classes(open_source(write_folder(tmp_path / "set", with_labels(labels)))) == PLAIN
 
 
-def test_another_normal_form_is_read_only_where_it_is_unique(tmp_path):
+def test_other_normal_forms_must_be_unique(tmp_path):
     composed, decomposed = "caf\u00e9.png", "cafe\u0301.png"
     members = with_labels([[decomposed, 0], ["b.png", 1]], pngs(composed, "b.png"))
     assert classes(open_source(write_folder(tmp_path / "one", members))) == {
@@ -133,7 +132,7 @@ def test_another_normal_form_is_read_only_where_it_is_unique(tmp_path):
     members = with_labels([["A.PNG", 0], ["b.png", 1]], pngs("a.png", "A.png", "b.png"))
     with pytest.raises(
         InputError,
-        match="'A.PNG' .* has a label in dataset.json and is not there.*2 that cannot be used for other reasons",
+        match="'A.PNG' .* is listed in dataset.json but missing .*2 unusable for other reasons",
     ):
         open_source(write_folder(tmp_path / "two", members))
 
@@ -142,22 +141,22 @@ NAMES = ["ant", "bee", "cow", "dog"]
 
 
 @pytest.mark.parametrize("change", [int, str, NAMES.__getitem__, float])
-def test_class_names_give_names_to_numbers_and_to_classes_without_images(written, change):
+def test_class_names_name_all_classes(written, change):
     source = open_source(written(with_labels(relabelled(change), class_names=NAMES)))
     assert source.class_names == tuple(NAMES)
     assert classes(source) == {name: NAMES[label] for name, label in LABELS}
 
 
 @pytest.mark.parametrize("wrapper", ["mine/", "my/set/"])
-def test_a_labels_file_below_a_folder_about_all_is_found(written, wrapper):
+def test_labels_file_below_a_wrapper(written, wrapper):
     members = {wrapper + name: content for name, content in with_labels(LABELS).items()}
     assert classes(open_source(written(members))) == {
         wrapper + name: label for name, label in PLAIN.items()
     }
 
 
-def test_what_our_own_sampling_writes_is_read_when_it_is_zipped(tmp_path):
-    """Index folders are no classes, and nothing has to be skipped."""
+def test_own_samples_are_read_from_a_zip(tmp_path):
+    """Index folders are not classes, and nothing is skipped."""
     members = {f"images/00000/img{i:08d}.png": png(i) for i in range(3)}
     labels = {
         "labels": [[f"00000/img{i:08d}.png", 3] for i in range(3)],
@@ -173,13 +172,13 @@ def test_what_our_own_sampling_writes_is_read_when_it_is_zipped(tmp_path):
     )
 
 
-def test_a_labels_file_of_a_part_of_the_images_is_refused_by_its_folder(written):
+def test_partial_labels_file_is_refused(written):
     members = {
         **pngs("a/1.png", "b/2.png"),
         "a/dataset.json": json.dumps({"labels": [["1.png", 0]]}),
     }
     spec = written(members)
-    with pytest.raises(InputError, match="a/dataset.json .*'a' alone; folder:.*/a "):
+    with pytest.raises(InputError, match="a/dataset.json .*'a' only.*folder:.*/a "):
         open_source(spec, skip_bad=True)
     assert open_source(spec, classes="top").class_names == ("a", "b")
 
@@ -203,7 +202,7 @@ REFUSED = {
     "an empty name": ([[NAMED, " "], *LABELS[1:]], NAMED),
     "a name that is no text": (
         [[NAMED, "\ud800"], *([name, "b"] for name, _ in LABELS[1:])],
-        "no text",
+        "control character",
     ),
     "no name": ([[0, 0], *LABELS[1:]], r"\[0, 0\]"),
     "labels alone": ([0, 1, 2, 0, 1], "the label 0"),
@@ -219,7 +218,7 @@ REFUSED = {
     ),
     "other files": (
         [[f"elsewhere/{name}", label] for name, label in LABELS],
-        "names 'elsewhere.*no image that is there",
+        "names 'elsewhere.*no image that exists",
     ),
     "a number": (7, "dataset.json"),
     "a text": ("ant", "dataset.json"),
@@ -229,14 +228,14 @@ REFUSED = {
 @pytest.mark.parametrize(
     "labels, named", [*SLIPS.values(), *REFUSED.values()], ids=[*SLIPS, *REFUSED]
 )
-def test_labels_that_do_not_fit_are_refused_by_name(tmp_path, labels, named):
+def test_bad_labels_are_refused(tmp_path, labels, named):
     with pytest.raises(InputError, match=named) as caught:
         open_source(write_folder(tmp_path / "set", with_labels(labels)))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("labels, named", SLIPS.values(), ids=SLIPS)
-def test_labels_that_do_not_fit_are_left_out_where_that_is_asked_for(written, labels, named):
+def test_bad_labels_are_skipped_on_request(written, labels, named):
     source = open_source(written(with_labels(labels)), skip_bad=True)
     assert list(source.skipped) == [named]
     assert source.class_names == ("0", "1", "2") and len(source) == (
@@ -252,8 +251,8 @@ def test_labels_that_do_not_fit_are_left_out_where_that_is_asked_for(written, la
         relabelled(lambda i: [i == j for j in range(3)]),
     ],
 )
-def test_a_class_whose_images_are_all_missing_is_lost(written, labels):
-    """Without it the classes after it would have other numbers."""
+def test_lost_classes(written, labels):
+    """Without the class, later classes would have other indices."""
     labels = [
         [name, [float(v) for v in label] if isinstance(label, list) else label]
         for name, label in labels
@@ -264,7 +263,7 @@ def test_a_class_whose_images_are_all_missing_is_lost(written, labels):
     source = open_source(written(with_labels(labels, present)), skip_bad=True)
     assert source.lost == ("bee" if "bee" in labels[1] else "1",) and len(source) == 3
     with pytest.raises(InputError, match="the whole class '(bee|1)'"):
-        check_left_out(source.skipped, len(source), source.lost, 0.9, "folder:set")
+        check_left_out(reasons(source.skipped), len(source), source.lost, 0.9, "folder:set")
     some = {name: content for name, content in EDM.items() if name != labels[4][0]}
     assert open_source(written(with_labels(labels, some)), skip_bad=True).lost == ()
 
@@ -272,13 +271,13 @@ def test_a_class_whose_images_are_all_missing_is_lost(written, labels):
 @pytest.mark.parametrize(
     "more, named",
     [
-        ({"class_names": ["ant", "bee"]}, "the class 2; one of its 2 class_names"),
+        ({"class_names": ["ant", "bee"]}, "the class 2. Use one of its 2 class_names"),
         ({"class_names": ["ant", "ant", "bee"]}, "different names"),
         ({"class_names": {"0": "ant"}}, "different names"),
         ({"class_names": [0, 1, 2]}, "different names"),
     ],
 )
-def test_class_names_that_do_not_fit_are_refused(tmp_path, more, named):
+def test_bad_class_names_are_refused(tmp_path, more, named):
     with pytest.raises(InputError, match=named):
         open_source(write_folder(tmp_path / "set", with_labels(LABELS, **more)))
 
@@ -286,6 +285,6 @@ def test_class_names_that_do_not_fit_are_refused(tmp_path, more, named):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"labels"', "null", '{"label": []}', "[" * 100_000, "\udcff"]
 )
-def test_a_damaged_labels_file_is_refused(written, text):
+def test_damaged_labels_files_are_refused(written, text):
     with pytest.raises(InputError, match="dataset.json"):
         open_source(written({**EDM, "dataset.json": text.encode("utf8", "surrogateescape")}))

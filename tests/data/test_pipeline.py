@@ -1,5 +1,4 @@
-"""Batches: every image once an epoch, the same whatever the number of processes, resumed
-exactly."""
+"""Batches: order, exact resumption, processes and workers."""
 
 import collections
 import itertools
@@ -45,7 +44,7 @@ def source(directory):
 
 
 def numbers(batches):
-    """Which images went into some batches, in order."""
+    """Names the images of some batches, in order."""
     return np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]).tolist()
 
 
@@ -53,7 +52,7 @@ def take(count, iterator):
     return list(itertools.islice(iterator, count))
 
 
-def test_one_image_and_what_is_known_of_all(directory):
+def test_image_set_items_and_attributes(directory):
     source = open_prepared(directory)
     assert (len(source), source.image_shape, source.class_names) == (
         COUNT,
@@ -70,13 +69,13 @@ def test_one_image_and_what_is_known_of_all(directory):
             source[index]
 
 
-def test_cached_and_not_are_the_same(directory, source):
+def test_cached_batches_equal_uncached_ones(directory, source):
     indices = [5, 5, 0, COUNT - 1]
     chex.assert_trees_all_equal(source.batch(indices), open_prepared(directory).batch(indices))
     chex.assert_trees_all_equal(source[7], open_prepared(directory)[7])
 
 
-def test_a_set_is_cached_only_where_it_fits(directory, capfd):
+def test_cache_needs_enough_bytes(directory, capfd):
     size = COUNT * 6 * 4 * 3
     open_prepared(directory, cache_bytes=size - 1)
     assert "decoding" not in capfd.readouterr().err
@@ -84,7 +83,7 @@ def test_a_set_is_cached_only_where_it_fits(directory, capfd):
     assert "decoding" in capfd.readouterr().err
 
 
-def test_grey_images_without_labels(tmp_path):
+def test_open_prepared_reads_grey_images_without_labels(tmp_path):
     (tmp_path / "images").mkdir()
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     Image.fromarray(pixels).save(tmp_path / "images" / "0.png")
@@ -96,7 +95,7 @@ def test_grey_images_without_labels(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 60])
-def test_every_image_comes_once_an_epoch_in_a_new_order(source, batch_size):
+def test_iterator_visits_every_image_once_per_epoch(source, batch_size):
     batches = take(
         -(-3 * COUNT // batch_size), train_iterator(source, batch_size=batch_size, seed=0)
     )
@@ -112,13 +111,13 @@ def test_every_image_comes_once_an_epoch_in_a_new_order(source, batch_size):
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
-def test_the_order_does_not_depend_on_the_batch_size(source):
+def test_order_is_independent_of_batch_size(source):
     by_4 = numbers(take(15, train_iterator(source, batch_size=4, seed=0)))
     by_60 = numbers(take(1, train_iterator(source, batch_size=60, seed=0)))
     assert by_4 == by_60
 
 
-def test_the_seed_decides_the_order_and_none_shares_an_epoch_with_its_neighbour(source):
+def test_order_depends_on_seed(source):
     epochs = {}
     for seed in range(4):
         order = numbers(take(4, train_iterator(source, batch_size=COUNT, seed=seed)))
@@ -129,9 +128,8 @@ def test_the_seed_decides_the_order_and_none_shares_an_epoch_with_its_neighbour(
     assert len(set(epochs.values())) == 16
 
 
-def test_a_shuffle_is_uniform_over_places(source):
-    """Image 0 lands on each of 23 places equally often: chi-square with 22 degrees, 5.6 sigma at
-    60."""
+def test_order_is_uniform(source):
+    """Image 0 is equally often at each of 23 positions: chi-square, 22 degrees, 5.6 sigma at 60."""
     order = np.array(numbers(take(1000, train_iterator(source, batch_size=COUNT, seed=5)))).reshape(
         1000, COUNT
     )
@@ -140,7 +138,7 @@ def test_a_shuffle_is_uniform_over_places(source):
 
 
 @pytest.mark.parametrize("count", [2, 3, 12])
-def test_processes_share_the_same_global_batches_and_state(source, count):
+def test_processes_share_global_batches_and_state(source, count):
     whole = train_iterator(source, batch_size=12, seed=3)
     parts = [
         train_iterator(source, batch_size=12, seed=3, process_index=i, process_count=count)
@@ -156,7 +154,7 @@ def test_processes_share_the_same_global_batches_and_state(source, count):
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
-def test_state_is_exact_json_and_serves_another_number_of_processes(source, taken):
+def test_state_is_json_and_resumes_with_other_processes(source, taken):
     iterator = train_iterator(source, batch_size=12, seed=1)
     take(taken, iterator)
     time.sleep(0.05)  # Time for the threads to run ahead, which the state must not show.
@@ -174,8 +172,8 @@ def test_state_is_exact_json_and_serves_another_number_of_processes(source, take
         assert [sum((numbers([next(part)]) for part in parts), []) for _ in range(5)] == resumed
 
 
-def test_the_loop_may_change_its_batch(source):
-    """What a consumer writes into a batch must not reach the cache."""
+def test_batches_are_writable(source):
+    """Writes to a batch must not change the cache."""
     before = source.batch(np.arange(COUNT))["image"]
     next(train_iterator(source, batch_size=COUNT, seed=0))["image"][...] = 0
     np.testing.assert_array_equal(source.batch(np.arange(COUNT))["image"], before)
@@ -190,7 +188,7 @@ def test_the_loop_may_change_its_batch(source):
         ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_impossible_iterators_are_refused_by_name(source, change, named):
+def test_train_iterator_refuses_bad_arguments(source, change, named):
     with pytest.raises(InputError, match=named):
         train_iterator(source, **({"batch_size": 8, "seed": 0} | change))
 
@@ -238,13 +236,13 @@ def damage(copy, kind):
         "fewer records",
     ],
 )
-def test_what_is_missing_or_damaged_is_refused_with_its_place(copy, kind):
+def test_open_prepared_refuses_missing_or_damaged_sets(copy, kind):
     damage(copy, kind)
     with pytest.raises(InputError, match=str(copy)):
         open_prepared(copy)
 
 
-def test_a_flipped_bit_is_refused_with_its_record_and_place(copy):
+def test_flipped_bit_names_record_and_directory(copy):
     content = bytearray(shard(copy).read_bytes())
     start = content.index(b"IDAT", content.index(b"IDAT") + 1)  # In the second image.
     content[start + 30] ^= 1
@@ -261,7 +259,7 @@ def test_a_flipped_bit_is_refused_with_its_record_and_place(copy):
         take(COUNT, train_iterator(source, batch_size=4, seed=0))
 
 
-def test_every_flipped_bit_of_a_shard_is_refused_or_harmless(copy):
+def test_flipped_bits_are_refused_or_harmless(copy):
     """array_record's own checksums: whichever byte is hit, wrong pixels are never handed out."""
     wanted = open_prepared(copy).batch(range(COUNT))
     whole, refused = shard(copy).read_bytes(), 0
@@ -277,7 +275,7 @@ def test_every_flipped_bit_of_a_shard_is_refused_or_harmless(copy):
     assert refused > 90
 
 
-def test_a_shard_of_another_size_is_refused_unread(copy):
+def test_shard_of_another_size_is_refused(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["shards"][0]["bytes"] += 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -285,7 +283,7 @@ def test_a_shard_of_another_size_is_refused_unread(copy):
         open_prepared(copy)
 
 
-def test_workers_hand_out_the_same_order_across_two_epochs_with_a_stop_in_each(directory):
+def test_workers_keep_order_across_stops(directory):
     """0 and 2 workers, stopped in both epochs and resumed with the other number of them."""
     images = open_prepared(directory)
     per_epoch = 6  # batches of 8 for 23 images: epochs end within batches
@@ -309,15 +307,14 @@ def test_workers_hand_out_the_same_order_across_two_epochs_with_a_stop_in_each(d
     chex.assert_trees_all_equal(handed_out, whole)
 
 
-def test_a_set_in_memory_needs_no_workers(source):
+def test_cached_set_uses_no_workers(source):
     iterator = train_iterator(source, batch_size=4, seed=0, workers=2)
     chex.assert_trees_all_equal(next(iterator), next(train_iterator(source, batch_size=4, seed=0)))
     assert multiprocessing.active_children() == []
 
 
 def ends(process):
-    """Whether a process that is not ours is gone, or nothing but its number is left, within some
-    seconds."""
+    """Whether a process that is not a child ends, or becomes a zombie, within some seconds."""
     for _ in range(100):
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -340,7 +337,7 @@ SENT = [
 
 
 @pytest.mark.parametrize("sent", SENT)
-def test_others_take_the_place_of_workers_that_fail_with_the_same_order(directory, sent):
+def test_workers_are_restarted_in_order(directory, sent):
     undisturbed = take(12, train_iterator(open_prepared(directory), batch_size=4, seed=9))
     batches = train_iterator(
         open_prepared(directory), batch_size=4, seed=9, workers=2, worker_timeout=10.0
@@ -353,13 +350,14 @@ def test_others_take_the_place_of_workers_that_fail_with_the_same_order(director
     chex.assert_trees_all_equal(seen, undisturbed)
 
 
-def test_workers_that_fail_twice_end_with_an_error(directory):
+def test_workers_that_fail_twice_raise(directory):
     batches = train_iterator(
         open_prepared(directory), batch_size=4, seed=9, workers=1, worker_timeout=0.01
     )  # less than a start
     with pytest.raises(
         InputError,
-        match="config.data.workers=1 have failed twice .*no batch in 0.01 s.*worker_timeout",
+        match="config.data.workers=1: the workers failed twice .*no batch in 0.01 s.*"
+        "worker_timeout",
     ):
         next(batches)
     assert all(ends(process.pid) for process in workers_of_this())

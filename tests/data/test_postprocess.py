@@ -9,7 +9,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def images(batch=3, channels=3):
-    """Smooth and coloured, of levels from 0 to 255, no two alike."""
+    """Smooth coloured images of levels from 0 to 255, all different."""
     ramp = np.linspace(0, 1, 16 * 12 * channels).reshape(16, 12, channels)
     return np.stack([np.uint8(np.round(255 * ramp ** (k + 1))) for k in range(batch)])
 
@@ -18,13 +18,13 @@ def blended(x, towards, factor):
     return np.clip(towards + factor * (x - towards), 0, 255)
 
 
-def test_none_returns_the_images_themselves():
+def test_none_is_the_identity():
     x = images()
     assert postprocess(x, "none") is x
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_imagenets_is_brightness_alone(channels):
+def test_imagenet_changes_brightness_only(channels):
     x = images(channels=channels)
     out = postprocess(x, "rdm_imagenet")
     assert out.shape == x.shape and out.dtype == np.uint8
@@ -33,7 +33,7 @@ def test_imagenets_is_brightness_alone(channels):
     assert (out[x > 241] == 255).all() and (out > x).any()
 
 
-def test_celebahqs_is_contrast_then_brightness_then_colour():
+def test_celebahq_changes_contrast_brightness_colour():
     x = images()
     out = postprocess(x, "rdm_celebahq")
     for image, result in zip(x, out, strict=True):
@@ -49,7 +49,7 @@ def test_celebahqs_is_contrast_then_brightness_then_colour():
         )  # three roundings and the mean's
 
 
-def test_the_order_matters():
+def test_order_of_steps_matters():
     x = images()
     other = []
     for image in x:
@@ -61,7 +61,7 @@ def test_the_order_matters():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_grey_images_are_treated_as_coloured_ones_without_colour(preset):
+def test_grey_images_equal_grey_rgb_images(preset):
     grey = images(channels=1)
     out = postprocess(grey, preset)
     assert out.shape == grey.shape and out.dtype == np.uint8
@@ -71,7 +71,7 @@ def test_grey_images_are_treated_as_coloured_ones_without_colour(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_an_image_does_not_depend_on_its_batch_and_is_not_changed_in_place(preset):
+def test_images_are_independent_and_not_modified(preset):
     x = images()
     kept = x.copy()
     together = postprocess(x, preset)
@@ -79,6 +79,6 @@ def test_an_image_does_not_depend_on_its_batch_and_is_not_changed_in_place(prese
     np.testing.assert_array_equal(x, kept)
 
 
-def test_unknown_presets_are_refused():
+def test_unknown_presets_raise():
     with pytest.raises(KeyError, match="sharp"):
         postprocess(images(), "sharp")

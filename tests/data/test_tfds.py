@@ -18,7 +18,7 @@ FORM = ImageSpec(5, 4)
 
 
 class RelayTestShapes(tfds.core.GeneratorBasedBuilder):
-    """Seven images; of the split 'test' one has no label."""
+    """Seven images; one of the split 'test' has no label."""
 
     VERSION = tfds.core.Version("1.0.0")
     folder = None
@@ -46,7 +46,7 @@ class RelayTestShapes(tfds.core.GeneratorBasedBuilder):
 
 
 class RelayTestWords(RelayTestShapes):
-    """No images."""
+    """A data set without images."""
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -64,7 +64,7 @@ def data_dir(tmp_path, monkeypatch):
     monkeypatch.setattr(RelayTestShapes, "folder", tmp_path)
 
 
-def test_a_data_set_is_prepared_by_its_name_and_read(tmp_path, capfd):
+def test_data_set_is_prepared_by_name(tmp_path, capfd):
     source = open_source("tfds:relay_test_shapes")
     assert source.class_names == ("ant", "bee", "cow")
     assert capfd.readouterr().out == ""
@@ -82,18 +82,18 @@ def test_a_data_set_is_prepared_by_its_name_and_read(tmp_path, capfd):
     assert "tensorflow" not in sys.modules
 
 
-def test_splits_can_be_named_and_joined(tmp_path):
+def test_splits_can_be_joined(tmp_path):
     source = open_source("tfds:relay_test_shapes:train+test")
     np.testing.assert_array_equal(source.read(6, FORM), PIXELS[6])
     with pytest.raises(InputError, match="'train' or 'test'"):
         open_source("tfds:relay_test_shapes:validation")
 
 
-def test_an_image_without_its_label_is_refused_or_left_out(tmp_path):
+def test_images_without_label_are_refused_or_skipped(tmp_path):
     source = open_source("tfds:relay_test_shapes:test")
-    with pytest.raises(BadImage, match="class number -1"):
+    with pytest.raises(BadImage, match="class index -1"):
         source.label(1)
-    with pytest.raises(InputError, match="class number -1"):
+    with pytest.raises(InputError, match="class index -1"):
         prepare("tfds:relay_test_shapes:test", tmp_path / "set", FORM)
     assert (
         len(
@@ -111,12 +111,12 @@ def test_an_image_without_its_label_is_refused_or_left_out(tmp_path):
     )
 
 
-def test_a_data_set_that_is_not_known_is_refused():
-    with pytest.raises(InputError, match="knows no data set 'relay_test_nothing'"):
+def test_unknown_data_set_is_refused():
+    with pytest.raises(InputError, match="has no data set 'relay_test_nothing'"):
         open_source("tfds:relay_test_nothing")
 
 
-def test_a_data_set_without_images_is_refused():
+def test_data_set_without_images_is_refused():
     with pytest.raises(InputError, match="no feature 'image' but text"):
         open_source("tfds:relay_test_words")
 
@@ -129,7 +129,7 @@ def test_a_data_set_without_images_is_refused():
         ConnectionError("no network"),
     ],
 )
-def test_what_the_library_cannot_do_says_what_would_do(monkeypatch, error):
+def test_library_errors_name_the_remedy(monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 

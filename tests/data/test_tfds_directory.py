@@ -1,5 +1,4 @@
-"""Data sets that a stranger may have made: what their files name is not imported, and not looked
-for elsewhere."""
+"""Untrusted data sets: nothing that they name is imported or read elsewhere."""
 
 import json
 import sys
@@ -28,7 +27,7 @@ def change(path, function):
 
 @pytest.fixture
 def canary(tmp_path, monkeypatch):
-    """A module in the way of an import, as the current folder is; it says so when it is run."""
+    """A module that an import would find; it prints when it is run."""
     (tmp_path / "canary_module.py").write_text(
         f"open({str(tmp_path / 'executed')!r}, 'w')\nraise ImportError"
     )
@@ -54,14 +53,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("form", HOSTILE)
-def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
+def test_foreign_features_are_not_imported(prepared, canary, form):
     change(
         prepared / "features.json",
         lambda features: HOSTILE[form] if "within" in form else features | HOSTILE[form],
     )
-    with pytest.raises(
-        InputError, match="features.json wants 'canary_module.Image' to be imported"
-    ):
+    with pytest.raises(InputError, match="features.json asks to import 'canary_module.Image'"):
         open_prepared(prepared)
     assert not canary.exists()
     with pytest.raises(ValueError):
@@ -69,7 +66,7 @@ def test_a_feature_of_another_module_is_not_imported(prepared, canary, form):
     assert canary.exists()
 
 
-def test_files_elsewhere_are_not_read(prepared):
+def test_files_elsewhere_are_refused(prepared):
     def elsewhere(info):
         info["splits"][0]["filepathTemplate"] = (
             "../images/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
@@ -78,12 +75,12 @@ def test_files_elsewhere_are_not_read(prepared):
 
     change(prepared / "dataset_info.json", elsewhere)
     with pytest.raises(
-        InputError, match="dataset_info.json names .*images.*; files beside it would do"
+        InputError, match="dataset_info.json names .*images.*files are in its own directory"
     ):
         open_prepared(prepared)
 
 
-def test_a_file_that_is_gone_is_named(prepared):
+def test_missing_files_are_named(prepared):
     def renamed(manifest):
         manifest["shards"][0]["file"] = "another"
         return manifest
@@ -91,7 +88,7 @@ def test_a_file_that_is_gone_is_named(prepared):
     change(prepared / MANIFEST, renamed)
     with pytest.raises(
         InputError,
-        match="another is missing; deleting the directory and preparing it again would do",
+        match="another is missing. Delete the directory and prepare it again",
     ):
         open_prepared(prepared)
 
@@ -101,11 +98,11 @@ WRONG = [*(("file", name) for name in NO_NAMES), ("bytes", "7"), ("sha256", 7)]
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)
-def test_manifests_are_looked_at(prepared, field, value):
+def test_manifest_entries_are_checked(prepared, field, value):
     def hostile(manifest):
         manifest["shards"][0][field] = value
         return manifest
 
     change(prepared / MANIFEST, hostile)
-    with pytest.raises(InputError, match="no prepared data"):
+    with pytest.raises(InputError, match="not a prepared data set"):
         open_prepared(prepared)

@@ -1,5 +1,4 @@
-"""A source that has changed since it was prepared: compared and prepared again where that is asked
-for."""
+"""Updates: a source that has changed since its preparation."""
 
 import json
 import os
@@ -19,8 +18,7 @@ from tests.support.small_folder import FORM, files
 
 @pytest.fixture
 def again(folder, tmp_path, caplog, monkeypatch):
-    """A function that compares the fixture's folder with what was prepared of it, and gives what
-    the log says."""
+    """Returns a function that updates the set of the fixture's folder, and returns the log."""
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     caplog.set_level("INFO")
     prepare(f"folder:{folder}", tmp_path / "set", FORM)
@@ -33,14 +31,14 @@ def again(folder, tmp_path, caplog, monkeypatch):
     return compare
 
 
-def test_a_source_that_has_not_changed_is_left_alone(tmp_path, again):
+def test_update_keeps_an_unchanged_set(tmp_path, again):
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()}
     assert "nothing has changed" in again()
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "set").iterdir()} == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 
-def test_without_being_asked_for_it_is_not_compared_and_the_log_says_how(folder, tmp_path, again):
+def test_source_is_compared_on_request_only(folder, tmp_path, again):
     (folder / "cat/0.png").unlink()
     assert (
         "--mode=prepare --update" in again(update=False)
@@ -48,7 +46,7 @@ def test_without_being_asked_for_it_is_not_compared_and_the_log_says_how(folder,
     )
 
 
-def test_what_was_added_removed_or_changed_is_named_and_prepared(folder, tmp_path, again):
+def test_update_logs_and_prepares_changes(folder, tmp_path, again):
     identity = open_prepared(tmp_path / "set").identity
     Image.new("RGB", (6, 8), (1, 2, 3)).save(folder / "dog" / "9.png")
     Image.new("RGB", (6, 8), (4, 5, 6)).save(folder / "cat" / "1.png")
@@ -70,17 +68,20 @@ def test_what_was_added_removed_or_changed_is_named_and_prepared(folder, tmp_pat
     assert "nothing has changed" in again()
 
 
-def test_what_changes_while_it_is_prepared_is_noticed_afterwards(folder, tmp_path, again):
-    """The image is read first, and changes after that."""
+def test_update_notices_changes_during_preparation(folder, tmp_path, again):
+    """The image is read first, and changes afterwards."""
     (folder / "dog" / "9.png").write_bytes((folder / "dog" / "0.png").read_bytes())
-    changed = lambda: Image.new("RGB", (6, 8), (4, 5, 6)).save(folder / "cat" / "0.png")  # noqa: E731
-    again(check_stop=changed)
+
+    def change():
+        Image.new("RGB", (6, 8), (4, 5, 6)).save(folder / "cat" / "0.png")
+
+    again(check_stop=change)
     assert open_prepared(tmp_path / "set")[0]["image"][0, 0].tolist() != [4, 5, 6]
     assert "1 changed (cat/0.png)" in again()
     assert open_prepared(tmp_path / "set")[0]["image"][0, 0].tolist() == [4, 5, 6]
 
 
-def test_other_labels_for_the_same_files_are_noticed(folder, tmp_path, again):
+def test_update_notices_labels(folder, tmp_path, again):
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png"))
     labels = [[name, "dog" if name == "cat/0.png" else name[:3]] for name in names]
     (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
@@ -96,7 +97,7 @@ def test_other_labels_for_the_same_files_are_noticed(folder, tmp_path, again):
     ]
 
 
-def test_the_former_set_stays_until_the_new_one_is_complete(folder, tmp_path, again):
+def test_update_keeps_the_former_set_until_complete(folder, tmp_path, again):
     before = files(tmp_path / "set")
     (folder / "cat" / "1.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="cat/1.png"):
@@ -104,15 +105,15 @@ def test_the_former_set_stays_until_the_new_one_is_complete(folder, tmp_path, ag
     assert files(tmp_path / "set") == before
 
 
-def test_an_interrupted_update_stays_and_goes_on(folder, tmp_path, again, monkeypatch):
+def test_update_resumes(folder, tmp_path, again, monkeypatch):
     monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
     Image.new("RGB", (6, 8), (1, 2, 3)).save(folder / "dog" / "9.png")
     with pytest.raises(KeyboardInterrupt):
         again(check_stop=mock.Mock(side_effect=[None, KeyboardInterrupt]))
     said = again(update=False)
     assert (
-        f"an update of {tmp_path}/set was interrupted; --update goes on with the 2 files finished in"
-        in said
+        f"an update of {tmp_path}/set was interrupted; "
+        "--update resumes with the 2 files finished in" in said
     )
     assert len(open_prepared(tmp_path / "set")) == 7
     reads, load = [], readers.Folder.load
@@ -127,7 +128,7 @@ def test_an_interrupted_update_stays_and_goes_on(folder, tmp_path, again, monkey
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "set"]
 
 
-def test_a_kill_between_two_renames_is_mended(folder, tmp_path, again, monkeypatch):
+def test_update_repairs_a_kill_between_renames(folder, tmp_path, again, monkeypatch):
     before = files(tmp_path / "set")
     (folder / "cat" / "0.png").unlink()
     rename = os.rename
@@ -148,12 +149,12 @@ def test_a_kill_between_two_renames_is_mended(folder, tmp_path, again, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["missing", "damaged"])
-def test_a_set_of_an_older_version_is_compared_by_names(folder, tmp_path, again, damage):
+def test_update_compares_older_versions_by_names(folder, tmp_path, again, damage):
     if damage == "missing":
         (tmp_path / "set" / "source.npz").unlink()
     else:
         (tmp_path / "set" / "source.npz").write_bytes(b"PK\3\4")
-    assert "names of images alone" in again() and "nothing has changed" in again()
+    assert "names of images only" in again() and "nothing has changed" in again()
     (folder / "cat" / "0.png").rename(folder / "cat" / "00.png")
     assert "1 added (cat/00.png), 1 removed (cat/0.png)" in again()
-    assert "names of images alone" not in again()
+    assert "names of images only" not in again()

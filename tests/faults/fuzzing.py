@@ -30,7 +30,8 @@ from rdm_jax.runtime.npz import Npz
 from rdm_jax.training import metric_writer
 from tests.support.configs import tiny_config, write_images
 from tests.support.evaluations import write_evaluation
-from tests.support.torch_standins import dump_legacy, state_dict, write_pkl, write_pt
+from tests.support.published_files import write_pkl, write_pt
+from tests.support.torch_standins import dump_legacy, state_dict
 
 SPACE = FeatureSpace("classifier", "digest", {"features": 4}, None, lambda params, images: images)
 CLASSIFIER = {"dense": {"bias": np.ones(3, np.float32), "kernel": np.ones((2, 3), np.float32)}}

@@ -1,4 +1,4 @@
-"""Files that are no published ones, or are damaged or hostile: all are refused by name."""
+"""Files that are not published ones, or are damaged or hostile, are refused."""
 
 import os
 import zipfile
@@ -8,17 +8,9 @@ import pytest
 
 from rdm_jax.interop.torch_files import open_torch
 from rdm_jax.runtime.errors import InputError
+from tests.support.published_files import FOUR, SETTINGS, WRITERS, write_pkl, write_pt
 from tests.support.refusals import of_changed, refuse
-from tests.support.torch_standins import (
-    FOUR,
-    SETTINGS,
-    WRITERS,
-    Storage,
-    dump_pkl,
-    legacy_header,
-    write_pkl,
-    write_pt,
-)
+from tests.support.torch_standins import Storage, dump_pkl, legacy_header
 
 FORMATS = pytest.mark.parametrize("kind", ["pkl", "pt"])
 
@@ -27,7 +19,7 @@ def test_other_files(tmp_path):
     refuse(tmp_path / "missing", "No such file")
     refuse(tmp_path, "a directory")
     os.mkfifo(tmp_path / "pipe")
-    refuse(tmp_path / "pipe", "it is no file")
+    refuse(tmp_path / "pipe", "it is not a plain file")
     for content in (
         b"",
         b"\x80",
@@ -43,7 +35,7 @@ def test_other_files(tmp_path):
     np.savez(tmp_path / "a.npz", a=FOUR)
     refuse(tmp_path / "a.npz", "0 members '*/data.pkl'")
     (tmp_path / "old.pt").write_bytes(legacy_header(Storage(FOUR)) + FOUR.tobytes())
-    refuse(tmp_path / "old.pt", "it holds a storage of numbers and no dict of networks")
+    refuse(tmp_path / "old.pt", "it holds a storage of numbers instead of a dict of networks")
     for objects in ([], {}, {"net": 1}):
         dump_pkl(tmp_path / "a", objects)
         refuse(tmp_path / "a")
@@ -51,7 +43,7 @@ def test_other_files(tmp_path):
     refuse(tmp_path / "a", "it has no 'ema'")
 
 
-def test_errors_inside_are_the_callers_own(tmp_path):
+def test_caller_errors_are_passed_on(tmp_path):
     write_pkl(tmp_path / "a", "A", {}, {"m.w": FOUR})
     with pytest.raises(KeyError), open_torch(tmp_path / "a") as original:
         original.tensors["other"]
@@ -59,8 +51,7 @@ def test_errors_inside_are_the_callers_own(tmp_path):
 
 @pytest.fixture
 def archive(tmp_path):
-    """(members of a good training state by name, a function that asserts what is said of
-    others)."""
+    """(members of a good training state by name, a function that asserts a refusal of others)."""
     write_pt(tmp_path / "good.pt", "EDMPrecond", SETTINGS, {"model.w": FOUR, "model.b": FOUR})
     with zipfile.ZipFile(tmp_path / "good.pt") as good:
         members = {name: good.read(name) for name in good.namelist()}
@@ -106,7 +97,7 @@ def test_zip_files(archive, tmp_path):
     check((members | {"archive/data.pkl": b""}).items(), "ends early")
 
 
-def test_lies_in_the_zip_directory(archive, tmp_path):
+def test_inconsistent_zip_directory(archive, tmp_path):
     members, check = archive
 
     def edit(name, **fields):
@@ -129,7 +120,7 @@ def test_lies_in_the_zip_directory(archive, tmp_path):
     check(members.items(), "overlap", change=edit("archive/data/0", header_offset=0))
     check(members.items(), "no header", change=edit("archive/version", header_offset=10**9))
 
-    # One member's local record inside another's data, each of them whole.
+    # One member's local record inside another's data, both of them complete.
     with zipfile.ZipFile(tmp_path / "good.pt") as good:
         start, end = (good.getinfo(f"archive/data/{n}").header_offset for n in (1, 2))
     record = (tmp_path / "good.pt").read_bytes()[start:end]
@@ -152,7 +143,7 @@ def test_checksums(tmp_path):
 
 
 @FORMATS
-def test_a_file_that_shrinks(kind, tmp_path):
+def test_shrinking_file(kind, tmp_path):
     WRITERS[kind](tmp_path / "a", "EDMPrecond", {}, {"model.w": np.zeros(100_000, np.float32)})
     with open_torch(tmp_path / "a") as original:
         os.truncate(tmp_path / "a", 100_000)
@@ -181,11 +172,10 @@ def test_truncation(kind, tmp_path):
 
 @FORMATS
 def test_flipped_bytes(kind, tmp_path):
-    """A zip file has checksums, so what is read is right; a snapshot has none, so it is no more
-    than is there."""
+    """A zip file has checksums: what is read is right. A snapshot has none: it is not larger."""
     WRITERS[kind](tmp_path / "a", "EDMPrecond", SETTINGS, SMALL)
     size, random = (tmp_path / "a").stat().st_size, np.random.default_rng(1)
-    # Mostly in what is not numbers, at both ends.
+    # Mostly in metadata, at both ends.
     places = [
         *random.integers(0, 3000, 80),
         *random.integers(size - 3000, size, 80),

@@ -1,4 +1,4 @@
-"""Published stages of other sizes than the config's, imported one after the other."""
+"""Imports of published stages with other resolutions than the config's."""
 
 import dataclasses
 
@@ -10,13 +10,12 @@ from rdm_jax.diffusion.processes import Relay
 from rdm_jax.interop.import_export import fit_resolutions
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
+from tests.support.published_files import write_pkl
 from tests.support.torch_stages import CLASSES, config_for, settings_for, tensors_of, values_of
-from tests.support.torch_standins import write_pkl
 
 
 def import_stage(folder, config: Config, number: int, size: int) -> Config:
-    """Imports a file of a stage of that size into folder/run, with the config as it is, and returns
-    what is saved."""
+    """Imports a file of a stage of that size into folder/run; returns the saved config."""
     stage = dataclasses.replace(config.stages[number - 1], resolution=(size, size))
     write_pkl(folder / "x.pkl", *settings_for(stage), tensors_of(stage, CLASSES, 0))
     run(
@@ -30,7 +29,7 @@ def import_stage(folder, config: Config, number: int, size: int) -> Config:
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)])
-def test_two_stages_are_imported_in_any_order(tmp_path, order):
+def test_import_in_any_order(tmp_path, order):
     """The config has 4x4 -> 8x8, the files have 8x8 -> 16x16."""
     config = config_for(tmp_path)
     for number in order:
@@ -38,7 +37,7 @@ def test_two_stages_are_imported_in_any_order(tmp_path, order):
         assert [stage.resolution for stage in saved.stages] == [(8, 8), (16, 16)]
 
 
-def test_a_stage_that_does_not_fit_the_one_imported_before_is_refused(tmp_path):
+def test_import_refuses_a_stage_of_another_size(tmp_path):
     config = config_for(tmp_path)
     import_stage(tmp_path, config, 1, 4)
     with pytest.raises(InputError, match=r"config.stage2.resolution=\(16, 16\).*8, 8"):
@@ -55,14 +54,13 @@ def test_a_stage_that_does_not_fit_the_one_imported_before_is_refused(tmp_path):
         (2, [1, 3], [99, 8, 99]),
     ],
 )
-def test_resolutions_that_go_with_one_stages(number, kept, sizes):
-    """Factors 2 and 4; the stage that is imported has 8x8, the others have 99x99, which go with
-    nothing."""
-    stages = (
+def test_fit_resolutions(number, kept, sizes):
+    """Factors 2 and 4; the imported stage has 8x8, the others 99x99, which match nothing."""
+    stages = [
         Stage((99, 99)),
         Stage((99, 99), process=Relay(patch=2)),
         Stage((99, 99), process=Relay(patch=4)),
-    )
-    config = Config(stages=stages).with_stage(number, resolution=(8, 8))
+    ]
+    config = Config(stages=tuple(stages)).with_stage(number, resolution=(8, 8))
     fitted = fit_resolutions(config, number, kept)
     assert [stage.resolution for stage in fitted.stages] == [(size, size) for size in sizes]

@@ -1,5 +1,4 @@
-"""State_dicts are read to the last bit in both of torch's formats; anything else is refused by name
-and runs nothing."""
+"""State dicts in both of torch's formats: exact tensors; anything else is refused."""
 
 import os
 import pickle
@@ -13,11 +12,10 @@ import pytest
 from rdm_jax.interop import torch_files
 from rdm_jax.interop.torch_files import open_state_dict
 from rdm_jax.runtime.errors import InputError
-from tests.interop.test_inert_pickle import DANGEROUS, HOSTILE, IDS, named, text
-from tests.interop.test_torch_files import VIEWS
+from tests.support.hostile_pickles import DANGEROUS, HOSTILE, IDS, VIEWS, named, text
+from tests.support.published_files import FOUR, write_pkl
 from tests.support.refusals import of_changed, peak_of
 from tests.support.torch_standins import (
-    FOUR,
     Call,
     Named,
     Storage,
@@ -26,7 +24,6 @@ from tests.support.torch_standins import (
     dump_pt,
     legacy_header,
     state_dict,
-    write_pkl,
 )
 
 DUMPS = {"zip": dump_pt, "legacy": dump_legacy}
@@ -39,15 +36,16 @@ def read(path):
 
 
 def refuse(path, *words):
-    """Asserts that the file is refused in one sentence which has these words in it."""
+    """Asserts that the file is refused by an error with a remedy, which has these words in it."""
     with pytest.raises(InputError) as caught, open_state_dict(path):
         pass
     message = str(caught.value)
     assert message.startswith(f"{path} cannot be used (")
-    assert message.endswith("); a state_dict as torch.save writes it would do.")
+    assert caught.value.problem.endswith(")")
+    assert caught.value.fix == "Use a state_dict as torch.save writes it."
     assert "\n" not in message
     assert len(message) < 700
-    assert "TypeCheckError" not in message  # which only the tests have
+    assert "TypeCheckError" not in message  # types are only checked in tests
     for word in words:
         assert word in message, message
 
@@ -61,7 +59,7 @@ def example(dtype=np.float32) -> dict[str, np.ndarray]:
     return tensors | {"bn.scale": np.asarray(2.5, dtype), "bn.num_batches_tracked": np.asarray(7)}
 
 
-# What is read.
+# Files that are read.
 
 
 @FORMATS
@@ -83,7 +81,7 @@ def test_round_trip(kind, dtype, tmp_path):
 
 
 @FORMATS
-def test_tensors_may_share_numbers(kind, tmp_path):
+def test_shared_tensors(kind, tmp_path):
     storage = Storage(np.arange(10, dtype=np.float32))
     state = {
         "all": View(storage, 0, (2, 5), (5, 1)),
@@ -94,7 +92,7 @@ def test_tensors_may_share_numbers(kind, tmp_path):
     DUMPS[kind](tmp_path / "a", state)
     found = read(tmp_path / "a")
     assert found["part"].tolist() == found["tied"].tolist() == [1, 5]
-    # Not so many that a small file would fill the memory.
+    # But not so many that a small file fills the memory.
     state |= {f"copy{i}": View(storage, 0, (10,), (1,)) for i in range(1_000)}
     DUMPS[kind](tmp_path / "a", state)
     with open_state_dict(tmp_path / "a"):
@@ -117,7 +115,7 @@ def test_tensors_stay_in_the_file(kind, tmp_path):
         small.read()
 
 
-# What is no state_dict.
+# Objects that are not state dicts.
 
 
 @FORMATS
@@ -137,7 +135,7 @@ def test_other_objects(kind, tmp_path, monkeypatch):
         refuse(tmp_path / "a", words)
     monkeypatch.setattr(torch_files, "MAX_PARTS", 10)
     DUMPS[kind](tmp_path / "a", {str(i): View.of(FOUR) for i in range(11)})
-    refuse(tmp_path / "a", "no dict of up to 10 tensors")
+    refuse(tmp_path / "a", "not a dict of up to 10 tensors")
 
 
 @FORMATS
@@ -149,7 +147,7 @@ def test_views(kind, what, tmp_path):
 
 
 def refuse_everywhere(tmp_path, body: bytes, *words):
-    """As the pickle of a zip file, and as each of the five of the format before it."""
+    """As the pickle of a zip file, and as each of the five of the format before zip."""
     pickled = b"\x80\x02" + body + b"."
     dump_pt(tmp_path / "a", {}, pickled=pickled)
     refuse(tmp_path / "a", *words)
@@ -179,7 +177,7 @@ def test_persistent_ids(what, tmp_path):
 
 
 @FORMATS
-def test_an_object_beside_the_tensors(kind, canary, tmp_path):
+def test_foreign_objects(kind, canary, tmp_path):
     runs = Call(Named("os", "system"), (f"touch {canary}",))
     DUMPS[kind](tmp_path / "a", {"weight": View.of(FOUR), "more": runs})
     refuse(tmp_path / "a", "it names 'os.system'")
@@ -189,7 +187,7 @@ def test_an_object_beside_the_tensors(kind, canary, tmp_path):
     refuse(tmp_path / "a", "it names 'os.system'")
 
 
-def test_what_stands_beside_the_items(tmp_path):
+def test_attributes_beside_items(tmp_path):
     for more, words in (
         ({"_metadata": {}, "__class__": "a"}, "the state of a dict"),
         ({"__dict__": {}}, "the state of a dict"),
@@ -206,10 +204,10 @@ def test_what_stands_beside_the_items(tmp_path):
     refuse_everywhere(tmp_path, b"}b", "it is damaged: IndexError")
 
 
-# Files.
+# Damaged files.
 
 
-def test_lies_of_the_format_before_zip(tmp_path):
+def test_inconsistent_format_before_zip(tmp_path):
     state = {
         "a": View(Storage(FOUR, key="1"), 0, (4,), (1,)),
         "b": View(Storage(FOUR, key="2"), 0, (4,), (1,)),
@@ -262,7 +260,7 @@ def test_lies_of_the_format_before_zip(tmp_path):
         refuse(tmp_path / "a", words)
 
 
-def test_lies_of_zip_files(tmp_path):
+def test_inconsistent_zip_files(tmp_path):
     dump_pt(tmp_path / "good", state_dict({"a": FOUR}))
     with zipfile.ZipFile(tmp_path / "good") as good:
         members = {name: good.read(name) for name in good.namelist()}
@@ -282,7 +280,7 @@ def test_other_files(tmp_path):
     refuse(tmp_path / "missing", "No such file")
     refuse(tmp_path, "a directory")
     os.mkfifo(tmp_path / "pipe")
-    refuse(tmp_path / "pipe", "it is no file")
+    refuse(tmp_path / "pipe", "it is not a plain file")
     for content in (b"", b"\x80", b"PK\x03\x04", b"\x93NUMPY", b"cos\nsystem\n.", b"\0" * 1000):
         (tmp_path / "a").write_bytes(content)
         refuse(tmp_path / "a")
@@ -310,8 +308,7 @@ def test_truncation(kind, tmp_path):
 
 @FORMATS
 def test_flipped_bytes(kind, tmp_path):
-    """A zip file has checksums, so what is read is right; the format before it has none, so it is
-    no more than is there."""
+    """A zip file has checksums: what is read is right. The older format is not larger."""
     state = OrderedDict(
         {"conv.weight": np.arange(20, dtype=np.float32).reshape(4, 5), "conv.bias": FOUR}
     )

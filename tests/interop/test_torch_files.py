@@ -1,4 +1,4 @@
-"""Published files are read to the last bit, and what is written in them is never run."""
+"""Published files: exact tensors and settings; nothing in them is run."""
 
 import pickle
 import struct
@@ -10,12 +10,18 @@ import pytest
 
 from rdm_jax.interop import torch_files
 from rdm_jax.interop.torch_files import open_torch
-from tests.support.refusals import peak_of, refuse, with_tensor
-from tests.support.torch_standins import (
+from tests.support.hostile_pickles import VIEWS
+from tests.support.published_files import (
     DUMPS,
     FOUR,
     SETTINGS,
     WRITERS,
+    network,
+    write_pkl,
+    write_pt,
+)
+from tests.support.refusals import peak_of, refuse, with_tensor
+from tests.support.torch_standins import (
     Bytes,
     Call,
     Module,
@@ -27,10 +33,7 @@ from tests.support.torch_standins import (
     dump_pkl,
     dump_pt,
     legacy_header,
-    network,
     state_of,
-    write_pkl,
-    write_pt,
 )
 
 FORMATS = pytest.mark.parametrize("kind", ["pkl", "pt"])
@@ -58,11 +61,11 @@ def read(path, key="ema"):
         return {name: tensor.read() for name, tensor in original.tensors.items()}
 
 
-# What is read.
+# Files that are read.
 
 
-def test_training_states_of_the_format_before_zip_are_read(tmp_path):
-    """The same as from the zip format; cut anywhere they are refused."""
+def test_training_states_before_zip(tmp_path):
+    """Equal to the zip format; truncated files are refused."""
     tensors = example()
     for name, dump in (("new.pt", dump_pt), ("old.pt", dump_legacy)):
         write_pt(
@@ -84,7 +87,7 @@ def test_training_states_of_the_format_before_zip_are_read(tmp_path):
         (tmp_path / "cut.pt").write_bytes(whole[:length])
         refuse(tmp_path / "cut.pt")
     dump_legacy(tmp_path / "other.pt", [View.of(FOUR)])
-    refuse(tmp_path / "other.pt", "it holds a list and no dict of networks")
+    refuse(tmp_path / "other.pt", "it holds a list instead of a dict of networks")
 
 
 @FORMATS
@@ -141,7 +144,7 @@ def test_other_networks_of_a_training_state(tmp_path):
     write_pt(tmp_path / "a", "EDMPrecond", {}, example(), net=net)
     assert [*read(tmp_path / "a", "net")] == ["model.w"]
     refuse(tmp_path / "a", "'best'", "'ema', 'optimizer_state', 'step', 'net'", key="best")
-    refuse(tmp_path / "a", "its 'step' is an int and no network", key="step")
+    refuse(tmp_path / "a", "its 'step' is an int instead of a network", key="step")
 
 
 @FORMATS
@@ -163,7 +166,7 @@ def test_parts_of_one_storage(kind, tmp_path):
 
 
 @FORMATS
-def test_the_source_is_not_run(kind, canary, tmp_path):
+def test_module_source_is_not_run(kind, canary, tmp_path):
     WRITERS[kind](
         tmp_path / "a",
         "EDMPrecond",
@@ -187,33 +190,7 @@ def test_tensors_stay_in_the_file(kind, tmp_path):
         small.read()
 
 
-# Tensors and storages that are none.
-
-VIEWS = {
-    "beyond the storage": ((0, (5,), (1,)), "beyond its storage of 4"),
-    "offset beyond": ((2, (3,), (1,)), "beyond its storage of 4"),
-    "empty beyond": ((5, (0,), (1,)), "beyond its storage of 4"),
-    "stride beyond": ((0, (2, 2), (1, 3)), "beyond its storage of 4"),
-    "stride 0": ((0, (1_000_000_000,), (0,)), "lie over each other"),
-    "overlapping itself": ((0, (2, 2), (1, 1)), "lie over each other"),
-    "absurd size": ((0, (2**62,), (1,)), "2^40"),
-    "absurd product": ((0, (2**30, 2**30), (2**30, 1)), "2^40"),
-    "absurd and empty": ((0, (2**30, 2**30, 0), (1, 1, 1)), "2^40"),
-    "absurd stride": ((0, (1,), (2**62,)), "2^40"),
-    "huge number": ((0, (2**2000,), (1,)), "2^40"),
-    "negative size": ((0, (-1,), (1,)), "2^40"),
-    "negative stride": ((3, (4,), (-1,)), "2^40"),
-    "negative offset": ((-1, (1,), (1,)), "2^40"),
-    "offset as text": (("0", (1,), (1,)), "not all numbers"),
-    "size as text": ((0, ("4",), (1,)), "not all numbers"),
-    "size as bool": ((0, (True,), (1,)), "not all numbers"),
-    "size as float": ((0, (4.0,), (1,)), "not all numbers"),
-    "offset as None": ((None, (4,), (1,)), "not all numbers"),
-    "size as list": ((0, [4], (1,)), "two tuples"),
-    "size as number": ((0, 4, 1), "two tuples"),
-    "another length": ((0, (2, 2), (1,)), "two tuples"),
-    "many dimensions": ((0, (1,) * 9, (1,) * 9), "two tuples"),
-}
+# Invalid tensors and storages.
 
 
 @FORMATS
@@ -228,7 +205,7 @@ def test_views(kind, what, tmp_path):
 @pytest.mark.parametrize(
     "value", [5, "a", {}, Storage(FOUR), Call(Named("collections", "OrderedDict"), ())]
 )
-def test_no_tensor(kind, value, tmp_path):
+def test_values_that_are_not_tensors(kind, value, tmp_path):
     DUMPS[kind](tmp_path / "a", {"ema": with_tensor(value)})
     refuse(tmp_path / "a", "tensor 'weight' is damaged")
     DUMPS[kind](tmp_path / "a", {"ema": with_tensor(View(5, 0, (1,), (1,)))})
@@ -266,8 +243,8 @@ def test_embedded_storages(tmp_path):
         embedded(
             header.replace(b"little_endian\x71\x02\x88", b"little_endian\x71\x02\x89"), numbers
         ): "little-endian",
-        embedded(header.replace(one_key, two_keys), numbers): "not a single one",
-        embedded(header.replace(one_key, pickle.dumps(["other"], 2)), numbers): "not a single one",
+        embedded(header.replace(one_key, two_keys), numbers): "exactly once",
+        embedded(header.replace(one_key, pickle.dumps(["other"], 2)), numbers): "exactly once",
         embedded(b""): "ends early",
         embedded(b"\x80\x02" + b"N" * 5000): "too much",
         View(Storage(FOUR, numel=5), 0, (5,), (1,)): "16 bytes for 5 numbers",
@@ -277,7 +254,7 @@ def test_embedded_storages(tmp_path):
         refuse(tmp_path / "a", "tensor 'weight' is damaged", words)
 
 
-# Modules and settings that are none.
+# Invalid modules and settings.
 
 
 @FORMATS
@@ -307,7 +284,7 @@ def test_modules(kind, tmp_path):
     deep = ModuleDict(state_of({}, {}, {}))
     for _ in range(40):
         deep = ModuleDict(state_of({}, {}, {"a": deep}))
-    check(outermost({"one": deep}), "more than 32 one in the other")
+    check(outermost({"one": deep}), "more than 32 nested")
     check(outermost({"one": 5}), "'one'", "an int")
     check(outermost({"one": View.of(FOUR)}), "'one'", "a View")
     check(outermost({"a.b": shared}), "'a.b'", "_modules")
@@ -334,7 +311,7 @@ def test_modules(kind, tmp_path):
     twice = state_of({"w": View.of(FOUR)}, {"w": View.of(FOUR)}, {}, _init_args=(), _init_kwargs={})
     check(Module("A", twice), "two tensors 'w'")
     for root in (5, "ema", None, shared, View.of(FOUR), OrderedDict()):
-        check(root, "'ema'", "no network")
+        check(root, "'ema'", "instead of a network")
 
 
 @FORMATS
@@ -357,10 +334,10 @@ def test_settings(kind, tmp_path):
         (Named("torch", "FloatStorage"), "'torch."),
     ):
         check(made({"a": [value]}), words, "among its settings")
-    check(made({"a": {1: 2}}), "other names than strings")
+    check(made({"a": {1: 2}}), "names that are not strings")
     circle = []
     circle.append(circle)
-    check(made({"a": circle}), "one in the other")
+    check(made({"a": circle}), "nested")
     shared = []
     for _ in range(30):
         shared = [shared] * 10

@@ -1,4 +1,4 @@
-"""Sets of tiny images, each known by its red, as a folder, a zip or a tar."""
+"""Sets of tiny images, identified by red, as a folder, a zip or a tar."""
 
 import io
 import tarfile
@@ -18,7 +18,7 @@ def png(value):
 
 
 def pngs(*names):
-    """Images by name, whose red is their place."""
+    """Images by name, whose red is their index."""
     return {name: png(i) for i, name in enumerate(names)}
 
 
@@ -50,7 +50,7 @@ def write_folder(path, members):
 
 
 def values(source):
-    """The red of every image, by which it is known."""
+    """The red of every image, which identifies it."""
     return [int(source.read(i, FORM)[0, 0, 0]) for i in range(len(source))]
 
 

@@ -1,4 +1,4 @@
-"""How a file is refused, and what it may cost."""
+"""Asserts that files are refused, and measures what that costs."""
 
 import tracemalloc
 
@@ -10,22 +10,21 @@ from tests.support.torch_standins import Module, state_of
 
 
 def refuse(path, *named, key="ema"):
-    """Asserts that the file is refused in one sentence which has these words in it."""
+    """Asserts that the file is refused by an error with a remedy, which has these words in it."""
     with pytest.raises(InputError) as caught, open_torch(path, key):
         pass
     message = str(caught.value)
     assert message.startswith(f"{path} cannot be used (")
-    assert message.endswith(" would do.")
+    assert caught.value.fix.startswith("Use ") and caught.value.fix.endswith(".")
     assert "\n" not in message
     assert len(message) < 700 or "only 'key0" in message
-    assert "TypeCheckError" not in message  # which only the tests have
+    assert "TypeCheckError" not in message  # types are only checked in tests
     for words in named:
         assert words in message, message
 
 
 def of_changed(path, places, random, read) -> list:
-    """What is read of a file with the byte at one place changed, for each of the places; None where
-    it is refused."""
+    """What is read of a file after changing one byte, for each place; None where it is refused."""
     content, found = path.read_bytes(), []
     for place in places:
         changed = bytearray(content)

@@ -1,5 +1,4 @@
-"""What the tests of preparing share: the form of the images in the fixture `folder`, and looks at
-files."""
+"""Helpers of the tests of preparation, for the images in the fixture `folder`."""
 
 from rdm_jax.data.images import ImageSpec
 

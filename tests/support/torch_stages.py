@@ -1,5 +1,4 @@
-"""Two stages in small, with every published option, and random weights for them as published files
-have them."""
+"""Two small stages with all published options, and random weights for them."""
 
 import dataclasses
 
@@ -29,7 +28,7 @@ NCSN = Song(
 
 
 def config_for(folder, **sampling) -> Config:
-    """Two stages, 4x4 -> 8x8, with every published option of sampling at a small size."""
+    """Two stages, 4x4 -> 8x8, with every published option of sampling."""
     config = tiny_config(folder / "images", preview_every=0)
     churned = Heun(steps=4, churn=40.0, churn_min=0.05, churn_max=50.0, churn_noise=1.003)
     truncated = RelayHeun(steps=12, rho=100.0, truncation_sigma=0.9, truncation_time=0.93)
@@ -48,7 +47,7 @@ def values_of(config: Config) -> ml_collections.ConfigDict:
 
 
 def tensors_of(stage: Stage, classes: int, seed: int, dtype=np.float32) -> dict[str, np.ndarray]:
-    """Random tensors for a stage, under the original's names and in its layout."""
+    """Random tensors for a stage, with the original's names and layout."""
     rng, tensors = np.random.default_rng(seed), {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(stage.build(3, classes).abstract)[0]:
         name = pytorch_names.original_name(

@@ -1,10 +1,8 @@
-"""Files like the published ones, written without torch: names, calls and bytes as torch 2.13 and
-Python's pickler write them.
+"""Files in the formats of torch 2.13 and Python's pickler, written without torch.
 
-`write_pkl` and `write_pt` write a network from its tensors' full names. For what a good file never
-has there are the parts: `network` (the modules as objects that can be changed), `View` and
-  `Storage` (a tensor that says whatever it is told to), `Named`
-(any global), and `dump_pkl`, `dump_pt` and `dump_legacy` (any objects into one of the formats).
+For what a good file never has there are parts: `View` and `Storage` (a tensor with any claims),
+`Module`, `ModuleDict` and `Named` (any global), and `dump_pkl`, `dump_pt` and `dump_legacy`, which
+write any objects in one of the formats. Files of good networks: `tests.support.published_files`.
 """
 
 import io
@@ -34,20 +32,13 @@ KINDS = {
     "uint8": "ByteStorage",
     "bool": "BoolStorage",
 }
-BUFFERS = ("resample_filter", "freqs", "u", "num_batches_tracked")
-HOOKS = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_state_dict_hooks",
-)
-ADAM = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False}
+HOOKS = ("_backward_pre_hooks", "_backward_hooks", "_forward_hooks", "_forward_pre_hooks")
+HOOKS += ("_state_dict_hooks",)
 
 
 @dataclass(frozen=True)
 class Named:
-    """A global: written by its name, never looked up."""
+    """A global, written by its name and never looked up."""
 
     module: str
     name: str
@@ -58,7 +49,7 @@ class Named:
 
 @dataclass(eq=False)
 class Call:
-    """A call (REDUCE) of whatever, with whatever."""
+    """A call (REDUCE) of anything, with anything."""
 
     function: Any
     arguments: Any
@@ -67,7 +58,7 @@ class Call:
 
 @dataclass(eq=False)
 class Storage:
-    """Numbers in the order of memory; `numel` is what the file says of their number."""
+    """Numbers in memory order; `numel` is their number according to the file."""
 
     array: np.ndarray
     numel: Any = None
@@ -98,8 +89,7 @@ class View:
 
     @classmethod
     def of(cls, array: np.ndarray, parameter: bool = True) -> "View":
-        """A transposed array becomes a transposed tensor; what is no whole array in another order
-        is copied."""
+        """A transposed array becomes a transposed tensor; other strided arrays are copied."""
         order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
         if not array.transpose(order).flags.c_contiguous:
             array, order = np.ascontiguousarray(array), list(range(array.ndim))
@@ -109,7 +99,7 @@ class View:
 
 @dataclass(eq=False)
 class Module:
-    """What torch_utils.persistence writes."""
+    """A module as torch_utils.persistence writes it."""
 
     class_name: Any
     state: Any
@@ -128,7 +118,7 @@ class Module:
 
 @dataclass(eq=False)
 class ModuleDict:
-    """torch's own container."""
+    """torch's container of modules."""
 
     state: Any
 
@@ -145,56 +135,8 @@ def state_of(parameters: dict, buffers: dict, modules: dict, **more) -> dict:
     return state | hooks | {"_modules": modules, "_is_full_backward_hook": None} | more
 
 
-def network(
-    class_name: str, settings: dict, tensors: dict[str, np.ndarray], module_src: str = SOURCE
-) -> Module:
-    """Modules nested as the names say; `enc` and `dec` are torch's ModuleDict, and missing weights
-    and biases are None."""
-    tree: dict = {}
-    for name, array in tensors.items():
-        *path, last = name.split(".")
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = array
-
-    def build(node: dict, name: str, **more) -> Module | ModuleDict:
-        leaves = {key: array for key, array in node.items() if not isinstance(array, dict)}
-        parameters = {key: View.of(array) for key, array in leaves.items() if key not in BUFFERS}
-        buffers = {key: View.of(array, False) for key, array in leaves.items() if key in BUFFERS}
-        if leaves:
-            parameters = {"weight": None, "bias": None} | parameters
-            buffers = {"resample_filter": None} | buffers
-        children = {
-            key: build(child, key) for key, child in node.items() if isinstance(child, dict)
-        }
-        if name in ("enc", "dec"):
-            return ModuleDict(state_of({}, {}, children))
-        # As the original's blocks keep it: numpy's numbers among the settings of modules inside.
-        own = {
-            "_init_args": (8, 8),
-            "_init_kwargs": {
-                "init": {"init_mode": "kaiming_uniform", "init_weight": np.sqrt(1 / 3)}
-            },
-        }
-        title = (
-            settings.get("model_type", "DhariwalUNet")
-            if name == "model"
-            else "UNetBlock"
-            if children
-            else "Conv2d"
-        )
-        return Module(
-            more.pop("title", title),
-            state_of(parameters, buffers, children, **(own | more)),
-            module_src,
-        )
-
-    return build(tree, "", title=class_name, _init_args=(), _init_kwargs=settings)
-
-
 class _Pickler(pickle._Pickler):
-    """Python's pickler for the objects above; how a storage is written, the formats say."""
+    """Python's pickler for the objects above; subclasses write storages."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
@@ -251,7 +193,7 @@ class _Pickler(pickle._Pickler):
     }
 
     def memoize(self, obj: Any):
-        if id(obj) not in self.memo:  # equal Nameds are one object here, as functions are
+        if id(obj) not in self.memo:  # equal names are one object, like functions
             super().memoize(obj)
 
     def save(self, obj: Any, save_persistent_id: bool = True):
@@ -265,14 +207,13 @@ _NAMES: dict[Named, Named] = {}
 
 @dataclass(eq=False)
 class Bytes:
-    """A long byte string in parts, which goes to the file without a copy, outside of frames, as
-    Python's pickler does it."""
+    """A long byte string in parts, written without a copy and outside of frames."""
 
     parts: list
 
 
 class _PicklePickler(_Pickler):
-    """With every storage as bytes in torch's format before zip."""
+    """Writes every storage as bytes in torch's format before zip."""
 
     dispatch = dict(_Pickler.dispatch)
 
@@ -307,7 +248,7 @@ class _PicklePickler(_Pickler):
 
 
 class _ZipPickler(_Pickler):
-    """With every storage as a persistent id, and collected."""
+    """Writes every storage as a persistent id, and collects it."""
 
     def __init__(
         self,
@@ -353,8 +294,7 @@ def legacy_header(storage: Storage) -> bytes:
 
 
 def dump_legacy(path: Path, objects: Any, changed: dict[int, bytes] | None = None) -> None:
-    """Any objects in torch's format before zip; `changed` are bytes in place of some of its five
-    pickles, by number."""
+    """Any objects in torch's format before zip; `changed` replaces some of its five pickles."""
     stream = io.BytesIO()
     pickler = _ZipPickler(stream, view_metadata=(None,))
     pickler.dump(objects)
@@ -371,7 +311,7 @@ def dump_legacy(path: Path, objects: Any, changed: dict[int, bytes] | None = Non
 
 
 def state_dict(tensors: dict[str, np.ndarray]) -> OrderedDict:
-    """What a module's `state_dict()` is."""
+    """The `state_dict()` of a module."""
     state = OrderedDict((name, View.of(array, parameter=False)) for name, array in tensors.items())
     state._metadata = OrderedDict({"": {"version": 1}, "conv": {"version": 2}})
     return state
@@ -384,7 +324,7 @@ def dump_pkl(path: Path, objects: Any, protocol: int = 4) -> None:
 
 
 def dump_pt(path: Path, objects: Any, pickled: bytes | None = None, root: str = "archive") -> None:
-    """Any objects in torch's zip format; `pickled` is written in place of their pickle."""
+    """Any objects in torch's zip format; `pickled` replaces their pickle."""
     stream = io.BytesIO()
     pickler = _ZipPickler(stream)
     pickler.dump(objects)
@@ -396,82 +336,3 @@ def dump_pt(path: Path, objects: Any, pickled: bytes | None = None, root: str = 
             with archive.open(member, "w", force_zip64=storage.array.nbytes > 2**31) as file:
                 file.write(storage.data)
         archive.writestr(f"{root}/version", "3\n")
-
-
-def write_pkl(
-    path: Path,
-    class_name: str,
-    settings: dict,
-    tensors: dict[str, np.ndarray],
-    *,
-    protocol: int = 4,
-    module_src: str = SOURCE,
-    key: str = "ema",
-    **extra,
-) -> None:
-    """A snapshot as EDM's training writes it; `extra` are more entries of its dict."""
-    loss = Module(
-        "EDMLoss",
-        {"P_mean": -1.2, "P_std": 1.2, "sigma_data": 0.5, "_init_args": (), "_init_kwargs": {}},
-        module_src,
-    )
-    objects = {
-        key: network(class_name, settings, tensors, module_src),
-        "loss_fn": loss,
-        "augment_pipe": None,
-    }
-    dump_pkl(
-        path,
-        objects | {"dataset_kwargs": {"path": "data.zip", "use_labels": True}} | extra,
-        protocol,
-    )
-
-
-def write_pt(
-    path: Path,
-    class_name: str,
-    settings: dict,
-    tensors: dict[str, np.ndarray],
-    *,
-    module_src: str = SOURCE,
-    key: str = "ema",
-    dump: Callable[[Path, Any], None] = dump_pt,
-    **extra,
-) -> None:
-    """A training state as RDM's training writes it; `extra` are more entries of its dict, such as
-    `net` (`network`).
-
-    With `dump=dump_legacy` as an old torch, or `_use_new_zipfile_serialization=False`, writes it.
-    """
-    adam = {
-        0: {
-            "step": View.of(np.float32(5), False),
-            "exp_avg": View.of(np.zeros(4, np.float32), False),
-        }
-    }
-    optimizer = {"state": adam, "param_groups": [ADAM | {"params": [0]}]}
-    dump(
-        path,
-        {
-            key: network(class_name, settings, tensors, module_src),
-            "optimizer_state": optimizer,
-            "step": 5,
-        }
-        | extra,
-    )
-
-
-FOUR = np.arange(4, dtype=np.float32)
-SETTINGS = {
-    "img_resolution": 64,
-    "label_dim": 1000,
-    "model_type": "DhariwalUNet",
-    "sigma_max": float("inf"),
-    "sigma_data": np.float64(0.5),
-    "levels": np.int64(-3),
-    "fast": np.bool_(True),
-    "attn_resolutions": [32, 16, 8],
-    "nested": {"a": (1, None, True, 2.5), "b": []},
-}
-WRITERS = {"pkl": write_pkl, "pt": write_pt}
-DUMPS = {"pkl": dump_pkl, "pt": dump_pt}
