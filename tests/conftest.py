@@ -18,6 +18,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# It defines flags, which `flagsaver` would remove if a command imported it at its first use.
+import array_record.python.array_record_data_source  # noqa: F401
 import jax
 import pytest
 from absl.testing import flagsaver

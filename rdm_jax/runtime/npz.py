@@ -3,7 +3,7 @@
 import hashlib
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -103,7 +103,8 @@ class Npz:
             raise ValueError("it ends before its last number")
         return data
 
-    def _header(self, member: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]:
+    # `Any`: zipfile's members are `IO[bytes]` for a type checker, and not at run time.
+    def _header(self, member: Any, size: int) -> tuple[tuple[int, ...], np.dtype]:
         version = np.lib.format.read_magic(member)
         if version not in HEADER_READERS:
             raise ValueError(f"version {version} of NumPy's format is not known")

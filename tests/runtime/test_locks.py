@@ -127,9 +127,7 @@ def test_owner_file_is_touched_regularly(tmp_path, no_flock):
         assert (tmp_path / "lock.owner").stat().st_mtime > 0
 
 
-def test_run_goes_on_without_flock_and_refuses_a_second_one(
-    image_folder, tmp_path, no_flock, caplog
-):
+def test_run_locks_its_workdir_without_flock(image_folder, tmp_path, no_flock, caplog):
     config = tiny_config(image_folder).to_config_dict()
     run(config, str(tmp_path / "run"), mode="prepare")
     assert "does not support flock" in caplog.text and not (tmp_path / "run/.lock.owner").exists()
