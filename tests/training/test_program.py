@@ -291,6 +291,7 @@ def compiling():
     compilation_cache.reset_cache()
 
 
+@pytest.mark.second
 def test_gradients_are_summed_in_the_dtype_of_the_computation(tmp_path, compiling):
     """As the partitioner leaves the program: CPU's compiler makes float32 of it all afterwards,
     those of accelerators do not."""
