@@ -252,6 +252,7 @@ def test_sharded_parameters_are_fetched_once(how):
     assert gradients <= told["all-reduce"] <= gradients + 4 * (len(params) + 2)
 
 
+@pytest.mark.second
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     state, metrics = trained(compiled(dtype="bfloat16"), steps=2)
     assert {
