@@ -85,6 +85,7 @@ def test_golden_run_is_known_and_resumed(golden, caplog):
     assert json.loads((golden / "run/config.json").read_text())["version"] == VERSION
 
 
+@pytest.mark.second
 def test_golden_run_is_sampled_evaluated_and_exported(golden):
     again(mode="sample", sampling__name="again")
     ours, theirs = (np.load(golden / "run" / name / "samples.npz") for name in ("again", "samples"))

@@ -117,7 +117,7 @@ def test_16_from_outside(image_folder, tmp_path, fault, kind):
     fault(16, 1, f"{kind}: refused by its name, nothing executed, in bounded time and memory")
 
 
-def test_the_canary_sings(tmp_path):
+def test_canary_is_made_by_pickle(tmp_path):
     """Python's own reader would have made it."""
     pickle.loads(pickle.dumps(Hostile(tmp_path / "canary"))).close()
     assert (tmp_path / "canary").exists()

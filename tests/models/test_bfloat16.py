@@ -46,6 +46,7 @@ def errors(gradients, exact):
     return found
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("family", ONE_LEVEL)
 def test_gradients_of_a_network_are_near_those_of_float32(family):
     """Sums in bfloat16 over 1,024 pixels were off by 30 % and more; 2 % is some five blocks'

@@ -145,6 +145,7 @@ def test_signal_ends_a_running_validation(tmp_path, monkeypatch, saves):
     assert [number for number, _ in saves] == [2] and saves[0][1] - signalled[0] < 1
 
 
+@pytest.mark.second
 def test_preview_comes_after_a_checkpoint(tmp_path, saves):
     """A sampler may take minutes to compile, during which no signal is obeyed."""
     drawn = []
@@ -156,6 +157,7 @@ def test_preview_comes_after_a_checkpoint(tmp_path, saves):
     assert drawn == [("0000000032", 4), ("0000000064", 8), ("0000000080", 10)]
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("minutes, saved", [(1e-9, list(range(2, 11))), (30.0, [10])])
 def test_checkpoints_by_time(tmp_path, minutes, saved, saves):
     train(tmp_path, config(checkpoint_minutes=minutes))
@@ -195,6 +197,7 @@ def test_resume_refuses_changes_that_are_not_allowed(trained):
         train(trained, values, allow=["dropout", "patch", "network"])
 
 
+@pytest.mark.second
 def test_resume_with_allowed_changes(trained, tmp_path, caplog):
     """80 images in batches of 8, then 80 in batches of 16; each epoch is still complete."""
     directory = copied(trained, tmp_path)

@@ -252,6 +252,7 @@ def test_sharded_parameters_are_fetched_once(how):
     assert gradients <= told["all-reduce"] <= gradients + 4 * (len(params) + 2)
 
 
+@pytest.mark.second
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     state, metrics = trained(compiled(dtype="bfloat16"), steps=2)
     assert {
@@ -291,6 +292,7 @@ def compiling():
     compilation_cache.reset_cache()
 
 
+@pytest.mark.second
 def test_gradients_are_summed_in_the_dtype_of_the_computation(tmp_path, compiling):
     """As the partitioner leaves the program: CPU's compiler makes float32 of it all afterwards,
     those of accelerators do not."""

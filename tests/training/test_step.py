@@ -119,6 +119,7 @@ def test_a_cascade_learns_from_the_image_that_it_is_given():
     assert loss(right) < 0.01 * loss(0.0)
 
 
+@pytest.mark.second
 def test_parts_of_a_batch_lie_on_all_devices():
     step, state = step_and_state()
     whole = step(state, batch())[
@@ -131,7 +132,7 @@ def test_parts_of_a_batch_lie_on_all_devices():
     chex.assert_trees_all_close(compiled(*shared)[1], whole, rtol=2e-5)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.second)])
 def test_parts_of_a_batch_give_the_same_step(accumulate):
     step, state = step_and_state()
     in_parts, _ = step_and_state(accumulate)
@@ -142,6 +143,7 @@ def test_parts_of_a_batch_give_the_same_step(accumulate):
     chex.assert_trees_all_close(whole[0].opt_state[0].mu, parts[0].opt_state[0].mu, atol=1e-6)
 
 
+@pytest.mark.second  # test_program.py has more meshes
 def test_eight_devices_equal_one():
     assert jax.device_count() == 8
     step, state = step_and_state()
