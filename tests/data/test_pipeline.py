@@ -283,6 +283,7 @@ def test_shard_of_another_size_is_refused(copy):
         open_prepared(copy)
 
 
+@pytest.mark.second
 def test_workers_keep_order_across_stops(directory):
     """0 and 2 workers, stopped in both epochs and resumed with the other number of them."""
     images = open_prepared(directory)

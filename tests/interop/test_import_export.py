@@ -72,6 +72,7 @@ def test_import_keeps_every_tensor(imported):
     assert parse(read_saved(folder / "run/config.json")) == config
 
 
+@pytest.mark.second
 def test_imported_weights_are_sampled_without_data(imported, sampled):
     folder, config, _ = imported
     assert sampled["images"].shape == (12, 8, 8, 3) and sampled["stage1"].shape == (12, 4, 4, 3)
@@ -108,6 +109,7 @@ def test_import_keeps_settings_of_the_first_file(imported, tmp_path):
     assert [stage.network.dropout for stage in saved.stages] == pytest.approx([0.2, 0.3])
 
 
+@pytest.mark.second
 def test_sde_sampler_and_postprocessing_are_options(imported, sampled):
     folder, config, _ = imported
     first, second = config.stages
@@ -131,6 +133,7 @@ def test_sde_sampler_and_postprocessing_are_options(imported, sampled):
     )
 
 
+@pytest.mark.second
 def test_stage_2_continues_from_a_folder(imported, sampled):
     """From stage 1's own images, rounded to 8 bits: the samples of the whole relay."""
     folder, config, _ = imported
@@ -235,6 +238,7 @@ def test_export_round_trip(imported, sampled, tmp_path):
     )
 
 
+@pytest.mark.second
 def test_training_resumes_from_imported_weights(imported, tmp_path):
     """Fine-tuning in the workdir of an import, and transfer to other classes by `start_from`.
 
