@@ -1,5 +1,6 @@
 """Eight virtual devices for every test, so that sharding is exercised on any machine."""
 
+import contextlib
 import gc
 import json
 import logging
@@ -76,6 +77,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
 
 
+@contextlib.contextmanager
+def kept_flags():
+    """Gives absl's flags their values back; flags of libraries imported meanwhile stay."""
+    before = flagsaver.save_flag_values()
+    yield
+    after = flagsaver.save_flag_values()
+    flagsaver.restore_flag_values(after | before)
+
+
 @pytest.fixture
 def command_here(capsys, monkeypatch):
     """Runs the command in the test's own process: `command_here(flag, ...)`.
@@ -86,7 +96,7 @@ def command_here(capsys, monkeypatch):
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["main", *arguments])
         capsys.readouterr()
-        with flagsaver.flagsaver(), mock.patch.dict(os.environ):
+        with kept_flags(), mock.patch.dict(os.environ):
             status = main()
         return status, *capsys.readouterr()
 

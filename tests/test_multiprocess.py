@@ -251,6 +251,7 @@ def test_join_leaves_one_process_of_a_cluster_alone(monkeypatch, surroundings):
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *_, **__: asked.append(1) or {}["coordinator_address"]
     )
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # a command here may have set it
     for name, value in surroundings.items():
         monkeypatch.setenv(name, value)
     distributed.join("", None, None)
