@@ -111,7 +111,7 @@ def test_17_killed_while_evaluating(images, workdir, fault, batch, devices):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stdout, _ = run(images, workdir, *flags, devices=devices, timeout=SECONDS)
-    assert re.search(r"going on from [0-9]+ of 200 images", stdout)
+    assert re.search(r"resuming after [0-9]+ of 200 images", stdout)
     found = [
         json.loads((workdir / name / "evaluation.json").read_text())["results"]["samples"]
         for name in ("whole", "killed")

@@ -152,11 +152,11 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, case):
         config, steps = dataclasses.replace(config_of(), stages=stages), (30, 20)
     before, fake = contents(tmp_path), FakeRelay(config, steps=steps)
     says = (
-        "samples.json does not say"
+        "samples.json does not give their settings"
         if case == "no samples.json"
-        else "holds samples of other settings"
+        else "has samples of other settings"
     )
-    with pytest.raises(InputError, match=f"{says}.*another --config.sampling.name would do"):
+    with pytest.raises(InputError, match=rf"{says}.*Use another --config.sampling.name\.$"):
         write_samples.sample_to_files(fake, None, tmp_path, StopOnSignal())
     assert not fake.made and contents(tmp_path) == before
     if not case.startswith("a checkpoint"):  # before anything is trained
@@ -170,7 +170,7 @@ def test_other_settings_are_refused_before_anything_is_trained(tmp_path):
     before = contents(tmp_path / "samples")
     with pytest.raises(
         InputError,
-        match="sampling.labels was 'balanced' and is '0'.*another --config.sampling.name would do",
+        match=r"sampling.labels was 'balanced' and is '0'.*Use another --config.sampling.name\.$",
     ):
         run(
             config_of(labels="0").to_config_dict(), str(tmp_path), mode="all"
@@ -250,7 +250,7 @@ def test_what_is_not_ours_is_refused(tmp_path, file):
     before = contents(tmp_path)
     with pytest.raises(
         InputError,
-        match=r"samples.json does not say what .*; another --config.sampling.name would do",
+        match=r"samples.json does not give their settings .*\. Use another --config.sampling.name\.$",
     ) as refusal:
         sample(tmp_path)
     assert contents(tmp_path) == before and "\n" not in str(refusal.value)
@@ -262,7 +262,7 @@ def test_samples_whose_numbers_meant_other_classes_are_refused(tmp_path, files):
     sample(tmp_path, classes=Classes(("0", "1", "2", "3")), files=files, labels="2")
     before = contents(tmp_path)
     with pytest.raises(
-        InputError, match="holds samples of other classes than config.sampling.labels='2' means"
+        InputError, match="has samples of other classes than config.sampling.labels='2' gives"
     ):
         sample(
             tmp_path, classes=Classes(("0", "1", "10", "2")), files=files, labels="2", seeds="20"
@@ -301,10 +301,7 @@ def test_interrupted_parts_of_other_seeds_stay(tmp_path, caplog):
     with pytest.raises(Interrupted):
         sample(tmp_path, seeds="0-19", interrupted=True)
     sample(tmp_path, seeds="30")
-    assert (
-        parts(tmp_path) == 1
-        and "1 finished batches of seeds that were not asked for now are kept" in caplog.text
-    )
+    assert parts(tmp_path) == 1 and "1 finished batches of other seeds are kept" in caplog.text
     assert sample(tmp_path, seeds="0-19") == list(range(8, 20))
     assert seeds_of(tmp_path / "samples") == [30, *range(20)] and not list(
         tmp_path.glob("samples/.parts-*")
@@ -339,10 +336,7 @@ def test_finished_batches_of_other_settings_stay_and_are_named(tmp_path, other, 
     assert sample(tmp_path, seeds="0-3", **other) == [0, 1, 2, 3]
     assert contents(kept) == before and list(tmp_path.glob("samples/.parts-*")) == [kept]
     said = "sampling.labels was 'balanced' and is '0'" if "labels" in other else "checkpoints was"
-    assert (
-        f"{kept} is kept, with finished batches of a run that was interrupted ({said}"
-        in caplog.text
-    )
+    assert f"finished batches of an interrupted run are kept in {kept} ({said}" in caplog.text
 
 
 def test_a_damaged_part_is_made_again(tmp_path):
