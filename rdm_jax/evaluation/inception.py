@@ -360,7 +360,7 @@ def _sha256(path: Path) -> str:
 def _download(path: Path) -> str:
     """The remedy for missing or wrong weights."""
     command = f"curl -L --create-dirs -o {shlex.quote(str(path))} {URL}"
-    return f"Download the published file: {command}."
+    return f"Download the published file with `{command}`."
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:

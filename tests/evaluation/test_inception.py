@@ -115,7 +115,10 @@ def refuse(path, *words, sha256=""):
     message = str(caught.value)
     assert "\n" not in message
     assert "TypeCheckError" not in message
-    assert message.endswith("would do.") or f"curl -L --create-dirs -o {path} https://" in message
+    if caught.value.fix.startswith("Download"):
+        assert f"`curl -L --create-dirs -o {path} https://" in caught.value.fix
+    else:
+        assert message.endswith(".")  # the remedy; a problem alone has no final stop
     for word in (str(path), *words):
         assert word in message, message
 
@@ -194,9 +197,9 @@ def test_no_file(tmp_path):
     refuse(tmp_path / "missing.pth", "there is no ", inception.URL)
     with pytest.raises(InputError, match="'.*/with space.pth' https"):
         inception.load(tmp_path / "with space.pth")
-    refuse(tmp_path, "is no file")
+    refuse(tmp_path, "is not a file")
     os.mkfifo(tmp_path / "pipe")
-    refuse(tmp_path / "pipe", "is no file")
+    refuse(tmp_path / "pipe", "is not a file")
 
 
 def test_another_file(small, monkeypatch):
@@ -226,7 +229,7 @@ def test_other_parameters(small):
     check({}, "no parameter 'fc.weight'")
     check(
         parameters | {"AuxLogits.fc.bias": np.zeros(2, np.float32)},
-        "'AuxLogits.fc.bias', which Inception-v3 has not",
+        "'AuxLogits.fc.bias', which Inception-v3 does not have",
     )
     check(
         parameters | {"stem.bn.weight": np.zeros(3, np.float32)},

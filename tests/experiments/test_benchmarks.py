@@ -33,9 +33,13 @@ def tables(script: str, *arguments: str) -> list[list[dict[str, str]]]:
     for head, body in re.findall(
         r"^(\|.*\|)\n\|(?:---\|)+\n((?:\|.*\|\n)*)", done.stdout, re.MULTILINE
     ):
-        cells = lambda line: [cell.strip() for cell in line[1:-1].split("|")]  # noqa: E731
-        found.append([dict(zip(cells(head), cells(row), strict=True)) for row in body.splitlines()])
+        rows = body.splitlines()
+        found.append([dict(zip(_cells(head), _cells(row), strict=True)) for row in rows])
     return found
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line[1:-1].split("|")]
 
 
 def numbers(rows: list[dict[str, str]], *heads: str) -> list[float]:
@@ -63,12 +67,12 @@ def test_times_are_those_of_a_call():
 
 @pytest.mark.long
 def test_speed():
-    asked = ["--stage=2", "--classes=2", "--batch=8", "--evaluations=3", "--variants=block+pmap"]
+    asked = ["--stage=2", "--classes=2", "--batch=8", "--nfe=3", "--variants=block+pmap"]
     training, sampling = tables("speed", *asked)
     assert [(row["stage"], row["variant"]) for row in training] == [("2: 8 x 12", "block+pmap")]
     stage = parse(get_config("nowhere")).stages[1]
     (count, milliseconds, rate, flops) = numbers(
-        training, "parameters", "ms a step", "images/s", "TFLOP/s"
+        training, "parameters", "ms per step", "images/s", "TFLOP/s"
     )
     assert count == stage.build(3, 2).count()
     assert rate == pytest.approx(8 / (milliseconds / 1e3), rel=0.02)  # of three digits each
@@ -76,10 +80,10 @@ def test_speed():
         3 * 2 * stage.multiply_adds(3, 2) * rate / 2 / 1e12, rel=0.02
     )  # on each of two devices
     assert [(row["stage"], row["variant"]) for row in sampling] == [("2: 8 x 12", "block+pmap")]
-    evaluations, milliseconds, rate, share = numbers(
-        sampling, "evaluations", "ms an evaluation", "images/s", "own share"
+    nfe, milliseconds, rate, share = numbers(
+        sampling, "NFE", "ms per evaluation", "images/s", "own share"
     )
-    assert evaluations == 7 and 0 < share < 100  # the shortest ladder that has three or more
+    assert nfe == 7 and 0 < share < 100  # the shortest noise schedule with three or more
     assert rate == pytest.approx(8 / (7 * milliseconds / 1e3), rel=0.02)
     assert {row["utilisation"] for row in (*training, *sampling)} == {
         "-"
