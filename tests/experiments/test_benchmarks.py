@@ -93,13 +93,13 @@ def test_speed():
 def test_relay():
     arithmetic, shares = tables("relay", "--batch=2", "--classes=0", "--size=8", "--factor=4")
     updates = ["the sampler's", "DCT, vmapped", "DCT, fused", "matrix, fused"]
-    assert [row[""] for row in arithmetic] == ["adding", "adding, flat", *updates, "noise"]
+    assert [row[""] for row in arithmetic] == ["addition", "addition, flat", *updates, "noise"]
     times, first, second = (
-        numbers(arithmetic, head) for head in ("ms", "in addings", "in flat addings")
+        numbers(arithmetic, head) for head in ("ms", "in additions", "in flat additions")
     )
-    for each, in_addings, in_flat_addings in zip(times, first, second, strict=True):
-        assert in_addings == pytest.approx(each / times[0], rel=0.02, abs=0.006)
-        assert in_flat_addings == pytest.approx(each / times[1], rel=0.02, abs=0.006)
+    for each, in_additions, in_flat_additions in zip(times, first, second, strict=True):
+        assert in_additions == pytest.approx(each / times[0], rel=0.02, abs=0.006)
+        assert in_flat_additions == pytest.approx(each / times[1], rel=0.02, abs=0.006)
     assert all(float(row["difference"]) < 1e-5 for row in arithmetic if row[""] in updates)
     assert [row[""] for row in shares] == ["network", "update and noise"]
     network, own = numbers(shares, "ms")
