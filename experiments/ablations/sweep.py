@@ -61,7 +61,7 @@ def handover_error(stage: Stage, images: ImageSet) -> str:
 def measured(
     base: Config, variant: Variant, root: Path, seed: int, small: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains what a variant needs, and measures stage 2 from stage 1's images and from real ones."""
+    """Trains a variant, and measures stage 2 from stage 1's images and from real ones."""
     base = dataclasses.replace(base, seed=seed)
     usual = root / f"base-{seed}"
     for number in (1, 2):

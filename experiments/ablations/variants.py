@@ -111,7 +111,7 @@ def block_noise() -> Iterator[Variant]:
 
 
 def freshened() -> Iterator[Variant]:
-    """Shares of fresh noise, with the usual NFE and with one at which discretisation is negligible."""
+    """Shares of fresh noise, with the usual NFE and with one of negligible discretisation."""
     for eta in (0.0, 0.05, 0.1, 0.2, 0.3):
         yield Variant(f"eta_{eta:g}", f"eta = {eta:g}", sampler(eta=eta), 0)
     for eta in (0.0, 0.3):

@@ -26,13 +26,13 @@ def shrink(images: np.ndarray, factor: int) -> np.ndarray:
 def accuracies(
     real: np.ndarray, labels: np.ndarray, samples: np.ndarray, asked: np.ndarray
 ) -> list[str]:
-    """The accuracy of samples by k-NN (k = 3) and an SVM (C = 10) that are trained on real images."""
+    """The accuracy of samples by k-NN (k = 3) and an SVM (C = 10) trained on real images."""
     classifiers = KNeighborsClassifier(3), SVC(C=10)
     return [f"{np.mean(c.fit(real, labels).predict(samples) == asked):.3f}" for c in classifiers]
 
 
 def distances(images: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Euclidean distances (b, 2) of each row to the nearest and the second nearest row of `real`."""
+    """Euclidean distances (b, 2) of each row to the two nearest rows of `real`."""
     squared = (images**2).sum(1)[:, None] + (real**2).sum(1) - 2 * images @ real.T
     return np.sqrt(np.partition(np.maximum(squared, 0), 1, axis=1)[:, :2])
 

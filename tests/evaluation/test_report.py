@@ -12,8 +12,9 @@ from rdm_jax.runtime.errors import InputError
 from tests.support.pictures import shows_a_curve
 
 
-def write_evaluation(folder, *names: str, published: Published = Published(), **metrics):  # noqa: B008
+def write_evaluation(folder, *names: str, published: Published | None = None, **metrics):
     folder.mkdir(parents=True)
+    published = published or Published()
     result = {
         "results": {
             name: {"images": 50_000, "metrics": metrics, "notes": ["a note of " + name]}

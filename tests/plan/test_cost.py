@@ -37,13 +37,21 @@ def test_multiply_adds_of_convolutions_and_matrix_products():
     assert multiply_adds(lambda x, k: convolve(x, k, groups=2), image, shape(3, 3, 2, 10)) == (
         2 * 4 * 3 * 10
     ) * (3 * 3 * 2)
-    attend = lambda q, k: jnp.einsum("bnhd,bmhd->bhnm", q, k)  # noqa: E731
+
+    def attend(q, k):
+        return jnp.einsum("bnhd,bmhd->bhnm", q, k)
+
     assert multiply_adds(attend, shape(2, 5, 3, 7), shape(2, 11, 3, 7)) == 2 * 3 * 5 * 11 * 7
     assert multiply_adds(lambda x: jnp.sin(x) * x, image) == 0
 
 
 def test_multiply_adds_within_other_functions():
-    product = lambda x: jnp.tanh(x @ x)  # noqa: E731
+    def product(x):
+        return jnp.tanh(x @ x)
+
+    def either(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda y: product(product(y)), product, x)
+
     square, once = shape(6, 6), 6**3
     assert multiply_adds(jax.jit(product), square) == once
     assert multiply_adds(jax.checkpoint(product), square) == once
@@ -54,7 +62,6 @@ def test_multiply_adds_within_other_functions():
         == 7 * once
     )
     assert multiply_adds(jax.vmap(product), shape(3, 6, 6)) == 3 * once
-    either = lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: product(product(y)), product, x)  # noqa: E731
     assert multiply_adds(either, square) == 2 * once
     with pytest.raises(ValueError, match="while loop"):
         multiply_adds(lambda x: jax.lax.while_loop(lambda y: y[0, 0] > 0, product, x), square)
@@ -136,9 +143,12 @@ def test_sharded_kernels_need_copies():
     assert eighth.gradients == 4 * (kernels / 8 + (whole.parameters - kernels))
     values = replaced(cut(config(), 1, 8), 2, dtype="bfloat16")
     narrow, params = training_cost(values, 2, 8, CLASSES), program(values).abstract.params
+
     # Of images' convolutions in bfloat16; embeddings are float32, and biases too, which are used
     # where they are.
-    width = lambda path: 4 if re.search("map_|affine", jax.tree_util.keystr(path)) else 2  # noqa: E731
+    def width(path):
+        return 4 if re.search("map_|affine", jax.tree_util.keystr(path)) else 2
+
     cut_kernels = [
         (path, leaf)
         for path, leaf in jax.tree.leaves_with_path(params)
@@ -162,7 +172,10 @@ def test_sharded_kernels_need_copies():
 
 def test_residuals_of_a_hand_case():
     """tanh keeps its output, a product its inputs; parameters and what is given are not counted."""
-    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w)  # noqa: E731
+
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(x @ w) @ w)
+
     hidden = 4 * 5 * 6
     kept = residual_bytes(loss, shape(6, 6), shape(5, 6))
     assert hidden <= kept <= 3 * hidden  # the output of tanh, and perhaps its derivative
