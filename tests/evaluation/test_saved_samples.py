@@ -12,6 +12,7 @@ from rdm_jax.evaluation.generated import RelayStream
 from rdm_jax.evaluation.result_files import read_result
 from rdm_jax.run import run
 from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.sampling import saved_samples
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.write_samples import sample_to_files
 from tests.support.small_evaluation import config_of, measured
@@ -161,3 +162,20 @@ def test_command_samples_once(source, workdir, sampled, caplog):
     assert sampled == [] and REUSED in caplog.text
     result = read_result(workdir / "evaluation-once/evaluation.json")
     assert [row["images"] for row in result["results"].values()] == [20, 20]
+
+
+@pytest.mark.parametrize("others_find_them", [True, False])
+def test_saved_samples_are_used_by_all_processes_or_none(
+    source, relay, tmp_path, sampled, monkeypatch, others_find_them
+):
+    """A file system may show files late to another host."""
+    config, relay = written(config_of(source), relay, tmp_path, seeds="0-19")
+    relay.config = config
+    stream = RelayStream(relay, ("samples",), Classes(("a", "b")), tmp_path / "samples")
+    monkeypatch.setattr(
+        saved_samples.distributed,
+        "allgather",
+        lambda found: np.stack([found, np.asarray(others_find_them)]),
+    )
+    stream.batch(0, 8)
+    assert sampled == ([] if others_find_them else list(range(8)))
