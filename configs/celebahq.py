@@ -1,30 +1,30 @@
-"""CelebA-HQ, 64x64 -> 256x256, unconditional: every setting of the published system (arXiv
-2309.03350, section 4 and appendix).
+"""CelebA-HQ, 64x64 -> 256x256, unconditional: the settings of the published system.
 
-Sample from the published weights; no data is needed:
+They are those of arXiv 2309.03350, section 4 and appendix. Sample from the published weights; no
+data is needed:
 
-    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode import
-    --stage 1 --weights STAGE1.pt python -m rdm_jax.main --config configs/celebahq.py --workdir
-    runs/celebahq --mode import --stage 2 --weights STAGE2.pt python -m rdm_jax.main --config
-    configs/celebahq.py --workdir runs/celebahq --mode sample
+    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq \\
+        --mode import --stage 1 --weights STAGE1.pt
+    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq \\
+        --mode import --stage 2 --weights STAGE2.pt
+    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode sample
 
 Train: a folder of the 30,000 images (any size from 256 up, PNG or JPEG, nothing else in it), or a
-  zip of them. The download
-that tensorflow-datasets' own celeb_a_hq asks for is no longer to be had; copies of the images at
-256 or 1024 are.
+zip of them. The download that tensorflow-datasets' celeb_a_hq needs is no longer available; copies
+of the images at 256 or 1024 are.
 
-    python -m rdm_jax.main --config configs/celebahq.py --config.data.source=folder:celebahq
-    --workdir runs/celebahq python -m rdm_jax.main --config configs/celebahq.py
-    --config.data.source=zip:celebahq.zip --workdir runs/celebahq
+    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq \\
+        --config.data.source=folder:celebahq
+    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq \\
+        --config.data.source=zip:celebahq.zip
 
-Measure (needs the data, as what to compare with):
+Measure (needs the data as the reference). The released samplers post-process before they measure:
 
-    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode evaluate \
-        --config.sampling.postprocess=rdm_celebahq      # what the released samplers do before they
-        measure
+    python -m rdm_jax.main --config configs/celebahq.py --workdir runs/celebahq --mode evaluate \\
+        --config.sampling.postprocess=rdm_celebahq
 
-The clock is trained with length 0.89 and sampled with 1.05, as published. FID 3.15 published; stage
-1 on 32 A100 for 16 hours, stage 2 for 25.5. Not run here yet.
+The clock is trained with length 0.89 and sampled with 1.05, as published. Published: FID 3.15;
+stage 1 on 32 A100 for 16 hours, stage 2 for 25.5 hours. Not run here yet.
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Published, Sampling, Stage, Training
@@ -35,7 +35,7 @@ from rdm_jax.models.adm import ADM
 
 
 def training(images: int) -> Training:
-    """What both stages share."""
+    """The settings that both stages share."""
     return Training(
         images=images,
         batch_size=1024,

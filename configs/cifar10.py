@@ -1,19 +1,20 @@
 """CIFAR-10, 8x8 -> 32x32, 10 classes: 50,000 photographs on one accelerator.
 
-The data, one of these:
-
-    tfds:cifar10                    tensorflow-datasets downloads it, with TensorFlow (not needed
-    for reading): see the README zip:cifar10-32x32.zip           as EDM's dataset_tool.py makes it
-    (--config.data.source=zip:cifar10-32x32.zip) folder:cifar10                  one folder of
-    images a class
-
     python -m rdm_jax.main --config configs/cifar10.py --workdir runs/cifar10
 
-It ends with an evaluation of 50,000 images in Inception's features, whose file an error says how to
-get; --config.evaluation.features=classifier does without it, none leaves evaluation out.
+The data, one of these:
 
-EDM's settings for CIFAR-10 (arXiv 2206.00364, table 7) where it has them. Not trained here yet; the
-data path was tried with records of random pixels.
+- tfds:cifar10: tensorflow-datasets downloads it, with TensorFlow (not needed for reading);
+- zip:cifar10-32x32.zip: as EDM's dataset_tool.py makes it
+  (--config.data.source=zip:cifar10-32x32.zip);
+- folder:cifar10: one folder of images per class.
+
+The run ends with an evaluation of 50,000 images in Inception's features; an error names the command
+that downloads their weights. --config.evaluation.features=classifier does without them, none skips
+the evaluation.
+
+The settings are EDM's for CIFAR-10 (arXiv 2206.00364, table 7) where it has them. Not trained here
+yet; the data path was tried with records of random pixels.
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Sampling, Stage, Training
@@ -23,7 +24,7 @@ from rdm_jax.models.song import Song
 
 
 def training(images: int) -> Training:
-    """What both stages share."""
+    """The settings that both stages share."""
     return Training(
         images=images,
         batch_size=512,

@@ -1,10 +1,10 @@
-"""Every field at its default: the published sizes, 64 -> 256, on a folder of images. See
-rdm_jax/config.py for what they mean.
+"""Every field at its default: the published sizes, 64 -> 256, on a folder of images.
 
-    python -m rdm_jax.main --config configs/default.py --config.data.source=folder:images --workdir
-    runs/images
+    python -m rdm_jax.main --config configs/default.py --workdir runs/images \\
+        --config.data.source=folder:images
 
-Hardware, time and result: none yet; a starting point for your own config, not a run that was made.
+`rdm_jax/config/schema.py` explains the fields. Hardware, time and result: none yet; a starting
+point for your own config, not a run that was made.
 """
 
 from rdm_jax.config import Config

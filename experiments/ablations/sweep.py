@@ -1,5 +1,4 @@
-"""One setting of the relay after the other, all else as in the config. See README.md beside this
-file.
+"""One setting of the relay at a time, all else as in the config. README.md explains it.
 
 python -m experiments.ablations.sweep --config configs/digits.py --workdir runs/ablations
 """
@@ -18,58 +17,58 @@ from experiments.ablations.variants import GROUPS, SEVERAL, Variant, unguided
 from rdm_jax import config as configs
 from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import define_config
-from rdm_jax.config import Config, Stage, validate
+from rdm_jax.config import Config, Stage
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
 from rdm_jax.diffusion.pixels import from_uint8
 from rdm_jax.render.tables import markdown
+from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.ranges import parse_numbers
 from rdm_jax.sampling.stage_sampler import joined_level
 
 _CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/ablations", "Of all runs; the same command goes on where it stopped."
+    "workdir", "runs/ablations", "Of all runs; the same command resumes."
 )
-_SEEDS = flags.DEFINE_string(
-    "seeds", "0-2", "Of the runs that some groups have several of; the others have the first alone."
+_SEEDS = flags.DEFINE_string("seeds", "0-2", "Of the runs; most groups use the first only.")
+_NFE = flags.DEFINE_integer(
+    "nfe", 19, "Evaluations of stage 2's network per image; many, so that discretisation is small."
 )
-_EVALUATIONS = flags.DEFINE_integer(
-    "evaluations", 19, "Of stage 2's network for an image, so many that discretisation is small."
-)
-_GROUPS = flags.DEFINE_list("groups", [], "Those of the groups that are wanted; all without.")
+_GROUPS = flags.DEFINE_list("groups", [], "Groups of variants to run; all if it is not given.")
 
 
 def handover_error(stage: Stage, images: ImageSet) -> str:
-    """Where the relay joins, and what it takes to be zero there: the detail that the blur has left,
-    in units of the noise."""
+    """Where the relay joins, and what it takes to be zero there.
+
+    Returns:
+      sigma, the share of the lowest frequency's blur weight, and the RMS of the detail that the
+      blur leaves in units of the noise, as text.
+    """
     first = joined_level(stage)
-    x = from_uint8(
-        jnp.asarray(images.batch(np.arange(len(images)))["image"]),
-        images.image_shape[0] // stage.resolution[0],
-    )
+    pixels = jnp.asarray(images.batch(np.arange(len(images)))["image"])
+    x = from_uint8(pixels, images.image_shape[0] // stage.resolution[0])
     detail = x - blurring.enlarge(blurring.mean_pool(x, factor=stage.factor), factor=stage.factor)
-    left = blurring.over_patches(
-        lambda patch: blurring.filter_patch(patch, first.blur), stage.factor
-    )((detail,))
-    return f"{first.sigma:.3f}, {first.blur[0, 1]:.1%}, {jnp.sqrt(jnp.mean(left**2)) / first.sigma:.3f}"
+
+    def blurred(patch):
+        return blurring.filter_patch(patch, first.blur)
+
+    left = blurring.over_patches(blurred, stage.factor)((detail,))
+    in_noise = jnp.sqrt(jnp.mean(left**2)) / first.sigma
+    return f"{first.sigma:.3f}, {first.blur[0, 1]:.1%}, {in_noise:.3f}"
 
 
 def measured(
     base: Config, variant: Variant, root: Path, seed: int, small: Path
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Trains what has to be trained, and measures stage 2 from stage 1's images, and from real
-    ones."""
+    """Trains a variant, and measures stage 2 from stage 1's images and from real ones."""
     base = dataclasses.replace(base, seed=seed)
     usual = root / f"base-{seed}"
     for number in (1, 2):
         base = base.with_stage(number, checkpoint=str(common.trained(base, usual, number)))
     config = variant.change(base)
-    learnt = [
-        [(stage.network, stage.process, stage.training) for stage in each.stages]
-        for each in (config, base)
-    ]
-    workdir = usual if learnt[0] == learnt[1] else root / f"{variant.name}-{seed}"
+    same_training = _training_settings(config) == _training_settings(base)
+    workdir = usual if same_training else root / f"{variant.name}-{seed}"
     if workdir != usual:
         config = config.with_stage(
             variant.stage, checkpoint=str(common.trained(config, workdir, variant.stage))
@@ -78,19 +77,20 @@ def measured(
     from_real = dataclasses.replace(
         config, sampling=dataclasses.replace(config.sampling, low=f"folder:{small}")
     )
-    return common.measured(config, workdir, name), common.measured(
-        from_real, workdir, name.replace("relay", "real")
-    )
+    relayed = common.measured(config, workdir, name)
+    return relayed, common.measured(from_real, workdir, name.replace("relay", "real"))
 
 
-Distances = dict[
-    str, tuple[list[float], list[float]]
-]  # of a group's settings: of the relay, and from real small images
+def _training_settings(config: Config) -> list[tuple]:
+    return [(stage.network, stage.process, stage.training) for stage in config.stages]
+
+
+# Of a group's settings: distances of the relay, and from real small images.
+Distances = dict[str, tuple[list[float], list[float]]]
 
 
 def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
-    """A panel a group: means over seeds, with their standard deviation where there are several, and
-    the floor."""
+    """Draws one panel per group: means over seeds with their standard deviation, and the floor."""
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(5.4 * columns, 2.6 * rows), layout="constrained")
@@ -101,20 +101,20 @@ def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
         for number, label in enumerate(("the relay", "from real small images")):
             values = [found[number] for found in distances.values()]
             spread = [statistics.stdev(each) if len(each) > 1 else 0 for each in values]
-            places = list(range(len(values)))
+            heights = list(range(len(values)))
             axes.errorbar(
                 list(map(statistics.mean, values)),
-                places,
+                heights,
                 xerr=spread,
                 fmt="os"[number],
                 markersize=4,
                 label=label,
             )
-        axes.axvline(floor, color="0.5", linestyle=":", label="real images held out")
-        axes.set(title=title, yticks=places, yticklabels=list(distances))
+        axes.axvline(floor, color="0.5", linestyle=":", label="held-out real images")
+        axes.set(title=title, yticks=heights, yticklabels=list(distances))
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
-    panels[0].set_xlim(left=0)  # of all
+    panels[0].set_xlim(left=0)  # shared by all panels
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
     figure.supxlabel("Frechet distance")
     with atomic_write(path) as partial:
@@ -122,13 +122,14 @@ def draw(groups: dict[str, Distances], floor: float, path: Path) -> None:
 
 
 def sweep() -> None:
-    """Prints a table for every group, and draws all."""
+    """Prints a table for every group, and draws all of them."""
     root, config = local_path(_WORKDIR.value, "--workdir"), configs.parse(_CONFIG.value)
     seeds = parse_numbers(_SEEDS.value, "--seeds")
     for group in _GROUPS.value:
-        validate.require(group in GROUPS, "--groups", group, ", ".join(GROUPS))
+        if group not in GROUPS:
+            raise InputError(f"--groups={group!r} is not a group", f"Use {', '.join(GROUPS)}.")
     common.check_relay(config)
-    base, held_out, floor = common.prepared(unguided(config, _EVALUATIONS.value), root)
+    base, held_out, floor = common.prepared(unguided(config, _NFE.value), root)
     small = root / "held_out_small"
     common.write_small(held_out, base.stages[1].factor, small)
     columns = [
@@ -151,10 +152,8 @@ def sweep() -> None:
                 list(map(common.distance, relayed)),
                 list(map(common.distance, real)),
             )
-        print(
-            f"\n{group}\n\n{markdown(['', 'hand-over: sigma, blur left, detail left', *columns], rows)}",
-            flush=True,
-        )
+        header = ["", "hand-over: sigma, blur left, detail left", *columns]
+        print(f"\n{group}\n\n{markdown(header, rows)}", flush=True)
     draw(drawn, common.distance(floor), root / "ablations.png")
 
 

@@ -1,4 +1,4 @@
-"""What is varied, group by group, as changes of a config."""
+"""The variants of each group, as changes of a config."""
 
 import dataclasses
 import itertools
@@ -18,10 +18,10 @@ class Variant(NamedTuple):
     """A config that differs from the base in one setting.
 
     Attributes:
-      name: of the folder that it is trained or measured in.
+      name: of its folder.
       setting: for the table.
-      change: base -> this one.
-      stage: that has to be trained anew, from 1; 0 for none.
+      change: makes the variant from the base.
+      stage: the stage to train again, from 1; 0 for none.
     """
 
     name: str
@@ -30,10 +30,9 @@ class Variant(NamedTuple):
     stage: int = 2
 
 
-def unguided(config: Config, count: int) -> Config:
-    """What all variants are changes of: the config without guidance, its stage 2 sampling with so
-    many evaluations."""
-    return common.with_evaluations(guidance(1.0, 1.0)(config), 2, count)
+def unguided(config: Config, nfe: int) -> Config:
+    """The base of all variants: the config without guidance, and with this NFE of stage 2."""
+    return common.with_nfe(guidance(1.0, 1.0)(config), 2, nfe)
 
 
 def process(**fields) -> Change:
@@ -44,22 +43,20 @@ def process(**fields) -> Change:
 
 
 def clock(**fields) -> Change:
-    """Another clock of it."""
+    """Another clock of stage 2's process."""
     return lambda config: process(
         clock=dataclasses.replace(config.stages[1].process.clock, **fields)
     )(config)
 
 
 def length(value: float) -> Change:
-    """Another length of the clock, at whose end, as far out as the network is trained, the relay
-    joins."""
+    """Another length of the clock; the relay joins at its end, where training ends too."""
 
     def change(config: Config) -> Config:
         config = clock(length=value)(config)
         end = float(config.stages[1].process.clock.sigma(jnp.ones(())))
-        return common.with_evaluations(
-            sampler(truncation_sigma=end)(config), 2, evaluations(config.stages[1])
-        )
+        changed = sampler(truncation_sigma=end)(config)
+        return common.with_nfe(changed, 2, evaluations(config.stages[1]))
 
     return change
 
@@ -69,21 +66,28 @@ def sampler(**fields) -> Change:
     return lambda config: config.with_stage(2, sampler=fields)
 
 
+def with_nfe(nfe: int, change: Change) -> Change:
+    """A change, and another NFE of stage 2."""
+    return lambda config: common.with_nfe(change(config), 2, nfe)
+
+
 def guidance(first: float, second: float) -> Change:
     """Other weights of guidance."""
     return lambda config: config.with_stage(1, guidance=first).with_stage(2, guidance=second)
 
 
 def label_dropout(rate: float, weight: float) -> Change:
-    """Another share of hidden labels in stage 1, which is guided."""
+    """Another rate of label dropout in stage 1, which is guided."""
     return lambda config: config.with_stage(1, training={"label_dropout": rate}, guidance=weight)
 
 
 def order(number: int) -> Change:
-    """Heun's method (2) or Euler's (1), the network run as often."""
-    return lambda config: common.with_evaluations(
-        sampler(order=number)(config), 2, evaluations(config.stages[1])
-    )
+    """Heun's method (2) or Euler's (1), with the same NFE."""
+
+    def change(config: Config) -> Config:
+        return common.with_nfe(sampler(order=number)(config), 2, evaluations(config.stages[1]))
+
+    return change
 
 
 def block_noise() -> Iterator[Variant]:
@@ -103,27 +107,20 @@ def block_noise() -> Iterator[Variant]:
 
 
 def freshened() -> Iterator[Variant]:
-    """Shares of fresh noise, with the usual evaluations and with so many that what is left is not
-    the steps' length."""
+    """Shares of fresh noise, with the usual NFE and with one of negligible discretisation."""
     for eta in (0.0, 0.05, 0.1, 0.2, 0.3):
         yield Variant(f"eta_{eta:g}", f"eta = {eta:g}", sampler(eta=eta), 0)
     for eta in (0.0, 0.3):
-        change = lambda config, eta=eta: common.with_evaluations(sampler(eta=eta)(config), 2, 199)  # noqa: E731
-        yield Variant(f"eta_{eta:g}_199", f"199 evaluations, eta = {eta:g}", change, 0)
+        change = with_nfe(199, sampler(eta=eta))
+        yield Variant(f"eta_{eta:g}_199", f"NFE 199, eta = {eta:g}", change, 0)
 
 
 def corrected() -> Iterator[Variant]:
-    """What Heun's method averages, and what the first step takes the enlarged image for, with few
-    evaluations and with more."""
-    for count, corrector, exact in itertools.product(
-        (5, 9, 19), ("slopes", "images"), (False, True)
-    ):
-        setting = f"{count} evaluations, {corrector}, {'exact' if exact else 'published'} start"
-        settings = sampler(corrector=corrector, exact_start=exact)
-        change = lambda config, settings=settings, count=count: common.with_evaluations(
-            settings(config), 2, count
-        )  # noqa: E731
-        yield Variant(f"{corrector}_{exact}_{count}", setting, change, 0)
+    """What Heun's method averages, and how the first step treats the enlarged image, by NFE."""
+    for nfe, corrector, exact in itertools.product((5, 9, 19), ("slopes", "images"), (False, True)):
+        setting = f"NFE {nfe}, {corrector}, {'exact' if exact else 'published'} start"
+        change = with_nfe(nfe, sampler(corrector=corrector, exact_start=exact))
+        yield Variant(f"{corrector}_{exact}_{nfe}", setting, change, 0)
 
 
 GROUPS = {
@@ -138,9 +135,9 @@ GROUPS = {
         *(Variant(f"clock_{n:g}", f"L = {n:g}", length(n)) for n in (0.85, 0.89, 0.93, 0.97)),
     ),
     "eta": (*freshened(),),
-    "ladder": (
+    "noise schedule": (
         *(
-            Variant(f"steps_{n}", f"{c} evaluations, N = {n}", sampler(steps=n), 0)
+            Variant(f"steps_{n}", f"NFE {c}, N = {n}", sampler(steps=n), 0)
             for n, c in ((6, 5), (7, 5), (9, 7), (10, 7))
         ),
     ),
@@ -165,6 +162,6 @@ GROUPS = {
         ),
     ),
 }
-# In which some settings are so close that one seed does not tell them apart, and nothing but the
-# base is trained.
-SEVERAL = ("ladder", "corrector and start")
+# Groups that run with several seeds: some of their settings are too close for one, and only the
+# base has to be trained.
+SEVERAL = ("noise schedule", "corrector and start")

@@ -1,17 +1,15 @@
-"""Ways to attend, at the sizes of a config's networks, as one Markdown table.
+"""Implementations of attention, at the sizes of a config's networks, as a Markdown table.
 
-    python -m experiments.benchmarks.attention                                        # ADM-64 and
-    ADM-256 python -m experiments.benchmarks.attention --batch 64 --dtypes bfloat16           # on
-    an accelerator
+    python -m experiments.benchmarks.attention                    # ADM-64 and ADM-256
+    python -m experiments.benchmarks.attention --batch 64 --dtypes bfloat16    # on an accelerator
 
 Rows, for each size of the levels that attend: "the library's" is `rdm_jax.models.layers.attend`;
-  "xla" and "cudnn" are
-`jax.nn.dot_product_attention` with that implementation (cudnn on GPUs alone, and not for float32);
-"einsum" is two products of whole arrays with softmax, in float32, between them. Columns: pixels
-that attend, heads of so many channels, milliseconds forward, milliseconds forward and backward
-together, FLOP/s forward (4 n^2 d a head, n pixels, d channels), and the largest differences of the
-output, and of the gradients, from einsum in float32 on the same (rounded) values, at full
-precision.
+"xla" and "cudnn" are `jax.nn.dot_product_attention` with that implementation (cudnn on GPUs only,
+and not in float32); "einsum" is two products of whole arrays with a float32 softmax between them.
+Columns: pixels that attend, heads x channels per head, milliseconds forward, milliseconds forward
+and backward together, FLOP/s forward (4 n^2 d per head, n pixels, d channels), and the largest
+differences of the output, and of the gradients, from einsum in float32 on the same (rounded)
+values, at full precision.
 """
 
 import functools
@@ -59,23 +57,21 @@ def einsum(q: Heads, k: Heads, v: Heads, precision: jax.lax.Precision | None = N
 
 
 def variants(dtype: jnp.dtype) -> dict[str, Callable[[Heads, Heads, Heads], Heads]]:
-    """What can be run on this device."""
-    jaxs = lambda name: functools.partial(jax.nn.dot_product_attention, implementation=name)  # noqa: E731
-    fused = (
-        {"cudnn": jaxs("cudnn")} if jax.default_backend() == "gpu" and dtype != jnp.float32 else {}
-    )
-    return {"the library's": layers.attend, "xla": jaxs("xla"), **fused, "einsum": einsum}
+    """The implementations that this device can run."""
+    xla = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    found = {"the library's": layers.attend, "xla": xla}
+    if jax.default_backend() == "gpu" and dtype != jnp.float32:
+        found["cudnn"] = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    return {**found, "einsum": einsum}
 
 
 def sizes(config: configs.Config) -> Iterator[tuple[int, int, int, int, int]]:
-    """(stage, height, width, heads, channels of a head) of every level that attends."""
+    """(stage, height, width, heads, channels per head) of every level that attends."""
     for number, stage in enumerate(config.stages, 1):
         network = stage.network
         for level in sorted({*network.attention_levels, len(network.channel_mult) - 1}):
-            channels, shrunk = (
-                network.channels * network.channel_mult[level],
-                network.patch * 2**level,
-            )
+            channels = network.channels * network.channel_mult[level]
+            shrunk = network.patch * 2**level
             head = getattr(network, "head_channels", channels)
             yield number, *(side // shrunk for side in stage.resolution), channels // head, head
 

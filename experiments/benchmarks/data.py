@@ -1,12 +1,11 @@
-"""Images a second from every kind of source, and the share of training spent waiting for them, as
-two Markdown tables.
+"""Images per second from every kind of source, and how long training waits for them, as tables.
 
     python -m experiments.benchmarks.data --folder PATH --emoji package/assets
 
 Without --folder the images are random, with a spectrum like a photograph's. The pipeline is that of
-training, in batches of 32. All that is written goes to a temporary directory, and is read from the
-file system's memory; what records take beside the images counts for more the fewer they are. A
-config whose data is not there is named instead of measured.
+training, in batches of 32. All files are written to a temporary directory, and read from the file
+system's cache; the overhead of records weighs more the fewer there are. A config whose data is
+missing is listed instead of measured.
 """
 
 import collections
@@ -44,19 +43,21 @@ _FOLDER = flags.DEFINE_string("folder", "", "Images to read; '' for random ones.
 _IMAGES = flags.DEFINE_integer("images", 256, "How many of them, evenly chosen.")
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long to time each thing.")
 _CONFIGS = flags.DEFINE_list(
-    "configs", ["configs/digits.py", "configs/emoji_small.py:tiny"], "Whose training to time."
+    "configs", ["configs/digits.py", "configs/emoji_small.py:tiny"], "Their training is timed."
 )
 _EMOJI = flags.DEFINE_string(
-    "emoji", "", "Folder of emoji, for the configs that train on them; '' for the one they name."
+    "emoji", "", "Folder of emoji, for the configs that train on them; '' for their own."
 )
 
 SIZES, BATCH, QUALITY, WORKERS = (64, 256), 32, 95, 2
-WARM_UP = 16  # batches or steps not counted: more than what workers have made in advance
+WARM_UP = 16  # batches or steps that are not timed: more than workers prefetch
 
 
 def random_pictures(count: int) -> Iterator[np.ndarray]:
-    """Images that PNG and JPEG compress about as they do photographs: a falling spectrum, little
-    colour, less noise."""
+    """Images that PNG and JPEG compress about as well as photographs.
+
+    They have a falling spectrum, little colour, and less noise.
+    """
     rng, size = np.random.default_rng(0), max(SIZES)
     frequency = np.maximum(np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)), 1 / size)
     for _ in range(count):
@@ -69,7 +70,7 @@ def random_pictures(count: int) -> Iterator[np.ndarray]:
 
 
 def pictures() -> tuple[str, Iterator[np.ndarray]]:
-    """What the images are, and their pixels one by one."""
+    """What the images are, and their pixels."""
     if not _FOLDER.value:
         return f"{_IMAGES.value} random images", random_pictures(_IMAGES.value)
     source = open_source(f"folder:{_FOLDER.value}", skip_bad=True)
@@ -79,8 +80,7 @@ def pictures() -> tuple[str, Iterator[np.ndarray]]:
 
 
 def write_files(images: Iterator[np.ndarray], root: Path) -> None:
-    """Writes folders of PNG and of JPEG of every size, and zips of the PNGs as EDM's tool makes
-    them."""
+    """Writes folders of PNG and JPEG of every size, and zips of the PNGs in EDM's layout."""
     places = [(size, kind, root / f"{size}" / kind) for size in SIZES for kind in ("png", "jpeg")]
     for _, _, place in places:
         place.mkdir(parents=True)
@@ -108,12 +108,12 @@ def files_in(place: Path) -> list[Path]:
 
 
 def mean_bytes(place: Path, images: int) -> float:
-    """What an image takes on the disk."""
+    """Bytes per image on the disk."""
     return sum(file.stat().st_size for file in files_in(place)) / images
 
 
 def pillow_alone(files: list[Path]) -> Generator[None]:
-    """Decodes files, over and over, and says so after every batch."""
+    """Decodes files endlessly, and yields after every batch."""
     endless = itertools.cycle(files)
     while True:
         for file in itertools.islice(endless, BATCH):
@@ -123,7 +123,7 @@ def pillow_alone(files: list[Path]) -> Generator[None]:
 
 
 def speed(batches: Generator | TrainIterator) -> float:
-    """Images a second; nothing can be drawn from the iterator afterwards."""
+    """Images per second; closes the iterator."""
     for _ in range(WARM_UP):
         next(batches)
     began, count = time.perf_counter(), 0
@@ -135,7 +135,7 @@ def speed(batches: Generator | TrainIterator) -> float:
 
 
 def set_cells(images: ImageSet, place: Path) -> list[str]:
-    """Cells of a set that is read from a place, by the pipeline that training uses."""
+    """Cells of a set that is read from a path by the pipeline of training."""
     iterators = (
         train_iterator(images, batch_size=BATCH, seed=0, workers=workers)
         for workers in (0, WORKERS)
@@ -147,7 +147,7 @@ def set_cells(images: ImageSet, place: Path) -> list[str]:
 
 
 def decoding_set(spec: str, form: ImageSpec) -> ImageSet:
-    """Images that are decoded each time they are read."""
+    """A set whose images are decoded each time they are read."""
     source = open_source(spec)
     return ImageSet(
         DecodedSource(source, form), (form.height, form.width, form.channels), source.class_names
@@ -155,7 +155,7 @@ def decoding_set(spec: str, form: ImageSpec) -> ImageSet:
 
 
 def cells_by_kind(root: Path, size: int) -> dict[str, list[str]]:
-    """Bytes an image, and images a second without and with workers, of everything at one size."""
+    """Bytes per image, and images per second without and with workers, by kind of source."""
     form, cells = ImageSpec(size, size), {}
     for kind in ("png", "jpeg"):
         files = files_in(root / kind)
@@ -184,8 +184,7 @@ def cells_by_kind(root: Path, size: int) -> dict[str, list[str]]:
 
 
 def load(name: str, folder: Path) -> configs.Config:
-    """A config by its name on the command line; what it has not prepared yet is to be prepared in
-    the folder."""
+    """A config by its name on the command line; data that is not prepared goes to the folder."""
     path, _, argument = name.partition(":")
     config = configs.parse(runpy.run_path(path)["get_config"](*filter(None, [argument])))
     data, elsewhere = config.data, str(folder / Path(path).stem)
@@ -197,7 +196,7 @@ def load(name: str, folder: Path) -> configs.Config:
 
 
 def training_speed(trainer: Trainer) -> tuple[float, float]:
-    """Images a second in training, and the share of the time that went by in waiting for them."""
+    """Images per second in training, and the share of time spent waiting for them."""
     state = jax.jit(trainer._init, out_shardings=sharding.replicated(trainer.mesh))()
     compiled, iterator, pending = trainer._compile(state), trainer._iterator(), collections.deque()
     began, waited = float("inf"), 0.0
@@ -220,12 +219,12 @@ def training_speed(trainer: Trainer) -> tuple[float, float]:
 
 
 def training_rows(name: str, folder: Path) -> Iterator[list[str]]:
-    """Cells of every stage of a config, or what is missing."""
+    """Cells of every stage of a config, or the reason why it is not measured."""
     try:
         config = load(name, folder)
         sets = open_sets(config, range(1, len(config.stages) + 1))
     except InputError as error:
-        yield [f"{name}: not measured, for {error}"]
+        yield [f"{name}: not measured: {error}"]
         return
     for number, images in sets.items():
         rate, share = training_speed(Trainer(config, number, images, folder / f"stage{number}"))
@@ -265,9 +264,8 @@ def main() -> None:
                 + " |"
             )
         print(f"\n{jax.device_count()} x {jax.devices()[0].device_kind}\n")
-        print(
-            "| config | stage | images | read from | images/s | waiting for data |\n|---|---|---|---|---|---|"
-        )
+        columns = ("config", "stage", "images", "read from", "images/s", "waiting for data")
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for row in itertools.chain.from_iterable(
             training_rows(name, Path(folder)) for name in _CONFIGS.value
         ):

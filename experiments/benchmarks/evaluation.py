@@ -1,13 +1,12 @@
-"""Evaluation beside NumPy, SciPy and scikit-learn, and the speed of Inception-v3, as Markdown
-tables.
+"""Evaluation beside NumPy, SciPy and scikit-learn, and the speed of Inception-v3, as tables.
 
     python -m experiments.benchmarks.evaluation --features 50000 --size 2048 --neighbours 10000
 
-Features are synthetic; errors are in their deviations, from NumPy's float64. Every row is of a
-process of its own, whose memory is the most that was resident over what imports had taken: it has
-JAX's start and compiling in it, and nothing that a GPU or TPU holds. Times have neither the making
-of features nor compiling in them: what is compiled has run once before. scikit-learn is among
-  requirements-dev.txt.
+Features are synthetic; errors are in their standard deviations, relative to NumPy's float64. Every
+row is measured in a process of its own, whose memory is the peak resident size above that of
+imports: it includes JAX's start and compilation, and not what a GPU or TPU holds. Times include
+neither making the features nor compilation: everything has run once before. scikit-learn is in
+requirements-dev.txt.
 """
 
 import json
@@ -31,7 +30,7 @@ from rdm_jax.data.sources import cores
 from rdm_jax.evaluation import inception, metrics, moments
 
 _FEATURES = flags.DEFINE_integer(
-    "features", 50000, "Features for mean and covariance; more than --size make sense.", 2
+    "features", 50000, "Features for mean and covariance; use more than --size.", 2
 )
 _SIZE = flags.DEFINE_integer("size", 2048, "Dimensions of a feature.", 2)
 _NEIGHBOURS = flags.DEFINE_integer(
@@ -39,30 +38,30 @@ _NEIGHBOURS = flags.DEFINE_integer(
 )
 _BATCH = flags.DEFINE_integer("batch", 500, "Features at a time.", 1)
 _IMAGES = flags.DEFINE_integer(
-    "inception_images", 64, "Images through the network; one batch of them at the least.", 1
+    "inception_images", 64, "Images through the network; at least one batch.", 1
 )
 _ROW = flags.DEFINE_string(
-    "row", "", "The row that this process measures; '' for all of them, each in another process."
+    "row", "", "The row that this process measures; '' for all, each in another process."
 )
 
-REFERENCE, SAMPLE, FACTORS, IMAGE = (
-    1,
-    2,
-    64,
-    256,
-)  # two seeds; what features have in common; height and width
+REFERENCE, SAMPLE = 1, 2  # seeds
+FACTORS = 64  # shared by the features
+IMAGE = 256  # height and width
 IMPORTED = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def gaussian(
     seed: int,
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "f d"], Float[np.ndarray, " d"]]:
-    """Mean, factors, spread: the covariance is factors^T factors + diag(spread^2). Those of two
-    seeds are much alike."""
+    """Mean, factors and spread; the covariance is factors^T factors + diag(spread^2).
+
+    The Gaussians of two seeds are similar.
+    """
     shared, own = np.random.default_rng(0), np.random.default_rng(seed)
-    draw = lambda *shape: np.float32(
-        shared.standard_normal(shape) + 0.1 * own.standard_normal(shape)
-    )  # noqa: E731
+
+    def draw(*shape: int) -> np.ndarray:
+        return np.float32(shared.standard_normal(shape) + 0.1 * own.standard_normal(shape))
+
     spread = np.exp(draw(_SIZE.value) / 2) / 5
     return (
         spread * (1.4 + 0.4 * draw(_SIZE.value)),
@@ -72,8 +71,9 @@ def gaussian(
 
 
 def batches(seed: int, count: int) -> Iterator[Float[np.ndarray, "b d"]]:
-    """As many full batches of float32 features as `count` of them are in."""
-    (mean, factors, spread), random = gaussian(seed), np.random.default_rng(seed)
+    """Full batches of float32 features, together at least `count`."""
+    mean, factors, spread = gaussian(seed)
+    random = np.random.default_rng(seed)
     for _ in range(0, count, _BATCH.value):
         common, alone = (
             random.standard_normal((_BATCH.value, size), np.float32) for size in factors.shape
@@ -91,14 +91,14 @@ def features(seed: int, count: int, dtype: type) -> Float[np.ndarray, "n d"]:
 
 
 def timed(function: Callable, *arguments) -> tuple:
-    """What a call gives, and its seconds."""
+    """A call's result, and its seconds."""
     began = time.perf_counter()
     result = jax.block_until_ready(function(*arguments))
     return result, time.perf_counter() - began
 
 
 def peak() -> dict[str, str]:
-    """The most memory that has been resident since imports."""
+    """The peak resident memory since imports."""
     more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - IMPORTED
     return {"peak memory, MiB": f"{more / (2**20 if sys.platform == 'darwin' else 2**10):,.0f}"}
 
@@ -111,7 +111,10 @@ def numpy_moments() -> tuple[tuple[np.ndarray, np.ndarray], float]:
 
 def project_moments() -> tuple[tuple[np.ndarray, np.ndarray], float]:
     """Mean and covariance as this project gathers them, and seconds."""
-    add = lambda sums, x, is_real: moments.update(sums or moments.start(x.mean(0)), x, is_real)  # noqa: E731
+
+    def add(sums, x, is_real):
+        return moments.update(sums or moments.start(x.mean(0)), x, is_real)
+
     zeros = jnp.zeros((_BATCH.value, _SIZE.value))
     timed(add, None, zeros, zeros[:, 0])
     sums, total = None, 0.0
@@ -128,7 +131,7 @@ def project_moments() -> tuple[tuple[np.ndarray, np.ndarray], float]:
 def scipy_distance(
     mean: np.ndarray, covariance: np.ndarray, other_mean: np.ndarray, other_covariance: np.ndarray
 ) -> float:
-    """`metrics.frechet_distance` by the root of the product, as it is mostly done."""
+    """`metrics.frechet_distance` by the root of the product, the usual way."""
     cross = np.trace(scipy.linalg.sqrtm(covariance @ other_covariance).real)
     return (
         np.sum((mean - other_mean) ** 2)
@@ -139,10 +142,10 @@ def scipy_distance(
 
 
 def statistics(gather: Callable, distance: Callable) -> dict[str, str]:
-    """One way to the Frechet distance."""
+    """A row of one way to compute the Frechet distance."""
     (mean, covariance), seconds = gather()
     reference, factors, spread = (part.astype(np.float64) for part in gaussian(REFERENCE))
-    distance(*(np.zeros(256), np.eye(256)) * 2)  # starts its threads
+    distance(*(np.zeros(256), np.eye(256)) * 2)  # starts the threads
     value, more = timed(
         distance, reference, factors.T @ factors + np.diag(spread**2), mean, covariance
     )
@@ -161,7 +164,7 @@ def statistics(gather: Callable, distance: Callable) -> dict[str, str]:
 def scikit_scores(
     reference: Float[np.ndarray, "n d"], sample: Float[np.ndarray, "m d"]
 ) -> tuple[float, float]:
-    """`metrics.precision_and_recall`; scikit-learn has its own limit to the memory of distances."""
+    """`metrics.precision_and_recall`; scikit-learn limits the memory of distances itself."""
     nearest = sklearn.neighbors.NearestNeighbors(n_neighbors=metrics.NEIGHBOURS, algorithm="brute")
     reach, sample_reach = (nearest.fit(x).kneighbors()[0][:, -1:] for x in (reference, sample))
     in_reference, in_sample = [], np.zeros(len(reference), bool)
@@ -172,11 +175,9 @@ def scikit_scores(
 
 
 def neighbours(score: Callable) -> dict[str, str]:
-    """One way to precision and recall."""
+    """A row of one way to compute precision and recall."""
     sets = [features(seed, _NEIGHBOURS.value, np.float32) for seed in (REFERENCE, SAMPLE)]
-    score(
-        *(rows[: metrics.NEIGHBOURS + 1] for rows in sets)
-    )  # compiled for a tile, however little is in it
+    score(*(rows[: metrics.NEIGHBOURS + 1] for rows in sets))  # compiles for a full tile
     (precision, recall), seconds = timed(score, *sets)
     return {
         "precision and recall, s": f"{seconds:.2f}",
@@ -187,14 +188,16 @@ def neighbours(score: Callable) -> dict[str, str]:
 
 
 def network(size: int) -> dict[str, str]:
-    """Inception-v3 in batches of a size."""
+    """A row of Inception-v3 in batches of a size."""
     random, calls = np.random.default_rng(0), max(1, _IMAGES.value // size)
-    kernel = lambda *shape: jnp.float32(random.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape))  # noqa: E731
-    layer = lambda shape: {
-        "kernel": kernel(*shape),
-        "scale": jnp.ones(shape[-1]),
-        "shift": jnp.zeros(shape[-1]),
-    }  # noqa: E731
+
+    def kernel(*shape: int) -> jax.Array:
+        return jnp.float32(random.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape))
+
+    def layer(shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        scale, shift = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
+        return {"kernel": kernel(*shape), "scale": scale, "shift": shift}
+
     params = {name: layer(shape) for name, shape in inception.LAYERS.items()}
     params["fc"] = {"kernel": kernel(inception.SIZES["pool"], inception.SIZES["logits"])}
     images = jnp.asarray(random.integers(0, 256, (size, IMAGE, IMAGE, 3), np.uint8))
@@ -218,8 +221,10 @@ ROWS = {
 
 
 def table(title: str, *names: str) -> list[dict[str, str]]:
-    """Prints rows by their names, and gives them. A process's peak begins with that of this one,
-    where nothing large is made."""
+    """Prints and returns rows by their names.
+
+    A child process's peak memory starts at that of this one, so nothing large is made here.
+    """
     rows = []
     for name in names:
         command = [
@@ -250,20 +255,16 @@ def main() -> None:
         print(json.dumps(ROWS[_ROW.value]()))
         return
     size, count = f"{_SIZE.value:,}", f"{_NEIGHBOURS.value:,}"
-    table(
-        "Peak memory is over what imports take. What is compiled has run once before it is timed.",
-        "machine",
-    )
+    table("Peak memory is above that of imports. Times do not include compilation.", "machine")
     rows = table(
         f"\n{_FEATURES.value:,} features of {size}", "this project's moments", "NumPy's and SciPy's"
     )
     own, usual = (float(row["Frechet distance"]) for row in rows)
-    print(
-        f"\nThe distances differ by {abs(own / usual - 1):.0e} of themselves, errors are in deviations of the features."
-    )
+    difference = f"{abs(own / usual - 1):.0e}"
+    print(f"\nRelative difference of the distances: {difference}. Errors: in standard deviations.")
     title = f"\n{count} and {count} features of {size}, {metrics.NEIGHBOURS} neighbours"
     table(title, "this project's neighbours", "scikit-learn's")
-    title = f"\nInception-v3, from {IMAGE} x {IMAGE} pixels, with random parameters, on which the speed does not depend"
+    title = f"\nInception-v3, from {IMAGE} x {IMAGE} pixels, with random parameters"
     table(title, "batches of 16", "batches of 32")
 
 

@@ -1,27 +1,25 @@
-"""What the relay adds to its network: the update of one step and its noise, beside the adding of
-two arrays and the network.
+"""The cost of the relay's arithmetic: one update and its noise, beside an addition and the network.
 
-    python -m experiments.benchmarks.relay                  # ADM-256 is timed for one image:
-    minutes on a CPU python -m experiments.benchmarks.relay --nonetwork      # its share by FLOPs
-    alone
+    python -m experiments.benchmarks.relay                # ADM-256 on one image: minutes on a CPU
+    python -m experiments.benchmarks.relay --nonetwork    # only its share by operations
 
-The first table is of images (batch, 256, 256, 3) in float32. "Adding" is x + y of two such arrays,
-"adding, flat" the same of their values in one row: what a pass over memory takes when the compiler
-has no short axis to stumble over. An update takes the state and the denoised images one level
-further (slope, transforms in, mixing, transform out, given noise added); its rows are:
+The first table is of images (batch, 256, 256, 3) in float32. "addition" is x + y of two such
+arrays, "addition, flat" the same of their values in one row: the cost of a pass over memory without
+a short axis. An update takes the state and the denoised images to the next level (slope, transforms
+in, mixing, transform out, given noise added); its rows are:
 
-- the sampler's: `RelayHeun.step` of order 1 as it is, compiled: one product of each patch with a
-  (p^2, p^2) matrix, the same for all, lifted to images by `vmap`, as u' = g u + (D' - g D) u0 is x'
-  = g x + V (D' - g D) V^T x0 in pixels;
+- the sampler's: `RelayHeun.step` of order 1, compiled: one product of each patch with a (p^2, p^2)
+  matrix, the same for all, lifted to images by `vmap`, as u' = g u + (D' - g D) u0 is
+  x' = g x + V (D' - g D) V^T x0 in pixels;
 - matrix, fused: the same as one product of whole arrays;
 - DCT, vmapped: a DCT of the state and one of its slope, the mixing, and one back, for a patch,
   lifted to images by `vmap`;
 - DCT, fused: the same as products of whole arrays with the DCT's matrix.
 
-"Noise" is its drawing, white and block noise, a key an image. Columns: milliseconds of a call;
-these in units of each adding's; XLA's count of operations; and the largest difference from the
-sampler's. The second table sets one update and one drawing of noise beside one evaluation of the
-stage's network: the sampler's step has as many of each, and guidance doubles the network's.
+"noise" draws white and block noise, with one key per image. Columns: milliseconds per call; these
+relative to each addition; XLA's count of operations; and the largest difference from the sampler's.
+The second table compares one update and one draw of noise with one evaluation of the stage's
+network: a step of the sampler has as many of each, and guidance doubles the network's.
 """
 
 import dataclasses
@@ -41,12 +39,12 @@ from rdm_jax.cli.config_flag import define_config
 from rdm_jax.diffusion import blurring, preconditioning, processes, samplers
 from rdm_jax.runtime.random_streams import root_key
 
-_CONFIG = define_config("Whose relay stage to take; configs/imagenet.py if it is not given.")
+_CONFIG = define_config("Its relay stage is timed; configs/imagenet.py if it is not given.")
 _STAGE = flags.DEFINE_integer("stage", 2, "Number of the stage.", 2)
 _BATCH = flags.DEFINE_integer("batch", 8, "Images at a time.", 1)
 _SIZE = flags.DEFINE_integer("size", 0, "Height and width; 0 for the stage's.", 0)
 _FACTOR = flags.DEFINE_integer(
-    "factor", 0, "By how much the relay enlarges; 0 for the stage's factor.", 0
+    "factor", 0, "Of the relay's upsampling; 0 for the stage's factor.", 0
 )
 _NETWORK = flags.DEFINE_bool("network", True, "Whether to time the stage's network, too.")
 _NETWORK_BATCH = flags.DEFINE_integer(
@@ -55,14 +53,13 @@ _NETWORK_BATCH = flags.DEFINE_integer(
 _CLASSES = flags.DEFINE_integer("classes", 1000, "Of the network; 0 for none.", 0)
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long to time each thing.")
 
-Update = Callable[
-    ..., Float[Array, "b h w c"]
-]  # (x, denoised, noise, level, to) -> x at the level `to`
+# (x, denoised, noise, level, to) -> x at the level `to`.
+Update = Callable[..., Float[Array, "b h w c"]]
 PRECISION = jax.lax.Precision.HIGHEST
 
 
 def the_samplers(sampler: samplers.RelayHeun) -> Update:
-    """The step of order 1, in which the network has said its word already."""
+    """The step of order 1, with the network's output given."""
     first_order = dataclasses.replace(sampler, order=1)
 
     def update(x, denoised, noise, level, to):
@@ -74,7 +71,7 @@ def the_samplers(sampler: samplers.RelayHeun) -> Update:
 
 
 def _shrunk(level: samplers.Levels, to: samplers.Levels, eta: float) -> Float[Array, ""]:
-    """g, what is left of the state's own noise."""
+    """g, the factor of the state's own noise."""
     return (1 - eta**2) ** 0.5 * to.sigma / level.sigma
 
 
@@ -87,8 +84,7 @@ def _dct_weights(
 
 
 def _matrix(level: samplers.Levels, to: samplers.Levels, eta: float) -> Float[Array, "p p p p"]:
-    """V (D' - g D) V^T: from the pixels of a patch (the first two axes) to its pixels (the last
-    two)."""
+    """V (D' - g D) V^T: from a patch's pixels (first two axes) to its pixels (last two)."""
     m = blurring.dct_matrix(level.blur.shape[-1])
     basis = jnp.asarray(np.einsum("ik,jl->ijkl", m, m), level.blur.dtype)
     weights = to.blur - _shrunk(level, to, eta) * level.blur
@@ -118,7 +114,10 @@ def dct_fused(x, denoised, noise, level, to, *, eta: float):
     patch = level.blur.shape[-1]
     m = jnp.asarray(blurring.dct_matrix(patch), x.dtype)
     of_state, of_slope = (w[:, None, :, None] for w in _dct_weights(level, to, eta))
-    dct = lambda x: jnp.einsum("ir,js,bhrwsc->bhiwjc", m, m, _grid(x, patch), precision=PRECISION)  # noqa: E731
+
+    def dct(x):
+        return jnp.einsum("ir,js,bhrwsc->bhiwjc", m, m, _grid(x, patch), precision=PRECISION)
+
     mixed = of_state * dct(x) + of_slope * dct((x - denoised) / level.sigma)
     moved = jnp.einsum("ir,js,bhiwjc->bhrwsc", m, m, mixed, precision=PRECISION).reshape(x.shape)
     return moved + eta * to.sigma * noise
@@ -134,14 +133,12 @@ def matrix_fused(x, denoised, noise, level, to, *, eta: float):
 
 
 def updates(sampler: samplers.RelayHeun) -> dict[str, Update]:
-    """All ways to the same update."""
-    ways = {
-        "DCT, vmapped": dct_vmapped,
-        "DCT, fused": dct_fused,
-        "matrix, fused": matrix_fused,
-    }
-    return {"the sampler's": the_samplers(sampler)} | {
-        k: functools.partial(f, eta=sampler.eta) for k, f in ways.items()
+    """All implementations of the update."""
+    return {
+        "the sampler's": the_samplers(sampler),
+        "DCT, vmapped": functools.partial(dct_vmapped, eta=sampler.eta),
+        "DCT, fused": functools.partial(dct_fused, eta=sampler.eta),
+        "matrix, fused": functools.partial(matrix_fused, eta=sampler.eta),
     }
 
 
@@ -153,7 +150,7 @@ def drawing(
 
 
 def relay_stage(config: configs.Config) -> configs.Stage:
-    """The stage, at the size and with the factor that flags ask for."""
+    """The stage, with the size and factor of the flags."""
     stage = config.stages[_STAGE.value - 1]
     size = (_SIZE.value,) * 2 if _SIZE.value else stage.resolution
     process = dataclasses.replace(stage.process, patch=_FACTOR.value or stage.process.patch)
@@ -162,10 +159,10 @@ def relay_stage(config: configs.Config) -> configs.Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
-    """Everything of the relay's own for a batch of images, compiled.
+    """The relay's arithmetic on a batch of images, compiled.
 
     Attributes:
-      calls: by name, functions without arguments.
+      calls: functions without arguments, by name.
       flops: XLA's counts.
       results: of the updates.
     """
@@ -176,19 +173,20 @@ class Arithmetic:
 
 
 def arithmetic(stage: configs.Stage, shape: tuple[int, ...]) -> Arithmetic:
-    """Compiles the relay's arithmetic on random images (b, h, w, c), in the middle of the stage's
-    ladder."""
+    """Compiles the relay's arithmetic on random images (b, h, w, c).
+
+    The update is that in the middle of the stage's noise schedule.
+    """
     levels = stage.sampler.levels(stage.process)
     middle = max(0, len(levels.sigma) // 2 - 1)
-    level, to = (
-        jax.tree.map(lambda a, i=i: a[i], levels)
-        for i in (middle, min(middle + 1, len(levels.sigma) - 1))
-    )
+    following = min(middle + 1, len(levels.sigma) - 1)
+    level = jax.tree.map(lambda a: a[middle], levels)
+    to = jax.tree.map(lambda a: a[following], levels)
     random = np.random.default_rng(0)
     x, denoised, noise = (jnp.asarray(random.standard_normal(shape, np.float32)) for _ in range(3))
     keys = jax.random.split(root_key(0), shape[0])
     flat = (x.reshape(-1), denoised.reshape(-1))
-    work = {"adding": (jnp.add, (x, denoised)), "adding, flat": (jnp.add, flat)}
+    work = {"addition": (jnp.add, (x, denoised)), "addition, flat": (jnp.add, flat)}
     work |= {
         name: (update, (x, denoised, noise, level, to))
         for name, update in updates(stage.sampler).items()
@@ -206,7 +204,7 @@ def arithmetic_rows(work: Arithmetic, seconds: dict[str, float]) -> Iterator[lis
     """Cells of the first table."""
     exact = work.results["the sampler's"]
     for name, each in seconds.items():
-        times = [f"{each / seconds[add]:.2f}" for add in ("adding", "adding, flat")]
+        times = [f"{each / seconds[add]:.2f}" for add in ("addition", "addition, flat")]
         off = (
             f"{float(jnp.abs(work.results[name] - exact).max()):.0e}"
             if name in work.results
@@ -221,7 +219,9 @@ def network_call(stage: configs.Stage, shape: tuple[int, ...], classes: int) -> 
     labels = jax.nn.one_hot(jnp.zeros(shape[0], jnp.int32), classes) if classes else None
 
     def evaluate(params, x, sigma):
-        apply = lambda x, c_noise: network.apply(params, x, c_noise, labels)  # noqa: E731
+        def apply(x, c_noise):
+            return network.apply(params, x, c_noise, labels)
+
         return preconditioning.denoiser(apply, stage.precondition)(x, sigma)
 
     args = (timing.parameters(network), jnp.zeros(shape), jnp.ones(()))
@@ -259,7 +259,7 @@ def main() -> None:
     print(timing.machine())
     shape = (_BATCH.value, *stage.resolution, channels)
     work = arithmetic(stage, shape)
-    columns = ("", "ms", "in addings", "in flat addings", "operations", "difference")
+    columns = ("", "ms", "in additions", "in flat additions", "operations", "difference")
     timing.start_table(f"Batches of {' x '.join(map(str, shape))}, factor {stage.factor}", columns)
     for cells in arithmetic_rows(work, timing.medians(work.calls, _SECONDS.value)):
         timing.print_row(cells)

@@ -1,5 +1,4 @@
-"""Parameters and multiply-adds of every stage's network, without any of them in memory, as one
-Markdown table.
+"""Parameters and multiply-adds of every stage's network, counted abstractly, as a Markdown table.
 
 python -m experiments.benchmarks.size --config configs/imagenet.py --classes 1000
 """
@@ -18,9 +17,7 @@ def main() -> None:
     """Prints the table."""
     config = configs.parse(_CONFIG.value)
     channels, classes = config.data.channels, _CLASSES.value
-    print(
-        "| stage | resolution | parameters | multiply-adds of a forward pass |\n|---|---|---|---|"
-    )
+    print("| stage | resolution | parameters | multiply-adds per forward pass |\n|---|---|---|---|")
     for number, stage in enumerate(config.stages, 1):
         (height, width), parameters = stage.resolution, stage.build(channels, classes).count()
         giga = stage.multiply_adds(channels, classes) / 1e9

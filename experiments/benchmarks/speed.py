@@ -1,36 +1,33 @@
-"""Training and sampling of every stage of a config: compile times, images a second, utilisation,
-memory, as Markdown tables.
+"""Training and sampling of every stage of a config, as Markdown tables.
+
+The columns are compile times, images per second, utilisation and memory.
 
     python -m experiments.benchmarks.speed --config configs/digits.py
-    python -m experiments.benchmarks.speed --config configs/imagenet.py --classes 1000 --stage 2
-    --batch 32 \
-        --variants bfloat16,bfloat16+block,bfloat16+convolutions --evaluations 3 --profile profiles
+    python -m experiments.benchmarks.speed --config configs/imagenet.py --classes 1000 --stage 2 \\
+        --batch 32 --variants bfloat16,bfloat16+block,bfloat16+convolutions --nfe 3 \\
+        --profile profiles
 
-It runs on whatever devices jax finds, over all of them. Data is random and nothing is written but
-the tables and, if asked for, profiles: traces of a few calls, for TensorBoard or xprof, in a folder
-  a row.
+It runs on all devices that JAX finds. Data is random, and only tables are written and, if
+requested, profiles: traces of a few calls, for TensorBoard or xprof, in one folder per row.
 
-Every variant is a row: 'config' for the config as it is, or changes to it with + between them:
-  float32 and bfloat16
-(network.dtype), none, block and convolutions (network.remat), accumulate2, accumulate4 and so on
-(training.accumulate), pjit, pmap and fsdp (parallel: fsdp cuts parameters over all devices). Only
-rows of one run should be compared. A variant that does not fit the devices' memory is a row that
-says so.
+Every variant is a row: 'config' for the config as it is, or changes to it joined by +: float32 and
+bfloat16 (network.dtype), none, block and convolutions (network.remat), accumulate2, accumulate4 and
+so on (training.accumulate), pjit, pmap and fsdp (parallel: fsdp shards parameters over all
+devices). Only rows of one run should be compared. A variant that does not fit the devices' memory
+is a row that says so.
 
 Training: "compiling" is the time until the first step has run, less one step. Steps are started one
-  after the other, as in
-training, and the last is waited for. TFLOP/s are a device's: of the network, two a multiply-add,
-forward and twice that backward, so that what rematerialisation computes again counts as time, not
-as work. "Utilisation" is their share of the chip's published peak for the network's dtype; '-'
-where that is not known (CPUs). "Memory" is the most that the process has held on its first device
-up to the end of the row, '-' where devices do not tell, and '<=' where an earlier row took as much:
-a variant that is named alone has its own.
+after the other, as in training, and the last is waited for. TFLOP/s are per device: of the network,
+two per multiply-add, forward and twice that backward, so that rematerialisation counts as time, not
+as work. "Utilisation" is their share of the chip's published peak for the network's dtype; '-' if
+that is not known (CPUs). "Memory" is the most that the process has held on its first device up to
+the end of the row, '-' if the device does not say, and '<=' if an earlier row took as much: a
+variant that is run alone has its own.
 
-Sampling: a batch goes through the stage alone. "Evaluations" are those of the whole sampler;
-  --evaluations times a ladder with at
-least so many of them, and images a second are then by "ms an evaluation", both passes of guidance.
-"Own share" is the time that the same sampler takes with a network that returns its input: noise,
-updates, preconditioning, guidance.
+Sampling: a batch goes through the stage alone. "NFE" is that of the whole sampler; --nfe times a
+shorter noise schedule with at least that NFE, and images per second then follow from "ms per
+evaluation", which has both passes of guidance. "Own share" is the share of time that the same
+sampler takes with a network that returns its input: noise, updates, preconditioning, guidance.
 """
 
 import collections
@@ -68,7 +65,7 @@ _STAGE = flags.DEFINE_multi_integer(
 )
 _VARIANTS = flags.DEFINE_list("variants", ["config"], "Rows of each stage.")
 _BATCH = flags.DEFINE_integer(
-    "batch", 0, "Images a step and a batch of samples, over all devices; 0 for the config's.", 0
+    "batch", 0, "Images per step and per batch of samples, over all devices; 0 for the config's.", 0
 )
 _CLASSES = flags.DEFINE_integer(
     "classes", 10, "Number of classes; 0 for unconditional networks.", 0
@@ -76,8 +73,8 @@ _CLASSES = flags.DEFINE_integer(
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "How long to time each thing.")
 _TRAINING = flags.DEFINE_bool("training", True, "Whether to time training.")
 _SAMPLING = flags.DEFINE_bool("sampling", True, "Whether to time sampling.")
-_EVALUATIONS = flags.DEFINE_integer(
-    "evaluations", 0, "Of the network, in the sampling that is timed; 0 for all.", 0
+_NFE = flags.DEFINE_integer(
+    "nfe", 0, "Least network evaluations in the sampling that is timed; 0 for all.", 0
 )
 _PROFILE = flags.DEFINE_string("profile", "", "Folder for a profile of each row; '' for none.")
 
@@ -88,7 +85,7 @@ TRAINING = (
     "batch",
     "parameters",
     "compiling, s",
-    "ms a step",
+    "ms per step",
     "images/s",
     "TFLOP/s",
     "utilisation",
@@ -98,9 +95,9 @@ SAMPLING = (
     "stage",
     "variant",
     "batch",
-    "evaluations",
+    "NFE",
     "compiling, s",
-    "ms an evaluation",
+    "ms per evaluation",
     "images/s",
     "utilisation",
     "own share",
@@ -162,7 +159,8 @@ class Training:
         )
         self._program = PROGRAMS[config.parallel.mode](stage, shape, classes, root_key(0), mesh)
         self._state = self._program.place(self._program.init(root_key(0)))
-        random, here = np.random.default_rng(0), size // jax.process_count()
+        random = np.random.default_rng(0)
+        here = size // jax.process_count()
         position = np.arange(here, dtype=np.int32) + here * jax.process_index()
         label = random.integers(0, max(1, classes), here, np.int32)
         image = random.integers(0, 256, (here, *shape), np.uint8)
@@ -175,7 +173,7 @@ class Training:
         self.compiling = time.perf_counter() - began
 
     def step(self) -> dict[str, jax.Array]:
-        """Starts a step; a few are under way at a time, as in training."""
+        """Starts a step; a few are in flight at a time, as in training."""
         self._state, values = self._program(self._state, self._batch)
         self._pending.append(values)
         if len(self._pending) > STEPS_IN_FLIGHT:
@@ -197,13 +195,8 @@ def training_row(
     training = Training(config, number, classes)
     each = timing.medians({"step": training.step}, seconds)["step"]
     _profiled(training.step, profile, f"training_stage{number}_{variant}")
-    rate = (
-        3
-        * timing.forward_flops(stage, config.data.channels, classes)
-        * size
-        / each
-        / jax.device_count()
-    )
+    flops = 3 * timing.forward_flops(stage, config.data.channels, classes) * size
+    rate = flops / each / jax.device_count()
     count = stage.build(config.data.channels, classes).count()
     cells = [
         f"{count:,}",
@@ -218,19 +211,20 @@ def training_row(
 def memory(before: int) -> str:
     """The peak so far, marked where it is an earlier row's."""
     now = timing.peak_bytes()
-    return f"{'<= ' * (now == before)}{now / 2**30:.2f} GiB" if now else "-"
+    if not now:
+        return "-"
+    return f"{'<= ' if now == before else ''}{now / 2**30:.2f} GiB"
 
 
 def short(stage: configs.Stage, least: int) -> configs.Stage:
-    """The stage with the shortest ladder whose walk evaluates the network so often; unchanged if
-    `least` is 0."""
+    """The stage with the shortest noise schedule of at least this NFE; unchanged if it is 0."""
     if not least:
         return stage
-    ladders = (
+    shorter = (
         dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, steps=steps))
         for steps in range(2, stage.sampler.steps)
     )
-    return next((ladder for ladder in ladders if evaluations(ladder) >= least), stage)
+    return next((each for each in shorter if evaluations(each) >= least), stage)
 
 
 def sampler(
@@ -241,9 +235,8 @@ def sampler(
     run = stage_sampler(
         stage, network, number=number, channels=channels, classes=classes, run_seed=0
     )
-    low = np.zeros(
-        (size, *(side // stage.factor for side in stage.resolution), channels), np.float32
-    )
+    low_resolution = (side // stage.factor for side in stage.resolution)
+    low = np.zeros((size, *low_resolution, channels), np.float32)
     seeds, labels = np.arange(size, dtype=np.uint32), np.zeros(size, np.int32)
     low, labels, seeds = sharding.put_batch(
         (low if stage.factor > 1 else None, labels, seeds), mesh
@@ -278,13 +271,8 @@ def sampling_row(
     _profiled(lambda: sample(params), profile, f"sampling_stage{number}_{variant}")
     each, count = times["sample"] / evaluations(stage), evaluations(whole)
     passes = 1 if whole.guidance == 1 else 2
-    rate = (
-        passes
-        * size
-        * timing.forward_flops(whole, channels, classes)
-        / each
-        / len(jax.local_devices())
-    )
+    flops = passes * size * timing.forward_flops(whole, channels, classes)
+    rate = flops / each / len(jax.local_devices())
     cells = [
         f"{count}",
         f"{max(0.0, first - times['sample']):.1f}",
@@ -331,10 +319,8 @@ def rows(config: configs.Config) -> Iterator[tuple[configs.Config, int, str]]:
 def main() -> None:
     """Prints the tables."""
     local_path(_PROFILE.value, "--profile")  # refuses a URL before anything is timed
-    config, arguments = (
-        resized(configs.parse(_CONFIG.value), _BATCH.value),
-        (_CLASSES.value, _SECONDS.value),
-    )
+    config = resized(configs.parse(_CONFIG.value), _BATCH.value)
+    arguments = (_CLASSES.value, _SECONDS.value)
     print(timing.machine())
     if _TRAINING.value:
         timing.start_table("Training", TRAINING)
@@ -346,7 +332,7 @@ def main() -> None:
         for changed, number, variant in rows(config):
             if (about := (number, changed.stages[number - 1].network.dtype)) not in sampled:
                 sampled.add(about)
-                more = (*arguments, _EVALUATIONS.value, _PROFILE.value)
+                more = (*arguments, _NFE.value, _PROFILE.value)
                 timing.print_row(fitting(sampling_row, changed, number, variant, *more))
 
 

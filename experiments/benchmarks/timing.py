@@ -1,4 +1,4 @@
-"""What the benchmarks share: times that can be compared, compile times, memory, and tables."""
+"""What the benchmarks share: comparable times, compile times, memory, and tables."""
 
 import statistics
 import time
@@ -14,12 +14,11 @@ from rdm_jax.plan.chips import chip_of
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.random_streams import root_key
 
-ROUNDS = 3  # at the least; what is told is their median
+ROUNDS = 3  # at least; the median is reported
 
 
 def queued(function: Callable[[], Any], calls: int) -> float:
-    """Seconds a call: several are started, as training starts its steps, and the last is waited
-    for."""
+    """Seconds per call: several are started, as in training, and the last is waited for."""
     began = time.perf_counter()
     for _ in range(calls):
         result = function()
@@ -30,18 +29,17 @@ def queued(function: Callable[[], Any], calls: int) -> float:
 def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
     """Median seconds of a call of each function.
 
-    They take turns, so that whatever else the machine does falls on all of them. Each is called
-    before, for its compiling.
+    They take turns, so that other load on the machine affects all of them. Each is called once
+    before, to compile.
 
     Args:
-      functions: by name; of no arguments, returning arrays.
-      seconds: how long to time each, about; never less than `ROUNDS` calls.
+      functions: by name; they take no arguments and return arrays.
+      seconds: about how long to time each; never less than `ROUNDS` calls.
     """
     for function in functions.values():
         queued(function, 1)
     once = {name: max(queued(function, 1), 1e-6) for name, function in functions.items()}
-    # Many short turns rather than few long ones: the median leaves out those that another program
-    # broke into.
+    # Many short turns rather than few long ones: the median ignores those that were disturbed.
     rounds = int(min(max(seconds / max(once.values(), default=1), ROUNDS), 50))
     calls = {name: max(1, round(seconds / rounds / each)) for name, each in once.items()}
     turns = [
@@ -57,38 +55,38 @@ def compiled(function: Callable, *args: Any) -> jax.stages.Compiled:
 
 
 def flops(program: jax.stages.Compiled) -> float:
-    """XLA's own count of a program's operations; NaN where it has none."""
+    """XLA's count of a program's operations; NaN if it has none."""
     return (program.cost_analysis() or {}).get("flops", float("nan"))
 
 
 def parameters(network: Network) -> Any:
-    """Random parameters, whole on every device of this process."""
-    whole = sharding.replicated(sharding.local_mesh())
-    # It runs once: optimising the drawing of some hundred arrays takes longer than drawing them.
+    """Random parameters, replicated on every device of this process."""
+    replicated = sharding.replicated(sharding.local_mesh())
+    # It runs once, and optimising the program takes longer than running it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(network.init, out_shardings=whole, compiler_options=options)(root_key(0))
+    return jax.jit(network.init, out_shardings=replicated, compiler_options=options)(root_key(0))
 
 
 def forward_flops(stage: Stage, channels: int, classes: int) -> int:
-    """Operations of the stage's network for one image, two a multiply-add."""
+    """FLOPs of the stage's network per image, two per multiply-add."""
     return 2 * stage.multiply_adds(channels, classes)
 
 
 def of_peak(flops_a_second: float, dtype: str) -> str:
-    """A device's FLOP/s, and their share of its peak: '-' where that is not known."""
+    """The share of a device's peak FLOP/s; '-' if the peak is not known."""
     chip = chip_of(jax.devices()[0].device_kind)
     return f"{flops_a_second / chip.peak(dtype):.1%}" if chip else "-"
 
 
 def peak_bytes() -> int:
-    """The most memory of the first device that this process has held so far; 0 where devices do not
-    tell."""
+    """This process's peak memory on its first device so far; 0 if the device does not say."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def machine() -> str:
-    """What the figures are of, in one line."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, {cores()} cores, jax {jax.__version__}"
+    """The machine that the figures are of, in one line."""
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return f"{device}, {cores()} cores, jax {jax.__version__}"
 
 
 def start_table(title: str, columns: Sequence[str]) -> None:

@@ -1,11 +1,10 @@
-"""Digits through other chains of stages than 8 -> 32: more of them, other factors, images that are
-no squares.
+"""Digits through other chains of stages: more stages, other factors, images that are not square.
 
-python -m rdm_jax.main --config experiments/chain/config.py:8-16-32 --workdir runs/chain_8-16-32
+    python -m rdm_jax.main --config experiments/chain/config.py:8-16-32 --workdir runs/chain_8-16-32
 
-A chain is sides with '-' between, or height x width: 4-32, 8-32, 8x6-32x24. `emoji-16-64-256` is
-three stages of the emoji, for an accelerator, `emoji-16-64-256-tiny` the same in minutes on two
-cores. README.md beside this file has the results.
+A chain is a list of sides joined by '-', or of height x width: 4-32, 8-32, 8x6-32x24.
+`emoji-16-64-256` is three stages of the emoji, for an accelerator, `emoji-16-64-256-tiny` the same
+in minutes on two cores. README.md has the results.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from configs import digits, emoji
 from rdm_jax.config import Config, Evaluation, Stage, parse
 from rdm_jax.diffusion.preconditioning import EDM
 
-MORE_STEPS = 10  # of the ladder, of which four levels are below the smaller noise
+MORE_STEPS = 10  # of the noise schedule, of which four levels are below the smaller noise
 TONES = "0,0,0,0,0,0,1-5"  # as in the set, where 1,871 of 3,391 have none
 
 
@@ -29,11 +28,10 @@ def get_config(chain: str = "8-16-32"):
 def relay_stage(
     usual: Stage, before: tuple[int, int], resolution: tuple[int, int], fold: int
 ) -> Stage:
-    """A relay stage like `usual` for another factor: the blur grows with it, so that as much is
-    left at the hand-over.
+    """A relay stage like `usual` for another factor.
 
-    For a smaller factor the noise shrinks with it, too: the mean of fewer pixels has more of it
-      left, and would be lost.
+    The blur grows with the factor, so that the same detail is left at the hand-over. For a smaller
+    factor the noise shrinks too: the mean of fewer pixels keeps more of it.
     """
     factor = resolution[0] // before[0]
     pixels = usual.process.clock.blur_sigma_max * factor / usual.factor
@@ -55,30 +53,24 @@ def relay_stage(
 
 
 def _digits(sizes: list[tuple[int, int]]) -> Config:
-    """Stages of digits.py's two kinds. The relay's network works at about 8x8 always, with pixels
-    folded into channels."""
+    """A chain of digits.py's stages; relay networks work at about 8x8, with pixels folded."""
     config = parse(digits.get_config())
     first, relay = config.stages
     stages = [dataclasses.replace(first, resolution=sizes[0])]
     for before, size in zip(sizes, sizes[1:], strict=False):
         stages.append(relay_stage(relay, before, size, fold=max(1, size[0] // 8)))
-    data = (
-        config.data
-        if sizes[-1] == (32, 32)
-        else dataclasses.replace(
-            config.data, directory=f"data/digits_{'x'.join(map(str, sizes[-1]))}"
-        )
-    )
-    measured = ", ".join(
-        ["held_out", *(f"stage{number}" for number in range(1, len(stages))), "samples"]
-    )
+    data = config.data
+    if sizes[-1] != (32, 32):
+        directory = f"data/digits_{'x'.join(map(str, sizes[-1]))}"
+        data = dataclasses.replace(data, directory=directory)
+    earlier = [f"stage{number}" for number in range(1, len(stages))]
+    measured = ", ".join(["held_out", *earlier, "samples"])
     evaluation = dataclasses.replace(config.evaluation, images=measured)
     return dataclasses.replace(config, data=data, stages=tuple(stages), evaluation=evaluation)
 
 
 def _emoji(size: str) -> Config:
-    """emoji.py's two stages after one at 16x16; their skin tones are classes, for features to
-    measure them in."""
+    """emoji.py's two stages after one at 16x16; skin tones are classes, for the classifier."""
     config = parse(emoji.get_config(size))
     small, large = config.stages
     network = dataclasses.replace(
@@ -105,8 +97,10 @@ def _emoji(size: str) -> Config:
 
 
 def _brief(stage: Stage, images: int) -> Stage:
-    """A stage shown so few images: a larger learning rate, an average of fewer, and the noise told
-    as to digits.py's networks."""
+    """A stage for few training images: a larger learning rate, a shorter EMA half-life.
+
+    The noise level is passed to the network as in digits.py.
+    """
     often = {
         "checkpoint_every": images // 4,
         "preview_every": images // 2,

@@ -1,5 +1,4 @@
-"""Do samples show the digit that they were asked for, and are they copies? See README.md beside
-this file.
+"""Do samples show the requested digit, and are they copies of training images? See README.md.
 
 python -m experiments.digits.accuracy runs/digits/samples/samples.npz [more .npz files]
 """
@@ -14,12 +13,12 @@ from rdm_jax.data.image_sets import open_prepared
 
 
 def to_features(images: np.ndarray) -> np.ndarray:
-    """Pixels in [-1, 1], one row an image."""
+    """Pixels in [-1, 1], one row per image."""
     return images.reshape(len(images), -1) / 127.5 - 1
 
 
 def shrink(images: np.ndarray, factor: int) -> np.ndarray:
-    """Means of factor x factor pixels."""
+    """Images pooled by the factor."""
     b, h, w, c = images.shape
     return images.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
 
@@ -27,33 +26,30 @@ def shrink(images: np.ndarray, factor: int) -> np.ndarray:
 def accuracies(
     real: np.ndarray, labels: np.ndarray, samples: np.ndarray, asked: np.ndarray
 ) -> list[str]:
-    """The share of samples that k-NN (k = 3) and an SVM (C = 10), trained on the real images, name
-    as asked."""
+    """The accuracy of samples by k-NN (k = 3) and an SVM (C = 10) trained on real images."""
     classifiers = KNeighborsClassifier(3), SVC(C=10)
     return [f"{np.mean(c.fit(real, labels).predict(samples) == asked):.3f}" for c in classifiers]
 
 
 def distances(images: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Euclidean distances (b, 2) of each image (features) to the nearest and the second nearest row
-    of `real`."""
+    """Euclidean distances (b, 2) of each row to the two nearest rows of `real`."""
     squared = (images**2).sum(1)[:, None] + (real**2).sum(1) - 2 * images @ real.T
     return np.sqrt(np.partition(np.maximum(squared, 0), 1, axis=1)[:, :2])
 
 
 def main(paths: list[str]) -> None:
-    """Prints one Markdown row a file."""
+    """Prints one Markdown row per file."""
     everything = open_prepared("data/digits").batch(np.arange(5000))
     real, labels = everything["image"], everything["label"]
     to_real = distances(to_features(real), to_features(real))[:, 1]  # [:, 0] is the image itself
-    # A copy is nearer to a training digit than 99 % of the training digits of its class are to one
-    # another.
+    # A copy is nearer to a training digit than 99 % of its class's training digits are to each
+    # other.
     closest = np.array([np.quantile(to_real[labels == c], 0.01) for c in range(10)])
-    print(
-        f"real digits to the nearest other: median {np.median(to_real):.2f}, 1 % {np.quantile(to_real, 0.01):.2f}\n"
-    )
-    print(
-        "| samples | stage 1 k-NN | stage 1 SVM | final k-NN | final SVM | nearest real: median, 1 % | copies |"
-    )
+    median, least = np.median(to_real), np.quantile(to_real, 0.01)
+    print(f"real digits to the nearest other: median {median:.2f}, 1 % {least:.2f}\n")
+    columns = ["samples", "stage 1 k-NN", "stage 1 SVM", "final k-NN", "final SVM"]
+    columns += ["nearest real: median, 1 %", "copies"]
+    print(f"| {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|")
     for path in paths:
         made = np.load(path)

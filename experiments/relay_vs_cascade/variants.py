@@ -10,28 +10,19 @@ from rdm_jax.diffusion.samplers import CascadeHeun, Heun
 TITLES = {"relay": "relay", "cascade": "classic cascade", "single": "one stage"}
 ETAS = (0.0, 0.1, 0.2, 0.3)  # of all samplers
 ORDERS = {1: "Euler", 2: "Heun"}
-SIGMAS = (
-    80.0,
-    20.0,
-    10.0,
-    5.0,
-    2.5,
-)  # where the ladders of those that begin with noise begin; 80 is EDM's
+SIGMAS = (80.0, 20.0, 10.0, 5.0, 2.5)  # first levels of methods that start from noise; EDM's is 80
 AUGMENTS = (0.0, 0.05, 0.1, 0.2, 0.4)  # noise levels of the cascade's small image in sampling
-
-
-POINTS = 3  # checkpoints of the relay at which all methods are compared
+POINTS = 3  # checkpoints of the relay at which the methods are compared
 
 
 def variants(config: Config) -> dict[str, Config]:
-    """The three methods, none guided, all ladders ending at one noise level; they differ in what is
-    said here alone.
+    """The three methods, without guidance; all noise schedules end at the same level.
 
-    relay: as the config has it.
-    cascade: stage 2 generates from pure noise and is given the small image (CDM, arXiv 2106.15282);
-      its network is the relay's but for these channels of its input.
-    single: stage 2's network alone generates at full resolution, and is shown as many images as
-      both stages together.
+    relay: as in the config.
+    cascade: stage 2 generates from pure noise, conditioned on the small image (CDM, arXiv
+      2106.15282); its network is the relay's, with more input channels.
+    single: stage 2's network generates at full resolution, and trains on as many images as both
+      stages together.
 
     Every checkpoint of the last networks is kept, and `points` are among them.
     """
@@ -55,17 +46,16 @@ def variants(config: Config) -> dict[str, Config]:
 
 
 def _interval(relays: Training) -> int:
-    """Steps between checkpoints: whole parts of the relay's training, two to a point."""
+    """Steps between checkpoints: whole parts of the relay's training, two per point."""
     return max(1, relays.steps // (2 * POINTS))
 
 
 def points(training: Training, relays: Training) -> list[int]:
-    """Steps of a last network's checkpoints that are compared: at `POINTS` parts of the relay's
-    training, the last its end.
+    """Steps of a last network's checkpoints that are compared.
 
-    Of one stage, which is trained for longer: those at which it has seen as many images as both
-      stages of the relay, but for
-    less than half of the steps between two checkpoints.
+    They are at `POINTS` parts of the relay's training; the last is its end. A single stage, which
+    trains longer, is compared where it has seen as many images as both stages of the relay, up to
+    half of the steps between two checkpoints.
     """
     interval = _interval(relays)
     before = round((training.steps - relays.steps) / interval) * interval

@@ -1,5 +1,4 @@
-"""Signal-to-noise ratio of images by frequency, for each kind of noise, at two resolutions. See
-README.md beside this file.
+"""Signal-to-noise ratio of images by frequency, per kind of noise, at two resolutions: README.md.
 
 python -m experiments.spectrum.spectrum --source emoji:package/assets --source folder:photographs
 """
@@ -38,16 +37,8 @@ _COUNT = flags.DEFINE_integer(
 )
 _OUT = flags.DEFINE_string("out", "experiments/spectrum", "Folder for the pictures.")
 
-SHOWN = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    31,
-    48,
-    63,
-)  # frequencies of the table, in half-periods over an image's side
+# Frequencies of the table, in half-periods over an image's side.
+SHOWN = (1, 2, 4, 8, 16, 31, 48, 63)
 BATCH = 16
 MIXTURE = Relay().block_scale
 
@@ -58,7 +49,7 @@ def power(images: Float[Array, "b h w c"]) -> Float[Array, "h w"]:
 
 
 def signal_power(images: ImageSet, factor: int) -> np.ndarray:
-    """Of real images, the means of whose factor x factor cells are taken first."""
+    """The power of real images, which are pooled by the factor first."""
     numbers = np.unique(np.linspace(0, len(images) - 1, min(_COUNT.value, len(images))).astype(int))
     parts = np.array_split(numbers, -(-len(numbers) // BATCH))
     found = [
@@ -69,7 +60,7 @@ def signal_power(images: ImageSet, factor: int) -> np.ndarray:
 
 
 def noise_power(block_scale: float, white_scale: float, size: int, block: int) -> np.ndarray:
-    """Of white_scale e + block_scale Block[s](e'), unit white noise e and e', from draws."""
+    """The power of white_scale e + block_scale Block[s](e'), estimated with unit white noise."""
 
     @jax.jit
     def draw(key: Array) -> Array:
@@ -85,8 +76,10 @@ def noise_power(block_scale: float, white_scale: float, size: int, block: int) -
 def predicted_noise_power(
     block_scale: float, white_scale: float, size: int, block: int
 ) -> np.ndarray:
-    """The same from the covariance of block noise on a large torus: of a moving sum, (sin(s w / 2)
-    / sin(w / 2))^2 an axis."""
+    """The same from the covariance of block noise on a large torus.
+
+    A moving sum has the power (sin(s w / 2) / sin(w / 2))^2 per axis.
+    """
     omega = np.pi * np.arange(1, size) / size
     axis = (
         np.concatenate([[block**2], (np.sin(block * omega / 2) / np.sin(omega / 2)) ** 2]) / block
@@ -95,25 +88,23 @@ def predicted_noise_power(
 
 
 def radial(values: np.ndarray) -> np.ndarray:
-    """Means over rings of one frequency: entry k of coefficients (i, j) with round(sqrt(i^2 + j^2))
-    = k."""
+    """Means over rings: entry k is of coefficients (i, j) with round(sqrt(i^2 + j^2)) = k."""
     i, j = np.indices(values.shape)
     ring = np.rint(np.hypot(i, j)).astype(int)
     return (np.bincount(ring.ravel(), values.ravel()) / np.bincount(ring.ravel()))[: len(values)]
 
 
 def decibels(ratio: np.ndarray) -> np.ndarray:
-    """10 log10."""
+    """A ratio in dB: 10 log10."""
     return 10 * np.log10(ratio)
 
 
 def ratios(images: ImageSet) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, and signal-to-noise ratio by frequency in dB as measured and as predicted from that of
-    white noise on small images.
+    """Yields a name and the signal-to-noise ratio by frequency in dB, measured and predicted.
 
-    Predicted for large images: the same waves as in their means, over factor^2 times as many
-      pixels, before the means damped them
-    as a moving sum does; what the means fold down from higher frequencies is left out.
+    The prediction starts from white noise on small images. For large images: the same waves as in
+    the pooled images, over factor^2 times as many pixels, before pooling damped them as a moving
+    sum does; aliasing from higher frequencies is left out.
     """
     size, p, sigma = _SIZE.value, _FACTOR.value, _SIGMA.value
     small = radial(signal_power(images, p))
@@ -133,11 +124,10 @@ def ratios(images: ImageSet) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 
 
 def draw(curves: dict[str, list[tuple[str, np.ndarray, np.ndarray]]], path: Path) -> None:
-    """A panel a source: measured ratios as lines, predicted ones as dots."""
+    """Draws one panel per source: measured ratios as lines, predicted ones as dots."""
     figure = Figure(figsize=(6 * len(curves), 4.2), layout="constrained")
-    for axes, (title, rows) in zip(
-        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
-    ):
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axes, (title, rows) in zip(panels, curves.items(), strict=True):
         for name, measured, predicted in rows:
             frequency = np.arange(1, len(measured))
             (line,) = axes.plot(frequency, measured[1:], label=name)
@@ -153,8 +143,7 @@ def draw(curves: dict[str, list[tuple[str, np.ndarray, np.ndarray]]], path: Path
 
 
 def table(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> str:
-    """Each noise's distance from white noise on small images, measured (predicted), by
-    frequency."""
+    """Each noise's difference from white noise on small images, measured (predicted)."""
     (_, base, base_predicted), *others = rows
     shown = [k for k in SHOWN if k < len(base)]
     cells = [["white noise on small images", *(f"{base[k]:.1f} dB" for k in shown)]]
@@ -170,11 +159,13 @@ def main() -> None:
     """Prints a table for every source, and draws them."""
     common.start()
     out = local_path(_OUT.value, "--out")
-    form, curves = ImageSpec(_SIZE.value, _SIZE.value, 3), {}
-    for spec in _SOURCES.value:
-        skin_tones = "drop" if spec.startswith("emoji:") else ""
-        images = open_direct(spec, form, cache_bytes=2**32, skin_tones=skin_tones)
-        name = f"{Path(spec.partition(':')[2]).name if not skin_tones else 'emoji'} ({min(_COUNT.value, len(images)):,} images)"
+    spec, curves = ImageSpec(_SIZE.value, _SIZE.value, 3), {}
+    for source in _SOURCES.value:
+        is_emoji = source.startswith("emoji:")
+        skin_tones = "drop" if is_emoji else ""
+        images = open_direct(source, spec, cache_bytes=2**32, skin_tones=skin_tones)
+        title = "emoji" if is_emoji else Path(source.partition(":")[2]).name
+        name = f"{title} ({min(_COUNT.value, len(images)):,} images)"
         curves[name] = list(ratios(images))
         print(f"\n{name}\n\n{table(curves[name])}")
     draw(curves, out / "spectrum.png")

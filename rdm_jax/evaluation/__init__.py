@@ -1,2 +1,1 @@
-"""How good are the images? Features, distances between sets of them, and the pages that show
-them."""
+"""The quality of images: features, distances between sets of them, and reports."""

@@ -1,5 +1,7 @@
-"""A small classifier of a data set's own labels: features where Inception is not there, or knows
-nothing of the data."""
+"""A small classifier of a data set's own labels.
+
+It gives features for data that Inception does not know, or where its weights are missing.
+"""
 
 import hashlib
 import json
@@ -32,33 +34,35 @@ IMAGES_SHOWN, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 40_000, 100, 2e-3, 0.01
 
 
 class Classifier(nnx.Module):
-    """Three strided convolutions, the mean over a 4 x 4 grid of what they see, and two dense
-    layers.
+    """Three strided convolutions, pooling to a 4 x 4 grid, and two dense layers.
 
-    The first one's stride grows with images above 64 pixels, which would cost minutes otherwise; it
-    sees every pixel still.
+    The first stride grows with the image size above 64 pixels, to bound the cost; its kernel grows
+    too, so that every pixel is seen.
     """
 
     def __init__(self, image_shape: tuple[int, ...], classes: int, *, rngs: nnx.Rngs):
-        strided = lambda by, *widths: nnx.Conv(*widths, (by + 1, by + 1), strides=by, rngs=rngs)  # noqa: E731
-        self.conv1 = strided(max(2, min(image_shape[:2]) // 32), image_shape[-1], WIDTHS[0])
-        self.conv2, self.conv3 = strided(2, WIDTHS[0], WIDTHS[1]), strided(2, WIDTHS[1], WIDTHS[2])
+        def convolution(stride: int, inputs: int, outputs: int) -> nnx.Conv:
+            kernel = (stride + 1, stride + 1)
+            return nnx.Conv(inputs, outputs, kernel, strides=stride, rngs=rngs)
+
+        self.conv1 = convolution(max(2, min(image_shape[:2]) // 32), image_shape[-1], WIDTHS[0])
+        self.conv2 = convolution(2, WIDTHS[0], WIDTHS[1])
+        self.conv3 = convolution(2, WIDTHS[1], WIDTHS[2])
         self.to_features = nnx.Linear(16 * WIDTHS[-1], FEATURES, rngs=rngs)
         self.to_logits = nnx.Linear(FEATURES, classes, rngs=rngs)
 
     def __call__(
         self, images: UInt8[Array, "b h w c"]
     ) -> tuple[Float[Array, "b d"], Float[Array, "b n"]]:
-        """Features and logits, float32."""
+        """Returns features (b, 64) and logits (b, classes), float32."""
         x = images.astype(jnp.float32) / 127.5 - 1
         for convolution in (self.conv1, self.conv2, self.conv3):
             x = nnx.relu(convolution(x))
-        x = jax.image.resize(x, (len(x), 4, 4, x.shape[-1]), "linear").reshape(
-            len(x), -1
-        )  # averages, where it makes smaller
+        # With antialiasing, "linear" averages when it shrinks.
+        x = jax.image.resize(x, (len(x), 4, 4, x.shape[-1]), "linear").reshape(len(x), -1)
         features = nnx.relu(self.to_features(x))
-        # Of mean square 1, as a kernel distance has no unit, and features that grow with training
-        # would decide its size.
+        # Normalised to mean square 1: a kernel distance depends on the scale of the features, which
+        # grows with training.
         features *= jax.lax.rsqrt(jnp.mean(features**2, axis=1, keepdims=True) + 1e-6)
         return features, self.to_logits(features)
 
@@ -71,47 +75,47 @@ def classifier_space(
     train: bool,
     check_stop: Callable[[], None] = lambda: None,
 ) -> FeatureSpace:
-    """The classifier in a file; one that is not there is trained, if `train`, and written.
+    """The features of a classifier in a file; `train` makes a missing one.
 
     Args:
-      images: to learn from; a classifier from a file must have been made for images of this shape
-        and these classes.
-      held_out: images that tell how good it is; None if there are none.
+      images: the training set. A classifier from a file must have been made for images of this
+        shape and these classes.
+      held_out: images to measure its accuracy on; None if there are none.
       path: of the file, safetensors.
-      train: whether one that is not there is trained.
-      check_stop: called between steps of that training; what it raises ends the work, and the next
-        call begins it anew.
+      train: whether to train a missing classifier, or one of other images, and write it.
+      check_stop: called between training steps; what it raises ends the training, and the next call
+        starts it again.
 
     Raises:
-      InputError: the data has no classes, or the file is not there (without `train`), damaged, or
-        of other classes or images.
+      InputError: the data has no classes, or the file is missing (without `train`), damaged, or of
+        other classes or images.
     """
     if len(images.class_names) < 2:
-        would_do = "'inception', or data in class folders,"
         raise InputError(
-            f"config.evaluation.features='classifier' needs classes, and the data has none; {would_do} would do."
+            "config.evaluation.features='classifier' needs classes, and the data has none",
+            "Use 'inception', or data in class folders.",
         )
     if not path.is_file() and not train:
         raise InputError(
-            f"config.evaluation.weights={str(path)!r} is no file; a classifier that an evaluation wrote would do."
+            f"config.evaluation.weights={str(path)!r} is not a file",
+            "Use a classifier that an evaluation has written.",
         )
     graph, abstract = nnx.split(_build(images), nnx.Param)
     if train and not _is_of(images, path, abstract):
         _write(path, _trained(graph, abstract, images, check_stop), images, held_out, graph)
     params, about = read_parameters(path, abstract)
     if about["image_shape"] != list(images.image_shape):
-        found = f"{path} is a classifier of images of shape {about['image_shape']}"
-        raise InputError(f"{found}; one of {list(images.image_shape)} would do.")
+        raise InputError(
+            f"{path} is a classifier of images of shape {about['image_shape']}",
+            f"Use one of {list(images.image_shape)}.",
+        )
     theirs, ours = Classes(tuple(about["class_names"])), Classes(images.class_names)
     if theirs != ours:
         raise InputError(
-            f"{path} is a classifier of the classes {theirs}; one of {ours}, in this order, would do."
+            f"{path} is a classifier of the classes {theirs}", f"Use one of {ours}, in this order."
         )
-    log.info(
-        "evaluation: features of the classifier in %s, which names %s of held-out images rightly",
-        path,
-        about["accuracy"],
-    )
+    accuracy = about["accuracy"]
+    log.info("evaluation: features of the classifier in %s, held-out accuracy %s", path, accuracy)
 
     def apply(params: Any, images: Array) -> dict[str, Array]:
         features, logits = nnx.merge(graph, params)(images)
@@ -122,7 +126,7 @@ def classifier_space(
 
 
 def _is_of(images: ImageSet, path: Path, abstract: Any) -> bool:
-    """Whether a file has a classifier that was trained on these very images."""
+    """Whether a file has a classifier that was trained on these images."""
     if not path.is_file():
         return False
     try:
@@ -145,9 +149,12 @@ def _build(images: ImageSet) -> Classifier:
 
 
 def _trained(graph: Any, params: Any, images: ImageSet, check_stop: Callable[[], None]) -> Any:
-    """Parameters after training, with random shifts by up to a sixteenth; the run's seed has no
-    part in it."""
-    steps, most = IMAGES_SHOWN // BATCH_SIZE, max(images.image_shape[0] // 16, 1)
+    """Returns trained parameters; they do not depend on the run's seed.
+
+    Images are shifted at random by up to a sixteenth of their height.
+    """
+    steps = IMAGES_SHOWN // BATCH_SIZE
+    most = max(images.image_shape[0] // 16, 1)
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
     optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
 
@@ -166,7 +173,8 @@ def _trained(graph: Any, params: Any, images: ImageSet, check_stop: Callable[[],
         return optax.apply_updates(params, updates), moments
 
     random, order = np.random.default_rng(0), np.empty(0, int)
-    moments, began = optimizer.init(params), time.perf_counter()
+    moments = optimizer.init(params)
+    began = time.perf_counter()
     with progress(steps * BATCH_SIZE, "training the classifier") as bar:
         for number in range(steps):
             check_stop()
@@ -197,17 +205,21 @@ def _write(
 
 
 def _accuracy(graph: Any, params: Any, images: ImageSet) -> float:
-    right = 0
+    correct = 0
     for first in range(0, len(images), BATCH_SIZE):
         batch = images.batch(np.arange(first, min(first + BATCH_SIZE, len(images))))
         logits = nnx.merge(graph, params)(jnp.asarray(batch["image"]))[1]
-        right += int((np.asarray(logits).argmax(1) == batch["label"]).sum())
-    return right / len(images)
+        correct += int((np.asarray(logits).argmax(1) == batch["label"]).sum())
+    return correct / len(images)
 
 
 def read_parameters(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
-    """Parameters like `abstract`, and what is known of them. Raises InputError where a file has
-    none."""
+    """Reads parameters like `abstract`, and the record beside them.
+
+    Raises:
+      InputError: the file is damaged, or has other parameters.
+    """
+    fix = "Use a classifier that an evaluation of such images has written."
     try:
         with safetensors.safe_open(path, framework="np") as file:
             about = parse_json((file.metadata() or {})["about"])
@@ -220,7 +232,7 @@ def read_parameters(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
             params,
             abstract,
         )
-        fields = {"image_shape", "class_names", "trained_on", "accuracy"} <= about.keys()
+        complete = {"image_shape", "class_names", "trained_on", "accuracy"} <= about.keys()
     except (
         safetensors.SafetensorError,
         OSError,
@@ -229,13 +241,9 @@ def read_parameters(path: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
         TypeError,
         AttributeError,
     ) as error:
-        raise InputError(
-            f"{path} is no classifier ({error}); one that an evaluation has written would do."
-        ) from error
-    if not fields or not all(jax.tree.leaves(same)):
-        raise InputError(
-            f"{path} is another classifier; one that an evaluation of such images has written would do."
-        )
+        raise InputError(f"{path} is not a classifier ({error})", fix) from error
+    if not complete or not all(jax.tree.leaves(same)):
+        raise InputError(f"{path} is another classifier", fix)
     return params, about
 
 

@@ -1,5 +1,4 @@
-"""What a network says of images; distances between sets of images are distances between their
-features."""
+"""What a network says about images; sets of images are compared by their features."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,19 +9,20 @@ from jaxtyping import Array
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A feature extractor. Any other than the project's two is evaluated by giving it to
-    `evaluate.Evaluator`.
+    """A feature extractor.
+
+    The project has two; another one is passed to `evaluator.Evaluator`.
 
     Attributes:
-      name: of the metrics' table; 'inception' makes the Frechet distances an FID and an sFID.
-      digest: tells one set of weights from another; statistics of others are refused.
+      name: for tables; 'inception' makes the Frechet distances an FID and an sFID.
+      digest: identifies the weights; statistics of other weights are refused.
       sizes: of the outputs. 'features' (d,) is needed; 'spatial' (e,) has a Frechet distance of its
-        own, and from 'logits' (n,) come the inception score and, where `class_names` are the
-        data's, the accuracy.
-      params: what `apply` takes first; a tree of arrays.
+        own, and 'logits' (n,) give the inception score and, if `class_names` are the data's, the
+        accuracy.
+      params: the first argument of `apply`; a tree of arrays.
       apply: (params, uint8 images (b, h, w, c)) -> float32 arrays (b, size), by the names in
-        `sizes`. Pure: it is compiled.
-      class_names: what the logits are of; () if these are not the data's classes.
+        `sizes`. It is pure and gets compiled.
+      class_names: of the logits; () if these are not the data's classes.
     """
 
     name: str

@@ -1,7 +1,9 @@
-"""Images that are made while they are measured."""
+"""Generated images as streams: made while they are measured, or read if they are saved."""
 
 import dataclasses
+import functools
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,60 +20,100 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.ranges import parse_numbers, repetition
 from rdm_jax.sampling.made_with import describe
 from rdm_jax.sampling.pipeline import RelayPipeline
+from rdm_jax.sampling.saved_samples import SavedSamples, find_saved
 from rdm_jax.sampling.stage_preview import StagePreview
+
+SAMPLES = "samples"  # the set of the last stage's images
 
 
 class RelayStream(ImageStream):
-    """What a relay makes in the end ('samples'), and its earlier stages' images, enlarged to the
-    same size ('stage1', ...) or as they are ('stage1@native', ...).
+    """The final images of a pipeline ('samples') and those of its earlier stages.
+
+    The earlier ones are enlarged to the final size ('stage1', ...) or as they are
+    ('stage1@native', ...). Samples that are saved with the same settings and checkpoints are used;
+    otherwise every batch is generated when it is read. The images are the same either way.
 
     Args:
-      names: which of these.
-      classes: by whose numbers labels count.
+      relay: the pipeline.
+      names: of the sets.
+      classes: whose indices the labels are.
+      saved: the folder of samples; None to generate all images.
 
     Raises:
-      InputError: one of a stage that is not run, as the relay goes on from given images.
+      InputError: a set is of a stage that does not run, as sampling starts from given images.
     """
 
-    def __init__(self, relay: RelayPipeline, names: tuple[str, ...], classes: Classes):
+    def __init__(
+        self,
+        relay: RelayPipeline,
+        names: tuple[str, ...],
+        classes: Classes,
+        saved: Path | None = None,
+    ):
         config, seeds = relay.config, evaluated_seeds(relay.config)
-        known = ["samples", *relay.earlier, *(f"{name}{NATIVE}" for name in relay.earlier)]
+        known = [SAMPLES, *relay.earlier, *(f"{name}{NATIVE}" for name in relay.earlier)]
         if missing := set(names) - set(known):
-            low = f"config.sampling.low={config.sampling.low!r}"
             raise InputError(
-                f"config.evaluation.images has {missing.pop()!r}, and {low}; {' or '.join(known)} would do."
+                f"config.evaluation.images has {missing.pop()!r}, and "
+                f"config.sampling.low={config.sampling.low!r} replaces that stage",
+                f"Use {' or '.join(known)}.",
             )
         self.names, self.batch_size = names, config.sampling.batch_size
         field = "config.evaluation.seeds" if config.evaluation.seeds else "config.sampling.seeds"
         self._relay, self._seeds = relay, np.asarray(parse_numbers(seeds, field), np.int64)
-        self.count, self._labels = (
-            len(self._seeds),
-            labels_by_name("samples", relay.classes, classes),
-        )
-        if said := repetition(seeds, field):
-            log.info("evaluation: %s", said)
+        self.count = len(self._seeds)
+        self._labels = labels_by_name(SAMPLES, relay.classes, classes)
+        if repeated := repetition(seeds, field):
+            log.info("evaluation: %s", repeated)
         sampling = dataclasses.replace(config.sampling, seeds=seeds)
         self.about = {
             "set": ", ".join(names),
             **describe(dataclasses.replace(config, sampling=sampling), relay),
         }
+        self._saved_in = saved
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         seeds = self._seeds[first : first + count]
-        made = dict(zip((*self._relay.earlier, "samples"), self._relay.sample(seeds), strict=True))
-        height = made["samples"].shape[1]
+        if self._saved:
+            made = self._saved.read(seeds)
+        else:
+            names = (*self._relay.earlier, "images")
+            made = dict(zip(names, self._relay.sample(seeds), strict=True))
+        height = self._relay.config.stages[-1].resolution[0]
         sets = {}
         for name in self.names:
-            images = made[name.removesuffix(NATIVE)]
+            images = made[_array_name(name)]
             sets[name] = images if name.endswith(NATIVE) else enlarged(images, height)
         return sets, self._labels[self._relay.labels(seeds)]
 
+    @functools.cached_property
+    def _saved(self) -> SavedSamples | None:
+        """Saved samples to use; all processes look for them together, at the first batch."""
+        if not self._saved_in:
+            return None
+        arrays = sorted({_array_name(name) for name in self.names})
+        saved = find_saved(self._relay, self._saved_in, self._seeds, arrays)
+        if saved:
+            log.info("evaluation: reusing the samples in %s", self._saved_in)
+        return saved
+
+
+def _array_name(name: str) -> str:
+    """The array of a samples.npz that has the images of a set."""
+    return "images" if name == SAMPLES else name.removesuffix(NATIVE)
+
 
 class StageStream(ImageStream):
-    """What one stage makes with the given parameters: enlarged to the last stage's size, or where
-    the config has a reference of the stage's own size, as it is ('stage1@native').
+    """The images that one stage generates with given parameters.
+
+    They are enlarged to the last stage's size, or as they are ('stage1@native') if the config has a
+    reference of the stage's own size.
 
     Args:
+      config: of the run.
+      number: of the stage, from 1.
+      alone: samples the stage.
+      params: of the stage.
       images_seen: in training so far.
     """
 
@@ -79,10 +121,8 @@ class StageStream(ImageStream):
         self, config: Config, number: int, alone: StagePreview, params: Any, images_seen: int
     ):
         native = bool(config.evaluation.native_reference) and number < len(config.stages)
-        name, seeds = (
-            f"stage{number}{NATIVE if native else ''}",
-            config.evaluation.seeds_in_training,
-        )
+        name = f"stage{number}{NATIVE if native else ''}"
+        seeds = config.evaluation.seeds_in_training
         self.names, self.batch_size = (name,), config.sampling.batch_size
         self._alone, self._params = alone, params
         self._height = config.stages[number - 1 if native else -1].resolution[0]
@@ -90,8 +130,7 @@ class StageStream(ImageStream):
             parse_numbers(seeds, "config.evaluation.seeds_in_training"), np.int64
         )
         self.count = len(self._seeds)
-        # So that nothing is taken for the same that is not: a few sums tell one training's
-        # parameters from another's.
+        # A few sums tell the parameters of one training from another's.
         sums = jax.device_get(jax.tree.map(lambda x: (x.sum(), jnp.abs(x).sum()), params))
         parameters = hashlib.sha256(repr(jax.tree.leaves(sums)).encode()).hexdigest()
         self.about = {
@@ -108,6 +147,6 @@ class StageStream(ImageStream):
 
 
 def enlarged(images: np.ndarray, height: int) -> np.ndarray:
-    """Every pixel repeated, to the height given."""
+    """Images (b, h, w, c) enlarged to `height` by repeating every pixel."""
     factor = height // images.shape[1]
     return images.repeat(factor, 1).repeat(factor, 2)

@@ -1,4 +1,4 @@
-"""Images to be measured, a batch at a time: generated ones, sets, and files."""
+"""Streams of images to measure, a batch at a time: sets of images and .npz files."""
 
 import concurrent.futures
 from abc import ABC, abstractmethod
@@ -17,21 +17,21 @@ from rdm_jax.data.sources import Source, cores, open_source
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.npz import Npz
 
-SHOWN = 50  # images of a picture
-CLASS_NAMES = "class_names"  # in an .npz: what its labels are numbers of
+SHOWN = 50  # images in a picture of a set
+CLASS_NAMES = "class_names"  # the array of an .npz with the names of its labels' classes
 NO_CLASSES = Classes()
 Batch = tuple[dict[str, np.ndarray], np.ndarray]
 
 
 class ImageStream(ABC):
-    """Sets of images that come together: image i of each belongs to image i of the others.
+    """Sets of images that are made together: image i of one set belongs to image i of the others.
 
     Attributes:
       names: of the sets.
-      count: images in each.
-      batch_size: how many at a time.
-      about: JSON: what they are; two streams with the same one are the same images.
-      notes: what is to be known of their figures.
+      count: images per set.
+      batch_size: images per batch.
+      about: what the images are, as JSON; streams with equal `about` have equal images.
+      notes: remarks on the metrics of the sets.
     """
 
     names: tuple[str, ...]
@@ -42,53 +42,60 @@ class ImageStream(ABC):
 
     @abstractmethod
     def batch(self, first: int, count: int) -> Batch:
-        """`count` images from number `first` on: uint8 (b, h, w, c) of each set by name, and int32
-        (b,) labels (-1: none)."""
+        """The images `first` to `first + count - 1`.
+
+        Returns:
+          uint8 (b, h, w, c) of each set by name, and int32 (b,) labels (-1 for none).
+        """
 
     def shown(self) -> Int[np.ndarray, " n"]:
-        """Numbers of the images for a picture."""
+        """Indices of the images in the picture of a set."""
         return np.arange(min(SHOWN, self.count))
 
 
 class SetStream(ImageStream):
-    """A set of images, in a random order that is always the same; labels are numbers of
-    `classes`."""
+    """A set of images, in a fixed random order.
+
+    Args:
+      name: of the set.
+      images: the set.
+      batch_size: images per batch.
+      classes: whose indices the labels are.
+    """
 
     def __init__(self, name: str, images: ImageSet, batch_size: int, classes: Classes):
         self.names, self.count, self.batch_size = (name,), len(images), batch_size
         self.about = {"set": name, "images": len(images), "fingerprint": images.fingerprint}
-        self._images, self._labels = (
-            images,
-            labels_by_name(name, Classes(images.class_names), classes),
-        )
-        # A score is of images in their order, and a set is often sorted by class.
+        self._images = images
+        self._labels = labels_by_name(name, Classes(images.class_names), classes)
+        # The inception score depends on the order, and sets are often sorted by class.
         self._order = np.random.default_rng(0).permutation(len(images))
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         parts = np.array_split(self._order[first : first + count], cores())
-        with concurrent.futures.ThreadPoolExecutor(
-            len(parts)
-        ) as pool:  # images that are not in memory are decoded
+        # Threads, as images that are not in memory have to be decoded.
+        with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
             batches = list(pool.map(self._images.batch, parts))
-        images, labels = (
-            np.concatenate([batch[key] for batch in batches]) for key in ("image", "label")
-        )
+        images = np.concatenate([batch["image"] for batch in batches])
+        labels = np.concatenate([batch["label"] for batch in batches])
         return {self.names[0]: images}, self._labels[labels]
 
 
 class NpzStream(ImageStream):
-    """Images in a .npz file: `arr_0` (ADM's name), or `images`, `labels` and the names of these
-    classes in `class_names` (ours).
+    """Images in an .npz file.
+
+    They are in `arr_0` (ADM's format), or in `images` with `labels` and the names of their classes
+    in `class_names` (this project's).
 
     Args:
       name: of the set.
       path: of the file, which is never in memory as a whole.
       image_shape: that the images must have.
-      classes: by whose numbers labels count; labels without the names of their classes do not.
+      classes: whose indices the labels are; without `class_names` labels are ignored.
+      batch_size: images per batch.
 
     Raises:
-      InputError: it cannot be read, its images are of another shape or dtype, or its classes are
-        others.
+      InputError: the file cannot be read, or its images have another shape, dtype or classes.
     """
 
     def __init__(
@@ -99,16 +106,18 @@ class NpzStream(ImageStream):
         if not self._name:
             found = ", ".join(self._file.arrays) or "nothing"
             raise InputError(
-                f"{path} has no images, only {found}; an array arr_0 or images would do."
+                f"{path} has no images, only {found}", "Use a file with an array arr_0 or images."
             )
         shape, dtype = self._file.arrays[self._name]
         if dtype != np.uint8 or shape[1:] != image_shape:
-            wanted = f"uint8 of shape {('n', *image_shape)}, as config.stages and config.data.channels say,"
-            raise InputError(f"{path} has images of shape {shape}, {dtype}; {wanted} would do.")
+            raise InputError(
+                f"{path} has images of shape {shape}, {dtype}",
+                f"Use uint8 of shape {('n', *image_shape)}, as config.stages and "
+                "config.data.channels say.",
+            )
         self.names, self.count, self.batch_size = (name,), shape[0], batch_size
-        self._labels = self._read_labels(
-            {"images": "labels", "arr_0": "arr_1"}[self._name], classes
-        )
+        labels = {"images": "labels", "arr_0": "arr_1"}[self._name]
+        self._labels = self._read_labels(labels, classes)
         self.about = {
             "set": name,
             "images": self.count,
@@ -120,123 +129,128 @@ class NpzStream(ImageStream):
             return np.full(self.count, -1, np.int32)
         if CLASS_NAMES not in self._file.arrays:
             self.notes = (
-                f"accuracy: the labels are numbers, and no array {CLASS_NAMES} says of which classes; they do not count",
+                f"accuracy: the labels are ignored, as no array {CLASS_NAMES} names their classes",
             )
             return np.full(self.count, -1, np.int32)
         theirs = Classes(tuple(map(str, self._file.read(CLASS_NAMES).ravel())))
         numbers = labels_by_name(self.names[0], theirs, classes)
         shape, dtype = self._file.arrays[name]
-        labels = (
-            self._file.read(name)
-            if shape == (self.count,) and dtype.kind in "iu"
-            else np.array([len(theirs)])
+        problem = InputError(
+            f"{self._file.path} has {name} that are not indices of its {CLASS_NAMES}",
+            f"Use {self.count} integers from 0 to {len(theirs) - 1} (-1 for none).",
         )
+        if shape != (self.count,) or dtype.kind not in "iu":
+            raise problem
+        labels = self._file.read(name)
         if labels.min() < -1 or labels.max() >= len(theirs):
-            wanted = f"{self.count} whole numbers from 0 to {len(theirs) - 1} (-1: none)"
-            raise InputError(
-                f"{self._file.path} has {name} that are no classes of its {CLASS_NAMES}; {wanted} would do."
-            )
+            raise problem
         return numbers[labels]
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
-        return {self.names[0]: self._file.rows(self._name, first, count)}, self._labels[
-            first : first + count
-        ]
+        images = self._file.rows(self._name, first, count)
+        return {self.names[0]: images}, self._labels[first : first + count]
 
 
 def labels_by_name(name: str, theirs: Classes, classes: Classes) -> Int[np.ndarray, " n"]:
-    """For each class of a set its number among `classes`; last -1, for images without a class. All
-    are -1 where there are none.
+    """The index among `classes` of each class of a set, and last -1, for images without a class.
 
     Args:
       name: of the set, for the message.
+      theirs: the classes of the set.
+      classes: of the features; if there are none, all indices are -1.
+
+    Returns:
+      int32 (len(theirs) + 1,).
 
     Raises:
       InputError: the set has other classes.
     """
     numbers = matched(theirs, classes) if len(classes) else [-1] * len(theirs)
     if numbers is None:
-        would_do = (
-            "the same names, or a set without classes, or other --config.evaluation.features,"
+        raise InputError(
+            f"config.evaluation: {name} has the classes {theirs}, and the accuracy is that of "
+            f"{classes}",
+            "Use the same names, a set without classes, or other --config.evaluation.features.",
         )
-        message = f"config.evaluation: {name} has the classes {theirs}, and the accuracy is that of {classes}; {would_do} would do."
-        raise InputError(message)
     return np.asarray([*numbers, -1], np.int32)
 
 
 class _OfOneSize(DecodedSource):
-    """Images that have the size already."""
+    """Images that must have the size of the spec already."""
 
-    def __init__(self, spec: str, source: Source, form: ImageSpec):
-        super().__init__(source, form)
-        self._spec = spec
+    def __init__(self, name: str, source: Source, spec: ImageSpec):
+        super().__init__(source, spec)
+        self._name, self._spec = name, spec
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        pixels = self._source.decode(index, self._form.channels, self._form.background)
-        (rows, columns, _), wanted = (
-            pixels.shape,
-            f"{self._form.height} x {self._form.width}, as config.stages say,",
-        )
-        if (rows, columns) != (self._form.height, self._form.width):
-            name = self._source.names[index]
-            found = f"image {name!r} of {self._spec} is of {rows} x {columns} (height x width)"
-            raise InputError(f"config.evaluation: {found}; {wanted} would do.")
+        spec = self._spec
+        pixels = self._source.decode(index, spec.channels, spec.background)
+        rows, columns, _ = pixels.shape
+        if (rows, columns) != (spec.height, spec.width):
+            raise InputError(
+                f"config.evaluation: image {self._source.names[index]!r} of {self._name} is "
+                f"{rows} x {columns} (height x width)",
+                f"Use images of {spec.height} x {spec.width}, as config.stages say.",
+            )
         return pixels, self._source.label(index)
 
 
 def open_stream(
-    spec: str, config: Config, sets: dict[str, ImageSet], classes: Classes = NO_CLASSES
+    name: str, config: Config, sets: dict[str, ImageSet], classes: Classes = NO_CLASSES
 ) -> ImageStream:
-    """Images that are there already.
+    """Opens images that exist already.
 
     Args:
-      spec: 'training' or 'held_out' (of `sets`), 'prepared:PATH', 'folder:PATH', 'zip:PATH',
+      name: 'training' or 'held_out' (of `sets`), 'prepared:PATH', 'folder:PATH', 'zip:PATH',
         'tar:PATH', or 'npz:PATH'.
-      config: of the run; its last stage says what size the images must have.
-      classes: by whose numbers labels count; none where they do not.
+      config: of the run; images must have the size of its last stage.
+      sets: the config's own images by name.
+      classes: whose indices the labels are; without any, labels are ignored.
 
     Raises:
-      InputError: they are not there, cannot be read, too few, or of another size, number of
-        channels or classes.
+      InputError: the images are missing, cannot be read, are too few, or have another size, number
+        of channels or other classes.
     """
-    stream = _open(spec, config, sets, classes)
+    stream = _open(name, config, sets, classes)
     if stream.count < LEAST:
         raise InputError(
-            f"config.evaluation: {spec} has {stream.count} images; {LEAST} or more would do."
+            f"config.evaluation: {name} has {stream.count} images", f"Use {LEAST} or more."
         )
     return stream
 
 
-def _open(spec: str, config: Config, sets: dict[str, ImageSet], classes: Classes) -> ImageStream:
-    batch_size, (height, width), channels = (
-        config.evaluation.batch_size,
-        config.stages[-1].resolution,
-        config.data.channels,
-    )
-    if spec in sets:
-        return SetStream(spec, sets[spec], batch_size, classes)
-    kind, _, where = spec.partition(":")
-    path = Path(where).expanduser()
+def _open(name: str, config: Config, sets: dict[str, ImageSet], classes: Classes) -> ImageStream:
+    batch_size = config.evaluation.batch_size
+    image_shape = (*config.stages[-1].resolution, config.data.channels)
+    if name in sets:
+        return SetStream(name, sets[name], batch_size, classes)
+    kind, _, location = name.partition(":")
+    path = Path(location).expanduser()
     if kind == "npz":
-        return NpzStream(spec, path, (height, width, channels), classes, batch_size)
+        return NpzStream(name, path, image_shape, classes, batch_size)
     if kind == "prepared":
         images = open_prepared(path)
-        if images.image_shape != (height, width, channels):
-            wanted = (
-                f"{height} x {width} x {channels}, as config.stages and config.data.channels say,"
-            )
+        if images.image_shape != image_shape:
             raise InputError(
-                f"config.evaluation: the images of {spec} are {images.image_shape}; {wanted} would do."
+                f"config.evaluation: the images of {name} are {images.image_shape}",
+                f"Use {' x '.join(map(str, image_shape))}, as config.stages and "
+                "config.data.channels say.",
             )
-        return SetStream(spec, images, batch_size, classes)
-    source = open_source(spec).among(classes.names)
-    if channels == 3 and all(
-        source.reader.load(name).mode in ("1", "L", "LA") for name in source.names[:SHOWN]
-    ):
+        return SetStream(name, images, batch_size, classes)
+    return SetStream(name, _open_source(name, config, classes), batch_size, classes)
+
+
+def _open_source(name: str, config: Config, classes: Classes) -> ImageSet:
+    """The images of a folder or an archive, decoded when they are read."""
+    (height, width), channels = config.stages[-1].resolution, config.data.channels
+    source = open_source(name).among(classes.names)
+    modes = (source.reader.load(file).mode for file in source.names[:SHOWN])
+    if channels == 3 and all(mode in ("1", "L", "LA") for mode in modes):
         raise InputError(
-            f"config.evaluation: the images of {spec} are grey; colour, or config.data.channels=1, would do."
+            f"config.evaluation: the images of {name} are grey",
+            "Use colour images, or config.data.channels=1.",
         )
-    form = ImageSpec(height, width, channels, config.data.background, "none")
-    images = ImageSet(_OfOneSize(spec, source, form), (height, width, channels), source.class_names)
-    images.batch([0])  # of another size, most often all are
-    return SetStream(spec, images, batch_size, classes)
+    spec = ImageSpec(height, width, channels, config.data.background, "none")
+    images = ImageSet(_OfOneSize(name, source, spec), (height, width, channels), source.class_names)
+    images.batch([0])  # refuses another size early: mostly all images have it
+    return images

@@ -1,10 +1,9 @@
-"""Inception-v3 as the Frechet inception distance knows it, as pure functions.
+"""Inception-v3 as the Frechet inception distance uses it, as pure functions.
 
-It is the network of Szegedy et al., "Rethinking the Inception Architecture for Computer Vision"
-(2015), trained on ImageNet, as its authors published it in a TensorFlow graph. A FID that can be
-compared with others' needs that graph's weights, and its ways of resizing and pooling, which are
-not what libraries do by default. The weights come from the common PyTorch port, and keep the names
-that its layers have there.
+The network is that of Szegedy et al., "Rethinking the Inception Architecture for Computer Vision"
+(2015), trained on ImageNet and published by its authors as a TensorFlow graph. A comparable FID
+needs that graph's weights, resizing and pooling, which differ from the defaults of libraries. The
+weights come from the common PyTorch port, and layers keep their names there.
 """
 
 import shlex
@@ -25,7 +24,10 @@ from rdm_jax.runtime.lazy import lazy_import
 
 torch_files = lazy_import("rdm_jax.interop.torch_files")
 
-URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 SIZE = 299
 EPSILON = 1e-3  # of batch normalisation
@@ -39,7 +41,7 @@ Params = dict[str, dict[str, Array]]
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution without bias, batch normalisation, ReLU; `valid`: without zeros around."""
+    """A convolution without bias, batch normalisation and ReLU; `valid` means no padding."""
 
     name: str
     kernel: tuple[int, int]
@@ -48,16 +50,16 @@ class Conv:
     valid: bool = False
 
 
-# The network as data: a list is one part after the other, a tuple is lists side by side, whose
-# channels are put together, and a string is pooling over 3 x 3: 'halve' (maximum, stride 2), 'mean'
-# or 'max' (which keep the size).
+# The network as data: a list is a sequence of parts, a tuple is parallel branches whose channels
+# are concatenated, and a string is 3 x 3 pooling: 'halve' (maximum, stride 2), 'mean' or 'max'
+# (stride 1).
 Part = Conv | str | list | tuple
 
 
 def _branch(
     prefix: str, *layers: tuple[str, tuple[int, int], int], halve: bool = False
 ) -> list[Part]:
-    """Layers one after the other, of (name, kernel, channels); `halve`: the last has stride 2."""
+    """A sequence of layers (name, kernel, channels); with `halve` the last has stride 2."""
     convs = [Conv(f"{prefix}.{name}", kernel, channels) for name, kernel, channels in layers]
     if halve:
         convs[-1] = Conv(convs[-1].name, convs[-1].kernel, convs[-1].channels, stride=2, valid=True)
@@ -156,7 +158,7 @@ NETWORK: Part = [
     ),
     _block_d("Mixed_7a"),
     _block_e("Mixed_7b", "mean"),
-    _block_e("Mixed_7c", "max"),  # as its authors have it
+    _block_e("Mixed_7c", "max"),  # as in the published graph
 ]
 
 
@@ -167,7 +169,7 @@ def _through(
     pool: Callable[[str, Any], Any],
     join: Callable,
 ) -> Any:
-    """Sends anything through the network: arrays, or numbers of channels."""
+    """Folds a value through the network: arrays, or numbers of channels."""
     if isinstance(part, list):
         for one in part:
             x = _through(one, x, conv, pool, join)
@@ -178,7 +180,7 @@ def _through(
 
 
 def _layers() -> dict[str, tuple[int, int, int, int]]:
-    """Height, width, inputs and outputs of every convolution's kernel, by name."""
+    """(height, width, inputs, outputs) of every convolution's kernel, by name."""
     kernels = {}
 
     def conv(layer: Conv, channels: int) -> int:
@@ -193,43 +195,43 @@ LAYERS = _layers()
 
 
 def resize(images: Num[Array, "b h w c"], size: int = SIZE) -> Float[Array, "b {size} {size} c"]:
-    """Bilinear resizing as the graph does it: target pixel i is at source i h / size, without the
-    halves of pixel centres.
+    """Bilinear resizing as in the graph: target pixel i is at source i h / size.
+
+    Unlike in most libraries, there are no half-pixel centres.
 
     Args:
-      images: uint8 or float, of any size; not changed where the size is right already.
+      images: uint8 or float (b, h, w, c), returned as float32 if they have the size.
       size: height and width of the result, which is float32.
     """
     x = images.astype(jnp.float32)
     for axis in (2, 1):  # the order in which the graph rounds
         length = x.shape[axis]
         if length != size:
-            # float32 as in the graph, on the host as it depends on the sizes alone.
+            # In float32 as in the graph; on the host, as it depends on the sizes only.
             source = np.arange(size, dtype=np.float32) * (np.float32(length) / np.float32(size))
             lower = np.floor(source).astype(np.int32)
-            below, above = (
-                jnp.take(x, i, axis, mode="clip") for i in (lower, lower + 1)
-            )  # clip: no pixel after the last
+            below = jnp.take(x, lower, axis, mode="clip")
+            above = jnp.take(x, lower + 1, axis, mode="clip")  # clip: the last pixel repeats
             fraction = np.expand_dims(source - lower.astype(np.float32), (0, 3, 3 - axis))
             x = below + (above - below) * fraction
     return x
 
 
 def preprocess(images: UInt8[Array, "b h w c"]) -> Float[Array, "b 299 299 3"]:
-    """What the network is shown: images of its size, from -1 to 127/128, grey ones as three equal
-    channels."""
+    """The network's input: resized, in [-1, 127/128]; grey images get three equal channels."""
     x = (resize(images) - 128) / 128
     return jnp.broadcast_to(x, (*x.shape[:3], 3))
 
 
+def _sum_of_neighbours(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    window, strides = (1, 3, 3, 1), (1, 1, 1, 1)
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, strides, "SAME")
+
+
 def _pool(kind: str, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
     if kind == "mean":
-        over = lambda x: jax.lax.reduce_window(
-            x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME"
-        )  # noqa: E731
-        return over(x) / over(
-            jnp.ones((1, *x.shape[1:3], 1))
-        )  # zeros around the image are not counted
+        ones = jnp.ones((1, *x.shape[1:3], 1))
+        return _sum_of_neighbours(x) / _sum_of_neighbours(ones)  # padding is not counted
     strides, padding = ((1, 2, 2, 1), "VALID") if kind == "halve" else ((1, 1, 1, 1), "SAME")
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), strides, padding)
 
@@ -243,9 +245,10 @@ def apply(params: Params, images: UInt8[Array, "b h w c"]) -> dict[str, Float[Ar
 
     Returns:
       'pool': (b, 2048), the features of FID (Heusel et al. 2017).
-      'spatial': (b, 2023), those of sFID (Nash et al. 2021): the first 7 channels of a layer of 17
-      x 17, rows first. 'logits': (b, 1008), of the inception score (Salimans et al. 2016): without
-      the last layer's bias.
+      'spatial': (b, 2023), those of sFID (Nash et al. 2021): the first 7 channels of a layer of
+        17 x 17, in row-major order.
+      'logits': (b, 1008), of the inception score (Salimans et al. 2016), without the last layer's
+        bias.
     """
     kept = {}
 
@@ -273,46 +276,56 @@ def apply(params: Params, images: UInt8[Array, "b h w c"]) -> dict[str, Float[Ar
 
 
 def inception_space(path: Path) -> FeatureSpace:
-    """The features as evaluation knows them: 'pool' is called 'features'. Raises InputError as
-    `load` does."""
+    """The feature space of Inception-v3, in which 'pool' is called 'features'.
+
+    Args:
+      path: of the weights.
+
+    Raises:
+      InputError: as `load`.
+    """
     params, digest = load(path)
-    renamed = lambda of: {"features": of["pool"], "spatial": of["spatial"], "logits": of["logits"]}  # noqa: E731
-    return FeatureSpace(
-        "inception",
-        digest,
-        renamed(SIZES),
-        params,
-        lambda params, images: renamed(apply(params, images)),
-    )
+
+    def renamed(outputs: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "features": outputs["pool"],
+            "spatial": outputs["spatial"],
+            "logits": outputs["logits"],
+        }
+
+    def renamed_apply(params: Params, images: Array) -> dict[str, Array]:
+        return renamed(apply(params, images))
+
+    return FeatureSpace("inception", digest, renamed(SIZES), params, renamed_apply)
 
 
 def default_path() -> Path:
-    """Where the file of weights is looked for."""
+    """The default path of the weights."""
     return cache_folder() / URL.rpartition("/")[2]
 
 
 def load(path: Path, sha256: str = SHA256) -> tuple[Params, str]:
-    """Reads the published weights; nothing in the file is run, and it is not looked into unless it
-    is the right one.
+    """Reads the published weights.
+
+    Nothing in the file is executed, and the file is read only if its checksum is right.
 
     Args:
       path: of the PyTorch port's state_dict.
-      sha256: how the file's SHA-256 must begin, in hexadecimal digits.
+      sha256: the beginning of the expected SHA-256, in hexadecimal digits.
 
     Returns:
-      The parameters for `apply`, by layer: 'kernel' (height, width, in, out), and batch
-        normalisation as 'scale' and 'shift';
-      of 'fc' only 'kernel' (in, out). The file's SHA-256.
+      The parameters for `apply` by layer, and the file's SHA-256. A layer has 'kernel' (height,
+      width, in, out) and batch normalisation as 'scale' and 'shift' (out,); 'fc' has only 'kernel'
+      (in, out).
 
     Raises:
-      InputError: the file is not there, is another one, or its parameters are not those of the
-        network, or not all finite.
+      InputError: the file is missing or another one, or its parameters are not those of the
+        network, or not finite.
     """
     digest = _sha256(path)
     if not digest.startswith(sha256):
-        raise InputError(
-            f"{path} cannot be used (its SHA-256 begins with {digest[:8]}, not {sha256[:8]}); {_published(path)}"
-        )
+        found = f"its SHA-256 begins with {digest[:8]}, not {sha256[:8]}"
+        raise InputError(f"{path} cannot be used ({found})", _download(path))
     with torch_files.open_state_dict(path) as tensors:
         _check(tensors, path)
 
@@ -320,7 +333,8 @@ def load(path: Path, sha256: str = SHA256) -> tuple[Params, str]:
             array = tensors[name].read()
             if not np.isfinite(array).all() or (name.endswith("running_var") and array.min() < 0):
                 raise InputError(
-                    f"{path} has numbers in {name!r} that are not finite, or no variances; {_published(path)}"
+                    f"{path} has values in {name!r} that are not finite, or negative variances",
+                    _download(path),
                 )
             return array
 
@@ -333,22 +347,25 @@ def load(path: Path, sha256: str = SHA256) -> tuple[Params, str]:
 def _sha256(path: Path) -> str:
     if not path.exists():
         raise InputError(
-            f"there is no {path}, the weights of Inception-v3 as the PyTorch port has them; {_published(path)}"
+            f"there is no {path}, the weights of Inception-v3 in the PyTorch port's format",
+            _download(path),
         )
-    if not path.is_file():  # a pipe would be waited for
-        raise InputError(f"{path} is no file; {_published(path)}")
+    if not path.is_file():  # opening a pipe would block
+        raise InputError(f"{path} is not a file", _download(path))
     try:
         return sha256(path)
     except OSError as error:
-        raise InputError(f"{path} cannot be used ({error.strerror}); {_published(path)}") from error
+        raise InputError(f"{path} cannot be used ({error.strerror})", _download(path)) from error
 
 
-def _published(path: Path) -> str:
-    return f"the published file would do, which `curl -L --create-dirs -o {shlex.quote(str(path))} {URL}` puts there."
+def _download(path: Path) -> str:
+    """The remedy for missing or wrong weights."""
+    command = f"curl -L --create-dirs -o {shlex.quote(str(path))} {URL}"
+    return f"Download the published file with `{command}`."
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
-    """Of every parameter that the file has, by the port's names."""
+    """The shape of every parameter in the file, by the port's names."""
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (SIZES["logits"], SIZES["pool"]),
         "fc.bias": (SIZES["logits"],),
@@ -360,8 +377,10 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _check(tensors: dict[str, Any], path: Path) -> None:
-    """Refuses a file of another network, before anything large is read. How many batches a layer
-    has seen does not matter."""
+    """Refuses a file of another network, before anything large is read.
+
+    The batch counters of batch normalisation are ignored.
+    """
     wanted = _shapes()
     found = {
         name: tensor
@@ -370,20 +389,23 @@ def _check(tensors: dict[str, Any], path: Path) -> None:
     }
     for name, shape in wanted.items():
         if name not in found:
-            raise InputError(f"{path} has no parameter {name!r}; {_published(path)}")
+            raise InputError(f"{path} has no parameter {name!r}", _download(path))
         if found[name].shape != shape or found[name].dtype != np.float32:
             what = f"shape {found[name].shape} and {found[name].dtype}, not {shape} and float32"
-            raise InputError(f"{path} has {name!r} of {what}; {_published(path)}")
+            raise InputError(f"{path} has {name!r} of {what}", _download(path))
     unknown = sorted(found.keys() - wanted.keys())
     if unknown:
         raise InputError(
-            f"{path} has a parameter {unknown[0]!r:.100}, which Inception-v3 has not; {_published(path)}"
+            f"{path} has a parameter {unknown[0]!r:.100}, which Inception-v3 does not have",
+            _download(path),
         )
 
 
 def _fold(name: str, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """A layer's parameters for `apply`: scale = weight / sqrt(variance + EPSILON), shift = bias -
-    mean scale, in float64 here."""
+    """A layer's parameters for `apply`, folded in float64.
+
+    scale = weight / sqrt(variance + EPSILON), shift = bias - mean scale.
+    """
     weight, bias, mean, variance = (
         read(f"{name}.bn.{part}").astype(np.float64) for part in _NORMALISATION
     )

@@ -1,13 +1,15 @@
-"""Distances between sets of features, and scores of one: what is small in float64 on the host, what
-is large on the devices."""
+"""Distances between sets of features, and scores of one set.
+
+Small arrays are computed in float64 on the host, large ones on the devices.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-NEIGHBOURS = 3  # k of precision and recall, as ADM and all after it have it
-TILE = 1024  # rows and columns of the distances that are in memory at a time
+NEIGHBOURS = 3  # k of precision and recall, as in ADM
+TILE = 1024  # rows and columns of the distance matrix that are in memory at a time
 
 
 def frechet_distance(
@@ -16,11 +18,10 @@ def frechet_distance(
     other_mean: Float[np.ndarray, " d"],
     other_covariance: Float[np.ndarray, "d d"],
 ) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the squared Frechet distance of two Gaussians
-    (Heusel et al. 2017, eq. 6).
+    """The squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6), in float64.
 
-    The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2), which loses
-    nothing when a covariance is singular. float64.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The trace of the root is the sum of the singular
+    values of C1^(1/2) C2^(1/2), which stays exact for singular covariances.
     """
     roots = _root(covariance) @ _root(other_covariance)
     cross = np.linalg.svd(roots, compute_uv=False).sum()
@@ -29,8 +30,7 @@ def frechet_distance(
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """The symmetric root; eigenvalues that are rounding errors are taken for the zeros that they
-    stand for."""
+    """The symmetric square root; eigenvalues at the level of rounding errors count as zeros."""
     values, vectors = np.linalg.eigh(covariance)
     values = np.where(values > np.finfo(np.float64).eps * len(values) * values[-1], values, 0)
     return (vectors * np.sqrt(values)) @ vectors.T
@@ -39,16 +39,20 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 def kernel_distance(
     features: Float[np.ndarray, "n d"], other: Float[np.ndarray, "m d"], tile: int = TILE
 ) -> tuple[float, float]:
-    """KID: the squared maximum mean discrepancy under the kernel (x y / d + 1)^3, unbiased
-    (Binkowski et al. 2018, eq. 4).
+    """KID: the squared maximum mean discrepancy, unbiased (Binkowski et al. 2018, eq. 4).
 
-    All pairs count, so that it has the smallest variance of what is unbiased, and does not depend
-    on the order; the customary mean over random subsets has the same expectation.
+    The kernel is (x y / d + 1)^3. All pairs count, which has the smallest variance of all unbiased
+    estimates and does not depend on the order; the usual mean over random subsets has the same
+    expectation.
+
+    Args:
+      features, other: the sets, each 4 features or more.
+      tile: rows and columns of the kernel matrix in memory at a time.
 
     Returns:
-      The distance, and its standard error to first order: from how much each feature's own part
-        varies. Of two sets of one
-      distribution, where the next order decides, it is up to a half too large.
+      The distance and its standard error to first order, from the spread of each feature's own
+      contribution. For two sets of one distribution, where the next order decides, the error is up
+      to a half too large.
 
     Raises:
       ValueError: fewer than 4 features.
@@ -56,15 +60,11 @@ def kernel_distance(
     if (least := min(len(features), len(other))) < 4:
         raise ValueError(f"{least} features are too few for a kernel distance")
     x, y = _tiles(features, tile), _tiles(other, tile)
-    counts = len(features), len(other)
-    within = [
-        _kernel_sums(tiles, tiles)[:n] / (n - 1) for tiles, n in zip((x, y), counts, strict=True)
+    n, m = len(features), len(other)
+    parts = [
+        _kernel_sums(x, x)[:n] / (n - 1) - _kernel_sums(x, y)[:n] / m,
+        _kernel_sums(y, y)[:m] / (m - 1) - _kernel_sums(y, x)[:m] / n,
     ]
-    between = (
-        _kernel_sums(x, y)[: counts[0]] / counts[1],
-        _kernel_sums(y, x)[: counts[1]] / counts[0],
-    )
-    parts = [own - others for own, others in zip(within, between, strict=True)]
     variance = sum(4 * part.var(ddof=1) / len(part) for part in parts)
     return float(parts[0].mean() + parts[1].mean()), float(np.sqrt(variance))
 
@@ -72,7 +72,7 @@ def kernel_distance(
 def _kernel_sums(
     rows: list[tuple[Array, Array]], columns: list[tuple[Array, Array]]
 ) -> Float[np.ndarray, " n"]:
-    """float64 sums over the columns, for each row; a feature's kernel with itself is left out."""
+    """float64 sums over the columns for each row, without a feature's kernel with itself."""
     sums = []
     for i, (row, _) in enumerate(rows):
         same = [rows is columns and i == j for j in range(len(columns))]
@@ -105,29 +105,32 @@ def precision_and_recall(
     k: int = NEIGHBOURS,
     tile: int = TILE,
 ) -> tuple[float, float]:
-    """The share of samples in the reference's manifold, and of the reference in the samples'
-    (Kynkaanniemi et al. 2019, eq. 1-2).
+    """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2).
 
-    A set's manifold is the union of balls around its features, each reaching to its k-th nearest
-    neighbour in the set. Distances are made in float32, tile by tile: memory grows with the number
-    of features, not with its square.
+    Precision is the share of samples in the reference's manifold, recall the share of the reference
+    in the samples' manifold. A set's manifold is the union of balls around its features, each with
+    the distance to its k-th nearest neighbour in the set as radius. Distances are computed in
+    float32, tile by tile: memory grows with the number of features, not with its square.
+
+    Args:
+      reference, sample: float32 features.
+      k: the neighbour that defines a radius.
+      tile: rows and columns of the distance matrix in memory at a time.
 
     Raises:
-      ValueError: a set has no k neighbours for a feature.
+      ValueError: a set has no more than k features.
     """
     if min(len(reference), len(sample)) <= k:
         raise ValueError(
             f"{min(len(reference), len(sample))} features are too few for {k} neighbours of each"
         )
     counts = len(reference), len(sample)
-    centre = reference.mean(0, dtype=np.float64).astype(
-        reference.dtype
-    )  # small numbers have small rounding errors
+    # Centred, as small numbers have small rounding errors.
+    centre = reference.mean(0, dtype=np.float64).astype(reference.dtype)
     reference, sample = _tiles(reference - centre, tile), _tiles(sample - centre, tile)
     reach, sample_reach = _radii(reference, k), _radii(sample, k)
-    in_reference, in_sample = (
-        [jnp.zeros(len(rows), bool) for rows, _ in tiles] for tiles in (sample, reference)
-    )
+    in_reference = [jnp.zeros(len(rows), bool) for rows, _ in sample]
+    in_sample = [jnp.zeros(len(rows), bool) for rows, _ in reference]
     for i, (rows, real) in enumerate(reference):
         for j, (columns, columns_real) in enumerate(sample):
             of_row, of_column = _covered(
@@ -135,12 +138,15 @@ def precision_and_recall(
             )
             in_sample[i] |= of_row
             in_reference[j] |= of_column
-    share = lambda found, count: float(np.sum(np.asarray(jax.device_get(found))) / count)  # noqa: E731
-    return share(in_reference, counts[1]), share(in_sample, counts[0])
+    return _share(in_reference, counts[1]), _share(in_sample, counts[0])
+
+
+def _share(found: list[Bool[Array, " tile"]], count: int) -> float:
+    return float(np.sum(np.asarray(jax.device_get(found))) / count)
 
 
 def _tiles(features: np.ndarray, tile: int) -> list[tuple[Array, Array]]:
-    """Rows by the tile, the last one filled up, and which of them are real."""
+    """Tiles of rows, the last one padded, and which rows are real."""
     tiles = []
     for first in range(0, len(features), tile):
         rows = features[first : first + tile]
@@ -182,7 +188,7 @@ def _nearer(
     real: Bool[Array, " b"],
     same: Bool[Array, ""],
 ) -> Float[Array, "a k"]:
-    """The k smallest of those known and those to `columns`; a feature is no neighbour of itself."""
+    """The k smallest distances so far; a feature is not its own neighbour."""
     distances = jnp.where(real, _squared_distances(rows, columns), jnp.inf)
     itself = same & jnp.eye(len(rows), dtype=bool)
     found = jnp.concatenate([nearest, jnp.where(itself, jnp.inf, distances)], axis=1)
@@ -198,7 +204,7 @@ def _covered(
     rows_reach: Float[Array, " a"],
     columns_reach: Float[Array, " b"],
 ) -> tuple[Bool[Array, " a"], Bool[Array, " b"]]:
-    """Which rows lie in a ball around a column, and which columns in one around a row."""
+    """Which rows are in a ball around a column, and which columns in a ball around a row."""
     distances = _squared_distances(rows, columns)
     of_row = ((distances <= columns_reach) & columns_real).any(1) & rows_real
     of_column = ((distances <= rows_reach[:, None]) & rows_real[:, None]).any(0) & columns_real
@@ -206,32 +212,32 @@ def _covered(
 
 
 class InceptionScore:
-    """exp of the mean divergence of predictions from their mean, in splits of images in order
-    (Salimans et al. 2016; ADM).
+    """The inception score (Salimans et al. 2016): exp of the mean divergence of predictions.
+
+    The divergence is that from the mean prediction of a split of images in order, as in ADM.
 
     Args:
       classes: of the classifier.
-      split: images a split; ADM's is 5,000. The score is the mean over the splits, the last of
+      split: images per split, 5,000 in ADM. The score is the mean over the splits, the last of
         which may be short.
     """
 
     def __init__(self, classes: int, split: int = 5000):
         self._classes, self._split = classes, split
-        # A row a split: how many images, the sum of their predictions, the sum of p log p.
-        self._counts, self._sums, self._logs = (
-            np.zeros(0, np.int64),
-            np.zeros((0, classes)),
-            np.zeros(0),
-        )
+        # One entry per split.
+        self._counts = np.zeros(0, np.int64)  # images
+        self._sums = np.zeros((0, classes))  # of predictions p
+        self._logs = np.zeros(0)  # of p log p
 
     def add(self, logits: Float[np.ndarray, "b classes"]) -> None:
-        """The predictions of the next images, as unnormalised logarithms."""
+        """Adds the logits of the next images."""
         logs = logits.astype(np.float64)
         logs = logs - logs.max(1, keepdims=True)
         logs -= np.log(np.exp(logs).sum(1, keepdims=True))
         while len(logs):
             if not len(self._counts) or self._counts[-1] == self._split:
-                self._counts, self._logs = np.append(self._counts, 0), np.append(self._logs, 0.0)
+                self._counts = np.append(self._counts, 0)
+                self._logs = np.append(self._logs, 0.0)
                 self._sums = np.vstack([self._sums, np.zeros(self._classes)])
             here = logs[: self._split - self._counts[-1]]
             self._counts[-1] += len(here)
@@ -246,11 +252,11 @@ class InceptionScore:
         return float(np.exp(self._logs / self._counts - of_mean).mean())
 
     def state(self) -> dict[str, np.ndarray]:
-        """What has been gathered, as arrays by name."""
+        """The state, as arrays by name."""
         return {"score.counts": self._counts, "score.sums": self._sums, "score.logs": self._logs}
 
     def set_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """Goes on from what `state` gave."""
+        """Continues from a state that `state` returned."""
         self._counts, self._sums, self._logs = (
             arrays[f"score.{name}"].copy() for name in ("counts", "sums", "logs")
         )

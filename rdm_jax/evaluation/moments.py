@@ -1,5 +1,4 @@
-"""Mean and covariance of any number of features in one pass, on the devices, in memory that does
-not grow with their number."""
+"""Mean and covariance of any number of features, in one pass on the devices in constant memory."""
 
 import functools
 from typing import NamedTuple
@@ -11,11 +10,11 @@ from jaxtyping import Array, Float
 
 
 class Moments(NamedTuple):
-    """Sums over the features seen so far, about a shift, each as a rounded number and what the
-    rounding has left.
+    """Sums over the features so far, about a shift, each with its compensation for rounding.
 
-    The shift is about the features' mean: without it the covariance would be a small difference of
-    large numbers. The rests make the sum of many batches as exact as the sum within one.
+    The shift is close to the features' mean: without it the covariance would be a small difference
+    of large numbers. The compensations (`_rest`) make the sum over many batches as exact as the sum
+    within one.
     """
 
     shift: Float[Array, " d"]
@@ -26,21 +25,30 @@ class Moments(NamedTuple):
 
 
 def start(shift: Float[Array, " d"]) -> Moments:
-    """Of no features yet. `shift` is subtracted from all of them: the mean of the first few will
-    do."""
-    size, shapes = len(shift), {"total": 1, "total_rest": 1, "outer": 2, "outer_rest": 2}
+    """The moments of no features.
+
+    Args:
+      shift: subtracted from all features; the mean of the first few will do.
+    """
+    size = len(shift)
+    vector, matrix = jnp.zeros(size, shift.dtype), jnp.zeros((size, size), shift.dtype)
     return Moments(
-        shift, **{name: jnp.zeros((size,) * axes, shift.dtype) for name, axes in shapes.items()}
+        shift=shift,
+        total=vector,
+        total_rest=jnp.zeros_like(vector),
+        outer=matrix,
+        outer_rest=jnp.zeros_like(matrix),
     )
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def update(moments: Moments, features: Float[Array, "b d"], is_real: Float[Array, " b"]) -> Moments:
-    """Adds features, of all devices if they are cut over several.
+    """Adds features, which may be sharded over devices.
 
     Args:
-      moments: given away; the result takes its place.
-      is_real: 1, or 0 for rows that only fill the batch up.
+      moments: donated; use the result instead.
+      features: of a batch.
+      is_real: 1, or 0 for rows of padding.
     """
     x = (features - moments.shift) * is_real[:, None]
     total, total_error = _two_sum(moments.total, x.sum(0))
@@ -57,8 +65,8 @@ def update(moments: Moments, features: Float[Array, "b d"], is_real: Float[Array
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
-    """a + b rounded, and exactly what that rounding has taken away (Knuth, The Art of Computer
-    Programming 2, 4.2.2)."""
+    """a + b rounded, and the exact rounding error (Knuth, The Art of Computer Programming 2,
+    4.2.2)."""
     total = a + b
     b_seen = total - a
     return total, (a - (total - b_seen)) + (b - b_seen)
@@ -67,7 +75,7 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 def mean_and_covariance(
     moments: Moments, count: int
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
-    """float64 mean and unbiased covariance of the `count` (at least 2) features that were added."""
+    """float64 mean (d,) and unbiased covariance (d, d) of the `count` >= 2 features added."""
     shift, total, total_rest, outer, outer_rest = (np.asarray(x, np.float64) for x in moments)
     mean = (total + total_rest) / count
     covariance = (outer + outer_rest - count * np.outer(mean, mean)) / (count - 1)
@@ -75,7 +83,10 @@ def mean_and_covariance(
 
 
 def _of_rank(covariance: np.ndarray, rank: int) -> np.ndarray:
-    """So few features leave directions without any spread; float32 puts a little there, whose root
-    is no longer little."""
+    """The covariance projected to the rank that so few features allow.
+
+    Rounding in float32 leaves small eigenvalues in the other directions, whose square roots are not
+    small.
+    """
     values, vectors = np.linalg.eigh(covariance)
     return (vectors[:, -rank:] * np.maximum(values[-rank:], 0)) @ vectors[:, -rank:].T

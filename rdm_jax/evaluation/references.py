@@ -1,5 +1,4 @@
-"""What sets of images are compared with: published statistics, or images whose features are
-gathered first."""
+"""What sets of images are compared with: published statistics, or other images."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,17 +16,17 @@ from rdm_jax.evaluation.statistics import Statistics
 from rdm_jax.evaluation.statistics_files import read_statistics
 from rdm_jax.runtime.npz import Npz
 
-NATIVE = "@native"  # ends the name of a stage's set that is measured at its own size
+NATIVE = "@native"  # suffix of a stage's set that is measured at its own resolution
 
 
 class Reference(NamedTuple):
     """What some sets are compared with.
 
     Attributes:
-      file: of an evaluation's folder, in which the statistics of the images are kept.
-      published: statistics that are there already; None where all are of the images.
-      stream: images whose features are needed; None where the published statistics are all.
-      about: JSON: what tells it from others.
+      file: name of the file in the evaluation's folder that keeps the images' statistics.
+      published: published statistics; None if all are measured on images.
+      stream: images to measure; None if the published statistics suffice.
+      about: what identifies the reference, as JSON.
     """
 
     file: str
@@ -39,30 +38,26 @@ class Reference(NamedTuple):
 def open_references(
     config: Config, sets: dict[str, ImageSet], space: FeatureSpace
 ) -> dict[str, Reference]:
-    """The reference of images of the final size under '', and, where the config has one, that of
-    each 'stageN@native'.
+    """Opens the references: '' for images of the final size, and those of each 'stageN@native'.
 
     Args:
-      config: of the run.
-      sets: 'training' and 'held_out', where the config needs them.
+      config: of the run; `evaluation.native_reference` may be empty.
+      sets: 'training' and 'held_out', if the config needs them.
       space: of the features.
 
     Raises:
-      InputError: one is not there, cannot be used, or is of another size than the images it is for.
+      InputError: a reference is missing, cannot be used, or is of another size than the images.
     """
     values = config.evaluation
     references = {"": _open(values.reference, config, sets, space, "reference.npz")}
-    for number in range(1, len(config.stages)) if values.native_reference else ():
-        until_here = dataclasses.replace(
-            config, stages=config.stages[:number]
-        )  # its last stage says what size images have
-        means = {
-            name: means_of(images, config.stage(number).resolution[0])
-            for name, images in sets.items()
-        }
-        file = f"reference_stage{number}.npz"
+    if not values.native_reference:
+        return references
+    for number, stage in enumerate(config.stages[:-1], 1):
+        # Images must have the size of the config's last stage.
+        until_here = dataclasses.replace(config, stages=config.stages[:number])
+        means = {name: means_of(images, stage.resolution[0]) for name, images in sets.items()}
         references[f"stage{number}{NATIVE}"] = _open(
-            values.native_reference, until_here, means, space, file
+            values.native_reference, until_here, means, space, f"reference_stage{number}.npz"
         )
     return references
 
@@ -77,20 +72,20 @@ def _open(
     path = Path(spec.removeprefix("npz:")).expanduser()
     published = read_statistics(path, space)
     with Npz(path) as npz:
-        has_images = "arr_0" in npz.arrays  # as in ADM's: what precision and recall compare with
+        has_images = "arr_0" in npz.arrays  # ADM's files have images for precision and recall
     stream = open_stream(spec, config, sets) if has_images and published.features is None else None
     return Reference(file, published, stream, published.about | (kept if stream else {}))
 
 
 def means_of(images: ImageSet, height: int) -> ImageSet:
-    """What a stage of this height is trained on: the means of a set's images, rounded to bytes."""
+    """What a stage of this height is trained on: the pooled images, rounded to uint8."""
     full_height, width, channels = images.image_shape
     pool = full_height // height
     return ImageSet(_Means(images, pool), (height, width // pool, channels), images.class_names)
 
 
 class _Means(Sequence):
-    """Mean images and class numbers by index, as `ImageSet` takes them."""
+    """Pooled images and class indices, as `ImageSet` takes them."""
 
     def __init__(self, images: ImageSet, pool: int):
         self._images, self._pool = images, pool
@@ -105,5 +100,5 @@ class _Means(Sequence):
         return np.rint(cells.mean((1, 3))).astype(np.uint8), int(label)
 
     def identity(self) -> str:
-        """Tells the images from all others."""
+        """Identifies the images."""
         return f"means of {self._pool} x {self._pool} pixels of {self._images.fingerprint}"

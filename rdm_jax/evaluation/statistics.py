@@ -1,5 +1,4 @@
-"""What is kept of a set of images to compare it with others: gathered batch by batch, and
-compared."""
+"""Statistics of sets of images: accumulated batch by batch, and compared."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +16,15 @@ from rdm_jax.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Statistics:
-    """A set of images, as a feature space sees it.
+    """The statistics of a set of images in a feature space.
 
     Attributes:
-      about: JSON: what the images are.
-      count: of images; None where a published file does not say.
-      gaussians: mean and covariance of 'features' and, in some spaces, 'spatial'; float64.
-      features: float32 (n, d) of some images, randomly chosen; None where a published file has
-        none.
-      scores: what is measured of the set alone, by name.
+      about: what the images are, as JSON.
+      count: number of images; None if a published file does not say.
+      gaussians: mean (d,) and covariance (d, d) of 'features' and, in some spaces, 'spatial';
+        float64.
+      features: float32 (n, d) of randomly chosen images; None if a published file has none.
+      scores: metrics of the set alone, by name.
     """
 
     about: dict[str, Any]
@@ -36,33 +35,35 @@ class Statistics:
 
 
 class StatisticsAccumulator:
-    """Statistics of a set of `count` images that are given batch by batch; what it holds can be
-    saved, and set again.
+    """Accumulates the statistics of a set of `count` images, batch by batch.
+
+    Its state can be saved and restored.
 
     Args:
       name: of the set, for errors.
-      space: where the features are from.
-      kept: features to keep, of images that are randomly chosen (always the same: a set may be
-        sorted).
-      shown: numbers of the images to keep for a picture.
+      space: of the features.
+      count: number of images.
+      kept: number of features to keep, of randomly chosen images (a set may be sorted); the choice
+        is always the same.
+      shown: indices of the images to keep for a picture.
 
     Attributes:
-      done: images so far.
-      pictures: those of them that are shown, by number.
+      done: number of images so far.
+      pictures: the images to show so far, by index.
     """
 
     def __init__(
         self, name: str, space: FeatureSpace, count: int, *, kept: int, shown: Int[np.ndarray, " s"]
     ):
-        self.count, self.done, self._name, self._space = count, 0, name, space
+        self.count, self.done = count, 0
+        self._name, self._space = name, space
         self._kept = np.sort(np.random.default_rng(0).permutation(count)[:kept])
         self._shown, self.pictures = set(shown.tolist()), {}
         self._features: list[np.ndarray] = []
         self._sums: dict[str, moments.Moments] = {}
-        self._score = (
-            metrics.InceptionScore(space.sizes["logits"]) if "logits" in space.sizes else None
-        )
-        self._right = self._labelled = 0
+        has_logits = "logits" in space.sizes
+        self._score = metrics.InceptionScore(space.sizes["logits"]) if has_logits else None
+        self._correct, self._labelled = 0, 0
 
     def add(
         self,
@@ -70,47 +71,65 @@ class StatisticsAccumulator:
         images: UInt8[np.ndarray, "b h w c"],
         labels: Int[np.ndarray, " b"],
     ) -> None:
-        """Takes the next images, and what the feature space says of them; rows of `outputs` beyond
-        them fill a batch up.
+        """Adds the next images.
+
+        Args:
+          outputs: of the feature space, (b2, size) by name; rows beyond the images are padding.
+          images: (b, h, w, c).
+          labels: (b,), -1 for none.
 
         Raises:
-          InputError: a feature is not a finite number.
+          InputError: a feature is not finite.
         """
-        here, size = len(images), len(outputs["features"])
-        for name, output in outputs.items():
-            if not np.isfinite(np.asarray(output)[:here]).all():
-                which = f"{name} of images {self.done} to {self.done + here - 1} of {self._name}"
-                raise InputError(
-                    f"config.evaluation: {which} are not finite; another network or set would do."
-                )
-        features = np.asarray(outputs["features"])[:here]
-        numbers = np.arange(self.done, self.done + here)
-        real = sharding.put_batch(
-            (np.arange(size) < here).astype(np.float32), sharding.local_mesh()
-        )
-        for name in ("features", "spatial"):
-            if name in outputs:
-                if name not in self._sums:
-                    shift = np.asarray(outputs[name])[:here].mean(0)
-                    self._sums[name] = jax.device_put(
-                        moments.start(jnp.asarray(shift)),
-                        sharding.replicated(sharding.local_mesh()),
-                    )
-                self._sums[name] = moments.update(self._sums[name], outputs[name], real)
+        count = len(images)
+        self._check_finite(outputs, count)
+        self._add_moments(outputs, count)
+        numbers = np.arange(self.done, self.done + count)
+        features = np.asarray(outputs["features"])[:count]
         self._features.append(features[np.isin(numbers, self._kept)])
         if self._score:
-            logits = np.asarray(outputs["logits"])[:here]
+            logits = np.asarray(outputs["logits"])[:count]
             self._score.add(logits)
             if self._space.class_names:
-                self._right += int((logits.argmax(1) == labels)[labels >= 0].sum())
+                self._correct += int((logits.argmax(1) == labels)[labels >= 0].sum())
                 self._labelled += int((labels >= 0).sum())
-        self.pictures |= {
-            int(n): image for n, image in zip(numbers, images, strict=True) if int(n) in self._shown
-        }
-        self.done += here
+        for number, image in zip(numbers.tolist(), images, strict=True):
+            if number in self._shown:
+                self.pictures[number] = image
+        self.done += count
+
+    def _check_finite(self, outputs: dict[str, jax.Array], count: int) -> None:
+        for name, output in outputs.items():
+            if not np.isfinite(np.asarray(output)[:count]).all():
+                last = self.done + count - 1
+                raise InputError(
+                    f"config.evaluation: {name} of images {self.done} to {last} of {self._name} "
+                    "are not finite",
+                    "Use other weights or another set.",
+                )
+
+    def _add_moments(self, outputs: dict[str, jax.Array], count: int) -> None:
+        mesh = sharding.local_mesh()
+        real = (np.arange(len(outputs["features"])) < count).astype(np.float32)
+        real = sharding.put_batch(real, mesh)
+        for name in ("features", "spatial"):
+            if name not in outputs:
+                continue
+            if name not in self._sums:
+                shift = jnp.asarray(np.asarray(outputs[name])[:count].mean(0))
+                replicated = sharding.replicated(mesh)
+                self._sums[name] = jax.device_put(moments.start(shift), replicated)
+            self._sums[name] = moments.update(self._sums[name], outputs[name], real)
 
     def statistics(self, about: dict[str, Any]) -> Statistics:
-        """Of all images. Raises RuntimeError while some are missing."""
+        """The statistics of all images.
+
+        Args:
+          about: what the images are, as JSON.
+
+        Raises:
+          RuntimeError: images are missing.
+        """
         if self.done != self.count:
             raise RuntimeError(f"{self.done} of {self.count} images have been seen")
         gaussians = {
@@ -121,48 +140,43 @@ class StatisticsAccumulator:
             name = "inception_score" if self._space.name == "inception" else "classifier_score"
             scores[name] = self._score.value()
         if self._labelled:
-            scores["accuracy"] = self._right / self._labelled
+            scores["accuracy"] = self._correct / self._labelled
         return Statistics(about, self.done, gaussians, np.concatenate(self._features), scores)
 
     def state(self) -> dict[str, np.ndarray]:
-        """All that has been gathered, as arrays by name."""
+        """The state, as arrays by name."""
         numbers = sorted(self.pictures)
         arrays = {
-            name: np.array(n)
-            for name, n in (
-                ("done", self.done),
-                ("right", self._right),
-                ("labelled", self._labelled),
-            )
-        }
-        arrays |= {
+            "done": np.array(self.done),
+            "right": np.array(self._correct),
+            "labelled": np.array(self._labelled),
             "features": np.concatenate(self._features),
             "numbers": np.asarray(numbers, np.int64),
         }
-        arrays |= {"pictures": np.stack([self.pictures[n] for n in numbers])} if numbers else {}
-        arrays |= self._score.state() if self._score else {}
+        if numbers:
+            arrays["pictures"] = np.stack([self.pictures[n] for n in numbers])
+        if self._score:
+            arrays |= self._score.state()
         for name, sums in self._sums.items():
-            arrays |= {
-                f"{name}.{part}": np.asarray(value) for part, value in sums._asdict().items()
-            }
+            for part, value in sums._asdict().items():
+                arrays[f"{name}.{part}"] = np.asarray(value)
         return arrays
 
     def set_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """Goes on from what `state` gave."""
-        self.done, self._right, self._labelled = (
-            int(arrays[name]) for name in ("done", "right", "labelled")
-        )
+        """Continues from a state that `state` returned."""
+        self.done, self._correct = int(arrays["done"]), int(arrays["right"])
+        self._labelled = int(arrays["labelled"])
         self._features = [arrays["features"]]
         self.pictures = dict(
             zip(arrays["numbers"].tolist(), arrays.get("pictures", []), strict=True)
         )
         if self._score:
             self._score.set_state(arrays)
-        whole = sharding.replicated(sharding.local_mesh())
+        replicated = sharding.replicated(sharding.local_mesh())
         for name in ("features", "spatial"):
             if f"{name}.shift" in arrays:
                 parts = {
-                    part: jax.device_put(arrays[f"{name}.{part}"], whole)
+                    part: jax.device_put(arrays[f"{name}.{part}"], replicated)
                     for part in moments.Moments._fields
                 }
                 self._sums[name] = moments.Moments(**parts)
@@ -171,18 +185,24 @@ class StatisticsAccumulator:
 def compare(
     reference: Statistics, sample: Statistics, space: FeatureSpace
 ) -> tuple[dict[str, float], list[str]]:
-    """Every metric that can be had of a set of images beside a reference, and what to know of them.
+    """All metrics that a set of images and a reference allow.
+
+    Args:
+      reference, sample: the statistics.
+      space: of the features.
+
+    Returns:
+      The metrics by name, and notes on them.
 
     Raises:
       InputError: a set has too few images.
     """
-    counts = [len(s.features) for s in (reference, sample) if s.features is not None] + [
-        sample.count
-    ]
-    if min(counts) <= metrics.NEIGHBOURS:
-        would_do = f"more than {metrics.NEIGHBOURS} would do."
+    counts = [len(s.features) for s in (reference, sample) if s.features is not None]
+    least = min([*counts, sample.count])
+    if least <= metrics.NEIGHBOURS:
         raise InputError(
-            f"config.evaluation compares sets of {min(counts)} images, which are too few; {would_do}"
+            f"config.evaluation compares sets of {least} images, which are too few",
+            f"Use more than {metrics.NEIGHBOURS}.",
         )
     distance = {"features": "fid", "spatial": "sfid"}
     if space.name != "inception":
@@ -192,18 +212,17 @@ def compare(
         if name in reference.gaussians:
             found[distance[name]] = metrics.frechet_distance(*reference.gaussians[name], *gaussian)
         else:
-            notes.append(f"{distance[name]}: the reference has no statistics of it")
+            notes.append(f"{distance[name]}: the reference has no statistics for it")
         small = [s.count for s in (reference, sample) if s.count and s.count <= len(gaussian[0])]
         if small:
             notes.append(
-                f"{distance[name]}: {min(small)} images are no more than its {len(gaussian[0])} features; far too large"
+                f"{distance[name]}: {min(small)} images are no more than its {len(gaussian[0])} "
+                "features; the estimate is strongly biased upwards"
             )
     found |= sample.scores
     if reference.features is None:
-        return found, [
-            *notes,
-            "precision, recall, kid: the reference has statistics alone, and no images",
-        ]
+        notes.append("precision, recall, kid: the reference has statistics only, no images")
+        return found, notes
     found["precision"], found["recall"] = metrics.precision_and_recall(
         reference.features, sample.features
     )

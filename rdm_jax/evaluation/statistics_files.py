@@ -1,4 +1,4 @@
-"""Statistics of a set of images as files: ours, and those that are published, ADM's and EDM's."""
+"""Files of statistics: this project's, and the published ones of ADM and EDM."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,16 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, parse_json, sha256
 from rdm_jax.runtime.npz import Npz
 
-# How ADM (guided-diffusion's evaluator) calls the mean and the covariance of each output, and all
-# after it.
+INTACT = "Use an intact file of statistics."
+# Names of the mean and covariance of each output, as in guided-diffusion's evaluator (ADM).
 NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def save_statistics(path: Path, statistics: Statistics, space: FeatureSpace) -> None:
-    """Writes statistics under ADM's names, and beside them 'features' and 'about' (JSON: the space,
-    the images, how many)."""
+    """Writes statistics under ADM's names, with 'features' and 'about'.
+
+    'about' is JSON: the images, their number and the feature space.
+    """
     about = {
         "images": statistics.about,
         "count": statistics.count,
@@ -34,11 +36,11 @@ def save_statistics(path: Path, statistics: Statistics, space: FeatureSpace) -> 
 
 
 def read_statistics(path: Path, space: FeatureSpace) -> Statistics:
-    """Reads what `save_statistics` wrote, ADM's (mu, sigma, mu_s, sigma_s) or EDM's (mu, sigma)
-    statistics.
+    """Reads the statistics of `save_statistics`, of ADM (mu, sigma, mu_s, sigma_s) or EDM (mu,
+    sigma).
 
     Raises:
-      InputError: the file is damaged, has objects in it, or its numbers are not finite or of
+      InputError: the file is damaged, has Python objects in it, or its numbers are not finite or of
         another feature space.
     """
     with Npz(path) as file:
@@ -51,7 +53,8 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics:
         if "features" not in gaussians:
             found = ", ".join(file.arrays) or "nothing"
             raise InputError(
-                f"{path} has no mu and sigma, only {found}; statistics as ADM's, EDM's or ours would do."
+                f"{path} has no mu and sigma, only {found}",
+                "Use statistics of ADM, EDM or this project.",
             )
         features = _features(file, space)
     about_images = {"file": path.name, "sha256": sha256(path), "images": about.get("images")}
@@ -59,8 +62,7 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics:
 
 
 def _about(file: Npz, space: FeatureSpace) -> dict[str, Any]:
-    """What our own files say of themselves; published ones say nothing, and are of Inception's
-    features."""
+    """What the file is of; published files do not say, and are of Inception's features."""
     ours = {"name": space.name, "digest": space.digest}
     about = {"space": {"name": "inception", "digest": space.digest}}
     if "about" in file.arrays:
@@ -71,35 +73,39 @@ def _about(file: Npz, space: FeatureSpace) -> dict[str, Any]:
                 raise ValueError("no number of images, or no feature space")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{file.path} cannot be used (its 'about' is damaged); statistics as ADM's would do."
+                f"{file.path} cannot be used (its 'about' is damaged)",
+                "Use statistics of ADM, EDM or this project.",
             ) from error
     if about["space"] != ours:
         found = " ".join(str(about["space"].get(key))[:12] for key in ours)
         raise InputError(
-            f"{file.path} has statistics of other features ({found}); those of {space.name} {space.digest[:12]} would do."
+            f"{file.path} has statistics of other features ({found})",
+            f"Use those of {space.name} {space.digest[:12]}.",
         )
     return about
 
 
 def _gaussian(file: Npz, space: FeatureSpace, name: str) -> tuple[np.ndarray, np.ndarray]:
-    size, shapes = space.sizes[name], []
+    size, arrays = space.sizes[name], []
     for part, wanted in zip(NAMES[name], ((size,), (size, size)), strict=True):
         shape, dtype = file.arrays.get(part, ((), None))
         if shape != wanted or dtype.kind != "f":
-            would_do = f"{wanted}, for {space.name}'s {name}, would do."
-            raise InputError(f"{file.path} has {part} of shape {shape}; {would_do}")
-        shapes.append(file.read(part).astype(np.float64))
-    mean, covariance = shapes
+            raise InputError(
+                f"{file.path} has {part} of shape {shape}",
+                f"Use shape {wanted}, for {space.name}'s {name}.",
+            )
+        arrays.append(file.read(part).astype(np.float64))
+    mean, covariance = arrays
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise InputError(
-            f"{file.path} has numbers that are not finite in {name}'s statistics; whole statistics would do."
+            f"{file.path} has numbers that are not finite in {name}'s statistics", INTACT
         )
     asymmetric = np.abs(covariance - covariance.T).max() > 1e-6 * np.abs(covariance).max()
     spreads = np.linalg.eigvalsh(covariance)
     if asymmetric or spreads[0] < -1e-6 * abs(spreads[-1]):
         why = "not symmetric" if asymmetric else "a variance is negative"
         raise InputError(
-            f"{file.path} has a {NAMES[name][1]} that is no covariance ({why}); whole statistics would do."
+            f"{file.path} has a {NAMES[name][1]} that is not a covariance ({why})", INTACT
         )
     return mean, covariance
 
@@ -108,17 +114,13 @@ def _features(file: Npz, space: FeatureSpace) -> np.ndarray | None:
     if "features" not in file.arrays:
         return None
     shape, dtype = file.arrays["features"]  # known before anything large is read
-    if (
-        len(shape) != 2
-        or shape[0] < LEAST
-        or shape[1] != space.sizes["features"]
-        or dtype != np.float32
-    ):
-        wanted = f"float32 of shape ({LEAST} or more, {space.sizes['features']})"
-        raise InputError(f"{file.path} has features of shape {shape}, {dtype}; {wanted} would do.")
+    size = space.sizes["features"]
+    if len(shape) != 2 or shape[0] < LEAST or shape[1] != size or dtype != np.float32:
+        raise InputError(
+            f"{file.path} has features of shape {shape}, {dtype}",
+            f"Use float32 of shape ({LEAST} or more, {size}).",
+        )
     features = file.read("features")
     if not np.isfinite(features).all():
-        raise InputError(
-            f"{file.path} has features that are not finite; whole statistics would do."
-        )
+        raise InputError(f"{file.path} has features that are not finite", INTACT)
     return features

@@ -1,1 +1,1 @@
-"""What a training takes, before it begins."""
+"""What a training needs, before it starts: memory, time and communication."""

@@ -1,4 +1,4 @@
-"""Accelerators, and what their makers say of them."""
+"""Accelerators and their published figures."""
 
 import dataclasses
 
@@ -9,13 +9,13 @@ class Chip:
 
     Attributes:
       name: in targets, such as 'v5e'.
-      kinds: what `jax.Device.device_kind` calls it.
-      bfloat16, float32: the most FLOP/s of networks with that `dtype`, at JAX's default precision:
-        TPUs multiply float32 in bfloat16, NVIDIA's from Ampere on in TensorFloat-32.
-      gib: of memory.
-      interconnect: bytes/s that a chip can send, over all of its links to others.
-      pod: chips that those links join; between pods there is a slower network.
-      note: what else is to be known of the figures.
+      kinds: its names in `jax.Device.device_kind`.
+      bfloat16, float32: peak FLOP/s of networks with that `dtype`, at JAX's default precision: TPUs
+        multiply float32 in bfloat16, NVIDIA GPUs since Ampere in TensorFloat-32.
+      gib: memory in GiB.
+      interconnect: bytes/s that a chip can send, over all of its links.
+      pod: number of chips that those links join; between pods there is a slower network.
+      note: remarks on the figures.
     """
 
     name: str
@@ -28,17 +28,18 @@ class Chip:
     note: str = ""
 
     def peak(self, dtype: str) -> float:
-        """FLOP/s at most, for a network's `dtype`."""
+        """Peak FLOP/s for a network's `dtype`."""
         return {"bfloat16": self.bfloat16, "float32": self.float32}[dtype]
 
 
-_PASSES = (
-    "float32 is multiplied in one pass of bfloat16 (JAX's default precision for TPU), at its rate"
-)
+_PASSES = "float32 is multiplied in one bfloat16 pass (JAX's default precision on TPU), at its rate"
 
 _TF32 = "float32 is multiplied as TensorFloat-32 (JAX's default precision), at half bfloat16's rate"
 
-_CORES = "Google Cloud's names count TensorCores, two a chip: {name}-{chips} here is {name}-{cores} there"
+_CORES = (
+    "Google Cloud's names count TensorCores, two per chip: "
+    "{name}-{chips} here is {name}-{cores} there"
+)
 
 CHIPS = (
     # cloud.google.com/tpu/docs/v4, and "TPU v4" (arXiv 2304.01433): six links of 50 GB/s each way.
@@ -86,11 +87,11 @@ CHIPS = (
         15.0,
         16e9,
         8,
-        "its 65 TFLOP/s are float16's; bfloat16 is no faster than float32",
+        "its 65 TFLOP/s are for float16; bfloat16 is no faster than float32",
     ),
 )
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls `device_kind`; None if its figures are not in the table."""
+    """The chip that JAX calls `device_kind`; None if it is not in the table."""
     return next((chip for chip in CHIPS if device_kind.lower() in map(str.lower, chip.kinds)), None)

@@ -1,1 +1,1 @@
-"""Tables and images for people."""
+"""What people look at: pictures, plots and tables."""

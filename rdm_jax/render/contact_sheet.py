@@ -1,5 +1,4 @@
-"""What the stages will be shown, at a glance: images at each resolution, their blurred versions,
-and a line of statistics."""
+"""What the stages are trained on: images of each resolution, blurred versions, statistics."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,12 +17,9 @@ from rdm_jax.render import pictures
 from rdm_jax.runtime.console import log
 
 COLUMNS = 8
-DETAIL = (
-    64  # pixels of a larger image whose blur can be seen, and which are drawn as large as the image
-)
+DETAIL = 64  # pixels of a larger image that are drawn as large as the image, to show its blur
 TIMES = (0.25, 0.5, 0.75, 1.0)
-# So many images, evenly from the whole set, know the mean and std of pixels to a percent or so, and
-# are decoded in seconds.
+# Evenly chosen images: enough for mean and std of pixels to about a percent, decoded in seconds.
 MEASURED, AT_A_TIME = 2048, 64
 
 
@@ -32,9 +28,9 @@ def draw(config: Config, sets: Mapping[int, ImageSet], path: Path, *, again: boo
 
     Args:
       config: of the run.
-      sets: what each stage is trained on, by its number.
+      sets: the training set of each stage, by its number.
       path: of the PNG.
-      again: also where the PNG is there already.
+      again: whether to draw over an existing PNG.
     """
     if path.exists() and not again:
         return
@@ -50,50 +46,55 @@ def draw(config: Config, sets: Mapping[int, ImageSet], path: Path, *, again: boo
     pictures.save_picture(
         pictures.labelled_rows(rows, [names[label] if names else "" for label in labels]), path
     )
-    log.info("data: the stages' images, and what blurring makes of them -> %s", path)
+    log.info("data: the stages' images and their blurred versions -> %s", path)
 
 
 def statistics(
     stage: Stage, images: ImageSet
 ) -> tuple[int, Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
-    """How many images were measured, and the mean and standard deviation of each channel, as the
-    stage sees them (-1 to 1)."""
-    places, sums = _evenly(images, MEASURED), 0.0
-    for first in range(0, len(places), AT_A_TIME):
-        some = places[first : first + AT_A_TIME]
+    """The number of measured images, and mean and standard deviation (c,) of their channels.
+
+    Pixels are as the stage sees them, in [-1, 1].
+    """
+    indices, sums = _evenly(images, MEASURED), 0.0
+    for first in range(0, len(indices), AT_A_TIME):
+        some = indices[first : first + AT_A_TIME]
         seen = _seen(stage, images, some)
         sums += len(some) * np.asarray(
             jnp.stack([seen.mean((0, 1, 2)), (seen**2).mean((0, 1, 2))]), np.float64
         )
-    mean, square = sums / len(places)
-    return len(places), mean, np.sqrt(np.maximum(square - mean**2, 0))
+    mean, square = sums / len(indices)
+    return len(indices), mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
 def _log_statistics(number: int, stage: Stage, images: ImageSet) -> None:
     count, mean, std = statistics(stage, images)
     means, stds = (" ".join(f"{value:.3f}" for value in values) for values in (mean, std))
     assumed = getattr(stage.precondition, "sigma_data", 0.5)
-    about = (number, f"{count:,}", means, stds, assumed)
-    log.info("data: stage%d: of %s images, a channel: mean %s, std %s (std assumed: %g)", *about)
+    log.info(
+        "data: stage%d: %s images, per channel: mean %s, std %s (assumed std: %g)",
+        number,
+        f"{count:,}",
+        means,
+        stds,
+        assumed,
+    )
 
 
 def _evenly(images: ImageSet, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, len(images) - 1, min(most, len(images))).astype(int))
 
 
-def _seen(stage: Stage, images: ImageSet, places: np.ndarray) -> jax.Array:
-    """Images as the stage sees them: the means of its cells, from -1 to 1."""
-    return from_uint8(
-        jnp.asarray(images.batch(places)["image"]), images.image_shape[0] // stage.resolution[0]
-    )
+def _seen(stage: Stage, images: ImageSet, indices: np.ndarray) -> jax.Array:
+    """Images as the stage sees them: pooled to its resolution, in [-1, 1]."""
+    pool = images.image_shape[0] // stage.resolution[0]
+    return from_uint8(jnp.asarray(images.batch(indices)["image"]), pool)
 
 
 def _rows(number: int, stage: Stage, images: ImageSet) -> Iterator[tuple[str, np.ndarray]]:
     seen = _seen(stage, images, _evenly(images, COLUMNS))
-    yield (
-        f"stage{number}: {stage.resolution[0]} x {stage.resolution[1]}",
-        np.asarray(to_uint8(seen)),
-    )
+    height, width = stage.resolution
+    yield f"stage{number}: {height} x {width}", np.asarray(to_uint8(seen))
     if isinstance(stage.process, Relay):
         detail = _detail(seen, stage.process.patch)
         for t in (0.0, *TIMES) if detail.shape != seen.shape else TIMES:
@@ -105,8 +106,7 @@ def _rows(number: int, stage: Stage, images: ImageSet) -> Iterator[tuple[str, np
 
 
 def _detail(images: jax.Array, patch: int) -> jax.Array:
-    """The middle of images, of whole patches and with the images' own ratio as nearly as these
-    allow."""
+    """The centre of images: whole patches, with about the images' aspect ratio."""
     _, h, w, _ = images.shape
     scale = min(1.0, DETAIL / max(h, w))
     rows, columns = (max(1, round(side * scale / patch)) * patch for side in (h, w))

@@ -1,4 +1,4 @@
-"""Pictures to look at: grids of samples, and the relay beside the nearest real images."""
+"""Pictures: grids of samples, and the stages of the relay beside the nearest real images."""
 
 from pathlib import Path
 
@@ -13,26 +13,25 @@ MARGIN, HEADER, LABEL, CAPTION = 4, 16, 72, 132  # pixels
 
 
 def _rgb(image: UInt8[np.ndarray, "h w c"], height: int, width: int) -> Image.Image:
-    """One image as RGB, enlarged without smoothing so that pixels can be told apart."""
+    """One image as RGB, enlarged without smoothing, so that pixels stay visible."""
     picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)))
     return picture.resize((width, height), Image.Resampling.NEAREST)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Writes a PNG atomically."""
     with atomic_write(path) as partial:
         picture.save(partial, format="PNG")
 
 
 def _cell_size(height: int, width: int) -> tuple[int, int]:
-    """Size at which an image is drawn: small ones are enlarged a whole number of times, to about 96
-    pixels."""
+    """The size at which an image is drawn: small ones are enlarged by an integer, to about 96."""
     times = max(1, 96 // max(height, width))
     return height * times, width * times
 
 
 def plain_grid(images: UInt8[np.ndarray, "b h w c"], columns: int) -> Image.Image:
-    """Images in reading order."""
+    """Draws images in reading order."""
     height, width = _cell_size(*images.shape[1:3])
     rows = -(-len(images) // columns)
     sheet = Image.new(
@@ -47,8 +46,7 @@ def plain_grid(images: UInt8[np.ndarray, "b h w c"], columns: int) -> Image.Imag
 def labelled_rows(
     rows: list[tuple[str, UInt8[np.ndarray, "b _h _w c"]]], columns: list[str]
 ) -> Image.Image:
-    """Rows of images, each drawn as large as the largest; a caption to the left of each row and one
-    above each column."""
+    """Draws rows of images, all at the size of the largest, with captions of rows and columns."""
     height, width = _cell_size(*max(images.shape[1:3] for _, images in rows))
     size = (CAPTION + len(columns) * (width + MARGIN), HEADER + len(rows) * (height + MARGIN))
     sheet = Image.new("RGB", size, "white")
@@ -68,20 +66,21 @@ def relay_grid(
     nearest: UInt8[np.ndarray, "b _h _w c"] | None,
     rows: list[tuple[str, list[int]]],
 ) -> Image.Image:
-    """The relay at work: every stage's image at its own size, its enlargement, ..., the final
-    image, and the nearest real one.
+    """Draws the relay at work, image by image.
+
+    Shows every stage's image at its own size and enlarged, the final image, and the nearest real
+    one.
 
     Args:
       stages: the images of each stage, the final ones last.
-      nearest: for each final image, the real one that is nearest; None to leave that column out.
-      rows: a name and the images (numbers) of each row.
+      nearest: the nearest real image of each final one; None to leave that column out.
+      rows: the name of each row and the indices of its images.
     """
     height, width = _cell_size(*stages[-1].shape[1:3])
-    captions = [text for i in range(1, len(stages)) for text in (f"stage {i}", "enlarged")] + [
-        "final",
-        "nearest real",
-    ]
-    captions = captions[: None if nearest is not None else -1]
+    captions = [text for i in range(1, len(stages)) for text in (f"stage {i}", "enlarged")]
+    captions.append("final")
+    if nearest is not None:
+        captions.append("nearest real")
     group = len(captions) * (width + MARGIN) + 3 * MARGIN
     size = (
         LABEL + group * max(len(numbers) for _, numbers in rows),
@@ -120,18 +119,26 @@ def _tiles(
 def nearest_real(
     images: UInt8[np.ndarray, "b h w c"], source: ImageSet, chunk: int = 256
 ) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
-    """For each image the nearest of a prepared set, by squared distance of pixels, and its
-    number."""
+    """The nearest image of a set to each image, by the squared distance of pixels.
+
+    Args:
+      images: (b, h, w, c).
+      source: the set.
+      chunk: images of the set that are compared at a time.
+
+    Returns:
+      The nearest images, and their indices, int64 (b,).
+    """
     flat = images.reshape(len(images), -1).astype(np.float32)
-    best, number = np.full(len(images), np.inf, np.float32), np.zeros(len(images), np.int64)
+    best = np.full(len(images), np.inf, np.float32)
+    number = np.zeros(len(images), np.int64)
     for first in range(0, len(source), chunk):
         real = source.batch(np.arange(first, min(first + chunk, len(source))))["image"]
         real = real.reshape(len(real), -1).astype(np.float32)
         distance = (real**2).sum(1) - 2 * flat @ real.T + (flat**2).sum(1, keepdims=True)
-        here = distance.argmin(1)
-        closer = distance[np.arange(len(flat)), here] < best
-        number[closer], best[closer] = (
-            first + here[closer],
-            distance[np.arange(len(flat)), here][closer],
-        )
+        candidate = distance.argmin(1)
+        candidate_distance = distance[np.arange(len(flat)), candidate]
+        closer = candidate_distance < best
+        number[closer] = first + candidate[closer]
+        best[closer] = candidate_distance[closer]
     return source.batch(number)["image"], number

@@ -1,1 +1,1 @@
-"""From seeds to images: the stages one after the other, and pictures of them."""
+"""From seeds to images: the stages in order, the files they leave, and previews of one stage."""

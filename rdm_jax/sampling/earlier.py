@@ -1,5 +1,7 @@
-"""What a folder of samples holds already: it is added to, moved aside or refused, and never
-deleted."""
+"""The samples that a folder holds already.
+
+Samples are added to, moved aside or refused; they are never deleted.
+"""
 
 import dataclasses
 import re
@@ -28,22 +30,24 @@ from rdm_jax.sampling.sample_shards import LABELS, png_name
 from rdm_jax.workdir import Workdir
 
 SAMPLES = "samples.json"
-PICTURE = re.compile(r"\d{10}\.png")
+NPZ = "samples.npz"
+PNG_NAME = re.compile(r"\d{10}\.png")
+OTHER_NAME = "Use another --config.sampling.name."
 
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """Samples of the same settings that are in a folder.
+    """Samples with the same settings that exist in a folder.
 
     Attributes:
-      folder: where.
-      made_with: samples.json; None where there are none.
-      seeds: that samples.json names.
-      npz_seeds: of the images in a whole samples.npz, int64; where pictures are asked for, it is
-        not looked at.
-      has_npz: whether there is one.
-      damaged: whether there is one that is not whole.
-      more: whether it has arrays that sampling did not put there.
+      folder: where they are.
+      made_with: the content of samples.json; None if there are no samples.
+      seeds: the seeds in samples.json.
+      npz_seeds: the seeds of the images in an intact samples.npz, int64 (n,); empty if PNGs are
+        configured.
+      has_npz: whether samples.npz exists and is intact.
+      damaged: whether samples.npz exists and is not intact.
+      more: whether samples.npz has arrays that sampling did not write.
     """
 
     folder: Path
@@ -57,16 +61,15 @@ class Earlier:
     more: bool = False
 
     def all_seeds(self, asked: tuple[int, ...]) -> tuple[int, ...]:
-        """Those that are there, and those that are asked for."""
+        """The existing seeds and the requested ones."""
         return tuple(dict.fromkeys([*self.npz_seeds.tolist(), *self.seeds, *asked]))
 
     def wanted(self, asked: tuple[int, ...]) -> tuple[int, ...]:
-        """Those that the folder should have in the end: all that it had, where its file is
-        damaged."""
+        """The seeds to have in the end: also all earlier ones if their file is damaged."""
         return self.all_seeds(asked) if self.damaged else asked
 
     def present(self, seeds: Int[np.ndarray, " n"], files: str) -> Bool[np.ndarray, " n"]:
-        """Whether the image of each seed is there, whole, in files of this kind."""
+        """Whether the image of each seed exists and is intact; `files` is 'npz' or 'png'."""
         if files == "npz":
             return np.isin(seeds, self.npz_seeds)
         return np.asarray(
@@ -75,58 +78,68 @@ class Earlier:
 
 
 def check_settings(config: Config, first: int, workdir: Path) -> None:
-    """Refuses a folder of samples of other settings before any work is done.
+    """Refuses a folder with samples of other settings before any work is done.
 
     Args:
-      first: number of the first stage that is going to be run.
+      config: of the run.
+      first: number of the first stage that runs.
+      workdir: of the run.
 
     Raises:
-      InputError: it holds samples of other settings, or some that nobody knows what they were made
-        with.
+      InputError: the folder has samples of other or unknown settings.
     """
     folder = Workdir(workdir).samples(config)
-    before = _read(folder)
+    before = read_made_with(folder)
     if before:
-        ours = settings(with_seeds(config, _seeds(before)), first)
+        ours = settings(with_seeds(config, seeds_of(before)), first)
         _refuse(folder, differences({key: before[key] for key in ours}, ours))
 
 
 def find(relay: RelayPipeline, folder: Path) -> Earlier:
-    """What is in a folder and is to be added to. Samples of earlier checkpoints of the same run are
-    moved aside.
+    """Finds the samples in a folder that new ones are added to.
+
+    Samples of earlier checkpoints of the same run are moved aside.
 
     Raises:
-      InputError: it holds samples of other settings or other checkpoints, or some that nobody knows
-        what they were made with.
+      InputError: the folder has samples of other settings or of another run's checkpoints, or their
+        settings are unknown.
     """
-    before = _read(folder)
+    before = read_made_with(folder)
     if not before:
         return Earlier(folder)
-    ours = describe(with_seeds(relay.config, _seeds(before)), relay)
+    ours = describe(with_seeds(relay.config, seeds_of(before)), relay)
     if not same_settings(before, ours):
-        if not _went_on(relay, before, ours):
+        if not _only_checkpoints_advanced(relay, before, ours):
             _refuse(folder, differences(before, ours))
-        pictures = [f"images/{name}" for name in _pictures(folder)]
-        grids = sorted(path.name for path in folder.glob("grid*.png"))
-        kept = move_aside(folder, [*pictures, "samples.npz", *grids, SAMPLES])
-        steps = ", ".join(str(loaded["step"]) for loaded in before["checkpoints"])
-        log.info("samples: those of the earlier checkpoints (steps %s) are kept in %s", steps, kept)
+        _move_aside(folder, before)
         return Earlier(folder)
-    if relay.config.sampling.files == "png" or not (folder / "samples.npz").exists():
-        _check_labels(relay, folder, _labels_of_pictures(folder))
-        return Earlier(folder, before, _seeds(before))
-    arrays = _read_arrays(folder / "samples.npz", relay)
-    if arrays is None:
-        log.warning("samples: %s is damaged; its images are made again", folder / "samples.npz")
-        return Earlier(folder, before, _seeds(before), damaged=True)
-    seeds, labels, more = arrays
+    if relay.config.sampling.files == "png" or not (folder / NPZ).exists():
+        _check_labels(relay, folder, read_png_labels(folder))
+        return Earlier(folder, before, seeds_of(before))
+    index = read_npz_index(folder / NPZ, relay)
+    if index is None:
+        log.warning("samples: %s is damaged; its images are sampled again", folder / NPZ)
+        return Earlier(folder, before, seeds_of(before), damaged=True)
+    seeds, labels, more = index
     _check_labels(relay, folder, dict(zip(seeds.tolist(), labels.tolist(), strict=True)))
-    return Earlier(folder, before, _seeds(before), seeds, has_npz=True, more=more)
+    return Earlier(folder, before, seeds_of(before), seeds, has_npz=True, more=more)
 
 
-def _read_arrays(path: Path, relay: RelayPipeline) -> tuple[np.ndarray, np.ndarray, bool] | None:
-    """The seeds and labels in a samples.npz, and whether it has arrays that are not ours; None
-    where it is not whole."""
+def _move_aside(folder: Path, before: dict[str, Any]) -> None:
+    pngs = [f"images/{name}" for name in _png_files(folder)]
+    grids = sorted(path.name for path in folder.glob("grid*.png"))
+    kept = move_aside(folder, [*pngs, NPZ, *grids, SAMPLES])
+    steps = ", ".join(str(loaded["step"]) for loaded in before["checkpoints"])
+    log.info("samples: those of the earlier checkpoints (steps %s) are kept in %s", steps, kept)
+
+
+def read_npz_index(path: Path, relay: RelayPipeline) -> tuple[np.ndarray, np.ndarray, bool] | None:
+    """Reads which images a samples.npz holds.
+
+    Returns:
+      Seeds, int64 (n,); labels (n,); whether it has arrays that sampling does not write. None if
+      the file is damaged or incomplete.
+    """
     names = {*relay.earlier, "images", "labels", "seeds"}
     try:
         with Npz(path) as file:
@@ -139,39 +152,39 @@ def _read_arrays(path: Path, relay: RelayPipeline) -> tuple[np.ndarray, np.ndarr
         return None
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    """What samples.json says of the samples in a folder; None where there are no samples."""
-    samples = (folder / "samples.npz").exists() or bool(_pictures(folder))
-    if not samples and not (folder / SAMPLES).exists():
+def read_made_with(folder: Path) -> dict[str, Any] | None:
+    """Reads what samples.json says about the samples in a folder; None if there are no samples.
+
+    Raises:
+      InputError: there are samples, but samples.json is missing or damaged.
+    """
+    has_samples = (folder / NPZ).exists() or bool(_png_files(folder))
+    if not has_samples and not (folder / SAMPLES).exists():
         return None
     try:
         made_with = parse_json((folder / SAMPLES).read_text())
-        if not {"seed", "stages", "checkpoints"} <= made_with.keys() or not _seeds(made_with):
+        if not {"seed", "stages", "checkpoints"} <= made_with.keys() or not seeds_of(made_with):
             raise ValueError("fields are missing")
-        made_with["sampling"]["seeds"] = one_spelling(
-            made_with["sampling"]["seeds"]
-        )  # earlier versions kept the user's
-        return made_with if samples else None
+        # Earlier versions kept the user's spelling.
+        made_with["sampling"]["seeds"] = one_spelling(made_with["sampling"]["seeds"])
+        return made_with if has_samples else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"{SAMPLES} does not say what they were made with ({getattr(error, 'strerror', None) or error})"
+        why = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{folder} holds samples, and {why}; another --config.sampling.name would do."
+            f"{folder} has samples, but {SAMPLES} does not give their settings ({why})", OTHER_NAME
         ) from error
 
 
-def _pictures(folder: Path) -> list[str]:
-    """The names of the pictures, and of their labels file."""
-    names = (
-        sorted(path.name for path in (folder / "images").glob("*"))
-        if (folder / "images").is_dir()
-        else []
-    )
-    return [name for name in names if name == LABELS or PICTURE.fullmatch(name)]
+def _png_files(folder: Path) -> list[str]:
+    """Names of the PNGs and of their labels file."""
+    if not (folder / "images").is_dir():
+        return []
+    names = sorted(path.name for path in (folder / "images").glob("*"))
+    return [name for name in names if name == LABELS or PNG_NAME.fullmatch(name)]
 
 
-def _labels_of_pictures(folder: Path) -> dict[int, int]:
-    """The class numbers of pictures by their seeds; none where their labels file is not there, or
-    damaged."""
+def read_png_labels(folder: Path) -> dict[int, int]:
+    """Class indices of the PNGs by seed; empty if their labels file is missing or damaged."""
     try:
         pairs = parse_json((folder / "images" / LABELS).read_bytes())["labels"] or []
         return {int(Path(name).stem): int(label) for name, label in pairs}
@@ -180,22 +193,25 @@ def _labels_of_pictures(folder: Path) -> dict[int, int]:
 
 
 def _check_labels(relay: RelayPipeline, folder: Path, labels: dict[int, int]) -> None:
-    """Refuses images of other classes than the settings mean now: an earlier version took a number
-    for another class."""
+    """Refuses images of other classes than the settings give now.
+
+    An earlier version read a number in `sampling.labels` as another class.
+    """
     ours = relay.labels(np.asarray([*labels], np.int64)) if labels else []
     if list(ours) != [*labels.values()]:
         meant = f"config.sampling.labels={relay.config.sampling.labels!r}"
-        raise InputError(
-            f"{folder} holds samples of other classes than {meant} means; another --config.sampling.name would do."
-        )
+        raise InputError(f"{folder} has samples of other classes than {meant} gives", OTHER_NAME)
 
 
-def _seeds(made_with: dict[str, Any]) -> tuple[int, ...]:
+def seeds_of(made_with: dict[str, Any]) -> tuple[int, ...]:
+    """The seeds that samples.json lists."""
     return parse_numbers(made_with["sampling"]["seeds"], "sampling.seeds")
 
 
-def _went_on(relay: RelayPipeline, before: dict[str, Any], ours: dict[str, Any]) -> bool:
-    """Whether nothing is new but the newest or best checkpoints of the run itself."""
+def _only_checkpoints_advanced(
+    relay: RelayPipeline, before: dict[str, Any], ours: dict[str, Any]
+) -> bool:
+    """Whether only the newest or best checkpoints of the run itself have changed."""
     same_stages = len(before["checkpoints"]) == len(ours["checkpoints"])
     if not same_stages or not same_settings({**before, "checkpoints": ours["checkpoints"]}, ours):
         return False
@@ -210,6 +226,4 @@ def _went_on(relay: RelayPipeline, before: dict[str, Any], ours: dict[str, Any])
 def _refuse(folder: Path, changes: list[str]) -> None:
     if changes:
         listed = f"{', '.join(changes[:3])}{', ...' if len(changes) > 3 else ''}"
-        raise InputError(
-            f"{folder} holds samples of other settings ({listed}); another --config.sampling.name would do."
-        )
+        raise InputError(f"{folder} has samples of other settings ({listed})", OTHER_NAME)

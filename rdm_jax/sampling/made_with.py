@@ -1,4 +1,4 @@
-"""All that sampled images depend on, as JSON, and whether two of them are the same settings."""
+"""Everything that sampled images depend on, as JSON, and the comparison of two such records."""
 
 import contextlib
 import dataclasses
@@ -15,14 +15,15 @@ from rdm_jax.runtime.ranges import as_ranges, parse_numbers, repetition
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.stage_sampler import stage_settings
 
-NOT_IN_IMAGES = ("name", "batch_size", "files")
+NOT_IN_IMAGES = ("name", "batch_size", "files")  # fields of Sampling that images do not depend on
 
 
 def settings(config: Config, first: int) -> dict[str, Any]:
-    """What is known of it before any checkpoint is read.
+    """The part of the record that is known before a checkpoint is read.
 
     Args:
-      first: number of the first stage that is run.
+      config: of the run.
+      first: number of the first stage that runs.
     """
     stages = {
         f"stage{number}": stage_settings(config, number)
@@ -34,7 +35,7 @@ def settings(config: Config, first: int) -> dict[str, Any]:
 
 
 def describe(config: Config, relay: RelayPipeline) -> dict[str, Any]:
-    """All that the images of the config's seeds depend on: what the samples were made with."""
+    """Everything that the images of the config's seeds depend on."""
     about = settings(config, relay.first) | {"checkpoints": relay.checkpoints}
     if relay.low:
         about["low_images"] = relay.low.digest(
@@ -44,40 +45,43 @@ def describe(config: Config, relay: RelayPipeline) -> dict[str, Any]:
 
 
 def with_seeds(config: Config, seeds: Sequence[int]) -> Config:
-    """The config with these seeds in place of its own."""
+    """The config with other seeds to sample."""
     return dataclasses.replace(
         config, sampling=dataclasses.replace(config.sampling, seeds=as_ranges(seeds))
     )
 
 
 def one_spelling(seeds: str) -> str:
-    """A list of seeds as it is written down: '0, 1,2' and '0-2,1' as '0-2'. Raises InputError for
-    what is no such list."""
+    """The canonical spelling of a list of seeds: '0-2' for '0, 1,2' and for '0-2,1'.
+
+    Raises:
+      InputError: it is not a list of seeds.
+    """
     return as_ranges(parse_numbers(seeds, "config.sampling.seeds"))
 
 
 def any_seeds(made_with: dict[str, Any]) -> dict[str, Any]:
-    """The same without what is of its seeds alone."""
+    """The record without what depends on the choice of seeds."""
     return {**made_with, "sampling": {**made_with["sampling"], "seeds": ""}, "low_images": ""}
 
 
 def same_settings(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether images made with both are the same; `old` may be of an earlier version of this
-    project."""
+    """Whether two records describe the same images; an earlier version may have written `old`."""
     return not differences(old, new)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What is not the same, as 'sampling.labels was 'balanced' and is '3''."""
+    """The differences between records, such as "sampling.labels was 'balanced' and is '3'"."""
     return _differences(as_written_now(old), new, "")
 
 
 def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier version wrote, with the fields that it did not know at the values that mean
-    what it did.
+    """A record of an earlier version in today's form.
+
+    Fields that the earlier version did not know get the values that mean what it did.
 
     Args:
-      old: of samples, or what an evaluation says of a set of images.
+      old: the record of samples, or of a set of images in an evaluation.
     """
     old = dict(old)
     if "sampling" in old:
@@ -86,15 +90,14 @@ def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
             name: value for name, value in fields.items() if name not in NOT_IN_IMAGES
         }
         seeds = fields.get("seeds")
-        with contextlib.suppress(
-            InputError, AttributeError
-        ):  # what is no list of seeds is not the same as one
+        # What is not a list of seeds stays as it is, and equals no list.
+        with contextlib.suppress(InputError, AttributeError):
             # Earlier versions kept the user's spelling, and measured an image as often as its seed
             # was named.
             old["sampling"]["seeds"] = seeds if repetition(seeds, "seeds") else one_spelling(seeds)
     if "stages" in old:
         old["stages"] = {name: completed_settings(stage) for name, stage in old["stages"].items()}
-    if "stage" in old:  # of one that is measured during its training
+    if "stage" in old:  # an evaluation during training
         old["stage"] = completed_settings(old["stage"])
     return json.loads(json.dumps(old))
 
@@ -102,8 +105,8 @@ def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
 def _differences(old: Any, new: Any, field: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [
-            d
+            difference
             for key in sorted(old.keys() | new.keys())
-            for d in _differences(old.get(key), new.get(key), f"{field}.{key}")
+            for difference in _differences(old.get(key), new.get(key), f"{field}.{key}")
         ]
     return [] if old == new else [f"{field.removeprefix('.')} was {old!r:.60} and is {new!r:.60}"]

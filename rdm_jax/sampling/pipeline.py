@@ -1,4 +1,4 @@
-"""The relay itself: the stages run one after the other."""
+"""The relay pipeline: the stages of a run, sampled one after the other."""
 
 import os
 from pathlib import Path
@@ -27,9 +27,9 @@ class Begun(NamedTuple):
     """Images that the devices may still be computing.
 
     Attributes:
-      stages: of each stage the images of each batch, uint8 (b, h, w, c).
-      finite: of each batch bool (b,), whether an image is made of finite numbers.
-      count: of the images that were asked for; the rest fill up the last batch.
+      stages: for each stage the images of each batch, uint8 (b, h, w, c).
+      finite: for each batch bool (b,), whether all values of an image are finite.
+      count: number of requested images; the rest pads the last batch.
     """
 
     stages: list[list[UInt8[Array, "b h w c"]]]
@@ -38,19 +38,17 @@ class Begun(NamedTuple):
 
 
 class RelayPipeline:
-    """The stages that are run, with their averaged parameters, ready to sample. No data is needed
-    for it.
+    """The stages to run with their EMA parameters, ready to sample. It needs no data.
 
     Args:
-      config: of the run; each stage's `checkpoint` says what to load.
+      config: of the run; each stage's `checkpoint` selects what is loaded.
       workdir: of the run.
 
     Attributes:
-      low: the small images that it goes on from; None if it begins with stage 1.
-      first: number of the first stage that is run.
-      earlier: names of the stages before the last one whose images it makes or is given: 'stage1',
-        ...
-      classes: that the networks know, as their checkpoints say.
+      low: the small images to continue from; None if sampling begins with stage 1.
+      first: number of the first stage that runs.
+      earlier: names of the stages before the last whose images are sampled or given: 'stage1', ...
+      classes: the classes that the networks know, from their checkpoints.
       checkpoints: what was loaded, as JSON.
 
     Raises:
@@ -73,15 +71,16 @@ class RelayPipeline:
         validate.check_classes(config, self.classes.names)
 
     def _load(self, number: int, workdir: Path) -> Classes:
-        """Reads a stage's checkpoint and returns the classes that it knows."""
+        """Loads a stage's checkpoint and returns the classes that it knows."""
         stage, channels = self.config.stage(number), self.config.data.channels
         folder, step = folders.find(stage.checkpoint, Workdir(workdir).checkpoints(number))
         checkpoints = store.Checkpoints(folder, read_only=True)
         about = checkpoints.about(step)
         _check_same_stage(self.config, number, folder / str(step), about)
         _check_guidance(self.config, number, folder / str(step), about)
-        network, classes = stage.build(channels, len(about["classes"])), len(about["classes"])
-        # All processes read together; then each has its own.
+        classes = len(about["classes"])
+        network = stage.build(channels, classes)
+        # All processes restore together, replicated over all devices; then each takes its own copy.
         abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
         params = sharding.on_this_process(checkpoints.restore_ema(step, abstract)[0], self.mesh)
         checkpoints.close()
@@ -98,44 +97,49 @@ class RelayPipeline:
             "step": step,
             **{k: about[k] for k in ("validation_loss", "imported", "started_from") if k in about},
         }
-        self.checkpoints.append(
-            loaded | ({"folder": str(folder.resolve())} if "/" in stage.checkpoint else {})
-        )
+        if "/" in stage.checkpoint:  # of another run
+            loaded["folder"] = str(folder.resolve())
+        self.checkpoints.append(loaded)
         return of_checkpoint(about)
 
     def labels(self, seeds: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        """The classes of seeds: those of the small images, or by the rule of `sampling.labels`; -1
-        where there are none."""
+        """The classes of seeds, int32 (b,); -1 without classes.
+
+        They are those of the small images, or follow the rule of `sampling.labels`.
+        """
         rule = self.config.sampling.labels
-        given = (
-            self.low.labels(seeds, self.classes)
-            if self.low and len(self.classes) and rule == "balanced"
-            else None
-        )
-        return (
-            labels_of(seeds, rule, self.classes, run_seed=self.config.seed)
-            if given is None
-            else given
-        )
+        if self.low and len(self.classes) and rule == "balanced":
+            of_images = self.low.labels(seeds, self.classes)
+            if of_images is not None:
+                return of_images
+        return labels_of(seeds, rule, self.classes, run_seed=self.config.seed)
 
     def sample(self, seeds: Int[np.ndarray, " n"]) -> list[np.ndarray]:
-        """The images of the `earlier` stages and the last one's, uint8 (n, h, w, c), for any number
-        of seeds, in their order.
+        """Samples any number of seeds, in their order.
 
-        They are made a batch of `sampling.batch_size` at a time; a short one is filled up, so that
-        nothing is compiled again. Raises InputError where they are not finite numbers.
+        Batches have `sampling.batch_size` images; a short one is padded, so that nothing is
+        compiled again.
+
+        Args:
+          seeds: (n,).
+
+        Returns:
+          The images of the `earlier` stages and of the last one, each uint8 (n, h, w, c).
+
+        Raises:
+          InputError: an image has values that are not finite.
         """
         made, begun = [], self.begin(seeds[:0])
         for batch in in_batches(seeds, self.config.sampling.batch_size):
-            following = self.begin(batch)  # before the images of the one before are waited for
+            following = self.begin(batch)  # before waiting for the previous batch
             made.append(self.finish(begun))
             begun = following
         return [np.concatenate(stage) for stage in zip(*made, self.finish(begun), strict=True)]
 
     def begin(self, seeds: Int[np.ndarray, " n"]) -> Begun:
-        """Sets the devices to work, and does not wait: what is begun next follows without a gap.
+        """Starts the devices and does not wait, so that the next call follows without a gap.
 
-        Of more seeds than a batch all batches are begun, and their images stay on the devices until
+        More seeds than a batch start several batches, whose images stay on the devices until
         `finish`.
         """
         batches = [
@@ -158,19 +162,20 @@ class RelayPipeline:
             stages.append(sharding.put_batch(self.low.images(padded), self.mesh))
             low = _to_float(stages[0])
         for sampler, params in self._stages:
-            low, fine = sampler(params, low, labels, device_seeds)
-            stages, finite = [*stages, _to_uint8(low)], finite & fine
+            low, is_finite = sampler(params, low, labels, device_seeds)
+            stages.append(_to_uint8(low))
+            finite = finite & is_finite
         for array in (*stages, finite):
             array.copy_to_host_async()
         return stages, finite
 
     def finish(self, begun: Begun) -> list[np.ndarray]:
-        """Waits for the images, and returns them as `sample` does."""
-        if not all(
-            np.all(finite) for finite in begun.finite
-        ):  # as bytes they would look like images
+        """Waits for the images and returns them as `sample` does."""
+        # As uint8, values that are not finite would look like an image.
+        if not all(np.all(finite) for finite in begun.finite):
             raise InputError(
-                "a checkpoint makes images that are not finite numbers; an earlier checkpoint would do."
+                "a checkpoint makes images that are not finite numbers",
+                "Use an earlier checkpoint.",
             )
         sizes = [stage.resolution for stage in self.config.stages[-len(begun.stages) :]]
         none = [np.zeros((0, *size, self.config.data.channels), np.uint8) for size in sizes]
@@ -187,46 +192,48 @@ _to_uint8 = jax.jit(to_uint8)
 
 
 def _common_classes(config: Config, known: list[Classes], first: int) -> Classes:
-    """The classes that all stages know. Where one knows them by number alone, another stage's names
-    are theirs too."""
+    """The classes that all stages know.
+
+    A stage that knows them by number alone takes another stage's names. All stages get the same
+    indices, so their classes must agree in number and order.
+    """
     common = next((classes for classes in known if not classes.by_number), known[0])
     for number, classes in enumerate(known, first):
-        if matched(classes, common) != tuple(
-            range(len(common))
-        ):  # the stages are given the same numbers
+        if matched(classes, common) != tuple(range(len(common))):
             field = f"config.stage{number}.checkpoint={config.stage(number).checkpoint!r}"
-            would_do = "checkpoints of the same classes in the same order would do."
             raise InputError(
-                f"{field} knows the classes {classes}, other stages {common}; {would_do}"
+                f"{field} knows the classes {classes}, other stages {common}",
+                "Use checkpoints of the same classes in the same order.",
             )
     return common
 
 
 def _check_guidance(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
-    """Refuses guidance of a network that has never seen a hidden label. Of imported weights nobody
-    knows."""
-    guidance, hidden = (
-        config.stage(number).guidance,
-        about["stage"]["training"]["label_dropout"],
-    )
-    if guidance != 1 and not hidden and "imported" not in about:
-        why = f"checkpoint {path} was trained with training.label_dropout={hidden}, so that it knows no images without a label"
+    """Refuses guidance of a network that was never trained without labels.
+
+    Nothing is known about imported weights, so these are accepted.
+    """
+    guidance = config.stage(number).guidance
+    dropout = about["stage"]["training"]["label_dropout"]
+    if guidance != 1 and not dropout and "imported" not in about:
         raise InputError(
-            f"config.stage{number}.guidance={guidance} cannot be used: {why}; 1.0 would do."
+            f"config.stage{number}.guidance={guidance} cannot be used: checkpoint {path} was "
+            f"trained with training.label_dropout={dropout}, so it knows no images without a label",
+            "Use 1.0.",
         )
 
 
 def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
-    """Refuses a checkpoint that was trained to compute something else, though its arrays may have
-    the right shapes."""
+    """Refuses a checkpoint that computes something else, though its arrays may have the shapes."""
     ours = to_dict(config)[f"stage{number}"]
     for part in ("network", "precondition", "process"):
         for field in sorted(ours[part].keys() | about["stage"][part].keys()):
             was, now = about["stage"][part].get(field), ours[part].get(field)
             if was != now and field not in ("dropout", "dtype", "remat"):
-                name = f"config.stage{number}.{part}.{field}"
                 raise InputError(
-                    f"{name}={now!r}, but checkpoint {path} is of another network ({was!r}); {was!r} would do."
+                    f"config.stage{number}.{part}.{field}={now!r}, but checkpoint {path} is of "
+                    f"another network ({was!r})",
+                    f"Use {was!r}.",
                 )
 
 

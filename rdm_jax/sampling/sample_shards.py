@@ -1,5 +1,4 @@
-"""Images made in parts, each kept in a file until all are there, so that an interrupted run goes
-on."""
+"""Sampling in shards: each batch is kept in a file until all exist, so that a run can resume."""
 
 import collections
 import concurrent.futures
@@ -26,18 +25,17 @@ from rdm_jax.runtime.npz import Npz
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling.pipeline import RelayPipeline, in_batches
 
-# Threads that compress and write, and the batches that may wait for them before the devices do.
-WRITERS = min(8, os.cpu_count() or 1)
-WAITING = 2 * WRITERS
-ROWS = 256  # images at a time, of a file that is copied
+WRITERS = min(8, os.cpu_count() or 1)  # threads that compress and write
+WAITING = 2 * WRITERS  # batches that may wait for them before the devices have to
+ROWS = 256  # images that are copied at a time from an existing file
 LABELS = "dataset.json"
 
 
 class SampleShards(NamedTuple):
-    """The images of some seeds, in files of up to a batch each.
+    """The images of some seeds, in files of up to one batch.
 
     Attributes:
-      places: the file that a seed's images are in, and their row there.
+      places: the file of each seed's images, and their row in it.
     """
 
     places: dict[int, tuple[Path, int]]
@@ -45,13 +43,13 @@ class SampleShards(NamedTuple):
     def runs(
         self, seeds: Int[np.ndarray, " n"]
     ) -> Iterator[tuple[np.lib.npyio.NpzFile, list[int]]]:
-        """Open files, and the rows in them that are the images of these seeds, in their order."""
+        """Yields open files and the rows of these seeds' images in them, in the order of seeds."""
         for path, group in itertools.groupby(seeds.tolist(), lambda seed: self.places[seed][0]):
             with np.load(path) as part:
                 yield part, [self.places[seed][1] for seed in group]
 
     def read(self, seeds: Int[np.ndarray, " n"]) -> list[np.ndarray]:
-        """The images of every stage of these seeds, uint8 (n, h, w, c)."""
+        """The images of every stage for these seeds, each uint8 (n, h, w, c)."""
         stages = [
             [part[name][rows] for name in part.files if name != "seeds"]
             for part, rows in self.runs(seeds)
@@ -62,39 +60,42 @@ class SampleShards(NamedTuple):
 def sample_in_parts(
     relay: RelayPipeline, seeds: Int[np.ndarray, " n"], folder: Path, stop: StopOnSignal
 ) -> tuple[SampleShards, float]:
-    """Makes what is not in the folder yet, every process its share; returns once all is there.
+    """Samples what is not in the folder yet; every process does its share.
 
-    While the devices make a batch, the one before it is compressed and written by threads.
+    While the devices compute a batch, threads compress and write the one before it. Returns once
+    all shards of all processes exist.
 
     Args:
-      folder: where batches are kept, in arrays 'seeds' and 'stage0', 'stage1', ...; all of one
-        setting, of any seeds.
+      relay: the pipeline.
+      seeds: (n,).
+      folder: of the shards, with arrays 'seeds' and 'stage0', 'stage1', ...; all shards have the
+        same settings and any seeds.
+      stop: checked after every batch.
 
     Returns:
-      The parts; and images a second, of all processes, the first batch with its compilation left
-      out (nan for one batch).
+      The shards; and images per second of all processes together, without the first batch and its
+      compilation (nan for one batch).
 
     Raises:
-      InputError: a checkpoint makes what is not finite.
-      Interrupted: a signal came; the batches done so far are kept.
+      InputError: an image has values that are not finite.
+      Interrupted: a signal came; the finished batches are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     places = _finished(relay, folder)
-    there = distributed.allgather(
-        np.asarray([seed in places for seed in seeds.tolist()], bool)
-    ).all(0)
-    batches = in_batches(seeds[~there], relay.config.sampling.batch_size)
+    finished = np.asarray([seed in places for seed in seeds.tolist()], bool)
+    finished = distributed.allgather(finished).all(0)
+    batches = in_batches(seeds[~finished], relay.config.sampling.batch_size)
     new = [(folder / _part_name(relay, batch), batch) for batch in batches if len(batch)]
     share = new[jax.process_index() :: jax.process_count()]
-    rate = _make(relay, share, stop, before=int(there.sum()) // jax.process_count())
-    distributed.wait_for_all("made all parts")
+    rate = _make(relay, share, stop, before=int(finished.sum()) // jax.process_count())
+    distributed.wait_for_all("sampled all shards")
     for path, batch in new:
         places |= {seed: (path, row) for row, seed in enumerate(batch.tolist())}
     return SampleShards(places), rate
 
 
 def seeds_of_part(path: Path) -> Int[np.ndarray, " n"] | None:
-    """The seeds whose images are in a file; None where it is none of ours, or damaged."""
+    """The seeds whose images are in a shard; None if the file is damaged or not a shard."""
     try:
         with np.load(path) as part:
             return part["seeds"].astype(np.int64)
@@ -103,12 +104,12 @@ def seeds_of_part(path: Path) -> Int[np.ndarray, " n"] | None:
 
 
 def _finished(relay: RelayPipeline, folder: Path) -> dict[int, tuple[Path, int]]:
-    """What earlier runs have finished, by seed. Each process looks for damage in its share of the
-    files."""
-    places, names = (
-        {},
-        ["seeds", *(_array_name(number) for number in range(len(relay.earlier) + 1))],
-    )
+    """Files and rows that earlier runs have finished, by seed.
+
+    Each process checks its share of the files for damage.
+    """
+    places = {}
+    names = ["seeds", *(_array_name(number) for number in range(len(relay.earlier) + 1))]
     for number, path in enumerate(sorted(folder.glob("*.npz"))):
         seeds = seeds_of_part(path)
         if seeds is None or not len(seeds) or path.name != _part_name(relay, seeds):
@@ -119,8 +120,7 @@ def _finished(relay: RelayPipeline, folder: Path) -> dict[int, tuple[Path, int]]
 
 
 def _part_name(relay: RelayPipeline, seeds: Int[np.ndarray, " n"]) -> str:
-    """What a file of the images of these seeds is called; another name where they are made of other
-    small images."""
+    """The file name of a shard of these seeds; other small images give another name."""
     made_of = [seeds.tolist(), relay.low.digest(seeds) if relay.low else ""]
     return f"{seeds[0]:010d}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}.npz"
 
@@ -128,11 +128,13 @@ def _part_name(relay: RelayPipeline, seeds: Int[np.ndarray, " n"]) -> str:
 def _make(
     relay: RelayPipeline, missing: list[tuple[Path, np.ndarray]], stop: StopOnSignal, before: int
 ) -> float:
-    """Makes these parts; `before` images were there already."""
-    turns, stop_of_all = (
-        int(distributed.allgather(np.int32(len(missing))).max()),
-        distributed.StopOfAll(stop),
-    )
+    """Samples the missing shards of this process; `before` images exist already.
+
+    Returns:
+      Images per second, as `sample_in_parts` does.
+    """
+    turns = int(distributed.allgather(np.int32(len(missing))).max())
+    stop_of_all = distributed.StopOfAll(stop)
     made = sum(len(seeds) for _, seeds in missing)
     writing: collections.deque[concurrent.futures.Future] = collections.deque()
     begun, began = None, float("nan")
@@ -145,20 +147,19 @@ def _make(
             if begun:
                 writing.append(pool.submit(_save, *missing[turn - 1], relay.finish(begun)))
                 bar.update(begun.count)
-                began = time.perf_counter() if turn == 1 else began
+                if turn == 1:  # the first batch compiles, and is not timed
+                    began = time.perf_counter()
             while len(writing) > WAITING:
                 writing.popleft().result()
             begun = following
-            if turn:  # what was begun first is kept
+            if turn:  # the first batch is kept in any case
                 stop_of_all.check()
         for future in writing:
             future.result()
     first = len(missing[0][1]) if missing else 0
-    return (
-        jax.process_count() * (made - first) / (time.perf_counter() - began)
-        if made > first
-        else float("nan")
-    )
+    if made == first:
+        return float("nan")
+    return jax.process_count() * (made - first) / (time.perf_counter() - began)
 
 
 def _save(path: Path, seeds: np.ndarray, stages: list[np.ndarray]) -> None:
@@ -171,7 +172,7 @@ def _save(path: Path, seeds: np.ndarray, stages: list[np.ndarray]) -> None:
 
 
 def _array_name(number: int) -> str:
-    """Of the images of a stage in a part, the first that is sampled being 0."""
+    """The array of a stage's images in a shard; the first stage that is sampled is 0."""
     return f"stage{number}"
 
 
@@ -182,17 +183,20 @@ def write_npz(
     others: dict[str, np.ndarray],
     path: Path,
     before: Npz | None = None,
-    kept: Bool[np.ndarray, " m"] = np.zeros(0, bool),  # noqa: B008
+    kept: Bool[np.ndarray, " m"] | None = None,
 ) -> None:
-    """One .npz of the images of every stage, by the names given, and other arrays; only a part at a
-    time is in memory.
-
-    Of the parts it takes the images of `seeds`, one or more.
+    """Writes one .npz of the images of every stage and other arrays, a shard at a time in memory.
 
     Args:
-      before: a file with such images, which come first; it may be at `path`.
-      kept: which of them.
+      parts: the shards.
+      seeds: (n,), one or more, whose images are taken from the shards.
+      names: of the stages' arrays, in the order of the stages.
+      others: other arrays by name.
+      path: of the file to write.
+      before: an existing file, whose images come first; it may be at `path`.
+      kept: (m,), which of its images are kept; None for none.
     """
+    kept = np.zeros(0, bool) if kept is None else kept
     with atomic_write(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as file:
         for number, name in enumerate(names):
             with file.open(_member(name), "w", force_zip64=True) as member:
@@ -215,31 +219,27 @@ def write_npz(
 
 
 def _member(name: str) -> zipfile.ZipInfo:
-    """Without the time, so that the same arrays make the same file."""
+    """A member without a time stamp, so that equal arrays give equal files."""
     info = zipfile.ZipInfo(f"{name}.npy")
     info.compress_type = zipfile.ZIP_DEFLATED
     return info
 
 
 def png_name(seed: int | np.integer) -> str:
-    """What the image of a seed is called."""
+    """The file name of a seed's image."""
     return f"{seed:010d}.png"
 
 
 def write_png(parts: SampleShards, seeds: Int[np.ndarray, " n"], folder: Path) -> None:
-    """A .png of each final image, named by its seed; whatever else is in the folder stays."""
+    """Writes a PNG of each final image, named by its seed; other files in the folder stay."""
     folder.mkdir(parents=True, exist_ok=True)
     names = iter([png_name(seed) for seed in seeds])
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as pool:
         for part, rows in parts.runs(seeds):
             images = part[part.files[-1]][rows]
-            list(
-                pool.map(
-                    lambda image, name: _save_png(image, folder / name),
-                    images,
-                    [next(names) for _ in rows],
-                )
-            )
+            paths = [folder / next(names) for _ in rows]
+            for _ in pool.map(_save_png, images, paths):  # waits, and raises what a thread raised
+                pass
 
 
 def write_labels(
@@ -248,8 +248,10 @@ def write_labels(
     names: tuple[str, ...],
     folder: Path,
 ) -> None:
-    """EDM's dataset.json of pictures: their class numbers, and the names of the classes, which
-    EDM's tools skip."""
+    """Writes EDM's dataset.json: class indices by file name.
+
+    It also has the names of the classes, which EDM's tools ignore.
+    """
     listed = sorted((png_name(seed), int(label)) for seed, label in zip(seeds, labels, strict=True))
     text = json.dumps(
         {"labels": listed, "class_names": names} if names else {"labels": None}

@@ -1,5 +1,7 @@
-"""From seeds to files: samples.npz or pictures, grid.png and samples.json. What is there stays;
-further seeds are added to it."""
+"""From seeds to files: samples.npz or PNGs, grid.png and samples.json.
+
+Existing samples stay; further seeds are added to them.
+"""
 
 import hashlib
 import itertools
@@ -38,125 +40,129 @@ from rdm_jax.sampling.sample_shards import (
 from rdm_jax.sampling.stage_sampler import evaluations, handover
 from rdm_jax.workdir import Workdir
 
-COLUMNS, ROWS = 3, 10  # examples a row of the grid, and its rows
+COLUMNS, ROWS = 3, 10  # of the grid: examples per row, and rows
 
 
 def sample_to_files(
     relay: RelayPipeline, source: ImageSet | None, workdir: Path, stop: StopOnSignal
 ) -> None:
-    """Samples every configured seed that is not there yet, and leaves, under
-    workdir/<sampling.name>:
+    """Samples every configured seed that is missing, and writes workdir/<sampling.name>.
 
-    samples.npz ('images' uint8 NHWC, 'labels', 'class_names', 'seeds', and 'stage1', ... uint8), or
-    a folder images of <seed>.png files with their labels and the names of the classes in EDM's
-    dataset.json; grid.png, of further seeds grid-2.png and so on; and samples.json (what they were
-    made with). Finished batches are kept in a folder beside them until all are there, so that an
-    interrupted run goes on.
+    The folder then has samples.npz ('images' uint8 NHWC, 'labels', 'class_names', 'seeds', and
+    'stage1', ... uint8), or a folder `images` of <seed>.png with their labels and class names in
+    EDM's dataset.json; grid.png (grid-2.png, ... for further seeds); and samples.json with all that
+    the images depend on. Until all images exist, finished batches are kept in a folder beside them,
+    so that an interrupted run resumes.
 
-    Samples that are there, of the same settings, stay. Those of earlier checkpoints of this run are
-    moved aside.
+    Existing samples of the same settings stay. Those of earlier checkpoints of this run are moved
+    aside.
 
     Args:
-      source: prepared images, the nearest of which the grid shows; None to leave them out.
+      relay: the pipeline.
+      source: prepared images; the grid shows the nearest to each sample. None leaves these out.
+      workdir: of the run.
+      stop: checked after every batch.
 
     Raises:
-      InputError: a small image to start from cannot be used, or the folder holds something else.
-      Interrupted: a signal came; the batches done so far are kept.
+      InputError: a small image to start from cannot be used, or the folder has other samples.
+      Interrupted: a signal came; the finished batches are kept.
     """
     config, folder = relay.config, Workdir(workdir).samples(relay.config)
     asked = parse_numbers(config.sampling.seeds, "config.sampling.seeds")
-    if said := repetition(config.sampling.seeds, "config.sampling.seeds"):
-        log.info("samples: %s", said)
+    if repeated := repetition(config.sampling.seeds, "config.sampling.seeds"):
+        log.info("samples: %s", repeated)
     distributed.check_same("what the samples are made with", _digest(describe(config, relay)))
-    there = distributed.primary_first(lambda: earlier.find(relay, folder))
-    missing = _missing(relay, there, asked)
-    rows = _rows_of_grid(relay, there, missing, asked)
+    existing = distributed.primary_first(lambda: earlier.find(relay, folder))
+    missing = _missing(relay, existing, asked)
+    rows = _rows_of_grid(relay, existing, missing, asked)
     shown = np.asarray([seed for _, seeds in rows for seed in seeds], np.int64)
     made = np.concatenate([missing, shown[~np.isin(shown, missing)]])
-    place = folder / f".parts-{_digest(any_seeds(describe(config, relay)))}"
+    shards = folder / f".parts-{_digest(any_seeds(describe(config, relay)))}"
     if not len(made):
         if distributed.is_primary():
-            _complete(relay, there, asked)
-            _remove_parts(relay, place, there, asked)
+            _complete(relay, existing, asked)
+            _remove_shards(relay, shards, existing, asked)
         log.info("samples: %d images are already in %s", len(asked), folder)
         return
-    _say_what_is_made(relay, missing, made, there)
+    _log_work(relay, missing, made, existing)
     began = time.perf_counter()
-    _mark(relay, place)
-    parts, rate = sample_in_parts(relay, made, place, stop)
+    _mark(relay, shards)
+    parts, rate = sample_in_parts(relay, made, shards, stop)
     seconds = time.perf_counter() - began
     with distributed.raise_together():
         if distributed.is_primary():
-            _write(relay, parts, missing, rows, source, there, asked)
-            _remove_parts(relay, place, there, asked)
-    timed = (len(made), seconds, "" if math.isnan(rate) else f", then {rate:.3g} images/s", folder)
-    log.info("samples: %d images in %.1f s (compilation included)%s -> %s", *timed)
+            _write(relay, parts, missing, rows, source, existing, asked)
+            _remove_shards(relay, shards, existing, asked)
+    log.info(
+        "samples: %d images in %.1f s (compilation included)%s -> %s",
+        len(made),
+        seconds,
+        "" if math.isnan(rate) else f", then {rate:.3g} images/s",
+        folder,
+    )
 
 
-def _mark(relay: RelayPipeline, place: Path) -> None:
-    """Says beside finished batches what they are made with."""
+def _mark(relay: RelayPipeline, shards: Path) -> None:
+    """Writes beside the shards what they are made with."""
     with distributed.raise_together():
         if distributed.is_primary():
-            with atomic_write(place / SAMPLES) as partial:
+            with atomic_write(shards / SAMPLES) as partial:
                 partial.write_text(json.dumps(any_seeds(describe(relay.config, relay))))
 
 
-def _remove_parts(
-    relay: RelayPipeline, place: Path, there: Earlier, asked: tuple[int, ...]
+def _remove_shards(
+    relay: RelayPipeline, shards: Path, existing: Earlier, asked: tuple[int, ...]
 ) -> None:
-    """Deletes finished batches whose images are all among the samples now; the log names what
-    stays."""
-    for path in place.glob("*.npz"):
+    """Deletes shards whose images are all among the samples now, and logs the others."""
+    files = relay.config.sampling.files
+    for path in shards.glob("*.npz"):
         seeds = seeds_of_part(path)
         if seeds is None or np.all(
-            np.isin(seeds, there.wanted(asked)) | there.present(seeds, relay.config.sampling.files)
+            np.isin(seeds, existing.wanted(asked)) | existing.present(seeds, files)
         ):
             path.unlink()
-    if count := len(list(place.glob("*.npz"))):
-        log.info(
-            "samples: %d finished batches of seeds that were not asked for now are kept in %s",
-            count,
-            place,
-        )
+    if count := len(list(shards.glob("*.npz"))):
+        log.info("samples: %d finished batches of other seeds are kept in %s", count, shards)
     else:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(shards, ignore_errors=True)
     ours = any_seeds(describe(relay.config, relay))
-    for other in sorted(there.folder.glob(".parts-*")):
-        if other != place:
+    for other in sorted(existing.folder.glob(".parts-*")):
+        if other != shards:
             log.info(
-                "samples: %s is kept, with finished batches of a run that was interrupted (%s)",
+                "samples: finished batches of an interrupted run are kept in %s (%s)",
                 other,
-                _what(other, ours),
+                _describe_shards(other, ours),
             )
 
 
-def _what(parts: Path, ours: dict[str, Any]) -> str:
-    """What the finished batches in a folder are of, as far as that differs from these settings."""
+def _describe_shards(shards: Path, ours: dict[str, Any]) -> str:
+    """How the settings of a folder of shards differ from these."""
     try:
-        changes = differences(any_seeds(parse_json((parts / SAMPLES).read_text())), ours)
+        changes = differences(any_seeds(parse_json((shards / SAMPLES).read_text())), ours)
         return ", ".join(changes[:3]) or "by an earlier version of this program"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"its {SAMPLES}, which says of what settings, cannot be read"
+        return f"its {SAMPLES} cannot be read"
 
 
-def _missing(relay: RelayPipeline, there: Earlier, asked: tuple[int, ...]) -> np.ndarray:
-    """The seeds whose images are not there, the same in every process: int64 (n,)."""
-    wanted = np.asarray(there.wanted(asked), np.int64)
-    found = there.present(wanted, relay.config.sampling.files)
-    distributed.check_same(f"what is wanted in {there.folder}", str(wanted.tolist()))
+def _missing(relay: RelayPipeline, existing: Earlier, asked: tuple[int, ...]) -> np.ndarray:
+    """The seeds whose images do not exist, the same in every process: int64 (n,)."""
+    wanted = np.asarray(existing.wanted(asked), np.int64)
+    found = existing.present(wanted, relay.config.sampling.files)
+    distributed.check_same(f"what is wanted in {existing.folder}", str(wanted.tolist()))
     return wanted[~distributed.allgather(found).all(0)]
 
 
 def _rows_of_grid(
-    relay: RelayPipeline, there: Earlier, missing: np.ndarray, asked: tuple[int, ...]
+    relay: RelayPipeline, existing: Earlier, missing: np.ndarray, asked: tuple[int, ...]
 ) -> list[tuple[str, list[int]]]:
-    """The rows of the grid that is to be drawn, a name and seeds each: of what is made; of all,
-    where there is no grid yet.
+    """The rows of the grid to draw, each a name and seeds; none if nothing new is to be shown.
 
-    A row a class, evenly chosen if there are many; rows of any images where there are no classes.
+    The grid shows what is sampled now, or all requested seeds if there is no grid yet. There is one
+    row per class, evenly chosen if there are many; without classes the rows are of any images.
     """
-    drawn = bool(distributed.allgather(np.asarray(is_whole_png(there.folder / "grid.png"))).all())
-    if drawn and set(missing.tolist()) <= set(there.seeds):  # these were drawn before
+    drawn = is_whole_png(existing.folder / "grid.png")
+    drawn = bool(distributed.allgather(np.asarray(drawn)).all())
+    if drawn and set(missing.tolist()) <= set(existing.seeds):  # these were drawn before
         return []
     seeds = missing if drawn else np.asarray(asked, np.int64)
     if not len(relay.classes):
@@ -168,30 +174,27 @@ def _rows_of_grid(
     return [(relay.classes.names[c], seeds[labels == c][:COLUMNS].tolist()) for c in known]
 
 
-def _say_what_is_made(
-    relay: RelayPipeline, missing: np.ndarray, made: np.ndarray, there: Earlier
+def _log_work(
+    relay: RelayPipeline, missing: np.ndarray, made: np.ndarray, existing: Earlier
 ) -> None:
-    if there.seeds and len(missing):
-        log.info("samples: %d images are added to those in %s", len(missing), there.folder)
-    if len(made) > len(missing):
-        log.info(
-            "samples: %d images are made again, to draw the grid that is missing",
-            len(made) - len(missing),
-        )
+    if existing.seeds and len(missing):
+        log.info("samples: %d images are added to those in %s", len(missing), existing.folder)
+    if again := len(made) - len(missing):
+        log.info("samples: %d images are sampled again to draw the missing grid", again)
     if relay.low:
-        log.info(
-            "samples: from the images of %s, in place of stage%d's",
-            relay.config.sampling.low,
-            relay.low.stage,
-        )
+        low = relay.config.sampling.low
+        log.info("samples: the images of %s replace those of stage%d", low, relay.low.stage)
     if len(relay.classes):
         numbers = tuple(np.unique(relay.labels(made)).tolist())
-        log.info("samples: of the classes (number and name) %s", table(relay.classes, numbers))
+        log.info("samples: classes (index and name) %s", table(relay.classes, numbers))
     for number, loaded in enumerate(relay.checkpoints, relay.first):
         stage = relay.config.stage(number)
-        about = (number, loaded["step"], evaluations(stage), stage.guidance)
         log.info(
-            "samples: stage%d from step %d, %d network evaluations an image, guidance %g", *about
+            "samples: stage%d from step %d, NFE %d per image, guidance %g",
+            number,
+            loaded["step"],
+            evaluations(stage),
+            stage.guidance,
         )
         if number > 1:
             log.info("samples: stage%d %s", number, handover(stage))
@@ -203,52 +206,57 @@ def _write(
     missing: np.ndarray,
     rows: list[tuple[str, list[int]]],
     source: ImageSet | None,
-    there: Earlier,
+    existing: Earlier,
     asked: tuple[int, ...],
 ) -> None:
-    """Adds what was made to what is there."""
-    folder, files = there.folder, relay.config.sampling.files
-    if not there.made_with:  # from now on the folder is known to be ours, should this be killed
-        _write_made_with(relay, there.all_seeds(asked), folder)
+    """Adds the new images to the existing ones."""
+    folder, files = existing.folder, relay.config.sampling.files
+    if not existing.made_with:  # first, so that the folder is known to be ours after a kill
+        _write_made_with(relay, existing.all_seeds(asked), folder)
     if files == "png":
         write_png(parts, missing, folder / "images")
-        _write_labels(relay, there.all_seeds(asked), folder / "images")
+        _write_labels(relay, existing.all_seeds(asked), folder / "images")
     elif len(missing):
-        _write_npz(relay, parts, missing, there)
+        _write_npz(relay, parts, missing, existing)
     if rows:
         pictures.save_picture(_draw(parts, rows, source), _free_grid(folder))
-    _write_made_with(relay, there.all_seeds(asked), folder)
+    _write_made_with(relay, existing.all_seeds(asked), folder)
 
 
-def _complete(relay: RelayPipeline, there: Earlier, asked: tuple[int, ...]) -> None:
-    """Writes what is said of images that are there, where a run was killed before it did, or an
-    earlier version said less."""
+def _complete(relay: RelayPipeline, existing: Earlier, asked: tuple[int, ...]) -> None:
+    """Writes labels and samples.json of existing images.
+
+    They are missing if a run was killed before it wrote them; an earlier version wrote less.
+    """
     if relay.config.sampling.files == "png":
-        _write_labels(relay, there.all_seeds(asked), there.folder / "images")
-    if not set(asked) <= set(there.seeds):
-        _write_made_with(relay, there.all_seeds(asked), there.folder)
+        _write_labels(relay, existing.all_seeds(asked), existing.folder / "images")
+    if not set(asked) <= set(existing.seeds):
+        _write_made_with(relay, existing.all_seeds(asked), existing.folder)
 
 
-def _write_npz(relay: RelayPipeline, parts: SampleShards, made: np.ndarray, there: Earlier) -> None:
-    """samples.npz of what is there already, if anything, and what was made."""
-    path, names = there.folder / "samples.npz", [*relay.earlier, "images"]
-    if there.damaged or there.more:  # it stays until the new one takes its place
-        kept_as = move_aside(there.folder, []) / "samples.npz"
+def _write_npz(
+    relay: RelayPipeline, parts: SampleShards, made: np.ndarray, existing: Earlier
+) -> None:
+    """Writes samples.npz of the existing and the new images."""
+    path, names = existing.folder / "samples.npz", [*relay.earlier, "images"]
+    if existing.damaged or existing.more:  # it stays until the new one replaces it
+        kept_as = move_aside(existing.folder, []) / "samples.npz"
         link_or_copy(path, kept_as)
-        why = "is damaged" if there.damaged else "has arrays that are not of sampling"
+        why = "is damaged" if existing.damaged else "has arrays that sampling does not write"
         log.warning("samples: %s %s, and is kept as %s", path, why, kept_as)
-    kept = ~np.isin(there.npz_seeds, made)
-    seeds = np.concatenate([there.npz_seeds[kept], made])
+    kept = ~np.isin(existing.npz_seeds, made)
+    seeds = np.concatenate([existing.npz_seeds[kept], made])
     others = {"labels": relay.labels(seeds), "seeds": seeds}
     if len(relay.classes):
         others["class_names"] = np.asarray(relay.classes.names)
-    write_npz(parts, made, names, others, path, Npz(path) if there.has_npz else None, kept)
+    before = Npz(path) if existing.has_npz else None
+    write_npz(parts, made, names, others, path, before=before, kept=kept)
 
 
 def _write_labels(relay: RelayPipeline, seeds: tuple[int, ...], folder: Path) -> None:
-    """The labels file of the pictures that are there."""
-    there = np.asarray([seed for seed in seeds if (folder / png_name(seed)).is_file()], np.int64)
-    write_labels(there, relay.labels(there), relay.classes.names, folder)
+    """Writes the labels file of the PNGs that exist."""
+    written = np.asarray([seed for seed in seeds if (folder / png_name(seed)).is_file()], np.int64)
+    write_labels(written, relay.labels(written), relay.classes.names, folder)
 
 
 def _write_made_with(relay: RelayPipeline, seeds: tuple[int, ...], folder: Path) -> None:
@@ -257,7 +265,7 @@ def _write_made_with(relay: RelayPipeline, seeds: tuple[int, ...], folder: Path)
 
 
 def _free_grid(folder: Path) -> Path:
-    """Where to draw what was made."""
+    """The path for a new grid."""
     if not is_whole_png(folder / "grid.png"):
         return folder / "grid.png"
     return next(path for n in itertools.count(2) if not (path := folder / f"grid-{n}.png").exists())
@@ -271,9 +279,8 @@ def _draw(
     parts: SampleShards, rows: list[tuple[str, list[int]]], source: ImageSet | None
 ) -> Image.Image:
     shown = sorted({seed for _, seeds in rows for seed in seeds})
-    place = {seed: i for i, seed in enumerate(shown)}
+    index = {seed: i for i, seed in enumerate(shown)}
     images = parts.read(np.asarray(shown, np.int64))
     nearest = pictures.nearest_real(images[-1], source)[0] if source else None
-    return pictures.relay_grid(
-        images, nearest, [(name, [place[seed] for seed in seeds]) for name, seeds in rows]
-    )
+    named_rows = [(name, [index[seed] for seed in seeds]) for name, seeds in rows]
+    return pictures.relay_grid(images, nearest, named_rows)

@@ -4,9 +4,17 @@ import pytest
 
 from rdm_jax.checkpoints import store
 from rdm_jax.config import to_dict
+from rdm_jax.evaluation import classifier
 from rdm_jax.sampling.pipeline import RelayPipeline
 from tests.support.configs import tiny_config, write_images
 from tests.support.small_evaluation import config_of
+
+
+@pytest.fixture(autouse=True)
+def quick_classifier(request, monkeypatch):
+    """Classifiers are trained for a few steps, as most tests ask nothing of their accuracy."""
+    if request.module.__name__.rpartition(".")[2] != "test_classifier":
+        monkeypatch.setattr(classifier, "IMAGES_SHOWN", 300)
 
 
 @pytest.fixture(scope="session")

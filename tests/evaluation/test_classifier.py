@@ -24,7 +24,7 @@ def images(tmp_path_factory) -> ImageSet:
     return open_direct(f"folder:{folder}", ImageSpec(8, 8), cache_bytes=2**30)
 
 
-def test_one_of_other_images_is_trained_again(images, tmp_path, caplog):
+def test_classifier_of_other_images_is_trained_again(images, tmp_path, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     digests = []
     for held_out in (20, 20, 30):
@@ -42,13 +42,13 @@ def test_one_of_other_images_is_trained_again(images, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("about", ["{", "[" * 5000, "[]", None])
-def test_files_that_are_no_classifier_are_refused(tmp_path, about):
+def test_read_parameters_refuses_other_files(tmp_path, about):
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "x", {"about": about} if about else None)
-    with pytest.raises(InputError, match="x is no classifier"):
+    with pytest.raises(InputError, match=r"x is not a classifier .*\. Use a classifier that"):
         classifier.read_parameters(tmp_path / "x", {"w": np.ones(3, np.float32)})
 
 
-def test_training_is_stopped_between_steps(images, tmp_path):
+def test_classifier_training_stops_between_steps(images, tmp_path):
     """It may take minutes, and a host may give a process half of one to end."""
 
     class Stopped(BaseException):

@@ -1,5 +1,4 @@
-"""Evaluation as a user runs it: what is measured against what, stopped and continued, and what is
-refused."""
+"""Evaluation as a user runs it: what is measured, how it is stopped and resumed."""
 
 import copy
 import dataclasses
@@ -9,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from rdm_jax.checkpoints import store
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.evaluation import classifier, evaluator
+from rdm_jax.evaluation import gathering
 from rdm_jax.evaluation.evaluator import read_result
 from rdm_jax.evaluation.generated import StageStream
 from rdm_jax.modes import run
@@ -21,18 +19,13 @@ from rdm_jax.runtime.errors import InputError, Interrupted
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.stage_preview import StagePreview
+from tests.support.image_files import write_folder, write_npz
 from tests.support.pictures import shows_images
 from tests.support.small_evaluation import SIZE, SPACE, config_of, measured, parts_of
 
 
-@pytest.fixture(autouse=True)
-def quick_classifier(monkeypatch):
-    monkeypatch.setattr(classifier, "IMAGES_SHOWN", 300)
-
-
 def test_command(source, workdir, tmp_path, capsys, caplog):
-    """Everything that `--mode evaluate` leaves behind, and that it does nothing again but say
-    so."""
+    """`--mode evaluate` writes its files, and a second call only logs that they exist."""
     caplog.set_level("INFO", logger="rdm_jax")
     config = config_of(source)
     run(config.to_config_dict(), str(workdir), mode="evaluate")
@@ -77,18 +70,18 @@ def test_command(source, workdir, tmp_path, capsys, caplog):
     )
 
 
-def test_floor_of_a_set_with_itself(source, relay, tmp_path):
+def test_distance_of_a_set_to_itself_is_zero(source, relay, tmp_path):
     config = config_of(source, images="held_out", reference="held_out")
     (row,) = measured(config, relay, tmp_path)["results"].values()
     assert abs(row["metrics"]["frechet_distance"]) < 1e-6
     assert row["metrics"]["precision"] == row["metrics"]["recall"] == 1
 
 
-def without_surroundings(result):
+def measurements(result):
     return {key: result[key] for key in ("results", "made_with")}
 
 
-def test_stopped_and_continued_is_equal_to_the_last_bit(source, relay, tmp_path, monkeypatch):
+def test_evaluation_stopped_and_resumed_is_bit_equal(source, relay, tmp_path, monkeypatch):
     config = config_of(source)
     straight = measured(config, relay, tmp_path / "straight")
     stop, sample, made = StopOnSignal(), RelayPipeline.sample, []
@@ -103,15 +96,15 @@ def test_stopped_and_continued_is_equal_to_the_last_bit(source, relay, tmp_path,
         measured(config, relay, tmp_path / "stopped", stop=stop)
     assert not (tmp_path / "stopped/evaluation/evaluation.json").exists()
     continued = measured(config, relay, tmp_path / "stopped")
-    assert without_surroundings(continued) == without_surroundings(straight)
+    assert measurements(continued) == measurements(straight)
     assert made == [list(range(8)), list(range(8, 16)), list(range(16, 20))]  # none was made twice
 
 
-def test_killed_and_continued_is_equal_to_the_last_bit(source, relay, tmp_path, monkeypatch):
-    """As by kill -9: nothing is saved at the end, only what was saved on the way is there."""
+def test_evaluation_killed_and_resumed_is_bit_equal(source, relay, tmp_path, monkeypatch):
+    """As by kill -9: only what was saved on the way exists."""
     config = config_of(source, images="stage1, samples")
     straight = measured(config, relay, tmp_path / "straight")
-    monkeypatch.setattr(evaluator, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(gathering, "SAVE_SECONDS", 0.0)
     sample = RelayPipeline.sample
 
     def dying(self, seeds):
@@ -124,12 +117,10 @@ def test_killed_and_continued_is_equal_to_the_last_bit(source, relay, tmp_path, 
         with pytest.raises(SystemError):
             measured(config, relay, tmp_path / "killed")
     assert len(list((tmp_path / "killed/evaluation").glob(".gathered-*.npz"))) == 1
-    assert without_surroundings(
-        measured(config, relay, tmp_path / "killed")
-    ) == without_surroundings(straight)
+    assert measurements(measured(config, relay, tmp_path / "killed")) == measurements(straight)
 
 
-def test_generated_images_do_not_depend_on_what_else_is_measured(source, relay, tmp_path):
+def test_samples_do_not_depend_on_other_sets(source, relay, tmp_path):
     together = measured(config_of(source), relay, tmp_path / "together")["results"]["samples"]
     alone = measured(config_of(source, images="samples"), relay, tmp_path / "alone")["results"][
         "samples"
@@ -137,20 +128,7 @@ def test_generated_images_do_not_depend_on_what_else_is_measured(source, relay, 
     assert alone == together
 
 
-def write_npz(path, count=20, shape=(8, 8, 3), dtype=np.uint8, name="arr_0"):
-    random = np.random.default_rng(0)
-    np.savez(path, **{name: random.integers(0, 256, (count, *shape), np.uint8).astype(dtype)})
-
-
-def write_folder(path, count=20, size=8, mode="RGB"):
-    path.mkdir()
-    for i, image in enumerate(
-        np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
-    ):
-        Image.fromarray(image).convert(mode).save(path / f"{i:02d}.png")
-
-
-def test_a_folder_and_an_npz_of_the_same_images_are_the_same(source, relay, tmp_path):
+def test_folder_and_npz_give_equal_metrics(source, relay, tmp_path):
     write_npz(tmp_path / "made.npz")
     write_folder(tmp_path / "made")
     config = config_of(source, images=f"npz:{tmp_path}/made.npz, folder:{tmp_path}/made")
@@ -162,7 +140,7 @@ def test_a_folder_and_an_npz_of_the_same_images_are_the_same(source, relay, tmp_
     assert len(shown) == 2 and all(name.isascii() and "/" not in name for name in shown)
 
 
-def test_statistics_are_used_again_and_by_others(source, relay, tmp_path, caplog):
+def test_reference_statistics_are_reused(source, relay, tmp_path, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     config = config_of(source, images="held_out")
     first = measured(config, relay, tmp_path)["results"]["held_out"]
@@ -185,7 +163,7 @@ def test_statistics_are_used_again_and_by_others(source, relay, tmp_path, caplog
     assert "measured again" in caplog.text
 
 
-def test_images_beside_published_statistics_are_compared_with(source, relay, tmp_path):
+def test_adm_reference_uses_its_images(source, relay, tmp_path):
     """ADM's reference files have statistics of a whole set, and some of its images."""
     random = np.random.default_rng(1)
     values = random.standard_normal((50, SIZE))
@@ -199,7 +177,7 @@ def test_images_beside_published_statistics_are_compared_with(source, relay, tmp
     assert {"fid", "precision", "recall", "kid"} <= metrics.keys()
 
 
-def test_a_stage_is_measured_during_training(source, tmp_path, monkeypatch):
+def test_evaluation_during_training(source, tmp_path, monkeypatch):
     """Stopped within an evaluation, after the checkpoint: the same command finishes it."""
     config = config_of(source, seeds_in_training="0-11")
     training = dataclasses.replace(
@@ -208,7 +186,7 @@ def test_a_stage_is_measured_during_training(source, tmp_path, monkeypatch):
     config = dataclasses.replace(
         config, stages=(dataclasses.replace(config.stages[0], training=training), config.stages[1])
     )
-    save = evaluator._save
+    save = gathering._save
 
     def interrupted(tallies, path):
         save(tallies, path)
@@ -216,7 +194,7 @@ def test_a_stage_is_measured_during_training(source, tmp_path, monkeypatch):
             raise Interrupted(15)
 
     with monkeypatch.context() as dies:
-        dies.setattr(evaluator, "_save", interrupted)
+        dies.setattr(gathering, "_save", interrupted)
         with pytest.raises(Interrupted):
             run(config.to_config_dict(), str(tmp_path), mode="train", stage=1)
     lines = tmp_path / "stage1/metrics.jsonl"
@@ -236,9 +214,8 @@ def test_a_stage_is_measured_during_training(source, tmp_path, monkeypatch):
     )  # of one point: see test_report.py
 
 
-def test_what_changes_is_measured_again(source, relay, tmp_path):
-    """Other images in a file of the same size, other settings: old numbers are for neither,
-    finished or half-way."""
+def test_changed_images_are_measured_again(source, relay, tmp_path):
+    """Other images in a file of the same size do not get the old metrics."""
     write_npz(tmp_path / "made.npz")
     config = config_of(source, images=f"npz:{tmp_path}/made.npz")
     before = measured(config, relay, tmp_path)["results"]
@@ -250,7 +227,7 @@ def test_what_changes_is_measured_again(source, relay, tmp_path):
     assert before.keys() == after.keys() and before != after
 
 
-def test_another_network_or_sampler_is_another_stage_to_measure(source):
+def test_stage_stream_about_identifies_the_images(source):
     config = config_of(source)
     other = dataclasses.replace(
         config.stages[0], sampler=dataclasses.replace(config.stages[0].sampler, steps=5)
@@ -270,9 +247,7 @@ def test_another_network_or_sampler_is_another_stage_to_measure(source):
     assert alike == [(4, 0)]  # stage 1 begins with no real images
 
 
-def test_what_was_gathered_and_is_damaged_is_gathered_again(
-    source, relay, tmp_path, monkeypatch, caplog
-):
+def test_gathered_damaged_file_is_gathered_again(source, relay, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     config = config_of(source, images="held_out")
     straight = measured(config, relay, tmp_path / "straight")
@@ -285,16 +260,14 @@ def test_what_was_gathered_and_is_damaged_is_gathered_again(
                 path.write_bytes(content)
                 raise Interrupted(15)
 
-            dies.setattr(evaluator, "_save", truncated)
+            dies.setattr(gathering, "_save", truncated)
             with pytest.raises(Interrupted):
                 measured(config, relay, folder)
-        assert without_surroundings(measured(config, relay, folder)) == without_surroundings(
-            straight
-        )
-    assert caplog.text.count("begins again") == 2
+        assert measurements(measured(config, relay, folder)) == measurements(straight)
+    assert caplog.text.count("restarts, as") == 2
 
 
-def test_held_out_images_are_of_every_class():
+def test_held_out_images_have_every_class():
     """Of a sorted set in equal parts, and of one whose classes take turns at random."""
     for labels in (np.arange(1000) // 100, np.arange(1000) % 10):
         images = ImageSet(
@@ -309,137 +282,7 @@ def test_held_out_images_are_of_every_class():
         assert sorted(indices.tolist()) == list(range(1000))
 
 
-REFUSED_BEFORE_TRAINING = {
-    "reference": {"reference": "npz:/nowhere/x.npz"},
-    "images": {"images": "folder:/nowhere"},
-    "seeds": {"seeds": "0-2"},
-    "seeds in training": {"seeds_in_training": "5"},
-}
-
-
-@pytest.mark.parametrize("case", REFUSED_BEFORE_TRAINING)
-def test_refused_before_anything_is_trained(source, tmp_path, case):
-    with pytest.raises(InputError, match="nowhere|seeds"):
-        run(
-            config_of(source, **REFUSED_BEFORE_TRAINING[case]).to_config_dict(),
-            str(tmp_path),
-            mode="all",
-        )
-    assert not list(tmp_path.glob("stage*"))
-
-
-REFUSED = {
-    "own size without a reference": (
-        {"features": "inception", "images": "samples, stage1@native"},
-        r"native_reference='' cannot be used; .*'npz:PATH', for 'stage1@native' in images, would do",
-    ),
-    "own size for a classifier": (
-        {"native_reference": "training"},
-        r"native_reference='training'.*the final size alone",
-    ),
-    "unknown reference of own size": (
-        {"features": "inception", "native_reference": "x"},
-        r"native_reference='x'.*'held_out'",
-    ),
-    "own size of the last stage": (
-        {"features": "inception", "images": "stage2@native"},
-        r"images='stage2@native'.*'stage1@nati",
-    ),
-    "nothing held out for it": (
-        {"features": "inception", "held_out": 0, "native_reference": "held_out"},
-        r"data.held_out=0 cannot",
-    ),
-    "no features": (
-        {"features": "none"},
-        r"features='none' with --mode=evaluate .*Use 'inception' or 'classifier'",
-    ),
-    "unknown features": ({"features": "dino"}, r"features='dino'"),
-    "unknown set": ({"images": "samples, stage2"}, r"images='samples, stage2'.*'stage1'"),
-    "unknown reference": ({"reference": "folder"}, r"reference='folder'"),
-    "nothing held out": ({"held_out": 0, "images": "held_out"}, r"data.held_out=0"),
-    "all held out": ({"held_out": 60}, r"data.held_out=60 leaves none of 60"),
-    "too few images": ({"images": "npz:{tmp}/few.npz"}, r"few.npz has 3 images; 4 or more"),
-    "no weights": (
-        {"features": "inception", "weights": "/nowhere/x.pth"},
-        r"no /nowhere/x.pth.*curl",
-    ),
-    "no classifier": ({"weights": "/nowhere/x"}, r"weights='/nowhere/x' is no file"),
-    "npz that is not there": (
-        {"images": "npz:/nowhere/x.npz"},
-        r"/nowhere/x.npz cannot be used \(No such file",
-    ),
-    "npz of another size": (
-        {"images": "npz:{tmp}/large.npz"},
-        r"large.npz has images of shape \(20, 9, 8, 3\)",
-    ),
-    "grey npz": ({"images": "npz:{tmp}/grey.npz"}, r"grey.npz has images of shape \(20, 8, 8, 1\)"),
-    "npz of other numbers": (
-        {"images": "npz:{tmp}/float.npz"},
-        r"float.npz has images of shape .*float32",
-    ),
-    "npz without images": (
-        {"images": "npz:{tmp}/other.npz"},
-        r"other.npz has no images, only stuff",
-    ),
-    "npz with objects": (
-        {"images": "npz:{tmp}/objects.npz"},
-        r"objects.npz cannot be used .*never loaded",
-    ),
-    "folder of another size": (
-        {"images": "folder:{tmp}/large"},
-        r"image '00.png' of folder:.*/large is of 9 x 9 \(height x width\); 8 x 8, as config.stages say, would do",
-    ),
-    "grey folder": ({"images": "folder:{tmp}/grey"}, r"the images of folder:.*grey are grey"),
-    "one name for two": ({"name": "samples"}, r"evaluation.name='samples'"),
-    "a name of the run's": ({"name": "report"}, r"evaluation.name='report'"),
-    "a bucket to measure": (
-        {"images": "samples, npz:gs://b/x.npz"},
-        r"evaluation.images='gs://b/x.npz' is a URL",
-    ),
-    "a bucket to compare with": (
-        {"reference": "npz:s3://b/x.npz"},
-        r"evaluation.reference='s3://b/x.npz' is a URL",
-    ),
-    "weights in a bucket": ({"weights": "gs://b/x"}, r"evaluation.weights='gs://b/x' is a URL"),
-    "no JSON list": ({"images": '["samples'}, r"evaluation.images=.* is not a JSON list"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_sentence(source, workdir, tmp_path, case):
-    values, pattern = REFUSED[case]
-    write_npz(tmp_path / "few.npz", count=3)
-    write_npz(tmp_path / "large.npz", shape=(9, 8, 3))
-    write_npz(tmp_path / "grey.npz", shape=(8, 8, 1))
-    write_npz(tmp_path / "float.npz", dtype=np.float32)
-    write_npz(tmp_path / "other.npz", name="stuff")
-    np.savez(tmp_path / "objects.npz", arr_0=np.array([{}], object))
-    write_folder(tmp_path / "large", size=9)
-    write_folder(tmp_path / "grey", mode="L")
-    values = {
-        k: v.replace("{tmp}", str(tmp_path)) if isinstance(v, str) else v for k, v in values.items()
-    }
-    config = config_of(
-        source,
-        **{"images": "samples", "reference": "training", "name": case.replace(" ", "_")} | values,
-    )
-    with pytest.raises(InputError, match=pattern) as caught:
-        run(config.to_config_dict(), str(workdir), mode="evaluate")
-    assert "\n" not in str(caught.value) and re.search(r"would\s+do", str(caught.value))
-
-
-def test_data_without_classes_has_no_classifier(tmp_path, workdir):
-    write_folder(tmp_path / "plain")
-    (tmp_path / "run").mkdir()
-    with pytest.raises(InputError, match="features='classifier' needs classes"):
-        run(
-            config_of(tmp_path / "plain", held_out=5).to_config_dict(),
-            str(workdir),
-            mode="evaluate",
-        )
-
-
-def test_networks_that_make_no_numbers_are_refused(source, relay, tmp_path):
+def test_networks_without_finite_images_are_refused(source, relay, tmp_path):
     broken = copy.copy(relay)
     broken._stages = [
         (sampler, jax.tree.map(lambda x: x * jnp.nan, params)) for sampler, params in relay._stages

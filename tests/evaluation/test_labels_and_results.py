@@ -15,7 +15,7 @@ from tests.support.configs import write_images
 from tests.support.small_evaluation import SPACE, config_of, measured, parts_of
 
 
-def test_labels_go_by_the_classes_names(source):
+def test_labels_match_by_class_name(source):
     ab = Classes(("a", "b"))
     assert labels_by_name("x", Classes(("b", "a")), ab).tolist() == [1, 0, -1]
     assert labels_by_name("x", Classes(("b",)), ab).tolist() == [1, -1] and labels_by_name(
@@ -48,12 +48,14 @@ def test_labels_go_by_the_classes_names(source):
 
 
 def test_earlier_results_are_kept(source, relay, tmp_path, caplog):
-    """Of another set, and with another reference; and a file that is no evaluation."""
+    """Those of another set or reference, and a file that is not an evaluation."""
     caplog.set_level("INFO", logger="rdm_jax")
     folder = tmp_path / "evaluation"
-    files = lambda number: {
-        path.name: path.read_bytes() for path in (tmp_path / f"evaluation{number}").iterdir()
-    }  # noqa: E731
+
+    def files(suffix):
+        folder = tmp_path / f"evaluation{suffix}"
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
     measured(config_of(source, images="held_out"), relay, tmp_path)
     (folder / "mine.txt").write_text("mine")
     first = files("")
@@ -83,7 +85,7 @@ def test_earlier_results_are_kept(source, relay, tmp_path, caplog):
         assert (tmp_path / "report/report.md").read_text().count("## evaluation") == titles
 
 
-def test_a_seed_that_is_named_twice_is_one_image(source, relay, tmp_path, caplog):
+def test_seed_named_twice_is_one_image(source, relay, tmp_path, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     once = measured(config_of(source, images="samples", seeds="0-9"), relay, tmp_path / "once")[
         "results"
@@ -95,7 +97,7 @@ def test_a_seed_that_is_named_twice_is_one_image(source, relay, tmp_path, caplog
     assert "evaluation.seeds='0-5,4-9' repeats 2 numbers" in caplog.text
 
 
-def test_one_image_is_sampled_where_an_evaluation_is_set_up(source, workdir, tmp_path):
+def test_one_image_is_sampled_without_evaluation(source, workdir, tmp_path):
     """It could not be measured, and is not going to be."""
     config = config_of(source, seeds="")
     sampling = dataclasses.replace(config.sampling, seeds="7", name="one-image")
@@ -108,7 +110,7 @@ def test_one_image_is_sampled_where_an_evaluation_is_set_up(source, workdir, tmp
         ]
 
 
-def test_other_classes_are_refused_where_labels_count(source, relay, tmp_path):
+def test_labels_of_other_classes_are_refused(source, relay, tmp_path):
     """Folders '0' and '1' are no classes 'a' and 'b'; without them the same images are measured."""
     write_images(tmp_path / "made", count=20)
     for number, name in enumerate("ab"):

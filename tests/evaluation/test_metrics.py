@@ -39,7 +39,7 @@ def exact(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("mean", [0.0, 100.0])
-def test_moments_in_float32_are_those_of_float64(mean):
+def test_moments_in_float32_match_float64(mean):
     values = features(0, 20_000, 32, mean)
     (ours, ours_covariance), (theirs, covariance) = one_pass(values, 256), exact(values)
     spread = np.sqrt(np.diag(covariance))
@@ -91,7 +91,10 @@ def test_frechet_distance_of_gaussians_is_its_closed_form():
     random = np.random.default_rng(0)
     first, second, m1, m2 = random.random((4, 12))
     turn = np.linalg.qr(random.standard_normal((12, 12)))[0]
-    rotated = lambda s: turn @ np.diag(s**2) @ turn.T  # noqa: E731
+
+    def rotated(s):
+        return turn @ np.diag(s**2) @ turn.T
+
     found = metrics.frechet_distance(turn @ m1, rotated(first), turn @ m2, rotated(second))
     np.testing.assert_allclose(
         found, np.sum((m1 - m2) ** 2) + np.sum((first - second) ** 2), rtol=1e-12
@@ -108,7 +111,10 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
 
 def simulated_kernel_distances(shift: float) -> np.ndarray:
     random = np.random.default_rng(0)
-    draw = lambda: random.standard_normal((60, 4)).astype(np.float32) + 0.5  # noqa: E731
+
+    def draw():
+        return random.standard_normal((60, 4)).astype(np.float32) + 0.5
+
     return np.array(
         [metrics.kernel_distance(draw(), draw() + np.float32(shift), tile=64) for _ in range(400)]
     )
@@ -122,7 +128,7 @@ def test_kernel_distance_is_unbiased():
     assert 1 < np.sqrt(np.mean(found[:, 1] ** 2)) / spread < 1.6
 
 
-def test_kernel_distance_knows_its_error():
+def test_kernel_distance_standard_error():
     """Of two different distributions, it is how much the estimates vary; and the mean is what many
     features tell at once."""
     found = simulated_kernel_distances(0.7)
@@ -139,9 +145,12 @@ def test_kernel_distance_knows_its_error():
 
 
 @pytest.mark.parametrize("tile", [4, 16, 1000])
-def test_kernel_distance_is_the_definition(tile):
+def test_kernel_distance_matches_its_definition(tile):
     x, y = features(0, 10, 3), features(1, 13, 3)
-    k = lambda a, b: (np.float64(a) @ b / 3 + 1) ** 3  # noqa: E731
+
+    def k(a, b):
+        return (np.float64(a) @ b / 3 + 1) ** 3
+
     within = [
         np.mean([k(p, q) for i, p in enumerate(s) for j, q in enumerate(s) if i != j])
         for s in (x, y)
@@ -155,8 +164,12 @@ def test_kernel_distance_is_the_definition(tile):
 
 
 def brute_force(reference: np.ndarray, sample: np.ndarray, k: int) -> tuple[float, float]:
-    distances = lambda a, b: np.linalg.norm(a[:, None].astype(np.float64) - b, axis=-1)  # noqa: E731
-    reach = lambda a: np.sort(distances(a, a), axis=1)[:, k]  # noqa: E731
+    def distances(a, b):
+        return np.linalg.norm(a[:, None].astype(np.float64) - b, axis=-1)
+
+    def reach(a):
+        return np.sort(distances(a, a), axis=1)[:, k]
+
     between = distances(reference, sample)
     precision = (between <= reach(reference)[:, None]).any(0).mean()
     recall = (between <= reach(sample)).any(1).mean()
@@ -165,7 +178,7 @@ def brute_force(reference: np.ndarray, sample: np.ndarray, k: int) -> tuple[floa
 
 @pytest.mark.parametrize("counts", [(100, 60), (64, 64), (33, 130)])
 @pytest.mark.parametrize("tile", [16, 64, 1000])
-def test_precision_and_recall_are_brute_forces(counts, tile):
+def test_precision_and_recall_match_brute_force(counts, tile):
     reference, sample = features(0, counts[0], 5) + 20, features(1, counts[1], 5) * 1.1 + 20.2
     found = metrics.precision_and_recall(reference, sample, tile=tile)
     np.testing.assert_allclose(found, brute_force(reference, sample, 3), atol=1e-12)
@@ -175,7 +188,10 @@ def test_precision_and_recall_are_brute_forces(counts, tile):
 def test_precision_and_recall_of_known_overlap():
     """Two clusters far apart: samples from one of them, and from one and elsewhere."""
     random = np.random.default_rng(0)
-    cluster = lambda centre, count: (random.random((count, 2)) + centre).astype(np.float32)  # noqa: E731
+
+    def cluster(centre, count):
+        return (random.random((count, 2)) + centre).astype(np.float32)
+
     reference = np.concatenate([cluster(0, 50), cluster(100, 50)])
     assert metrics.precision_and_recall(reference, reference) == (1.0, 1.0)
     assert metrics.precision_and_recall(reference, reference + 1000) == (0.0, 0.0)
@@ -187,7 +203,7 @@ def test_precision_and_recall_of_known_overlap():
     np.testing.assert_allclose(elsewhere, (50 / 75, 0.5))
 
 
-def test_too_few_features_are_refused():
+def test_metrics_refuse_too_few_features():
     for metric in (metrics.precision_and_recall, metrics.kernel_distance):
         with pytest.raises(ValueError, match="3 features"):
             metric(features(0, 3, 2), features(1, 10, 2))

@@ -36,7 +36,7 @@ def training_means(config):
     return np.rint(images.mean((2, 4), dtype=np.float64)).astype(np.uint8)
 
 
-def test_a_stage_is_measured_at_its_own_size(source, relay, tmp_path):
+def test_native_stage_is_measured_at_its_own_size(source, relay, tmp_path):
     config = config_of(
         source,
         features="inception",
@@ -88,7 +88,7 @@ def test_a_stage_is_measured_at_its_own_size(source, relay, tmp_path):
     assert metrics.keys() == {"fid"} and np.isclose(metrics["fid"], wanted, rtol=1e-4)
 
 
-def test_a_stage_in_training_is_measured_at_its_own_size(source, relay, tmp_path):
+def test_native_stage_during_training(source, relay, tmp_path):
     config = config_of(
         source, features="inception", native_reference="training", seeds_in_training="0-18"
     )
@@ -119,9 +119,7 @@ def test_a_stage_in_training_is_measured_at_its_own_size(source, relay, tmp_path
         ("prepared:/nowhere", "nowhere"),
     ],
 )
-def test_a_reference_that_is_none_is_refused_before_anything_is_measured(
-    source, tmp_path, reference, pattern
-):
+def test_native_reference_is_refused_early(source, tmp_path, reference, pattern):
     values = {
         "mu": np.zeros(SIZE),
         "sigma": np.eye(SIZE),
@@ -141,7 +139,7 @@ def test_a_reference_that_is_none_is_refused_before_anything_is_measured(
         )
 
 
-def test_means_of_the_last_stage_are_not_those_of_a_stage_with_a_source_of_its_own(source):
+def test_native_reference_of_a_stage_with_its_own_source(source):
     config = config_of(source, features="inception", native_reference="training")
     own = dataclasses.replace(config.stages[0], source="folder:other")
     with pytest.raises(
@@ -151,7 +149,7 @@ def test_means_of_the_last_stage_are_not_those_of_a_stage_with_a_source_of_its_o
         check_config(dataclasses.replace(config, stages=(own, config.stages[1])))
 
 
-def test_means_of_a_set():
+def test_means_of():
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (5, 4, 6, 3), np.uint8)
     images = ImageSet([(image, n % 2) for n, image in enumerate(pixels)], (4, 6, 3), ("a", "b"))

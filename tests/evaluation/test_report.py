@@ -56,7 +56,7 @@ def test_page_of_several_runs(tmp_path):
     assert (tmp_path / "here/report/2-samples.png").is_file()
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_titles_of_runs_with_one_name_differ(tmp_path):
     paths = [
         write_evaluation(tmp_path / side / "run/evaluation", "samples", fid=3.0) for side in "ab"
     ]
@@ -65,7 +65,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert page.count("## a/run/evaluation") == 2 and page.count("## b/run/evaluation") == 1
 
 
-def test_published_figures_are_of_inception_alone(tmp_path):
+def test_published_metrics_need_inception(tmp_path):
     path = write_evaluation(
         tmp_path / "evaluation",
         "samples",
@@ -87,22 +87,30 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_damaged_evaluations_are_refused(tmp_path, text):
+def test_report_refuses_damaged_evaluations(tmp_path, text):
     (tmp_path / "evaluation.json").write_text(text)
-    with pytest.raises(InputError, match="no evaluation, or damaged"):
+    with pytest.raises(
+        InputError, match=r"is not an evaluation, or damaged\. Use an evaluation.json"
+    ):
         write_report(tmp_path, [tmp_path / "evaluation.json"])
 
 
-def test_an_evaluation_with_something_missing_is_refused(tmp_path):
+def test_report_refuses_incomplete_evaluations(tmp_path):
     path = write_evaluation(tmp_path / "evaluation", "samples", fid=3.0)
     path.write_text(path.read_text().replace('"devices"', '"others"'))
-    with pytest.raises(InputError, match="no evaluation, or damaged"):
+    with pytest.raises(
+        InputError, match=r"is not an evaluation, or damaged\. Use an evaluation.json"
+    ):
         write_report(tmp_path, [path])
 
 
-def test_what_is_no_evaluation_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no evaluation.json in .*--mode=evaluate first"):
+def test_report_refuses_other_files(tmp_path):
+    with pytest.raises(
+        InputError, match=r"no evaluation.json in .*\. Evaluate first \(--mode=evaluate\)"
+    ):
         write_report(tmp_path, [])
     (tmp_path / "evaluation.json").write_text('{"results": 1')
-    with pytest.raises(InputError, match="no evaluation, or damaged"):
+    with pytest.raises(
+        InputError, match=r"is not an evaluation, or damaged\. Use an evaluation.json"
+    ):
         write_report(tmp_path, [tmp_path / "evaluation.json"])

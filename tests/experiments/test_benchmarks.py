@@ -21,9 +21,13 @@ def tables(script: str, *arguments: str) -> list[list[dict[str, str]]]:
     for head, body in re.findall(
         r"^(\|.*\|)\n\|(?:---\|)+\n((?:\|.*\|\n)*)", done.stdout, re.MULTILINE
     ):
-        cells = lambda line: [cell.strip() for cell in line[1:-1].split("|")]  # noqa: E731
-        found.append([dict(zip(cells(head), cells(row), strict=True)) for row in body.splitlines()])
+        rows = body.splitlines()
+        found.append([dict(zip(_cells(head), _cells(row), strict=True)) for row in rows])
     return found
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line[1:-1].split("|")]
 
 
 def numbers(rows: list[dict[str, str]], *heads: str) -> list[float]:
@@ -51,12 +55,12 @@ def test_medians_are_the_times_of_a_call():
 
 @pytest.mark.long
 def test_speed():
-    asked = ["--stage=2", "--classes=2", "--batch=8", "--evaluations=3", "--variants=block+pmap"]
+    asked = ["--stage=2", "--classes=2", "--batch=8", "--nfe=3", "--variants=block+pmap"]
     training, sampling = tables("speed", *asked)
     assert [(row["stage"], row["variant"]) for row in training] == [("2: 8 x 12", "block+pmap")]
     stage = parse(get_config("nowhere")).stages[1]
     (count, milliseconds, rate, flops) = numbers(
-        training, "parameters", "ms a step", "images/s", "TFLOP/s"
+        training, "parameters", "ms per step", "images/s", "TFLOP/s"
     )
     assert count == stage.build(3, 2).count()
     assert rate == pytest.approx(8 / (milliseconds / 1e3), rel=0.02)  # of three digits each
@@ -64,10 +68,10 @@ def test_speed():
         3 * 2 * stage.multiply_adds(3, 2) * rate / 2 / 1e12, rel=0.02
     )  # on each of two devices
     assert [(row["stage"], row["variant"]) for row in sampling] == [("2: 8 x 12", "block+pmap")]
-    evaluations, milliseconds, rate, share = numbers(
-        sampling, "evaluations", "ms an evaluation", "images/s", "own share"
+    nfe, milliseconds, rate, share = numbers(
+        sampling, "NFE", "ms per evaluation", "images/s", "own share"
     )
-    assert evaluations == 7 and 0 < share < 100  # the shortest ladder that has three or more
+    assert nfe == 7 and 0 < share < 100  # the shortest noise schedule with three or more
     assert rate == pytest.approx(8 / (7 * milliseconds / 1e3), rel=0.02)
     assert {row["utilisation"] for row in (*training, *sampling)} == {
         "-"
@@ -78,13 +82,13 @@ def test_speed():
 def test_relay():
     arithmetic, shares = tables("relay", "--batch=2", "--classes=0", "--size=8", "--factor=4")
     updates = ["the sampler's", "DCT, vmapped", "DCT, fused", "matrix, fused"]
-    assert [row[""] for row in arithmetic] == ["adding", "adding, flat", *updates, "noise"]
+    assert [row[""] for row in arithmetic] == ["addition", "addition, flat", *updates, "noise"]
     times, first, second = (
-        numbers(arithmetic, head) for head in ("ms", "in addings", "in flat addings")
+        numbers(arithmetic, head) for head in ("ms", "in additions", "in flat additions")
     )
-    for each, in_addings, in_flat_addings in zip(times, first, second, strict=True):
-        assert in_addings == pytest.approx(each / times[0], rel=0.02, abs=0.006)
-        assert in_flat_addings == pytest.approx(each / times[1], rel=0.02, abs=0.006)
+    for each, in_additions, in_flat_additions in zip(times, first, second, strict=True):
+        assert in_additions == pytest.approx(each / times[0], rel=0.02, abs=0.006)
+        assert in_flat_additions == pytest.approx(each / times[1], rel=0.02, abs=0.006)
     assert all(float(row["difference"]) < 1e-5 for row in arithmetic if row[""] in updates)
     assert [row[""] for row in shares] == ["network", "update and noise"]
     network, own = numbers(shares, "ms")

@@ -1,5 +1,4 @@
-"""The experiments: that their configs are what they say, and that what they print is made from
-runs."""
+"""The experiments: their configs, and tables that come from runs."""
 
 import dataclasses
 import json
@@ -40,7 +39,7 @@ def config_of(path: str, *arguments: str) -> Config:
     return load_config(":".join([str(ROOT / path), *arguments]))
 
 
-def test_variants_differ_in_the_method_alone():
+def test_variants_compare_methods_on_equal_terms():
     methods = variants(config_of("configs/digits.py"))
     for config in methods.values():
         validate.check_config(config)
@@ -63,7 +62,7 @@ def test_variants_differ_in_the_method_alone():
 @pytest.mark.parametrize(
     ("config", "of_relay"), [("digits", [200, 400, 600]), ("emoji", [10416, 20832, 31250])]
 )
-def test_points_are_checkpoints_that_are_kept(config, of_relay):
+def test_points_are_kept_checkpoints(config, of_relay):
     methods = variants(config_of(f"configs/{config}.py"))
     relays = methods["relay"].stages[-1].training
     for changed in methods.values():
@@ -84,19 +83,19 @@ def test_points_are_checkpoints_that_are_kept(config, of_relay):
 
 
 @pytest.mark.parametrize("wanted", [5, 49])
-def test_with_evaluations_gives_the_number_asked_for(wanted):
+def test_with_nfe_evaluates_the_network_so_often(wanted):
     for config in variants(config_of("configs/digits.py")).values():
         last = len(config.stages)
-        changed = common.with_evaluations(config, last, wanted)
+        changed = common.with_nfe(config, last, wanted)
         validate.check_config(changed)
         assert (
             evaluations(changed.stages[-1]) == wanted and changed.stages[:-1] == config.stages[:-1]
         )
 
 
-def test_with_evaluations_joins_closest_to_the_truncation():
+def test_with_nfe_joins_closest_to_the_truncation():
     for wanted in (5, 9):
-        stage = common.with_evaluations(config_of("configs/digits.py"), 2, wanted).stages[1]
+        stage = common.with_nfe(config_of("configs/digits.py"), 2, wanted).stages[1]
         every = [
             dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, steps=n))
             for n in range(2, 3 * wanted)
@@ -105,9 +104,9 @@ def test_with_evaluations_joins_closest_to_the_truncation():
         assert float(joined_level(stage).sigma) == max(joined) <= stage.sampler.truncation_sigma
 
 
-def test_with_evaluations_refuses_a_number_that_no_schedule_has():
-    with pytest.raises(InputError, match="evaluations=4 cannot be used; an odd number, 3 or more"):
-        common.with_evaluations(config_of("configs/digits.py"), 1, 4)
+def test_with_nfe_refuses_impossible_numbers():
+    with pytest.raises(InputError, match=r"NFE 4 is not possible\. Use an odd number, 3 or more"):
+        common.with_nfe(config_of("configs/digits.py"), 1, 4)
 
 
 def test_sampling_flops():
@@ -147,15 +146,15 @@ def test_write_small_pools_into_class_folders(tmp_path, classes):
 @pytest.mark.parametrize(
     "variant", [v for group in GROUPS.values() for v in group], ids=lambda v: v.name
 )
-def test_ablations_differ_where_they_should(variant):
+def test_ablation_variants_differ_in_one_stage(variant):
     base = unguided(config_of("configs/digits.py"), 19)
     changed = variant.change(base)
     validate.check_config(changed)
-    count, _, varied = variant.setting.partition(" evaluations")
-    assert evaluations(changed.stages[1]) == (int(count) if varied else evaluations(base.stages[1]))
+    nfe = re.match(r"NFE (\d+)", variant.setting)
+    assert evaluations(changed.stages[1]) == (int(nfe[1]) if nfe else evaluations(base.stages[1]))
     for number, (stage, before) in enumerate(zip(changed.stages, base.stages, strict=True), 1):
-        learnt = [(s.network, s.process, s.training) for s in (stage, before)]
-        assert learnt[0] == learnt[1] or number == variant.stage
+        trained = [(s.network, s.process, s.training) for s in (stage, before)]
+        assert trained[0] == trained[1] or number == variant.stage
     second = changed.stages[1]
     assert (
         second.process.clock.time(joined_level(second).sigma) < 1 + 1e-6
@@ -186,7 +185,7 @@ def run(*arguments: str) -> str:
     ("experiment", "argument", "said"),
     [
         ("relay_vs_cascade.compare", "--config.data.held_out=0", "config.data.held_out=0 "),
-        ("relay_vs_cascade.compare", "--evaluations=5,8", "evaluations=8 "),
+        ("relay_vs_cascade.compare", "--nfe=5,8", "NFE 8 "),
         ("ablations.sweep", "--groups=clocks", "--groups='clocks' "),
         (
             "ablations.sweep",
@@ -195,11 +194,11 @@ def run(*arguments: str) -> str:
         ),
     ],
 )
-def test_experiment_refuses_before_any_work(experiment, argument, said, tmp_path):
+def test_experiments_refuse_before_any_work(experiment, argument, said, tmp_path):
     done = python("-m", f"experiments.{experiment}", f"--workdir={tmp_path / 'runs'}", argument)
-    assert done.returncode == 2 and re.search(
-        rf"^error: {said}.*would do\.$", done.stderr, re.MULTILINE
-    ), done.stderr
+    assert done.returncode == 2 and re.search(rf"^error: {said}.*\.$", done.stderr, re.MULTILINE), (
+        done.stderr
+    )
     assert not (tmp_path / "runs").exists()
 
 
@@ -286,7 +285,7 @@ def test_ablations(tmp_path):
         "experiments.ablations.sweep",
         *smallest(tmp_path),
         "--groups=clock,order",
-        "--evaluations=5",
+        "--nfe=5",
     )
     found = {title: rows[2:] for title, rows in tables(printed).items()}
     assert {title: [row[0] for row in rows] for title, rows in found.items()} == {
@@ -330,17 +329,17 @@ def test_relay_vs_cascade(labelled, tmp_path):
             "--config.evaluation.features=inception",
             f"--config.evaluation.weights={tmp_path / 'weights.pth'}",
         ]
-    printed = run(*program, *arguments, "--evaluations=3,5", "--usual=3")
+    printed = run(*program, *arguments, "--nfe=3,5", "--usual=3")
     found = {title.partition(",")[0]: rows[2:] for title, rows in tables(printed).items()}
     names = ["relay", "classic cascade", "one stage"]
-    evaluated = found["By evaluations of the last network for an image"]
+    evaluated = found["By NFE of the last network"]
     assert [row[:2] for row in evaluated] == [
         [name, count] for name in names for count in ("3", "5")
     ]
-    assert {row[0] for row in found["By images shown"]} == set(names)
+    assert {row[0] for row in found["By training images"]} == set(names)
     assert [row[0] for row in found["Stage 2 from real small images"]] == [
         *names[:2],
-        "real images held out",
+        "held-out real images",
     ]
     assert all(float(row[5]) > 0 and row[4] in ORDERS.values() for row in evaluated)
     for picture in ("curves.png", "images.png"):

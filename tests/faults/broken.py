@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rdm_jax.checkpoints import store
-from rdm_jax.evaluation import evaluator, statistics
+from rdm_jax.evaluation import gathering, statistics
 from rdm_jax.main import main
 from rdm_jax.runtime import distributed
 from rdm_jax.training import metric_writer, step
@@ -172,7 +172,7 @@ def a_batch_is_lost() -> None:
 
 def gathered_often() -> None:
     """An evaluation keeps what it has gathered after every batch."""
-    evaluator.SAVE_SECONDS = 0
+    gathering.SAVE_SECONDS = 0
 
 
 OF_SAVES = (

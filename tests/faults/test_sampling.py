@@ -113,7 +113,7 @@ def test_17_killed_while_evaluating(image_folder, workdir, fault, batch, devices
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stdout, _ = run(image_folder, workdir, *flags, devices=devices, timeout=SECONDS)
-    assert re.search(r"resuming from [0-9]+ of 200 images", stdout)
+    assert re.search(r"resuming after [0-9]+ of 200 images", stdout)
     found = [
         json.loads((workdir / name / "evaluation.json").read_text())["results"]["samples"]
         for name in ("whole", "killed")

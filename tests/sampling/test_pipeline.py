@@ -1,5 +1,4 @@
-"""Sampling: an image is its seed's alone, the walk's form does not matter, and an interrupted run
-goes on."""
+"""Sampling: an image depends on its seed only, however and wherever it is computed."""
 
 import dataclasses
 import functools
@@ -16,18 +15,14 @@ from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
-from rdm_jax.data.sources import open_source
 from rdm_jax.diffusion.pixels import from_uint8, to_uint8
 from rdm_jax.diffusion.processes import Cascade
 from rdm_jax.diffusion.samplers import CascadeHeun
-from rdm_jax.render import pictures
 from rdm_jax.runtime import sharding
-from rdm_jax.runtime.errors import InputError, Interrupted
-from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.sampling import pipeline, sample_shards, stage_sampler
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.sampling import pipeline, stage_sampler
 from rdm_jax.sampling.stage_preview import StagePreview
 from tests.support.configs import tiny_config, write_images
-from tests.support.fake_pipeline import FakeRelay
 
 BATCH = 8
 AB, TWO = Classes(("a", "b")), Classes(("0", "1"), by_number=True)
@@ -50,9 +45,10 @@ def stage_and_params(kind: str):
         stage = dataclasses.replace(stage, process=Cascade(patch=2), sampler=CascadeHeun(steps=3))
     network = stage.build(3, 2)
     params = jax.jit(network.init)(jax.random.key(0))
-    nudge = lambda x: (
-        np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-    )  # noqa: E731
+
+    def nudge(x):
+        return np.asarray(x) + 0.1 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+
     return stage, network, jax.tree.map(nudge, params)
 
 
@@ -84,7 +80,7 @@ def images_of(kind, *args):
 
 
 @every_kind
-def test_an_image_is_its_seeds_alone(kind):
+def test_image_depends_on_its_seed_only(kind):
     _, params, low, labels, seeds = make(kind)
     sample = functools.partial(images_of, kind)
     whole = sample(params, low, labels, seeds)
@@ -98,7 +94,7 @@ def test_an_image_is_its_seeds_alone(kind):
     assert np.abs(whole[0] - whole[2]).max() > 0.1 and np.abs(whole).max() <= 1
 
 
-def test_the_default_generator_of_random_numbers_does_not_matter():
+def test_stage_sampler_ignores_the_default_prng():
     sample, *args = make("relay")
     with jax.default_prng_impl("rbg"):
         again, *_ = make.__wrapped__("relay")
@@ -106,7 +102,7 @@ def test_the_default_generator_of_random_numbers_does_not_matter():
 
 
 @every_kind
-def test_scan_equals_loop(kind, monkeypatch):
+def test_stage_sampler_scan_equals_loop(kind, monkeypatch):
     loop, *args = make(kind)
     monkeypatch.setattr(jax, "default_backend", lambda: "an accelerator")
     scan = make.__wrapped__(kind)[0]
@@ -116,7 +112,7 @@ def test_scan_equals_loop(kind, monkeypatch):
 
 
 @every_kind
-def test_devices_do_not_matter(kind):
+def test_stage_sampler_on_several_devices(kind):
     """Each makes its images by itself: nothing is sent from one to another."""
     sample, params, low, labels, seeds = make(kind)
     mesh = sharding.local_mesh()
@@ -128,7 +124,7 @@ def test_devices_do_not_matter(kind):
     assert sharding.collectives(jax.jit(sample).lower(spread, *shared).compile()) == {}
 
 
-def test_a_cascade_sees_the_small_image_alone():
+def test_cascade_is_conditioned_on_its_own_image():
     _, params, low, labels, seeds = make("cascade")
     low_again = np.concatenate([low[:4], low[4:] + 0.1])
     one, other = (
@@ -139,7 +135,7 @@ def test_a_cascade_sees_the_small_image_alone():
     assert (np.abs(one[4:] - other[4:]).max((1, 2, 3)) > 1e-3).all()
 
 
-def test_run_seed_and_stage_change_the_noise():
+def test_noise_depends_on_run_seed_and_stage():
     stage, network, params = stage_and_params("gaussian")
     stage = dataclasses.replace(stage, guidance=1.0)
     outputs = []
@@ -158,22 +154,18 @@ def test_run_seed_and_stage_change_the_noise():
 
 
 class LoadedRelay(pipeline.RelayPipeline):
-    """A relay of two stages that no checkpoint is read for."""
+    """A pipeline of two stages that reads no checkpoint."""
 
     def __init__(self, **sampling):
         config = tiny_config("images")
         self.config = dataclasses.replace(
             config, sampling=dataclasses.replace(config.sampling, **sampling)
         )
-        self.low, self.first, self.earlier, self.classes, self.mesh = (
-            None,
-            1,
-            ("stage1",),
-            Classes(("a", "b")),
-            sharding.local_mesh(),
-        )
-        spread = lambda params: jax.device_put(params, sharding.replicated(self.mesh))  # noqa: E731
-        self._stages = [(make(kind)[0], spread(make(kind)[1])) for kind in ("gaussian", "relay")]
+        self.low, self.first, self.earlier = None, 1, ("stage1",)
+        self.classes, self.mesh = Classes(("a", "b")), sharding.local_mesh()
+        replicated = sharding.replicated(self.mesh)
+        stages = [make(kind) for kind in ("gaussian", "relay")]
+        self._stages = [(stage[0], jax.device_put(stage[1], replicated)) for stage in stages]
 
 
 @functools.cache
@@ -184,7 +176,7 @@ def batch_by_batch():
     return seeds, [np.concatenate(stage) for stage in zip(*batches, strict=True)]
 
 
-def test_more_seeds_than_a_batch_are_all_sampled_in_their_order():
+def test_pipeline_samples_seeds_in_order():
     made, (seeds, wanted) = LoadedRelay(), batch_by_batch()
     for images in (made.sample(seeds), made.finish(made.begin(seeds))):
         assert [stage.shape for stage in images] == [(19, 4, 4, 3), (19, 8, 8, 3)]
@@ -194,7 +186,7 @@ def test_more_seeds_than_a_batch_are_all_sampled_in_their_order():
 
 
 @pytest.mark.parametrize("postprocess", ["none", "rdm_imagenet"])
-def test_no_seeds_are_no_images(postprocess):
+def test_pipeline_without_seeds(postprocess):
     made = LoadedRelay(postprocess=postprocess)
     for images in (made.sample(np.arange(0)), made.finish(made.begin(np.arange(0)))):
         assert [(stage.shape, stage.dtype) for stage in images] == [
@@ -204,7 +196,7 @@ def test_no_seeds_are_no_images(postprocess):
 
 
 @every_kind
-def test_infinite_images_are_told_though_they_are_clipped(kind):
+def test_stage_sampler_reports_infinite_images(kind):
     """A network that answers with an infinity at the last level, so that the last denoised image is
     one, and no NaN."""
     stage, network, params = stage_and_params(kind)
@@ -239,7 +231,7 @@ def infinite(sample, *which):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_relay_refuses_infinite_images(stage):
+def test_pipeline_refuses_infinite_images(stage):
     made = LoadedRelay()
     made._stages[stage] = (infinite(made._stages[stage][0], 2), made._stages[stage][1])
     with pytest.raises(InputError, match="not finite numbers"):
@@ -247,7 +239,7 @@ def test_a_relay_refuses_infinite_images(stage):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_one_stage_alone_samples_any_number_of_seeds(source, number):
+def test_stage_preview_samples_any_number_of_seeds(source, number):
     kind, alone = (
         ("gaussian", "relay")[number - 1],
         StagePreview(tiny_config("images"), number, source),
@@ -271,59 +263,6 @@ def test_one_stage_alone_samples_any_number_of_seeds(source, number):
     np.testing.assert_array_equal(np.delete(black, [1, 9, 17], 0), np.delete(images, [1, 9, 17], 0))
 
 
-def test_interrupted_sampling_goes_on(tmp_path):
-    fake, stop = FakeRelay(tiny_config("images")), StopOnSignal()
-    fake.after_each = lambda: setattr(stop, "requested", 15)
-    with pytest.raises(Interrupted):
-        sample_shards.sample_in_parts(fake, np.arange(12), tmp_path, stop)
-    fake.after_each = lambda: None
-    made, _ = sample_shards.sample_in_parts(fake, np.arange(12), tmp_path, StopOnSignal())
-    assert fake.made == [list(range(8)), list(range(8, 12))]  # the first batch was not made again
-    assert made.read(np.array([11, 0, 7]))[1].ravel().tolist() == [11, 0, 7]
-
-
-def test_parts_become_one_file(tmp_path):
-    made, _ = sample_shards.sample_in_parts(
-        FakeRelay(tiny_config("images")), np.arange(12), tmp_path / "parts", StopOnSignal()
-    )
-    for name in ("one.npz", "other.npz"):
-        sample_shards.write_npz(
-            made, np.arange(12), ["stage1", "images"], {"seeds": np.arange(12)}, tmp_path / name
-        )
-    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "other.npz").read_bytes()
-    with np.load(tmp_path / "one.npz") as file:
-        assert file.files == ["stage1", "images", "seeds"]
-        np.testing.assert_array_equal(file["stage1"], np.ones((12, 4, 4, 1), np.uint8))
-        np.testing.assert_array_equal(file["images"].ravel(), np.arange(12))
-
-
-def test_parts_become_pictures(tmp_path):
-    seeds = np.arange(12) + 5
-    made, _ = sample_shards.sample_in_parts(
-        FakeRelay(tiny_config("images")), seeds, tmp_path / "parts", StopOnSignal()
-    )
-    for _ in range(2):  # the same pictures again
-        sample_shards.write_png(made, seeds, tmp_path / "images")
-        sample_shards.write_labels(seeds, np.arange(12) % 2, ("1", "10"), tmp_path / "images")
-    source = open_source(f"folder:{tmp_path / 'images'}")
-    assert (
-        source.names == [f"{seed:010d}.png" for seed in range(5, 17)]
-        and source.labels == [0, 1] * 6
-    )
-    assert source.class_names == ("1", "10")
-    assert np.asarray(source.reader.load(source.names[3])).ravel().tolist() == [8]
-
-
-def test_a_part_that_cannot_be_written_is_told(tmp_path):
-    fake = FakeRelay(tiny_config("images"))
-    fake.config = dataclasses.replace(
-        fake.config, sampling=dataclasses.replace(fake.config.sampling, batch_size=4)
-    )
-    (tmp_path / f".{sample_shards._part_name(fake, np.arange(4))}.incomplete").mkdir()
-    with pytest.raises(OSError, match="incomplete"):
-        sample_shards.sample_in_parts(fake, np.arange(4), tmp_path, StopOnSignal())
-
-
 @pytest.mark.parametrize(
     ("known", "common"),
     [
@@ -341,7 +280,7 @@ def test_a_part_that_cannot_be_written_is_told(tmp_path):
         ([Classes(), Classes(("0",))], None),
     ],
 )
-def test_stages_know_the_same_classes(known, common):
+def test_common_classes(known, common):
     config = tiny_config("images")
     if common is None:
         with pytest.raises(
@@ -359,31 +298,8 @@ def test_to_uint8_inverts_the_scaling_of_training():
     assert to_uint8(jnp.full((1, 1, 1, 1), 1.5)).item() == 255
 
 
-def test_nearest_real(source):
-    wanted = source.batch([5, 17])["image"]
-    noisy = np.clip(wanted.astype(int) + 2, 0, 255).astype(np.uint8)
-    found, numbers = pictures.nearest_real(noisy, source, chunk=7)
-    assert numbers.tolist() == [5, 17]
-    np.testing.assert_array_equal(found, wanted)
-
-
-def test_grid_shows_every_stage(source):
-    images = source.batch(range(4))["image"]
-    grid = np.asarray(
-        pictures.relay_grid([images[:, :4, :4], images], images, [("a", [0, 1]), ("b", [2, 3])])
-    )
-    side = 96
-    first = grid[pictures.HEADER : pictures.HEADER + side, pictures.LABEL :]
-    for place, (image, size) in enumerate(
-        [(images[0, :4, :4], 24), (images[0], 12), (images[0], 12)], 1
-    ):
-        left = place * (side + pictures.MARGIN)
-        np.testing.assert_array_equal(first[::size, left : left + side : size], image)
-
-
-def test_guidance_is_refused_of_a_checkpoint_that_knows_no_hidden_labels(tmp_path):
-    """The checkpoint says how it was trained, and not the config; of imported weights nobody
-    knows."""
+def test_guidance_needs_label_dropout(tmp_path):
+    """The checkpoint says how it was trained, not the config; imported weights do not say."""
     config = tiny_config("images")
     guided = dataclasses.replace(
         config, stages=(dataclasses.replace(config.stages[0], guidance=4.0), *config.stages[1:])

@@ -1,5 +1,4 @@
-"""What sampling leaves in a folder: further seeds are added, nothing is deleted, and what is
-written can be read."""
+"""What sampling leaves in a folder: seeds are added, nothing is deleted."""
 
 import dataclasses
 import json
@@ -7,63 +6,21 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from rdm_jax.run import run
 
-from rdm_jax.data.classes import Classes, matched
-from rdm_jax.data.sources import open_source
-from rdm_jax.evaluation.image_streams import NpzStream
-from rdm_jax.modes import run
-from rdm_jax.runtime.errors import InputError, Interrupted
+from rdm_jax.data.classes import Classes
+from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import write_samples
 from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.made_with import same_settings
-from tests.support.configs import tiny_config
 from tests.support.fake_pipeline import FakeRelay
-
-BY_TEXT = tuple(sorted(map(str, range(12))))  # 0, 1, 10, 11, 2, ...: an order that folders had once
-DATASET = "images/dataset.json"
-
-
-def config_of(**sampling):
-    config = tiny_config("images")
-    return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **sampling))
-
-
-def sample(workdir, *, classes=Classes(("a", "b")), steps=(10, 20), interrupted=False, **sampling):  # noqa: B008
-    """The seeds whose images were made."""
-    fake = FakeRelay(config_of(**sampling), classes, steps)
-    stop = StopOnSignal()
-    fake.after_each = lambda: setattr(stop, "requested", 15 if interrupted else None)
-    write_samples.sample_to_files(fake, None, workdir, stop)
-    return sorted({seed for batch in fake.made for seed in batch})
-
-
-def seeds_of(folder) -> list[int]:
-    with np.load(folder / "samples.npz") as file:
-        assert file["images"].ravel().tolist() == file["seeds"].tolist() and len(
-            file["stage1"]
-        ) == len(file["seeds"])
-        assert file["labels"].tolist() == (file["seeds"] % 2).tolist() and file[
-            "class_names"
-        ].tolist() == ["a", "b"]
-        return file["seeds"].tolist()
-
-
-def contents(folder) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def made_with(folder) -> dict:
-    return json.loads((folder / "samples.json").read_text())
+from tests.support.sampled import DATASET, config_of, contents, made_with, sample, seeds_of
 
 
 @pytest.mark.parametrize("files", ["npz", "png"])
-def test_further_seeds_are_added(tmp_path, files):
+def test_samples_get_further_seeds(tmp_path, files):
     folder, mine = tmp_path / "samples", ("mine.txt", "images/mine.txt")
     assert sample(tmp_path, files=files, seeds="0-3") == [0, 1, 2, 3]
     (folder / "images").mkdir(exist_ok=True)
@@ -89,7 +46,7 @@ def test_further_seeds_are_added(tmp_path, files):
     assert contents(folder) == after
 
 
-def test_a_folder_holds_either_kind_of_file(tmp_path):
+def test_samples_folder_holds_npz_and_png(tmp_path):
     folder = tmp_path / "samples"
     assert sample(tmp_path, files="npz", seeds="0-3") == [0, 1, 2, 3]
     assert sample(tmp_path, files="png", seeds="0-3") == [0, 1, 2, 3]
@@ -98,7 +55,7 @@ def test_a_folder_holds_either_kind_of_file(tmp_path):
     assert sorted(path.name for path in folder.glob("grid*")) == ["grid-2.png", "grid.png"]
 
 
-def test_seeds_are_a_set(tmp_path, caplog):
+def test_seeds_count_once(tmp_path, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     sample(tmp_path, files="png", seeds="0-5,5-9")
     assert caplog.text.count("repeats 1 numbers; each counts once (10 in all)") == 1
@@ -110,7 +67,7 @@ def test_seeds_are_a_set(tmp_path, caplog):
     ("before", "after"),
     [("0 - 3, 7", "0-3,7"), ("0,1,2,3", "0-3"), ("0-3", "3,0-2"), ("[0, 1]", "0-1")],
 )
-def test_seeds_may_be_spelt_otherwise(tmp_path, before, after):
+def test_seeds_may_be_spelt_differently(tmp_path, before, after):
     sample(tmp_path, seeds=before)
     kept = contents(tmp_path / "samples")
     check_settings(config_of(seeds=after), 1, tmp_path)
@@ -118,7 +75,7 @@ def test_seeds_may_be_spelt_otherwise(tmp_path, before, after):
 
 
 @pytest.mark.parametrize("spelt", ["0-5,5-9", "0,1-9"])
-def test_samples_whose_seeds_an_earlier_version_kept_as_spelt_are_known(tmp_path, spelt):
+def test_samples_json_of_earlier_spelling_is_known(tmp_path, spelt):
     sample(tmp_path, seeds="0-9")
     known = made_with(tmp_path / "samples")
     known["sampling"]["seeds"] = spelt
@@ -135,7 +92,7 @@ def test_samples_whose_seeds_an_earlier_version_kept_as_spelt_are_known(tmp_path
     "case",
     ["labels", "seed of the run", "guidance", "no samples.json", "a checkpoint of another run"],
 )
-def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, case):
+def test_samples_of_other_settings_are_refused(tmp_path, case):
     folder, config = tmp_path / "samples", config_of(labels="0")
     sample(tmp_path)
     steps, fake = (10, 20), None
@@ -152,11 +109,11 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, case):
         config, steps = dataclasses.replace(config_of(), stages=stages), (30, 20)
     before, fake = contents(tmp_path), FakeRelay(config, steps=steps)
     says = (
-        "samples.json does not say"
+        "samples.json does not give their settings"
         if case == "no samples.json"
-        else "holds samples of other settings"
+        else "has samples of other settings"
     )
-    with pytest.raises(InputError, match=f"{says}.*another --config.sampling.name would do"):
+    with pytest.raises(InputError, match=rf"{says}.*Use another --config.sampling.name\.$"):
         write_samples.sample_to_files(fake, None, tmp_path, StopOnSignal())
     assert not fake.made and contents(tmp_path) == before
     if not case.startswith("a checkpoint"):  # before anything is trained
@@ -165,12 +122,12 @@ def test_other_settings_are_refused_and_nothing_is_touched(tmp_path, case):
     check_settings(config_of(name="other"), 1, tmp_path)
 
 
-def test_other_settings_are_refused_before_anything_is_trained(tmp_path):
+def test_samples_of_other_settings_are_refused_before_training(tmp_path):
     sample(tmp_path)
     before = contents(tmp_path / "samples")
     with pytest.raises(
         InputError,
-        match="sampling.labels was 'balanced' and is '0'.*another --config.sampling.name would do",
+        match=r"sampling.labels was 'balanced' and is '0'.*Use another --config.sampling.name\.$",
     ):
         run(
             config_of(labels="0").to_config_dict(), str(tmp_path), mode="all"
@@ -178,7 +135,7 @@ def test_other_settings_are_refused_before_anything_is_trained(tmp_path):
     assert contents(tmp_path / "samples") == before and not list(tmp_path.glob("stage*"))
 
 
-def test_seeds_are_added_to_samples_of_the_same_small_images(tmp_path):
+def test_low_images_must_stay_the_same(tmp_path):
     (tmp_path / "low").mkdir()
 
     def made(colour, seeds):
@@ -216,7 +173,7 @@ def test_samples_of_earlier_checkpoints_are_moved_aside(tmp_path, caplog):
     assert seeds_of(tmp_path / "samples-earlier-2") == [2]
 
 
-def test_pictures_of_a_killed_run_are_moved_aside_too(tmp_path, monkeypatch):
+def test_pngs_of_a_killed_run_are_moved_aside(tmp_path, monkeypatch):
     """Whatever samples.json names: they are none of the new checkpoint's."""
     sample(tmp_path, files="png", seeds="0-3")
     with monkeypatch.context() as dies:
@@ -227,7 +184,7 @@ def test_pictures_of_a_killed_run_are_moved_aside_too(tmp_path, monkeypatch):
     assert len(list((tmp_path / "samples-earlier-1/images").glob("*.png"))) == 6
 
 
-def test_what_is_damaged_is_made_again(tmp_path):
+def test_damaged_samples_are_sampled_again(tmp_path):
     folder = tmp_path / "samples"
     sample(tmp_path, seeds="0-3")
     whole = contents(folder)["samples.npz"]
@@ -244,25 +201,25 @@ def test_what_is_damaged_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["samples.json", "samples.npz", DATASET, "images/0000000001.png"])
-def test_what_is_not_ours_is_refused(tmp_path, file):
+def test_files_of_others_are_refused(tmp_path, file):
     (tmp_path / "samples/images").mkdir(parents=True)
     (tmp_path / "samples" / file).write_text("mine")
     before = contents(tmp_path)
     with pytest.raises(
         InputError,
-        match=r"samples.json does not say what .*; another --config.sampling.name would do",
+        match=r"samples.json does not give their settings .*\. Use another --config.sampling.name\.$",
     ) as refusal:
         sample(tmp_path)
     assert contents(tmp_path) == before and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("files", ["npz", "png"])
-def test_samples_whose_numbers_meant_other_classes_are_refused(tmp_path, files):
+def test_samples_of_other_classes_are_refused(tmp_path, files):
     """An earlier version took labels=2 for the third folder."""
     sample(tmp_path, classes=Classes(("0", "1", "2", "3")), files=files, labels="2")
     before = contents(tmp_path)
     with pytest.raises(
-        InputError, match="holds samples of other classes than config.sampling.labels='2' means"
+        InputError, match="has samples of other classes than config.sampling.labels='2' gives"
     ):
         sample(
             tmp_path, classes=Classes(("0", "1", "10", "2")), files=files, labels="2", seeds="20"
@@ -271,7 +228,7 @@ def test_samples_whose_numbers_meant_other_classes_are_refused(tmp_path, files):
 
 
 @pytest.mark.parametrize("files", ["npz", "png"])
-def test_killed_while_writing_and_continued(tmp_path, files, monkeypatch):
+def test_sampling_killed_while_writing_resumes(tmp_path, files, monkeypatch):
     def killed(*_, **__):
         raise SystemError("killed")
 
@@ -292,70 +249,8 @@ def test_killed_while_writing_and_continued(tmp_path, files, monkeypatch):
         assert len(names) == len(after)
 
 
-def parts(folder) -> int:
-    return len(list(folder.glob("samples/.parts-*/0*.npz")))
-
-
-def test_interrupted_parts_of_other_seeds_stay(tmp_path, caplog):
-    caplog.set_level("INFO", logger="rdm_jax")
-    with pytest.raises(Interrupted):
-        sample(tmp_path, seeds="0-19", interrupted=True)
-    sample(tmp_path, seeds="30")
-    assert (
-        parts(tmp_path) == 1
-        and "1 finished batches of seeds that were not asked for now are kept" in caplog.text
-    )
-    assert sample(tmp_path, seeds="0-19") == list(range(8, 20))
-    assert seeds_of(tmp_path / "samples") == [30, *range(20)] and not list(
-        tmp_path.glob("samples/.parts-*")
-    )
-
-
 @pytest.mark.parametrize("files", ["npz", "png"])
-def test_finished_batches_are_used_whatever_was_sampled_in_between(tmp_path, files):
-    with pytest.raises(Interrupted):
-        sample(tmp_path, files=files, seeds="0-19", interrupted=True)
-    assert sample(tmp_path, files=files, seeds="6,20,2-3") == [20]
-    assert sample(tmp_path, files=files, seeds="0-19") == list(range(8, 20))
-    assert not list(tmp_path.glob("samples/.parts-*"))
-    if files == "npz":
-        assert seeds_of(tmp_path / "samples") == [6, 20, 2, 3, 0, 1, 4, 5, *range(7, 20)]
-    else:
-        source = open_source(f"folder:{tmp_path}/samples/images")
-        assert [int(np.asarray(source.reader.load(name)).flat[0]) for name in source.names] == list(
-            range(21)
-        )
-
-
-@pytest.mark.parametrize(
-    "other", [{"labels": "0"}, {"steps": (10, 30)}], ids=["settings", "checkpoints"]
-)
-def test_finished_batches_of_other_settings_stay_and_are_named(tmp_path, other, caplog):
-    caplog.set_level("INFO", logger="rdm_jax")
-    with pytest.raises(Interrupted):
-        sample(tmp_path, seeds="0-19", interrupted=True)
-    (kept,) = tmp_path.glob("samples/.parts-*")
-    before = contents(kept)
-    assert sample(tmp_path, seeds="0-3", **other) == [0, 1, 2, 3]
-    assert contents(kept) == before and list(tmp_path.glob("samples/.parts-*")) == [kept]
-    said = "sampling.labels was 'balanced' and is '0'" if "labels" in other else "checkpoints was"
-    assert (
-        f"{kept} is kept, with finished batches of a run that was interrupted ({said}"
-        in caplog.text
-    )
-
-
-def test_a_damaged_part_is_made_again(tmp_path):
-    with pytest.raises(Interrupted):
-        sample(tmp_path, seeds="0-19", interrupted=True)
-    (part,) = tmp_path.glob("samples/.parts-*/0*.npz")
-    part.write_bytes(part.read_bytes()[:-30])
-    assert sample(tmp_path, seeds="0-9") == list(range(10))
-    assert seeds_of(tmp_path / "samples") == list(range(10)) and not part.exists()
-
-
-@pytest.mark.parametrize("files", ["npz", "png"])
-def test_a_grid_that_is_missing_is_drawn_again_of_what_it_shows(tmp_path, files):
+def test_grid_that_is_missing_is_drawn_again(tmp_path, files):
     folder = tmp_path / "samples"
     sample(tmp_path, files=files, seeds="0-39")
     before = contents(folder)
@@ -369,7 +264,7 @@ def test_a_grid_that_is_missing_is_drawn_again_of_what_it_shows(tmp_path, files)
     assert not (folder / "grid-2.png").exists() and len(before["grid.png"]) > 100
 
 
-def test_an_array_that_somebody_added_is_kept(tmp_path, caplog):
+def test_npz_with_other_arrays_is_kept(tmp_path, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     folder = tmp_path / "samples"
     sample(tmp_path, seeds="0-3")
@@ -397,61 +292,3 @@ def test_samples_of_an_earlier_version_are_known(tmp_path):
     assert same_settings(known, made_with(folder))
     known["sampling"]["labels"] = "0"
     assert not same_settings(known, made_with(folder))
-
-
-@pytest.mark.parametrize("labels", ["balanced", "10", "11,2"])
-def test_pictures_are_read_with_their_classes(tmp_path, labels):
-    """Folders that are called by numbers, in another order than the numbers'."""
-    classes, seeds = Classes(BY_TEXT), np.arange(12)
-    sample(tmp_path, classes=classes, files="png", labels=labels)
-    source = open_source(f"folder:{tmp_path / 'samples/images'}")
-    assert source.class_names == BY_TEXT
-    asked = FakeRelay(config_of(labels=labels), classes).labels(seeds)
-    assert [BY_TEXT[source.label(n)] for n in range(12)] == [BY_TEXT[n] for n in asked]
-    in_order = Classes(tuple(map(str, range(12))))  # real images that were prepared since
-    numbers = matched(Classes(source.class_names), in_order)
-    assert [numbers[source.label(n)] for n in range(12)] == [int(BY_TEXT[n]) for n in asked]
-    assert labels != "10" or set(asked.tolist()) == {2}
-
-
-def test_npz_is_measured_by_the_names_of_its_classes(tmp_path):
-    random = np.random.default_rng(0)
-    images, labels = random.integers(0, 256, (12, 8, 8, 3), np.uint8), np.arange(12)
-    np.savez(tmp_path / "named.npz", images=images, labels=labels, class_names=np.asarray(BY_TEXT))
-    np.savez(tmp_path / "numbers.npz", images=images, labels=labels)
-    np.savez(
-        tmp_path / "others.npz",
-        images=images,
-        labels=labels % 2,
-        class_names=np.asarray(["x", "1"]),
-    )
-    in_order = Classes(tuple(map(str, range(12))))
-    stream = NpzStream("npz", tmp_path / "named.npz", (8, 8, 3), in_order, 4)
-    assert stream.batch(0, 12)[1].tolist() == [int(name) for name in BY_TEXT] and not stream.notes
-    stream = NpzStream("npz", tmp_path / "numbers.npz", (8, 8, 3), in_order, 4)
-    assert (
-        set(stream.batch(0, 12)[1].tolist()) == {-1} and "no array class_names" in stream.notes[0]
-    )
-    with pytest.raises(
-        InputError, match="npz has the classes x, 1 .2., and the accuracy is that of 0, 1"
-    ):
-        NpzStream("npz", tmp_path / "others.npz", (8, 8, 3), in_order, 4)
-    assert set(
-        NpzStream("npz", tmp_path / "others.npz", (8, 8, 3), Classes(), 4).batch(0, 12)[1].tolist()
-    ) == {-1}
-
-
-def test_small_images_of_our_own_keep_their_classes(tmp_path):
-    """Pictures of a network whose classes are called by numbers are labelled by name, not by the
-    place of the name."""
-    sample(tmp_path, classes=Classes(BY_TEXT), files="png")
-    for path in (tmp_path / "samples/images").glob("*.png"):
-        Image.new("RGB", (4, 4)).save(path)
-    low = LowImages(config_of(low=f"folder:{tmp_path / 'samples/images'}"))
-    assert low.labels(np.arange(12), Classes(BY_TEXT)).tolist() == list(range(12))
-    in_order = Classes(tuple(map(str, range(12))))
-    assert low.labels(np.arange(12), in_order).tolist() == [int(name) for name in BY_TEXT]
-    with pytest.raises(
-        InputError, match="has images of the classes 0, 1, 10.*, and the network knows a, b"
-    ):
-        low.labels(np.arange(12), Classes(("a", "b")))
