@@ -79,11 +79,13 @@ def pytest_collection_modifyitems(items):
 
 @contextlib.contextmanager
 def kept_flags():
-    """Gives absl's flags their values back; flags of libraries imported meanwhile stay."""
+    """Gives absl's flags their values back, and removes those of fields (`--config.field`). Flags
+    of libraries that were imported meanwhile stay: they are defined only once."""
     before = flagsaver.save_flag_values()
     yield
     after = flagsaver.save_flag_values()
-    flagsaver.restore_flag_values(after | before)
+    libraries = {name: value for name, value in after.items() if not name.startswith("config.")}
+    flagsaver.restore_flag_values(libraries | before)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from tests.support.pictures import shows_images
 from tests.support.small_evaluation import SIZE, SPACE, config_of, measured, parts_of
 
 
+@pytest.mark.second
 def test_command(source, workdir, tmp_path, capsys, caplog):
     """`--mode evaluate` writes its files, and a second call only logs that they exist."""
     caplog.set_level("INFO", logger="rdm_jax")
@@ -177,6 +178,7 @@ def test_adm_reference_uses_its_images(source, relay, tmp_path):
     assert {"fid", "precision", "recall", "kid"} <= metrics.keys()
 
 
+@pytest.mark.second
 def test_evaluation_during_training(source, tmp_path, monkeypatch):
     """Stopped within an evaluation, after the checkpoint: the same command finishes it."""
     config = config_of(source, seeds_in_training="0-11")

@@ -82,7 +82,7 @@ def test_points_are_kept_checkpoints(config, of_relay):
         assert {*compared} <= {*due, training.steps} and len(due) + 1 <= training.keep_newest
 
 
-@pytest.mark.parametrize("wanted", [5, 49])
+@pytest.mark.parametrize("wanted", [5, pytest.param(49, marks=pytest.mark.second)])
 def test_with_nfe_evaluates_the_network_so_often(wanted):
     for config in variants(config_of("configs/digits.py")).values():
         last = len(config.stages)
@@ -143,6 +143,7 @@ def test_write_small_pools_into_class_folders(tmp_path, classes):
     ].tolist() == [[25, 0], [0, 0]]
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     "variant", [v for group in GROUPS.values() for v in group], ids=lambda v: v.name
 )
