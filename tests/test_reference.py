@@ -18,7 +18,7 @@ import pytest
 from rdm_jax.config import Stage
 from rdm_jax.data import augment
 from rdm_jax.diffusion import blurring, guidance, preconditioning, processes, samplers, schedules
-from rdm_jax.evaluation import inception, metrics, moments
+from rdm_jax.evaluation import inception, inception_weights, metrics, moments
 from rdm_jax.interop import pytorch_names
 from tests.support import inception_file
 from tests.support.precision import enable_x64
@@ -405,7 +405,7 @@ def test_reference_inception(path, tmp_path):
         theirs[name] = inception_file.draw(name, json.loads(str(shape)), meta["seed"])
         np.testing.assert_allclose(np.abs(theirs[name]).sum(dtype=np.float64), total, rtol=1e-6)
     digest = inception_file.write(tmp_path / "weights.pth", theirs)
-    params, _ = inception.load(
+    params, _ = inception_weights.load(
         tmp_path / "weights.pth", sha256=digest
     )  # so every parameter of theirs has its place in ours
     images = np.random.default_rng([meta["seed"], 1]).integers(

@@ -12,7 +12,7 @@ from rdm_jax.config import Config
 from rdm_jax.config.validate import is_generated, measured_sets
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.evaluation import inception
+from rdm_jax.evaluation import inception_weights
 from rdm_jax.evaluation.classifier import classifier_space
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.gathering import Gatherer
@@ -38,6 +38,7 @@ from rdm_jax.runtime.files import atomic_write
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.stage_preview import StagePreview
+from rdm_jax.workdir import Workdir
 
 
 def open_space(
@@ -50,8 +51,8 @@ def open_space(
     values = config.evaluation
     weights = Path(values.weights).expanduser() if values.weights else None
     if values.features == "inception":
-        return inception.inception_space(weights or inception.default_path())
-    path = weights or workdir / "classifier.safetensors"
+        return inception_weights.inception_space(weights or inception_weights.default_path())
+    path = weights or Workdir(workdir).classifier
     return classifier_space(
         sets["training"], sets.get("held_out"), path, train=weights is None, check_stop=check_stop
     )
@@ -85,8 +86,9 @@ class Evaluator:
         stop: StopOnSignal,
         space: FeatureSpace | None = None,
     ):
-        self._config, self._folder = config, workdir / config.evaluation.name
-        self._samples = workdir / config.sampling.name
+        self._config = config
+        self._folder = Workdir(workdir).evaluation(config)
+        self._samples = Workdir(workdir).samples(config)
         sets = {"training": images, "held_out": held_out}
         self._sets = {name: part for name, part in sets.items() if part is not None}
         # A classifier, which may not be trained yet, knows the classes of its training set.

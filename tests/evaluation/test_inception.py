@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdm_jax.evaluation import inception
+from rdm_jax.evaluation import inception, inception_weights
 from rdm_jax.runtime.errors import InputError
 from tests.support import inception_file
 from tests.support.torch_standins import Call, Named, View, dump_legacy, dump_pt, state_dict
@@ -98,11 +98,13 @@ def test_network_pools_by_maximum_in_the_last_block():
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """Makes the network one of two layers; returns (a path, its parameters by the port's names)."""
-    monkeypatch.setattr(inception, "LAYERS", {"stem": (1, 3, 2, 4), "top.branch": (1, 1, 4, 3)})
-    monkeypatch.setattr(inception, "SIZES", {"pool": 3, "logits": 5})
+    monkeypatch.setattr(
+        inception_weights, "LAYERS", {"stem": (1, 3, 2, 4), "top.branch": (1, 1, 4, 3)}
+    )
+    monkeypatch.setattr(inception_weights, "SIZES", {"pool": 3, "logits": 5})
     parameters = {
         name: inception_file.draw(name, list(shape), 0)
-        for name, shape in inception._shapes().items()
+        for name, shape in inception_weights._shapes().items()
     }
     return tmp_path / "weights.pth", parameters
 
@@ -111,7 +113,7 @@ def refuse(path, *words, sha256=""):
     """Asserts that the file is refused in one sentence which has these words in it, and says where
     to get the right one."""
     with pytest.raises(InputError) as caught:
-        inception.load(path, sha256=sha256)
+        inception_weights.load(path, sha256=sha256)
     message = str(caught.value)
     assert "\n" not in message
     assert "TypeCheckError" not in message
@@ -126,11 +128,11 @@ def refuse(path, *words, sha256=""):
 def test_load_and_apply(tmp_path):
     """The whole network: a file as the published one is, read and used on grey images of another
     size."""
-    shapes = inception._shapes()
+    shapes = inception_weights._shapes()
     assert len(shapes) == 472
     parameters = {name: inception_file.draw(name, list(shape), 1) for name, shape in shapes.items()}
     digest = inception_file.write(tmp_path / "weights.pth", parameters)
-    params, found = inception.load(tmp_path / "weights.pth", sha256=digest[:8])
+    params, found = inception_weights.load(tmp_path / "weights.pth", sha256=digest[:8])
     assert found == digest
     assert {array.dtype for array in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     kernel = parameters["Mixed_6b.branch7x7_2.conv.weight"]
@@ -154,9 +156,9 @@ def test_space(monkeypatch, tmp_path):
     def zeros(params, images):
         return {name: jnp.zeros((len(images), size)) for name, size in inception.SIZES.items()}
 
-    monkeypatch.setattr(inception, "load", lambda path: ({"fc": {}}, "6726825d0"))
-    monkeypatch.setattr(inception, "apply", zeros)
-    space = inception.inception_space(tmp_path)
+    monkeypatch.setattr(inception_weights, "load", lambda path: ({"fc": {}}, "6726825d0"))
+    monkeypatch.setattr(inception_weights, "apply", zeros)
+    space = inception_weights.inception_space(tmp_path)
     assert (space.name, space.digest, space.params) == ("inception", "6726825d0", {"fc": {}})
     assert space.sizes == {"features": 2048, "spatial": 2023, "logits": 1008}
     found = space.apply(space.params, jnp.zeros((2, 8, 8, 3), jnp.uint8))
@@ -167,7 +169,7 @@ def test_space(monkeypatch, tmp_path):
 def test_load_folds_batch_normalisation(small, dump):
     path, parameters = small
     dump(path, state_dict(parameters))
-    params, _ = inception.load(path, "")
+    params, _ = inception_weights.load(path, "")
     x = np.random.default_rng(0).normal(size=(10, 4))
     weight, bias, mean, variance = (
         parameters[f"stem.bn.{part}"] for part in ("weight", "bias", "running_mean", "running_var")
@@ -183,20 +185,20 @@ def test_load_folds_batch_normalisation(small, dump):
 def test_default_path(monkeypatch, tmp_path):
     name = "rdm_jax/pt_inception-2015-12-05-6726825d.pth"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert inception.default_path() == tmp_path / name
+    assert inception_weights.default_path() == tmp_path / name
     monkeypatch.setenv("HOME", str(tmp_path))
     for unset in (
         lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""),
         lambda: monkeypatch.delenv("XDG_CACHE_HOME"),
     ):
         unset()
-        assert inception.default_path() == tmp_path / ".cache" / name
+        assert inception_weights.default_path() == tmp_path / ".cache" / name
 
 
 def test_load_needs_a_file(tmp_path):
-    refuse(tmp_path / "missing.pth", "there is no ", inception.URL)
+    refuse(tmp_path / "missing.pth", "there is no ", inception_weights.URL)
     with pytest.raises(InputError, match="'.*/with space.pth' https"):
-        inception.load(tmp_path / "with space.pth")
+        inception_weights.load(tmp_path / "with space.pth")
     refuse(tmp_path, "is not a file")
     os.mkfifo(tmp_path / "pipe")
     refuse(tmp_path / "pipe", "is not a file")
@@ -210,10 +212,10 @@ def test_load_refuses_another_file(small, monkeypatch):
         raise AssertionError("it was looked into before its SHA-256 was known")
 
     with monkeypatch.context() as patched:
-        patched.setattr(inception, "open_state_dict", opened)
-        refuse(path, digest[:8], "not 6726825d", sha256=inception.SHA256)
+        patched.setattr(inception_weights.torch_files, "open_state_dict", opened)
+        refuse(path, digest[:8], "not 6726825d", sha256=inception_weights.SHA256)
         refuse(path, digest[:8], sha256=hashlib.sha256(b"").hexdigest())
-    assert inception.load(path, digest)[1] == digest
+    assert inception_weights.load(path, digest)[1] == digest
 
 
 def test_load_refuses_other_parameters(small):

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from rdm_jax.run import run
 
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from tests.support.image_files import write_folder, write_npz
 from tests.support.small_evaluation import config_of
@@ -50,7 +50,7 @@ REFUSED = {
     ),
     "no features": (
         {"features": "none"},
-        r"features='none' with --mode=evaluate; 'inception' or 'classifier'",
+        r"features='none' with --mode=evaluate .*Use 'inception' or 'classifier'",
     ),
     "unknown features": ({"features": "dino"}, r"features='dino'"),
     "unknown set": ({"images": "samples, stage2"}, r"images='samples, stage2'.*'stage1'"),
@@ -109,7 +109,7 @@ REFUSED = {
         r"evaluation.reference='s3://b/x.npz' is a URL",
     ),
     "weights in a bucket": ({"weights": "gs://b/x"}, r"evaluation.weights='gs://b/x' is a URL"),
-    "no JSON list": ({"images": '["samples'}, r"evaluation.images=.* is no JSON list"),
+    "no JSON list": ({"images": '["samples'}, r"evaluation.images=.* is not a JSON list"),
 }
 
 

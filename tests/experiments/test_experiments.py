@@ -16,7 +16,7 @@ from rdm_jax.config import Config, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.sources import open_source
 from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
-from rdm_jax.evaluation import inception
+from rdm_jax.evaluation import inception_weights
 from rdm_jax.render.tables import cell
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.stage_sampler import evaluations, handover, joined_level
@@ -246,9 +246,8 @@ def test_spectrum(tmp_path):
 
 AS_PUBLISHED = """
 import runpy
-from rdm_jax.evaluation import inception
-from tests.support.paths import ROOT
-inception.load.__defaults__ = ({digest!r},)
+from rdm_jax.evaluation import inception_weights
+inception_weights.load.__defaults__ = ({digest!r},)
 runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
 
@@ -322,7 +321,7 @@ def test_relay_vs_cascade(labelled, tmp_path):
     if not labelled:  # of which Inception's features alone say something, here of random parameters
         parameters = {
             name: inception_file.draw(name, list(shape), 0)
-            for name, shape in inception._shapes().items()
+            for name, shape in inception_weights._shapes().items()
         }
         digest = inception_file.write(tmp_path / "weights.pth", parameters)
         program = ["-c", AS_PUBLISHED.format(digest=digest, module=program[1])]
