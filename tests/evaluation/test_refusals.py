@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from rdm_jax.run import run
 
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from tests.support.image_files import write_folder, write_npz
 from tests.support.small_evaluation import config_of

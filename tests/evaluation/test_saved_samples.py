@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from rdm_jax.run import run
 
 from rdm_jax.data.classes import Classes
 from rdm_jax.evaluation.generated import RelayStream
 from rdm_jax.evaluation.result_files import read_result
+from rdm_jax.modes import run
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import saved_samples
 from rdm_jax.sampling.pipeline import RelayPipeline

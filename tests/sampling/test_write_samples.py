@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from rdm_jax.run import run
 
 from rdm_jax.data.classes import Classes
+from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import write_samples
