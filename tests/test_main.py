@@ -155,7 +155,7 @@ def test_bad_images_are_refused_or_left_out_and_listed(tmp_path, command_here):
     assert stderr.strip().splitlines()[-1] == error_line(stderr)
     status, stdout, _ = command_here(*prepare, "--skip_bad")
     assert status == 0
-    for said in ("1 left out", "23 images", "std assumed: 0.5"):
+    for said in ("1 of 24 entries are left out", "23 images", "assumed std: 0.5"):
         assert said in stdout, said
     manifest = json.loads((tmp_path / "images_prepared" / "manifest.json").read_text())
     assert manifest["count"] == 23 and list(manifest["skipped"]) == ["a/000.png"]
