@@ -14,13 +14,12 @@ from PIL import Image
 
 from rdm_jax.config import Config, Stage, kind_of, validate
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.diffusion.pixels import from_uint8, to_uint8
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import cell
 from rdm_jax.run import run
 from rdm_jax.runtime.compile_cache import keep_compiled
 from rdm_jax.runtime.console import quiet_libraries, show_log
-from rdm_jax.sampling.stage_sampler import evaluations
 from rdm_jax.stage_datasets import open_sets
 
 COLUMNS = ("fid", "frechet_distance", "kid", "accuracy", "precision", "recall")
@@ -101,7 +100,7 @@ def with_evaluations(config: Config, number: int, wanted: int) -> Config:
     """
     ladders = range(2, 8 * wanted + 3)
     of = lambda steps: config.with_stage(number, sampler={"steps": steps})  # noqa: E731
-    count = lambda steps: evaluations(of(steps).stage(number))  # noqa: E731
+    count = lambda steps: of(steps).stage(number).nfe  # noqa: E731
     steps = ladders[min(bisect.bisect_left(ladders, wanted, key=count), len(ladders) - 1)]
     validate.require(count(steps) == wanted, "evaluations", wanted, "an odd number, 3 or more,")
     return of(steps)
@@ -110,7 +109,7 @@ def with_evaluations(config: Config, number: int, wanted: int) -> Config:
 def sampling_flops(stages: Iterable[Stage], channels: int, classes: int) -> int:
     """Operations of all stages' networks for one image, two a multiply-add, both passes of guidance
     counted."""
-    passes = ((stage, evaluations(stage) * (1 if stage.guidance == 1 else 2)) for stage in stages)
+    passes = ((stage, stage.nfe * (1 if stage.guidance == 1 else 2)) for stage in stages)
     return sum(2 * count * stage.multiply_adds(channels, classes) for stage, count in passes)
 
 
@@ -138,7 +137,7 @@ def write_small(images: ImageSet, factor: int, folder: Path) -> None:
     """The means of factor x factor cells of images as `sampling.low` takes them, in class folders
     if there are classes."""
     batch = images.batch(np.arange(len(images)))
-    small = np.asarray(to_uint8(from_uint8(jnp.asarray(batch["image"]), factor)))
+    small = np.asarray(Pixels().decode(Pixels().encode(jnp.asarray(batch["image"]), factor)))
     for number, (image, label) in enumerate(zip(small, batch["label"], strict=True)):
         path = (
             folder / (images.class_names[label] if images.class_names else "") / f"{number:05d}.png"

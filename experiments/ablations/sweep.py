@@ -21,11 +21,10 @@ from rdm_jax.cli.config_flag import define_config
 from rdm_jax.config import Config, Stage, validate
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
-from rdm_jax.diffusion.pixels import from_uint8
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.render.tables import markdown
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.ranges import parse_numbers
-from rdm_jax.sampling.stage_sampler import joined_level
 
 _CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string(
@@ -43,8 +42,8 @@ _GROUPS = flags.DEFINE_list("groups", [], "Those of the groups that are wanted; 
 def handover_error(stage: Stage, images: ImageSet) -> str:
     """Where the relay joins, and what it takes to be zero there: the detail that the blur has left,
     in units of the noise."""
-    first = joined_level(stage)
-    x = from_uint8(
+    first = stage.sampler.joined_level(stage.process)
+    x = Pixels().encode(
         jnp.asarray(images.batch(np.arange(len(images)))["image"]),
         images.image_shape[0] // stage.resolution[0],
     )

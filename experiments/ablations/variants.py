@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from experiments import common
 from rdm_jax.config import Config
-from rdm_jax.sampling.stage_sampler import evaluations
 
 Change = Callable[[Config], Config]
 
@@ -58,7 +57,7 @@ def length(value: float) -> Change:
         config = clock(length=value)(config)
         end = float(config.stages[1].process.clock.sigma(jnp.ones(())))
         return common.with_evaluations(
-            sampler(truncation_sigma=end)(config), 2, evaluations(config.stages[1])
+            sampler(truncation_sigma=end)(config), 2, config.stages[1].nfe
         )
 
     return change
@@ -82,7 +81,7 @@ def label_dropout(rate: float, weight: float) -> Change:
 def order(number: int) -> Change:
     """Heun's method (2) or Euler's (1), the network run as often."""
     return lambda config: common.with_evaluations(
-        sampler(order=number)(config), 2, evaluations(config.stages[1])
+        sampler(order=number)(config), 2, config.stages[1].nfe
     )
 
 

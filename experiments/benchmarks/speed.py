@@ -58,7 +58,7 @@ from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.random_streams import root_key
-from rdm_jax.sampling.stage_sampler import evaluations, stage_sampler
+from rdm_jax.sampling.stage_sampler import StageSampler
 from rdm_jax.training.metric_buffer import STEPS_IN_FLIGHT
 from rdm_jax.training.program import PROGRAMS
 
@@ -204,7 +204,7 @@ def training_row(
         / each
         / jax.device_count()
     )
-    count = stage.build(config.data.channels, classes).count()
+    count = stage.build(config.data.channels, classes).num_parameters
     cells = [
         f"{count:,}",
         f"{max(0.0, training.compiling - each):.1f}",
@@ -230,7 +230,7 @@ def short(stage: configs.Stage, least: int) -> configs.Stage:
         dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, steps=steps))
         for steps in range(2, stage.sampler.steps)
     )
-    return next((ladder for ladder in ladders if evaluations(ladder) >= least), stage)
+    return next((ladder for ladder in ladders if ladder.nfe >= least), stage)
 
 
 def sampler(
@@ -238,7 +238,7 @@ def sampler(
 ) -> Callable[[Any], Any]:
     """params -> a batch of samples."""
     size, channels, mesh = config.sampling.batch_size, config.data.channels, sharding.local_mesh()
-    run = stage_sampler(
+    run = StageSampler(
         stage, network, number=number, channels=channels, classes=classes, run_seed=0
     )
     low = np.zeros(
@@ -276,7 +276,7 @@ def sampling_row(
     first = time.perf_counter() - began
     times = timing.medians({"sample": lambda: sample(params), "own": lambda: without({})}, seconds)
     _profiled(lambda: sample(params), profile, f"sampling_stage{number}_{variant}")
-    each, count = times["sample"] / evaluations(stage), evaluations(whole)
+    each, count = times["sample"] / stage.nfe, whole.nfe
     passes = 1 if whole.guidance == 1 else 2
     rate = (
         passes

@@ -36,7 +36,7 @@ from rdm_jax.render.tables import markdown
 from rdm_jax.run import run
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.ranges import parse_numbers
-from rdm_jax.sampling.stage_sampler import evaluations, stage_levels
+from rdm_jax.sampling.stage_sampler import stage_levels
 
 _CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string(
@@ -95,7 +95,7 @@ class Method:
         `by_evaluations` measures."""
         stage = self.config.stages[-1]
         if step == stage.training.steps:
-            return self.metrics(f"evaluations_{evaluations(stage)}")
+            return self.metrics(f"evaluations_{stage.nfe}")
         return self.metrics(f"step_{step}", self.config.with_stage(self.last, checkpoint=str(step)))
 
     def from_images(self, folder: Path) -> Config:

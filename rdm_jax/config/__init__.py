@@ -1,4 +1,4 @@
-"""What can be set: frozen dataclasses, their bounds, and their way to and from ml_collections and JSON."""
+"""The config: frozen dataclasses with bounds, and their way to and from ml_collections and JSON."""
 
 from rdm_jax.config.codec import choices, kind_of, to_plain
 from rdm_jax.config.parse import parse, stage_number, to_dict
@@ -11,6 +11,7 @@ from rdm_jax.config.schema import (
     Sampling,
     Stage,
     Training,
+    extend,
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Stage",
     "Training",
     "choices",
+    "extend",
     "kind_of",
     "parse",
     "stage_number",

@@ -16,7 +16,7 @@ import numpy as np
 
 from rdm_jax import __version__
 from rdm_jax.config import Config, to_dict
-from rdm_jax.config.validate import is_generated, measured_sets
+from rdm_jax.config.validate_evaluation import is_generated, measured_sets
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation import inception

@@ -232,7 +232,7 @@ def _activations(stage: Stage, image_shape: tuple[int, int, int], classes: int) 
     as_computed = lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype)  # noqa: E731
     params = jax.tree.map(as_computed, objective.network.abstract, objective.network.dtypes)
     batch = {
-        "image": jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((1, *image_shape), stage.representation.dtype),
         "label": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     keys = jax.eval_shape(lambda: jax.random.split(root_key(0), 1))

@@ -35,7 +35,6 @@ from rdm_jax.sampling.sample_shards import (
     write_npz,
     write_png,
 )
-from rdm_jax.sampling.stage_sampler import evaluations, handover
 
 COLUMNS, ROWS = 3, 10  # examples a row of the grid, and its rows
 
@@ -188,12 +187,12 @@ def _say_what_is_made(
         log.info("samples: of the classes (number and name) %s", table(relay.classes, numbers))
     for number, loaded in enumerate(relay.checkpoints, relay.first):
         stage = relay.config.stage(number)
-        about = (number, loaded["step"], evaluations(stage), stage.guidance)
+        about = (number, loaded["step"], stage.nfe, stage.guidance)
         log.info(
             "samples: stage%d from step %d, %d network evaluations an image, guidance %g", *about
         )
         if number > 1:
-            log.info("samples: stage%d %s", number, handover(stage))
+            log.info("samples: stage%d %s", number, stage.sampler.handover(stage.process))
 
 
 def _write(

@@ -377,7 +377,7 @@ class Trainer:
         newest = checkpoints.newest()
         if newest is not None and checkpoints.can_resume(newest):
             return self._resume(checkpoints, newest)
-        count = self.objective.network.count()
+        count = self.objective.network.num_parameters
         log.info(
             "%s: %s parameters, %d x %d pixels", self.name, f"{count:,}", *self.stage.resolution
         )
@@ -447,17 +447,18 @@ class Trainer:
         """Puts averaged parameters of another training in place of random ones; the embedding of
         other classes stays random."""
         theirs, ours, about = given.abstract_ema(step), dict(self.abstract.ema), given.about(step)
-        label = theirs.get("map_label")
-        same = jax.tree.map(lambda x: x.shape, label) == jax.tree.map(
-            lambda x: x.shape, ours.get("map_label")
+        names = self.stage.network.condition_parameters
+        embedding = {name: theirs[name] for name in names if name in theirs}
+        same = jax.tree.map(lambda x: x.shape, embedding) == jax.tree.map(
+            lambda x: x.shape, {name: ours[name] for name in names if name in ours}
         )
         places = (
             matched(Classes(tuple(self._about["classes"])), of_checkpoint(about)) if same else None
         )
         same = places == tuple(range(len(self._about["classes"])))
         if not same:
-            ours.pop("map_label", None)
-            ours |= {"map_label": sharding.by_rules(label, self.mesh)} if label else {}
+            ours = {name: part for name, part in ours.items() if name not in names}
+            ours |= sharding.by_rules(embedding, self.mesh)
             log.info(
                 "%s: the embedding of the classes starts afresh, as they are others than the given parameters'",
                 self.name,
@@ -474,7 +475,7 @@ class Trainer:
                 about["stage"]["precondition"],
             )
         ema = {
-            k: ema[k] if k in ema and (same or k != "map_label") else fresh
+            k: ema[k] if k in ema and (same or k not in names) else fresh
             for k, fresh in state.ema.items()
         }
         log.info("%s: starting with the parameters in %s", self.name, given.directory / str(step))

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 from rdm_jax.config import Config, Parallel, Stage, parse, to_dict, validate
-from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
+from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun, RelayHeun
 from rdm_jax.models.adm import ADM
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling.stage_sampler import evaluations, stage_levels
+from rdm_jax.sampling.stage_sampler import stage_levels
 from tests.support.paths import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -52,7 +52,7 @@ def test_published_settings():
         parse(load(CONFIGS[0].parent / f"{name}.py")) for name in ("imagenet", "celebahq")
     )
     walked = [
-        (evaluations(stage), float(stage_levels(stage).sigma[0]))
+        (stage.nfe, float(stage_levels(stage).sigma[0]))
         for stage in (*imagenet.stages, *celebahq.stages)
     ]
     assert [count for count, _ in walked] == [511, 199, 239, 107]
@@ -92,7 +92,7 @@ def changed(**changes):
 
 def three_stages() -> Config:
     relay = {
-        "process": Relay(patch=2),
+        "process": RelayProcess(patch=2),
         "sampler": RelayHeun(),
         "network": ADM(channel_mult=(1, 2), attention_levels=(1,)),
     }
@@ -239,16 +239,16 @@ def test_evaluation_is_looked_at_where_something_is_measured():
             {"sampler": CascadeHeun(augment=0.6)},
             "stage2.sampler.augment=0.6.*0 to 0.5 .process.augment_max",
         ),
-        ({"process": Cascade(patch=4, augment_max=-1.0)}, "stage2.process.augment_max=-1.0"),
+        ({"process": CascadeProcess(patch=4, augment_max=-1.0)}, "stage2.process.augment_max=-1.0"),
         (
-            {"process": Gaussian(), "sampler": Heun()},
+            {"process": GaussianProcess(), "sampler": Heun()},
             "stage2.process.kind='gaussian'.*'relay' or 'cascade'",
         ),
     ],
 )
 def test_cascades_refused(fields, says):
     first, second = Config().stages
-    usual = {"process": Cascade(patch=4), "sampler": CascadeHeun()}
+    usual = {"process": CascadeProcess(patch=4), "sampler": CascadeHeun()}
     validate.check_config(Config(stages=(first, dataclasses.replace(second, **usual))))
     with pytest.raises(InputError, match=says):
         validate.check_config(

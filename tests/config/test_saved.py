@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rdm_jax.config import Config, Data, Stage, Training, changes, parse, saved, to_dict
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.runtime.errors import InputError
 
 
@@ -90,7 +90,7 @@ def test_renames(tmp_path, monkeypatch):
     values["stage2"]["process"]["kind"] = "blurring"
     config = read(tmp_path, values)
     assert config.stages[0].training.batch_size == 512 and isinstance(
-        config.stages[1].process, Relay
+        config.stages[1].process, RelayProcess
     )
 
 

@@ -60,7 +60,7 @@ def blurred_by_hand(x, weights):
 @pytest.mark.parametrize(("patch", "height", "width"), [(2, 4, 6), (3, 6, 6)])
 def test_marginals_of_the_relay_process(patch, height, width, normalize):
     n, level = 10_000, 0.7
-    process = processes.Relay(patch=patch, block_scale=0.8, normalize_noise=normalize)
+    process = processes.RelayProcess(patch=patch, block_scale=0.8, normalize_noise=normalize)
     x = images((1, height, width, 1))
     noise = draw_noise(process, (height, width, 1), n)
     noised = noised_by(process, jnp.broadcast_to(x, noise.shape), jnp.full(n, level), noise)
@@ -97,7 +97,7 @@ def test_marginals_of_the_relay_process(patch, height, width, normalize):
 )
 def test_variance_of_the_noise(settings, variance):
     n = 5000
-    noise = np.asarray(draw_noise(processes.Relay(**settings), (8, 8, 1), n), np.float64)
+    noise = np.asarray(draw_noise(processes.RelayProcess(**settings), (8, 8, 1), n), np.float64)
     of_each_draw = (noise**2).mean((1, 2, 3))
     standard_error = of_each_draw.std() / np.sqrt(n)
     assert abs(of_each_draw.mean() - variance) < ERRORS * standard_error
@@ -106,7 +106,7 @@ def test_variance_of_the_noise(settings, variance):
 
 def test_block_size_zero_means_the_patch():
     white, block_white = images((2, 8, 8, 1)), images((2, 8, 8, 1), seed=1)
-    mixture = lambda **settings: processes.Relay(block_scale=0.5, **settings).mixture(
+    mixture = lambda **settings: processes.RelayProcess(block_scale=0.5, **settings).mixture(
         white, block_white
     )  # noqa: E731
     by_hand = white + 0.5 * blurring.block_noise(block_white, block=2)
@@ -116,7 +116,7 @@ def test_block_size_zero_means_the_patch():
 
 
 def test_white_and_block_noise_are_drawn_apart():
-    process = processes.Relay(block_scale=100.0)
+    process = processes.RelayProcess(block_scale=100.0)
     n = 2000
     with_block, white = (
         np.asarray(draw_noise(p, (4, 4, 1), n))
@@ -131,7 +131,7 @@ def test_white_and_block_noise_are_drawn_apart():
 
 def test_gaussian_levels_are_lognormal():
     n = 10_000
-    process = processes.Gaussian(p_mean=-0.4, p_std=1.7)
+    process = processes.GaussianProcess(p_mean=-0.4, p_std=1.7)
     sigma = diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma
     z = (np.log(np.asarray(sigma, np.float64)) + 0.4) / 1.7
     assert abs(z.mean()) < ERRORS / np.sqrt(n)
@@ -144,7 +144,7 @@ def test_gaussian_levels_are_lognormal():
 def test_marginals_of_the_gaussian_process():
     n = 10_000
     x = images((1, 2, 3, 2))
-    noised = diffuse(processes.Gaussian(), jnp.broadcast_to(x, (n, 2, 3, 2)), keys(n))
+    noised = diffuse(processes.GaussianProcess(), jnp.broadcast_to(x, (n, 2, 3, 2)), keys(n))
     noise = np.asarray((noised.images - x) / noised.sigma[:, None, None, None], np.float64).reshape(
         n, -1
     )
@@ -161,7 +161,8 @@ def test_marginals_of_the_gaussian_process():
 def test_times_of_the_vp_process_are_uniform(epsilon):
     n = 10_000
     sigma = np.asarray(
-        diffuse(processes.VP(epsilon=epsilon), jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64
+        diffuse(processes.VPProcess(epsilon=epsilon), jnp.zeros((n, 2, 2, 1)), keys(n)).sigma,
+        np.float64,
     )
     log = np.log1p(sigma**2)  # beta_d t^2 / 2 + beta_min t
     t = (np.sqrt(0.1**2 + 2 * 19.9 * log) - 0.1) / 19.9
@@ -174,7 +175,7 @@ def test_times_of_the_vp_process_are_uniform(epsilon):
 @pytest.mark.parametrize(("sigma_min", "sigma_max"), [(0.02, 100.0), (0.5, 3.0)])
 def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
     n = 10_000
-    process = processes.VE(sigma_min=sigma_min, sigma_max=sigma_max)
+    process = processes.VEProcess(sigma_min=sigma_min, sigma_max=sigma_max)
     sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64)
     assert scipy.stats.kstest(
         sigma, scipy.stats.loguniform(sigma_min, sigma_max).cdf
@@ -184,7 +185,10 @@ def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
 
 @pytest.mark.parametrize(
     ("process", "precondition"),
-    [(processes.VP(), preconditioning.VP()), (processes.VE(), preconditioning.VE())],
+    [
+        (processes.VPProcess(), preconditioning.VPPreconditioning()),
+        (processes.VEProcess(), preconditioning.VEPreconditioning()),
+    ],
     ids=["vp", "ve"],
 )
 def test_other_processes_noise_to_the_ends_of_what_their_networks_know(process, precondition):
@@ -213,7 +217,7 @@ def test_other_processes_noise_to_the_ends_of_what_their_networks_know(process, 
 
 def test_relay_levels_fill_the_clock():
     n = 10_000
-    process = processes.Relay(patch=2, sigma_floor=0.1, exact_floor=True)
+    process = processes.RelayProcess(patch=2, sigma_floor=0.1, exact_floor=True)
     sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma)
     bound = scipy.stats.norm.cdf((np.log(0.1) + 1.2) / 1.2) / 0.93
     t = np.asarray(jax.jit(process.clock.time)(jnp.asarray(sigma)), np.float64)
@@ -229,7 +233,7 @@ def test_relay_levels_fill_the_clock():
 
 @pytest.mark.parametrize("sigma_floor", [0.0075, 0.05])
 def test_an_exact_floor_is_the_lowest_level(sigma_floor):
-    process = processes.Relay(patch=2, sigma_floor=sigma_floor, exact_floor=True)
+    process = processes.RelayProcess(patch=2, sigma_floor=sigma_floor, exact_floor=True)
     noised = noised_by(
         process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-5, 0.5]), jnp.zeros((3, 2, 2, 1))
     )
@@ -241,7 +245,7 @@ def test_an_exact_floor_is_the_lowest_level(sigma_floor):
 
 @pytest.mark.parametrize("length", [0.93, 0.89])
 def test_the_published_floor_lies_lower_by_the_clocks_length_twice(length):
-    process = processes.Relay(patch=2, clock=schedules.Clock(length=length))
+    process = processes.RelayProcess(patch=2, clock=schedules.Clock(length=length))
     sigma = noised_by(process, jnp.zeros((1, 2, 2, 1)), jnp.zeros(1), jnp.zeros((1, 2, 2, 1))).sigma
     share = scipy.stats.norm.cdf((np.log(0.0075) + 1.2) / 1.2)
     expected = np.exp(-1.2 + 1.2 * scipy.stats.norm.ppf(share * length**2))
@@ -250,7 +254,7 @@ def test_the_published_floor_lies_lower_by_the_clocks_length_twice(length):
 
 
 def test_the_weight_is_capped():
-    process = processes.Relay(patch=2, sigma_floor=1e-4, max_weight=1e5, exact_floor=True)
+    process = processes.RelayProcess(patch=2, sigma_floor=1e-4, max_weight=1e5, exact_floor=True)
     noised = noised_by(
         process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-4, 0.5]), jnp.zeros((3, 2, 2, 1))
     )
@@ -263,23 +267,23 @@ def test_the_weight_is_capped():
 
 
 def test_the_weight_undoes_the_scale_of_the_output():
-    process = processes.Gaussian(sigma_data=0.3)
+    process = processes.GaussianProcess(sigma_data=0.3)
     noised = noised_by(
         process,
         jnp.zeros((7, 2, 2, 1)),
         jnp.asarray(np.linspace(-3, 3, 7, dtype=np.float32)),
         jnp.zeros((7, 2, 2, 1)),
     )
-    c_out = preconditioning.EDM(sigma_data=0.3)(noised.sigma).c_out
+    c_out = preconditioning.EDMPreconditioning(sigma_data=0.3)(noised.sigma).c_out
     chex.assert_trees_all_close(noised.weight * c_out**2, jnp.ones(7), rtol=1e-6)
 
 
 PROCESSES = (
-    processes.Gaussian(),
-    processes.VP(),
-    processes.VE(),
-    processes.Relay(patch=3),
-    processes.Cascade(patch=3),
+    processes.GaussianProcess(),
+    processes.VPProcess(),
+    processes.VEProcess(),
+    processes.RelayProcess(patch=3),
+    processes.CascadeProcess(patch=3),
 )
 every_process = pytest.mark.parametrize(
     "process", PROCESSES, ids=lambda process: type(process).__name__
@@ -302,7 +306,9 @@ def test_an_images_noise_does_not_depend_on_its_batch(process):
 
 
 def test_the_relay_process_ends_at_the_enlarged_image():
-    process = processes.Relay(patch=3, clock=schedules.Clock(blur_sigma_max=60.0), min_scale=0.0)
+    process = processes.RelayProcess(
+        patch=3, clock=schedules.Clock(blur_sigma_max=60.0), min_scale=0.0
+    )
     x, noise = images((2, 6, 9, 3)), images((2, 6, 9, 3), seed=1)
     noised = noised_by(process, x, jnp.ones(2), noise)
     means = blurring.enlarge(blurring.mean_pool(x, factor=3), factor=3)
@@ -324,7 +330,7 @@ def test_one_trace(process):
 
 
 def test_a_cascade_is_given_the_small_image_under_noise_of_a_level_that_it_is_told():
-    process, x = processes.Cascade(patch=2, augment_max=0.4), images((3000, 4, 4, 2))
+    process, x = processes.CascadeProcess(patch=2, augment_max=0.4), images((3000, 4, 4, 2))
     noised = jax.jit(lambda x, keys: processes.diffuse(process, x, keys))(x, keys(3000))
     chex.assert_shape(noised.given, (3000, 4, 4, 3))
     level = noised.given[:, 0, 0, -1]
@@ -347,5 +353,7 @@ def test_a_cascade_is_given_the_small_image_under_noise_of_a_level_that_it_is_to
         )
         < 0.03
     )
-    alike = jax.jit(lambda x, keys: processes.diffuse(processes.Gaussian(), x, keys))(x, keys(3000))
+    alike = jax.jit(lambda x, keys: processes.diffuse(processes.GaussianProcess(), x, keys))(
+        x, keys(3000)
+    )
     chex.assert_trees_all_equal(noised[:3], alike[:3])  # all else is the Gaussian process

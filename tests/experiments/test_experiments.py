@@ -19,11 +19,10 @@ from experiments.ablations.variants import GROUPS, unguided
 from experiments.relay_vs_cascade.variants import ORDERS, points, variants
 from rdm_jax.config import Config, parse, validate
 from rdm_jax.data.sources import open_source
-from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
+from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess, RelayProcess
 from rdm_jax.evaluation import inception
 from rdm_jax.render.tables import cell
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling.stage_sampler import evaluations, handover, joined_level
 from rdm_jax.training.count import Count
 from tests.support import inception_file
 from tests.support.configs import write_images
@@ -52,15 +51,15 @@ def test_the_methods_are_compared_on_equal_terms():
     relay, cascade, single = (methods[name] for name in ("relay", "cascade", "single"))
     assert relay.stages[0] == cascade.stages[0]
     assert [type(config.stages[-1].process) for config in (relay, cascade, single)] == [
-        Relay,
-        Cascade,
-        Gaussian,
+        RelayProcess,
+        CascadeProcess,
+        GaussianProcess,
     ]
     last = [config.stages[-1] for config in methods.values()]
     assert len({stage.network for stage in last}) == len({stage.guidance for stage in last}) == 1
     assert relay.stages[1].training == cascade.stages[1].training
     assert single.stages[0].training.images == sum(stage.training.images for stage in relay.stages)
-    counts = [stage.build(1, 10).count() for stage in last]
+    counts = [stage.build(1, 10).num_parameters for stage in last]
     stem = 9 * 2 * 4**2 * last[0].network.channels  # of two more channels, folded 4x4
     assert counts[1] - counts[0] == stem and counts[2] == counts[0]
 
@@ -94,9 +93,7 @@ def test_a_network_runs_as_often_as_is_asked_for(wanted):
         last = len(config.stages)
         changed = common.with_evaluations(config, last, wanted)
         validate.check_config(changed)
-        assert (
-            evaluations(changed.stages[-1]) == wanted and changed.stages[:-1] == config.stages[:-1]
-        )
+        assert changed.stages[-1].nfe == wanted and changed.stages[:-1] == config.stages[:-1]
 
 
 def test_of_the_relays_ladders_the_one_that_joins_closest_to_the_truncation():
@@ -106,8 +103,16 @@ def test_of_the_relays_ladders_the_one_that_joins_closest_to_the_truncation():
             dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, steps=n))
             for n in range(2, 3 * wanted)
         ]
-        joined = [float(joined_level(each).sigma) for each in every if evaluations(each) == wanted]
-        assert float(joined_level(stage).sigma) == max(joined) <= stage.sampler.truncation_sigma
+        joined = [
+            float(each.sampler.joined_level(each.process).sigma)
+            for each in every
+            if each.nfe == wanted
+        ]
+        assert (
+            float(stage.sampler.joined_level(stage.process).sigma)
+            == max(joined)
+            <= stage.sampler.truncation_sigma
+        )
 
 
 def test_a_number_of_evaluations_that_no_ladder_has_is_refused():
@@ -157,13 +162,13 @@ def test_variants_of_the_ablations_differ_where_they_should(variant):
     changed = variant.change(base)
     validate.check_config(changed)
     count, _, varied = variant.setting.partition(" evaluations")
-    assert evaluations(changed.stages[1]) == (int(count) if varied else evaluations(base.stages[1]))
+    assert changed.stages[1].nfe == (int(count) if varied else base.stages[1].nfe)
     for number, (stage, before) in enumerate(zip(changed.stages, base.stages, strict=True), 1):
         learnt = [(s.network, s.process, s.training) for s in (stage, before)]
         assert learnt[0] == learnt[1] or number == variant.stage
     second = changed.stages[1]
     assert (
-        second.process.clock.time(joined_level(second).sigma) < 1 + 1e-6
+        second.process.clock.time(second.sampler.joined_level(second.process).sigma) < 1 + 1e-6
     )  # not beyond what it was trained for
     assert len({v.name for group in GROUPS.values() for v in group}) == sum(
         map(len, GROUPS.values())
@@ -177,7 +182,9 @@ def test_chains(chain):
     assert tuple(stage.factor for stage in config.stages[1:]) == CHAINS[chain]
     if not chain.startswith("emoji"):
         for stage in config.stages[1:]:
-            assert float(re.search("where ([0-9.]+)% ", handover(stage))[1]) < 10
+            assert (
+                float(re.search("where ([0-9.]+)% ", stage.sampler.handover(stage.process))[1]) < 10
+            )
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from rdm_jax.config import Stage, parse
 from rdm_jax.config.saved import read_saved
 from rdm_jax.data.classes import Classes
 from rdm_jax.diffusion import preconditioning
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.interop import import_export, pytorch_names
 from rdm_jax.models.adm import ADM
@@ -312,13 +312,13 @@ def test_training_goes_on_from_imported_weights(imported, tmp_path):
 @pytest.mark.parametrize(
     ("network", "precondition"),
     [
-        (NETWORK, preconditioning.EDM(sigma_data=0.7)),
+        (NETWORK, preconditioning.EDMPreconditioning(sigma_data=0.7)),
         (
             ADM(64, (1, 2), 2, attention_levels=(1,), augment_labels=9, dropout=0.2),
-            preconditioning.IDDPM(times=100),
+            preconditioning.IDDPMPreconditioning(times=100),
         ),
-        (NCSN, preconditioning.VE(sigma_min=0.01)),
-        (Song(16, (2, 2), 1, attention_levels=(0,)), preconditioning.VP(times=500)),
+        (NCSN, preconditioning.VEPreconditioning(sigma_min=0.01)),
+        (Song(16, (2, 2), 1, attention_levels=(0,)), preconditioning.VPPreconditioning(times=500)),
     ],
     ids=["edm", "iddpm", "ve", "vp"],
 )
@@ -334,7 +334,10 @@ def test_a_network_unlike_the_configs_changes_the_config(tmp_path, capsys):
     else are the file's."""
     config = config_for(tmp_path)
     stage = dataclasses.replace(
-        config.stages[0], network=NCSN, precondition=preconditioning.VE(), resolution=(8, 8)
+        config.stages[0],
+        network=NCSN,
+        precondition=preconditioning.VEPreconditioning(),
+        resolution=(8, 8),
     )
     write_pkl(tmp_path / "ncsn.pkl", *settings_for(stage, 0), tensors_of(stage, 0, 0))
     one_stage = dataclasses.replace(config, stages=config.stages[:1])
@@ -533,7 +536,10 @@ def test_safetensors_without_metadata_are_read_as_the_config_says(imported, tmp_
         (Stage(resolution=(8, 4), network=NETWORK), "resolution=(8, 4)"),
         (Stage(network=dataclasses.replace(NETWORK, patch=4)), "network.patch=4"),
         (Stage(network=dataclasses.replace(NETWORK, head_channels=8)), "network.head_channels=8"),
-        (Stage(precondition=preconditioning.EDM(noise_scale=1.0)), "precondition.noise_scale=1.0"),
+        (
+            Stage(precondition=preconditioning.EDMPreconditioning(noise_scale=1.0)),
+            "precondition.noise_scale=1.0",
+        ),
     ],
     ids=["not-square", "patch", "heads", "noise-scale"],
 )
@@ -567,6 +573,6 @@ def test_export_of_another_network_names_the_stage(imported, tmp_path):
 
 def test_the_relays_own_process_is_the_configs(imported):
     _, config, _ = imported
-    assert isinstance(config.stages[1].process, Relay)
+    assert isinstance(config.stages[1].process, RelayProcess)
     described = pytorch_names.describe(*settings_for(config.stages[1]), config.stages[1])
     assert described.stage == config.stages[1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rdm_jax.config import Config, Parallel, Stage, Training
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.diffusion.samplers import RelayHeun
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import functional, multiply_adds
@@ -31,6 +31,7 @@ from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.training.program import PROGRAMS
 from tests.support.configs import tiny_config
+from tests.support.small_networks import shapes
 
 CLASSES = 2
 V5E = next(chip for chip in CHIPS if chip.name == "v5e")
@@ -141,12 +142,12 @@ def test_a_backward_pass_is_twice_the_forward_one_and_a_third_more_with_remateri
     ids=["adm-64", "adm-256"],
 )
 def test_multiply_adds_of_the_published_networks(network, side, giga):
-    net = functional(lambda rngs: network.build(3, 1000, rngs=rngs))
+    net = functional(lambda rngs: network.build(shapes(3, 1000), rngs=rngs))
     counted = multiply_adds(
         net.apply, net.abstract, shape(1, side, side, 3), shape(1), shape(1, 1000)
     )
     assert counted == pytest.approx(giga * 1e9, rel=0.005)
-    assert counted == net.multiply_adds((side, side, 3), 1000)
+    assert counted == net.multiply_adds((side, side, 3), shapes(3, 1000).condition)
 
 
 # Memory
@@ -303,7 +304,7 @@ def test_flops_and_seconds():
     values = config()
     needs = training_cost(values, 2, 8, CLASSES)
     net = values.stages[1].build(3, CLASSES)
-    assert needs.flops == 6 * net.multiply_adds((8, 8, 3), CLASSES) * 16
+    assert needs.flops == 6 * net.multiply_adds((8, 8, 3), shapes(3, CLASSES).condition) * 16
     assert step_seconds(needs, V5E, 8, "float32", 0.5) == pytest.approx(
         needs.flops / (8 * 197e12 * 0.5)
     )
@@ -445,7 +446,7 @@ def large(**network) -> Config:
     relay = Stage(
         (128, 128),
         tiny_config("images").stages[1].network,
-        process=Relay(patch=2),
+        process=RelayProcess(patch=2),
         sampler=RelayHeun(),
     )
     return Config(stages=(stage, relay))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from rdm_jax.checkpoints import store
 from rdm_jax.config import Stage, Training
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.diffusion.samplers import RelayHeun
 from rdm_jax.models.adm import ADM
 from rdm_jax.runtime import sharding
@@ -48,7 +48,7 @@ def program(
         epsilon=1e-3,
     )
     stage = Stage(
-        SHAPE[:2], network, process=Relay(patch=2), training=training, sampler=RelayHeun()
+        SHAPE[:2], network, process=RelayProcess(patch=2), training=training, sampler=RelayHeun()
     )
     mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
     return PROGRAMS[mode](stage, SHAPE, CLASSES, jax.random.key(1), mesh)
@@ -177,7 +177,7 @@ def test_a_state_saved_on_eight_devices_goes_on_on_two_and_on_one(tmp_path):
 
 def test_devices_tell_each_other_gradients_and_nothing_else():
     one, eight = compiled(), compiled(devices=8)
-    parameters = 4 * eight.objective.network.count()
+    parameters = 4 * eight.objective.network.num_parameters
     assert sharding.collectives(one.compiled) == {}
     told = sharding.collectives(eight.compiled)
     assert told.keys() == {"all-reduce"}
