@@ -5,6 +5,8 @@ Unions have a field `kind`, types are checked, unknown fields refused.
 
 import dataclasses
 import difflib
+import functools
+import operator
 import re
 import types
 import typing
@@ -25,7 +27,7 @@ def to_plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     plain: dict[str, Any] = {}
-    for name, hint in _field_types(type(value)).items():
+    for name, hint in field_types(type(value)).items():
         part = getattr(value, name)
         plain[name] = to_plain(part)
         if hint is float:
@@ -48,25 +50,38 @@ def kind_of(cls: type) -> str:
     return re.sub("(process|preconditioning)$", "", cls.__name__.lower())
 
 
-def extend_union(owner: type, field: str, cls: type) -> None:
-    """Adds a dataclass to the union of a dataclass's field.
+def kinds(*classes: type, default: Any) -> Any:
+    """A dataclass field that holds an instance of one of these dataclasses, by their `kind`."""
+    return dataclasses.field(default=default, metadata={"kinds": list(classes)})
+
+
+def add_kind(owner: type, field: str, cls: type) -> None:
+    """Adds a dataclass to those of a `kinds` field; once more is allowed.
 
     Raises:
-      ValueError: the field is not a union, `cls` is not a dataclass, or its kind is taken.
+      ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
     """
-    union = _field_types(owner).get(field)
-    kinds = {kind_of(each): each for each in choices(union)}
-    if not kinds or not dataclasses.is_dataclass(cls):
+    fields = {each.name: each for each in dataclasses.fields(owner)}
+    known = fields[field].metadata.get("kinds") if field in fields else None
+    if known is None or not dataclasses.is_dataclass(cls):
         raise ValueError(f"{owner.__name__}.{field} cannot be extended with {cls!r}")
-    if kinds.get(kind_of(cls), cls) is not cls:
+    taken = {kind_of(each): each for each in known}
+    if taken.get(kind_of(cls), cls) is not cls:
         raise ValueError(f"{owner.__name__}.{field} already has the kind {kind_of(cls)!r}")
-    set_union(owner, field, union | cls)
+    if cls not in known:
+        known.append(cls)
 
 
-def set_union(owner: type, field: str, union: Any) -> None:
-    """Sets the type of a dataclass's field."""
-    owner.__annotations__[field] = union
-    owner.__dataclass_fields__[field].type = union
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, by their names; of `kinds` fields the union."""
+    hints = typing.get_type_hints(cls)
+    types_by_name = {}
+    for field in dataclasses.fields(cls):
+        union = field.metadata.get("kinds")
+        types_by_name[field.name] = (
+            functools.reduce(operator.or_, union) if union else hints[field.name]
+        )
+    return types_by_name
 
 
 def from_plain(hint: Any, value: Any, path: str) -> Any:
@@ -107,7 +122,7 @@ def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
 
 
 def _dataclass_from_plain(cls: type, value: Any, path: str) -> Any:
-    hints = _field_types(cls)
+    hints = field_types(cls)
     if not isinstance(value, dict):
         raise InputError(
             f"{path}={value!r} is a single value", f"Use a dict of the fields {', '.join(hints)}."
@@ -125,8 +140,3 @@ def _dataclass_from_plain(cls: type, value: Any, path: str) -> Any:
             f"{path} has no field {missing[0]!r}", "Add the field, as in configs/default.py."
         )
     return cls(**{name: from_plain(hints[name], v, f"{path}.{name}") for name, v in value.items()})
-
-
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}

@@ -7,11 +7,11 @@ usable; `tests/test_golden.py` has a run of each version.
 
 import dataclasses
 import json
-import typing
 from pathlib import Path
 from typing import Any
 
 from rdm_jax.config import Config, Stage, choices, kind_of, stage_number, to_dict, to_plain
+from rdm_jax.config.codec import field_types
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import parse_json
 
@@ -92,12 +92,12 @@ def completed(cls: Any, value: Any, version: int = 1) -> Any:
 
 def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Some fields of a stage, as saved with samples and evaluations, under today's names."""
-    hints = typing.get_type_hints(Stage)
+    hints = field_types(Stage)
     return {name: completed(hints.get(name), value) for name, value in settings.items()}
 
 
 def _completed_fields(cls: type, value: dict[str, Any], version: int) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     named = {RENAMED_FIELDS.get((cls.__name__, name), name): part for name, part in value.items()}
     for name, default in json.loads(json.dumps(to_plain(cls()))).items():
         if name not in named:

@@ -13,12 +13,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rdm_jax.config.codec import extend_union, to_plain
+from rdm_jax.config.codec import add_kind, kinds, to_plain
 from rdm_jax.data import class_rules, postprocess
 from rdm_jax.diffusion import preconditioning, processes, samplers
 from rdm_jax.diffusion.pixels import Pixels
+from rdm_jax.diffusion.protocols import Process, Sampler
 from rdm_jax.models.adm import ADM
-from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.backbone import Backbone, Shapes
 from rdm_jax.models.conditions import ClassLabels, Condition, Nothing
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
@@ -156,26 +157,30 @@ class Stage:
     """
 
     resolution: tuple[int, ...] = (64, 64)
-    network: ADM | Song = ADM()
-    precondition: (
-        preconditioning.EDMPreconditioning
-        | preconditioning.VPPreconditioning
-        | preconditioning.VEPreconditioning
-        | preconditioning.IDDPMPreconditioning
-    ) = preconditioning.EDMPreconditioning()
-    process: (
-        processes.GaussianProcess
-        | processes.VPProcess
-        | processes.VEProcess
-        | processes.RelayProcess
-        | processes.CascadeProcess
-    ) = processes.GaussianProcess()
+    network: Backbone = kinds(ADM, Song, default=ADM())
+    precondition: preconditioning.Preconditioning = kinds(
+        preconditioning.EDMPreconditioning,
+        preconditioning.VPPreconditioning,
+        preconditioning.VEPreconditioning,
+        preconditioning.IDDPMPreconditioning,
+        default=preconditioning.EDMPreconditioning(),
+    )
+    process: Process = kinds(
+        processes.GaussianProcess,
+        processes.VPProcess,
+        processes.VEProcess,
+        processes.RelayProcess,
+        processes.CascadeProcess,
+        default=processes.GaussianProcess(),
+    )
     training: Training = Training()
-    sampler: samplers.Heun | samplers.RelayHeun | samplers.CascadeHeun = samplers.Heun()
+    sampler: Sampler = kinds(
+        samplers.Heun, samplers.RelayHeun, samplers.CascadeHeun, default=samplers.Heun()
+    )
     guidance: float = at_least(0, default=1.0)
     checkpoint: str = "newest"
     source: str = ""
-    condition: ClassLabels | Nothing = ClassLabels()
+    condition: Condition = kinds(ClassLabels, Nothing, default=ClassLabels())
 
     @property
     def number(self) -> int:
@@ -415,6 +420,6 @@ def extend(field: str, cls: type) -> None:
       cls: a frozen dataclass with the methods of the field's protocol, whose fields have defaults.
 
     Raises:
-      ValueError: the field is not a union, `cls` is not a dataclass, or its kind is taken.
+      ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
     """
-    extend_union(Stage, field, cls)
+    add_kind(Stage, field, cls)

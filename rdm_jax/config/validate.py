@@ -5,10 +5,9 @@ declared at the fields (`runtime.fields`); `validate_evaluation` has the rules o
 """
 
 from collections.abc import Collection
-from typing import get_type_hints
 
 from rdm_jax.config import validate_evaluation
-from rdm_jax.config.codec import choices, kind_of
+from rdm_jax.config.codec import choices, field_types, kind_of
 from rdm_jax.config.rules import IMAGES, check_folder, is_of_kind, require
 from rdm_jax.config.schema import Config, Stage
 from rdm_jax.data import augment, images, records, sources
@@ -204,7 +203,7 @@ def _check_sampler(stage: Stage, path: str) -> None:
 
 def _kinds(field: str) -> tuple[type, ...]:
     """The classes that a field of a stage may hold."""
-    return choices(get_type_hints(Stage)[field])
+    return choices(field_types(Stage)[field])
 
 
 def _check_chain(config: Config) -> None:

@@ -1,7 +1,7 @@
 """The interfaces of diffusion: denoisers, processes, samplers. Classes satisfy them by shape.
 
-A new process or sampler is a frozen dataclass with these methods and an entry in a union of
-`rdm_jax.config` (`rdm_jax.config.extend` adds one from outside the package).
+A new process or sampler is a frozen dataclass with these methods and an entry in the kinds of
+`rdm_jax.config.Stage` (`rdm_jax.config.extend` adds one from outside the package).
 """
 
 from collections.abc import Callable

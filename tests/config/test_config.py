@@ -193,7 +193,7 @@ def test_any_number_of_stages_of_any_shape():
 def test_refused(field, value, says):
     with pytest.raises(InputError, match=says) as refusal:
         validate.check_config(parse(changed(**{field: value})))
-    assert str(refusal.value).endswith("would do.") and "\n" not in str(refusal.value)
+    assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_accepted(field, value):
 def test_evaluation_is_looked_at_where_something_is_measured():
     one_image = parse(changed(evaluation__features="classifier", sampling__seeds="7"))
     validate.check_config(one_image, evaluates=False)
-    with pytest.raises(InputError, match="sampling.seeds='7' cannot be used; 4 or more seeds"):
+    with pytest.raises(InputError, match="sampling.seeds='7' cannot be used. Use 4 or more seeds"):
         validate.check_config(one_image)
     validate.check_config(
         parse(
@@ -259,7 +259,7 @@ def test_cascades_refused(fields, says):
 def test_unknown_and_missing_fields_are_named():
     values = Config().to_config_dict().to_dict()
     values["stage1"]["network"]["chanels"] = 3
-    with pytest.raises(InputError, match="config.stage1.network.chanels=3.*channels would do"):
+    with pytest.raises(InputError, match="config.stage1.network.chanels=3.*channels"):
         parse(values)
     del values["stage1"]["network"]["chanels"], values["stage1"]["network"]["blocks"]
     with pytest.raises(InputError, match="config.stage1.network has no field 'blocks'"):
@@ -287,7 +287,7 @@ def test_meshes_that_the_devices_do_not_make():
         (Parallel(data=-1, fsdp=3), "config.parallel.data, fsdp=.-1, 3"),
         (Parallel(data=-1, fsdp=-1), "config.parallel.data, fsdp=.-1, -1"),
         (Parallel(data=0), "config.parallel.data, fsdp=.0, 1"),
-        (Parallel(mode="pmap", fsdp=2), "config.parallel.fsdp=2.*'pmap' only cuts batches"),
+        (Parallel(mode="pmap", fsdp=2), "config.parallel.fsdp=2.*.pmap. shards batches only"),
         (Parallel(mode="shard"), "config.parallel.mode='shard'.*'pjit' or 'pmap'"),
     ):
         with pytest.raises(InputError, match=named):

@@ -24,7 +24,13 @@ def images(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-diffuse = jax.jit(processes.diffuse, static_argnums=0)
+diffuse_and_condition = jax.jit(processes.diffuse, static_argnums=0)
+
+
+def diffuse(process, x, keys):
+    return diffuse_and_condition(process, x, keys)[0]
+
+
 noised_by = jax.jit(
     lambda process, x, level, noise: process.noised(x, level, noise), static_argnums=0
 )
@@ -293,16 +299,17 @@ every_process = pytest.mark.parametrize(
 @every_process
 def test_an_images_noise_does_not_depend_on_its_batch(process):
     x, key = images((6, 6, 9, 2)), keys(6)
-    together = diffuse(process, x, key)
+    together = diffuse_and_condition(process, x, key)
     order = np.asarray([3, 0, 5])
-    some = diffuse(process, x[order], key[order])
+    some = diffuse_and_condition(process, x[order], key[order])
     # Whole batches may round differently from parts of them, by an ulp.
     chex.assert_trees_all_close(
         some, jax.tree.map(lambda a: a[order], together), rtol=1e-6, atol=1e-6
     )
-    assert len(np.unique(together.sigma)) == 6
+    sigma = together[0].sigma
+    assert len(np.unique(sigma)) == 6
     again = diffuse(process, x, keys(6, seed=1))
-    assert not np.any(np.isclose(again.sigma, together.sigma))
+    assert not np.any(np.isclose(again.sigma, sigma))
 
 
 def test_the_relay_process_ends_at_the_enlarged_image():
@@ -324,25 +331,25 @@ def test_one_trace(process):
         chex.assert_max_traces(n=1)(lambda x, keys: processes.diffuse(process, x, keys))
     )
     for seed in range(3):
-        noised = compiled(images((4, 6, 3, 2), seed), keys(4, seed))
-        chex.assert_shape(noised[:3], [(4, 6, 3, 2), (4,), (4,)])
-        chex.assert_tree_all_finite(noised)
+        noised, conditioning = compiled(images((4, 6, 3, 2), seed), keys(4, seed))
+        chex.assert_shape(noised, [(4, 6, 3, 2), (4,), (4,)])
+        chex.assert_tree_all_finite((noised, conditioning))
+        channels = 0 if conditioning is None else conditioning.shape[-1]
+        assert channels == process.conditioning_channels(2)
 
 
-def test_a_cascade_is_given_the_small_image_under_noise_of_a_level_that_it_is_told():
+def test_cascade_is_conditioned_on_the_noised_small_image_and_its_level():
     process, x = processes.CascadeProcess(patch=2, augment_max=0.4), images((3000, 4, 4, 2))
-    noised = jax.jit(lambda x, keys: processes.diffuse(process, x, keys))(x, keys(3000))
-    chex.assert_shape(noised.given, (3000, 4, 4, 3))
-    level = noised.given[:, 0, 0, -1]
+    noised, given = diffuse_and_condition(process, x, keys(3000))
+    chex.assert_shape(given, (3000, 4, 4, 3))
+    level = given[:, 0, 0, -1]
     chex.assert_trees_all_equal(
-        noised.given[..., -1], jnp.broadcast_to(level[:, None, None], (3000, 4, 4))
+        given[..., -1], jnp.broadcast_to(level[:, None, None], (3000, 4, 4))
     )
-    for cell in (noised.given[:, ::2, ::2], noised.given[:, 1::2, 1::2]):  # every cell is constant
-        chex.assert_trees_all_equal(cell, noised.given[:, ::2, 1::2])
+    for cell in (given[:, ::2, ::2], given[:, 1::2, 1::2]):  # every cell is constant
+        chex.assert_trees_all_equal(cell, given[:, ::2, 1::2])
     assert scipy.stats.kstest(level / 0.4, "uniform").pvalue > 1e-3
-    noise = (noised.given[:, ::2, ::2, :2] - blurring.mean_pool(x, factor=2)) / level[
-        :, None, None, None
-    ]
+    noise = (given[:, ::2, ::2, :2] - blurring.mean_pool(x, factor=2)) / level[:, None, None, None]
     assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
     assert (
         abs(
@@ -353,7 +360,5 @@ def test_a_cascade_is_given_the_small_image_under_noise_of_a_level_that_it_is_to
         )
         < 0.03
     )
-    alike = jax.jit(lambda x, keys: processes.diffuse(processes.GaussianProcess(), x, keys))(
-        x, keys(3000)
-    )
-    chex.assert_trees_all_equal(noised[:3], alike[:3])  # all else is the Gaussian process
+    alike = diffuse(processes.GaussianProcess(), x, keys(3000))
+    chex.assert_trees_all_equal(noised, alike)  # all else is the Gaussian process
