@@ -9,10 +9,8 @@ from rdm_jax.config.schema import (
     Parallel,
     Published,
     Sampling,
-    Stage,
-    Training,
-    extend,
 )
+from rdm_jax.config.stage import Stage, Training, extend
 
 __all__ = [
     "Config",

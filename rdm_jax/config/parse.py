@@ -6,7 +6,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rdm_jax.config.codec import from_plain
-from rdm_jax.config.schema import Config, Stage
+from rdm_jax.config.schema import Config
+from rdm_jax.config.stage import Stage
 from rdm_jax.runtime.errors import InputError
 
 

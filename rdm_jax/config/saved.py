@@ -67,7 +67,7 @@ def check_version(version: Any, where: str) -> None:
 
 
 def about_now(about: dict[str, Any], where: str) -> dict[str, Any]:
-    """A checkpoint's `about` with its stage's config upgraded. Raises InputError (`check_version`)."""
+    """A checkpoint's `about` with its stage upgraded. Raises InputError (`check_version`)."""
     version = about.get("version", 1)
     check_version(version, where)
     if "stage" not in about:

@@ -9,7 +9,8 @@ from collections.abc import Collection
 from rdm_jax.config import validate_evaluation
 from rdm_jax.config.codec import choices, field_types, kind_of
 from rdm_jax.config.rules import IMAGES, check_folder, is_of_kind, require
-from rdm_jax.config.schema import Config, Stage
+from rdm_jax.config.schema import Config
+from rdm_jax.config.stage import Stage
 from rdm_jax.data import augment, images, records, sources
 from rdm_jax.data.classes import LABEL_RULES, Classes, parse_labels
 from rdm_jax.runtime import jax_settings, sharding

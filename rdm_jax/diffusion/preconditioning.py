@@ -1,4 +1,4 @@
-"""Preconditioning: from a network F to a denoiser D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)."""
+"""Preconditioning: from a network F to a denoiser D = c_skip x + c_out F(c_in x, c_noise)."""
 
 import dataclasses
 import math

@@ -132,7 +132,7 @@ class Heun:
         to: Levels,
         noise: Noise,
     ) -> Float[Array, "b h w c"]:
-        """From level i to the next: churn, an Euler step, Heun's correction; the two with noise if eta.
+        """From level i to the next: churn, an Euler step, Heun's correction; with noise if eta.
 
         x' = x + (sqrt(1 - eta^2) sigma' - sigma) d + eta sigma' n, which for any eta keeps the
         marginals if d is the true noise.
@@ -302,7 +302,7 @@ class RelayHeun:
     def start(
         self, low: Float[Array, "b h w c"], level: Levels, noise: Noise
     ) -> Float[Array, "b h2 w2 c"]:
-        """The state at the first level: the small image enlarged to constant patches, plus noise."""
+        """The state at the first level: the small image with constant patches, plus noise."""
         return blurring.enlarge(low, factor=level.blur.shape[-1]) + level.sigma * noise(0)
 
     def step(

@@ -32,7 +32,7 @@ class FanIn:
 
 @dataclasses.dataclass(frozen=True)
 class Xavier:
-    """DDPM++'s and NCSN++'s: U(-b, b) for the kernel, b = gain sqrt(6 / (fan_in + fan_out)); zero bias."""
+    """DDPM++'s and NCSN++'s: U(-b, b), b = gain sqrt(6 / (fan_in + fan_out)); zero bias."""
 
     gain: float = 1.0
 

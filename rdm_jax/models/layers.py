@@ -180,7 +180,7 @@ def group_norm(channels: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rng
 def positional_embedding(
     label: Float[Array, " b"], channels: int, *, last: bool = False
 ) -> Float[Array, "b c"]:
-    """cos and sin of the label times 10000^(-i / h), i < h = n / 2; 10000^(-i / (h - 1)) with `last`."""
+    """cos and sin of the label times 10000^(-i / h), i < h = n / 2; h - 1 for h with `last`."""
     half = channels // 2
     return fourier_embedding(label, (1 / 10000) ** (jnp.arange(half) / (half - last)))
 
@@ -203,7 +203,7 @@ _target: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=
 
 @contextlib.contextmanager
 def compiling_for(device: Any) -> Iterator[None]:
-    """Traces within are for this `jax.Device`, such as one of a topology, instead of a local one."""
+    """Traces within are for this `jax.Device`, such as one of a topology, not a local one."""
     token = _target.set(device)
     try:
         yield

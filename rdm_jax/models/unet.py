@@ -87,7 +87,7 @@ class UNet:
         deepest = len(self.channel_mult) - 1
         if not all(0 <= level <= deepest for level in self.attention_levels):
             raise InputError(
-                f"{path}.attention_levels={self.attention_levels} names a level that does not exist",
+                f"{path}.attention_levels={self.attention_levels} has unknown levels",
                 f"Use levels from 0 to {deepest}.",
             )
 

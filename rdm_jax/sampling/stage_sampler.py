@@ -16,9 +16,11 @@ from rdm_jax.models.functional import Network
 from rdm_jax.runtime import random_streams
 from rdm_jax.runtime.random_streams import RandomStream
 
+AnyArray = Array | np.ndarray
+
 
 def stage_levels(stage: Stage) -> Levels:
-    """The levels of the stage's sampler; without blur, each rounded to one that the network knows."""
+    """The levels of the stage's sampler; without blur, rounded to those that the network knows."""
     levels = stage.sampler.levels(stage.process)
     if levels.blur is not None:
         return levels
@@ -70,9 +72,9 @@ class StageSampler:
     def __call__(
         self,
         params: Any,
-        low: Float[Array, "b h2 w2 c"] | None,
-        labels: Int[Array, " b"],
-        seeds: UInt32[Array, " b"],
+        low: Float[AnyArray, "b h2 w2 c"] | None,
+        labels: Int[AnyArray, " b"],
+        seeds: UInt32[AnyArray, " b"],
     ) -> tuple[Float[Array, "b h w c"], Bool[Array, " b"]]:
         """Samples a batch; image i depends on params, low[i], labels[i] and seeds[i] alone.
 

@@ -19,7 +19,7 @@ from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
 
 def build_objective(stage: Stage, image_shape: tuple[int, ...], classes: int) -> Objective:
-    """What the stage is trained for, on images (h, w, c) of its own or a later stage's resolution."""
+    """What the stage is trained for, on images (h, w, c) of its own or a later stage's size."""
     training = stage.training
     return Objective(
         network=stage.build(image_shape[-1], classes),
@@ -170,7 +170,7 @@ class Jitted(Program):
 
 
 class Pmapped(Program):
-    """The same step on each device, with its own replica of the state and its shard of the batch."""
+    """The same step on each device, with its replica of the state and its shard of the batch."""
 
     AXIS = sharding.DATA
 
