@@ -28,7 +28,7 @@ stage 1 on 32 A100 for 16 hours, stage 2 for 25.5 hours. Not run here yet.
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Published, Sampling, Stage, Training
-from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.diffusion.schedules import Clock
 from rdm_jax.models.adm import ADM
@@ -74,14 +74,14 @@ def get_config():
             Stage(
                 resolution=(64, 64),
                 network=small,
-                process=Gaussian(),
+                process=GaussianProcess(),
                 training=training(70_000_000),
                 sampler=Heun(steps=120, rho=7.0, eta=0.05),
             ),
             Stage(
                 resolution=(256, 256),
                 network=large,
-                process=Relay(
+                process=RelayProcess(
                     patch=4, block_scale=0.15, clock=Clock(length=0.89, blur_sigma_max=2.0)
                 ),
                 training=training(47_000_000),

@@ -18,7 +18,7 @@ yet; the data path was tried with records of random pixels.
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Sampling, Stage, Training
-from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.models.song import Song
 
@@ -54,7 +54,7 @@ def get_config():
             Stage(
                 resolution=(8, 8),
                 network=Song(channel_mult=(2, 2), attention_levels=(0,), **shared),
-                process=Gaussian(),
+                process=GaussianProcess(),
                 training=training(50_000_000),
                 sampler=Heun(steps=18, rho=7.0),
                 guidance=1.0,
@@ -62,7 +62,7 @@ def get_config():
             Stage(
                 resolution=(32, 32),
                 network=Song(channel_mult=(2, 2, 2), attention_levels=(1,), **shared),
-                process=Relay(patch=4),
+                process=RelayProcess(patch=4),
                 training=training(100_000_000),
                 sampler=RelayHeun(steps=40),
             ),

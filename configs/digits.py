@@ -8,8 +8,8 @@ in its features 0.77, that of held-out digits 0.36 (experiments/digits/README.md
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Sampling, Stage, Training
-from rdm_jax.diffusion.preconditioning import EDM
-from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.preconditioning import EDMPreconditioning
+from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.diffusion.schedules import Clock
 from rdm_jax.models.adm import ADM
@@ -46,8 +46,8 @@ def get_config():
                     dropout=0.0,
                 ),
                 # 1/4 tells so small a network too little about the noise level.
-                precondition=EDM(noise_scale=1.0),
-                process=Gaussian(),
+                precondition=EDMPreconditioning(noise_scale=1.0),
+                process=GaussianProcess(),
                 training=training(44_800),
                 sampler=Heun(steps=12),
                 guidance=2.0,
@@ -64,8 +64,8 @@ def get_config():
                     dropout=0.0,
                     patch=4,
                 ),
-                precondition=EDM(noise_scale=1.0),
-                process=Relay(
+                precondition=EDMPreconditioning(noise_scale=1.0),
+                process=RelayProcess(
                     patch=4, block_scale=0.15, clock=Clock(length=0.93, blur_sigma_max=3.0)
                 ),
                 training=training(38_400),

@@ -20,7 +20,7 @@ not run yet.
 import dataclasses
 
 from rdm_jax.config import Config, Data, Sampling, Stage, Training
-from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.models.adm import ADM
 
@@ -71,14 +71,14 @@ def get_config(size: str = "full"):
             Stage(
                 resolution=(64, 64),
                 network=small,
-                process=Gaussian(),
+                process=GaussianProcess(),
                 training=training(3_200, 32, 1_600) if tiny else training(5_000_000, 256, 100_000),
                 sampler=Heun(steps=12 if tiny else 32),
             ),
             Stage(
                 resolution=(256, 256),
                 network=large,
-                process=Relay(patch=4),
+                process=RelayProcess(patch=4),
                 training=training(800, 16, 400) if tiny else training(2_000_000, 64, 50_000),
                 sampler=RelayHeun(steps=18 if tiny else 60),
             ),

@@ -13,7 +13,7 @@ Tiny takes minutes on two cores, and its images are rough; full size has not bee
 """
 
 from rdm_jax.config import Config, Data, Sampling, Stage, Training
-from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import RelayHeun
 from rdm_jax.models.adm import ADM
 
@@ -46,13 +46,13 @@ def get_config(size: str = "full"):
             Stage(
                 resolution=(16, 16),
                 network=ADM(width, (1, 2), blocks, attention_levels=(1,)),
-                process=Gaussian(),
+                process=GaussianProcess(),
                 training=training(8_000 if tiny else 1_000_000, 64),
             ),
             Stage(
                 resolution=(64, 64),
                 network=ADM(width, (1, 2), blocks, attention_levels=(1,), patch=4 if tiny else 2),
-                process=Relay(patch=4),
+                process=RelayProcess(patch=4),
                 training=training(8_000 if tiny else 1_000_000, 64),
                 sampler=RelayHeun(steps=18 if tiny else 40),
             ),

@@ -35,7 +35,7 @@ for 12.5 days. Not run here yet.
 """
 
 from rdm_jax.config import Config, Data, Evaluation, Published, Sampling, Stage, Training
-from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.diffusion.schedules import Clock
 from rdm_jax.models.adm import ADM
@@ -72,7 +72,7 @@ def get_config():
                     attention_levels=(1, 2, 3),
                     dropout=0.1,
                 ),
-                process=Gaussian(),
+                process=GaussianProcess(),
                 training=training(2_500_000_000, 50_000_000.0),
                 sampler=Heun(
                     steps=256,
@@ -92,7 +92,7 @@ def get_config():
                     attention_levels=(3, 4, 5),
                     dropout=0.1,
                 ),
-                process=Relay(
+                process=RelayProcess(
                     patch=4, block_scale=0.15, clock=Clock(length=0.93, blur_sigma_max=3.0)
                 ),
                 training=training(1_250_000_000, 500_000.0),

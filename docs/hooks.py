@@ -71,7 +71,9 @@ def config_reference() -> str:
 def _sections(cls: type, path: str, kind: str = "") -> typing.Iterator[tuple[str, type, str]]:
     """(path in a config, dataclass, its kind as a heading says it), outer ones first."""
     yield path, cls, kind
-    hints = typing.get_type_hints(cls)
+    from rdm_jax.config.codec import field_types
+
+    hints = field_types(cls)
     for field in dataclasses.fields(cls):
         for inner in _dataclasses(hints[field.name]):
             name = "stageN" if field.name == "stages" else field.name
@@ -105,7 +107,9 @@ def _escape(text: str) -> str:
 
 def _table(cls: type) -> str:
     """Field, type, default, bounds and meaning of every field that is no section of its own."""
-    hints, meanings = typing.get_type_hints(cls), _meanings(cls)
+    from rdm_jax.config.codec import field_types
+
+    hints, meanings = field_types(cls), _meanings(cls)
     rows = ["| field | type | default | bounds | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         if _dataclasses(hints[field.name]):

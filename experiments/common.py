@@ -13,14 +13,13 @@ from PIL import Image
 
 from rdm_jax.config import Config, Stage, kind_of, validate
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.diffusion.pixels import from_uint8, to_uint8
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.modes import run
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import cell
 from rdm_jax.runtime.compile_cache import keep_compiled
 from rdm_jax.runtime.console import quiet_libraries, show_log
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling.stage_sampler import evaluations
 from rdm_jax.stage_datasets import open_sets
 from rdm_jax.workdir import Workdir
 
@@ -111,7 +110,7 @@ def with_nfe(config: Config, number: int, wanted: int) -> Config:
         return config.with_stage(number, sampler={"steps": steps})
 
     def nfe(steps: int) -> int:
-        return evaluations(with_steps(steps).stage(number))
+        return with_steps(steps).stage(number).nfe
 
     steps = range(2, 8 * wanted + 3)
     found = steps[min(bisect.bisect_left(steps, wanted, key=nfe), len(steps) - 1)]
@@ -124,7 +123,7 @@ def sampling_flops(stages: Iterable[Stage], channels: int, classes: int) -> int:
     """FLOPs of all stages' networks per image; both passes of guidance count."""
     total = 0
     for stage in stages:
-        passes = evaluations(stage) * (1 if stage.guidance == 1 else 2)
+        passes = stage.nfe * (1 if stage.guidance == 1 else 2)
         total += 2 * passes * stage.multiply_adds(channels, classes)
     return total
 
@@ -152,7 +151,7 @@ def _cell(metric: str, values: Sequence[float]) -> str:
 def write_small(images: ImageSet, factor: int, folder: Path) -> None:
     """Writes pooled images for `sampling.low`, in class folders if there are classes."""
     batch = images.batch(np.arange(len(images)))
-    small = np.asarray(to_uint8(from_uint8(jnp.asarray(batch["image"]), factor)))
+    small = np.asarray(Pixels().decode(Pixels().encode(jnp.asarray(batch["image"]), factor)))
     for number, (image, label) in enumerate(zip(small, batch["label"], strict=True)):
         name = images.class_names[label] if images.class_names else ""
         path = folder / name / f"{number:05d}.png"

@@ -20,6 +20,7 @@ from PIL import Image
 
 from rdm_jax import main
 from rdm_jax.config import Config
+from rdm_jax.config.codec import field_types
 from tests.support.paths import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -103,7 +104,7 @@ def config_fields() -> set[str]:
     """All fields of a config by their dotted paths, from `stageN` and from the stage's sections."""
 
     def walk(cls: type, path: str) -> typing.Iterator[str]:
-        hints = typing.get_type_hints(cls)
+        hints = field_types(cls)
         for field in dataclasses.fields(cls):
             name = f"{path}.{'stageN' if field.name == 'stages' else field.name}".lstrip(".")
             yield name

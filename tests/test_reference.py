@@ -20,6 +20,7 @@ from rdm_jax.data import augment
 from rdm_jax.diffusion import blurring, guidance, preconditioning, processes, samplers, schedules
 from rdm_jax.evaluation import inception, inception_weights, metrics, moments
 from rdm_jax.interop import pytorch_names
+from rdm_jax.models.conditions import ClassLabels
 from tests.support import inception_file
 from tests.support.precision import enable_x64
 
@@ -111,7 +112,7 @@ def relay_process(meta, **kwargs):
     clock = schedules.Clock(
         meta["prob_length"], meta["blur_sigma_max"], meta["P_mean"], meta["P_std"]
     )
-    return processes.Relay(clock=clock, min_scale=meta["min_scale"], **kwargs)
+    return processes.RelayProcess(clock=clock, min_scale=meta["min_scale"], **kwargs)
 
 
 @cases("blur_weights")
@@ -132,11 +133,13 @@ LOSS_TOLERANCE = {"edm": EXACT, "ve": EXACT, "vp": HALF_EXACT, "relay": HALF_EXA
 def loss_process(meta):
     """Our process for the original's loss."""
     if meta["loss"] == "edm":
-        return processes.Gaussian(meta["P_mean"], meta["P_std"], meta["sigma_data"])
+        return processes.GaussianProcess(meta["P_mean"], meta["P_std"], meta["sigma_data"])
     if meta["loss"] == "vp":
-        return processes.VP(schedules.Linear(meta["beta_d"], meta["beta_min"]), meta["epsilon_t"])
+        return processes.VPProcess(
+            schedules.Linear(meta["beta_d"], meta["beta_min"]), meta["epsilon_t"]
+        )
     if meta["loss"] == "ve":
-        return processes.VE(meta["sigma_min"], meta["sigma_max"])
+        return processes.VEProcess(meta["sigma_min"], meta["sigma_max"])
     assert meta["loss"] == "relay"
     return relay_process(
         meta,
@@ -184,9 +187,10 @@ def white(meta, shape, dtype):
 def toy_denoiser(meta, case, dtype):
     if "labels" not in case:
         return toy
-    return guidance.classifier_free(
-        toy, jnp.asarray(case["labels"], dtype), meta.get("cfg_scale", 1.0)
-    )
+    labels = jnp.asarray(case["labels"], dtype)
+    transform = guidance.ClassifierFree(meta.get("cfg_scale", 1.0), ClassLabels(labels.shape[1]))
+    guided = transform(toy)
+    return lambda x, sigma: guided(x, sigma, labels)
 
 
 def run_sampler(sampler, denoise, x, levels, noise, scan):
@@ -214,7 +218,7 @@ def heun(meta, case, dtype):
     sampler = samplers.Heun(
         **{ours: meta[theirs] for ours, theirs in settings.items() if theirs in meta}
     )
-    levels = sampler.levels(processes.Gaussian())
+    levels = sampler.levels(processes.GaussianProcess())
     draws = jnp.concatenate(
         [jnp.asarray(case["init"], dtype)[None], white(meta, case["init"].shape, dtype)]
     )
@@ -230,7 +234,7 @@ def heun(meta, case, dtype):
 
 def relay_heun(meta, case, dtype):
     """The same for the family relay."""
-    process = processes.Relay(
+    process = processes.RelayProcess(
         meta["up_scale"], schedules.Clock(1.0, meta["blur_sigma_max"]), block_scale=meta["s_block"]
     )
     settings = {"steps": "num_steps", "truncation_time": "truncation_t", "eta": "s_noise"}

@@ -20,12 +20,11 @@ from rdm_jax.cli.config_flag import define_config
 from rdm_jax.config import Config, Stage
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import blurring
-from rdm_jax.diffusion.pixels import from_uint8
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.render.tables import markdown
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.ranges import parse_numbers
-from rdm_jax.sampling.stage_sampler import joined_level
 
 _CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string(
@@ -45,9 +44,9 @@ def handover_error(stage: Stage, images: ImageSet) -> str:
       sigma, the share of the lowest frequency's blur weight, and the RMS of the detail that the
       blur leaves in units of the noise, as text.
     """
-    first = joined_level(stage)
+    first = stage.sampler.joined_level(stage.process)
     pixels = jnp.asarray(images.batch(np.arange(len(images)))["image"])
-    x = from_uint8(pixels, images.image_shape[0] // stage.resolution[0])
+    x = Pixels().encode(pixels, images.image_shape[0] // stage.resolution[0])
     detail = x - blurring.enlarge(blurring.mean_pool(x, factor=stage.factor), factor=stage.factor)
 
     def blurred(patch):

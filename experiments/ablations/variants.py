@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from experiments import common
 from rdm_jax.config import Config
-from rdm_jax.sampling.stage_sampler import evaluations
 
 Change = Callable[[Config], Config]
 
@@ -56,7 +55,7 @@ def length(value: float) -> Change:
         config = clock(length=value)(config)
         end = float(config.stages[1].process.clock.sigma(jnp.ones(())))
         changed = sampler(truncation_sigma=end)(config)
-        return common.with_nfe(changed, 2, evaluations(config.stages[1]))
+        return common.with_nfe(changed, 2, config.stages[1].nfe)
 
     return change
 
@@ -85,7 +84,7 @@ def order(number: int) -> Change:
     """Heun's method (2) or Euler's (1), with the same NFE."""
 
     def change(config: Config) -> Config:
-        return common.with_nfe(sampler(order=number)(config), 2, evaluations(config.stages[1]))
+        return common.with_nfe(sampler(order=number)(config), 2, config.stages[1].nfe)
 
     return change
 

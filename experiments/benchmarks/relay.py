@@ -143,7 +143,7 @@ def updates(sampler: samplers.RelayHeun) -> dict[str, Update]:
 
 
 def drawing(
-    process: processes.Relay, shape: tuple[int, ...]
+    process: processes.RelayProcess, shape: tuple[int, ...]
 ) -> Callable[[Array], Float[Array, "b h w c"]]:
     """Unit noise of each image from its key, as the sampler draws it."""
     return lambda keys: jax.vmap(lambda key: process.draw_noise(key, shape[1:]))(keys)

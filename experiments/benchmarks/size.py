@@ -19,7 +19,10 @@ def main() -> None:
     channels, classes = config.data.channels, _CLASSES.value
     print("| stage | resolution | parameters | multiply-adds per forward pass |\n|---|---|---|---|")
     for number, stage in enumerate(config.stages, 1):
-        (height, width), parameters = stage.resolution, stage.build(channels, classes).count()
+        (height, width), parameters = (
+            stage.resolution,
+            stage.build(channels, classes).num_parameters,
+        )
         giga = stage.multiply_adds(channels, classes) / 1e9
         print(f"| {number} | {height} x {width} | {parameters:,} | {giga:,.2f} G |")
 

@@ -55,7 +55,7 @@ from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.random_streams import root_key
-from rdm_jax.sampling.stage_sampler import evaluations, stage_sampler
+from rdm_jax.sampling.stage_sampler import StageSampler
 from rdm_jax.training.metric_buffer import STEPS_IN_FLIGHT
 from rdm_jax.training.program import PROGRAMS
 
@@ -119,7 +119,10 @@ def varied(config: configs.Config, variant: str) -> configs.Config:
         elif change == "fsdp":
             parallel |= {"data": 1, "fsdp": -1}
         elif change != "config":
-            raise InputError(f"--variants: {change!r} is not known; those in --helpshort would do.")
+            raise InputError(
+                f"--variants={variant!r} has the unknown change {change!r}",
+                "Use the changes that --helpshort lists.",
+            )
     for stage in config.stages:
         config = config.with_stage(stage.number, network=network, training=training)
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **parallel))
@@ -197,7 +200,7 @@ def training_row(
     _profiled(training.step, profile, f"training_stage{number}_{variant}")
     flops = 3 * timing.forward_flops(stage, config.data.channels, classes) * size
     rate = flops / each / jax.device_count()
-    count = stage.build(config.data.channels, classes).count()
+    count = stage.build(config.data.channels, classes).num_parameters
     cells = [
         f"{count:,}",
         f"{max(0.0, training.compiling - each):.1f}",
@@ -224,7 +227,7 @@ def short(stage: configs.Stage, least: int) -> configs.Stage:
         dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, steps=steps))
         for steps in range(2, stage.sampler.steps)
     )
-    return next((each for each in shorter if evaluations(each) >= least), stage)
+    return next((each for each in shorter if each.nfe >= least), stage)
 
 
 def sampler(
@@ -232,7 +235,7 @@ def sampler(
 ) -> Callable[[Any], Any]:
     """params -> a batch of samples."""
     size, channels, mesh = config.sampling.batch_size, config.data.channels, sharding.local_mesh()
-    run = stage_sampler(
+    run = StageSampler(
         stage, network, number=number, channels=channels, classes=classes, run_seed=0
     )
     low_resolution = (side // stage.factor for side in stage.resolution)
@@ -269,7 +272,7 @@ def sampling_row(
     first = time.perf_counter() - began
     times = timing.medians({"sample": lambda: sample(params), "own": lambda: without({})}, seconds)
     _profiled(lambda: sample(params), profile, f"sampling_stage{number}_{variant}")
-    each, count = times["sample"] / evaluations(stage), evaluations(whole)
+    each, count = times["sample"] / stage.nfe, whole.nfe
     passes = 1 if whole.guidance == 1 else 2
     flops = passes * size * timing.forward_flops(whole, channels, classes)
     rate = flops / each / len(jax.local_devices())

@@ -11,7 +11,7 @@ import dataclasses
 
 from configs import digits, emoji
 from rdm_jax.config import Config, Evaluation, Stage, parse
-from rdm_jax.diffusion.preconditioning import EDM
+from rdm_jax.diffusion.preconditioning import EDMPreconditioning
 
 MORE_STEPS = 10  # of the noise schedule, of which four levels are below the smaller noise
 TONES = "0,0,0,0,0,0,1-5"  # as in the set, where 1,871 of 3,391 have none
@@ -113,4 +113,6 @@ def _brief(stage: Stage, images: int) -> Stage:
         "ema_rampup": 0.0,
     }
     training = dataclasses.replace(stage.training, images=images, **rates, **often)
-    return dataclasses.replace(stage, precondition=EDM(noise_scale=1.0), training=training)
+    return dataclasses.replace(
+        stage, precondition=EDMPreconditioning(noise_scale=1.0), training=training
+    )

@@ -35,7 +35,7 @@ from rdm_jax.render import pictures
 from rdm_jax.render.tables import markdown
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.ranges import parse_numbers
-from rdm_jax.sampling.stage_sampler import evaluations, stage_levels
+from rdm_jax.sampling.stage_sampler import stage_levels
 
 _CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string(
@@ -87,7 +87,7 @@ class Method:
         """The metrics at a step of the last network's training; at its end those of `by_nfe`."""
         stage = self.config.stages[-1]
         if step == stage.training.steps:
-            return self.metrics(_folder(evaluations(stage)))
+            return self.metrics(_folder(stage.nfe))
         config = self.config.with_stage(self.last, checkpoint=str(step))
         return self.metrics(f"step_{step}", config)
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from experiments import common
 from rdm_jax.config import Config, Training
-from rdm_jax.diffusion.processes import Cascade, Gaussian
+from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun
 
 TITLES = {"relay": "relay", "cascade": "classic cascade", "single": "one stage"}
@@ -33,10 +33,11 @@ def variants(config: Config) -> dict[str, Config]:
     kept = {"checkpoint_every": interval, "keep_newest": images // interval + 1}
     config = config.with_stage(2, guidance=1.0, training=kept)
     second = config.stages[1]
-    cascade = Cascade(patch=second.process.patch, augment_max=max(AUGMENTS))
+    cascade = CascadeProcess(patch=second.process.patch, augment_max=max(AUGMENTS))
     begin = {"sigma_min": second.sampler.sigma_min}
     alone = dataclasses.replace(
-        config, stages=(dataclasses.replace(second, process=Gaussian(), sampler=Heun(**begin)),)
+        config,
+        stages=(dataclasses.replace(second, process=GaussianProcess(), sampler=Heun(**begin)),),
     )
     return {
         "relay": config,

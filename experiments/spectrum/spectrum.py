@@ -18,8 +18,8 @@ from rdm_jax.cli.command import command
 from rdm_jax.data.image_sets import ImageSet, open_direct
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.diffusion import blurring
-from rdm_jax.diffusion.pixels import from_uint8
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.pixels import Pixels
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.render.tables import markdown
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.random_streams import root_key
@@ -40,7 +40,7 @@ _OUT = flags.DEFINE_string("out", "experiments/spectrum", "Folder for the pictur
 # Frequencies of the table, in half-periods over an image's side.
 SHOWN = (1, 2, 4, 8, 16, 31, 48, 63)
 BATCH = 16
-MIXTURE = Relay().block_scale
+MIXTURE = RelayProcess().block_scale
 
 
 def power(images: Float[Array, "b h w c"]) -> Float[Array, "h w"]:
@@ -53,7 +53,7 @@ def signal_power(images: ImageSet, factor: int) -> np.ndarray:
     numbers = np.unique(np.linspace(0, len(images) - 1, min(_COUNT.value, len(images))).astype(int))
     parts = np.array_split(numbers, -(-len(numbers) // BATCH))
     found = [
-        power(from_uint8(jnp.asarray(images.batch(part)["image"]), factor)) * len(part)
+        power(Pixels().encode(jnp.asarray(images.batch(part)["image"]), factor)) * len(part)
         for part in parts
     ]
     return np.asarray(sum(found)) / len(numbers)

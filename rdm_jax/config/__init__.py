@@ -1,4 +1,4 @@
-"""What can be set: frozen dataclasses, their bounds, and their way to and from ml_collections and JSON."""
+"""The config: frozen dataclasses with bounds, and their way to and from ml_collections and JSON."""
 
 from rdm_jax.config.codec import choices, kind_of, to_plain
 from rdm_jax.config.parse import parse, stage_number, to_dict
@@ -9,9 +9,8 @@ from rdm_jax.config.schema import (
     Parallel,
     Published,
     Sampling,
-    Stage,
-    Training,
 )
+from rdm_jax.config.stage import Stage, Training, extend
 
 __all__ = [
     "Config",
@@ -23,6 +22,7 @@ __all__ = [
     "Stage",
     "Training",
     "choices",
+    "extend",
     "kind_of",
     "parse",
     "stage_number",

@@ -1,5 +1,4 @@
-"""What must be the same in all runs of one workdir, what may change where that is asked for, and
-what is free."""
+"""Fields that must stay the same in all runs of a workdir, may change on request, or are free."""
 
 import difflib
 import re
@@ -10,36 +9,42 @@ from rdm_jax.config import Config, to_dict
 from rdm_jax.data.sources import same_source
 from rdm_jax.runtime.errors import InputError
 
-TRAINING = (
-    *(
-        "accumulate",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "evaluate_every",
-        "images",
-        "keep_best",
-        "keep_newest",
-    ),
-    *("log_every", "max_failed_saves", "max_skipped", "preview_every", "start_from", "validation"),
-)
-# Free: they do not touch what is learnt. Sampling checks its own.
+# Free fields do not change the trained parameters. Sampling checks its own.
 FREE = (
-    *("evaluation", "parallel", "sampling"),
-    *(
-        f"data.{field}"
-        for field in ("cache_gib", "directory", "max_left_out", "workers", "worker_timeout")
-    ),
-    *("stage.checkpoint", "stage.guidance", "stage.sampler", "stage.network.remat"),
-    *(f"stage.training.{field}" for field in TRAINING),
+    "evaluation",
+    "parallel",
+    "sampling",
+    "data.cache_gib",
+    "data.directory",
+    "data.max_left_out",
+    "data.workers",
+    "data.worker_timeout",
+    "stage.checkpoint",
+    "stage.guidance",
+    "stage.sampler",
+    "stage.network.remat",
+    "stage.training.accumulate",
+    "stage.training.checkpoint_every",
+    "stage.training.checkpoint_minutes",
+    "stage.training.evaluate_every",
+    "stage.training.images",
+    "stage.training.keep_best",
+    "stage.training.keep_newest",
+    "stage.training.log_every",
+    "stage.training.max_failed_saves",
+    "stage.training.max_skipped",
+    "stage.training.preview_every",
+    "stage.training.start_from",
+    "stage.training.validation",
 )
-# What a run can go on with all the same, if `--allow_changes` names it; all else makes another
-# network or another process of it.
+# A run continues with changes of these if `--allow_changes` names them; any other change makes it a
+# different network or process.
 ALLOWED = ("data", "stage.source", "stage.training", "stage.network.dropout", "stage.network.dtype")
 NEVER = ("data.channels",)
 
 
 class Change(NamedTuple):
-    """A field of a config, by its dotted path, that is not what it was."""
+    """A changed field of a config, by its dotted path."""
 
     field: str
     was: Any
@@ -50,7 +55,7 @@ class Change(NamedTuple):
 
 
 def incompatible_changes(before: Any, now: Any) -> list[Change]:
-    """What is different between two nested dicts, as JSON has them, and not free."""
+    """The differences between two configs as JSON, without those of free fields."""
     return [
         each
         for each in _differences(before, now, "config")
@@ -59,11 +64,12 @@ def incompatible_changes(before: Any, now: Any) -> list[Change]:
 
 
 def check_allowed(found: Sequence[Change], allowed: Sequence[str], what: str) -> None:
-    """Refuses changes that cannot be made, or that nobody has asked for. Raises InputError.
+    """Refuses changes that are impossible, or not allowed by the user. Raises InputError.
 
     Args:
+      found: the changes.
       allowed: names of fields or of their sections, as `check_names` takes them.
-      what: is of the config before the changes, such as 'checkpoint PATH'.
+      what: has the config before the changes, such as 'checkpoint PATH'.
     """
     wrong = [
         each for each in found if not _can_change(each.field) or not _named(each.field, allowed)
@@ -71,21 +77,25 @@ def check_allowed(found: Sequence[Change], allowed: Sequence[str], what: str) ->
     if not wrong:
         return
     listed = ", ".join(map(str, wrong))
-    remedy = "another workdir"
+    fix = "Use another workdir."
     if all(_can_change(each.field) for each in wrong):
         names = sorted(
             {"data" if ".data." in each.field else each.field.rpartition(".")[2] for each in found}
         )
-        remedy += f", or --allow_changes={','.join(names)} to train on with the change,"
-    raise InputError(f"{what} was made with another config ({listed}); {remedy} would do.")
+        fix = (
+            f"Use another workdir, or pass --allow_changes={','.join(names)} to continue training "
+            "with the change."
+        )
+    raise InputError(f"{what} was made with another config ({listed})", fix)
 
 
 def check_names(allowed: Sequence[str], config: Config) -> None:
-    """Refuses names that are no fields, or fields that can never change. Raises InputError.
+    """Refuses names that are not fields, or fields that can never change. Raises InputError.
 
     Args:
       allowed: each a field ('learning_rate'), its path or the end of it
         ('stage2.training.learning_rate'), or a section ('data').
+      config: the config with the fields.
     """
     fields = list(_fields(to_dict(config), "config"))
     for name in allowed:
@@ -94,24 +104,25 @@ def check_names(allowed: Sequence[str], config: Config) -> None:
             leaves = sorted({field.rpartition(".")[2] for field in fields if _can_change(field)})
             close = difflib.get_close_matches(name, leaves, n=1) or ["learning_rate"]
             raise InputError(
-                f"--allow_changes={name} is no field of the config; {close[0]} would do."
+                f"--allow_changes={name} is not a field of the config", f"Use {close[0]}."
             )
         if not any(map(_can_change, named)):
-            would_do = "another workdir, or training.start_from with this run's checkpoint,"
             raise InputError(
-                f"--allow_changes={name}: {named[0]} cannot change within a run; {would_do} would do."
+                f"--allow_changes={name}: {named[0]} cannot change within a run",
+                "Use another workdir, or training.start_from with this run's checkpoint.",
             )
 
 
 def _fields(values: dict[str, Any], path: str) -> Iterator[str]:
     for name, value in values.items():
-        yield from (
-            _fields(value, f"{path}.{name}") if isinstance(value, dict) else (f"{path}.{name}",)
-        )
+        if isinstance(value, dict):
+            yield from _fields(value, f"{path}.{name}")
+        else:
+            yield f"{path}.{name}"
 
 
 def _named(field: str, names: Sequence[str]) -> bool:
-    """Whether a field, or a section that it is in, is among the names."""
+    """Whether a field, or a section that contains it, is among the names."""
     return any(f".{name}." in f".{field}." for name in names)
 
 
@@ -120,8 +131,7 @@ def _can_change(field: str) -> bool:
 
 
 def _is_one_of(field: str, patterns: Sequence[str]) -> bool:
-    """Whether a field is one of these, or in one of these sections; 'stage' stands for any
-    stage."""
+    """Whether a field is one of these or in one of these sections; 'stage' is any stage."""
     plain = re.sub(r"^stage\d+", "stage", field.removeprefix("config."))
     return any(f"{plain}.".startswith(f"{pattern}.") for pattern in patterns)
 

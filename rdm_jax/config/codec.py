@@ -1,87 +1,142 @@
-"""Dataclasses as nested dicts and back: unions by a field `kind`, types checked, unknown fields refused."""
+"""Dataclasses as nested dicts and back.
+
+Unions have a field `kind`, types are checked, unknown fields refused.
+"""
 
 import dataclasses
 import difflib
+import functools
+import operator
+import re
 import types
 import typing
 from typing import Any
 
 from rdm_jax.runtime.errors import InputError
 
-EXAMPLES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 
 
 def to_plain(value: Any) -> Any:
-    """A dataclass as a nested dict, whose unions have a field `kind`; tuples and single values as they are."""
-    if dataclasses.is_dataclass(value):
-        hints = typing.get_type_hints(type(value))
-        plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        plain = {k: float(v) if hints[k] is float else v for k, v in plain.items()}
-        plain.update(
-            {
-                k: {"kind": kind_of(type(getattr(value, k))), **plain[k]}
-                for k in plain
-                if choices(hints[k])
-            }
-        )
-        return plain
-    return tuple(map(to_plain, value)) if isinstance(value, (tuple, list)) else value
+    """A dataclass as a nested dict; tuples of plain values, and single values as they are.
+
+    Where a field is of a union type, its dict has the field `kind`.
+    """
+    if isinstance(value, tuple | list):
+        return tuple(map(to_plain, value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    plain: dict[str, Any] = {}
+    for name, hint in field_types(type(value)).items():
+        part = getattr(value, name)
+        plain[name] = to_plain(part)
+        if hint is float:
+            plain[name] = float(part)
+        if choices(hint):
+            plain[name] = {"kind": kind_of(type(part)), **plain[name]}
+    return plain
 
 
 def choices(hint: Any) -> tuple[type, ...]:
-    """The dataclasses of a union, () for any other type."""
+    """The dataclasses of a union; () for any other type."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
 
 
 def kind_of(cls: type) -> str:
-    """What a config calls a process or a sampler in its field `kind`."""
-    return cls.__name__.lower()
+    """A class's `kind` in configs: its name in lower case, without what the class is.
+
+    `RelayProcess` is 'relay', `EDMPreconditioning` 'edm', `RelayHeun` 'relayheun'.
+    """
+    return re.sub("(process|preconditioning)$", "", cls.__name__.lower())
+
+
+def kinds(*classes: type, default: Any) -> Any:
+    """A dataclass field that holds an instance of one of these dataclasses, by their `kind`."""
+    return dataclasses.field(default=default, metadata={"kinds": list(classes)})
+
+
+def add_kind(owner: type, field: str, cls: type) -> None:
+    """Adds a dataclass to those of a `kinds` field; once more is allowed.
+
+    Raises:
+      ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
+    """
+    fields = {each.name: each for each in dataclasses.fields(owner)}
+    known = fields[field].metadata.get("kinds") if field in fields else None
+    if known is None or not dataclasses.is_dataclass(cls):
+        raise ValueError(f"{owner.__name__}.{field} cannot be extended with {cls!r}")
+    taken = {kind_of(each): each for each in known}
+    if taken.get(kind_of(cls), cls) is not cls:
+        raise ValueError(f"{owner.__name__}.{field} already has the kind {kind_of(cls)!r}")
+    if cls not in known:
+        known.append(cls)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, by their names; of `kinds` fields the union."""
+    hints = typing.get_type_hints(cls)
+    types_by_name = {}
+    for field in dataclasses.fields(cls):
+        union = field.metadata.get("kinds")
+        types_by_name[field.name] = (
+            functools.reduce(operator.or_, union) if union else hints[field.name]
+        )
+    return types_by_name
 
 
 def from_plain(hint: Any, value: Any, path: str) -> Any:
-    """The inverse of `to_plain`: `value` as the type `hint`; `path` names it in errors."""
+    """The inverse of `to_plain`: `value` as the type `hint`; `path` names it in errors.
+
+    Raises:
+      InputError: a field is missing, unknown or of the wrong type, or a kind is unknown.
+    """
     if dataclasses.is_dataclass(value):
         return value
-    if kinds := {kind_of(c): c for c in choices(hint)}:
-        value = dict(value)
-        kind = value.pop("kind", None)
-        if kind not in kinds:
-            raise InputError(
-                f"{path}.kind={kind!r} is not known; {' or '.join(map(repr, kinds))} would do."
-            )
-        return from_plain(kinds[kind], value, path)
+    if kinds := {kind_of(cls): cls for cls in choices(hint)}:
+        return _union_from_plain(kinds, value, path)
     if dataclasses.is_dataclass(hint):
-        return _dataclassfrom_plain(hint, value, path)
+        return _dataclass_from_plain(hint, value, path)
     if typing.get_origin(hint) is tuple:
-        if not isinstance(value, (tuple, list)):
-            value = (value,)
+        items = value if isinstance(value, tuple | list) else (value,)
         item = typing.get_args(hint)[0]
-        return tuple(from_plain(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+        return tuple(from_plain(item, v, f"{path}[{i}]") for i, v in enumerate(items))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e3 in JSON
         return int(value)
     if type(value) is not hint:
-        raise InputError(f"{path}={value!r} is no {hint.__name__}; {EXAMPLES[hint]} would do.")
+        raise InputError(f"{path}={value!r} is not {TYPES[hint]}", f"Use {TYPES[hint]}.")
     return value
 
 
-def _dataclassfrom_plain(cls: type, value: Any, path: str) -> Any:
-    fields = {f.name: typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
+def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
+    fields = dict(value)
+    kind = fields.pop("kind", None)
+    if kind not in kinds:
+        raise InputError(
+            f"{path}.kind={kind!r} is not known",
+            f"Use {' or '.join(map(repr, kinds))}, or import the module that adds the kind with "
+            "rdm_jax.config.extend.",
+        )
+    return from_plain(kinds[kind], fields, path)
+
+
+def _dataclass_from_plain(cls: type, value: Any, path: str) -> Any:
+    hints = field_types(cls)
     if not isinstance(value, dict):
         raise InputError(
-            f"{path}={value!r} is a single value; the fields {', '.join(fields)} would do."
+            f"{path}={value!r} is a single value", f"Use a dict of the fields {', '.join(hints)}."
         )
     for name in value:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1) or sorted(fields)
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1) or sorted(hints)
             raise InputError(
-                f"{path}.{name}={value[name]!r} is not a field of the config; {' or '.join(close)} would do."
+                f"{path}.{name}={value[name]!r} is not a field of the config",
+                f"Use {' or '.join(close)}.",
             )
-    missing = [name for name in fields if name not in value]
+    missing = [name for name in hints if name not in value]
     if missing:
         raise InputError(
-            f"{path} has no field {missing[0]!r}; adding it, as in configs/default.py, would do."
+            f"{path} has no field {missing[0]!r}", "Add the field, as in configs/default.py."
         )
-    kwargs = {k: from_plain(fields[k], v, f"{path}.{k}") for k, v in value.items()}
-    return cls(**kwargs)
+    return cls(**{name: from_plain(hints[name], v, f"{path}.{name}") for name, v in value.items()})

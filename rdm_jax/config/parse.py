@@ -1,4 +1,4 @@
-"""From a config file's values to a `Config`, and to JSON."""
+"""From the values of a config file to a `Config`, and to JSON."""
 
 import json
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rdm_jax.config.codec import from_plain
-from rdm_jax.config.schema import Config, Stage
+from rdm_jax.config.schema import Config
+from rdm_jax.config.stage import Stage
 from rdm_jax.runtime.errors import InputError
 
 
@@ -15,7 +16,7 @@ def parse(values: Config | ConfigDict | dict[str, Any]) -> Config:
     it is.
 
     Raises:
-      InputError: a field is unknown or of the wrong type.
+      InputError: a field is missing, unknown or of the wrong type, or a stage is missing.
     """
     if isinstance(values, Config):
         return values
@@ -23,7 +24,8 @@ def parse(values: Config | ConfigDict | dict[str, Any]) -> Config:
     names = sorted((k for k in values if stage_number(k)), key=stage_number)
     if [stage_number(name) for name in names] != list(range(1, len(names) + 1)) or not names:
         raise InputError(
-            f"config has the stages {', '.join(names) or 'none'}; stage1, stage2 and so on without a gap would do."
+            f"config has the stages {', '.join(names) or 'none'}",
+            "Use stage1, stage2 and so on without a gap.",
         )
     values["stages"] = tuple(
         from_plain(Stage, values.pop(name), f"config.{name}") for name in names
@@ -32,11 +34,11 @@ def parse(values: Config | ConfigDict | dict[str, Any]) -> Config:
 
 
 def stage_number(name: str) -> int:
-    """3 for 'stage3', 0 for what is no stage's name."""
+    """3 for 'stage3', 0 for a text that is not a stage's name."""
     number = name.removeprefix("stage")
     return int(number) if number != name and number.isdecimal() and len(number) < 4 else 0
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """A nested dict of JSON's types, with lists for tuples: equal to what is read where it was saved; as `parse` takes it."""
+    """A nested dict of JSON's types, as `parse` takes it and a saved config is read."""
     return json.loads(json.dumps(config.to_config_dict().to_dict()))

@@ -1,46 +1,44 @@
-"""Configs that were saved: a version beside them, and what brings those of earlier versions to what
-the code reads now.
+"""Saved configs: their version, and the upgrade of earlier versions to today's fields.
 
-A config is saved in a workdir's config.json, and a stage's in every checkpoint (`about`). Whoever
-adds, renames or removes a field keeps the runs that are there usable by a line in one of the tables
-below; `tests/test_golden.py` has a run of each version.
+A config is saved in a workdir's config.json, and a stage's in every checkpoint (`about`). Adding,
+renaming or removing a field needs a line in one of the tables below, so that saved runs stay
+usable; `tests/test_golden.py` has a run of each version.
 """
 
 import dataclasses
 import json
-import typing
 from pathlib import Path
 from typing import Any
 
 from rdm_jax.config import Config, Stage, choices, kind_of, stage_number, to_dict, to_plain
+from rdm_jax.config.codec import field_types
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import parse_json
 
-# 1: up to commit 46baa7f, which wrote no version. Count up when an older release could not read
-# what is written.
+# 1: up to commit 46baa7f, which wrote no version. Increase it when an older release cannot read the
+# saved values.
 VERSION = 2
-# What a field means in a config that was saved before there was such a field, where that is not the
-# field's default: the version that has it, and the value.
+# The value of a field in configs saved before the field existed, if that is not its default: the
+# first version with the field, and the value.
 MEANT = {("Training", "checkpoint_minutes"): (2, 0.0), ("Data", "max_left_out"): (2, 1.0)}
-# Fields with another name now: (dataclass, old name) -> new name. Kinds of processes, samplers and
+# Renamed fields: (dataclass, old name) -> new name. Renamed kinds of processes, samplers and
 # networks: old -> new.
 RENAMED_FIELDS: dict[tuple[str, str], str] = {}
 RENAMED_KINDS: dict[str, str] = {}
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes a config.json's content; `path` is overwritten."""
+    """Writes a config.json; `path` is overwritten."""
     path.write_text(json.dumps({"version": VERSION, **to_dict(config)}, indent=2))
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """The values in a config.json of any version, or in that of a folder, for `config.parse`.
+    """The values of a config.json of any version, or of that in a folder, for `config.parse`.
 
-    A file of another name is one that somebody has written: fields that it lacks have their
-      defaults.
+    A file of another name is written by hand: missing fields have their defaults.
 
     Raises:
-      InputError: it is no JSON object, or a newer version of this package wrote it.
+      InputError: the file is not a JSON object, or a newer version of this package wrote it.
     """
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -49,7 +47,7 @@ def read_saved(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no fields")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read as a config ({error}); the config.json of a workdir would do."
+            f"{path} cannot be read as a config ({error})", "Use the config.json of a workdir."
         ) from error
     version = values.pop("version", 1 if path.name == "config.json" else VERSION)
     check_version(version, str(path))
@@ -60,55 +58,51 @@ def read_saved(path: Path) -> dict[str, Any]:
 
 
 def check_version(version: Any, where: str) -> None:
-    """Raises InputError where what was saved is of a version that this code does not know."""
+    """Raises InputError if the saved version is unknown to this code."""
     if type(version) is not int or not 1 <= version <= VERSION:
         raise InputError(
-            f"{where} is of version {version!r}, and this rdm_jax reads 1 to {VERSION}; a newer rdm_jax would do."
+            f"{where} is of version {version!r}, and this rdm_jax reads 1 to {VERSION}",
+            "Use a newer rdm_jax.",
         )
 
 
 def about_now(about: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a checkpoint says of itself, its stage's config as the code reads it now. Raises
-    InputError like `check_version`."""
+    """A checkpoint's `about` with its stage upgraded. Raises InputError (`check_version`)."""
     version = about.get("version", 1)
     check_version(version, where)
-    return (
-        about | {"stage": completed(Stage, about["stage"], version)} if "stage" in about else about
-    )
+    if "stage" not in about:
+        return about
+    return about | {"stage": completed(Stage, about["stage"], version)}
 
 
 def completed(cls: Any, value: Any, version: int = 1) -> Any:
-    """A saved value of a field's type `cls` under today's names, with the fields that its version
-    lacked, as JSON has them.
+    """A saved value of the type `cls` under today's names, completed by newer fields, as JSON.
 
-    What is no field any more stays, for `config.parse` to refuse.
+    Removed fields stay, for `config.parse` to refuse.
     """
     if not isinstance(value, dict):
         return value
     if kinds := {kind_of(each): each for each in choices(cls)}:
         kind = RENAMED_KINDS.get(value.get("kind"), value.get("kind"))
-        return (
-            _completed_fields(kinds[kind], value, version) | {"kind": kind}
-            if kind in kinds
-            else value
-        )
+        if kind not in kinds:
+            return value
+        return _completed_fields(kinds[kind], value, version) | {"kind": kind}
     return _completed_fields(cls, value, version) if dataclasses.is_dataclass(cls) else value
 
 
 def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Some fields of a stage, as samples and evaluations say what they were made with, under
-    today's names; none is added."""
-    hints = typing.get_type_hints(Stage)
+    """Some fields of a stage, as saved with samples and evaluations, under today's names."""
+    hints = field_types(Stage)
     return {name: completed(hints.get(name), value) for name, value in settings.items()}
 
 
 def _completed_fields(cls: type, value: dict[str, Any], version: int) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     named = {RENAMED_FIELDS.get((cls.__name__, name), name): part for name, part in value.items()}
     for name, default in json.loads(json.dumps(to_plain(cls()))).items():
         if name not in named:
             since, meant = MEANT.get((cls.__name__, name), (0, None))
-            # A section that is missing is completed like one that is there, from nothing.
+            # A missing section is completed like an empty one.
             default = {} if dataclasses.is_dataclass(hints[name]) else default
             named[name] = meant if version < since else default
     return {name: completed(hints.get(name), part, version) for name, part in named.items()}

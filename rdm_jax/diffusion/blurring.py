@@ -20,8 +20,7 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 def dct_matrix(patch: int) -> np.ndarray:
-    """The orthonormal DCT-II as a (p, p) matrix, float64: row k is the cosine of frequency pi k /
-    p."""
+    """The orthonormal DCT-II, (p, p) float64: row k is the cosine of frequency pi k / p."""
     k, n = np.arange(patch)[:, None], np.arange(patch)[None, :]
     matrix = np.sqrt(2 / patch) * np.cos(np.pi * k * (2 * n + 1) / (2 * patch))
     matrix[0] /= np.sqrt(2)
@@ -86,8 +85,7 @@ def patch_idct(u: Float[Array, "b h w c"], *, patch: int) -> Float[Array, "b h w
 def blur_weights(
     blur_sigma: Float[Array, "*b"], *, patch: int, min_scale: float = 1e-3
 ) -> Float[Array, "*b p p"]:
-    """What the blur multiplies each DCT coefficient with (arXiv 2309.03350, and the released code's
-    floor).
+    """Factor of each DCT coefficient under the blur (arXiv 2309.03350, with the code's floor).
 
     D_ij = (1 - m) exp(-(f_i^2 + f_j^2) tau) + m with f_k = pi k / p and tau = blur_sigma^2 / 2.
 
@@ -106,15 +104,14 @@ def blur_weights(
 def filter_patch(x: Float[Array, "p p"], weights: Float[Array, "p p"]) -> Float[Array, "p p"]:
     """V W V^T x of one patch, its DCT coefficients multiplied by weights W.
 
-    The product of the patch, p^2 numbers, with one matrix: patches of the same weights share it,
-    and transforms there and back take several times as long (experiments/benchmarks/relay.py).
+    One matrix product of the patch's p^2 numbers: patches with equal weights share the matrix, and
+    transforming back and forth takes several times as long (experiments/benchmarks/relay.py).
     """
     m = dct_matrix(x.shape[-1])
     basis = jnp.asarray(np.einsum("ik,jl->ijkl", m, m), x.dtype)
     matrix = jnp.einsum("ij,ijkl,ijrs->klrs", weights, basis, basis, precision=_PRECISION)
-    return jnp.tensordot(
-        x, matrix, axes=2, precision=_PRECISION
-    )  # the patch first, for rows of patches and not columns
+    # The patch comes first: rows of patches times the matrix, not columns.
+    return jnp.tensordot(x, matrix, axes=2, precision=_PRECISION)
 
 
 @functools.partial(jax.jit, static_argnames=("patch", "min_scale"))
@@ -125,7 +122,7 @@ def blur(
     patch: int,
     min_scale: float = 1e-3,
 ) -> Float[Array, "b h w c"]:
-    """Blurs every patch on its own, each image by its own `blur_sigma` (pixels)."""
+    """Blurs every patch separately, each image by its own `blur_sigma` (pixels)."""
     return over_patches(filter_patch, patch)(
         (x,), (blur_weights(blur_sigma, patch=patch, min_scale=min_scale),)
     )
@@ -148,7 +145,7 @@ def block_noise(white: Float[Array, "*b h w c"], *, block: int) -> Float[Array, 
 
 @functools.partial(jax.jit, static_argnames="factor")
 def mean_pool(x: Float[Array, "*b h w c"], *, factor: int) -> Float[Array, "*b h2 w2 c"]:
-    """The means of factor x factor cells: how a stage's images follow from those of the next."""
+    """Means of factor x factor cells: a stage's images from those of the next stage."""
     *b, h, w, c = x.shape
     return x.reshape(*b, h // factor, factor, w // factor, factor, c).mean((-4, -2))
 

@@ -1,36 +1,69 @@
-"""Guidance: denoiser in, denoiser out. No sampler knows of it."""
+"""Guidance: transforms of conditional denoisers. No sampler knows of it.
 
+`compose` chains several; the result is a conditional denoiser again, to which the sampling of a
+stage binds the condition.
+"""
+
+import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rdm_jax.diffusion.preconditioning import Denoiser
+from rdm_jax.diffusion.protocols import ConditionalDenoiser
 
-Conditional = Callable[
-    [Array, Array, Array], Array
-]  # (x, sigma, labels (b, classes)) -> denoised images
+Guidance = Callable[[ConditionalDenoiser], ConditionalDenoiser]
 
 
-def classifier_free(
-    conditional: Conditional, labels: Float[Array, "b classes"], weight: float
-) -> Denoiser:
-    """D = w D(x | c) - (w - 1) D(x | null) (arXiv 2207.12598), both passes as one call on a batch
-    of 2 b.
+@runtime_checkable
+class HasNull(Protocol):
+    """The part of a condition that guidance needs."""
 
-    The two of an image are neighbours in that batch, so that they are on the device where the image
-    is, and nothing has to move. `weight` 1 is plain conditional denoising at the cost of one pass.
-    The null label is the all-zero vector.
+    def null(self, condition: Any) -> Any:
+        """The null condition, a tree of the shapes of `condition`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierFree:
+    """D = w D(x | c) - (w - 1) D(x | null) (arXiv 2207.12598), both passes in one call.
+
+    The two of an image are neighbours in a batch of 2 b, so that both are on the device of the
+    image and nothing moves between devices. Weight 1 is plain conditional denoising, one pass.
+
+    Attributes:
+      weight: w.
+      condition: gives the null condition.
     """
-    if weight == 1:
-        return lambda x, sigma: conditional(x, sigma, labels)
-    both = jnp.stack([labels, jnp.zeros_like(labels)], axis=1).reshape(-1, labels.shape[1])
 
-    def denoise(x: Float[Array, "b h w c"], sigma: Float[Array, "*b"]) -> Float[Array, "b h w c"]:
-        twice_sigma = jnp.repeat(jnp.broadcast_to(sigma, x.shape[:1]), 2)
-        passes = conditional(jnp.repeat(x, 2, axis=0), twice_sigma, both).reshape(
-            len(x), 2, *x.shape[1:]
-        )
-        return weight * passes[:, 0] - (weight - 1) * passes[:, 1]
+    weight: float
+    condition: HasNull
 
-    return denoise
+    def __call__(self, conditional: ConditionalDenoiser) -> ConditionalDenoiser:
+        """The guided denoiser."""
+        if self.weight == 1:
+            return conditional
+
+        def guided(
+            x: Float[Array, "b h w c"], sigma: Float[Array, "*b"], condition: Any
+        ) -> Float[Array, "b h w c"]:
+            both = jax.tree.map(_interleaved, condition, self.condition.null(condition))
+            twice_sigma = jnp.repeat(jnp.broadcast_to(sigma, x.shape[:1]), 2)
+            passes = conditional(jnp.repeat(x, 2, axis=0), twice_sigma, both)
+            passes = passes.reshape(len(x), 2, *x.shape[1:])
+            return self.weight * passes[:, 0] - (self.weight - 1) * passes[:, 1]
+
+        return guided
+
+
+def _interleaved(one: Array, other: Array) -> Array:
+    return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
+
+
+def compose(*transforms: Guidance) -> Guidance:
+    """One transform of several; the first is applied first."""
+    return lambda conditional: functools.reduce(
+        lambda denoiser, transform: transform(denoiser), transforms, conditional
+    )

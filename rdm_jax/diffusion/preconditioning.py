@@ -1,5 +1,4 @@
-"""Preconditioning, D(x, sigma) = c_skip x + c_out F(c_in x, c_noise): from a network F to a
-denoiser D."""
+"""Preconditioning: from a network F to a denoiser D = c_skip x + c_out F(c_in x, c_noise)."""
 
 import dataclasses
 import math
@@ -11,10 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rdm_jax.diffusion import schedules
-
-Denoiser = Callable[
-    [Array, Array], Array
-]  # (x (b, h, w, c), sigma () or (b,)) -> the denoised images (b, h, w, c)
+from rdm_jax.diffusion.protocols import Denoiser
+from rdm_jax.runtime.fields import at_least, below, positive
 
 
 class Coefficients(NamedTuple):
@@ -28,14 +25,23 @@ class Coefficients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioning:
-    """What all kinds have; calling one gives the coefficients at noise levels sigma (b,).
+    """What all kinds share; calling one returns the coefficients at noise levels sigma (b,).
 
     Attributes:
-      outputs: the network's output has so many times the channels of an image; only the first of
-        them are used.
+      outputs: channels of the network's output in units of an image's; only the first of them are
+        used.
+      data_std: standard deviation that the data is assumed to have; None if none is assumed.
     """
 
     outputs: ClassVar[int] = 1
+
+    @property
+    def data_std(self) -> float | None:
+        """None: no assumption."""
+        return None
+
+    def check(self, path: str) -> None:
+        """Checks what concerns several fields; `path` names the part. Raises InputError."""
 
     def __call__(self, sigma: Float[Array, " b"]) -> Coefficients:
         """The coefficients at noise levels `sigma`."""
@@ -43,27 +49,31 @@ class Preconditioning:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the greatest noise level that the network knows."""
+        """The smallest and the largest noise level that the network knows."""
         return 0.0, math.inf
 
     def round(self, sigma: Float[Array, " n"]) -> Float[Array, " n"]:
-        """Each noise level's nearest one of those that the network knows."""
+        """The nearest of the levels that the network knows, for each noise level."""
         return sigma
 
 
 @dataclasses.dataclass(frozen=True)
-class EDM(Preconditioning):
-    """EDM's preconditioning (arXiv 2206.00364, table 1): inputs and targets of unit variance at
-    every level.
+class EDMPreconditioning(Preconditioning):
+    """EDM's (arXiv 2206.00364, table 1): inputs and targets of unit variance at every level.
 
     Attributes:
       sigma_data: standard deviation that the data is assumed to have.
-      noise_scale: c_noise = noise_scale ln(sigma); 1/4 is the published value, larger tells a small
-        network more of the level.
+      noise_scale: c_noise = noise_scale ln(sigma). 1/4 is the published value; a larger one spreads
+        the levels further apart, which helps small networks.
     """
 
-    sigma_data: float = 0.5
-    noise_scale: float = 0.25
+    sigma_data: float = positive(default=0.5)
+    noise_scale: float = positive(default=0.25)
+
+    @property
+    def data_std(self) -> float:
+        """`sigma_data`."""
+        return self.sigma_data
 
     def __call__(self, sigma: Float[Array, " b"]) -> Coefficients:
         """The coefficients at noise levels `sigma`."""
@@ -77,19 +87,18 @@ class EDM(Preconditioning):
 
 
 @dataclasses.dataclass(frozen=True)
-class VP(Preconditioning):
-    """The preconditioning of networks that were trained on the variance-preserving SDE (EDM, table
-    1).
+class VPPreconditioning(Preconditioning):
+    """For networks trained on the variance-preserving SDE (EDM, table 1).
 
     Attributes:
-      schedule: from noise level to time.
-      times: M; the network is told (M - 1) t.
-      epsilon: smallest time that it was trained at.
+      schedule: maps noise levels to times t.
+      times: M; c_noise = (M - 1) t.
+      epsilon: smallest time of the training.
     """
 
     schedule: schedules.Linear = schedules.Linear()
-    times: int = 1000
-    epsilon: float = 1e-5
+    times: int = at_least(2, default=1000)
+    epsilon: float = below(1, least=1e-6, default=1e-5)  # float32 has no smaller step below 1
 
     def __call__(self, sigma: Float[Array, " b"]) -> Coefficients:
         """The coefficients at noise levels `sigma`."""
@@ -98,21 +107,24 @@ class VP(Preconditioning):
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the greatest noise level that the network knows."""
+        """The smallest and the largest noise level that the network knows."""
         return tuple(self.schedule.sigma(jnp.asarray([self.epsilon, 1.0])).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
-class VE(Preconditioning):
-    """The preconditioning of networks that were trained on the variance-exploding SDE (EDM, table
-    1).
+class VEPreconditioning(Preconditioning):
+    """For networks trained on the variance-exploding SDE (EDM, table 1).
 
     Attributes:
-      sigma_min, sigma_max: the least and the greatest noise level that the network knows.
+      sigma_min, sigma_max: the smallest and the largest noise level that the network knows.
     """
 
-    sigma_min: float = 0.02
-    sigma_max: float = 100.0
+    sigma_min: float = positive(default=0.02)
+    sigma_max: float = positive(default=100.0)
+
+    def check(self, path: str) -> None:
+        """The levels must not be empty. Raises InputError."""
+        schedules.check_range(self.sigma_min, self.sigma_max, path)
 
     def __call__(self, sigma: Float[Array, " b"]) -> Coefficients:
         """The coefficients at noise levels `sigma`."""
@@ -121,25 +133,25 @@ class VE(Preconditioning):
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the greatest noise level that the network knows."""
+        """The smallest and the largest noise level that the network knows."""
         return self.sigma_min, self.sigma_max
 
 
 @dataclasses.dataclass(frozen=True)
-class IDDPM(Preconditioning):
-    """The preconditioning of iDDPM's and ADM's own networks (EDM, table 1).
+class IDDPMPreconditioning(Preconditioning):
+    """For iDDPM's and ADM's own networks (EDM, table 1).
 
-    They know a finite number of levels, and are told the nearest; they also return a variance,
+    They know a finite number of levels, of which they get the nearest. They also return a variance,
     which is not used.
 
     Attributes:
       c1, c2: constants of the cosine schedule.
-      times: M, its number of levels.
+      times: M, the number of levels.
     """
 
-    c1: float = 0.001
-    c2: float = 0.008
-    times: int = 1000
+    c1: float = positive(default=0.001)
+    c2: float = positive(default=0.008)
+    times: int = at_least(2, default=1000)
     outputs: ClassVar[int] = 2
 
     def __call__(self, sigma: Float[Array, " b"]) -> Coefficients:
@@ -149,31 +161,35 @@ class IDDPM(Preconditioning):
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the greatest noise level that the network knows."""
+        """The smallest and the largest noise level that the network knows."""
         return float(self.levels()[-2]), float(self.levels()[0])
 
     def round(self, sigma: Float[Array, " n"]) -> Float[Array, " n"]:
-        """Each noise level\'s nearest one of those that the network knows."""
+        """The nearest of the levels that the network knows, for each noise level."""
         return jnp.asarray(self.levels(), sigma.dtype)[self._nearest(sigma)]
 
     def _nearest(self, sigma: Float[Array, " b"]) -> Int[Array, " b"]:
         return jnp.argmin(jnp.abs(sigma[:, None] - jnp.asarray(self.levels(), sigma.dtype)), axis=1)
 
     def levels(self) -> Float[np.ndarray, " n"]:
-        """The noise levels that the network knows, decreasing, and 0."""
-        return schedules.iddpm_ladder(self.times, c1=self.c1, c2=self.c2)
+        """The M noise levels that the network knows, decreasing, and 0; float64."""
+        return schedules.iddpm_levels(self.times, c1=self.c1, c2=self.c2)
 
 
 def denoiser(
     network: Callable[[Array, Array], Array], precondition: Callable[[Array], Coefficients]
 ) -> Denoiser:
-    """D from F; `network(x, c_noise)` is F with everything else (parameters, labels) bound. D
-    computes in x's dtype."""
+    """D from F, in x's dtype.
+
+    Args:
+      network: (x, c_noise) -> F, with parameters and condition bound.
+      precondition: noise levels (b,) -> coefficients.
+    """
 
     def denoise(x: Float[Array, "b h w c"], sigma: Float[Array, "*b"]) -> Float[Array, "b h w c"]:
         c = precondition(jnp.broadcast_to(sigma, x.shape[:1]).astype(x.dtype))
-        expand = lambda a: a[:, None, None, None]  # noqa: E731
-        residual = network(expand(c.c_in) * x, c.c_noise)[..., : x.shape[-1]].astype(x.dtype)
-        return expand(c.c_skip) * x + expand(c.c_out) * residual
+        c_skip, c_out, c_in = (a[:, None, None, None] for a in (c.c_skip, c.c_out, c.c_in))
+        residual = network(c_in * x, c.c_noise)[..., : x.shape[-1]].astype(x.dtype)
+        return c_skip * x + c_out * residual
 
     return denoise

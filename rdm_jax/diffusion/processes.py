@@ -1,12 +1,12 @@
 """The forward processes: clean images in, noised images with their level and loss weight out.
 
 A process draws its randomness for one image from that image's key (`draw_level`, `draw_noise`) and
-is otherwise deterministic (`noised`), so a test can hand it any draws, and an image's noise does
-not depend on its batch.
+is otherwise deterministic (`noised`). An image's noise thus does not depend on its batch, and tests
+can pass any draws. `protocols.Process` is the interface.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,8 @@ from jax.scipy.special import ndtr
 from jaxtyping import Array, Float, Key
 
 from rdm_jax.diffusion import blurring, schedules
-
-
-class Noised(NamedTuple):
-    """What a denoiser is trained on: its input, noise level, the weight of its squared error, and
-    what it is given besides."""
-
-    images: Float[Array, "b h w c"]
-    sigma: Float[Array, " b"]
-    weight: Float[Array, " b"]
-    given: Float[Array, "b h w k"] | None = None
+from rdm_jax.diffusion.protocols import Noised, Process
+from rdm_jax.runtime.fields import at_least, below, positive
 
 
 def edm_weight(sigma: Float[Array, "*b"], sigma_data: float) -> Float[Array, "*b"]:
@@ -31,10 +23,47 @@ def edm_weight(sigma: Float[Array, "*b"], sigma_data: float) -> Float[Array, "*b
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
+class Unconditioned:
+    """For processes whose network gets the noised image alone."""
+
+    @property
+    def data_std(self) -> float | None:
+        """None: no assumption."""
+        return None
+
+    def conditioning_channels(self, channels: int) -> int:
+        """None."""
+        return 0
+
+    def conditioning(self, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> None:
+        """Nothing."""
+
+    def check(self, path: str) -> None:
+        """Nothing concerns several fields."""
+
+
 @dataclasses.dataclass(frozen=True)
-class FromNoise:
-    """What all processes that end in pure white noise share: x + sigma noise. They differ in
-    `sigma` and `weight`."""
+class FromNoise(Unconditioned):
+    """Processes that end in pure white noise: x + sigma noise. They differ in `sigma`, `weight`."""
+
+    blurs: ClassVar[bool] = False
+
+    @property
+    def enlarges(self) -> int:
+        """1: generation starts from noise alone."""
+        return 1
+
+    def sigma(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
+        """The noise level of a draw of `draw_level`."""
+        raise NotImplementedError
+
+    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+        """The weight of the squared error at a noise level."""
+        raise NotImplementedError
+
+    def blurred(self, x: Float[Array, "b h w c"], t: Float[Array, " b"]) -> Float[Array, "b h w c"]:
+        """The images themselves: nothing is blurred."""
+        return x
 
     def draw_level(self, key: Key[Array, ""]) -> Float[Array, ""]:
         """The draw that `sigma` turns into a noise level: U(0, 1)."""
@@ -58,12 +87,17 @@ class FromNoise:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian(FromNoise):
+class GaussianProcess(FromNoise):
     """EDM's process: log sigma ~ N(p_mean, p_std^2) (arXiv 2206.00364, table 1)."""
 
     p_mean: float = -1.2
-    p_std: float = 1.2
-    sigma_data: float = 0.5
+    p_std: float = positive(default=1.2)
+    sigma_data: float = positive(default=0.5)
+
+    @property
+    def data_std(self) -> float:
+        """`sigma_data`."""
+        return self.sigma_data
 
     def draw_level(self, key: Key[Array, ""]) -> Float[Array, ""]:
         """The draw that `sigma` turns into a noise level: N(0, 1)."""
@@ -74,65 +108,80 @@ class Gaussian(FromNoise):
         return jnp.exp(self.p_mean + self.p_std * level)
 
     def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
-        """EDM's."""
+        """EDM's weight."""
         return edm_weight(sigma, self.sigma_data)
 
 
 @dataclasses.dataclass(frozen=True)
-class Cascade(Gaussian):
-    """A classic cascade's (CDM, arXiv 2106.15282): EDM's process, for a network that is given the
-    small image, enlarged.
+class CascadeProcess(GaussianProcess):
+    """EDM's process, conditioned on the enlarged small image (CDM, arXiv 2106.15282).
 
-    The small image is noised by itself, in training at a level that is uniform in [0, augment_max]
-    (Gaussian conditioning augmentation), and the network is told that level.
+    The small image has noise of its own, in training of a level uniform in [0, augment_max]
+    (Gaussian conditioning augmentation), and the network is conditioned on that level too.
 
     Attributes:
-      patch: the factor by which this stage enlarges.
-      augment_max: the greatest noise level of the small image.
+      patch: factor by which this stage enlarges.
+      augment_max: largest noise level of the small image.
     """
 
-    patch: int = 4
-    augment_max: float = 0.5
+    patch: int = at_least(2, default=4)
+    augment_max: float = at_least(0, default=0.5)
 
-    def given(
+    @property
+    def enlarges(self) -> int:
+        """`patch`."""
+        return self.patch
+
+    def conditioning_channels(self, channels: int) -> int:
+        """The small image's channels and one for its noise level."""
+        return channels + 1
+
+    def conditioning_at(
         self,
         low: Float[Array, "b h w c"],
         level: Float[Array, " b"],
         noise: Float[Array, "b h w c"],
     ) -> Float[Array, "b h2 w2 k"]:
-        """What the network is given of small images: them, noised and enlarged, and the level of
-        their noise in one channel."""
+        """The small images, noised and enlarged, and their noise level in one more channel.
+
+        Args:
+          low: small images.
+          level: of their noise.
+          noise: unit noise of their size.
+        """
         level = jnp.broadcast_to(level[:, None, None, None], (*low.shape[:3], 1))
         return blurring.enlarge(
             jnp.concatenate([low + level * noise, level], -1), factor=self.patch
         )
 
-    def given_in_training(
+    def conditioning(
         self, x: Float[Array, "b h w c"], keys: Key[Array, " b"]
     ) -> Float[Array, "b h w k"]:
-        """The same of the means of large images, each at a random level from its own key."""
+        """The same for the means of large images, each at a random level from its own key."""
         low = blurring.mean_pool(x, factor=self.patch)
         level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         level = self.augment_max * jax.vmap(jax.random.uniform)(level_keys)
-        return self.given(
-            low, level, jax.vmap(lambda key: jax.random.normal(key, low.shape[1:]))(noise_keys)
-        )
+        noise = jax.vmap(lambda key: jax.random.normal(key, low.shape[1:]))(noise_keys)
+        return self.conditioning_at(low, level, noise)
 
 
 @dataclasses.dataclass(frozen=True)
-class VP(FromNoise):
-    """Training on the variance-preserving SDE, in EDM's terms (arXiv 2206.00364, table 1): times
-    uniform in (epsilon, 1]."""
+class VPProcess(FromNoise):
+    """The variance-preserving SDE in EDM's terms (arXiv 2206.00364, table 1).
+
+    Attributes:
+      schedule: from times to noise levels; times are uniform in (epsilon, 1].
+      epsilon: smallest time.
+    """
 
     schedule: schedules.Linear = schedules.Linear()
-    epsilon: float = 1e-5
+    epsilon: float = below(1, least=1e-6, default=1e-5)  # float32 has no smaller step below 1
 
     def sigma(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
         """The noise level of the time 1 - (1 - epsilon) level."""
         t = 1 + level * (self.epsilon - 1)
         # Not `schedule.sigma`, which is exact: the published implementation rounds 1 + sigma^2 to
-        # float32, and at small times, where the loss's weight is largest, this rounding is seen in
-        # its numbers.
+        # float32, which shows at small times, where the weight of the loss is largest.
         return jnp.sqrt(jnp.exp(self.schedule.beta_d * t**2 / 2 + self.schedule.beta_min * t) - 1)
 
     def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
@@ -141,12 +190,19 @@ class VP(FromNoise):
 
 
 @dataclasses.dataclass(frozen=True)
-class VE(FromNoise):
-    """Training on the variance-exploding SDE, in EDM's terms (arXiv 2206.00364, table 1): log sigma
-    uniform in a range."""
+class VEProcess(FromNoise):
+    """The variance-exploding SDE in EDM's terms (arXiv 2206.00364, table 1).
 
-    sigma_min: float = 0.02
-    sigma_max: float = 100.0
+    Attributes:
+      sigma_min, sigma_max: range of sigma; its logarithm is uniform.
+    """
+
+    sigma_min: float = positive(default=0.02)
+    sigma_max: float = positive(default=100.0)
+
+    def check(self, path: str) -> None:
+        """The range must not be empty. Raises InputError."""
+        schedules.check_range(self.sigma_min, self.sigma_max, path)
 
     def sigma(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
         """sigma_min (sigma_max / sigma_min)^level."""
@@ -158,36 +214,47 @@ class VE(FromNoise):
 
 
 @dataclasses.dataclass(frozen=True)
-class Relay:
-    """Stage 2's process: patch-wise blur under block noise (arXiv 2309.03350).
+class RelayProcess(Unconditioned):
+    """The relay's process: patch-wise blur and block noise (arXiv 2309.03350).
 
-    q(x_t | x_0) = N(V D_t V^T x_0, sigma_t^2 Cov(noise)) in every patch, noise = e + a
-    Block[s](e').
+    q(x_t | x_0) = N(V D_t V^T x_0, sigma_t^2 Cov(noise)) in every patch, with
+    noise = e + a Block[s](e').
 
     Attributes:
-      patch: p, the factor by which this stage enlarges, also the size of its blur's patches.
-      clock: what t in [0, 1] means.
+      patch: p, factor by which this stage enlarges, and size of the patches of its blur.
+      clock: RDM's time -> (sigma, blur).
       block_scale: a, strength of the block noise; 0 for white noise alone.
       block_size: s; 0 for s = p.
-      normalize_noise: divide the noise by sqrt(1 + a^2), as the paper writes and the released code
-        does not.
+      normalize_noise: divide the noise by sqrt(1 + a^2), as in the paper; the released code does
+        not.
       min_scale: floor of the blur's weights.
-      sigma_floor: the clock's draw is clipped from below near the time of this noise level.
+      sigma_floor: times are clipped from below near that of this noise level.
       exact_floor: clip exactly there; the released code multiplies the bound by the clock's length
         once more.
-      sigma_data, max_weight: EDM's weight of the loss, and its cap.
+      sigma_data, max_weight: of EDM's loss weight, and its cap.
     """
 
-    patch: int = 4
+    patch: int = at_least(2, default=4)
     clock: schedules.Clock = schedules.Clock()
-    block_scale: float = 0.15
-    block_size: int = 0
+    block_scale: float = at_least(0, default=0.15)
+    block_size: int = at_least(0, default=0)
     normalize_noise: bool = False
     min_scale: float = 1e-3
-    sigma_floor: float = 0.0075
+    sigma_floor: float = positive(default=0.0075)
     exact_floor: bool = False
-    sigma_data: float = 0.5
+    sigma_data: float = positive(default=0.5)
     max_weight: float = 1e5
+    blurs: ClassVar[bool] = True
+
+    @property
+    def enlarges(self) -> int:
+        """`patch`."""
+        return self.patch
+
+    @property
+    def data_std(self) -> float:
+        """`sigma_data`."""
+        return self.sigma_data
 
     def draw_level(self, key: Key[Array, ""]) -> Float[Array, ""]:
         """The draw that `noised` turns into a time: U(0, 1)."""
@@ -213,7 +280,7 @@ class Relay:
         return mixed / (1 + self.block_scale**2) ** 0.5 if self.normalize_noise else mixed
 
     def time(self, level: Float[Array, " b"]) -> Float[Array, " b"]:
-        """The clock's time of a draw from U(0, 1), clipped from below."""
+        """The time of a draw from U(0, 1), clipped from below."""
         bound = ndtr(
             (jnp.log(jnp.asarray(self.sigma_floor, level.dtype)) - self.clock.p_mean)
             / self.clock.p_std
@@ -222,9 +289,15 @@ class Relay:
         return jnp.maximum(level, bound)
 
     def blur_weights(self, t: Float[Array, " b"]) -> Float[Array, "b p p"]:
-        """D_t, what is left of each DCT coefficient at time t."""
+        """D_t, the factor of each DCT coefficient at time t."""
         return blurring.blur_weights(
             self.clock.blur_sigma(t), patch=self.patch, min_scale=self.min_scale
+        )
+
+    def blurred(self, x: Float[Array, "b h w c"], t: Float[Array, " b"]) -> Float[Array, "b h w c"]:
+        """Blurs each image as at its time t."""
+        return blurring.blur(
+            x, self.clock.blur_sigma(t), patch=self.patch, min_scale=self.min_scale
         )
 
     def noised(
@@ -233,24 +306,21 @@ class Relay:
         """Blurs and noises each image at the time of its `level`."""
         t = self.time(level)
         sigma = self.clock.sigma(t)
-        blurred = blurring.blur(
-            x, self.clock.blur_sigma(t), patch=self.patch, min_scale=self.min_scale
-        )
         weight = jnp.minimum(edm_weight(sigma, self.sigma_data), self.max_weight)
-        return Noised(blurred + sigma[:, None, None, None] * noise, sigma, weight)
+        return Noised(self.blurred(x, t) + sigma[:, None, None, None] * noise, sigma, weight)
 
 
 def diffuse(
-    process: FromNoise | Relay, x: Float[Array, "b h w c"], keys: Key[Array, " b"]
-) -> Noised:
-    """Noises each image at a random level, both from its own key."""
+    process: Process, x: Float[Array, "b h w c"], keys: Key[Array, " b"]
+) -> tuple[Noised, Float[Array, "b h w k"] | None]:
+    """Noises each image at a random level, both from its own key.
+
+    Returns:
+      The noised images, and what the network gets besides (`Process.conditioning`).
+    """
     level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     level = jax.vmap(process.draw_level)(level_keys)
     noise = jax.vmap(lambda key: process.draw_noise(key, x.shape[1:]))(noise_keys)
-    noised = process.noised(x, level, noise)
-    if isinstance(process, Cascade):
-        own_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(
-            keys
-        )  # 0 and 1 would be the two that `split` has made
-        return noised._replace(given=process.given_in_training(x, own_keys))
-    return noised
+    # 0 and 1 would give the two keys of `split`.
+    own_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
+    return process.noised(x, level, noise), process.conditioning(x, own_keys)

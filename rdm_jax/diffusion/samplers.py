@@ -1,10 +1,9 @@
-"""Samplers: a denoiser D(x, sigma), explicit levels and a state in; the state one level further
-out.
+"""Samplers: a denoiser, explicit noise levels and a state in; the state at the next level out.
 
-Generating from noise and relaying from an enlarged image are the same walk from another state. A
-sampler is a frozen record of its settings with `levels`, `start`, `step` and `finish`; `walk`
-drives any of them. N levels take N - 1 steps and one last evaluation: 2 N - 1 evaluations of the
-denoiser in all at second order, N at first.
+Generating from noise and relaying from an enlarged image are the same walk from different states. A
+sampler is a frozen record of its settings (`protocols.Sampler` is the interface), and `walk` drives
+any of them. N levels take N - 1 steps and one last evaluation: 2 N - 1 NFE at second order, N at
+first.
 
 Noise comes from a function `noise(k)`, the k-th unit noise of the whole batch: samplers hold no
 keys.
@@ -13,64 +12,110 @@ keys.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from rdm_jax.diffusion import blurring, schedules
-from rdm_jax.diffusion.preconditioning import Denoiser
-from rdm_jax.diffusion.processes import Cascade, FromNoise, Relay
+from rdm_jax.diffusion.processes import CascadeProcess, RelayProcess
+from rdm_jax.diffusion.protocols import Denoiser, Levels, Noise, Precondition, Process
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.fields import at_least, between, one_of, positive
 
-Noise = Callable[[Int[Array, ""] | int], Array]
+
+def nfe_of(levels: int, order: int) -> int:
+    """NFE of a walk over so many levels with a method of order 1 or 2."""
+    return levels if order == 1 else 2 * levels - 1
 
 
-class Levels(NamedTuple):
-    """Rungs of the ladder (leading axis n), or one of them.
+def check_levels(
+    sampler: Any, path: str, precondition: Precondition, *, highest: bool = True
+) -> None:
+    """Checks a sampler's sigma_min and sigma_max against what the network knows.
 
-    Attributes:
-      sigma: noise levels, decreasing.
-      blur: for a relay, the blur's weights D at each level; None where nothing is blurred.
+    Args:
+      sampler: has `sigma_min` and `sigma_max`.
+      path: of the sampler in the config.
+      precondition: of the network.
+      highest: whether sigma_max itself is walked.
+
+    Raises:
+      InputError: sigma_min is not below sigma_max, or a level is outside of the network's range.
     """
-
-    sigma: Float[Array, "*n"]
-    blur: Float[Array, "*n p p"] | None = None
+    least, most = precondition.range
+    if sampler.sigma_min >= sampler.sigma_max:
+        raise InputError(
+            f"{path}.sigma_min={sampler.sigma_min} is not below sigma_max={sampler.sigma_max}",
+            "Use a number above 0 and below sigma_max.",
+        )
+    if sampler.sigma_min < least:
+        raise InputError(
+            f"{path}.sigma_min={sampler.sigma_min} is below the preconditioning's smallest level",
+            f"Use {least:.4g} or more.",
+        )
+    if highest and sampler.sigma_max > most:
+        raise InputError(
+            f"{path}.sigma_max={sampler.sigma_max} is above the preconditioning's largest level",
+            f"Use {most:.5g} or less.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Heun:
-    """EDM's second-order sampler (arXiv 2206.00364, algorithms 1 and 2): an ODE, or with churn a
-    stochastic one.
+    """EDM's second-order sampler (arXiv 2206.00364, algorithms 1 and 2), with churn stochastic.
 
     Attributes:
       steps: number of levels N.
-      sigma_min, sigma_max, rho: the ladder.
+      sigma_min, sigma_max, rho: of the noise schedule.
       churn, churn_min, churn_max, churn_noise: S_churn, S_min, S_max and S_noise of algorithm 2;
-        churn 0 adds no noise so.
+        churn 0 adds no such noise.
       eta: share of fresh noise in each step, in [0, 1], as in DDIM ("sde_scale" of the released
         CelebA-HQ sampler); 0 adds none.
-      order: 2 for Heun, 1 for Euler's method (half the evaluations).
+      order: 2 for Heun, 1 for Euler's method (half the NFE).
     """
 
-    steps: int = 18
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-    churn: float = 0.0
-    churn_min: float = 0.0
+    steps: int = at_least(2, default=18)
+    sigma_min: float = positive(default=0.002)
+    sigma_max: float = positive(default=80.0)
+    rho: float = positive(default=7.0)
+    churn: float = at_least(0, default=0.0)
+    churn_min: float = at_least(0, default=0.0)
     churn_max: float = 1e9
-    churn_noise: float = 1.0
-    eta: float = 0.0
-    order: int = 2
+    churn_noise: float = at_least(0, default=1.0)
+    eta: float = between(0, 1, default=0.0)
+    order: int = one_of(1, 2, default=2)
 
-    def levels(self, process: FromNoise) -> Levels:
-        """The N levels; a process without blur adds nothing to the ladder."""
+    def walks(self, process: Process) -> bool:
+        """Processes that start from noise alone."""
+        return process.enlarges == 1
+
+    def levels(self, process: Process) -> Levels:
+        """The N levels, whatever the process is."""
         return Levels(
-            schedules.edm_ladder(
+            schedules.edm_levels(
                 self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
             )
         )
+
+    def nfe(self, process: Process) -> int:
+        """2 N - 1 at second order, N at first."""
+        return nfe_of(self.steps, self.order)
+
+    def conditioning(
+        self, process: Process, low: Float[Array, "b h w c"] | None, noise: Noise
+    ) -> Array | None:
+        """Nothing."""
+        return None
+
+    def handover(self, process: Process) -> str:
+        """The stage before is not used."""
+        return "begins at pure noise"
+
+    def check(self, path: str, process: Process, precondition: Precondition) -> None:
+        """The levels must be in the network's range. Raises InputError."""
+        check_levels(self, path, precondition)
 
     def start(
         self, low: Float[Array, "b h2 w2 c"] | None, level: Levels, noise: Noise
@@ -87,8 +132,7 @@ class Heun:
         to: Levels,
         noise: Noise,
     ) -> Float[Array, "b h w c"]:
-        """From level i to the next: churn, an Euler step, and Heun's correction of it, each of the
-        two with fresh noise if eta.
+        """From level i to the next: churn, an Euler step, Heun's correction; with noise if eta.
 
         x' = x + (sqrt(1 - eta^2) sigma' - sigma) d + eta sigma' n, which for any eta keeps the
         marginals if d is the true noise.
@@ -98,8 +142,8 @@ class Heun:
         predicted = self._moved(x, slope, sigma, to.sigma, noise(3 * i + 2))
         if self.order == 1:
             return predicted
-        slope_there = (predicted - denoise(predicted, to.sigma)) / to.sigma
-        return self._moved(x, (slope + slope_there) / 2, sigma, to.sigma, noise(3 * i + 3))
+        slope_at_end = (predicted - denoise(predicted, to.sigma)) / to.sigma
+        return self._moved(x, (slope + slope_at_end) / 2, sigma, to.sigma, noise(3 * i + 3))
 
     def finish(
         self,
@@ -129,23 +173,42 @@ class Heun:
 
 @dataclasses.dataclass(frozen=True)
 class CascadeHeun(Heun):
-    """EDM's sampler for a stage of a classic cascade: from pure noise, the network being given the
-    small image.
+    """EDM's sampler for a classic cascade: from pure noise, conditioned on the small image.
 
     Attributes:
       augment: noise level of the small image, from 0 to the process's `augment_max`.
     """
 
-    augment: float = 0.1
+    augment: float = at_least(0, default=0.1)
 
-    def given(
-        self, process: Cascade, low: Float[Array, "b h w c"], noise: Noise
+    def walks(self, process: Process) -> bool:
+        """Cascades."""
+        return isinstance(process, CascadeProcess)
+
+    def conditioning(
+        self, process: CascadeProcess, low: Float[Array, "b h w c"], noise: Noise
     ) -> Float[Array, "b h2 w2 k"]:
-        """What the network is given of the small images."""
-        unit = process.patch * blurring.mean_pool(
-            noise(3 * self.steps), factor=process.patch
-        )  # a number that no step draws
-        return process.given(low, jnp.full(low.shape[0], self.augment, low.dtype), unit)
+        """The small images, noised and enlarged, and the level of that noise."""
+        white = noise(3 * self.steps)  # an index that no step uses
+        unit = process.patch * blurring.mean_pool(white, factor=process.patch)
+        level = jnp.full(low.shape[0], self.augment, low.dtype)
+        return process.conditioning_at(low, level, unit)
+
+    def handover(self, process: Process) -> str:
+        """Pure noise, and the noise level of the small image."""
+        return (
+            f"begins at pure noise, conditioned on the small image with noise of sigma "
+            f"{self.augment:g}"
+        )
+
+    def check(self, path: str, process: CascadeProcess, precondition: Precondition) -> None:
+        """`augment` must be a level that training has covered. Raises InputError."""
+        super().check(path, process, precondition)
+        if self.augment > process.augment_max:
+            raise InputError(
+                f"{path}.augment={self.augment} is above process.augment_max",
+                f"Use 0 to {process.augment_max:g} (process.augment_max).",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,50 +216,93 @@ class RelayHeun:
     """The relay's sampler (arXiv 2309.03350): from an enlarged image, patch by patch in DCT space.
 
     Attributes:
-      steps: nominal number of levels; only those under `truncation_sigma` are walked.
-      sigma_min, sigma_max, rho: the ladder.
-      truncation_sigma: where the relay joins the ladder.
-      truncation_time: the clock's length in sampling; 0 for the one it was trained with.
+      steps: nominal number of levels; only those below `truncation_sigma` are walked.
+      sigma_min, sigma_max, rho: of the noise schedule.
+      truncation_sigma: where the relay joins the schedule.
+      truncation_time: the clock's length in sampling; 0 for that of the training.
       eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
-      order: 2 for Heun, 1 for the plain update (half the evaluations).
+      order: 2 for Heun, 1 for the plain update (half the NFE).
       corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which
         for eta = 0 is of second order in the patch means and of first where the blur changes; or
         'images', the denoised ones, of second order in both.
-      exact_start: let the first step go on from an image without any detail, which the enlarged one
-        is; else, as published, from one that is blurred as the process is at this level, so that
-        what the blur has left there is missing from then on. It is made up for by order 1 and the
-        corrector 'images'; 'slopes' takes a part of it away again.
+      exact_start: start the first step from an image without any detail, as the enlarged one is.
+        Else, as published, it starts from one blurred as the process is at this level, and the
+        detail that this blur keeps is missing from then on. Order 1 and the corrector 'images' make
+        up for it; 'slopes' loses a part of it again.
     """
 
-    steps: int = 18
-    sigma_min: float = 0.008
-    sigma_max: float = 80.0
-    rho: float = 7.0
+    steps: int = at_least(2, default=18)
+    sigma_min: float = positive(default=0.008)
+    sigma_max: float = positive(default=80.0)
+    rho: float = positive(default=7.0)
     truncation_sigma: float = 0.9
-    truncation_time: float = 0.0
-    eta: float = 0.2
-    order: int = 2
-    corrector: str = "slopes"
+    truncation_time: float = at_least(0, default=0.0)
+    eta: float = between(0, 1, default=0.2)
+    order: int = one_of(1, 2, default=2)
+    corrector: str = one_of("slopes", "images", default="slopes")
     exact_start: bool = False
 
-    def levels(self, process: Relay) -> Levels:
-        """The levels that are walked, with the blur that the state has at each: the process's, but
-        for an exact start."""
-        ladder = schedules.edm_ladder(
+    def walks(self, process: Process) -> bool:
+        """The relay's process."""
+        return isinstance(process, RelayProcess)
+
+    def levels(self, process: RelayProcess) -> Levels:
+        """The levels that are walked, with the blur of the state at each.
+
+        It is the process's blur; with `exact_start` the first level has nothing but patch means.
+        """
+        sigma = schedules.edm_levels(
             self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
         )
-        sigma = schedules.truncate(ladder, self.truncation_sigma)
+        sigma = schedules.truncate(sigma, self.truncation_sigma)
         clock = process.clock
         if self.truncation_time:
             clock = dataclasses.replace(clock, length=self.truncation_time)
         blur = process.blur_weights(clock.time(sigma))
-        return Levels(sigma, blur.at[0].set(0.0).at[0, 0, 0].set(1.0) if self.exact_start else blur)
+        if self.exact_start:
+            blur = blur.at[0].set(0.0).at[0, 0, 0].set(1.0)  # the patch mean alone
+        return Levels(sigma, blur)
+
+    def nfe(self, process: RelayProcess) -> int:
+        """2 n - 1 at second order, n at first, for the n levels that are walked."""
+        return nfe_of(len(self.levels(process).sigma), self.order)
+
+    def conditioning(
+        self, process: RelayProcess, low: Float[Array, "b h w c"] | None, noise: Noise
+    ) -> Array | None:
+        """Nothing: the small image is in the state."""
+        return None
+
+    def joined_level(self, process: RelayProcess) -> Levels:
+        """The level that the relay begins at, with the blur that the process has there."""
+        published = dataclasses.replace(self, exact_start=False)
+        return jax.tree.map(lambda a: a[0], published.levels(process))
+
+    def handover(self, process: RelayProcess) -> str:
+        """The level, and how much detail the blur has left there; the paper assumes none."""
+        first = self.joined_level(process)
+        end = process.blur_weights(jnp.ones(1))[0]
+        text = (
+            f"begins at sigma {first.sigma:.4g}, where {first.blur[0, 1]:.1%} of a patch's lowest "
+            f"frequency is left ({end[0, 1]:.1%} where its training ends)"
+        )
+        compensated = self.exact_start and (self.order == 1 or self.corrector == "images")
+        return f"{text}, which the first step makes up for" if compensated else text
+
+    def check(self, path: str, process: RelayProcess, precondition: Precondition) -> None:
+        """Two levels or more must be walked, in the network's range. Raises InputError."""
+        check_levels(self, path, precondition, highest=False)
+        walked = len(self.levels(process).sigma)
+        if walked < 2:
+            raise InputError(
+                f"{path}.steps={self.steps} leaves {walked} levels below truncation_sigma",
+                "Use more steps.",
+            )
 
     def start(
         self, low: Float[Array, "b h w c"], level: Levels, noise: Noise
     ) -> Float[Array, "b h2 w2 c"]:
-        """The state at the first level: the small image, enlarged so that every patch is constant,
-        plus noise."""
+        """The state at the first level: the small image with constant patches, plus noise."""
         return blurring.enlarge(low, factor=level.blur.shape[-1]) + level.sigma * noise(0)
 
     def step(
@@ -208,17 +314,19 @@ class RelayHeun:
         to: Levels,
         noise: Noise,
     ) -> Float[Array, "b h w c"]:
-        """From level i to the next. The corrector draws fresh noise: with the predictor's, the
-        marginal would be too narrow."""
+        """From level i to the next.
+
+        The corrector draws fresh noise: with the predictor's, the marginal would be too narrow.
+        """
         image = denoise(x, level.sigma)
         predicted = self._update(x, image, noise(2 * i + 1), level, to)
         if self.order == 1:
             return predicted
-        there = denoise(predicted, to.sigma)
+        image_at_end = denoise(predicted, to.sigma)
         if self.corrector == "images":
-            image = (image + there) / 2
+            image = (image + image_at_end) / 2
         else:  # the image that the mean of the slopes (x - image) / sigma points away from
-            image = (x + image - level.sigma / to.sigma * (predicted - there)) / 2
+            image = (x + image - level.sigma / to.sigma * (predicted - image_at_end)) / 2
         return self._update(x, image, noise(2 * i + 2), level, to)
 
     def finish(
@@ -241,14 +349,14 @@ class RelayHeun:
 def relay_update(
     x: Float[Array, "p p"], image: Float[Array, "p p"], level: Levels, to: Levels, eta: float
 ) -> Float[Array, "p p"]:
-    """One patch, one level further, without the fresh noise (arXiv 2309.03350).
+    """One patch at the next level, without the fresh noise (arXiv 2309.03350).
 
     With u and u0 the DCTs of the state and of the denoised image:
 
     u' = g u + (D' - g D) u0,    g = sqrt(1 - eta^2) sigma' / sigma
 
-    With the true u0 any eta keeps the marginals of the process; with the posterior mean in its
-    place, as in sampling, eta > 0 costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
+    With the true u0 any eta keeps the marginals of the process. With the posterior mean instead, as
+    in sampling, eta > 0 costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
     """
     g = (1 - eta**2) ** 0.5 * to.sigma / level.sigma
     return g * x + blurring.filter_patch(image, to.blur - g * level.blur)
@@ -257,23 +365,25 @@ def relay_update(
 def walk(
     step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: Levels, *, scan: bool
 ) -> Float[Array, "b h w c"]:
-    """Takes the state x at levels[0] down all levels and finishes.
+    """Takes the state x at levels[0] through all levels to clean images.
 
     Args:
-      step: (x, i, level, to) -> x, a sampler's step with all else bound.
+      step: (x, i, level, to) -> x, a sampler's step with everything else bound.
       finish: (x, i, level) -> x.
       x: the state at the first level.
       levels: n of them.
-      scan: one `lax.scan` (on accelerators, inside `jit`), or a Python loop that calls `step` each
-        time (on CPU, where XLA runs convolutions inside of a loop several times slower; `step`
-        should then be compiled).
+      scan: one `lax.scan` (for accelerators, inside `jit`), or a Python loop (for CPU, where XLA
+        runs convolutions inside of a loop several times slower; `step` should then be compiled).
     """
     n = levels.sigma.shape[0]
-    rung = lambda k: jax.tree.map(lambda a: a[k], levels)  # noqa: E731
+
+    def at(index: int | slice) -> Levels:
+        return jax.tree.map(lambda a: a[index], levels)
+
     if scan:
-        pairs = (jnp.arange(n - 1), rung(slice(None, -1)), rung(slice(1, None)))
+        pairs = (jnp.arange(n - 1), at(slice(None, -1)), at(slice(1, None)))
         x, _ = jax.lax.scan(lambda x, pair: (step(x, *pair), None), x, pairs)
     else:
         for i in range(n - 1):
-            x = step(x, jnp.int32(i), rung(i), rung(i + 1))
-    return finish(x, jnp.int32(n - 1), rung(n - 1))
+            x = step(x, jnp.int32(i), at(i), at(i + 1))
+    return finish(x, jnp.int32(n - 1), at(n - 1))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rdm_jax.config import Config
-from rdm_jax.config.validate import is_generated, measured_sets
+from rdm_jax.config.validate_evaluation import is_generated, measured_sets
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation import inception_weights

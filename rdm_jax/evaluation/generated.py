@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rdm_jax.config import Config
-from rdm_jax.config.validate import evaluated_seeds
+from rdm_jax.config.validate_evaluation import evaluated_seeds
 from rdm_jax.data.classes import Classes
 from rdm_jax.evaluation.image_streams import Batch, ImageStream, labels_by_name
 from rdm_jax.evaluation.references import NATIVE

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from rdm_jax.config import Config
-from rdm_jax.config.validate import LEAST
+from rdm_jax.config.schema import LEAST
 from rdm_jax.data.classes import Classes, matched
 from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
 from rdm_jax.data.images import ImageSpec

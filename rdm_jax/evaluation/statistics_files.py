@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rdm_jax.config.validate import LEAST
+from rdm_jax.config.schema import LEAST
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.statistics import Statistics
 from rdm_jax.runtime.errors import InputError

@@ -22,10 +22,10 @@ from rdm_jax.runtime.errors import InputError
 ParamPath = tuple[str, ...]
 
 PRECONDITIONS = {
-    "EDMPrecond": preconditioning.EDM,
-    "VPPrecond": preconditioning.VP,
-    "VEPrecond": preconditioning.VE,
-    "iDDPMPrecond": preconditioning.IDDPM,
+    "EDMPrecond": preconditioning.EDMPreconditioning,
+    "VPPrecond": preconditioning.VPPreconditioning,
+    "VEPrecond": preconditioning.VEPreconditioning,
+    "iDDPMPrecond": preconditioning.IDDPMPreconditioning,
 }
 NETWORKS = {"DhariwalUNet": ADM, "SongUNet": Song}
 # The original's defaults, for files without these settings.
@@ -198,13 +198,17 @@ def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
 def _precondition(class_name: str, settings: dict[str, Any]) -> preconditioning.Preconditioning:
     number = functools.partial(_number, settings)
     if class_name == "EDMPrecond":
-        return preconditioning.EDM(sigma_data=number("sigma_data", 0.5))
+        return preconditioning.EDMPreconditioning(sigma_data=number("sigma_data", 0.5))
     if class_name == "VPPrecond":
         schedule = Linear(number("beta_d", 19.9), number("beta_min", 0.1))
-        return preconditioning.VP(schedule, settings.get("M", 1000), number("epsilon_t", 1e-5))
+        return preconditioning.VPPreconditioning(
+            schedule, settings.get("M", 1000), number("epsilon_t", 1e-5)
+        )
     if class_name == "VEPrecond":
-        return preconditioning.VE(number("sigma_min", 0.02), number("sigma_max", 100.0))
-    return preconditioning.IDDPM(
+        return preconditioning.VEPreconditioning(
+            number("sigma_min", 0.02), number("sigma_max", 100.0)
+        )
+    return preconditioning.IDDPMPreconditioning(
         number("C_1", 0.001), number("C_2", 0.008), settings.get("M", 1000)
     )
 
@@ -244,17 +248,17 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
         settings["encoder_type"] = "residual" if network.residual else "standard"
         settings["decoder_type"] = "standard"
     match precondition:
-        case preconditioning.EDM():
+        case preconditioning.EDMPreconditioning():
             settings["sigma_data"] = precondition.sigma_data
-        case preconditioning.VP():
+        case preconditioning.VPPreconditioning():
             settings["beta_d"] = precondition.schedule.beta_d
             settings["beta_min"] = precondition.schedule.beta_min
             settings["M"] = precondition.times
             settings["epsilon_t"] = precondition.epsilon
-        case preconditioning.VE():
+        case preconditioning.VEPreconditioning():
             settings["sigma_min"] = precondition.sigma_min
             settings["sigma_max"] = precondition.sigma_max
-        case preconditioning.IDDPM():
+        case preconditioning.IDDPMPreconditioning():
             settings["C_1"] = precondition.c1
             settings["C_2"] = precondition.c2
             settings["M"] = precondition.times

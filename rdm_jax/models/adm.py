@@ -1,5 +1,4 @@
-"""The ADM U-Net (Dhariwal and Nichol, arXiv 2105.05233), in the form in which EDM and RDM published
-their weights."""
+"""The ADM U-Net (arXiv 2105.05233) in the form of EDM's and RDM's published weights."""
 
 import dataclasses
 
@@ -8,9 +7,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rdm_jax.models import layers
-from rdm_jax.models.unet import UNet, UNetNetwork
+from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.initializers import FanIn
+from rdm_jax.models.unet import UNet, UNetNetwork, features
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.fields import at_least
 
-DEFAULT, ZERO = layers.FanIn(1.0), layers.FanIn(0.0)
+DEFAULT, ZERO = FanIn(1.0), FanIn(0.0)
 STYLE = layers.Style(
     init=DEFAULT,
     init_last=ZERO,
@@ -24,47 +27,50 @@ STYLE = layers.Style(
 
 @dataclasses.dataclass(frozen=True)
 class ADM(UNet):
-    """Size and options of the network. The published ones are ADM-64 and ADM-256; the defaults are
-    ADM-64's.
+    """Size and options of ADM. Published are ADM-64 and ADM-256; the defaults are ADM-64's.
 
     Attributes:
-      head_channels: channels of an attention head; a level of fewer channels does not attend.
+      head_channels: channels of an attention head; a level with fewer channels does not attend.
     """
 
-    head_channels: int = 64
+    head_channels: int = at_least(1, default=64)
 
-    def build(
-        self, image_channels: int, classes: int, *, outputs: int = 1, given: int = 0, rngs: nnx.Rngs
-    ) -> "ADMNetwork":
-        """The network for images of so many channels and classes (0: none).
+    def build(self, shapes: Shapes, *, rngs: nnx.Rngs) -> "ADMNetwork":
+        """The network; its condition is a vector per image, such as one-hot classes, or none."""
+        return ADMNetwork(self, shapes, rngs=rngs)
 
-        Its output has `outputs` times as many channels, its input `given` more: what it is told of
-        each pixel.
-        """
-        return ADMNetwork(
-            self, (image_channels + given, outputs * image_channels), classes, rngs=rngs
-        )
+    def check(self, path: str) -> None:
+        """Widths must divide into groups and heads, and levels exist. Raises InputError."""
+        super().check(path)
+        # The deepest level always attends, if it is wide enough.
+        for level in sorted({*self.attention_levels, len(self.channel_mult) - 1}):
+            width, head = self.channels * self.channel_mult[level], self.head_channels
+            if width < head:
+                fits = level not in self.attention_levels
+            else:
+                fits = width % (width // head) == 0
+            if not fits:
+                raise InputError(
+                    f"{path}.head_channels={head} does not divide the width of level {level}",
+                    f"Use a divisor of {width}.",
+                )
 
 
 class ADMNetwork(UNetNetwork):
     """ADM: the embedding scales and shifts, every block of an attending level attends."""
 
-    def __init__(self, config: ADM, in_out: tuple[int, int], classes: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: ADM, shapes: Shapes, *, rngs: nnx.Rngs):
         emb, labels = config.emb_mult * config.channels, config.augment_labels
+        conditions = features(shapes.condition)
         self.map_layer0 = layers.linear(config.channels, emb, init=DEFAULT, rngs=rngs)
         self.map_layer1 = layers.linear(emb, emb, init=DEFAULT, rngs=rngs)
-        unit = {
-            "kernel_init": nnx.initializers.normal(1.0),
-            "use_bias": False,
-            "dtype": jnp.dtype("float32"),
-        }
-        self.map_label = nnx.Linear(classes, emb, **unit, rngs=rngs) if classes else None
+        self.map_label = _unit_linear(conditions, emb, rngs) if conditions else None
         self.map_augment = (
             layers.linear(labels, config.channels, init=ZERO, use_bias=False, rngs=rngs)
             if labels
             else None
         )
-        super().__init__(config, STYLE, in_out, config.channels * config.channel_mult[0], rngs=rngs)
+        super().__init__(config, STYLE, shapes, config.channels * config.channel_mult[0], rngs=rngs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         attends = half == "middle" or level in self.config.attention_levels
@@ -73,13 +79,25 @@ class ADMNetwork(UNetNetwork):
     def _embedding(
         self,
         noise_label: Float[Array, " b"],
-        class_label: Float[Array, "b classes"] | None,
+        condition: Float[Array, "b k"] | None,
         augment_label: Float[Array, "b a"] | None,
     ) -> Float[Array, "b e"]:
         emb = layers.positional_embedding(noise_label, self.config.channels)
         if self.map_augment is not None and augment_label is not None:
             emb = emb + self.map_augment(augment_label)
         emb = self.map_layer1(nnx.silu(self.map_layer0(emb)))
-        if self.map_label is not None and class_label is not None:
-            emb = emb + self.map_label(class_label)
+        if self.map_label is not None and condition is not None:
+            emb = emb + self.map_label(condition)
         return nnx.silu(emb)
+
+
+def _unit_linear(c_in: int, c_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """An embedding of one-hot vectors of unit variance, in float32."""
+    return nnx.Linear(
+        c_in,
+        c_out,
+        kernel_init=nnx.initializers.normal(1.0),
+        use_bias=False,
+        dtype=jnp.dtype("float32"),
+        rngs=rngs,
+    )

@@ -1,5 +1,4 @@
-"""From an nnx module to a pair of pure functions, split once: merging inside `jit` costs nothing at
-run time."""
+"""An nnx module as pure functions. It is split once; merging inside `jit` is free at run time."""
 
 import functools
 import math
@@ -19,10 +18,10 @@ class Network(NamedTuple):
 
     Attributes:
       init: key -> params, a nested dict of float32 arrays.
-      apply: (params, x, noise_label, class_label, augment_label, dropout_keys) -> F; the last three
+      apply: (params, x, noise_label, condition, augment_label, dropout_keys) -> F; the last three
         may be None.
       abstract: the shapes and dtypes of the parameters, a tree of `jax.ShapeDtypeStruct`.
-      dtypes: what each is computed with, a tree of dtypes.
+      dtypes: the dtype that each parameter is computed with, a tree.
     """
 
     init: Callable[[Key[Array, ""]], dict[str, Any]]
@@ -30,31 +29,37 @@ class Network(NamedTuple):
     abstract: dict[str, Any]
     dtypes: dict[str, Any]
 
-    def count(self) -> int:
+    @property
+    def num_parameters(self) -> int:
         """Number of parameters."""
         return sum(math.prod(x.shape) for x in jax.tree.leaves(self.abstract))
 
-    def multiply_adds(self, image_shape: tuple[int, int, int], classes: int) -> int:
-        """Multiply-adds of one forward pass for one image, in the convolutions and matrix products
-        of the traced program.
+    def multiply_adds(self, input_shape: tuple[int, int, int], condition: Any = None) -> int:
+        """Multiply-adds of one forward pass for one image, counted in convolutions and products.
 
-        (XLA's own cost analysis leaves out what falls on a convolution's padding, 4 % of ADM-64.)
+        XLA's own cost analysis leaves out the padding of convolutions, 4 % of ADM-64.
+
+        Args:
+          input_shape: (h, w, c) of the network's input.
+          condition: `Condition.spec`.
         """
-        array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-        labels = array(1, classes) if classes else None
-        return multiply_adds(self.apply, self.abstract, array(1, *image_shape), array(1), labels)
+        x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+        noise_label = jax.ShapeDtypeStruct((1,), jnp.float32)
+        batched = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), condition
+        )
+        return multiply_adds(self.apply, self.abstract, x, noise_label, batched)
 
 
 def multiply_adds(function: Callable, *abstract_args: Any) -> int:
-    """Multiply-adds in the convolutions and matrix products of a function, counted in what JAX
-    traces.
+    """Multiply-adds in the convolutions and matrix products of a function as JAX traces it.
 
-    The arguments may be arrays or their shapes. A scan counts once a turn, of a conditional's
-    branches the largest counts. Fused attention on GPU (bfloat16 networks, traced there) is no
-    matrix product to JAX and is not seen: trace in float32.
+    The arguments may be arrays or their shapes. A scan counts once per iteration; of the branches
+    of a conditional the largest counts. Fused attention on GPU (bfloat16 networks, traced there) is
+    not a matrix product to JAX and is not counted: trace in float32.
 
     Raises:
-      ValueError: there are some in a loop whose turns are not known.
+      ValueError: some are in a loop with an unknown number of iterations.
     """
     return _multiply_adds(jax.make_jaxpr(function)(*abstract_args).jaxpr)
 
@@ -85,7 +90,7 @@ def _of_equation(equation: Any) -> int:
         if has_equations(value)
     )
     if name == "while" and inner:
-        raise ValueError("multiply-adds within a while loop, whose turns are not known")
+        raise ValueError("multiply-adds in a while loop with an unknown number of iterations")
     return inner * params["length"] if name == "scan" else inner
 
 
@@ -95,8 +100,7 @@ def has_equations(value: Any) -> bool:
 
 
 class _SameKey(nnx.Rngs):
-    """One key for everything: shapes do not depend on it, and counting the draws takes nnx most of
-    the time of a trace."""
+    """One key for everything: shapes do not depend on keys, and drawing them slows traces down."""
 
     def params(self) -> Key[Array, ""]:
         return root_key(0)
@@ -110,16 +114,15 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     def init(key):
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)), nnx.Param)[1])
 
-    def apply(params, x, noise_label, class_label=None, augment_label=None, dropout_keys=None):
+    def apply(params, x, noise_label, condition=None, augment_label=None, dropout_keys=None):
         state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line writes into it
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)(x, noise_label, class_label, augment_label, dropout_keys)
+        return nnx.merge(graph, state)(x, noise_label, condition, augment_label, dropout_keys)
 
     def dtype_of(path, leaf):
         *owners, name = (key.key for key in path)
-        return jnp.dtype(
-            functools.reduce(getattr, owners, module).dtype if name == "kernel" else leaf.dtype
-        )
+        computed = functools.reduce(getattr, owners, module).dtype if name == "kernel" else None
+        return jnp.dtype(computed or leaf.dtype)
 
     leaves = nnx.to_pure_dict(abstract)
     return Network(init, apply, leaves, jax.tree.map_with_path(dtype_of, leaves))

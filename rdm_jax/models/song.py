@@ -1,5 +1,4 @@
-"""DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), in the form in which EDM published their
-weights."""
+"""DDPM++ and NCSN++ (arXiv 2011.13456) in the form of EDM's published weights."""
 
 import dataclasses
 
@@ -8,10 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from rdm_jax.models import layers
-from rdm_jax.models.unet import UNet, UNetNetwork
+from rdm_jax.models import layers, resampling
+from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.initializers import Xavier
+from rdm_jax.models.unet import UNet, UNetNetwork, features
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.fields import all_positive, at_least, one_of
 
-DEFAULT, SMALL = layers.Xavier(1.0), layers.Xavier(1e-5)
+DEFAULT, SMALL = Xavier(1.0), Xavier(1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,64 +24,74 @@ class Song(UNet):
     NCSN++ is `embedding='fourier', noise_mult=2, residual=True, filter=(1, 3, 3, 1)`.
 
     Attributes:
-      embedding: of the noise level, 'positional' or 'fourier' (random frequencies, which are kept
+      embedding: of the noise level, 'positional' or 'fourier' (random frequencies, which are stored
         with the parameters but not trained).
       noise_mult: width of that embedding in units of `channels`.
-      residual: every level of the encoder is fed the shrunken input image.
+      residual: every level of the encoder also gets the downsampled input image.
       filter: taps of the resampling filter, an even number of them.
     """
 
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (2, 2, 2)
-    blocks: int = 4
+    channels: int = at_least(1, default=128)
+    channel_mult: tuple[int, ...] = all_positive(default=(2, 2, 2))
+    blocks: int = at_least(1, default=4)
     attention_levels: tuple[int, ...] = (1,)
-    embedding: str = "positional"
-    noise_mult: int = 1
+    embedding: str = one_of("positional", "fourier", default="positional")
+    noise_mult: int = at_least(1, default=1)
     residual: bool = False
     filter: tuple[int, ...] = (1, 1)
 
-    def build(
-        self, image_channels: int, classes: int, *, outputs: int = 1, given: int = 0, rngs: nnx.Rngs
-    ) -> "SongNetwork":
-        """The network for images of so many channels and classes (0: none).
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the levels and of the stem."""
+        return (*super().widths, self.channels)
 
-        Its output has `outputs` times as many channels, its input `given` more: what it is told of
-        each pixel.
-        """
-        return SongNetwork(
-            self, (image_channels + given, outputs * image_channels), classes, rngs=rngs
-        )
+    def build(self, shapes: Shapes, *, rngs: nnx.Rngs) -> "SongNetwork":
+        """The network; its condition is a vector per image, such as one-hot classes, or none."""
+        return SongNetwork(self, shapes, rngs=rngs)
+
+    def check(self, path: str) -> None:
+        """Widths must divide into groups, levels exist, the filter be even. Raises InputError."""
+        super().check(path)
+        if len(self.filter) % 2 or not self.filter or not sum(self.filter):
+            raise InputError(
+                f"{path}.filter={self.filter} is not a resampling filter",
+                "Use an even number of taps, such as (1, 1) or (1, 3, 3, 1).",
+            )
 
 
 class SongNetwork(UNetNetwork):
     """DDPM++ or NCSN++: the embedding is added, the decoder attends in the last block of a level
     only, with one head."""
 
-    def __init__(self, config: Song, in_out: tuple[int, int], classes: int, *, rngs: nnx.Rngs):
-        kwargs = {"init": DEFAULT, "rngs": rngs}
+    def __init__(self, config: Song, shapes: Shapes, *, rngs: nnx.Rngs):
         emb, width = config.emb_mult * config.channels, config.noise_mult * config.channels
-        labels = config.augment_labels
-        fourier = config.embedding == "fourier"
+        conditions, labels = features(shapes.condition), config.augment_labels
         self.frequencies = (
-            nnx.Param(16 * jax.random.normal(rngs.params(), (width // 2,))) if fourier else None
+            nnx.Param(16 * jax.random.normal(rngs.params(), (width // 2,)))
+            if config.embedding == "fourier"
+            else None
         )
-        self.map_label = layers.linear(classes, width, **kwargs) if classes else None
+        self.map_label = (
+            layers.linear(conditions, width, init=DEFAULT, rngs=rngs) if conditions else None
+        )
         self.map_augment = (
-            layers.linear(labels, width, use_bias=False, **kwargs) if labels else None
+            layers.linear(labels, width, init=DEFAULT, use_bias=False, rngs=rngs)
+            if labels
+            else None
         )
-        self.map_layer0 = layers.linear(width, emb, **kwargs)
-        self.map_layer1 = layers.linear(emb, emb, **kwargs)
+        self.map_layer0 = layers.linear(width, emb, init=DEFAULT, rngs=rngs)
+        self.map_layer1 = layers.linear(emb, emb, init=DEFAULT, rngs=rngs)
         style = layers.Style(
             init=DEFAULT,
             init_last=SMALL,
-            init_qkv=layers.Xavier(0.2**0.5),
+            init_qkv=Xavier(0.2**0.5),
             epsilon=1e-6,
             scale_shift=False,
             skip_scale=0.5**0.5,
             project_resampled=True,
             filter=config.filter,
         )
-        super().__init__(config, style, in_out, config.channels, rngs=rngs)
+        super().__init__(config, style, shapes, config.channels, rngs=rngs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         last = half != "decoder" or block == self.config.blocks
@@ -86,8 +99,8 @@ class SongNetwork(UNetNetwork):
 
     def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict) -> None:
         if self.config.residual:
-            # The 3x3 comes before the filter and is computed where the filter looks beyond the
-            # image, too.
+            # The 3x3 convolution comes before the filter and also covers the margin that the
+            # filter reads beyond the image.
             margin = (len(self.config.filter) - 1) // 2
             setattr(
                 self,
@@ -98,7 +111,7 @@ class SongNetwork(UNetNetwork):
     def _embedding(
         self,
         noise_label: Float[Array, " b"],
-        class_label: Float[Array, "b classes"] | None,
+        condition: Float[Array, "b k"] | None,
         augment_label: Float[Array, "b a"] | None,
     ) -> Float[Array, "b e"]:
         if self.frequencies is None:
@@ -110,10 +123,10 @@ class SongNetwork(UNetNetwork):
                 noise_label, 2 * jnp.pi * jax.lax.stop_gradient(self.frequencies[...])
             )
         emb = jnp.concatenate(jnp.split(emb, 2, axis=1)[::-1], axis=1)  # sin before cos
-        if self.map_label is not None and class_label is not None:
-            emb = emb + self.map_label(class_label * class_label.shape[-1] ** 0.5)
+        if self.map_label is not None and condition is not None:
+            emb = emb + self.map_label(condition * condition.shape[-1] ** 0.5)
         elif self.map_label is not None:
-            emb = emb + self.map_label.bias[...]  # the null label's embedding
+            emb = emb + self.map_label.bias[...]  # the embedding of the null condition
         if self.map_augment is not None and augment_label is not None:
             emb = emb + self.map_augment(augment_label)
         return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
@@ -127,7 +140,7 @@ class SongNetwork(UNetNetwork):
             if self.config.residual and name.startswith("down"):
                 conv = getattr(self, name.replace("down", "residual"))
                 h = residual = (
-                    layers.downsample(conv(residual), self.config.filter, padded=True) + h
+                    resampling.downsample(conv(residual), self.config.filter, padded=True) + h
                 ) * self.style.skip_scale
             outputs.append(h)
         return outputs

@@ -1,18 +1,21 @@
-"""What the U-Nets of both published families share: the order of blocks, the skips, and the
-call."""
+"""What the U-Nets of both published families share: the order of blocks, skips and the call."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from rdm_jax.models import layers
+from rdm_jax.models import layers, resampling
+from rdm_jax.models.backbone import Shapes
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.fields import all_positive, at_least, below, one_of
 
-# What is kept of a block's forward pass for its backward pass; the rest is computed again from the
+# What a block's forward pass keeps for its backward pass; the rest is computed again from the
 # block's input.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda block: block,
@@ -32,61 +35,92 @@ class UNet:
       channels: width of level 0.
       channel_mult: width of each level in units of `channels`; each level has half the resolution
         of the one before.
-      blocks: residual blocks a level.
+      blocks: residual blocks per level.
       attention_levels: levels (0 is the finest) whose blocks attend.
       emb_mult: width of the embedding in units of `channels`.
-      augment_labels: values of the augmentation label that conditions the network; 0 for none, 9
-        for EDM's augmentation.
+      augment_labels: values of the augmentation label that the network is conditioned on; 0 for
+        none, 9 for EDM's augmentation.
       dropout: rate in every block.
       patch: side of the pixel patches that are folded into channels before level 0
         (space-to-depth), and unfolded at the end.
-      dtype: 'float32' or 'bfloat16' for what images are computed in. Always float32 are parameters,
-        embeddings and how they modulate, the statistics of normalisation and attention, sums over
-        an image in the backward pass, and the output. Gradients of convolutions are of this dtype,
-        also on their way between devices.
+      dtype: 'float32' or 'bfloat16', of the computation on images. Parameters, embeddings and their
+        modulation, statistics of normalisation and attention, sums over an image in the backward
+        pass, and the output are always float32. Gradients of convolutions have this dtype, also in
+        the exchange between devices.
       remat: what training computes again in the backward pass instead of keeping it: 'none';
         'convolutions' for all but the outputs of convolutions (little more time); or 'block' for
         all but the inputs of blocks (least memory, a third more time).
     """
 
-    channels: int = 192
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    blocks: int = 3
+    condition_parameters: ClassVar[tuple[str, ...]] = ("map_label",)
+
+    channels: int = at_least(1, default=192)
+    channel_mult: tuple[int, ...] = all_positive(default=(1, 2, 3, 4))
+    blocks: int = at_least(1, default=3)
     attention_levels: tuple[int, ...] = (1, 2, 3)
-    emb_mult: int = 4
-    augment_labels: int = 0
-    dropout: float = 0.1
-    patch: int = 1
-    dtype: str = "float32"
-    remat: str = "none"
+    emb_mult: int = at_least(1, default=4)
+    augment_labels: int = at_least(0, default=0)
+    dropout: float = below(1, default=0.1)
+    patch: int = at_least(1, default=1)
+    dtype: str = one_of("float32", "bfloat16", default="float32")
+    remat: str = one_of(*REMAT, default="none")
 
     @property
     def stride(self) -> int:
-        """What height and width of an image must be divisible by."""
+        """Height and width of an image must be divisible by this."""
         return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths that skip connections join."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
+
+    def check(self, path: str) -> None:
+        """Widths must divide into groups, and levels must exist. Raises InputError."""
+        joined = {a + b for a in self.widths for b in self.widths}  # by the skip connections
+        for width in {*self.widths, *joined}:
+            if width % 4 or width % min(32, width // 4):
+                raise InputError(
+                    f"{path}.channels={self.channels} does not divide into groups of normalisation",
+                    "Use a multiple of 32.",
+                )
+        deepest = len(self.channel_mult) - 1
+        if not all(0 <= level <= deepest for level in self.attention_levels):
+            raise InputError(
+                f"{path}.attention_levels={self.attention_levels} has unknown levels",
+                f"Use levels from 0 to {deepest}.",
+            )
+
+
+def features(condition: Any) -> int:
+    """Size of the condition's vector, 0 for none. Raises ValueError for a tree of another shape."""
+    if condition is None:
+        return 0
+    if len(getattr(condition, "shape", ())) != 1:
+        raise ValueError(f"a U-Net is conditioned on one vector per image, not on {condition}")
+    return condition.shape[0]
 
 
 class UNetNetwork(nnx.Module):
-    """F(x, c_noise, class label, augmentation label); any height and width divisible by the
-    config's `stride`.
+    """F(x, c_noise, condition, augmentation label) for images that the config's `stride` divides.
 
-    A family adds its embedding of the labels (`_embedding`) and says where it attends (`_heads`).
-    `encoder` and `decoder` hold the names of the blocks in the order in which they run; level 0 is
-    the finest.
+    A family adds its embedding (`_embedding`) and says where it attends (`_heads`). `encoder` and
+    `decoder` hold the names of the blocks in the order in which they run; level 0 is the finest.
     """
 
     def __init__(
         self,
         config: UNet,
         style: layers.Style,
-        in_out: tuple[int, int],
+        shapes: Shapes,
         stem: int,
         *,
         rngs: nnx.Rngs,
     ):
         self.config, self.style, self.dtype = config, style, jnp.dtype(config.dtype)
         kwargs = {"dtype": self.dtype, "rngs": rngs}
-        folded_in, folded_out = (channels * config.patch**2 for channels in in_out)
+        folded_in = shapes.channels_in * config.patch**2
+        folded_out = shapes.channels_out * config.patch**2
         width = config.channels * config.channel_mult[0]
         self.stem = layers.conv(folded_in, stem, 3, init=style.init, **kwargs)
         self._add_encoder(folded_in, stem, kwargs)
@@ -95,8 +129,7 @@ class UNetNetwork(nnx.Module):
         self.out_conv = layers.conv(width, folded_out, 3, init=style.init_last, **kwargs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
-        """Heads of the block's attention, 0 for none; `half` is 'encoder', 'middle' or
-        'decoder'."""
+        """Heads of the block's attention, 0 for none; in 'encoder', 'middle' or 'decoder'."""
         raise NotImplementedError
 
     def _add_block(
@@ -117,7 +150,7 @@ class UNetNetwork(nnx.Module):
         return name
 
     def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict) -> None:
-        """For families that feed the shrunken image into each level; none by default."""
+        """For families that feed the downsampled image into each level; none by default."""
 
     def _add_encoder(self, folded: int, stem: int, kwargs: dict):
         width, residual, names, skips = stem, folded, [], [stem]
@@ -163,7 +196,7 @@ class UNetNetwork(nnx.Module):
     def _embedding(
         self,
         noise_label: Float[Array, " b"],
-        class_label: Float[Array, "b classes"] | None,
+        condition: Float[Array, "b k"] | None,
         augment_label: Float[Array, "b a"] | None,
     ) -> Float[Array, "b e"]:
         raise NotImplementedError
@@ -176,13 +209,13 @@ class UNetNetwork(nnx.Module):
         keys: Key[Array, " b"] | None,
         skip: Float[Array, "b h w c3"] | None = None,
     ) -> Float[Array, "b h2 w2 c2"]:
-        """The output of a block, for x and what a skip connection joins to its channels."""
+        """The output of a block for x, with the channels of a skip connection appended."""
         block, number = getattr(self, name), (*self.encoder, *self.decoder).index(name)
 
         def run(x, emb, keys, skip):
             keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-            # Joined in here, so that rematerialisation keeps the two, which are kept anyway, and
-            # not their copy.
+            # Concatenated in here, so that rematerialisation keeps the two parts, which are kept
+            # anyway, and not their copy.
             return block(x if skip is None else jnp.concatenate([x, skip], axis=-1), emb, keys)
 
         return REMAT[self.config.remat](run)(x, emb, keys, skip)
@@ -200,29 +233,28 @@ class UNetNetwork(nnx.Module):
         self,
         x: Float[Array, "b h w c"],
         noise_label: Float[Array, " b"],
-        class_label: Float[Array, "b classes"] | None = None,
+        condition: Float[Array, "b k"] | None = None,
         augment_label: Float[Array, "b a"] | None = None,
         dropout_keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c2"]:
         """Runs the network.
 
         Args:
-          x: images, preconditioned, and after their channels those of what is given.
+          x: preconditioned images, followed by the channels of the conditioning.
           noise_label: c_noise.
-          class_label: one-hot; all zero (or None) is the null label.
+          condition: a vector per image; all zero (or None) is the null condition.
           augment_label: None is the label of an image that was not augmented.
-          dropout_keys: for dropout in training, one an image; None switches dropout off.
+          dropout_keys: one key per image, for training; None switches dropout off.
 
         Returns:
-          An array of x's height and width in float32, with as many channels as the network was
-          built for.
+          float32 of x's height and width, with `Shapes.channels_out` channels.
         """
-        emb = self._embedding(noise_label, class_label, augment_label)
-        skips = self._encode(layers.space_to_depth(x, self.config.patch), emb, dropout_keys)
+        emb = self._embedding(noise_label, condition, augment_label)
+        skips = self._encode(resampling.space_to_depth(x, self.config.patch), emb, dropout_keys)
         h = skips[-1]
         for name in self.decoder:
             h = self._run(
                 name, h, emb, dropout_keys, skips.pop() if name.startswith("decoder") else None
             )
         h = self.out_conv(nnx.silu(self.out_norm(h)), wide=True)
-        return layers.depth_to_space(h, self.config.patch)
+        return resampling.depth_to_space(h, self.config.patch)

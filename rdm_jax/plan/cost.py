@@ -242,7 +242,7 @@ def _activations(stage: Stage, image_shape: tuple[int, int, int], classes: int) 
     # Parameters as they are in the pass: their copies are not residuals.
     params = jax.tree.map(cast, objective.network.abstract, objective.network.dtypes)
     batch = {
-        "image": jax.ShapeDtypeStruct((1, *image_shape), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((1, *image_shape), stage.representation.dtype),
         "label": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     keys = jax.eval_shape(lambda: jax.random.split(root_key(0), 1))

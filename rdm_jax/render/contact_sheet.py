@@ -10,9 +10,6 @@ from jaxtyping import Float
 
 from rdm_jax.config import Config, Stage
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.diffusion import blurring
-from rdm_jax.diffusion.pixels import from_uint8, to_uint8
-from rdm_jax.diffusion.processes import Relay
 from rdm_jax.render import pictures
 from rdm_jax.runtime.console import log
 
@@ -70,7 +67,7 @@ def statistics(
 def _log_statistics(number: int, stage: Stage, images: ImageSet) -> None:
     count, mean, std = statistics(stage, images)
     means, stds = (" ".join(f"{value:.3f}" for value in values) for values in (mean, std))
-    assumed = getattr(stage.precondition, "sigma_data", 0.5)
+    assumed = stage.precondition.data_std or 0.5
     log.info(
         "data: stage%d: %s images, per channel: mean %s, std %s (assumed std: %g)",
         number,
@@ -88,21 +85,19 @@ def _evenly(images: ImageSet, most: int) -> np.ndarray:
 def _seen(stage: Stage, images: ImageSet, indices: np.ndarray) -> jax.Array:
     """Images as the stage sees them: pooled to its resolution, in [-1, 1]."""
     pool = images.image_shape[0] // stage.resolution[0]
-    return from_uint8(jnp.asarray(images.batch(indices)["image"]), pool)
+    return stage.representation.encode(jnp.asarray(images.batch(indices)["image"]), pool)
 
 
 def _rows(number: int, stage: Stage, images: ImageSet) -> Iterator[tuple[str, np.ndarray]]:
     seen = _seen(stage, images, _evenly(images, COLUMNS))
     height, width = stage.resolution
-    yield f"stage{number}: {height} x {width}", np.asarray(to_uint8(seen))
-    if isinstance(stage.process, Relay):
-        detail = _detail(seen, stage.process.patch)
+    yield f"stage{number}: {height} x {width}", np.asarray(stage.representation.decode(seen))
+    if stage.process.blurs:
+        detail = _detail(seen, stage.process.enlarges)
         for t in (0.0, *TIMES) if detail.shape != seen.shape else TIMES:
-            sigma = jnp.full(len(seen), stage.process.clock.blur_sigma(jnp.float32(t)))
-            blurred = blurring.blur(
-                detail, sigma, patch=stage.process.patch, min_scale=stage.process.min_scale
-            )
-            yield f"blurred, t = {t:g}" if t else "a detail", np.asarray(to_uint8(blurred))
+            blurred = stage.process.blurred(detail, jnp.full(len(seen), t, jnp.float32))
+            shown = np.asarray(stage.representation.decode(blurred))
+            yield f"blurred, t = {t:g}" if t else "a detail", shown
 
 
 def _detail(images: jax.Array, patch: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Which class each seed's image gets."""
+"""The class of each seed's image."""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,17 @@ from rdm_jax.runtime.random_streams import RandomStream
 def labels_of(
     seeds: Int[np.ndarray, " b"], rule: str, classes: Classes, *, run_seed: int
 ) -> Int[np.ndarray, " b"]:
-    """int32 numbers of the classes of seeds, each from its seed alone; -1 where there are no
-    classes.
+    """int32 class indices of seeds, each from its seed alone; -1 if there are no classes.
 
     Args:
+      seeds: of the images.
       rule: 'balanced', 'random', or a list of classes such as 'cat, dog' or '0,2-5'
         (config.Sampling.labels).
       classes: of the network.
       run_seed: the config's seed.
 
     Raises:
-      InputError: the list has something that is no class, or might be one of two.
+      InputError: the list has a name that is not a class, or that is ambiguous.
     """
     if not len(classes):
         return np.full(len(seeds), -1, np.int32)
@@ -35,9 +35,8 @@ def labels_of(
         return np.asarray(
             jax.vmap(lambda key: jax.random.randint(key, (), 0, len(classes)))(keys), np.int32
         )
-    listed = (
-        np.arange(len(classes))
-        if rule == "balanced"
-        else np.asarray(parse_labels(rule, classes, "config.sampling.labels"))
-    )
+    if rule == "balanced":
+        listed = np.arange(len(classes))
+    else:
+        listed = np.asarray(parse_labels(rule, classes, "config.sampling.labels"))
     return listed[seeds % len(listed)].astype(np.int32)

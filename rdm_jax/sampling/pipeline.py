@@ -14,12 +14,12 @@ from rdm_jax.config import Config, to_dict, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.data.postprocess import postprocess
-from rdm_jax.diffusion.pixels import from_uint8, to_uint8
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
-from rdm_jax.sampling.stage_sampler import in_batches, stage_sampler
+from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
 from rdm_jax.workdir import Workdir
 
 
@@ -84,7 +84,7 @@ class RelayPipeline:
         abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
         params = sharding.on_this_process(checkpoints.restore_ema(step, abstract)[0], self.mesh)
         checkpoints.close()
-        sampler = stage_sampler(
+        sampler = StageSampler(
             stage,
             network,
             number=number,
@@ -160,10 +160,10 @@ class RelayPipeline:
         stages, low, finite = [], None, jnp.ones(len(padded), bool)
         if self.low:
             stages.append(sharding.put_batch(self.low.images(padded), self.mesh))
-            low = _to_float(stages[0])
+            low = _encoded(stages[0])
         for sampler, params in self._stages:
             low, is_finite = sampler(params, low, labels, device_seeds)
-            stages.append(_to_uint8(low))
+            stages.append(_decoded(low))
             finite = finite & is_finite
         for array in (*stages, finite):
             array.copy_to_host_async()
@@ -187,8 +187,8 @@ class RelayPipeline:
         return images
 
 
-_to_float = jax.jit(lambda images: from_uint8(images, 1))
-_to_uint8 = jax.jit(to_uint8)
+_encoded = jax.jit(Pixels().encode)
+_decoded = jax.jit(Pixels().decode)
 
 
 def _common_classes(config: Config, known: list[Classes], first: int) -> Classes:

@@ -37,7 +37,6 @@ from rdm_jax.sampling.sample_shards import (
     write_npz,
     write_png,
 )
-from rdm_jax.sampling.stage_sampler import evaluations, handover
 from rdm_jax.workdir import Workdir
 
 COLUMNS, ROWS = 3, 10  # of the grid: examples per row, and rows
@@ -193,11 +192,11 @@ def _log_work(
             "samples: stage%d from step %d, NFE %d per image, guidance %g",
             number,
             loaded["step"],
-            evaluations(stage),
+            stage.nfe,
             stage.guidance,
         )
         if number > 1:
-            log.info("samples: stage%d %s", number, handover(stage))
+            log.info("samples: stage%d %s", number, stage.sampler.handover(stage.process))
 
 
 def _write(

@@ -1,16 +1,15 @@
-"""How many images a number of steps has shown."""
+"""Steps and the number of images that they show."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """Steps and the images that they show, where the batch size may have changed on the way.
+    """Steps and the number of images that they show, with one change of the batch size.
 
     Attributes:
-      batch_size: images a step, from step `step` on.
-      step, images: the step at which the batch size became this one, and the images shown until
-        then.
+      batch_size: images per step, from step `step` on.
+      step, images: the step at which the batch size changed, and the images shown until then.
     """
 
     batch_size: int
@@ -18,7 +17,7 @@ class Count:
     images: int = 0
 
     def images_at(self, step: int) -> int:
-        """Images shown by the first `step` steps, of which the last ones have this batch size."""
+        """Images shown by the first `step` steps, for `step` not before the change."""
         return self.images + (step - self.step) * self.batch_size
 
     def steps_for(self, images: int) -> int:
@@ -31,6 +30,6 @@ class Count:
 
     def changed(self, batch_size: int, step: int) -> "Count":
         """The same with another batch size from step `step` on."""
-        return (
-            self if batch_size == self.batch_size else Count(batch_size, step, self.images_at(step))
-        )
+        if batch_size == self.batch_size:
+            return self
+        return Count(batch_size, step, self.images_at(step))

@@ -1,5 +1,4 @@
-"""A stage's training step, compiled for the devices of a mesh: by `jit` with shardings, or by
-`pmap`."""
+"""A stage's training step, compiled for a mesh: by `jit` with shardings, or by `pmap`."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -20,29 +19,28 @@ from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
 
 def build_objective(stage: Stage, image_shape: tuple[int, ...], classes: int) -> Objective:
-    """What the stage learns from images (h, w, c) of its own resolution, or of a later stage's."""
+    """What the stage is trained for, on images (h, w, c) of its own or a later stage's size."""
     training = stage.training
     return Objective(
         network=stage.build(image_shape[-1], classes),
         process=stage.process,
         precondition=stage.precondition,
         pool=image_shape[0] // stage.resolution[0],
-        classes=classes,
+        condition=stage.condition_for(classes),
         label_dropout=training.label_dropout,
         augmentation=Augmentation(training.augment) if training.augment else None,
         flip=training.flip,
+        representation=stage.representation,
     )
 
 
 def build_optimizer(training: Training, count: Count) -> optax.GradientTransformation:
-    """Adam with a linear warm-up over images: where the batch size has changed, the rate goes on
-    from those shown so far."""
+    """Adam with a linear warm-up over images, also across changes of the batch size."""
     rate = optax.linear_schedule(
         0.0, training.learning_rate, max(1, training.warmup // training.batch_size)
     )
-    ahead = (
-        count.images // count.batch_size - count.step
-    )  # of Adam's counter, which counts steps; 0 for one batch size
+    # Adam counts steps; images shown at another batch size count as `ahead` more of them.
+    ahead = count.images // count.batch_size - count.step
     return optax.adam(
         (lambda step: rate(step + ahead)) if ahead else rate,
         b1=training.beta1,
@@ -52,23 +50,22 @@ def build_optimizer(training: Training, count: Count) -> optax.GradientTransform
 
 
 class Program(ABC):
-    """The step of one stage on a mesh. Nothing is compiled, and no array made, before it is asked
-    for.
+    """The step of one stage on a mesh. Arrays are made, and code is compiled, on demand.
 
     Args:
       stage: what is trained, and how.
-      image_shape: (h, w, c) of the images that it is given.
+      image_shape: (h, w, c) of the records.
       classes: of the images; 0 for none.
       key: of the training's randomness.
       mesh: of all devices that train.
-      count: of images, where the batch size has changed during the training; None where it has not.
+      count: of images, if the batch size has changed during the training; else None.
 
     Attributes:
-      objective: what the stage learns.
-      abstract: the state's shapes and shardings, as checkpoints have it.
+      objective: what the stage is trained for.
+      abstract: the state's shapes and shardings, as in checkpoints.
     """
 
-    AXIS: str | None = None  # over which the step itself averages gradients
+    AXIS: str | None = None  # the step itself averages gradients over this axis
 
     def __init__(
         self,
@@ -81,10 +78,8 @@ class Program(ABC):
     ):
         self.mesh, self._image_shape, self._training = mesh, image_shape, stage.training
         count = count or Count(stage.training.batch_size)
-        self.objective, self._optimizer = (
-            build_objective(stage, image_shape, classes),
-            build_optimizer(stage.training, count),
-        )
+        self.objective = build_objective(stage, image_shape, classes)
+        self._optimizer = build_optimizer(stage.training, count)
         shapes = jax.eval_shape(
             lambda params: init_state(params, self._optimizer), self.objective.network.abstract
         )
@@ -102,11 +97,14 @@ class Program(ABC):
         )
 
     def init(self, key: Key[Array, ""]) -> TrainState:
-        """The state before the first step, born where it belongs."""
-        # It runs once: optimising the drawing of some hundred small arrays takes longer than
+        """The state before the first step, created with its shardings."""
+        # It runs once: optimising the code that draws some hundred small arrays takes longer than
         # drawing them.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        init = lambda key: init_state(self.objective.network.init(key), self._optimizer)  # noqa: E731
+
+        def init(key):
+            return init_state(self.objective.network.init(key), self._optimizer)
+
         return jax.jit(
             init, out_shardings=sharding.shardings(self.abstract), compiler_options=options
         )(key)
@@ -117,7 +115,7 @@ class Program(ABC):
 
     @abstractmethod
     def place(self, state: TrainState) -> TrainState:
-        """A state as checkpoints have it -> as the step takes it."""
+        """From the state as in checkpoints to the state as the step takes it."""
 
     @abstractmethod
     def whole(self, state: TrainState) -> TrainState:
@@ -125,29 +123,31 @@ class Program(ABC):
 
     @abstractmethod
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Begins to bring this process's part of a batch to its devices."""
+        """Starts the transfer of this process's part of a batch to its devices."""
 
     @abstractmethod
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Starts one step. `state` is given away; the metrics are scalars."""
+        """Starts one step. `state` is donated; the metrics are scalars."""
 
 
 class Jitted(Program):
-    """One program over the whole mesh; the compiler adds what devices tell each other."""
+    """One program over the whole mesh; XLA inserts the collectives."""
 
     def lower(self) -> jax.stages.Lowered:
-        """The step, ready to be compiled; no devices are needed for that."""
-        cut, whole = sharding.batched(self.mesh), sharding.replicated(self.mesh)
-        size = self._training.batch_size
-        shapes = {
-            "image": ((size, *self._image_shape), jnp.uint8),
-            "label": ((size,), jnp.int32),
-            "position": ((size,), jnp.int32),
+        """The step, lowered for compilation; needs no devices."""
+        batched, size = sharding.batched(self.mesh), self._training.batch_size
+
+        def array(dtype, *shape):
+            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batched)
+
+        batch = {
+            "image": array(self.objective.representation.dtype, *self._image_shape),
+            "label": array(jnp.int32),
+            "position": array(jnp.int32),
         }
-        batch = {name: jax.ShapeDtypeStruct(*about, sharding=cut) for name, about in shapes.items()}
-        out = (sharding.shardings(self.abstract), whole)
+        out = (sharding.shardings(self.abstract), sharding.replicated(self.mesh))
         with compiling_for(self.mesh.devices.flat[0]):
             return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(
                 self.abstract, batch
@@ -170,8 +170,7 @@ class Jitted(Program):
 
 
 class Pmapped(Program):
-    """The same step once a device, each with its own copy of the state and its own part of the
-    batch."""
+    """The same step on each device, with its replica of the state and its shard of the batch."""
 
     AXIS = sharding.DATA
 
@@ -202,7 +201,7 @@ class Pmapped(Program):
 
 
 def _first(x: Any) -> np.ndarray:
-    """What the first of this process's devices has."""
+    """The value on the first of this process's devices."""
     return np.asarray(x.addressable_shards[0].data)
 
 

@@ -86,7 +86,7 @@ class Starter:
         log.info(
             "%s: %s parameters, %d x %d pixels",
             self.name,
-            f"{self.program.objective.network.count():,}",
+            f"{self.program.objective.network.num_parameters:,}",
             *self.stage.resolution,
         )
         state, history = self.program.init(self.key), {}
@@ -145,12 +145,13 @@ class Starter:
         """
         theirs, about = source.abstract_ema(step), source.about(step)
         wanted = dict(self.program.abstract.ema)
-        label = theirs.get("map_label")
-        same_classes = self._same_classes(label, wanted.get("map_label"), about)
+        names = self.stage.network.condition_parameters
+        embedding = {name: theirs[name] for name in names if name in theirs}
+        ours = {name: wanted[name] for name in names if name in wanted}
+        same_classes = self._same_classes(embedding, ours, about)
         if not same_classes:
-            wanted.pop("map_label", None)
-            if label:
-                wanted["map_label"] = sharding.by_rules(label, self.program.mesh)
+            wanted = {name: part for name, part in wanted.items() if name not in names}
+            wanted |= sharding.by_rules(embedding, self.program.mesh)
             log.info(
                 "%s: class embedding re-initialised: the dataset's classes differ from the "
                 "checkpoint's",
@@ -168,7 +169,7 @@ class Starter:
                 about["stage"]["precondition"],
             )
         ema = {
-            name: loaded[name] if name in loaded and (same_classes or name != "map_label") else new
+            name: loaded[name] if name in loaded and (same_classes or name not in names) else new
             for name, new in state.ema.items()
         }
         log.info("%s: starting with the parameters in %s", self.name, path)

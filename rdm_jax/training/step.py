@@ -9,11 +9,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from rdm_jax.data.augment import Augmentation, mirror
 from rdm_jax.diffusion import preconditioning, processes
-from rdm_jax.diffusion.pixels import from_uint8
+from rdm_jax.diffusion.pixels import Pixels
+from rdm_jax.diffusion.protocols import Process
+from rdm_jax.models.conditions import Condition
 from rdm_jax.models.functional import Network
 from rdm_jax.runtime import random_streams
 from rdm_jax.training.count import Count
@@ -21,72 +23,71 @@ from rdm_jax.training.count import Count
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a stage learns: everything the loss needs besides parameters and images.
+    """What a stage is trained for: everything the loss needs besides parameters and images.
 
     Attributes:
       pool: the stage sees the means of pool x pool pixels of the records.
-      classes: number of classes; 0 for an unconditional network.
-      label_dropout: probability that an image is shown without its label.
-      augmentation: what is done to the images, the network being told; None for nothing.
-      flip: mirror half of all images, the network not being told; not beside an augmentation.
+      condition: what the network is conditioned on.
+      label_dropout: probability of the null condition for an image.
+      augmentation: of the images, with a label that the network is conditioned on; None for none.
+      flip: mirror half of all images, without a label; not together with an augmentation.
+      representation: how records hold images.
     """
 
     network: Network
-    process: processes.FromNoise | processes.Relay
+    process: Process
     precondition: preconditioning.Preconditioning
     pool: int
-    classes: int
+    condition: Condition
     label_dropout: float
     augmentation: Augmentation | None = None
     flip: bool = False
+    representation: Pixels = Pixels()
 
     def loss(
         self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], *, dropout: bool
     ) -> Float[Array, " b"]:
-        """The weighted squared error of each image, mean over its values (EDM equation 8; RDM
-        equation 11).
+        """The weighted squared error per image, mean over its values (EDM eq. 8; RDM eq. 11).
 
-        Each image's part follows from its own key, with the network's dropout too, if that is on.
+        Args:
+          params: of the network.
+          batch: 'image' (b, h, w, c) as the records have it, 'label' (b,) int32.
+          keys: one per image; all of an image's randomness follows from its own.
+          dropout: whether the network's dropout is on.
         """
-        images = from_uint8(batch["image"], self.pool)
+        images = self.representation.encode(batch["image"], self.pool)
         process_keys, label_keys, augment_keys, dropout_keys = jax.vmap(
             lambda key: jax.random.split(key, 4), out_axes=1
         )(keys)
         images = mirror(images, augment_keys) if self.flip else images
-        images, augment = (
-            self.augmentation(images, augment_keys) if self.augmentation else (images, None)
+        augment_labels = None
+        if self.augmentation:
+            images, augment_labels = self.augmentation(images, augment_keys)
+        noised, conditioning = processes.diffuse(self.process, images, process_keys)
+        condition = self.condition.drop(
+            self.condition.encode(batch), label_keys, self.label_dropout
         )
-        noised = processes.diffuse(self.process, images, process_keys)
-        labels = self.labels(batch["label"], label_keys) if self.classes else None
 
         def network(x, c_noise):
-            x = x if noised.given is None else jnp.concatenate([x, noised.given], -1)
+            x = x if conditioning is None else jnp.concatenate([x, conditioning], -1)
             return self.network.apply(
-                params, x, c_noise, labels, augment, dropout_keys if dropout else None
+                params, x, c_noise, condition, augment_labels, dropout_keys if dropout else None
             )
 
-        error = (
-            preconditioning.denoiser(network, self.precondition)(noised.images, noised.sigma)
-            - images
-        )
+        denoise = preconditioning.denoiser(network, self.precondition)
+        error = denoise(noised.images, noised.sigma) - images
         return noised.weight * jnp.mean(error**2, (1, 2, 3))
-
-    def labels(self, label: Int[Array, " b"], keys: Key[Array, " b"]) -> Float[Array, "b classes"]:
-        """One-hot labels, dropped to all-zero ones at random."""
-        dropped = jax.vmap(jax.random.uniform)(keys) < self.label_dropout
-        return jax.nn.one_hot(jnp.where(dropped, -1, label), self.classes)
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run carries from step to step; int32 scalars and trees of arrays, or their
-    abstract shapes.
+    """The state that a run carries from step to step; arrays, or their abstract shapes.
 
     Attributes:
-      step: steps taken; the step's randomness follows from it.
+      step: number of steps; the step's randomness follows from it.
       params, ema: the network's parameters and their exponential moving average.
       opt_state: optax's.
-      skipped, skipped_in_a_row: steps whose loss or gradient was not finite.
+      skipped, skipped_in_a_row: int32 numbers of steps whose loss or gradient was not finite.
     """
 
     step: Any
@@ -98,8 +99,7 @@ class TrainState:
 
 
 def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. Pure: run it under `jit` with `out_shardings`, and it is
-    born sharded."""
+    """The state before the first step. Under `jit` with `out_shardings` it is created sharded."""
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.array, params)  # a copy of its own, so that the state can be donated
     return TrainState(zero, params, ema, optimizer.init(params), zero, zero)
@@ -108,17 +108,22 @@ def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) 
 def ema_weight(
     images: Float[Array, ""], *, batch_size: int, halflife: float, rampup: float
 ) -> Float[Array, ""]:
-    """What the new parameters weigh in a step of an average with a half-life counted in images
-    (EDM's rule).
+    """Weight of the new parameters in a step of the EMA, w = 1 - 2^(-batch_size / halflife).
 
-    w = 1 - 2^(-batch_size / halflife), float32. The half-life is at most `rampup` times the images
-    seen so far; 0 images give 1: the average starts as the parameters.
+    float32, EDM's rule. The half-life is at most `rampup` times the images seen so far; 0 images
+    give 1, so that the EMA starts as the parameters.
+
+    Args:
+      images: seen so far.
+      batch_size: images per step.
+      halflife: in images.
+      rampup: 0 for no bound of the half-life.
     """
-    halflife = (
-        jnp.minimum(halflife, images * rampup) if rampup else jnp.asarray(halflife, jnp.float32)
-    )
-    # Not 1 minus the power, which for long half-lives leaves no more than a digit or two of the
-    # difference.
+    if rampup:
+        halflife = jnp.minimum(halflife, images * rampup)
+    else:
+        halflife = jnp.asarray(halflife, jnp.float32)
+    # Not 1 minus the power, which for long half-lives cancels all but a digit or two.
     return -jnp.expm1(-math.log(2) * batch_size / jnp.maximum(halflife, 1e-8))
 
 
@@ -136,45 +141,38 @@ def make_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
-    `batch` holds 'image' (b, h, w, c) uint8, 'label' (b,) int32 and 'position' (b,) int32, each
-    image's place in the global batch, from which its randomness follows. Gradients of `accumulate`
-    equal parts of it are averaged one after the other. Where the loss or a gradient is not finite,
-    parameters, moments and average stay as they are and the step is counted as skipped.
+    `batch` holds 'image' (b, h, w, c) as the records have it, 'label' (b,) int32 and 'position'
+    (b,) int32, each image's index in the global batch, from which its randomness follows. If the
+    loss or a gradient is not finite, parameters, moments and EMA stay as they are, and the step is
+    counted as skipped.
 
     Args:
+      objective: what is trained.
+      optimizer: of the parameters.
+      key: of all randomness of the training.
       count: of images, by the size of the global batch.
-      fetch: makes parameters that are cut over devices whole.
+      accumulate: number of equal parts of a batch, whose gradients are averaged one after the
+        other.
+      ema_halflife, ema_rampup: as in `ema_weight`.
+      fetch: all-gathers sharded parameters.
       axis_name: under `pmap`, the axis over whose devices gradients are averaged; None under `jit`,
         where arrays are global.
     """
 
-    def gradient(params, batch, keys):
-        loss = lambda p: objective.loss(fetch(p), batch, keys, dropout=True).mean()  # noqa: E731
-        return jax.value_and_grad(loss)(params)
+    def loss_of(params, batch, keys):
+        return objective.loss(fetch(params), batch, keys, dropout=True).mean()
 
-    def accumulated(params, batch, keys):
-        if accumulate == 1:
-            return gradient(params, batch, keys)
-        # Every accumulate-th image makes a part, so that each part lies on all devices.
-        split = lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(
-            0, 1
-        )  # noqa: E731
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-        total, _ = jax.lax.scan(add, zeros, jax.tree.map(split, (batch, keys)))
-        return jax.tree.map(lambda x: x / accumulate, total)
+    gradient = accumulated(jax.value_and_grad(loss_of), accumulate)
 
     def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         keys = random_streams.image_keys(jax.random.fold_in(key, state.step), batch["position"])
-        loss, grads = accumulated(state.params, batch, keys)
+        loss, grads = gradient(state.params, batch, keys)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
+        # Parameters and their EMA.
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         images = state.step * float(count.batch_size)
@@ -184,7 +182,11 @@ def make_step(
             images, batch_size=count.batch_size, halflife=ema_halflife, rampup=ema_rampup
         )
         ema = optax.incremental_update(params, state.ema, weight)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+
+        # The state stays as it was where anything is not finite.
+        def keep(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
         new_state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
@@ -193,10 +195,36 @@ def make_step(
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        return new_state, {
+        metrics = {
             "loss": loss,
             "grad_norm": norm,
             "skipped_in_a_row": new_state.skipped_in_a_row,
         }
+        return new_state, metrics
 
     return step
+
+
+def accumulated(gradient: Callable[..., Any], parts: int) -> Callable[..., Any]:
+    """Averages a gradient over equal parts of a batch, one after the other.
+
+    Args:
+      gradient: (params, batch, keys) -> (loss, gradients), means over the batch.
+      parts: number of parts; 1 leaves `gradient` as it is.
+    """
+    if parts == 1:
+        return gradient
+
+    def split(x):
+        # Every `parts`-th image makes a part, so that each part lies on all devices.
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def averaged(params, batch, keys):
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        total, _ = jax.lax.scan(add, zeros, jax.tree.map(split, (batch, keys)))
+        return jax.tree.map(lambda x: x / parts, total)
+
+    return averaged

@@ -60,7 +60,10 @@ class Validation:
         def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((self._size, *shape), dtype, sharding=sharded)
 
-        batch = {"image": array(jnp.uint8, *self._images.image_shape), "label": array(jnp.int32)}
+        batch = {
+            "image": array(self._objective.representation.dtype, *self._images.image_shape),
+            "label": array(jnp.int32),
+        }
         loss = jax.jit(self._loss, out_shardings=sharding.replicated(self._mesh))
         self._compiled = loss.lower(abstract_ema, batch, array(jnp.int32)).compile()
 

@@ -21,13 +21,14 @@ from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.training.step import init_state
 from tests.support.configs import NETWORK
+from tests.support.small_networks import shapes
 
 OPTIMIZER = optax.adam(1e-3)
 
 
 @functools.cache
 def abstract_state(classes: int):
-    network = functional(lambda rngs: NETWORK.build(3, classes, rngs=rngs))
+    network = functional(lambda rngs: NETWORK.build(shapes(3, classes), rngs=rngs))
     return jax.eval_shape(lambda params: init_state(params, OPTIMIZER), network.abstract)
 
 

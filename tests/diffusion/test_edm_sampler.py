@@ -64,7 +64,7 @@ def test_churn_stays_between_its_bounds(x64):
     sampler = Heun(steps=6, sigma_min=0.1, sigma_max=10.0, churn=2.0, churn_min=0.5, churn_max=5.0)
     matrices, ladder = (
         linearized(sampler, gaussian_target()),
-        rungs(concrete_levels(sampler, processes.Gaussian())),
+        rungs(concrete_levels(sampler, processes.GaussianProcess())),
     )
     for level, to in zip(ladder, ladder[1:], strict=False):
         noisy = bool(np.any(matrices(level, to)[2]))

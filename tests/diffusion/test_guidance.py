@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdm_jax.diffusion import guidance
+from rdm_jax.diffusion.guidance import ClassifierFree, compose
+from rdm_jax.models.conditions import ClassLabels
 
 LABELS = jax.nn.one_hot(jnp.asarray([2, 0, 1]), 4)
 
@@ -15,6 +16,12 @@ def conditional(x, sigma, labels):
     return jnp.tanh(x) / (1 + sigma) + (labels @ jnp.asarray([1.0, -2.0, 3.0, 5.0]))[
         :, None, None, None
     ] * jnp.cos(x + sigma)
+
+
+def guided(conditional, labels, weight):
+    """The guided denoiser with its condition bound."""
+    denoise = ClassifierFree(weight, ClassLabels(labels.shape[1]))(conditional)
+    return lambda x, sigma: denoise(x, sigma, labels)
 
 
 def counted(calls):
@@ -38,7 +45,7 @@ LEVELS = pytest.mark.parametrize(
 @LEVELS
 def test_weight_one_is_one_conditional_pass(x, sigma):
     calls = []
-    out = guidance.classifier_free(counted(calls), LABELS, 1.0)(x, sigma)
+    out = guided(counted(calls), LABELS, 1.0)(x, sigma)
     ((seen, _, labels),) = calls
     chex.assert_shape(seen, x.shape)
     chex.assert_trees_all_equal(labels, LABELS)
@@ -48,7 +55,7 @@ def test_weight_one_is_one_conditional_pass(x, sigma):
 @LEVELS
 @pytest.mark.parametrize("weight", [0.0, 0.5, 2.0, 3.5])
 def test_guidance_leads_away_from_the_null_label(x, sigma, weight):
-    out = guidance.classifier_free(conditional, LABELS, weight)(x, sigma)
+    out = guided(conditional, LABELS, weight)(x, sigma)
     expected = weight * conditional(x, sigma, LABELS) - (weight - 1) * conditional(
         x, sigma, jnp.zeros_like(LABELS)
     )
@@ -56,17 +63,14 @@ def test_guidance_leads_away_from_the_null_label(x, sigma, weight):
 
 
 def test_weight_zero_is_the_null_label(x):
-    out = guidance.classifier_free(conditional, LABELS, 0.0)(x, jnp.asarray(0.7))
+    out = guided(conditional, LABELS, 0.0)(x, jnp.asarray(0.7))
     chex.assert_trees_all_close(
         out, conditional(x, jnp.asarray(0.7), jnp.zeros_like(LABELS)), atol=1e-6
     )
 
 
 def test_weights_near_one_tend_to_no_guidance(x):
-    near, one = (
-        guidance.classifier_free(conditional, LABELS, w)(x, jnp.asarray(0.7))
-        for w in (1 + 1e-4, 1.0)
-    )
+    near, one = (guided(conditional, LABELS, w)(x, jnp.asarray(0.7)) for w in (1 + 1e-4, 1.0))
     # The two passes differ by at most 3, so the outputs by at most 3e-4.
     assert 0 < np.max(np.abs(near - one)) < 3.1e-4
 
@@ -74,7 +78,7 @@ def test_weights_near_one_tend_to_no_guidance(x):
 @LEVELS
 def test_both_passes_are_one_call(x, sigma):
     calls = []
-    guidance.classifier_free(counted(calls), LABELS, 3.5)(x, sigma)
+    guided(counted(calls), LABELS, 3.5)(x, sigma)
     ((seen, levels, labels),) = calls
     chex.assert_shape(seen, (6, *x.shape[1:]))
     for which, expected in (
@@ -89,7 +93,37 @@ def test_both_passes_are_one_call(x, sigma):
 @pytest.mark.parametrize("weight", [1.0, 2.0])
 def test_one_trace(x, weight):
     chex.clear_trace_counter()  # the counter knows a function by its source, which both cases share
-    denoise = guidance.classifier_free(conditional, LABELS, weight)
+    denoise = guided(conditional, LABELS, weight)
     compiled = jax.jit(chex.assert_max_traces(n=1)(lambda x, sigma: denoise(x, sigma)))
     for sigma in (0.1, 0.2, 0.3):
         chex.assert_shape(compiled(x, jnp.float32(sigma)), x.shape)
+
+
+def test_compose_applies_the_first_transform_first(x):
+    def scaled(conditional):
+        return lambda x, sigma, labels: 2 * conditional(x, sigma, labels)
+
+    def shifted(conditional):
+        return lambda x, sigma, labels: conditional(x, sigma, labels) + 1
+
+    one = conditional(x, jnp.asarray(0.7), LABELS)
+    both = compose(scaled, shifted)(conditional)(x, jnp.asarray(0.7), LABELS)
+    chex.assert_trees_all_equal(both, 2 * one + 1)
+    chex.assert_trees_all_equal(compose()(conditional)(x, jnp.asarray(0.7), LABELS), one)
+
+
+def test_classifier_free_takes_any_tree(x):
+    """A condition of several arrays, as text with a mask would be."""
+
+    class Pair:
+        def null(self, condition):
+            return jax.tree.map(jnp.zeros_like, condition)
+
+    def of_tree(x, sigma, tree):
+        return conditional(x, sigma, tree["a"] + tree["b"][:, 0])
+
+    tree = {"a": LABELS, "b": jnp.stack([LABELS, LABELS], 1)}
+    out = ClassifierFree(2.0, Pair())(of_tree)(x, jnp.asarray(0.7), tree)
+    chex.assert_trees_all_close(
+        out, guided(conditional, 2 * LABELS, 2.0)(x, jnp.asarray(0.7)), atol=5e-6
+    )

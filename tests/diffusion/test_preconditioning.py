@@ -15,7 +15,9 @@ def simulate(sigma, sigma_data, n=20_000):
     assumed variances."""
     rng = np.random.default_rng(0)
     data, noise = sigma_data * rng.standard_normal(n), sigma * rng.standard_normal(n)
-    coefficients = preconditioning.EDM(sigma_data=sigma_data)(jnp.full(1, sigma, jnp.float32))
+    coefficients = preconditioning.EDMPreconditioning(sigma_data=sigma_data)(
+        jnp.full(1, sigma, jnp.float32)
+    )
     c_skip, c_out, c_in, _ = (float(c[0]) for c in coefficients)
     return c_in * (data + noise), (data - c_skip * (data + noise)) / c_out
 
@@ -35,7 +37,9 @@ def test_networks_input_and_target_have_unit_variance(sigma, sigma_data):
 
 @pytest.mark.parametrize("noise_scale", [0.25, 4.0])
 def test_the_noise_label_is_a_scaled_logarithm(noise_scale):
-    c_noise = preconditioning.EDM(noise_scale=noise_scale)(jnp.asarray(SIGMAS)).c_noise
+    c_noise = preconditioning.EDMPreconditioning(noise_scale=noise_scale)(
+        jnp.asarray(SIGMAS)
+    ).c_noise
     chex.assert_trees_all_close(
         np.asarray(c_noise), noise_scale * np.log(np.float32(SIGMAS)), rtol=1e-6
     )
@@ -52,7 +56,9 @@ def record_into(calls):
 def test_denoiser_is_its_equation():
     x, sigma = jax.random.normal(jax.random.key(0), (3, 4, 2, 1)), jnp.asarray([0.01, 0.5, 20.0])
     calls = []
-    out = preconditioning.denoiser(record_into(calls), preconditioning.EDM())(x, sigma)
+    out = preconditioning.denoiser(record_into(calls), preconditioning.EDMPreconditioning())(
+        x, sigma
+    )
     ((network_input, c_noise),) = calls
     x, s = np.asarray(x, np.float64), np.asarray(sigma, np.float64)[:, None, None, None]
     expected_input = x / np.sqrt(s**2 + 0.25)
@@ -65,13 +71,13 @@ def test_denoiser_is_its_equation():
 
 def test_denoiser_takes_one_level_for_all_images():
     x = jax.random.normal(jax.random.key(0), (3, 4, 2, 1))
-    denoise = preconditioning.denoiser(record_into([]), preconditioning.EDM())
+    denoise = preconditioning.denoiser(record_into([]), preconditioning.EDMPreconditioning())
     chex.assert_trees_all_equal(denoise(x, jnp.asarray(0.7)), denoise(x, jnp.full(3, 0.7)))
 
 
 def test_denoiser_changes_nothing_where_there_is_no_noise():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-    denoise = preconditioning.denoiser(record_into([]), preconditioning.EDM())
+    denoise = preconditioning.denoiser(record_into([]), preconditioning.EDMPreconditioning())
     change = [
         float(jnp.max(jnp.abs(denoise(x, jnp.asarray(sigma)) - x))) for sigma in (1e-3, 1e-4, 1e-30)
     ]
@@ -88,26 +94,32 @@ def test_denoiser_computes_in_the_dtype_of_its_images():
         calls.append((x.dtype, c_noise.dtype))
         return x.astype(jnp.bfloat16)
 
-    out = preconditioning.denoiser(network, preconditioning.EDM())(
+    out = preconditioning.denoiser(network, preconditioning.EDMPreconditioning())(
         jnp.ones((2, 4, 4, 1)), jnp.asarray(0.5)
     )
     assert out.dtype == jnp.float32
     assert calls == [(jnp.float32, jnp.float32)]
     with enable_x64(True):
-        out = preconditioning.denoiser(network, preconditioning.EDM())(
+        out = preconditioning.denoiser(network, preconditioning.EDMPreconditioning())(
             jnp.ones((2, 4, 4, 1), jnp.float64), jnp.float32(0.5)
         )
         assert out.dtype == jnp.float64
     assert calls[1] == (jnp.float64, jnp.float64)
 
 
-VP, VE, IDDPM = preconditioning.VP(), preconditioning.VE(), preconditioning.IDDPM()
-LADDER = schedules.iddpm_ladder(1000, c1=0.001, c2=0.008)
+VP, VE, IDDPM = (
+    preconditioning.VPPreconditioning(),
+    preconditioning.VEPreconditioning(),
+    preconditioning.IDDPMPreconditioning(),
+)
+LADDER = schedules.iddpm_levels(1000, c1=0.001, c2=0.008)
 others = pytest.mark.parametrize(
     ("precondition", "sign"), [(VP, 1), (VE, -1), (IDDPM, 1)], ids=["vp", "ve", "iddpm"]
 )
 every_kind = pytest.mark.parametrize(
-    "precondition", [preconditioning.EDM(), VP, VE, IDDPM], ids=["edm", "vp", "ve", "iddpm"]
+    "precondition",
+    [preconditioning.EDMPreconditioning(), VP, VE, IDDPM],
+    ids=["edm", "vp", "ve", "iddpm"],
 )
 
 
@@ -156,7 +168,7 @@ def test_ves_noise_label_is_the_logarithm_of_half_the_level():
 
 
 def test_ranges():
-    assert preconditioning.EDM().range == (0.0, np.inf)
+    assert preconditioning.EDMPreconditioning().range == (0.0, np.inf)
     assert VP.range == pytest.approx((1e-3, np.sqrt(np.exp(10.05) - 1)), rel=1e-3)
     assert VE.range == (0.02, 100.0)
     assert IDDPM.range == (LADDER[-2], LADDER[0])
@@ -203,7 +215,7 @@ def test_rounding_twice_is_rounding_once(precondition):
     rounded = precondition.round(sigma)
     chex.assert_trees_all_equal(precondition.round(rounded), rounded)
     if not isinstance(
-        precondition, preconditioning.IDDPM
+        precondition, preconditioning.IDDPMPreconditioning
     ):  # which alone knows a finite number of levels
         chex.assert_trees_all_equal(rounded, sigma)
 

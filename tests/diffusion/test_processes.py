@@ -21,7 +21,13 @@ def keys(n, seed=0):
     return jax.random.split(jax.random.key(seed), n)
 
 
-diffuse = jax.jit(processes.diffuse, static_argnums=0)
+diffuse_and_condition = jax.jit(processes.diffuse, static_argnums=0)
+
+
+def diffuse(process, x, keys):
+    return diffuse_and_condition(process, x, keys)[0]
+
+
 noised_by = jax.jit(
     lambda process, x, level, noise: process.noised(x, level, noise), static_argnums=0
 )
@@ -57,7 +63,7 @@ def blurred_by_hand(x, weights):
 @pytest.mark.parametrize(("patch", "height", "width"), [(2, 4, 6), (3, 6, 6)])
 def test_marginals_of_the_relay_process(patch, height, width, normalize):
     n, level = 10_000, 0.7
-    process = processes.Relay(patch=patch, block_scale=0.8, normalize_noise=normalize)
+    process = processes.RelayProcess(patch=patch, block_scale=0.8, normalize_noise=normalize)
     x = images((1, height, width, 1))
     noise = draw_noise(process, (height, width, 1), n)
     noised = noised_by(process, jnp.broadcast_to(x, noise.shape), jnp.full(n, level), noise)
@@ -94,7 +100,7 @@ def test_marginals_of_the_relay_process(patch, height, width, normalize):
 )
 def test_variance_of_the_noise(settings, variance):
     n = 5000
-    noise = np.asarray(draw_noise(processes.Relay(**settings), (8, 8, 1), n), np.float64)
+    noise = np.asarray(draw_noise(processes.RelayProcess(**settings), (8, 8, 1), n), np.float64)
     of_each_draw = (noise**2).mean((1, 2, 3))
     standard_error = of_each_draw.std() / np.sqrt(n)
     assert abs(of_each_draw.mean() - variance) < ERRORS * standard_error
@@ -103,7 +109,7 @@ def test_variance_of_the_noise(settings, variance):
 
 def test_block_size_zero_means_the_patch():
     white, block_white = images((2, 8, 8, 1)), images((2, 8, 8, 1), seed=1)
-    mixture = lambda **settings: processes.Relay(block_scale=0.5, **settings).mixture(
+    mixture = lambda **settings: processes.RelayProcess(block_scale=0.5, **settings).mixture(
         white, block_white
     )  # noqa: E731
     by_hand = white + 0.5 * blurring.block_noise(block_white, block=2)
@@ -113,7 +119,7 @@ def test_block_size_zero_means_the_patch():
 
 
 def test_white_and_block_noise_are_drawn_apart():
-    process = processes.Relay(block_scale=100.0)
+    process = processes.RelayProcess(block_scale=100.0)
     n = 2000
     with_block, white = (
         np.asarray(draw_noise(p, (4, 4, 1), n))
@@ -128,7 +134,7 @@ def test_white_and_block_noise_are_drawn_apart():
 
 def test_gaussian_levels_are_lognormal():
     n = 10_000
-    process = processes.Gaussian(p_mean=-0.4, p_std=1.7)
+    process = processes.GaussianProcess(p_mean=-0.4, p_std=1.7)
     sigma = diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma
     z = (np.log(np.asarray(sigma, np.float64)) + 0.4) / 1.7
     assert abs(z.mean()) < ERRORS / np.sqrt(n)
@@ -141,7 +147,7 @@ def test_gaussian_levels_are_lognormal():
 def test_marginals_of_the_gaussian_process():
     n = 10_000
     x = images((1, 2, 3, 2))
-    noised = diffuse(processes.Gaussian(), jnp.broadcast_to(x, (n, 2, 3, 2)), keys(n))
+    noised = diffuse(processes.GaussianProcess(), jnp.broadcast_to(x, (n, 2, 3, 2)), keys(n))
     noise = np.asarray((noised.images - x) / noised.sigma[:, None, None, None], np.float64).reshape(
         n, -1
     )
@@ -158,7 +164,8 @@ def test_marginals_of_the_gaussian_process():
 def test_times_of_the_vp_process_are_uniform(epsilon):
     n = 10_000
     sigma = np.asarray(
-        diffuse(processes.VP(epsilon=epsilon), jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64
+        diffuse(processes.VPProcess(epsilon=epsilon), jnp.zeros((n, 2, 2, 1)), keys(n)).sigma,
+        np.float64,
     )
     log = np.log1p(sigma**2)  # beta_d t^2 / 2 + beta_min t
     t = (np.sqrt(0.1**2 + 2 * 19.9 * log) - 0.1) / 19.9
@@ -171,7 +178,7 @@ def test_times_of_the_vp_process_are_uniform(epsilon):
 @pytest.mark.parametrize(("sigma_min", "sigma_max"), [(0.02, 100.0), (0.5, 3.0)])
 def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
     n = 10_000
-    process = processes.VE(sigma_min=sigma_min, sigma_max=sigma_max)
+    process = processes.VEProcess(sigma_min=sigma_min, sigma_max=sigma_max)
     sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64)
     assert scipy.stats.kstest(
         sigma, scipy.stats.loguniform(sigma_min, sigma_max).cdf
@@ -181,7 +188,10 @@ def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
 
 @pytest.mark.parametrize(
     ("process", "precondition"),
-    [(processes.VP(), preconditioning.VP()), (processes.VE(), preconditioning.VE())],
+    [
+        (processes.VPProcess(), preconditioning.VPPreconditioning()),
+        (processes.VEProcess(), preconditioning.VEPreconditioning()),
+    ],
     ids=["vp", "ve"],
 )
 def test_other_processes_noise_to_the_ends_of_what_their_networks_know(process, precondition):
@@ -210,7 +220,7 @@ def test_other_processes_noise_to_the_ends_of_what_their_networks_know(process, 
 
 def test_relay_levels_fill_the_clock():
     n = 10_000
-    process = processes.Relay(patch=2, sigma_floor=0.1, exact_floor=True)
+    process = processes.RelayProcess(patch=2, sigma_floor=0.1, exact_floor=True)
     sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma)
     bound = scipy.stats.norm.cdf((np.log(0.1) + 1.2) / 1.2) / 0.93
     t = np.asarray(jax.jit(process.clock.time)(jnp.asarray(sigma)), np.float64)
@@ -226,7 +236,7 @@ def test_relay_levels_fill_the_clock():
 
 @pytest.mark.parametrize("sigma_floor", [0.0075, 0.05])
 def test_an_exact_floor_is_the_lowest_level(sigma_floor):
-    process = processes.Relay(patch=2, sigma_floor=sigma_floor, exact_floor=True)
+    process = processes.RelayProcess(patch=2, sigma_floor=sigma_floor, exact_floor=True)
     noised = noised_by(
         process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-5, 0.5]), jnp.zeros((3, 2, 2, 1))
     )
@@ -238,7 +248,7 @@ def test_an_exact_floor_is_the_lowest_level(sigma_floor):
 
 @pytest.mark.parametrize("length", [0.93, 0.89])
 def test_the_published_floor_lies_lower_by_the_clocks_length_twice(length):
-    process = processes.Relay(patch=2, clock=schedules.Clock(length=length))
+    process = processes.RelayProcess(patch=2, clock=schedules.Clock(length=length))
     sigma = noised_by(process, jnp.zeros((1, 2, 2, 1)), jnp.zeros(1), jnp.zeros((1, 2, 2, 1))).sigma
     share = scipy.stats.norm.cdf((np.log(0.0075) + 1.2) / 1.2)
     expected = np.exp(-1.2 + 1.2 * scipy.stats.norm.ppf(share * length**2))
@@ -247,7 +257,7 @@ def test_the_published_floor_lies_lower_by_the_clocks_length_twice(length):
 
 
 def test_the_weight_is_capped():
-    process = processes.Relay(patch=2, sigma_floor=1e-4, max_weight=1e5, exact_floor=True)
+    process = processes.RelayProcess(patch=2, sigma_floor=1e-4, max_weight=1e5, exact_floor=True)
     noised = noised_by(
         process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-4, 0.5]), jnp.zeros((3, 2, 2, 1))
     )
@@ -260,23 +270,23 @@ def test_the_weight_is_capped():
 
 
 def test_the_weight_undoes_the_scale_of_the_output():
-    process = processes.Gaussian(sigma_data=0.3)
+    process = processes.GaussianProcess(sigma_data=0.3)
     noised = noised_by(
         process,
         jnp.zeros((7, 2, 2, 1)),
         jnp.asarray(np.linspace(-3, 3, 7, dtype=np.float32)),
         jnp.zeros((7, 2, 2, 1)),
     )
-    c_out = preconditioning.EDM(sigma_data=0.3)(noised.sigma).c_out
+    c_out = preconditioning.EDMPreconditioning(sigma_data=0.3)(noised.sigma).c_out
     chex.assert_trees_all_close(noised.weight * c_out**2, jnp.ones(7), rtol=1e-6)
 
 
 PROCESSES = (
-    processes.Gaussian(),
-    processes.VP(),
-    processes.VE(),
-    processes.Relay(patch=3),
-    processes.Cascade(patch=3),
+    processes.GaussianProcess(),
+    processes.VPProcess(),
+    processes.VEProcess(),
+    processes.RelayProcess(patch=3),
+    processes.CascadeProcess(patch=3),
 )
 every_process = pytest.mark.parametrize(
     "process", PROCESSES, ids=lambda process: type(process).__name__
@@ -286,20 +296,23 @@ every_process = pytest.mark.parametrize(
 @every_process
 def test_an_images_noise_does_not_depend_on_its_batch(process):
     x, key = images((6, 6, 9, 2)), keys(6)
-    together = diffuse(process, x, key)
+    together = diffuse_and_condition(process, x, key)
     order = np.asarray([3, 0, 5])
-    some = diffuse(process, x[order], key[order])
+    some = diffuse_and_condition(process, x[order], key[order])
     # Whole batches may round differently from parts of them, by an ulp.
     chex.assert_trees_all_close(
         some, jax.tree.map(lambda a: a[order], together), rtol=1e-6, atol=1e-6
     )
-    assert len(np.unique(together.sigma)) == 6
+    sigma = together[0].sigma
+    assert len(np.unique(sigma)) == 6
     again = diffuse(process, x, keys(6, seed=1))
-    assert not np.any(np.isclose(again.sigma, together.sigma))
+    assert not np.any(np.isclose(again.sigma, sigma))
 
 
 def test_the_relay_process_ends_at_the_enlarged_image():
-    process = processes.Relay(patch=3, clock=schedules.Clock(blur_sigma_max=60.0), min_scale=0.0)
+    process = processes.RelayProcess(
+        patch=3, clock=schedules.Clock(blur_sigma_max=60.0), min_scale=0.0
+    )
     x, noise = images((2, 6, 9, 3)), images((2, 6, 9, 3), seed=1)
     noised = noised_by(process, x, jnp.ones(2), noise)
     means = blurring.enlarge(blurring.mean_pool(x, factor=3), factor=3)
@@ -315,25 +328,25 @@ def test_one_trace(process):
         chex.assert_max_traces(n=1)(lambda x, keys: processes.diffuse(process, x, keys))
     )
     for seed in range(3):
-        noised = compiled(images((4, 6, 3, 2), seed), keys(4, seed))
-        chex.assert_shape(noised[:3], [(4, 6, 3, 2), (4,), (4,)])
-        chex.assert_tree_all_finite(noised)
+        noised, conditioning = compiled(images((4, 6, 3, 2), seed), keys(4, seed))
+        chex.assert_shape(noised, [(4, 6, 3, 2), (4,), (4,)])
+        chex.assert_tree_all_finite((noised, conditioning))
+        channels = 0 if conditioning is None else conditioning.shape[-1]
+        assert channels == process.conditioning_channels(2)
 
 
-def test_a_cascade_is_given_the_small_image_under_noise_of_a_level_that_it_is_told():
-    process, x = processes.Cascade(patch=2, augment_max=0.4), images((3000, 4, 4, 2))
-    noised = jax.jit(lambda x, keys: processes.diffuse(process, x, keys))(x, keys(3000))
-    chex.assert_shape(noised.given, (3000, 4, 4, 3))
-    level = noised.given[:, 0, 0, -1]
+def test_cascade_is_conditioned_on_the_noised_small_image_and_its_level():
+    process, x = processes.CascadeProcess(patch=2, augment_max=0.4), images((3000, 4, 4, 2))
+    noised, given = diffuse_and_condition(process, x, keys(3000))
+    chex.assert_shape(given, (3000, 4, 4, 3))
+    level = given[:, 0, 0, -1]
     chex.assert_trees_all_equal(
-        noised.given[..., -1], jnp.broadcast_to(level[:, None, None], (3000, 4, 4))
+        given[..., -1], jnp.broadcast_to(level[:, None, None], (3000, 4, 4))
     )
-    for cell in (noised.given[:, ::2, ::2], noised.given[:, 1::2, 1::2]):  # every cell is constant
-        chex.assert_trees_all_equal(cell, noised.given[:, ::2, 1::2])
+    for cell in (given[:, ::2, ::2], given[:, 1::2, 1::2]):  # every cell is constant
+        chex.assert_trees_all_equal(cell, given[:, ::2, 1::2])
     assert scipy.stats.kstest(level / 0.4, "uniform").pvalue > 1e-3
-    noise = (noised.given[:, ::2, ::2, :2] - blurring.mean_pool(x, factor=2)) / level[
-        :, None, None, None
-    ]
+    noise = (given[:, ::2, ::2, :2] - blurring.mean_pool(x, factor=2)) / level[:, None, None, None]
     assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
     assert (
         abs(
@@ -344,5 +357,5 @@ def test_a_cascade_is_given_the_small_image_under_noise_of_a_level_that_it_is_to
         )
         < 0.03
     )
-    alike = jax.jit(lambda x, keys: processes.diffuse(processes.Gaussian(), x, keys))(x, keys(3000))
-    chex.assert_trees_all_equal(noised[:3], alike[:3])  # all else is the Gaussian process
+    alike = diffuse(processes.GaussianProcess(), x, keys(3000))
+    chex.assert_trees_all_equal(noised, alike)  # all else is the Gaussian process

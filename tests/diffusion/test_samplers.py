@@ -80,7 +80,7 @@ every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLE
 
 
 def process_of(sampler):
-    return processes.Gaussian() if isinstance(sampler, Heun) else relay_process()
+    return processes.GaussianProcess() if isinstance(sampler, Heun) else relay_process()
 
 
 def run(sampler, *, scan, denoise=shrink, noise=draw):

@@ -150,7 +150,7 @@ def test_iddpms_ladder_is_that_of_its_betas(steps, c1, c2):
     f = cosine(steps, c2)
     beta = np.minimum(1 - f[1:] / f[:-1], 1 - c1)
     alphabar = np.concatenate([[1.0], np.cumprod(1 - beta)])
-    ladder = schedules.iddpm_ladder(steps, c1=c1, c2=c2)
+    ladder = schedules.iddpm_levels(steps, c1=c1, c2=c2)
     assert ladder.dtype == np.float64 and ladder[-1] == 0 and np.all(np.diff(ladder) < 0)
     # 1 / alphabar - 1 cancels all but 5e-10 / 5e-16 of what float64 knows at the first steps.
     np.testing.assert_allclose(ladder[:-1], np.sqrt(1 / alphabar - 1)[:0:-1], rtol=1e-8)
@@ -163,7 +163,7 @@ def test_iddpms_ladder_in_closed_form_where_nothing_is_clipped(steps, c1, c2):
     clipped = np.max(np.flatnonzero(f[:-1] < c1 * f[1:]))  # from this level on, upwards
     assert clipped < steps / 2
     ladder, expected = (
-        schedules.iddpm_ladder(steps, c1=c1, c2=c2),
+        schedules.iddpm_levels(steps, c1=c1, c2=c2),
         np.sqrt(f[-1] / f[clipped + 1 :] - 1),
     )
     np.testing.assert_allclose(ladder[clipped + 1 :], expected, rtol=1e-8)
@@ -182,7 +182,7 @@ def test_ladder_is_the_formula_in_float64(steps, sigma_min, sigma_max, rho):
     expected = (
         sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
     ) ** rho
-    ladder = schedules.edm_ladder(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    ladder = schedules.edm_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
     chex.assert_shape(ladder, (steps,))
     assert ladder.dtype == jnp.float32
     # A logarithm of up to 10.6 is known to 6e-7 in float32; for rho = 1 the rungs are differences
@@ -195,7 +195,7 @@ def test_ladder_is_the_formula_in_float64(steps, sigma_min, sigma_max, rho):
 
 @pytest.mark.parametrize("rho", [7.0, 100.0])
 def test_the_ladder_ends_where_it_should(rho):
-    ladder = schedules.edm_ladder(200, sigma_min=0.008, sigma_max=80.0, rho=rho)
+    ladder = schedules.edm_levels(200, sigma_min=0.008, sigma_max=80.0, rho=rho)
     chex.assert_trees_all_close(ladder[-1], jnp.float32(0.008), rtol=2e-6)  # as above
 
 
@@ -205,7 +205,7 @@ def test_the_ladder_ends_where_it_should(rho):
     ids=["imagenet", "celeba"],
 )
 def test_published_truncations(steps, rho, below, kept, first):
-    ladder = schedules.edm_ladder(steps, sigma_min=0.008, sigma_max=80.0, rho=rho)
+    ladder = schedules.edm_levels(steps, sigma_min=0.008, sigma_max=80.0, rho=rho)
     levels = schedules.truncate(ladder, below)
     chex.assert_shape(levels, (kept,))
     assert float(levels[0]) == pytest.approx(first, abs=5e-5)  # published to four places
@@ -221,7 +221,7 @@ def test_truncation_leaves_out_the_bound_itself():
 @pytest.mark.parametrize("steps", [1, 0, -3])
 def test_a_ladder_of_fewer_than_two_steps_is_refused(steps):
     with pytest.raises(ValueError, match=f"at least 2 steps, not {steps}"):
-        schedules.edm_ladder(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0)
+        schedules.edm_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0)
 
 
 def test_one_trace_of_the_clock():

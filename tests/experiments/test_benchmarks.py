@@ -62,7 +62,7 @@ def test_speed():
     (count, milliseconds, rate, flops) = numbers(
         training, "parameters", "ms per step", "images/s", "TFLOP/s"
     )
-    assert count == stage.build(3, 2).count()
+    assert count == stage.build(3, 2).num_parameters
     assert rate == pytest.approx(8 / (milliseconds / 1e3), rel=0.02)  # of three digits each
     assert flops == pytest.approx(
         3 * 2 * stage.multiply_adds(3, 2) * rate / 2 / 1e12, rel=0.02

@@ -15,11 +15,10 @@ from experiments.relay_vs_cascade.variants import ORDERS, points, variants
 from rdm_jax.config import Config, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.sources import open_source
-from rdm_jax.diffusion.processes import Cascade, Gaussian, Relay
+from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess, RelayProcess
 from rdm_jax.evaluation import inception_weights
 from rdm_jax.render.tables import cell
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling.stage_sampler import evaluations, handover, joined_level
 from rdm_jax.training.count import Count
 from tests.support import inception_file
 from tests.support.commands import python
@@ -46,15 +45,15 @@ def test_variants_compare_methods_on_equal_terms():
     relay, cascade, single = (methods[name] for name in ("relay", "cascade", "single"))
     assert relay.stages[0] == cascade.stages[0]
     assert [type(config.stages[-1].process) for config in (relay, cascade, single)] == [
-        Relay,
-        Cascade,
-        Gaussian,
+        RelayProcess,
+        CascadeProcess,
+        GaussianProcess,
     ]
     last = [config.stages[-1] for config in methods.values()]
     assert len({stage.network for stage in last}) == len({stage.guidance for stage in last}) == 1
     assert relay.stages[1].training == cascade.stages[1].training
     assert single.stages[0].training.images == sum(stage.training.images for stage in relay.stages)
-    counts = [stage.build(1, 10).count() for stage in last]
+    counts = [stage.build(1, 10).num_parameters for stage in last]
     stem = 9 * 2 * 4**2 * last[0].network.channels  # of two more channels, folded 4x4
     assert counts[1] - counts[0] == stem and counts[2] == counts[0]
 
@@ -88,9 +87,7 @@ def test_with_nfe_evaluates_the_network_so_often(wanted):
         last = len(config.stages)
         changed = common.with_nfe(config, last, wanted)
         validate.check_config(changed)
-        assert (
-            evaluations(changed.stages[-1]) == wanted and changed.stages[:-1] == config.stages[:-1]
-        )
+        assert changed.stages[-1].nfe == wanted and changed.stages[:-1] == config.stages[:-1]
 
 
 def test_with_nfe_joins_closest_to_the_truncation():
@@ -100,8 +97,16 @@ def test_with_nfe_joins_closest_to_the_truncation():
             dataclasses.replace(stage, sampler=dataclasses.replace(stage.sampler, steps=n))
             for n in range(2, 3 * wanted)
         ]
-        joined = [float(joined_level(each).sigma) for each in every if evaluations(each) == wanted]
-        assert float(joined_level(stage).sigma) == max(joined) <= stage.sampler.truncation_sigma
+        joined = [
+            float(each.sampler.joined_level(each.process).sigma)
+            for each in every
+            if each.nfe == wanted
+        ]
+        assert (
+            float(stage.sampler.joined_level(stage.process).sigma)
+            == max(joined)
+            <= stage.sampler.truncation_sigma
+        )
 
 
 def test_with_nfe_refuses_impossible_numbers():
@@ -152,13 +157,13 @@ def test_ablation_variants_differ_in_one_stage(variant):
     changed = variant.change(base)
     validate.check_config(changed)
     nfe = re.match(r"NFE (\d+)", variant.setting)
-    assert evaluations(changed.stages[1]) == (int(nfe[1]) if nfe else evaluations(base.stages[1]))
+    assert changed.stages[1].nfe == (int(nfe[1]) if nfe else base.stages[1].nfe)
     for number, (stage, before) in enumerate(zip(changed.stages, base.stages, strict=True), 1):
         trained = [(s.network, s.process, s.training) for s in (stage, before)]
         assert trained[0] == trained[1] or number == variant.stage
     second = changed.stages[1]
     assert (
-        second.process.clock.time(joined_level(second).sigma) < 1 + 1e-6
+        second.process.clock.time(second.sampler.joined_level(second.process).sigma) < 1 + 1e-6
     )  # not beyond what it was trained for
     assert len({v.name for group in GROUPS.values() for v in group}) == sum(
         map(len, GROUPS.values())
@@ -172,7 +177,9 @@ def test_chain_is_valid(chain):
     assert tuple(stage.factor for stage in config.stages[1:]) == CHAINS[chain]
     if not chain.startswith("emoji"):
         for stage in config.stages[1:]:
-            assert float(re.search("where ([0-9.]+)% ", handover(stage))[1]) < 10
+            assert (
+                float(re.search("where ([0-9.]+)% ", stage.sampler.handover(stage.process))[1]) < 10
+            )
 
 
 def run(*arguments: str) -> str:

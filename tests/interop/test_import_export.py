@@ -16,7 +16,7 @@ from rdm_jax.config import Stage, parse
 from rdm_jax.config.saved import read_saved
 from rdm_jax.data.classes import Classes
 from rdm_jax.diffusion import preconditioning
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.interop import pytorch_names
 from rdm_jax.models.adm import ADM
@@ -294,13 +294,13 @@ def test_training_resumes_from_imported_weights(imported, tmp_path):
 @pytest.mark.parametrize(
     ("network", "precondition"),
     [
-        (NETWORK, preconditioning.EDM(sigma_data=0.7)),
+        (NETWORK, preconditioning.EDMPreconditioning(sigma_data=0.7)),
         (
             ADM(64, (1, 2), 2, attention_levels=(1,), augment_labels=9, dropout=0.2),
-            preconditioning.IDDPM(times=100),
+            preconditioning.IDDPMPreconditioning(times=100),
         ),
-        (NCSN, preconditioning.VE(sigma_min=0.01)),
-        (Song(16, (2, 2), 1, attention_levels=(0,)), preconditioning.VP(times=500)),
+        (NCSN, preconditioning.VEPreconditioning(sigma_min=0.01)),
+        (Song(16, (2, 2), 1, attention_levels=(0,)), preconditioning.VPPreconditioning(times=500)),
     ],
     ids=["edm", "iddpm", "ve", "vp"],
 )
@@ -315,7 +315,10 @@ def test_import_changes_the_config(tmp_path, capsys):
     """DDPM++ / NCSN++ weights replace the network and the resolution of an ADM config."""
     config = config_for(tmp_path)
     stage = dataclasses.replace(
-        config.stages[0], network=NCSN, precondition=preconditioning.VE(), resolution=(8, 8)
+        config.stages[0],
+        network=NCSN,
+        precondition=preconditioning.VEPreconditioning(),
+        resolution=(8, 8),
     )
     write_pkl(tmp_path / "ncsn.pkl", *settings_for(stage, 0), tensors_of(stage, 0, 0))
     one_stage = dataclasses.replace(config, stages=config.stages[:1])
@@ -357,6 +360,6 @@ def test_safetensors_without_metadata_use_the_config(imported, tmp_path):
 
 def test_describe_keeps_the_process(imported):
     _, config, _ = imported
-    assert isinstance(config.stages[1].process, Relay)
+    assert isinstance(config.stages[1].process, RelayProcess)
     described = pytorch_names.describe(*settings_for(config.stages[1]), config.stages[1])
     assert described.stage == config.stages[1]

@@ -177,7 +177,10 @@ def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size):
         (Stage(resolution=(8, 4), network=NETWORK), "resolution=(8, 4)"),
         (Stage(network=dataclasses.replace(NETWORK, patch=4)), "network.patch=4"),
         (Stage(network=dataclasses.replace(NETWORK, head_channels=8)), "network.head_channels=8"),
-        (Stage(precondition=preconditioning.EDM(noise_scale=1.0)), "precondition.noise_scale=1.0"),
+        (
+            Stage(precondition=preconditioning.EDMPreconditioning(noise_scale=1.0)),
+            "precondition.noise_scale=1.0",
+        ),
     ],
     ids=["not-square", "patch", "heads", "noise-scale"],
 )

@@ -6,7 +6,7 @@ import pytest
 
 from rdm_jax.config import Config, Stage, parse
 from rdm_jax.config.saved import read_saved
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.interop.import_export import fit_resolutions
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
@@ -58,8 +58,8 @@ def test_fit_resolutions(number, kept, sizes):
     """Factors 2 and 4; the imported stage has 8x8, the others 99x99, which match nothing."""
     stages = [
         Stage((99, 99)),
-        Stage((99, 99), process=Relay(patch=2)),
-        Stage((99, 99), process=Relay(patch=4)),
+        Stage((99, 99), process=RelayProcess(patch=2)),
+        Stage((99, 99), process=RelayProcess(patch=4)),
     ]
     config = Config(stages=tuple(stages)).with_stage(number, resolution=(8, 8))
     fitted = fit_resolutions(config, number, kept)

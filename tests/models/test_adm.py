@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rdm_jax.models import adm, layers
+from rdm_jax.models import adm, layers, resampling
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.functional import functional
 from tests.support.small_networks import (
@@ -18,6 +18,7 @@ from tests.support.small_networks import (
     inputs,
     network,
     parameters,
+    shapes,
 )
 
 TINY = ADM(
@@ -67,16 +68,18 @@ def init():
     ids=["adm-64", "adm-256"],
 )
 def test_size_of_the_published_networks(config, side, count, giga):
-    net = functional(lambda rngs: config.build(3, 1000, rngs=rngs))
-    assert net.count() == count
-    assert net.multiply_adds((side, side, 3), 1000) == pytest.approx(giga * 1e9, rel=0.01)
+    net = functional(lambda rngs: config.build(shapes(3, 1000), rngs=rngs))
+    assert net.num_parameters == count
+    assert net.multiply_adds((side, side, 3), shapes(3, 1000).condition) == pytest.approx(
+        giga * 1e9, rel=0.01
+    )
 
 
 def test_the_stem_is_as_wide_as_level_0():
     """As in the original; DDPM++'s and NCSN++'s is `channels` wide."""
     abstract = functional(
         lambda rngs: dataclasses.replace(SMALLEST, channel_mult=(2, 2)).build(
-            CHANNELS, 0, rngs=rngs
+            shapes(CHANNELS, 0), rngs=rngs
         )
     ).abstract
     assert abstract["stem"]["kernel"].shape == (3, 3, CHANNELS, 8)
@@ -228,10 +231,10 @@ def test_statistics_of_normalisation_are_float32():
 @pytest.mark.parametrize(("factor", "height", "width"), [(1, 2, 3), (2, 4, 6), (4, 4, 8)])
 def test_depth_to_space_undoes_space_to_depth(factor, height, width):
     x = np.arange(2 * height * width * 3, dtype=np.float32).reshape(2, height, width, 3)
-    folded = jax.jit(layers.space_to_depth, static_argnums=1)(jnp.asarray(x), factor)
+    folded = jax.jit(resampling.space_to_depth, static_argnums=1)(jnp.asarray(x), factor)
     chex.assert_shape(folded, (2, height // factor, width // factor, 3 * factor**2))
     np.testing.assert_array_equal(
-        jax.jit(layers.depth_to_space, static_argnums=1)(folded, factor), x
+        jax.jit(resampling.depth_to_space, static_argnums=1)(folded, factor), x
     )
     np.testing.assert_array_equal(
         np.asarray(folded)[:, 0, 0].reshape(2, factor, factor, 3), x[:, :factor, :factor]
@@ -240,7 +243,7 @@ def test_depth_to_space_undoes_space_to_depth(factor, height, width):
 
 def test_upsampling_repeats_and_downsampling_averages():
     x = np.random.default_rng(0).standard_normal((2, 4, 6, 3), np.float32)
-    up, down = jax.jit(layers.upsample), jax.jit(layers.downsample)
+    up, down = jax.jit(resampling.upsample), jax.jit(resampling.downsample)
     np.testing.assert_allclose(down(up(jnp.asarray(x))), x, rtol=1e-6)
     means = np.asarray(down(jnp.asarray(x)))
     np.testing.assert_allclose(means[:, 1, 2], x[:, 2:4, 4:6].mean((1, 2)), rtol=1e-5, atol=1e-6)
@@ -250,7 +253,7 @@ def test_upsampling_repeats_and_downsampling_averages():
 
 def test_functional_is_the_module_called(smallest):
     apply, params = smallest
-    module = nnx.eval_shape(lambda: SMALLEST.build(CHANNELS, CLASSES, rngs=nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: SMALLEST.build(shapes(CHANNELS, CLASSES), rngs=nnx.Rngs(0)))
     nnx.update(module, params)
     expected = jax.jit(lambda *args: module(*args))(*inputs())
     chex.assert_trees_all_close(apply(params, *inputs()), expected, atol=FLOAT32)
@@ -296,7 +299,9 @@ def test_functional_refuses_parameters_of_another_network(smallest):
 
 def test_unconditional_networks_have_no_label_parameters():
     net = functional(
-        lambda rngs: dataclasses.replace(SMALLEST, augment_labels=0).build(CHANNELS, 0, rngs=rngs)
+        lambda rngs: dataclasses.replace(SMALLEST, augment_labels=0).build(
+            shapes(CHANNELS, 0), rngs=rngs
+        )
     )
     params = jax.eval_shape(net.init, jax.random.key(0))
     assert not {"map_label", "map_augment"} & set(params)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rdm_jax.models import layers
+from rdm_jax.models import layers, resampling
 from rdm_jax.models.functional import functional
 from rdm_jax.models.song import Song
 from tests.support.small_networks import (
@@ -18,6 +18,7 @@ from tests.support.small_networks import (
     inputs,
     network,
     parameters,
+    shapes,
 )
 
 DDPM = Song(
@@ -71,8 +72,8 @@ def along_both(rows, columns, x):
     return np.einsum("ij,bjkc,lk->bilc", rows, np.asarray(x, np.float64), columns)
 
 
-down = jax.jit(layers.downsample, static_argnums=1, static_argnames="padded")
-up = jax.jit(layers.upsample, static_argnums=1)
+down = jax.jit(resampling.downsample, static_argnums=1, static_argnames="padded")
+up = jax.jit(resampling.upsample, static_argnums=1)
 # One filter of each length that is in use, one that tells its ends apart, and a longer one.
 every_filter = pytest.mark.parametrize(
     "taps", [(1, 1), (1, 3, 3, 1), (1, 2, 5, 3), (1, 5, 10, 10, 5, 1)], ids=str
@@ -164,7 +165,7 @@ def test_the_network_begins_near_zero(born):
 
 
 def style_of(config):
-    return nnx.eval_shape(lambda: config.build(CHANNELS, 0, rngs=nnx.Rngs(0))).style
+    return nnx.eval_shape(lambda: config.build(shapes(CHANNELS, 0), rngs=nnx.Rngs(0))).style
 
 
 @pytest.mark.parametrize(("heads", "scale"), [(0, 0.5**0.5), (1, 0.5)])
@@ -196,7 +197,7 @@ def test_the_embedding_by_hand(config):
     params = parameters(network(config))
 
     def embedding(params, *labels):
-        module = nnx.eval_shape(lambda: config.build(CHANNELS, CLASSES, rngs=nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: config.build(shapes(CHANNELS, CLASSES), rngs=nnx.Rngs(0)))
         nnx.update(module, params)
         return module._embedding(*labels)
 
@@ -256,13 +257,13 @@ def test_every_level_of_the_residual_encoder_is_fed_the_shrunken_image():
         residual=True,
         filter=(1, 3, 3, 1),
     )
-    net = functional(lambda rngs: config.build(CHANNELS, 0, rngs=rngs))
+    net = functional(lambda rngs: config.build(shapes(CHANNELS, 0), rngs=rngs))
     params, image = parameters(net), normal(2, 8, 16, CHANNELS)
 
     @jax.jit
     def encode(params, x):
         """What the encoder puts out, and what its blocks alone make of that."""
-        module = nnx.eval_shape(lambda: config.build(CHANNELS, 0, rngs=nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: config.build(shapes(CHANNELS, 0), rngs=nnx.Rngs(0)))
         nnx.update(module, params)
         emb = jnp.ones((2, 16))
         outputs = module._encode(x, emb, None)
@@ -351,7 +352,7 @@ def test_a_transposed_image_under_transposed_kernels_is_the_transposed_result(nc
 
 
 def test_patches_are_folded_into_channels():
-    folded = functional(lambda rngs: SMALLEST.build(4 * CHANNELS, CLASSES, rngs=rngs))
+    folded = functional(lambda rngs: SMALLEST.build(shapes(4 * CHANNELS, CLASSES), rngs=rngs))
     patched = network(dataclasses.replace(SMALLEST, patch=2))
     chex.assert_trees_all_equal(folded.abstract, patched.abstract)
     params, (x, *labels) = parameters(patched), inputs(batch=2)

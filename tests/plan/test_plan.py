@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rdm_jax.config import Config, Parallel, Stage, Training
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.diffusion.samplers import RelayHeun
 from rdm_jax.models.adm import ADM
 from rdm_jax.plan.chips import CHIPS, chip_of
@@ -160,7 +160,7 @@ def large(**network) -> Config:
     relay = Stage(
         (128, 128),
         tiny_config("images").stages[1].network,
-        process=Relay(patch=2),
+        process=RelayProcess(patch=2),
         sampler=RelayHeun(),
     )
     return Config(stages=(stage, relay))

@@ -15,8 +15,8 @@ from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
-from rdm_jax.diffusion.pixels import from_uint8, to_uint8
-from rdm_jax.diffusion.processes import Cascade
+from rdm_jax.diffusion.pixels import Pixels
+from rdm_jax.diffusion.processes import CascadeProcess
 from rdm_jax.diffusion.samplers import CascadeHeun
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
@@ -42,7 +42,9 @@ def stage_and_params(kind: str):
     """A guided stage and parameters that are no longer the zero output of initialisation."""
     stage = dataclasses.replace(tiny_config("images").stages[NUMBER[kind] - 1], guidance=2.0)
     if kind == "cascade":
-        stage = dataclasses.replace(stage, process=Cascade(patch=2), sampler=CascadeHeun(steps=3))
+        stage = dataclasses.replace(
+            stage, process=CascadeProcess(patch=2), sampler=CascadeHeun(steps=3)
+        )
     network = stage.build(3, 2)
     params = jax.jit(network.init)(jax.random.key(0))
 
@@ -55,7 +57,7 @@ def stage_and_params(kind: str):
 @functools.cache  # what is compiled for one test is there for the next
 def make(kind: str):
     stage, network, params = stage_and_params(kind)
-    sample = stage_sampler.stage_sampler(
+    sample = stage_sampler.StageSampler(
         stage, network, number=NUMBER[kind], channels=3, classes=2, run_seed=0
     )
     low = (
@@ -143,7 +145,7 @@ def test_noise_depends_on_run_seed_and_stage():
     stage = dataclasses.replace(stage, guidance=1.0)
     outputs = []
     for run_seed, number in ((0, 1), (1, 1), (0, 2)):
-        sample = stage_sampler.stage_sampler(
+        sample = stage_sampler.StageSampler(
             stage, network, number=number, channels=3, classes=2, run_seed=run_seed
         )
         outputs.append(
@@ -215,7 +217,7 @@ def test_stage_sampler_reports_infinite_images(kind):
         )
 
     network = network._replace(apply=answer)
-    sample = stage_sampler.stage_sampler(
+    sample = stage_sampler.StageSampler(
         stage, network, number=NUMBER[kind], channels=3, classes=2, run_seed=0
     )
     _, _, low, labels, seeds = make(kind)
@@ -297,8 +299,8 @@ def test_common_classes(known, common):
 
 def test_to_uint8_inverts_the_scaling_of_training():
     every = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
-    np.testing.assert_array_equal(to_uint8(from_uint8(every, 1)), every)
-    assert to_uint8(jnp.full((1, 1, 1, 1), 1.5)).item() == 255
+    np.testing.assert_array_equal(Pixels().decode(Pixels().encode(every, 1)), every)
+    assert Pixels().decode(jnp.full((1, 1, 1, 1), 1.5)).item() == 255
 
 
 def test_guidance_needs_label_dropout(tmp_path):

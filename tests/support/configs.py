@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 
 from rdm_jax.config import Config, Data, Sampling, Stage, Training
-from rdm_jax.diffusion.processes import Gaussian, Relay
+from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.models.adm import ADM
 
@@ -47,14 +47,14 @@ def tiny_config(folder, low=(4, 4), **training) -> Config:
             Stage(
                 low,
                 NETWORK,
-                process=Gaussian(),
+                process=GaussianProcess(),
                 training=Training(**settings),
                 sampler=Heun(steps=3),
             ),
             Stage(
                 (2 * low[0], 2 * low[1]),
                 NETWORK,
-                process=Relay(patch=2),
+                process=RelayProcess(patch=2),
                 training=Training(**settings),
                 sampler=RelayHeun(steps=12, rho=7.0),
             ),

@@ -54,10 +54,10 @@ class Target:
     mean: np.ndarray
     covariance: np.ndarray
     noise: np.ndarray
-    process: processes.Gaussian | processes.Relay
+    process: processes.GaussianProcess | processes.RelayProcess
 
     def blur(self, sigma):
-        if isinstance(self.process, processes.Gaussian):
+        if isinstance(self.process, processes.GaussianProcess):
             return jnp.eye(PIXELS)
         basis = patch_dct_matrix(self.process.patch)
         weights = self.process.blur_weights(self.process.clock.time(jnp.reshape(sigma, 1)))[0]
@@ -103,7 +103,7 @@ def gaussian_target(seed=0):
         rng.standard_normal(PIXELS),
         np.diag(rng.uniform(0.05, 1.0, PIXELS)),
         np.eye(PIXELS),
-        processes.Gaussian(),
+        processes.GaussianProcess(),
     )
 
 
@@ -206,7 +206,7 @@ def relay(steps, *, eta=0.0, **settings):
 
 
 def relay_process(blur_sigma_max=3.0, patch=2, block_scale=0.0):
-    return processes.Relay(
+    return processes.RelayProcess(
         patch=patch, clock=schedules.Clock(blur_sigma_max=blur_sigma_max), block_scale=block_scale
     )
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.conditions import ClassLabels
 from rdm_jax.models.functional import Network, functional
 
 CLASSES, AUGMENT, CHANNELS = 5, 3, 2
@@ -14,9 +16,14 @@ CLASSES, AUGMENT, CHANNELS = 5, 3, 2
 FLOAT32 = 2e-5
 
 
+def shapes(channels=CHANNELS, classes=CLASSES, outputs=1) -> Shapes:
+    """Of networks for images of so many channels and classes (0: none)."""
+    return Shapes(channels, outputs * channels, ClassLabels().bound(classes).spec)
+
+
 @functools.cache
 def network(config, outputs=1) -> Network:
-    return functional(lambda rngs: config.build(CHANNELS, CLASSES, outputs=outputs, rngs=rngs))
+    return functional(lambda rngs: config.build(shapes(outputs=outputs), rngs=rngs))
 
 
 def parameters(net, seed=0):

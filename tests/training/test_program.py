@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from rdm_jax.checkpoints import store
 from rdm_jax.config import Stage, Training
-from rdm_jax.diffusion.processes import Relay
+from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.diffusion.samplers import RelayHeun
 from rdm_jax.models.adm import ADM
 from rdm_jax.runtime import sharding
@@ -61,7 +61,7 @@ def program(
         epsilon=1e-3,
     )
     stage = Stage(
-        SHAPE[:2], network, process=Relay(patch=2), training=training, sampler=RelayHeun()
+        SHAPE[:2], network, process=RelayProcess(patch=2), training=training, sampler=RelayHeun()
     )
     mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
     return PROGRAMS[mode](stage, SHAPE, CLASSES, jax.random.key(1), mesh)
@@ -219,7 +219,7 @@ def test_state_saved_on_eight_devices_resumes_on_fewer(tmp_path, how):
 
 def test_collectives_are_gradients_and_nothing_else(size):
     one, eight = compiled(size=size), compiled(devices=8, size=size)
-    parameters = 4 * eight.objective.network.count()
+    parameters = 4 * eight.objective.network.num_parameters
     assert sharding.collectives(one.compiled) == {}
     told = sharding.collectives(eight.compiled)
     assert told.keys() == {"all-reduce"}

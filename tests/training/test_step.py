@@ -12,19 +12,21 @@ import optax
 import pytest
 
 from rdm_jax.diffusion import preconditioning, processes
-from rdm_jax.diffusion.pixels import from_uint8
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.models.adm import ADM
+from rdm_jax.models.conditions import ClassLabels
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.runtime import random_streams, sharding
 from rdm_jax.training.count import Count
 from rdm_jax.training.step import Objective, ema_weight, init_state, make_step
+from tests.support.small_networks import shapes
 
 BATCH, CLASSES = 16, 3
 OPTIMIZER = optax.adam(3e-3)
 
 
 @dataclasses.dataclass(frozen=True)
-class PoisonedWhereWhite(processes.Gaussian):
+class PoisonedWhereWhite(processes.GaussianProcess):
     """Gaussian noise, but an image whose first value is 1, up to rounding, gets the level NaN."""
 
     def noised(self, x, level, noise):
@@ -33,8 +35,15 @@ class PoisonedWhereWhite(processes.Gaussian):
 
 def objective(dropout: float = 0.0, process=PoisonedWhereWhite(), pool: int = 1) -> Objective:
     adm = ADM(8, (1,), 1, (), head_channels=8, dropout=dropout)
-    network = functional(lambda rngs: adm.build(3, CLASSES, rngs=rngs))
-    return Objective(network, process, preconditioning.EDM(), pool, CLASSES, label_dropout=0.25)
+    network = functional(lambda rngs: adm.build(shapes(3, CLASSES), rngs=rngs))
+    return Objective(
+        network,
+        process,
+        preconditioning.EDMPreconditioning(),
+        pool,
+        ClassLabels(CLASSES),
+        label_dropout=0.25,
+    )
 
 
 def batch(seed: int = 0, size: int = 8):
@@ -97,14 +106,14 @@ def test_learns_and_is_traced_once():
 def test_a_cascade_learns_from_the_image_that_it_is_given():
     """A network that answers with what it is given, at a noise level where nothing else is
     known."""
-    process = processes.Cascade(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
+    process = processes.CascadeProcess(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
     given = lambda params, x, c_noise, labels, augment, keys: params["scale"] * x[..., 3:6]  # noqa: E731
     goal = Objective(
         Network(None, given, None, None),
         process,
-        preconditioning.EDM(),
+        preconditioning.EDMPreconditioning(),
         1,
-        CLASSES,
+        ClassLabels(CLASSES),
         label_dropout=0.25,
     )
     smooth = (
@@ -115,7 +124,7 @@ def test_a_cascade_learns_from_the_image_that_it_is_given():
         jax.random.split(jax.random.key(0), BATCH),
     )
     loss = jax.jit(lambda scale: goal.loss({"scale": scale}, data, keys, dropout=False).mean())
-    right = 1 / preconditioning.EDM()(jnp.exp(jnp.full(1, 4.0))).c_out[0]
+    right = 1 / preconditioning.EDMPreconditioning()(jnp.exp(jnp.full(1, 4.0))).c_out[0]
     assert loss(right) < 0.01 * loss(0.0)
 
 
@@ -195,7 +204,8 @@ def test_noise_of_an_image_is_its_own():
 
 def test_label_dropout():
     goal, keys = objective(), jax.random.split(jax.random.key(0), 4000)
-    labels = goal.labels(jnp.full(4000, 2), keys)
+    labels = goal.condition.encode({"label": jnp.full(4000, 2)})
+    labels = goal.condition.drop(labels, keys, goal.label_dropout)
     share = float(jnp.mean(labels.sum(-1) == 0))
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5  # four standard errors
     chex.assert_trees_all_equal(
@@ -256,4 +266,6 @@ def test_images_are_scaled_and_pooled():
         .at[0, :2, :2, 0]
         .set(jnp.array([[0, 255], [255, 255]], jnp.uint8))
     )
-    chex.assert_trees_all_close(from_uint8(image, 2)[0, :, :, 0], jnp.array([[0.5, -1], [-1, -1]]))
+    chex.assert_trees_all_close(
+        Pixels().encode(image, 2)[0, :, :, 0], jnp.array([[0.5, -1], [-1, -1]])
+    )

@@ -1,0 +1,201 @@
+"""A stage of the relay, how it is trained, and the kinds of its parts."""
+
+import copy
+import dataclasses
+
+from rdm_jax.config.codec import add_kind, kinds
+from rdm_jax.diffusion import preconditioning, processes, samplers
+from rdm_jax.diffusion.pixels import Pixels
+from rdm_jax.diffusion.protocols import Process, Sampler
+from rdm_jax.models.adm import ADM
+from rdm_jax.models.backbone import Backbone, Shapes
+from rdm_jax.models.conditions import ClassLabels, Condition, Nothing
+from rdm_jax.models.functional import Network, functional
+from rdm_jax.models.song import Song
+from rdm_jax.runtime.fields import at_least, below, positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a stage is trained. All durations and intervals are counted in images.
+
+    Attributes:
+      images: number of images shown, with repetition.
+      batch_size: over all devices.
+      accumulate: number of parts of a batch, processed one after the other to save memory.
+      learning_rate, warmup: Adam's, rising linearly over the first `warmup` images.
+      beta1, beta2, epsilon: Adam's.
+      ema_halflife, ema_rampup: half-life of the EMA of the parameters, and its bound as a share of
+        the images seen (0: none).
+      label_dropout: probability of training an image on the null condition; guidance needs it.
+      flip: mirror half of all images, left and right; `augment` does so by itself.
+      augment: probability of each of EDM's geometric augmentations; above 0, network.augment_labels
+        must be 9. It works on images at twice their size and reflected on every side, 36 times
+        their memory; `accumulate` divides that.
+      start_from: folder of a checkpoint's step, whose EMA is the initial parameters; '' for random
+        ones.
+      checkpoint_every, checkpoint_minutes: save every so many images, and when so many minutes have
+        passed since the last save (0: never).
+      keep_newest, keep_best: number of the newest and of the best checkpoints to keep.
+      max_failed_saves: consecutive saves that may fail, as on a full disk, while training
+        continues. The last save must not fail, and with several processes none may.
+      preview_every: interval of drawing a grid of samples; 0 for never.
+      evaluate_every: interval of evaluating the stage (`evaluation.seeds_in_training`); 0: never.
+      log_every: interval of writing a line of metrics.
+      validation: number of images, evenly from those held out, or from the training set if there
+        are none, for the validation loss of the EMA with fixed noise; it selects the best
+        checkpoint.
+      max_skipped: consecutive steps with a loss or gradient that is not finite, before the run
+        stops.
+    """
+
+    images: int = at_least(1, default=2_500_000)
+    batch_size: int = at_least(1, default=256)
+    accumulate: int = at_least(1, default=1)
+    learning_rate: float = positive(default=1e-4)
+    warmup: int = at_least(0, default=10_000)
+    beta1: float = below(1, default=0.9)
+    beta2: float = below(1, default=0.999)
+    epsilon: float = positive(default=1e-8)
+    ema_halflife: float = positive(default=500_000.0)
+    ema_rampup: float = at_least(0, default=0.05)
+    label_dropout: float = below(1, default=0.1)
+    flip: bool = False
+    augment: float = below(1, default=0.0)
+    start_from: str = ""
+    checkpoint_every: int = at_least(1, default=50_000)
+    checkpoint_minutes: float = at_least(0, default=30.0)
+    keep_newest: int = at_least(1, default=2)
+    keep_best: int = at_least(0, default=1)
+    max_failed_saves: int = at_least(0, default=2)
+    preview_every: int = at_least(0, default=50_000)
+    evaluate_every: int = at_least(0, default=0)
+    log_every: int = at_least(1, default=2_000)
+    validation: int = at_least(1, default=256)
+    max_skipped: int = at_least(1, default=10)
+
+    @property
+    def steps(self) -> int:
+        """Steps that show at least `images` images."""
+        return -(-self.images // self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of the relay.
+
+    Attributes:
+      resolution: height and width of its images.
+      guidance: weight of classifier-free guidance in sampling; 1 for none.
+      checkpoint: to sample from: 'newest', 'best', a step's number, or the path of a checkpoint
+        (folder of a step).
+      source: of images for this stage alone, prepared at its own resolution beside the others'
+        (`data.directory` and _stage1); '' for the means of the last stage's, so that the stages fit
+        together.
+      condition: what the network is conditioned on: the data's classes, if it has some, or nothing.
+    """
+
+    resolution: tuple[int, ...] = (64, 64)
+    network: Backbone = kinds(ADM, Song, default=ADM())
+    precondition: preconditioning.Preconditioning = kinds(
+        preconditioning.EDMPreconditioning,
+        preconditioning.VPPreconditioning,
+        preconditioning.VEPreconditioning,
+        preconditioning.IDDPMPreconditioning,
+        default=preconditioning.EDMPreconditioning(),
+    )
+    process: Process = kinds(
+        processes.GaussianProcess,
+        processes.VPProcess,
+        processes.VEProcess,
+        processes.RelayProcess,
+        processes.CascadeProcess,
+        default=processes.GaussianProcess(),
+    )
+    training: Training = Training()
+    sampler: Sampler = kinds(
+        samplers.Heun, samplers.RelayHeun, samplers.CascadeHeun, default=samplers.Heun()
+    )
+    guidance: float = at_least(0, default=1.0)
+    checkpoint: str = "newest"
+    source: str = ""
+    condition: Condition = kinds(ClassLabels, Nothing, default=ClassLabels())
+
+    @property
+    def number(self) -> int:
+        """Position in the config, from 1. Not a field: `Config` sets it on the stages it holds.
+
+        Raises:
+          ValueError: the stage is not one of `Config.stages`.
+        """
+        if "_number" not in self.__dict__:
+            raise ValueError("a stage has a number only as one of Config.stages")
+        return self.__dict__["_number"]
+
+    @property
+    def name(self) -> str:
+        """'stage1' for the first stage: its section in a config and its folder in a workdir."""
+        return f"stage{self.number}"
+
+    def _numbered(self, number: int) -> "Stage":
+        """The same stage, equal to this one, with this number."""
+        if self.__dict__.get("_number") == number:
+            return self
+        stage = copy.copy(self)
+        object.__setattr__(stage, "_number", number)
+        return stage
+
+    @property
+    def factor(self) -> int:
+        """Factor by which this stage enlarges the images of the one before it."""
+        return self.process.enlarges
+
+    @property
+    def representation(self) -> Pixels:
+        """How records hold images, and the network sees them."""
+        return Pixels()
+
+    @property
+    def nfe(self) -> int:
+        """Network function evaluations per sample, the two passes of guidance counted as one."""
+        return self.sampler.nfe(self.process)
+
+    def condition_for(self, classes: int) -> Condition:
+        """The condition for data of so many classes (0: none). Raises InputError if unusable."""
+        return self.condition.bound(classes)
+
+    def build(self, channels: int, classes: int) -> Network:
+        """The stage's network for images of so many channels and classes (0: none)."""
+        shapes = Shapes(
+            channels_in=channels + self.process.conditioning_channels(channels),
+            channels_out=channels * self.precondition.outputs,
+            condition=self.condition_for(classes).spec,
+        )
+        return functional(lambda rngs: self.network.build(shapes, rngs=rngs))
+
+    def multiply_adds(self, channels: int, classes: int) -> int:
+        """Of one forward pass for one image."""
+        # Traced in float32, as fused attention would hide its products.
+        plain = dataclasses.replace(
+            self, network=dataclasses.replace(self.network, dtype="float32")
+        )
+        channels_in = channels + self.process.conditioning_channels(channels)
+        return plain.build(channels, classes).multiply_adds(
+            (*self.resolution, channels_in), self.condition_for(classes).spec
+        )
+
+
+def extend(field: str, cls: type) -> None:
+    """Adds a class from outside the package to those that a field of a stage may hold.
+
+    Configs then know its kind (`kind_of`). The module that calls this must be imported before a
+    config with that kind is read.
+
+    Args:
+      field: 'network', 'precondition', 'process', 'sampler' or 'condition'.
+      cls: a frozen dataclass with the methods of the field's protocol, whose fields have defaults.
+
+    Raises:
+      ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
+    """
+    add_kind(Stage, field, cls)

@@ -1,0 +1,81 @@
+"""Changes of resolution inside of a network: filters, and pixels folded into channels. NHWC."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def downsample(
+    x: Float[Array, "b h w c"], taps: tuple[int, ...] = (1, 1), *, padded: bool = False
+) -> Float[Array, "b h2 w2 c"]:
+    """Filters and keeps every second pixel.
+
+    Args:
+      x: images.
+      taps: of the filter along each axis.
+      padded: x already has a margin of (len(taps) - 1) // 2 pixels.
+    """
+    if taps == (1, 1):
+        b, h, w, c = x.shape
+        return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+    for axis in (1, 2):
+        x = x if padded else _pad(x, axis, (len(taps) - 1) // 2)
+        last = x.shape[axis] - len(taps)
+        slices = [jax.lax.slice_in_dim(x, k, k + last + 1, 2, axis) for k in range(len(taps))]
+        x = sum(tap / sum(taps) * part for tap, part in zip(taps, slices, strict=True))
+    return x
+
+
+def upsample(
+    x: Float[Array, "b h w c"], taps: tuple[int, ...] = (1, 1)
+) -> Float[Array, "b h2 w2 c"]:
+    """Puts a zero between any two pixels and filters; constant images stay as they are.
+
+    With the taps (1, 1) it is nearest-neighbour repetition.
+    """
+    if taps == (1, 1):
+        return x.repeat(2, 1).repeat(2, 2)
+    margin = (len(taps) - 1) // 2
+    for axis in (1, 2):
+        shape = (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
+        even, odd = (_phase(x, taps, axis, margin, r) for r in (0, 1))
+        x = jnp.stack([even, odd], axis + 1).reshape(shape)
+    return x
+
+
+def _phase(
+    x: Float[Array, "b h w c"], taps: tuple[int, ...], axis: int, margin: int, r: int
+) -> Float[Array, "b h w c"]:
+    """The pixels 2 j + r of `upsample`'s result: the taps that do not fall on zeros."""
+    size, reach = x.shape[axis], len(taps) // 2
+    wide = _pad(x, axis, reach)
+    terms = [
+        (tap, reach + (r + margin - k) // 2)
+        for k, tap in enumerate(taps)
+        if (r + margin - k) % 2 == 0
+    ]
+    return sum(
+        2 * tap / sum(taps) * jax.lax.slice_in_dim(wide, i, i + size, 1, axis) for tap, i in terms
+    )
+
+
+def _pad(x: Float[Array, "b h w c"], axis: int, margin: int) -> Float[Array, "b h2 w2 c"]:
+    """Zeros on both sides."""
+    return jnp.pad(x, [(margin, margin) if i == axis else (0, 0) for i in range(x.ndim)])
+
+
+RESAMPLE = {"down": downsample, "up": upsample, None: lambda x, taps: x}
+
+
+def space_to_depth(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c2"]:
+    """Folds factor x factor pixels into the channels."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor**2 * c)
+
+
+def depth_to_space(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2 c2"]:
+    """The inverse of `space_to_depth`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, factor, factor, c // factor**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
