@@ -121,7 +121,7 @@ def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
     return from_plain(kinds[kind], fields, path)
 
 
-def _dataclass_from_plain(cls: type, value: Any, path: str) -> Any:
+def _dataclass_from_plain(cls: Any, value: Any, path: str) -> Any:
     hints = field_types(cls)
     if not isinstance(value, dict):
         raise InputError(

@@ -83,7 +83,8 @@ def completed(cls: Any, value: Any, version: int = 1) -> Any:
     if not isinstance(value, dict):
         return value
     if kinds := {kind_of(each): each for each in choices(cls)}:
-        kind = RENAMED_KINDS.get(value.get("kind"), value.get("kind"))
+        saved: Any = value.get("kind")
+        kind = RENAMED_KINDS.get(saved, saved)
         if kind not in kinds:
             return value
         return _completed_fields(kinds[kind], value, version) | {"kind": kind}
@@ -96,7 +97,7 @@ def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: completed(hints.get(name), value) for name, value in settings.items()}
 
 
-def _completed_fields(cls: type, value: dict[str, Any], version: int) -> dict[str, Any]:
+def _completed_fields(cls: Any, value: dict[str, Any], version: int) -> dict[str, Any]:
     hints = field_types(cls)
     named = {RENAMED_FIELDS.get((cls.__name__, name), name): part for name, part in value.items()}
     for name, default in json.loads(json.dumps(to_plain(cls()))).items():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 from rdm_jax.config.codec import add_kind, kinds
 from rdm_jax.diffusion import preconditioning, processes, samplers
@@ -176,12 +177,12 @@ class Stage:
     def multiply_adds(self, channels: int, classes: int) -> int:
         """Of one forward pass for one image."""
         # Traced in float32, as fused attention would hide its products.
-        plain = dataclasses.replace(
-            self, network=dataclasses.replace(self.network, dtype="float32")
-        )
+        network: Any = self.network
+        plain = dataclasses.replace(self, network=dataclasses.replace(network, dtype="float32"))
+        height, width = self.resolution
         channels_in = channels + self.process.conditioning_channels(channels)
         return plain.build(channels, classes).multiply_adds(
-            (*self.resolution, channels_in), self.condition_for(classes).spec
+            (height, width, channels_in), self.condition_for(classes).spec
         )
 
 

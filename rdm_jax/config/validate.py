@@ -250,8 +250,9 @@ def _check_sampling(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data, last = config.data, config.stages[-1]
+    height, width = last.resolution
     try:
-        images.ImageSpec(*last.resolution, data.channels, data.background, data.crop).check()
+        images.ImageSpec(height, width, data.channels, data.background, data.crop).check()
         records.Encoding(data.encoding, data.quality).check()
     except InputError as error:
         raise InputError(f"config.data.{error.problem}", error.fix) from error

@@ -8,6 +8,7 @@ images by `over_patches`.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def over_patches(
       of arrays with leading axis b. It returns (b, h, w, c).
     """
 
-    def lifted(images: tuple, per_image: tuple = ()):
+    def lifted(images: tuple[Array, ...], per_image: tuple[Any, ...] = ()) -> Array:
         b, h, w, c = images[0].shape
         if h % patch or w % patch:
             raise ValueError(f"images of {h} x {w} do not divide into patches of {patch} x {patch}")
@@ -139,7 +140,8 @@ def block_noise(white: Float[Array, "*b h w c"], *, block: int) -> Float[Array, 
     least 2 s - 1 pixels; on a smaller one a block overlaps itself from both sides).
     """
     for axis in (-3, -2):
-        white = sum(jnp.roll(white, i, axis) for i in range(block))
+        summed: Any = sum(jnp.roll(white, i, axis) for i in range(block))
+        white = summed
     return white / block
 
 

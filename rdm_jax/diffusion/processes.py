@@ -35,8 +35,11 @@ class Unconditioned:
         """None."""
         return 0
 
-    def conditioning(self, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> None:
+    def conditioning(
+        self, x: Float[Array, "b h w c"], keys: Key[Array, " b"]
+    ) -> Float[Array, "b h w k"] | None:
         """Nothing."""
+        return None
 
     def check(self, path: str) -> None:
         """Nothing concerns several fields."""
@@ -320,7 +323,8 @@ def diffuse(
     """
     level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     level = jax.vmap(process.draw_level)(level_keys)
-    noise = jax.vmap(lambda key: process.draw_noise(key, x.shape[1:]))(noise_keys)
+    _, height, width, channels = x.shape
+    noise = jax.vmap(lambda key: process.draw_noise(key, (height, width, channels)))(noise_keys)
     # 0 and 1 would give the two keys of `split`.
     own_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
     return process.noised(x, level, noise), process.conditioning(x, own_keys)

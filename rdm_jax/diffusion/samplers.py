@@ -164,8 +164,8 @@ class Heun:
         """Raises the noise level by adding noise (algorithm 2, lines 4 to 6)."""
         if not self.churn:
             return x, sigma
-        gamma = min(self.churn / self.steps, 2**0.5 - 1)
-        gamma = jnp.where((sigma >= self.churn_min) & (sigma <= self.churn_max), gamma, 0.0)
+        largest = min(self.churn / self.steps, 2**0.5 - 1)
+        gamma = jnp.where((sigma >= self.churn_min) & (sigma <= self.churn_max), largest, 0.0)
         raised = sigma * (1 + gamma)
         # sigma sqrt((1 + gamma)^2 - 1), written so that it is exactly 0 where gamma is
         return x + sigma * jnp.sqrt(gamma * (2 + gamma)) * self.churn_noise * noise, raised
@@ -186,9 +186,10 @@ class CascadeHeun(Heun):
         return isinstance(process, CascadeProcess)
 
     def conditioning(
-        self, process: CascadeProcess, low: Float[Array, "b h w c"], noise: Noise
+        self, process: Any, low: Float[Array, "b h w c"] | None, noise: Noise
     ) -> Float[Array, "b h2 w2 k"]:
         """The small images, noised and enlarged, and the level of that noise."""
+        assert low is not None
         white = noise(3 * self.steps)  # an index that no step uses
         unit = process.patch * blurring.mean_pool(white, factor=process.patch)
         level = jnp.full(low.shape[0], self.augment, low.dtype)
@@ -201,7 +202,7 @@ class CascadeHeun(Heun):
             f"{self.augment:g}"
         )
 
-    def check(self, path: str, process: CascadeProcess, precondition: Precondition) -> None:
+    def check(self, path: str, process: Any, precondition: Precondition) -> None:
         """`augment` must be a level that training has covered. Raises InputError."""
         super().check(path, process, precondition)
         if self.augment > process.augment_max:
@@ -282,6 +283,7 @@ class RelayHeun:
         """The level, and how much detail the blur has left there; the paper assumes none."""
         first = self.joined_level(process)
         end = process.blur_weights(jnp.ones(1))[0]
+        assert first.blur is not None
         text = (
             f"begins at sigma {first.sigma:.4g}, where {first.blur[0, 1]:.1%} of a patch's lowest "
             f"frequency is left ({end[0, 1]:.1%} where its training ends)"
@@ -300,9 +302,10 @@ class RelayHeun:
             )
 
     def start(
-        self, low: Float[Array, "b h w c"], level: Levels, noise: Noise
+        self, low: Float[Array, "b h w c"] | None, level: Levels, noise: Noise
     ) -> Float[Array, "b h2 w2 c"]:
         """The state at the first level: the small image with constant patches, plus noise."""
+        assert low is not None and level.blur is not None
         return blurring.enlarge(low, factor=level.blur.shape[-1]) + level.sigma * noise(0)
 
     def step(
@@ -341,6 +344,7 @@ class RelayHeun:
         return denoise(x, level.sigma)
 
     def _update(self, x: Array, image: Array, noise: Array, level: Levels, to: Levels) -> Array:
+        assert level.blur is not None
         one_patch = functools.partial(relay_update, level=level, to=to, eta=self.eta)
         moved = blurring.over_patches(one_patch, level.blur.shape[-1])((x, image))
         return moved + self.eta * to.sigma * noise if self.eta else moved
@@ -358,12 +362,18 @@ def relay_update(
     With the true u0 any eta keeps the marginals of the process. With the posterior mean instead, as
     in sampling, eta > 0 costs up to (1 - sqrt(1 - eta^2)) / 2 of the variance.
     """
+    assert level.blur is not None and to.blur is not None
     g = (1 - eta**2) ** 0.5 * to.sigma / level.sigma
     return g * x + blurring.filter_patch(image, to.blur - g * level.blur)
 
 
 def walk(
-    step: Callable, finish: Callable, x: Float[Array, "b h w c"], levels: Levels, *, scan: bool
+    step: Callable[..., Array],
+    finish: Callable[..., Array],
+    x: Float[Array, "b h w c"],
+    levels: Levels,
+    *,
+    scan: bool,
 ) -> Float[Array, "b h w c"]:
     """Takes the state x at levels[0] through all levels to clean images.
 

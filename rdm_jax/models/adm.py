@@ -59,6 +59,8 @@ class ADM(UNet):
 class ADMNetwork(UNetNetwork):
     """ADM: the embedding scales and shifts, every block of an attending level attends."""
 
+    config: ADM
+
     def __init__(self, config: ADM, shapes: Shapes, *, rngs: nnx.Rngs):
         emb, labels = config.emb_mult * config.channels, config.augment_labels
         conditions = features(shapes.condition)

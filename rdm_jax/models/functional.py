@@ -51,7 +51,7 @@ class Network(NamedTuple):
         return multiply_adds(self.apply, self.abstract, x, noise_label, batched)
 
 
-def multiply_adds(function: Callable, *abstract_args: Any) -> int:
+def multiply_adds(function: Callable[..., Any], *abstract_args: Any) -> int:
     """Multiply-adds in the convolutions and matrix products of a function as JAX traces it.
 
     The arguments may be arrays or their shapes. A scan counts once per iteration; of the branches
@@ -111,18 +111,26 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     module = nnx.eval_shape(lambda: build(_SameKey(0)))
     graph, abstract = nnx.split(module, nnx.Param)
 
-    def init(key):
+    def init(key: Key[Array, ""]) -> dict[str, Any]:
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)), nnx.Param)[1])
 
-    def apply(params, x, noise_label, condition=None, augment_label=None, dropout_keys=None):
+    def apply(
+        params: Any,
+        x: Array,
+        noise_label: Array,
+        condition: Any = None,
+        augment_label: Array | None = None,
+        dropout_keys: Array | None = None,
+    ) -> Array:
         state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line writes into it
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(graph, state)(x, noise_label, condition, augment_label, dropout_keys)
+        network: Any = nnx.merge(graph, state)
+        return network(x, noise_label, condition, augment_label, dropout_keys)
 
-    def dtype_of(path, leaf):
+    def dtype_of(path: Any, leaf: Any) -> jnp.dtype:
         *owners, name = (key.key for key in path)
-        computed = functools.reduce(getattr, owners, module).dtype if name == "kernel" else None
-        return jnp.dtype(computed or leaf.dtype)
+        owner: Any = functools.reduce(getattr, owners, module)
+        return jnp.dtype((owner.dtype if name == "kernel" else None) or leaf.dtype)
 
     leaves = nnx.to_pure_dict(abstract)
     return Network(init, apply, leaves, jax.tree.map_with_path(dtype_of, leaves))

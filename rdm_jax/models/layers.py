@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Key
 from rdm_jax.models.initializers import FanIn, Xavier
 from rdm_jax.models.resampling import RESAMPLE
 
+Padding = tuple[tuple[int, int], ...]  # before and after each axis
+
 # The name of the outputs of convolutions in policies of `jax.checkpoint`.
 CONVOLUTION = "convolution"
 
@@ -56,19 +58,21 @@ class Conv(nnx.Conv):
     The gradient of the bias, a sum over all pixels, is then float32 too.
     """
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, x: Float[Array, "b h w c"], *, wide: bool = False
     ) -> Float[Array, "b h2 w2 c2"]:
         """Convolves x in the layer's dtype; the result has it too, or float32 with `wide`."""
+        assert self.bias is not None
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        padding = tuple(self.padding)
+        margins: Any = self.padding
+        padding: Padding = tuple(margins)
         dtype = jnp.dtype("float32") if wide else self.dtype
         convolve = _convolved if dtype == self.dtype else _convolved_wide
         y = convolve(x, kernel, padding)
         return (y.astype(jnp.float32) + self.bias[...]).astype(dtype)
 
 
-def _convolved(x: Array, kernel: Array, padding: tuple, dtype: jnp.dtype | None = None) -> Array:
+def _convolved(x: Array, kernel: Array, padding: Padding, dtype: jnp.dtype | None = None) -> Array:
     numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), padding, dimension_numbers=numbers, preferred_element_type=dtype
@@ -76,7 +80,7 @@ def _convolved(x: Array, kernel: Array, padding: tuple, dtype: jnp.dtype | None 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolved_wide(x: Array, kernel: Array, padding: tuple) -> Array:
+def _convolved_wide(x: Array, kernel: Array, padding: Padding) -> Array:
     """A convolution of narrow numbers with the accelerator's float32 sums as its result.
 
     Its gradients are those of a narrow result: jax alone would compute them with float32 copies or,
@@ -85,11 +89,13 @@ def _convolved_wide(x: Array, kernel: Array, padding: tuple) -> Array:
     return _convolved(x, kernel, padding, jnp.dtype("float32"))
 
 
-def _wide_forward(x, kernel, padding):
+def _wide_forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
     return _convolved_wide(x, kernel, padding), (x, kernel)
 
 
-def _wide_backward(padding, inputs, gradient):
+def _wide_backward(
+    padding: Padding, inputs: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
     _, backward = jax.vjp(lambda x, kernel: _convolved(x, kernel, padding), *inputs)
     return backward(gradient.astype(inputs[0].dtype))
 
@@ -141,7 +147,7 @@ class GroupNorm(nnx.GroupNorm):
     On TPUs the few channels of a group would be padded to 128, and the image copied back and forth.
     """
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         x: Float[Array, "b h w c"],
         scale: Float[Array, "b c"] | None = None,
@@ -151,17 +157,19 @@ class GroupNorm(nnx.GroupNorm):
 
         The computation is float32 for any dtype of x, and rounded once, to the layer's dtype.
         """
+        assert self.scale is not None and self.bias is not None
+        assert (scale is None) == (shift is None)
         wide = x.astype(jnp.float32)
         mean, square = (self._over_group(m) for m in (wide.mean((1, 2)), (wide**2).mean((1, 2))))
         factor = self.scale[...] * jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.epsilon)
         offset = self.bias[...] - mean * factor
-        if scale is not None and self.dtype != jnp.float32:
+        if scale is not None and shift is not None and self.dtype != jnp.float32:
             # One multiply-add per value; the backward pass needs x alone.
             factor = factor * (1 + scale)
             offset = offset * (1 + scale) + shift
             scale = None
         normalised = wide * factor[:, None, None] + offset[:, None, None]
-        if scale is not None:
+        if scale is not None and shift is not None:
             # In float32 one after the other, which keeps earlier results to the last bit.
             normalised = normalised * (1 + scale[:, None, None]) + shift[:, None, None]
         return normalised.astype(self.dtype)
@@ -289,7 +297,7 @@ class Block(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        kwargs = {"dtype": dtype, "rngs": rngs}
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.style, self.resample = style, resample
         self.norm0 = group_norm(c_in, epsilon=style.epsilon, **kwargs)
         self.conv0 = conv(c_in, c_out, 3, init=style.init, **kwargs)

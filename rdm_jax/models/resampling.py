@@ -1,5 +1,7 @@
 """Changes of resolution inside of a network: filters, and pixels folded into channels. NHWC."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -22,7 +24,8 @@ def downsample(
         x = x if padded else _pad(x, axis, (len(taps) - 1) // 2)
         last = x.shape[axis] - len(taps)
         slices = [jax.lax.slice_in_dim(x, k, k + last + 1, 2, axis) for k in range(len(taps))]
-        x = sum(tap / sum(taps) * part for tap, part in zip(taps, slices, strict=True))
+        filtered: Any = sum(tap / sum(taps) * part for tap, part in zip(taps, slices, strict=True))
+        x = filtered
     return x
 
 
@@ -54,9 +57,10 @@ def _phase(
         for k, tap in enumerate(taps)
         if (r + margin - k) % 2 == 0
     ]
-    return sum(
+    phase: Any = sum(
         2 * tap / sum(taps) * jax.lax.slice_in_dim(wide, i, i + size, 1, axis) for tap, i in terms
     )
+    return phase
 
 
 def _pad(x: Float[Array, "b h w c"], axis: int, margin: int) -> Float[Array, "b h2 w2 c"]:

@@ -1,6 +1,7 @@
 """DDPM++ and NCSN++ (arXiv 2011.13456) in the form of EDM's published weights."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,8 @@ class SongNetwork(UNetNetwork):
     """DDPM++ or NCSN++: the embedding is added, the decoder attends in the last block of a level
     only, with one head."""
 
+    config: Song
+
     def __init__(self, config: Song, shapes: Shapes, *, rngs: nnx.Rngs):
         emb, width = config.emb_mult * config.channels, config.noise_mult * config.channels
         conditions, labels = features(shapes.condition), config.augment_labels
@@ -97,7 +100,7 @@ class SongNetwork(UNetNetwork):
         last = half != "decoder" or block == self.config.blocks
         return int(half == "middle" or (level in self.config.attention_levels and last))
 
-    def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict) -> None:
+    def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict[str, Any]) -> None:
         if self.config.residual:
             # The 3x3 convolution comes before the filter and also covers the margin that the
             # filter reads beyond the image.
@@ -126,6 +129,7 @@ class SongNetwork(UNetNetwork):
         if self.map_label is not None and condition is not None:
             emb = emb + self.map_label(condition * condition.shape[-1] ** 0.5)
         elif self.map_label is not None:
+            assert self.map_label.bias is not None
             emb = emb + self.map_label.bias[...]  # the embedding of the null condition
         if self.map_augment is not None and augment_label is not None:
             emb = emb + self.map_augment(augment_label)

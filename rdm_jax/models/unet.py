@@ -17,7 +17,7 @@ from rdm_jax.runtime.fields import all_positive, at_least, below, one_of
 
 # What a block's forward pass keeps for its backward pass; the rest is computed again from the
 # block's input.
-REMAT: dict[str, Callable[[Callable], Callable]] = {
+REMAT: dict[str, Callable[[Callable[..., Array]], Callable[..., Array]]] = {
     "none": lambda block: block,
     "block": jax.checkpoint,
     # jax's own dots_* policies do not know convolutions.
@@ -118,7 +118,7 @@ class UNetNetwork(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config, self.style, self.dtype = config, style, jnp.dtype(config.dtype)
-        kwargs = {"dtype": self.dtype, "rngs": rngs}
+        kwargs: dict[str, Any] = {"dtype": self.dtype, "rngs": rngs}
         folded_in = shapes.channels_in * config.patch**2
         folded_out = shapes.channels_out * config.patch**2
         width = config.channels * config.channel_mult[0]
@@ -137,7 +137,7 @@ class UNetNetwork(nnx.Module):
         name: str,
         c_in: int,
         c_out: int,
-        kwargs: dict,
+        kwargs: dict[str, Any],
         *,
         heads: int = 0,
         resample: str | None = None,
@@ -149,10 +149,10 @@ class UNetNetwork(nnx.Module):
         setattr(self, name, block)
         return name
 
-    def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict) -> None:
+    def _add_residual(self, level: int, c_in: int, c_out: int, kwargs: dict[str, Any]) -> None:
         """For families that feed the downsampled image into each level; none by default."""
 
-    def _add_encoder(self, folded: int, stem: int, kwargs: dict):
+    def _add_encoder(self, folded: int, stem: int, kwargs: dict[str, Any]) -> None:
         width, residual, names, skips = stem, folded, [], [stem]
         for level, mult in enumerate(self.config.channel_mult):
             if level:
@@ -170,7 +170,7 @@ class UNetNetwork(nnx.Module):
                 skips.append(width)
         self.encoder, self.skip_channels = tuple(names), tuple(skips)
 
-    def _add_decoder(self, kwargs: dict):
+    def _add_decoder(self, kwargs: dict[str, Any]) -> None:
         deepest, skips, names = len(self.config.channel_mult) - 1, list(self.skip_channels), []
         width = skips[-1]
         names.append(
@@ -212,7 +212,7 @@ class UNetNetwork(nnx.Module):
         """The output of a block for x, with the channels of a skip connection appended."""
         block, number = getattr(self, name), (*self.encoder, *self.decoder).index(name)
 
-        def run(x, emb, keys, skip):
+        def run(x: Array, emb: Array, keys: Array | None, skip: Array | None) -> Array:
             keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             # Concatenated in here, so that rematerialisation keeps the two parts, which are kept
             # anyway, and not their copy.
