@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from rdm_jax import main
-from rdm_jax.config import Config
+from rdm_jax.config import Config, Stage
 from rdm_jax.config.codec import field_types
 from tests.support.paths import ROOT
 
@@ -299,9 +299,19 @@ def test_commands(guide, folder):
     assert (folder / "runs/mine/samples/samples.npz").is_file()
 
 
+@pytest.fixture
+def own_kinds():
+    """Takes back what `extend` adds."""
+    kinds = [field.metadata.get("kinds", []) for field in dataclasses.fields(Stage)]
+    before = [list(each) for each in kinds]
+    yield
+    for each, known in zip(kinds, before, strict=True):
+        each[:] = known
+
+
 @pytest.mark.second
 @pytest.mark.parametrize("block", marked("test_python"), ids=lambda block: block.where)
-def test_python(guide, folder, monkeypatch, block):
+def test_python(guide, folder, monkeypatch, own_kinds, block):
     monkeypatch.chdir(folder)
     names: dict = {}
     exec(compile(ast.parse(block.text), block.where, "exec"), names)

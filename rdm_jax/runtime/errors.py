@@ -13,7 +13,7 @@ class InputError(ValueError):
       fix: what to do instead: one imperative sentence.
     """
 
-    def __init__(self, problem: str, fix: str = ""):
+    def __init__(self, problem: str, fix: str):
         super().__init__(problem, fix)
         self.problem, self.fix = problem, fix
 
