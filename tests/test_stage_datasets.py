@@ -196,8 +196,12 @@ def test_open_sets_logs_the_table_of_classes(config, caplog, monkeypatch):
             "gs://bucket/prepared",
             "config.data.directory='gs://bucket/prepared' is a URL",
         ),
-        ("classes", "deepest", "config.data.classes='deepest' cannot be used; 'auto' or 'top'"),
-        ("max_left_out", 1.5, "config.data.max_left_out=1.5 cannot be used; a number from 0 to 1"),
+        ("classes", "deepest", "config.data.classes='deepest' cannot be used. Use 'auto' or 'top'"),
+        (
+            "max_left_out",
+            1.5,
+            "config.data.max_left_out=1.5 cannot be used. Use a number from 0 to 1",
+        ),
     ],
 )
 def test_check_config_names_invalid_data_fields(config, field, value, said):

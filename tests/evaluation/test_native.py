@@ -144,7 +144,7 @@ def test_native_reference_of_a_stage_with_its_own_source(source):
     own = dataclasses.replace(config.stages[0], source="folder:other")
     with pytest.raises(
         InputError,
-        match="native_reference='training' cannot be used; 'prepared:PATH' or.*config.stage1.source",
+        match="native_reference='training' cannot be used.*'prepared:PATH' or.*config.stage1.source",
     ):
         check_config(dataclasses.replace(config, stages=(own, config.stages[1])))
 

@@ -30,11 +30,11 @@ def test_evaluation_is_refused_before_training(source, tmp_path, case):
 REFUSED = {
     "own size without a reference": (
         {"features": "inception", "images": "samples, stage1@native"},
-        r"native_reference='' cannot be used; .*'npz:PATH', for 'stage1@native' in images, would do",
+        r"native_reference='' cannot be used.*'npz:PATH' for 'stage1@native' in images",
     ),
     "own size for a classifier": (
         {"native_reference": "training"},
-        r"native_reference='training'.*the final size alone",
+        r"native_reference='training'.*images of the final size",
     ),
     "unknown reference of own size": (
         {"features": "inception", "native_reference": "x"},

@@ -163,7 +163,7 @@ def test_low_images_of_another_size_are_refused(imported, tmp_path):
     sampling = dataclasses.replace(
         config.sampling, name="refused", low=f"folder:{tmp_path / 'low'}"
     )
-    with pytest.raises(InputError, match=r"has images of 6 x 6 .*; 4 x 4 would do"):
+    with pytest.raises(InputError, match=r"has images of 6 x 6 .*Use images of 4 x 4"):
         run(
             values_of(dataclasses.replace(config, sampling=sampling)),
             str(folder / "run"),
@@ -198,7 +198,7 @@ def test_low_images_have_classes(tmp_path):
     assert low_images(config, tmp_path / "flat", ["."]).labels(seeds, imported) is None
     with pytest.raises(
         InputError,
-        match=r"classes n01, n02, n03 \(3\), and the network knows 0, 1, 2 \(3\); classes",
+        match=r"classes n01, n02, n03 \(3\), and the network knows 0, 1, 2 \(3\)\. Use images whose classes",
     ):
         by_order.labels(seeds, named)
     with pytest.raises(

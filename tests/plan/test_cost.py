@@ -20,6 +20,7 @@ from rdm_jax.plan.cost import (
 )
 from rdm_jax.runtime import sharding
 from tests.support.plans import CLASSES, V5E, config, cut, program, replaced, shape
+from tests.support.small_networks import shapes
 
 # Multiply-adds
 
@@ -105,12 +106,12 @@ def test_multiply_adds_of_backward_and_rematerialised_passes():
     ids=["adm-64", "adm-256"],
 )
 def test_multiply_adds_of_published_networks(network, side, giga):
-    net = functional(lambda rngs: network.build(3, 1000, rngs=rngs))
+    net = functional(lambda rngs: network.build(shapes(3, 1000), rngs=rngs))
     counted = multiply_adds(
         net.apply, net.abstract, shape(1, side, side, 3), shape(1), shape(1, 1000)
     )
     assert counted == pytest.approx(giga * 1e9, rel=0.005)
-    assert counted == net.multiply_adds((side, side, 3), 1000)
+    assert counted == net.multiply_adds((side, side, 3), shapes(3, 1000).condition)
 
 
 # Memory
@@ -275,7 +276,7 @@ def test_flops_and_seconds():
     values = config()
     needs = training_cost(values, 2, 8, CLASSES)
     net = values.stages[1].build(3, CLASSES)
-    assert needs.flops == 6 * net.multiply_adds((8, 8, 3), CLASSES) * 16
+    assert needs.flops == 6 * net.multiply_adds((8, 8, 3), shapes(3, CLASSES).condition) * 16
     assert step_seconds(needs, V5E, 8, "float32", 0.5) == pytest.approx(
         needs.flops / (8 * 197e12 * 0.5)
     )

@@ -193,7 +193,7 @@ def test_resume_refuses_changes_that_are_not_allowed(trained):
     values = dataclasses.replace(
         values, stages=(dataclasses.replace(values.stages[0], network=network), *values.stages[1:])
     )
-    with pytest.raises(InputError, match="patch was 1 and is 2.; another workdir would do"):
+    with pytest.raises(InputError, match="patch was 1 and is 2.*Use another workdir"):
         train(trained, values, allow=["dropout", "patch", "network"])
 
 
@@ -282,7 +282,8 @@ def test_resume_notices_other_images(trained, tmp_path, monkeypatch):
     other = image_set(seed=1)
     for images in (other, image_set(count=32)):
         with pytest.raises(
-            InputError, match="data.images.identity was .*another workdir, or --allow_changes=data"
+            InputError,
+            match="data.images.identity was .*Use another workdir, or .*--allow_changes=data",
         ):
             train(directory, config(images=160), images=images)
     monkeypatch.setattr(Validation, "loss", lambda *_: 100.0)
