@@ -332,7 +332,7 @@ def workers_of_this():
 
 
 SENT = [
-    pytest.param(signal.SIGKILL, id="killed"),
+    pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.second),
     pytest.param(signal.SIGSTOP, id="hanging", marks=pytest.mark.long),
 ]
 

@@ -24,6 +24,7 @@ def images(tmp_path_factory) -> ImageSet:
     return open_direct(f"folder:{folder}", ImageSpec(8, 8), cache_bytes=2**30)
 
 
+@pytest.mark.second
 def test_classifier_of_other_images_is_trained_again(images, tmp_path, caplog):
     caplog.set_level("INFO", logger="rdm_jax")
     digests = []

@@ -82,6 +82,7 @@ def measurements(result):
     return {key: result[key] for key in ("results", "made_with")}
 
 
+@pytest.mark.second
 def test_evaluation_stopped_and_resumed_is_bit_equal(source, relay, tmp_path, monkeypatch):
     config = config_of(source)
     straight = measured(config, relay, tmp_path / "straight")

@@ -47,6 +47,7 @@ def test_labels_match_by_class_name(source):
     )
 
 
+@pytest.mark.second
 def test_earlier_results_are_kept(source, relay, tmp_path, caplog):
     """Those of another set or reference, and a file that is not an evaluation."""
     caplog.set_level("INFO", logger="rdm_jax")

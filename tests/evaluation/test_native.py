@@ -88,6 +88,7 @@ def test_native_stage_is_measured_at_its_own_size(source, relay, tmp_path):
     assert metrics.keys() == {"fid"} and np.isclose(metrics["fid"], wanted, rtol=1e-4)
 
 
+@pytest.mark.second
 def test_native_stage_during_training(source, relay, tmp_path):
     config = config_of(
         source, features="inception", native_reference="training", seeds_in_training="0-18"

@@ -152,6 +152,7 @@ def test_other_or_damaged_samples_are_not_measured(source, relay, tmp_path, samp
     assert sampled == list(range(20)) and REUSED not in caplog.text
 
 
+@pytest.mark.second
 def test_command_samples_once(source, workdir, sampled, caplog):
     """`--mode sample`, then `--mode evaluate`: as `--mode all` does at its end."""
     caplog.set_level("INFO", logger="rdm_jax")

@@ -90,6 +90,7 @@ def test_with_nfe_evaluates_the_network_so_often(wanted):
         assert changed.stages[-1].nfe == wanted and changed.stages[:-1] == config.stages[:-1]
 
 
+@pytest.mark.second
 def test_with_nfe_joins_closest_to_the_truncation():
     for wanted in (5, 9):
         stage = common.with_nfe(config_of("configs/digits.py"), 2, wanted).stages[1]

@@ -8,6 +8,7 @@ from tests.support.checkpoints import steps
 from tests.support.commands import STAGE, error_line, mounted, run, start, wait_for
 
 
+@pytest.mark.second
 def test_8_the_disk_is_full(image_folder, tmp_path, fault):
     """A small disk of its own, filled while training saves on it; what lies there is copied, as it
     goes with the script."""

@@ -43,7 +43,7 @@ UNAFFECTED = {
 }
 
 
-@pytest.mark.parametrize("kind", one_of_many(UNAFFECTED, "stdout closed"))
+@pytest.mark.parametrize("kind", one_of_many(UNAFFECTED, "stdout closed", pytest.mark.second))
 def test_18_training_is_unaffected(image_folder, finished, tmp_path, fault, kind):
     how = (
         UNAFFECTED[kind]

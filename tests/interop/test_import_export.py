@@ -311,6 +311,7 @@ def test_settings_round_trip(network, precondition):
     assert found == pytorch_names.Described(stage, 3, 7)
 
 
+@pytest.mark.second
 def test_import_changes_the_config(tmp_path, capsys):
     """DDPM++ / NCSN++ weights replace the network and the resolution of an ADM config."""
     config = config_for(tmp_path)

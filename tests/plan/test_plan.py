@@ -166,6 +166,7 @@ def large(**network) -> Config:
     return Config(stages=(stage, relay))
 
 
+@pytest.mark.second
 def test_remedy_makes_a_stage_fit():
     text = show("v5e-4", large())
     verdict = next(line for line in text.splitlines() if line.startswith("stage1"))

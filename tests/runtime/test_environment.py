@@ -84,7 +84,7 @@ def test_exit_status_of_missing_platform_has_no_traceback(monkeypatch, capsys):
     reason="needs libtpu on a machine without a TPU",
 )
 def test_libtpu_does_not_log_that_there_is_no_tpu():
-    script = "import jax, rdm_jax.cli.exit_codes as e; e.exit_status(jax.devices, lambda: None)"
+    script = "import jax, rdm_jax.runtime.environment as e; e.quiet_libtpu(); jax.devices()"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=ROOT, text=True, capture_output=True

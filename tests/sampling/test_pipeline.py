@@ -113,10 +113,8 @@ def test_stage_sampler_scan_equals_loop(kind, monkeypatch):
     assert np.all(finite) and np.all(still_finite)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["relay", *(pytest.param(kind, marks=pytest.mark.second) for kind in ("gaussian", "cascade"))],
-)
+@pytest.mark.second
+@every_kind
 def test_stage_sampler_on_several_devices(kind):
     """Each makes its images by itself: nothing is sent from one to another."""
     sample, params, low, labels, seeds = make(kind)

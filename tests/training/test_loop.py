@@ -127,6 +127,7 @@ def test_signal_saves_before_anything_else(tmp_path, monkeypatch, saves):
     assert max(line["images"] for line in metric_writer.read(tmp_path / "metrics.jsonl")) == 32
 
 
+@pytest.mark.second
 def test_signal_ends_a_running_validation(tmp_path, monkeypatch, saves):
     stop, signalled, parts = StopOnSignal(), [], Validation._parts
 
@@ -165,6 +166,7 @@ def test_checkpoints_by_time(tmp_path, minutes, saved, saves):
     assert set(saved) <= set(found) <= {1, *saved}
 
 
+@pytest.mark.second
 def test_resume_hashes_the_newest_checkpoint_once(trained, monkeypatch):
     read, sha256 = [], checksums.sha256
     monkeypatch.setattr(checksums, "sha256", lambda path: read.append(path) or sha256(path))
@@ -276,6 +278,7 @@ def test_learning_rate_continues_from_the_images_shown():
     assert rates(16, Count(8).changed(16, 4))[:4] == pytest.approx([0.4, 0.6, 0.8, 1], rel=1e-3)
 
 
+@pytest.mark.second
 def test_resume_notices_other_images(trained, tmp_path, monkeypatch):
     """And losses on different images are not ranked together."""
     directory = copied(trained, tmp_path)

@@ -130,7 +130,7 @@ LONG = (
     "how",
     [
         {"devices": 8},
-        {"devices": 8, "fsdp": 4},
+        pytest.param({"devices": 8, "fsdp": 4}, marks=pytest.mark.second),
     ],
     ids=str,
 )
