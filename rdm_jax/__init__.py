@@ -1,5 +1,6 @@
-"""Relay Diffusion in JAX (arXiv 2309.03350): a cascaded diffusion model whose second stage continues
-from the upsampled output of the first.
+"""Relay Diffusion in JAX (arXiv 2309.03350).
+
+A cascaded diffusion model whose second stage continues from the upsampled output of the first.
 
     import rdm_jax
 

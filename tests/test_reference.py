@@ -6,8 +6,6 @@ reference`. Errors are relative to the largest magnitude.
 """
 
 import json
-import os
-import pathlib
 import zlib
 
 import jax
@@ -23,37 +21,10 @@ from rdm_jax.interop import pytorch_names
 from rdm_jax.models.conditions import ClassLabels
 from tests.support import inception_file
 from tests.support.precision import enable_x64
+from tests.support.reference import cases, load
 
-FOLDER = pathlib.Path(
-    os.environ.get("RDM_REFERENCE_DIR", pathlib.Path(__file__).parent / "reference_cases")
-)
-WHOLE = {
-    "seed",
-    "patch",
-    "block",
-    "up_scale",
-    "num_steps",
-    "num_noise_draws",
-}  # all other numbers in a case's meta are real
 # The original computes the DCT's frequencies in float32 even where the rest is float64.
 EXACT, HALF_EXACT, FLOAT32 = 1e-9, 1e-6, 5e-5
-
-
-def cases(kind: str):
-    """Parameters for `pytest.mark.parametrize`: every file of a kind; none is an error."""
-    found = [pytest.param(path, id=path.stem) for path in sorted(FOLDER.glob(f"{kind}-*.npz"))]
-    return pytest.mark.parametrize(
-        "path", found or [pytest.param(None, id=f"no-{kind}-case-found")]
-    )
-
-
-def load(path):
-    assert path is not None, f"no case of this kind in {FOLDER}"
-    arrays = dict(np.load(path))
-    meta = json.loads(str(arrays.pop("meta")))
-    return {
-        k: float(v) if type(v) is int and k not in WHOLE else v for k, v in meta.items()
-    }, arrays
 
 
 @pytest.fixture(params=["float64", "float32"])
@@ -194,8 +165,8 @@ def toy_denoiser(meta, case, dtype):
 
 
 def run_sampler(sampler, denoise, x, levels, noise, scan):
-    step = lambda x, i, level, to: sampler.step(denoise, x, i, level, to, noise)  # noqa: E731
-    finish = lambda x, i, level: sampler.finish(denoise, x, i, level, noise)  # noqa: E731
+    step = lambda x, i, level, to: sampler.step(denoise, x, i, level, to, noise)
+    finish = lambda x, i, level: sampler.finish(denoise, x, i, level, noise)
     return samplers.walk(step, finish, x, levels, scan=scan)
 
 
@@ -310,10 +281,10 @@ def test_reference_network(path):
     labels, augment = arrays.get("labels"), arrays.get("augment_labels")
 
     def output(params, labels):
-        net = lambda x, c: network.apply(params, x, c, labels, augment)  # noqa: E731
+        net = lambda x, c: network.apply(params, x, c, labels, augment)
         return preconditioning.denoiser(net, stage.precondition)(arrays["x"], arrays["sigma"])
 
-    loss = lambda params: ((output(params, labels) - arrays["target"]) ** 2).mean()  # noqa: E731
+    loss = lambda params: ((output(params, labels) - arrays["target"]) ** 2).mean()
     y, (value, grads) = output(params, labels), jax.jit(jax.value_and_grad(loss))(params)
     scale = np.abs(case["y"]).max()
     np.testing.assert_allclose(y, case["y"], atol=2e-5 * scale, rtol=0)

@@ -14,7 +14,6 @@ import importlib.metadata
 import itertools
 import json
 import platform
-import runpy
 import tempfile
 import time
 import zipfile
@@ -28,6 +27,7 @@ from PIL import Image
 
 from rdm_jax import config as configs
 from rdm_jax.cli.command import command
+from rdm_jax.config.load import load_config
 from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
 from rdm_jax.data.images import ImageSpec, encode, fit
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
@@ -36,8 +36,10 @@ from rdm_jax.data.records import ENCODINGS, Encoding
 from rdm_jax.data.sources import cores, open_source
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.random_streams import root_key
 from rdm_jax.stage_datasets import open_sets
-from rdm_jax.training.loop import STEPS_IN_FLIGHT, Trainer
+from rdm_jax.training.metric_buffer import STEPS_IN_FLIGHT
+from rdm_jax.training.program import PROGRAMS
 
 _FOLDER = flags.DEFINE_string("folder", "", "Images to read; '' for random ones.")
 _IMAGES = flags.DEFINE_integer("images", 256, "How many of them, evenly chosen.")
@@ -185,9 +187,8 @@ def cells_by_kind(root: Path, size: int) -> dict[str, list[str]]:
 
 def load(name: str, folder: Path) -> configs.Config:
     """A config by its name on the command line; data that is not prepared goes to the folder."""
-    path, _, argument = name.partition(":")
-    config = configs.parse(runpy.run_path(path)["get_config"](*filter(None, [argument])))
-    data, elsewhere = config.data, str(folder / Path(path).stem)
+    config = load_config(name)
+    data, elsewhere = config.data, str(folder / Path(name.partition(":")[0]).stem)
     if data.source.startswith("emoji:") and _EMOJI.value:
         data = dataclasses.replace(data, source=f"emoji:{_EMOJI.value}", directory=elsewhere)
     elif data.directory and not (Path(data.directory) / "dataset_info.json").is_file():
@@ -195,10 +196,27 @@ def load(name: str, folder: Path) -> configs.Config:
     return dataclasses.replace(config, data=data)
 
 
-def training_speed(trainer: Trainer) -> tuple[float, float]:
+def training_speed(config: configs.Config, number: int, images: ImageSet) -> tuple[float, float]:
     """Images per second in training, and the share of time spent waiting for them."""
-    state = jax.jit(trainer._init, out_shardings=sharding.replicated(trainer.mesh))()
-    compiled, iterator, pending = trainer._compile(state), trainer._iterator(), collections.deque()
+    stage = config.stage(number)
+    size = stage.training.batch_size
+    mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
+    program = PROGRAMS[config.parallel.mode](
+        stage, images.image_shape, len(images.class_names), root_key(0), mesh
+    )
+    state = program.place(program.init(root_key(0)))
+    program.compile()
+    iterator = train_iterator(
+        images,
+        batch_size=size,
+        seed=0,
+        process_index=0,
+        process_count=1,
+        workers=config.data.workers,
+        worker_timeout=config.data.worker_timeout,
+    )
+    position = np.arange(size, dtype=np.int32)
+    pending: collections.deque = collections.deque()
     began, waited = float("inf"), 0.0
     for step in itertools.count():
         asked = time.perf_counter()
@@ -206,16 +224,15 @@ def training_speed(trainer: Trainer) -> tuple[float, float]:
             began, waited = asked, 0.0
         if asked - began > _SECONDS.value:
             break
-        batch = sharding.put_batch(next(iterator), trainer.mesh)
+        batch = program.put(next(iterator) | {"position": position})
         waited += time.perf_counter() - asked
-        state, values = compiled(state, batch)
+        state, values = program(state, batch)
         pending.append(values)
         if len(pending) > STEPS_IN_FLIGHT:
             jax.device_get(pending.popleft())
     iterator.close()
-    return (step - WARM_UP) * trainer.training.batch_size / (asked - began), waited / (
-        asked - began
-    )
+    seconds = asked - began
+    return (step - WARM_UP) * size / seconds, waited / seconds
 
 
 def training_rows(name: str, folder: Path) -> Iterator[list[str]]:
@@ -227,7 +244,7 @@ def training_rows(name: str, folder: Path) -> Iterator[list[str]]:
         yield [f"{name}: not measured: {error}"]
         return
     for number, images in sets.items():
-        rate, share = training_speed(Trainer(config, number, images, folder / f"stage{number}"))
+        rate, share = training_speed(config, number, images)
         kept = "memory" if images.is_cached else f"records, {config.data.encoding}"
         yield [
             name,

@@ -77,7 +77,7 @@ class Shard:
 
     @property
     def features(self) -> Any:
-        """The features of a record (`tfds.features.FeaturesDict`): image, name and, with classes, label."""
+        """The `tfds.features.FeaturesDict` of a record: image, name and, with classes, label."""
         shape = (self.form.height, self.form.width, self.form.channels)
         if self.encoding.kind == "raw":
             image = tfds.features.Tensor(

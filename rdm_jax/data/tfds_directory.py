@@ -16,7 +16,9 @@ OWN_FEATURE = re.compile(r"tensorflow_datasets\.core\.features\.[a-z0-9_.]+\.[A-
 
 
 def open_directory(directory: Path) -> Any:
-    """Opens a data set (`tfds.core.DatasetBuilder`) whose features are the library's own and whose files are in the directory.
+    """Opens a data set (`tfds.core.DatasetBuilder`) of the library's own features.
+
+    All its files must be in the directory.
 
     `tfds.builder_from_directory` alone imports, and so runs, any module that a data set names for
     its features.

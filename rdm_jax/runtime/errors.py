@@ -25,7 +25,7 @@ class BadImage(InputError):
     """One image of a set cannot be used; `--skip_bad` leaves it out and continues.
 
     Args:
-      reason: what is wrong with the image: a predicate such as "is empty", without the image's name.
+      reason: what is wrong: a predicate such as "is empty", without the image's name.
       fix: as for `InputError`.
       image: the name of the image, where it is known; `problem` then begins with it.
 

@@ -57,14 +57,14 @@ def test_17_killed_while_sampling(image_folder, workdir, fault, files, batch, de
     flags = (*SAMPLE, f"--config.sampling.files={files}", f"--config.sampling.batch_size={batch}")
     again = lambda name: run(
         image_folder, workdir, *flags, f"--config.sampling.name={name}", devices=devices
-    )  # noqa: E731
+    )
     again("whole")
     kept = {}
     for count in (2, 6):
         process = start(
             image_folder, workdir, *flags, "--config.sampling.name=killed", devices=devices
         )
-        parts = lambda: sorted((workdir / "killed").glob(".parts-*/0*.npz"))  # noqa: E731
+        parts = lambda: sorted((workdir / "killed").glob(".parts-*/0*.npz"))
         assert wait_for(lambda count=count, parts=parts: len(parts()) >= count, process), (
             process.communicate()
         )

@@ -114,7 +114,7 @@ def on_one_device(size):
 def difference(tree, other):
     """The largest distance between two arrays of a tree, as a share of the array's largest
     value."""
-    share = lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(b).max(), 1e-3)  # noqa: E731
+    share = lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(b).max(), 1e-3)
     return max(jax.tree.leaves(jax.tree.map(share, tree, other)))
 
 

@@ -83,7 +83,7 @@ def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = Fal
     # first step.
     nudge = lambda x: (
         np.asarray(x) + 0.05 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-    )  # noqa: E731
+    )
     params = jax.device_put(jax.tree.map(nudge, state.params))
     out = sharding.replicated(sharding.local_mesh()) if shared else None
     return jax.jit(chex.assert_max_traces(step, n=1), out_shardings=out), state.replace(
@@ -107,7 +107,7 @@ def test_a_cascade_learns_from_the_image_that_it_is_given():
     """A network that answers with what it is given, at a noise level where nothing else is
     known."""
     process = processes.CascadeProcess(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
-    given = lambda params, x, c_noise, labels, augment, keys: params["scale"] * x[..., 3:6]  # noqa: E731
+    given = lambda params, x, c_noise, labels, augment, keys: params["scale"] * x[..., 3:6]
     goal = Objective(
         Network(None, given, None, None),
         process,
