@@ -36,8 +36,10 @@ from rdm_jax.data.records import ENCODINGS, Encoding
 from rdm_jax.data.sources import cores, open_source
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.random_streams import root_key
 from rdm_jax.stage_datasets import open_sets
-from rdm_jax.training.loop import STEPS_IN_FLIGHT, Trainer
+from rdm_jax.training.metric_buffer import STEPS_IN_FLIGHT
+from rdm_jax.training.program import PROGRAMS
 
 _FOLDER = flags.DEFINE_string("folder", "", "Images to read; '' for random ones.")
 _IMAGES = flags.DEFINE_integer("images", 256, "How many of them, evenly chosen.")
@@ -195,10 +197,24 @@ def load(name: str, folder: Path) -> configs.Config:
     return dataclasses.replace(config, data=data)
 
 
-def training_speed(trainer: Trainer) -> tuple[float, float]:
+def training_speed(config: configs.Config, number: int, images: ImageSet) -> tuple[float, float]:
     """Images per second in training, and the share of time spent waiting for them."""
-    state = jax.jit(trainer._init, out_shardings=sharding.replicated(trainer.mesh))()
-    compiled, iterator, pending = trainer._compile(state), trainer._iterator(), collections.deque()
+    stage, parallel = config.stage(number), config.parallel
+    batch_size = stage.training.batch_size
+    mesh = sharding.make_mesh(parallel.data, parallel.fsdp)
+    classes = len(images.class_names)
+    program = PROGRAMS[parallel.mode](stage, images.image_shape, classes, root_key(0), mesh)
+    program.compile()
+    state = program.place(program.init(root_key(0)))
+    iterator = train_iterator(
+        images,
+        batch_size=batch_size,
+        seed=0,
+        workers=config.data.workers,
+        worker_timeout=config.data.worker_timeout,
+    )
+    position = np.arange(batch_size, dtype=np.int32)
+    pending: collections.deque = collections.deque()
     began, waited = float("inf"), 0.0
     for step in itertools.count():
         asked = time.perf_counter()
@@ -206,16 +222,15 @@ def training_speed(trainer: Trainer) -> tuple[float, float]:
             began, waited = asked, 0.0
         if asked - began > _SECONDS.value:
             break
-        batch = sharding.put_batch(next(iterator), trainer.mesh)
+        batch = program.put(next(iterator) | {"position": position})
         waited += time.perf_counter() - asked
-        state, values = compiled(state, batch)
+        state, values = program(state, batch)
         pending.append(values)
         if len(pending) > STEPS_IN_FLIGHT:
             jax.device_get(pending.popleft())
     iterator.close()
-    return (step - WARM_UP) * trainer.training.batch_size / (asked - began), waited / (
-        asked - began
-    )
+    elapsed = asked - began
+    return (step - WARM_UP) * batch_size / elapsed, waited / elapsed
 
 
 def training_rows(name: str, folder: Path) -> Iterator[list[str]]:
@@ -227,7 +242,7 @@ def training_rows(name: str, folder: Path) -> Iterator[list[str]]:
         yield [f"{name}: not measured: {error}"]
         return
     for number, images in sets.items():
-        rate, share = training_speed(Trainer(config, number, images, folder / f"stage{number}"))
+        rate, share = training_speed(config, number, images)
         kept = "memory" if images.is_cached else f"records, {config.data.encoding}"
         yield [
             name,

@@ -119,7 +119,9 @@ def varied(config: configs.Config, variant: str) -> configs.Config:
         elif change == "fsdp":
             parallel |= {"data": 1, "fsdp": -1}
         elif change != "config":
-            raise InputError(f"--variants: {change!r} is not known; those in --helpshort would do.")
+            raise InputError(
+                f"--variants={variant!r}: {change!r} is not a change", "Use those of --helpshort."
+            )
     for stage in config.stages:
         config = config.with_stage(stage.number, network=network, training=training)
     return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **parallel))
