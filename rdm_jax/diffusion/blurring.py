@@ -133,10 +133,10 @@ def blur(
 def block_noise(white: Float[Array, "*b h w c"], *, block: int) -> Float[Array, "*b h w c"]:
     """White noise summed over block x block pixels and divided by `block` (arXiv 2309.03350).
 
-    Block[s](e)_{x,y} = (1/s) sum_{i<s} sum_{j<s} e_{x-i,y-j}, indices on a torus, so that every
+    `Block[s](e)_{x,y} = (1/s) sum_{i<s} sum_{j<s} e_{x-i,y-j}`, indices on a torus, so that every
     pixel keeps unit variance and
 
-    Cov = (1/s^2) max(0, s - dx) max(0, s - dy), with dx and dy the distances on the torus (of at
+    `Cov = (1/s^2) max(0, s - dx) max(0, s - dy)`, with dx and dy the distances on the torus (of at
     least 2 s - 1 pixels; on a smaller one a block overlaps itself from both sides).
     """
     for axis in (-3, -2):

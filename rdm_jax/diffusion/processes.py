@@ -220,8 +220,8 @@ class VEProcess(FromNoise):
 class RelayProcess(Unconditioned):
     """The relay's process: patch-wise blur and block noise (arXiv 2309.03350).
 
-    q(x_t | x_0) = N(V D_t V^T x_0, sigma_t^2 Cov(noise)) in every patch, with
-    noise = e + a Block[s](e').
+    `q(x_t | x_0) = N(V D_t V^T x_0, sigma_t^2 Cov(noise))` in every patch, with
+    `noise = e + a Block[s](e')`.
 
     Attributes:
       patch: p, factor by which this stage enlarges, and size of the patches of its blur.
@@ -274,7 +274,7 @@ class RelayProcess(Unconditioned):
     def mixture(
         self, white: Float[Array, "*b h w c"], block_white: Float[Array, "*b h w c"] | None
     ) -> Float[Array, "*b h w c"]:
-        """e + a Block[s](e') from two white arrays (the second may be None where a = 0)."""
+        """`e + a Block[s](e')` from two white arrays (the second may be None where a = 0)."""
         if not self.block_scale:
             return white
         mixed = white + self.block_scale * blurring.block_noise(
