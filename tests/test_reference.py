@@ -165,8 +165,12 @@ def toy_denoiser(meta, case, dtype):
 
 
 def run_sampler(sampler, denoise, x, levels, noise, scan):
-    step = lambda x, i, level, to: sampler.step(denoise, x, i, level, to, noise)
-    finish = lambda x, i, level: sampler.finish(denoise, x, i, level, noise)
+    def step(x, i, level, to):
+        return sampler.step(denoise, x, i, level, to, noise)
+
+    def finish(x, i, level):
+        return sampler.finish(denoise, x, i, level, noise)
+
     return samplers.walk(step, finish, x, levels, scan=scan)
 
 
@@ -281,10 +285,14 @@ def test_reference_network(path):
     labels, augment = arrays.get("labels"), arrays.get("augment_labels")
 
     def output(params, labels):
-        net = lambda x, c: network.apply(params, x, c, labels, augment)
+        def net(x, c):
+            return network.apply(params, x, c, labels, augment)
+
         return preconditioning.denoiser(net, stage.precondition)(arrays["x"], arrays["sigma"])
 
-    loss = lambda params: ((output(params, labels) - arrays["target"]) ** 2).mean()
+    def loss(params):
+        return ((output(params, labels) - arrays["target"]) ** 2).mean()
+
     y, (value, grads) = output(params, labels), jax.jit(jax.value_and_grad(loss))(params)
     scale = np.abs(case["y"]).max()
     np.testing.assert_allclose(y, case["y"], atol=2e-5 * scale, rtol=0)

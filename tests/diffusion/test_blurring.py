@@ -56,7 +56,10 @@ def test_patch_dct_keeps_the_norm_and_is_undone(patch):
     x = images((2, 3 * patch, 2 * patch, 3))
     u = blurring.patch_dct(x, patch=patch)
     chex.assert_shape(u, x.shape)
-    squares = lambda a: np.sum(np.asarray(a, np.float64) ** 2)
+
+    def squares(a):
+        return np.sum(np.asarray(a, np.float64) ** 2)
+
     chex.assert_trees_all_close(squares(u), squares(x), rtol=1e-6)  # float32 coefficients
     chex.assert_trees_all_close(blurring.patch_idct(u, patch=patch), x, atol=FLOAT32)
 
@@ -67,8 +70,11 @@ def test_patch_dct_keeps_the_norm_and_is_undone(patch):
 def test_over_patches_is_a_loop_over_patches(patch, height, width):
     x, y = images((2, height, width, 3)), images((2, height, width, 3), seed=1)
     weights, scale = images((2, patch, patch), seed=2), levels(0.5, 3.0)
+
     # Of rows and columns, arguments and images, none may be exchanged for another.
-    function = lambda x, y, w, s: x.cumsum(0) * w + s * y.T
+    def function(x, y, w, s):
+        return x.cumsum(0) * w + s * y.T
+
     expected = np.zeros(x.shape, np.float32)
     for place in each_patch(x, patch):
         arrays = (
@@ -131,9 +137,12 @@ def test_blur_keeps_the_patch_means_and_shrinks_the_rest(blur_sigma):
     chex.assert_trees_all_close(
         blurring.mean_pool(blurred, factor=3), blurring.mean_pool(x, factor=3), atol=FLOAT32
     )
-    inside = lambda x: (
-        np.asarray(x) - np.asarray(blurring.enlarge(blurring.mean_pool(x, factor=3), factor=3))
-    )
+
+    def inside(x):
+        return np.asarray(x) - np.asarray(
+            blurring.enlarge(blurring.mean_pool(x, factor=3), factor=3)
+        )
+
     weights = np.asarray(blurring.blur_weights(jnp.asarray(blur_sigma), patch=3))
     ratio = np.linalg.norm(inside(blurred)) / np.linalg.norm(inside(x))
     assert weights[2, 2] < ratio < weights[0, 1]
@@ -173,7 +182,10 @@ def test_block_noise_has_the_covariance_of_its_formula(height, width, block):
     )[..., 0]
     # All offsets at once: the circular autocorrelation of each draw, averaged over pixels.
     products = np.fft.ifft2(np.abs(np.fft.fft2(noise)) ** 2).real / (height * width)
-    torus = lambda n: np.minimum(np.arange(n), n - np.arange(n))
+
+    def torus(n):
+        return np.minimum(np.arange(n), n - np.arange(n))
+
     overlap = [np.maximum(0, block - torus(n)) / block for n in (height, width)]
     error = products.mean(0) - np.outer(*overlap)
     standard_error = products.std(0) / np.sqrt(draws)

@@ -43,7 +43,10 @@ def test_order_of_the_sampler(x64, order, steps, error):
 @pytest.mark.parametrize("churn", [0.0, 20.0])
 def test_marginals_of_heun_become_exact(x64, churn):
     """Churn adds exactly the noise between two levels, so it costs no order."""
-    sampler = lambda steps: Heun(steps=steps + 1, sigma_min=0.1, sigma_max=10.0, churn=churn)
+
+    def sampler(steps):
+        return Heun(steps=steps + 1, sigma_min=0.1, sigma_max=10.0, churn=churn)
+
     errors = [marginal_error(sampler(steps), gaussian_target()) for steps in (64, 128)]
     chex.assert_trees_all_close(
         falls(errors), np.full(1, 4.0), rtol=0.05
@@ -73,7 +76,10 @@ def test_churn_stays_between_its_bounds(x64):
 
 def test_without_eta_and_churn_it_is_heuns_method():
     level, to, x = Levels(jnp.float32(1.7)), Levels(jnp.float32(0.9)), draw(1)
-    nothing = lambda k: jnp.full(SHAPE, jnp.nan)
+
+    def nothing(k):
+        return jnp.full(SHAPE, jnp.nan)
+
     there = jnp.float32(0.9) - jnp.float32(1.7)
     slope = (x - shrink(x, level.sigma)) / level.sigma
     euler = x + there * slope
@@ -88,7 +94,10 @@ def test_marginals_become_exact_as_eta_falls_with_the_step(x64, churn):
     """With eta^2, the fresh variance of a step, in proportion to the step the limit is an SDE that
     keeps the marginals."""
     settings = {"sigma_min": 0.1, "sigma_max": 10.0, "churn": churn}
-    heun = lambda steps: Heun(steps=steps + 1, eta=0.6 * (64 / steps) ** 0.5, **settings)
+
+    def heun(steps):
+        return Heun(steps=steps + 1, eta=0.6 * (64 / steps) ** 0.5, **settings)
+
     errors = [marginal_error(heun(steps), gaussian_target()) for steps in (128, 256)]
     chex.assert_trees_all_close(
         falls(errors), np.full(1, 2.0), rtol=0.05
@@ -100,7 +109,10 @@ def test_marginals_become_exact_as_eta_falls_with_the_step(x64, churn):
 def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
     """As in the relay, for the posterior mean is not a draw: up to (1 - sqrt(1 - eta^2)) / 2 of the
     variance."""
-    heun = lambda steps: Heun(steps=steps + 1, sigma_min=0.1, sigma_max=10.0, eta=eta)
+
+    def heun(steps):
+        return Heun(steps=steps + 1, sigma_min=0.1, sigma_max=10.0, eta=eta)
+
     errors = [marginal_error(heun(steps), gaussian_target()) for steps in (128, 256)]
     assert errors[0] / 2 < errors[1] < (1 - (1 - eta**2) ** 0.5) / 2
 

@@ -222,7 +222,10 @@ def test_rounding_twice_is_rounding_once(precondition):
 
 def test_of_two_outputs_the_first_is_used():
     x, sigma = jax.random.normal(jax.random.key(0), (3, 4, 2, 2)), jnp.asarray([0.01, 0.5, 20.0])
-    both = lambda x, c_noise: jnp.concatenate([jnp.cos(x), jnp.full_like(x, jnp.nan)], axis=-1)
+
+    def both(x, c_noise):
+        return jnp.concatenate([jnp.cos(x), jnp.full_like(x, jnp.nan)], axis=-1)
+
     out = preconditioning.denoiser(both, IDDPM)(x, sigma)
     chex.assert_trees_all_equal(
         out, preconditioning.denoiser(lambda x, c_noise: jnp.cos(x), IDDPM)(x, sigma)

@@ -109,9 +109,10 @@ def test_variance_of_the_noise(settings, variance):
 
 def test_block_size_zero_means_the_patch():
     white, block_white = images((2, 8, 8, 1)), images((2, 8, 8, 1), seed=1)
-    mixture = lambda **settings: processes.RelayProcess(block_scale=0.5, **settings).mixture(
-        white, block_white
-    )
+
+    def mixture(**settings):
+        return processes.RelayProcess(block_scale=0.5, **settings).mixture(white, block_white)
+
     by_hand = white + 0.5 * blurring.block_noise(block_white, block=2)
     chex.assert_trees_all_close(mixture(patch=2), by_hand, atol=1e-6)
     chex.assert_trees_all_close(mixture(patch=4, block_size=2), by_hand, atol=1e-6)

@@ -55,7 +55,10 @@ def test_order_of_the_relay_sampler(x64, settings, blur_sigma_max, patch, of_mea
     ]
     # Halving the step divides the error by 2 or 4, but for the next term of its series.
     mean = is_mean(patch)
-    largest = lambda which: np.asarray([e[which].max() for e in errors])
+
+    def largest(which):
+        return np.asarray([e[which].max() for e in errors])
+
     chex.assert_trees_all_close(falls(largest(mean)), np.full(1, of_means), rtol=0.05)
     chex.assert_trees_all_close(falls(largest(~mean)), np.full(1, of_the_rest), rtol=0.05)
 
@@ -63,7 +66,10 @@ def test_order_of_the_relay_sampler(x64, settings, blur_sigma_max, patch, of_mea
 def test_the_corrector_pays_in_blurred_coefficients_too(x64):
     target, basis = relay_target(relay_process(patch=4)), patch_dct_matrix(4)
     x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
-    error = lambda out, sigma: np.abs(basis @ (out - flow(target, basis, x, sigma)))
+
+    def error(out, sigma):
+        return np.abs(basis @ (out - flow(target, basis, x, sigma)))
+
     plain, corrected = (
         error(*next(integrate([relay(64, order=order)], target, x))) for order in (1, 2)
     )
@@ -119,7 +125,10 @@ def test_a_single_image_from_its_means(x64, corrector, exact_start):
     levels, image = sampler.levels(target.process), jnp.asarray(target.mean.reshape(SHAPE))
     low, silent = blurring.mean_pool(image, factor=target.process.patch), lambda k: jnp.zeros(SHAPE)
     assert jnp.abs(blurring.enlarge(low, factor=target.process.patch) - image).max() > 0.1
-    step = lambda x, i, level, to: sampler.step(lambda x, sigma: image, x, i, level, to, silent)
+
+    def step(x, i, level, to):
+        return sampler.step(lambda x, sigma: image, x, i, level, to, silent)
+
     out = walk(
         step,
         lambda x, i, level: x,
@@ -195,7 +204,10 @@ def test_the_update_of_a_patch_is_the_same_in_pixels(x64, patch, eta):
     level, to = Levels(jnp.asarray(0.8), jnp.asarray(d1)), Levels(jnp.asarray(0.6), jnp.asarray(d2))
     dct = scipy.fft.dct(np.eye(patch), axis=0, norm="ortho")
     v = np.kron(dct, dct).T
-    in_pixels = lambda weights: v @ np.diag(weights.ravel()) @ v.T
+
+    def in_pixels(weights):
+        return v @ np.diag(weights.ravel()) @ v.T
+
     g = np.sqrt(1 - eta**2) * 0.6 / 0.8
     # u' = g u + (D' - g D) u0, before u0 is eliminated
     expected = g * x.ravel() + in_pixels(d2 - g * d1) @ x0.ravel()

@@ -87,8 +87,13 @@ def run(sampler, *, scan, denoise=shrink, noise=draw):
     """A whole walk from `start`, nothing of it compiled but a scan."""
     levels = sampler.levels(process_of(sampler))
     low = None if isinstance(sampler, Heun) else jnp.ones((1, 2, 2, 1))
-    step = lambda x, i, level, to: sampler.step(denoise, x, jnp.asarray(i), level, to, noise)
-    finish = lambda x, i, level: sampler.finish(denoise, x, jnp.asarray(i), level, noise)
+
+    def step(x, i, level, to):
+        return sampler.step(denoise, x, jnp.asarray(i), level, to, noise)
+
+    def finish(x, i, level):
+        return sampler.finish(denoise, x, jnp.asarray(i), level, noise)
+
     return walk(step, finish, sampler.start(low, rungs(levels)[0], noise), levels, scan=scan)
 
 
@@ -171,7 +176,9 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
 
     @jax.jit
     def sample(x, noises):
-        step = lambda x, i, level, to: sampler.step(shrink, x, i, level, to, lambda k: noises[k])
+        def step(x, i, level, to):
+            return sampler.step(shrink, x, i, level, to, lambda k: noises[k])
+
         return walk(step, lambda x, i, level: x, x, levels, scan=True)
 
     some = np.asarray([4, 1])

@@ -93,7 +93,10 @@ linear = pytest.mark.parametrize("schedule", LINEAR, ids=["published", "other"])
 @linear
 def test_the_linear_schedule_integrates_a_rising_beta(schedule):
     t = np.geomspace(1e-5, 1.0, 12)
-    beta = lambda t: schedule.beta_min + schedule.beta_d * t
+
+    def beta(t):
+        return schedule.beta_min + schedule.beta_d * t
+
     log = np.asarray(
         [scipy.integrate.quad(beta, 0, end)[0] for end in t]
     )  # of 1 / alphabar = 1 + sigma^2

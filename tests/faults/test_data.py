@@ -124,9 +124,10 @@ def test_13_training_with_workers_is_killed(image_folder, tmp_path, fault, worke
     flags += (*NOT_IN_MEMORY, f"--config.data.workers={workers}")
     for epoch in range(6):
         process = start(image_folder, tmp_path / "run", *flags)
-        after = lambda epoch=epoch: any(
-            step > 3 * epoch for step in steps(tmp_path / "run", sound=False)
-        )
+
+        def after(epoch=epoch):
+            return any(step > 3 * epoch for step in steps(tmp_path / "run", sound=False))
+
         assert wait_for(after, process), process.communicate()
         children = workers_of(process)
         process.kill()
@@ -161,7 +162,10 @@ def test_14_a_worker(image_folder, tmp_path, fault, sent, workers):
             f"--config.data.workers={workers}",
             stdout=stdout,
         )
-    noticed = lambda: "restarting the workers" in log.read_text()
+
+    def noticed():
+        return "restarting the workers" in log.read_text()
+
     assert wait_for(logged(tmp_path / "run", 16), process), process.communicate()
     assert not noticed()
     os.kill(workers_of(process)[-1], sent)
@@ -190,9 +194,12 @@ def encoded(kind: str) -> bytes:
 def bomb(side: int = 13_000) -> bytes:
     """A whole PNG of side x side pixels, one bit each, in some kilobytes; as many as Pillow alone
     would decode."""
-    chunk = lambda name, data: (
-        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-    )
+
+    def chunk(name, data):
+        return (
+            len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+        )
+
     header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
     pixels = zlib.compress(bytes(side * (1 + -(-side // 8))))
     return (

@@ -18,7 +18,10 @@ def test_20_one_of_two_is_killed(image_folder, tmp_path, fault, killed):
     there."""
     workdir = tmp_path / "run"
     pair = start_two(image_folder, workdir, *STAGE, "--config.stage1.training.images=160000")
-    ready = lambda: len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)()
+
+    def ready():
+        return len(steps(workdir, sound=False)) > 1 and logged(workdir, 96)()
+
     assert wait_for(ready, pair[0], timeout=240), pair[0].communicate()
     pair[killed].send_signal(signal.SIGKILL)
     began = time.monotonic()

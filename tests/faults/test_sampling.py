@@ -55,19 +55,20 @@ def test_17_killed_while_sampling(image_folder, workdir, fault, files, batch, de
     """Twice, when some parts are written; a part, and a file of the result, that are cut in half
     are made again."""
     flags = (*SAMPLE, f"--config.sampling.files={files}", f"--config.sampling.batch_size={batch}")
-    again = lambda name: run(
-        image_folder, workdir, *flags, f"--config.sampling.name={name}", devices=devices
-    )
+
+    def again(name):
+        return run(image_folder, workdir, *flags, f"--config.sampling.name={name}", devices=devices)
+
+    def parts():
+        return sorted((workdir / "killed").glob(".parts-*/0*.npz"))
+
     again("whole")
     kept = {}
     for count in (2, 6):
         process = start(
             image_folder, workdir, *flags, "--config.sampling.name=killed", devices=devices
         )
-        parts = lambda: sorted((workdir / "killed").glob(".parts-*/0*.npz"))
-        assert wait_for(lambda count=count, parts=parts: len(parts()) >= count, process), (
-            process.communicate()
-        )
+        assert wait_for(lambda count=count: len(parts()) >= count, process), process.communicate()
         process.send_signal(signal.SIGKILL)
         process.communicate()
         before, kept = kept, {path.name: path.stat().st_mtime_ns for path in parts()}

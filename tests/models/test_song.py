@@ -226,9 +226,9 @@ def test_attention_by_hand():
     module.proj.kernel[...] = normal(1, 1, 8, 8, seed=3)
     out = nnx.jit(lambda module, x: module(x))(module, x)
 
-    weights = lambda layer: (
-        np.asarray(a[...], np.float64).squeeze() for a in (layer.kernel, layer.bias)
-    )
+    def weights(layer):
+        return (np.asarray(a[...], np.float64).squeeze() for a in (layer.kernel, layer.bias))
+
     groups = np.asarray(x, np.float64).reshape(2, 12, 2, 4)
     groups = (groups - groups.mean((1, 3), keepdims=True)) / np.sqrt(
         groups.var((1, 3), keepdims=True) + 1e-6
@@ -281,9 +281,9 @@ def test_every_level_of_the_residual_encoder_is_fed_the_shrunken_image():
         # The filter looks at pixels beyond the image, and there is the 3x3's result, not zero.
         wide = np.pad(aux, [(0, 0), (2, 2), (2, 2), (0, 0)])
         _, h, w, _ = aux.shape
-        tap = lambda i, j: wide[:, i : i + h + 2, j : j + w + 2] @ kernel[i, j]  # noqa: B023
+        taps = (wide[:, i : i + h + 2, j : j + w + 2] @ kernel[i, j] for i, j in np.ndindex(3, 3))
         matrices = (correlation((1, 3, 3, 1), n + 2, 0) for n in (h, w))
-        shrunken = along_both(*matrices, sum(tap(i, j) for i, j in np.ndindex(3, 3)) + bias)
+        shrunken = along_both(*matrices, sum(taps) + bias)
         assert np.std(shrunken) > 0.1
         aux = (shrunken + blocks[place - 1]) * np.sqrt(0.5)
         np.testing.assert_allclose(outputs[place], aux, atol=FLOAT32)

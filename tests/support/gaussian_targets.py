@@ -186,7 +186,10 @@ def flow(target, basis, x, sigma):
     """Where the exact probability flow brings x from the first level to the last: each coefficient
     keeps its quantile."""
     (m0, c0), (m1, c1) = (target.marginal(s) for s in (sigma[0], sigma[-1]))
-    variance = lambda c: np.diag(basis @ np.asarray(c) @ basis.T)
+
+    def variance(c):
+        return np.diag(basis @ np.asarray(c) @ basis.T)
+
     u = np.sqrt(variance(c1) / variance(c0)) * (basis @ (np.asarray(x).ravel() - np.asarray(m0)))
     return basis.T @ u + np.asarray(m1)
 

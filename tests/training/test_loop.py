@@ -207,19 +207,20 @@ def test_resume_with_allowed_changes(trained, tmp_path, caplog):
     trainer = Trainer(
         values, 1, image_set(), directory, allow_changes=["batch_size", "training.learning_rate"]
     )
-    trainer._program.put, put = (
-        lambda batch: seen.append(batch["image"]) or put(batch),
-        trainer._program.put,
-    )
     build = trainer._build
 
-    def rebuilt():
-        program = build()
-        putting = program.put
-        program.put = lambda batch: seen.append(batch["image"]) or putting(batch)
+    def recording(program):
+        put = program.put
+
+        def record(batch):
+            seen.append(batch["image"])
+            return put(batch)
+
+        program.put = record
         return program
 
-    trainer._build = rebuilt
+    recording(trainer._program)
+    trainer._build = lambda: recording(build())
     trainer.run(StopOnSignal())
     assert steps(directory) == [10, 15]
     known = about(directory, 15)

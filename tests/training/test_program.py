@@ -114,7 +114,10 @@ def on_one_device(size):
 def difference(tree, other):
     """The largest distance between two arrays of a tree, as a share of the array's largest
     value."""
-    share = lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(b).max(), 1e-3)
+
+    def share(a, b):
+        return np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(b).max(), 1e-3)
+
     return max(jax.tree.leaves(jax.tree.map(share, tree, other)))
 
 

@@ -79,11 +79,12 @@ def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = Fal
     }
     step = make_step(goal, OPTIMIZER, jax.random.key(1), **kwargs)
     state = jax.jit(lambda key: init_state(goal.network.init(key), OPTIMIZER))(jax.random.key(0))
+
     # The last convolutions start at zero; a nudge lets gradients reach all parameters from the
     # first step.
-    nudge = lambda x: (
-        np.asarray(x) + 0.05 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-    )
+    def nudge(x):
+        return np.asarray(x) + 0.05 * np.sin(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+
     params = jax.device_put(jax.tree.map(nudge, state.params))
     out = sharding.replicated(sharding.local_mesh()) if shared else None
     return jax.jit(chex.assert_max_traces(step, n=1), out_shardings=out), state.replace(
@@ -107,7 +108,10 @@ def test_a_cascade_learns_from_the_image_that_it_is_given():
     """A network that answers with what it is given, at a noise level where nothing else is
     known."""
     process = processes.CascadeProcess(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
-    given = lambda params, x, c_noise, labels, augment, keys: params["scale"] * x[..., 3:6]
+
+    def given(params, x, c_noise, labels, augment, keys):
+        return params["scale"] * x[..., 3:6]
+
     goal = Objective(
         Network(None, given, None, None),
         process,
