@@ -110,7 +110,7 @@ def test_newest_waits_for_what_process_0_sees(tmp_path, monkeypatch):
     assert checkpoints.newest() == 3 and slept
 
 
-def test_retention_compares_losses_of_the_same_images_only(tmp_path):
+def test_retention_compares_losses_of_same_images(tmp_path):
     checkpoints = store.Checkpoints(tmp_path, keep_newest=1, keep_best=1)
     for step, loss, images in (
         (1, 0.1, "one"),
@@ -207,7 +207,7 @@ def test_restore_verifies_every_file(tmp_path):
     chex.assert_trees_all_equal(jax.device_get(read()[0]), jax.device_get(make_state(3)))
 
 
-def test_damaged_checkpoints_are_set_aside_if_another_is_intact(tmp_path, caplog):
+def test_store_sets_damaged_checkpoints_aside(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     save(folder, {1: 0.5, 2: 0.4, 3: 0.3}, keep_newest=3)
     for name in ("3/ema/_METADATA", "1/about/metadata"):
@@ -229,7 +229,7 @@ def test_damaged_checkpoints_are_set_aside_if_another_is_intact(tmp_path, caplog
 
 
 @pytest.mark.parametrize("allowed", [0, 2])
-def test_save_failures_are_skipped_up_to_a_maximum(tmp_path, monkeypatch, allowed):
+def test_save_tolerates_configured_failures(tmp_path, monkeypatch, allowed):
     """A failed save leaves nothing behind; the last save must succeed."""
     folder = tmp_path / "checkpoints"
     checkpoints = store.Checkpoints(folder, keep_newest=3, max_failed_saves=allowed)

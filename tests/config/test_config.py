@@ -25,7 +25,7 @@ def load(path: Path, *args):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_passes_the_checks_and_says_how_to_run_it(path, tmp_path):
+def test_packaged_config_is_valid_and_documented(path, tmp_path):
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps(to_dict(Config(seed=7))))
     config = parse(load(path, *([str(saved)] if path.stem == "saved" else [])))
@@ -36,13 +36,13 @@ def test_every_config_loads_passes_the_checks_and_says_how_to_run_it(path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["emoji", "emoji_small"])
-def test_tiny_configs_pass_the_checks(name):
+def test_tiny_config_is_valid(name):
     full, tiny = (parse(load(CONFIGS[0].parent / f"{name}.py", *args)) for args in ((), ("tiny",)))
     validate.check_config(tiny)
     assert [s.resolution for s in full.stages] == [s.resolution for s in tiny.stages]
 
 
-def test_published_settings():
+def test_published_config_settings():
     """RELAY.md's figures of what is walked: levels kept, first level, evaluations; and the sizes of
     training."""
     imagenet, celebahq = (
@@ -98,7 +98,7 @@ def three_stages() -> Config:
     return Config(stages=(first, Stage(sizes[1], **relay), Stage(sizes[2], **relay)))
 
 
-def test_stages_know_their_number():
+def test_stage_numbers():
     config = three_stages()
     assert [(s.number, s.name) for s in config.stages] == [
         (1, "stage1"),
@@ -135,7 +135,7 @@ def test_with_stage_replaces_fields_and_parts():
     assert changed.stage(2) == expected and config == three_stages()
 
 
-def test_any_number_of_stages_of_any_shape():
+def test_three_stages_are_valid():
     config = parse(three_stages().to_config_dict())
     validate.check_config(config)
     assert config == three_stages() and len(config.stages) == 3
@@ -187,7 +187,7 @@ def test_any_number_of_stages_of_any_shape():
         ("stage4", {}, "stage1, stage2, stage4"),
     ],
 )
-def test_refused(field, value, says):
+def test_check_config_refuses(field, value, says):
     with pytest.raises(InputError, match=says) as refusal:
         validate.check_config(parse(changed(**{field: value})))
     assert str(refusal.value).endswith(".") and "\n" not in str(refusal.value)
@@ -204,11 +204,11 @@ def test_refused(field, value, says):
         ("evaluation__images", '["folder:/a, b", "tar:x.tar", "samples"]'),
     ],
 )
-def test_accepted(field, value):
+def test_check_config_accepts(field, value):
     validate.check_config(parse(changed(evaluation__features="inception", **{field: value})))
 
 
-def test_evaluation_is_looked_at_where_something_is_measured():
+def test_evaluation_is_checked_only_when_used():
     one_image = parse(changed(evaluation__features="classifier", sampling__seeds="7"))
     validate.check_config(one_image, evaluates=False)
     with pytest.raises(InputError, match="sampling.seeds='7' cannot be used. Use 4 or more seeds"):
@@ -243,7 +243,7 @@ def test_evaluation_is_looked_at_where_something_is_measured():
         ),
     ],
 )
-def test_cascades_refused(fields, says):
+def test_check_config_refuses_cascade(fields, says):
     first, second = Config().stages
     usual = {"process": CascadeProcess(patch=4), "sampler": CascadeHeun()}
     validate.check_config(Config(stages=(first, dataclasses.replace(second, **usual))))
@@ -253,7 +253,7 @@ def test_cascades_refused(fields, says):
         )
 
 
-def test_unknown_and_missing_fields_are_named():
+def test_parse_names_unknown_and_missing_fields():
     values = Config().to_config_dict().to_dict()
     values["stage1"]["network"]["chanels"] = 3
     with pytest.raises(InputError, match="config.stage1.network.chanels=3.*channels"):
@@ -263,7 +263,7 @@ def test_unknown_and_missing_fields_are_named():
         parse(values)
 
 
-def test_batches_that_devices_cannot_share():
+def test_check_devices_refuses_indivisible_batches():
     stage = dataclasses.replace(
         Stage(), training=dataclasses.replace(Stage().training, batch_size=12, accumulate=2)
     )
@@ -278,7 +278,7 @@ def test_batches_that_devices_cannot_share():
         validate.check_devices(Config(stages=(stage,)), 6, 3)
 
 
-def test_meshes_that_the_devices_do_not_make():
+def test_check_devices_refuses_wrong_meshes():
     for parallel, named in (
         (Parallel(data=3), "config.parallel.data, fsdp=.3, 1.*product is 8"),
         (Parallel(data=-1, fsdp=3), "config.parallel.data, fsdp=.-1, 3"),

@@ -171,7 +171,7 @@ def sampled(stage: Stage, network, params, labels) -> np.ndarray:
     return np.asarray(images)
 
 
-def test_kinds_from_outside_train_and_sample(extended):
+def test_extended_kinds_train_and_sample(extended):
     config = Config(stages=(stage_of(),))
     validate.check_config(config)
     validate.check_classes(config, tuple("abcde"), [1])
@@ -193,7 +193,7 @@ def test_kinds_from_outside_train_and_sample(extended):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_each_kind_goes_with_the_package(extended, field):
+def test_extended_kind_works_with_package(extended, field):
     """One kind from outside beside the package's own, but for what belongs together."""
     own = Stage(resolution=SIZE)
     kept = {"network": Pixelwise(), "condition": BinaryCode()}
@@ -206,7 +206,7 @@ def test_each_kind_goes_with_the_package(extended, field):
     sampled(stage, network, params, [0, 1])
 
 
-def test_own_bounds_and_checks_are_respected(extended):
+def test_extended_bounds_and_checks_apply(extended):
     for changes, says in (
         ({"process": FlatProcess(sigma_max=-1.0)}, "stage1.process.sigma_max=-1.0.*positive"),
         ({"network": Pixelwise(width=0)}, "stage1.network.width=0.*1 or more"),
@@ -217,7 +217,7 @@ def test_own_bounds_and_checks_are_respected(extended):
     assert str(bounds_of(Pixelwise)["width"]) == "1 or more"
 
 
-def test_an_unknown_kind_names_the_known_ones_and_the_import():
+def test_unknown_kind_is_refused_with_known_kinds():
     values = to_dict(Config())
     values["stage1"]["sampler"] = {"kind": "euler", "steps": 4}
     with pytest.raises(InputError, match="stage1.sampler.kind='euler'.*'heun' or 'relayheun'") as e:
@@ -225,7 +225,7 @@ def test_an_unknown_kind_names_the_known_ones_and_the_import():
     assert "import the module" in e.value.fix
 
 
-def test_extend_refuses_what_is_no_kind(extended):
+def test_extend_refuses_invalid_kinds(extended):
     extend("sampler", Euler)  # once more: nothing changes
     assert choices(field_types(Stage)["sampler"]).count(Euler) == 1
     other = dataclasses.make_dataclass("Euler", [], frozen=True)

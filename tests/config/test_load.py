@@ -25,11 +25,11 @@ def saved(tmp_path):
     "form",
     ["{0}", "{0}/config.json", "{1}/configs/saved.py:{0}", "{1}/configs/saved.py:{0}/config.json"],
 )
-def test_a_saved_config_is_found(saved, form):
+def test_load_finds_saved_config(saved, form):
     assert parse(load(form.format(saved, ROOT))) == Config(seed=7)
 
 
-def test_whole_numbers_in_json_may_have_a_fraction_of_zero(saved):
+def test_load_accepts_integral_floats(saved):
     values = to_dict(Config())
     values["stage1"]["training"]["images"], values["stage1"]["resolution"] = 2e6, [64.0, 64.0]
     (saved / "config.json").write_text(json.dumps(values))
@@ -45,7 +45,7 @@ def test_whole_numbers_in_json_may_have_a_fraction_of_zero(saved):
         load(str(saved))
 
 
-def test_warnings_as_errors_are_no_fault_of_a_config(tmp_path):
+def test_load_with_warnings_as_errors(tmp_path):
     """`python -W error`: what the library warns of passes, what a config warns of surfaces as the
     warning that it is."""
     (tmp_path / "old.py").write_text(
@@ -58,7 +58,7 @@ def test_warnings_as_errors_are_no_fault_of_a_config(tmp_path):
             load(str(tmp_path / "old.py"))
 
 
-def test_a_config_or_a_plain_dict_may_be_returned(tmp_path):
+def test_get_config_returns_config_or_dict(tmp_path):
     (tmp_path / "x.py").write_text(
         "from rdm_jax.config import Config, to_dict\nget_config = lambda plain='': eval(plain or 'Config()')"
     )
@@ -88,7 +88,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_config_file_that_cannot_be_used_is_refused(tmp_path, case):
+def test_load_refuses_unusable_file(tmp_path, case):
     content, says = UNUSABLE[case]
     (tmp_path / "x.py").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=re.escape(says).replace(r"\*", ".*")) as refusal:
@@ -112,24 +112,24 @@ def test_config_file_that_cannot_be_used_is_refused(tmp_path, case):
         ("/nowhere.json", "/nowhere.json cannot be read as a config"),
     ],
 )
-def test_config_that_is_not_there_is_refused(given, says):
+def test_load_refuses_missing_config(given, says):
     with pytest.raises(InputError, match=says):
         load(given)
 
 
 @pytest.mark.parametrize("name", [name for name in packaged() if name != "saved"])
-def test_packaged_configs_are_found_by_name(monkeypatch, tmp_path, name):
+def test_load_finds_packaged_config(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     assert load(name) == load(str(ROOT / "configs" / f"{name}.py"))
 
 
-def test_a_packaged_config_takes_an_argument(monkeypatch, tmp_path, saved):
+def test_packaged_config_takes_argument(monkeypatch, tmp_path, saved):
     monkeypatch.chdir(tmp_path)
     assert parse(load(f"saved:{saved}")) == Config(seed=7)
     assert load("emoji:tiny") == load(f"{ROOT}/configs/emoji.py:tiny")
 
 
-def test_a_run_or_a_file_is_preferred_to_a_packaged_config(monkeypatch, tmp_path, saved):
+def test_load_prefers_run_or_file_to_packaged_config(monkeypatch, tmp_path, saved):
     monkeypatch.chdir(tmp_path)
     digits = load("digits")
     Path("digits").mkdir()
@@ -150,14 +150,14 @@ def test_a_run_or_a_file_is_preferred_to_a_packaged_config(monkeypatch, tmp_path
         ("none_of_them", f"Use a config file, a run's folder, or one of {', '.join(packaged())}."),
     ],
 )
-def test_an_unknown_name_is_refused_with_those_that_exist(monkeypatch, tmp_path, given, fix):
+def test_load_refuses_unknown_name(monkeypatch, tmp_path, given, fix):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=f"--config={given!r}: {given} does not exist") as refusal:
         load(given)
     assert refusal.value.fix == fix
 
 
-def test_config_files_import_their_neighbours(tmp_path):
+def test_config_file_imports_neighbours(tmp_path):
     for folder, seed in (("a", 1), ("b", 2)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "other.py").write_text(f"seed = {seed}")

@@ -34,7 +34,7 @@ def fields(values: dict, *path: str):
             yield (*path, name)
 
 
-def test_any_field_may_be_missing_in_a_saved_config(tmp_path):
+def test_saved_config_without_a_field(tmp_path):
     """As each was before it was added: its default, or what the table says."""
     values = json.loads(json.dumps(to_dict(Config())))
     for path in fields(values):
@@ -59,7 +59,7 @@ def test_any_field_may_be_missing_in_a_saved_config(tmp_path):
     assert len(list(fields(values))) > 100
 
 
-def test_a_whole_section_may_be_missing(tmp_path):
+def test_saved_config_without_a_section(tmp_path):
     assert read(tmp_path, without(to_dict(Config()), "parallel")) == Config()
     assert (
         read(tmp_path, without(to_dict(Config()), "stage1", "training"))
@@ -70,7 +70,7 @@ def test_a_whole_section_may_be_missing(tmp_path):
     assert read(tmp_path, without(to_dict(Config()), "stage2", "process", "clock")) == Config()
 
 
-def test_what_somebody_has_written_has_the_defaults(tmp_path):
+def test_handwritten_config_has_current_defaults(tmp_path):
     values = json.loads(json.dumps({"stage1": {}, "data": {"source": "digits"}}))
     (tmp_path / "mine.json").write_text(json.dumps(values))
     config = parse(saved.read_saved(tmp_path / "mine.json"))
@@ -82,7 +82,7 @@ def test_what_somebody_has_written_has_the_defaults(tmp_path):
     assert old.stages[0].training.checkpoint_minutes == 0 and old.data.max_left_out == 1
 
 
-def test_renames(tmp_path, monkeypatch):
+def test_renamed_fields_and_kinds(tmp_path, monkeypatch):
     monkeypatch.setitem(saved.RENAMED_FIELDS, ("Training", "mini_batch"), "batch_size")
     monkeypatch.setitem(saved.RENAMED_KINDS, "blurring", "relay")
     values = json.loads(json.dumps(to_dict(Config())))
@@ -94,7 +94,7 @@ def test_renames(tmp_path, monkeypatch):
     )
 
 
-def test_newer_and_strange_versions_are_refused(tmp_path):
+def test_version_newer_or_invalid_is_refused(tmp_path):
     saved.save_config(Config(), tmp_path / "config.json")
     assert json.loads((tmp_path / "config.json").read_text())["version"] == saved.VERSION
     assert parse(saved.read_saved(tmp_path / "config.json")) == Config()
@@ -109,7 +109,7 @@ def test_newer_and_strange_versions_are_refused(tmp_path):
         read(tmp_path, {**to_dict(Config()), "nonsense": 1})
 
 
-def test_what_a_checkpoint_says_is_completed():
+def test_about_of_checkpoint_is_completed():
     stage = json.loads(json.dumps(to_dict(Config())["stage1"]))
     found = saved.about_now(
         {"stage": without({"stage1": stage}, "stage1", "network", "emb_mult")["stage1"], "seed": 3},
@@ -118,7 +118,7 @@ def test_what_a_checkpoint_says_is_completed():
     assert found["stage"] == stage and found["seed"] == 3
 
 
-def test_fields_that_are_free_or_may_change_or_never():
+def test_changes_free_allowed_and_forbidden():
     config = Config()
     before = to_dict(config)
 
@@ -148,7 +148,7 @@ def test_fields_that_are_free_or_may_change_or_never():
         changes.check_allowed(found, ["resolution"], "it")
 
 
-def test_a_list_of_images_is_no_number_of_images():
+def test_changes_free_only_training_images():
     """Only training.images is free, and not every field of that name."""
     assert changes.incompatible_changes({"data": {"images": 1}}, {"data": {"images": 2}})
     assert not changes.incompatible_changes(
@@ -156,7 +156,7 @@ def test_a_list_of_images_is_no_number_of_images():
     )
 
 
-def test_names_of_changes():
+def test_changes_check_names():
     changes.check_names(["learning_rate", "stage2.training.batch_size", "data", "dtype"], Config())
     for name, says in (
         ("learningrate", "--allow_changes=learningrate is not a field.*learning_rate"),
@@ -168,7 +168,7 @@ def test_names_of_changes():
             changes.check_names([name], Config())
 
 
-def test_stage_defaults_are_known_to_the_table():
+def test_meant_defaults_name_fields():
     """A line of the table that names no field would do nothing."""
     for cls, field in saved.MEANT:
         known = {each.__name__: each for each in (Data, Training)}

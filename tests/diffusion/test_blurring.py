@@ -42,7 +42,7 @@ def test_dct_matrix_is_orthonormal(patch):
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-def test_dct_of_a_patch_is_scipys(patch):
+def test_dct_matches_scipy(patch):
     x = images((patch, patch))
     u = blurring.dct2(x)
     chex.assert_trees_all_close(
@@ -52,7 +52,7 @@ def test_dct_of_a_patch_is_scipys(patch):
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-def test_patch_dct_keeps_the_norm_and_is_undone(patch):
+def test_patch_dct_keeps_norm_and_inverts(patch):
     x = images((2, 3 * patch, 2 * patch, 3))
     u = blurring.patch_dct(x, patch=patch)
     chex.assert_shape(u, x.shape)
@@ -67,7 +67,7 @@ def test_patch_dct_keeps_the_norm_and_is_undone(patch):
 @pytest.mark.parametrize(
     ("patch", "height", "width"), [(2, 4, 6), (3, 9, 3), (4, 4, 12), (5, 10, 5)]
 )
-def test_over_patches_is_a_loop_over_patches(patch, height, width):
+def test_over_patches_matches_loop(patch, height, width):
     x, y = images((2, height, width, 3)), images((2, height, width, 3), seed=1)
     weights, scale = images((2, patch, patch), seed=2), levels(0.5, 3.0)
 
@@ -91,7 +91,7 @@ def test_over_patches_is_a_loop_over_patches(patch, height, width):
 
 
 @pytest.mark.parametrize(("patch", "height", "width"), [(4, 8, 6), (4, 6, 8), (3, 8, 8)])
-def test_sizes_that_do_not_divide_into_patches_are_refused(patch, height, width):
+def test_patches_refuse_indivisible_sizes(patch, height, width):
     x = images((1, height, width, 1))
     with pytest.raises(
         ValueError, match=f"{height} x {width} do not divide into patches of {patch} x {patch}"
@@ -102,7 +102,7 @@ def test_sizes_that_do_not_divide_into_patches_are_refused(patch, height, width)
 
 
 @pytest.mark.parametrize("min_scale", [0.0, 1e-3, 0.1])
-def test_blur_weights_follow_their_formula(min_scale):
+def test_blur_weights_match_formula(min_scale):
     sigma = np.asarray([0.0, 0.3, 1.0, 3.0])
     frequency = np.pi * np.arange(5) / 5
     exponent = -(frequency[:, None] ** 2 + frequency**2) * sigma[:, None, None] ** 2 / 2
@@ -115,7 +115,7 @@ def test_blur_weights_follow_their_formula(min_scale):
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-def test_blur_ends_at_the_enlarged_means(patch):
+def test_blur_limit_is_enlarged_means(patch):
     x = images((2, 2 * patch, 3 * patch, 3))
     blurred = blurring.blur(
         x, levels(20 * patch, 20 * patch), patch=patch, min_scale=0.0
@@ -125,13 +125,13 @@ def test_blur_ends_at_the_enlarged_means(patch):
 
 
 @pytest.mark.parametrize("patch", PATCHES)
-def test_blur_of_nothing_is_the_identity(patch):
+def test_blur_of_zero_is_identity(patch):
     x = images((2, patch, 2 * patch, 3))
     chex.assert_trees_all_close(blurring.blur(x, levels(0, 0), patch=patch), x, atol=FLOAT32)
 
 
 @pytest.mark.parametrize("blur_sigma", [0.1, 0.7, 1.5, 3.0])
-def test_blur_keeps_the_patch_means_and_shrinks_the_rest(blur_sigma):
+def test_blur_keeps_patch_means(blur_sigma):
     x = images((2, 9, 6, 2))
     blurred = blurring.blur(x, levels(blur_sigma, blur_sigma), patch=3)
     chex.assert_trees_all_close(
@@ -148,7 +148,7 @@ def test_blur_keeps_the_patch_means_and_shrinks_the_rest(blur_sigma):
     assert weights[2, 2] < ratio < weights[0, 1]
 
 
-def test_blurs_compose_where_there_is_no_floor():
+def test_blur_composes_without_floor():
     x = images((1, 8, 4, 1))
     once = blurring.blur(x, levels(0.5), patch=4, min_scale=0.0)
     twice = blurring.blur(once, levels(1.2), patch=4, min_scale=0.0)
@@ -158,14 +158,14 @@ def test_blurs_compose_where_there_is_no_floor():
     )
 
 
-def test_each_image_is_blurred_by_its_own_level():
+def test_blur_has_one_level_per_image():
     x, sigma = np.asarray(images((4, 6, 9, 2))), (0.0, 0.4, 1.5, 9.0)
     together = blurring.blur(jnp.asarray(x), levels(*sigma), patch=3)
     alone = [blurring.blur(jnp.asarray(x[i : i + 1]), levels(sigma[i]), patch=3) for i in range(4)]
     chex.assert_trees_all_close(np.asarray(together), np.concatenate(alone), atol=FLOAT32)
 
 
-def test_a_patch_does_not_see_its_neighbours():
+def test_blur_stays_within_patch():
     x = images((1, 8, 12, 2))
     added = np.zeros(x.shape, np.float32)
     added[:, 4:8, 4:8, 0] = 1
@@ -175,7 +175,7 @@ def test_a_patch_does_not_see_its_neighbours():
 
 
 @pytest.mark.parametrize(("height", "width", "block"), [(6, 5, 2), (7, 8, 3), (8, 8, 4), (5, 4, 1)])
-def test_block_noise_has_the_covariance_of_its_formula(height, width, block):
+def test_block_noise_covariance(height, width, block):
     draws = 4000
     noise = np.asarray(
         blurring.block_noise(images((draws, height, width, 1)), block=block), np.float64
@@ -197,7 +197,7 @@ def test_block_noise_has_the_covariance_of_its_formula(height, width, block):
     )
 
 
-def test_every_pixel_of_block_noise_has_unit_variance():
+def test_block_noise_has_unit_variance():
     draws = 20_000
     noise = blurring.block_noise(images((draws, 6, 7, 1)), block=3)
     variance = np.var(np.asarray(noise, np.float64), axis=0)
@@ -207,7 +207,7 @@ def test_every_pixel_of_block_noise_has_unit_variance():
 
 
 @pytest.mark.parametrize("block", [2, 3, 4])
-def test_block_noise_of_one_pixel_is_a_block_that_wraps_around(block):
+def test_block_noise_wraps_around(block):
     impulse, expected = np.zeros((2, 1, 7, 6, 2), np.float32)
     impulse[0, 6, 4, 1] = 1
     for i, j in np.ndindex(block, block):
@@ -226,7 +226,7 @@ def test_block_noise_does_not_mix_channels_or_images():
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3])
-def test_mean_pool_undoes_enlarge(factor):
+def test_mean_pool_inverts_enlarge(factor):
     small = images((2, 3, 5, 3))
     large = blurring.enlarge(small, factor=factor)
     chex.assert_shape(large, (2, 3 * factor, 5 * factor, 3))
@@ -236,7 +236,7 @@ def test_mean_pool_undoes_enlarge(factor):
     )
 
 
-def test_mean_pool_is_the_mean_of_each_patch():
+def test_mean_pool_averages_patches():
     x = images((2, 6, 9, 3))
     expected = np.zeros((2, 2, 3, 3), np.float32)
     for i, rows, columns, c in each_patch(x, 3):
@@ -258,7 +258,7 @@ def test_mean_pool_is_the_mean_of_each_patch():
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_one_trace(function, static, needs_levels):
+def test_blurring_is_traced_once(function, static, needs_levels):
     once = chex.assert_max_traces(n=1)(function.__wrapped__)
     compiled = jax.jit(once, static_argnames=tuple(static))
     for seed in range(3):
@@ -266,7 +266,7 @@ def test_one_trace(function, static, needs_levels):
         chex.assert_trees_all_close(compiled(*args, **static), function(*args, **static), atol=1e-6)
 
 
-def test_one_trace_of_the_blur_weights():
+def test_blur_weights_are_traced_once():
     compiled = jax.jit(
         functools.partial(chex.assert_max_traces(n=1)(blurring.blur_weights.__wrapped__), patch=3)
     )

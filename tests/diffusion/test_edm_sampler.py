@@ -26,7 +26,7 @@ from tests.support.gaussian_targets import (
 
 
 @pytest.mark.parametrize(("order", "steps", "error"), [(2, 64, 1e-3), (1, 512, 5e-2)])
-def test_order_of_the_sampler(x64, order, steps, error):
+def test_heun_order(x64, order, steps, error):
     target, x = gaussian_target(), jnp.asarray(np.random.default_rng(1).normal(0, 10, SHAPE))
     ladder = [
         Heun(steps=n + 1, sigma_min=0.1, sigma_max=10.0, order=order) for n in (steps, 2 * steps)
@@ -41,7 +41,7 @@ def test_order_of_the_sampler(x64, order, steps, error):
 
 
 @pytest.mark.parametrize("churn", [0.0, 20.0])
-def test_marginals_of_heun_become_exact(x64, churn):
+def test_heun_marginals_converge(x64, churn):
     """Churn adds exactly the noise between two levels, so it costs no order."""
 
     def sampler(steps):
@@ -54,7 +54,7 @@ def test_marginals_of_heun_become_exact(x64, churn):
     assert errors[-1] < 1e-2
 
 
-def test_too_much_churn_noise_widens_the_marginals(x64):
+def test_churn_noise_widens_marginals(x64):
     sampler = Heun(steps=65, sigma_min=0.1, sigma_max=10.0, churn=20.0)
     exact, wide = (
         marginal_error(dataclasses.replace(sampler, churn_noise=n), gaussian_target())
@@ -63,7 +63,7 @@ def test_too_much_churn_noise_widens_the_marginals(x64):
     assert wide > 5 * exact
 
 
-def test_churn_stays_between_its_bounds(x64):
+def test_churn_stays_within_bounds(x64):
     sampler = Heun(steps=6, sigma_min=0.1, sigma_max=10.0, churn=2.0, churn_min=0.5, churn_max=5.0)
     matrices, ladder = (
         linearized(sampler, gaussian_target()),
@@ -74,7 +74,7 @@ def test_churn_stays_between_its_bounds(x64):
         assert noisy == (0.5 <= level.sigma <= 5.0), level.sigma
 
 
-def test_without_eta_and_churn_it_is_heuns_method():
+def test_heun_step_without_eta_and_churn():
     level, to, x = Levels(jnp.float32(1.7)), Levels(jnp.float32(0.9)), draw(1)
 
     def nothing(k):
@@ -90,7 +90,7 @@ def test_without_eta_and_churn_it_is_heuns_method():
 
 
 @pytest.mark.parametrize("churn", [0.0, 4.0])
-def test_marginals_become_exact_as_eta_falls_with_the_step(x64, churn):
+def test_eta_marginals_converge_with_step(x64, churn):
     """With eta^2, the fresh variance of a step, in proportion to the step the limit is an SDE that
     keeps the marginals."""
     settings = {"sigma_min": 0.1, "sigma_max": 10.0, "churn": churn}
@@ -106,7 +106,7 @@ def test_marginals_become_exact_as_eta_falls_with_the_step(x64, churn):
 
 
 @pytest.mark.parametrize("eta", [0.5, 0.8])
-def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
+def test_eta_fixed_leaves_small_bias(x64, eta):
     """As in the relay, for the posterior mean is not a draw: up to (1 - sqrt(1 - eta^2)) / 2 of the
     variance."""
 
@@ -119,7 +119,7 @@ def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
 
 @pytest.mark.parametrize("same_noise", [False, True], ids=["fresh", "same"])
 @pytest.mark.parametrize("eta", [0.2, 0.8])
-def test_where_many_steps_at_one_level_settle(x64, eta, same_noise):
+def test_eta_stationary_distribution_at_one_level(x64, eta, same_noise):
     """In closed form, with c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2), S the variance
     of the data.
 
@@ -155,7 +155,7 @@ def test_where_many_steps_at_one_level_settle(x64, eta, same_noise):
     assert same_noise or np.all(np.abs(ratio - 1) < c / 2 + c**2)
 
 
-def test_with_eta_it_is_the_relays_sampler_where_nothing_is_blurred():
+def test_heun_with_eta_matches_relay_without_blur():
     sharp = Levels(jnp.asarray([1.7, 0.9]), jnp.ones((2, 2, 2)))
     level, to = rungs(sharp)
     x, i, eta = draw(1), jnp.int32(3), 0.6

@@ -43,7 +43,7 @@ LEVELS = pytest.mark.parametrize(
 
 
 @LEVELS
-def test_weight_one_is_one_conditional_pass(x, sigma):
+def test_guidance_of_one_is_conditional(x, sigma):
     calls = []
     out = guided(counted(calls), LABELS, 1.0)(x, sigma)
     ((seen, _, labels),) = calls
@@ -54,7 +54,7 @@ def test_weight_one_is_one_conditional_pass(x, sigma):
 
 @LEVELS
 @pytest.mark.parametrize("weight", [0.0, 0.5, 2.0, 3.5])
-def test_guidance_leads_away_from_the_null_label(x, sigma, weight):
+def test_guidance_extrapolates_from_null(x, sigma, weight):
     out = guided(conditional, LABELS, weight)(x, sigma)
     expected = weight * conditional(x, sigma, LABELS) - (weight - 1) * conditional(
         x, sigma, jnp.zeros_like(LABELS)
@@ -62,21 +62,21 @@ def test_guidance_leads_away_from_the_null_label(x, sigma, weight):
     chex.assert_trees_all_close(out, expected, atol=5e-6)  # float32 roundings of numbers up to 20
 
 
-def test_weight_zero_is_the_null_label(x):
+def test_guidance_of_zero_is_unconditional(x):
     out = guided(conditional, LABELS, 0.0)(x, jnp.asarray(0.7))
     chex.assert_trees_all_close(
         out, conditional(x, jnp.asarray(0.7), jnp.zeros_like(LABELS)), atol=1e-6
     )
 
 
-def test_weights_near_one_tend_to_no_guidance(x):
+def test_guidance_is_continuous_at_one(x):
     near, one = (guided(conditional, LABELS, w)(x, jnp.asarray(0.7)) for w in (1 + 1e-4, 1.0))
     # The two passes differ by at most 3, so the outputs by at most 3e-4.
     assert 0 < np.max(np.abs(near - one)) < 3.1e-4
 
 
 @LEVELS
-def test_both_passes_are_one_call(x, sigma):
+def test_guidance_batches_both_passes(x, sigma):
     calls = []
     guided(counted(calls), LABELS, 3.5)(x, sigma)
     ((seen, levels, labels),) = calls
@@ -91,7 +91,7 @@ def test_both_passes_are_one_call(x, sigma):
 
 
 @pytest.mark.parametrize("weight", [1.0, 2.0])
-def test_one_trace(x, weight):
+def test_guidance_is_traced_once(x, weight):
     chex.clear_trace_counter()  # the counter knows a function by its source, which both cases share
     denoise = guided(conditional, LABELS, weight)
     compiled = jax.jit(chex.assert_max_traces(n=1)(lambda x, sigma: denoise(x, sigma)))

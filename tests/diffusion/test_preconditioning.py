@@ -24,7 +24,7 @@ def simulate(sigma, sigma_data, n=20_000):
 
 @pytest.mark.parametrize("sigma_data", [0.5, 2.0])
 @pytest.mark.parametrize("sigma", SIGMAS)
-def test_networks_input_and_target_have_unit_variance(sigma, sigma_data):
+def test_edm_input_and_target_have_unit_variance(sigma, sigma_data):
     network_input, target = simulate(sigma, sigma_data)
     # 5 standard errors of a variance and of a correlation; c_skip is known to 6e-8 and the target
     # divides it by c_out >= 0.002.
@@ -36,7 +36,7 @@ def test_networks_input_and_target_have_unit_variance(sigma, sigma_data):
 
 
 @pytest.mark.parametrize("noise_scale", [0.25, 4.0])
-def test_the_noise_label_is_a_scaled_logarithm(noise_scale):
+def test_edm_noise_label_is_scaled_logarithm(noise_scale):
     c_noise = preconditioning.EDMPreconditioning(noise_scale=noise_scale)(
         jnp.asarray(SIGMAS)
     ).c_noise
@@ -53,7 +53,7 @@ def record_into(calls):
     return network
 
 
-def test_denoiser_is_its_equation():
+def test_denoiser_matches_equation():
     x, sigma = jax.random.normal(jax.random.key(0), (3, 4, 2, 1)), jnp.asarray([0.01, 0.5, 20.0])
     calls = []
     out = preconditioning.denoiser(record_into(calls), preconditioning.EDMPreconditioning())(
@@ -69,13 +69,13 @@ def test_denoiser_is_its_equation():
     chex.assert_trees_all_close(np.asarray(out, np.float64), expected, atol=1e-5)
 
 
-def test_denoiser_takes_one_level_for_all_images():
+def test_denoiser_broadcasts_level():
     x = jax.random.normal(jax.random.key(0), (3, 4, 2, 1))
     denoise = preconditioning.denoiser(record_into([]), preconditioning.EDMPreconditioning())
     chex.assert_trees_all_equal(denoise(x, jnp.asarray(0.7)), denoise(x, jnp.full(3, 0.7)))
 
 
-def test_denoiser_changes_nothing_where_there_is_no_noise():
+def test_denoiser_without_noise_is_identity():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     denoise = preconditioning.denoiser(record_into([]), preconditioning.EDMPreconditioning())
     change = [
@@ -87,7 +87,7 @@ def test_denoiser_changes_nothing_where_there_is_no_noise():
     assert change[2] == 0
 
 
-def test_denoiser_computes_in_the_dtype_of_its_images():
+def test_denoiser_keeps_image_dtype():
     calls = []
 
     def network(x, c_noise):
@@ -124,7 +124,7 @@ every_kind = pytest.mark.parametrize(
 
 
 @others
-def test_other_networks_tell_the_unit_noise(precondition, sign):
+def test_vp_ve_iddpm_predict_unit_noise(precondition, sign):
     """A network that knows the noise (VE's: less it) gives the image back, whatever the level."""
     sigma = jnp.asarray(SIGMAS)
     data, noise = (jax.random.normal(jax.random.key(i), (5, 4, 4, 2)) for i in range(2))
@@ -137,7 +137,7 @@ def test_other_networks_tell_the_unit_noise(precondition, sign):
 
 
 @others
-def test_other_networks_see_what_they_were_trained_on(precondition, sign):
+def test_vp_ve_iddpm_coefficients(precondition, sign):
     """The variance-preserving ones unit variance if the data has it; VE's the data as it is, and
     the noise upon it."""
     rng, n = np.random.default_rng(0), 20_000
@@ -153,7 +153,7 @@ def test_other_networks_see_what_they_were_trained_on(precondition, sign):
         assert c_in == pytest.approx(1 / np.sqrt(sigma**2 + 1) if sign > 0 else 1, rel=1e-6)
 
 
-def test_vps_noise_label_is_the_number_of_its_step():
+def test_vp_noise_label_is_step_index():
     t = np.geomspace(1e-5, 1.0, 50)
     c_noise = VP(schedules.Linear().sigma(jnp.float32(t))).c_noise
     chex.assert_trees_all_close(
@@ -161,13 +161,13 @@ def test_vps_noise_label_is_the_number_of_its_step():
     )  # as the schedule's round trip
 
 
-def test_ves_noise_label_is_the_logarithm_of_half_the_level():
+def test_ve_noise_label_is_log_of_half_sigma():
     chex.assert_trees_all_close(
         np.asarray(VE(jnp.asarray(SIGMAS)).c_noise), np.log(np.float32(SIGMAS) / 2), rtol=1e-6
     )
 
 
-def test_ranges():
+def test_range_of_levels():
     assert preconditioning.EDMPreconditioning().range == (0.0, np.inf)
     assert VP.range == pytest.approx((1e-3, np.sqrt(np.exp(10.05) - 1)), rel=1e-3)
     assert VE.range == (0.02, 100.0)
@@ -179,7 +179,7 @@ def test_ranges():
     )
 
 
-def test_iddpm_rounds_to_the_nearest_level():
+def test_iddpm_rounds_to_nearest_level():
     low, high = IDDPM.range
     sigma = np.float32(
         np.exp(np.random.default_rng(0).uniform(np.log(low), np.log(2 * high), 500))
@@ -192,7 +192,7 @@ def test_iddpm_rounds_to_the_nearest_level():
     assert np.any(np.abs(rounded / sigma - 1) > 1e-3)
 
 
-def test_iddpms_noise_label_is_the_number_of_the_step_that_it_was_trained_with():
+def test_iddpm_noise_label_is_training_step():
     c_noise = np.asarray(IDDPM(jnp.float32(LADDER[:-1])).c_noise)
     np.testing.assert_array_equal(
         c_noise, np.arange(999, -1, -1)
@@ -209,7 +209,7 @@ def test_iddpms_noise_label_is_the_number_of_the_step_that_it_was_trained_with()
 
 
 @every_kind
-def test_rounding_twice_is_rounding_once(precondition):
+def test_round_is_idempotent(precondition):
     low, high = precondition.range
     sigma = jnp.geomspace(max(low, 1e-3), min(high, 1e3), 200)
     rounded = precondition.round(sigma)
@@ -220,7 +220,7 @@ def test_rounding_twice_is_rounding_once(precondition):
         chex.assert_trees_all_equal(rounded, sigma)
 
 
-def test_of_two_outputs_the_first_is_used():
+def test_denoiser_uses_first_of_two_outputs():
     x, sigma = jax.random.normal(jax.random.key(0), (3, 4, 2, 2)), jnp.asarray([0.01, 0.5, 20.0])
 
     def both(x, c_noise):
@@ -234,7 +234,7 @@ def test_of_two_outputs_the_first_is_used():
 
 
 @every_kind
-def test_one_trace(precondition):
+def test_denoiser_is_traced_once(precondition):
     chex.clear_trace_counter()  # the counter knows a function by its source, which all cases share
     denoise = preconditioning.denoiser(
         lambda x, c_noise: x * c_noise[:, None, None, None], precondition

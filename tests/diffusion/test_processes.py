@@ -61,7 +61,7 @@ def blurred_by_hand(x, weights):
 # A large `block_scale`, so that its covariance stands far above the standard error.
 @pytest.mark.parametrize("normalize", [False, True], ids=["code", "paper"])
 @pytest.mark.parametrize(("patch", "height", "width"), [(2, 4, 6), (3, 6, 6)])
-def test_marginals_of_the_relay_process(patch, height, width, normalize):
+def test_relay_marginals(patch, height, width, normalize):
     n, level = 10_000, 0.7
     process = processes.RelayProcess(patch=patch, block_scale=0.8, normalize_noise=normalize)
     x = images((1, height, width, 1))
@@ -98,7 +98,7 @@ def test_marginals_of_the_relay_process(patch, height, width, normalize):
         ({"block_scale": 0.6, "block_size": 2, "normalize_noise": True}, 1.0),
     ],
 )
-def test_variance_of_the_noise(settings, variance):
+def test_relay_noise_variance(settings, variance):
     n = 5000
     noise = np.asarray(draw_noise(processes.RelayProcess(**settings), (8, 8, 1), n), np.float64)
     of_each_draw = (noise**2).mean((1, 2, 3))
@@ -107,7 +107,7 @@ def test_variance_of_the_noise(settings, variance):
     assert standard_error < 0.0225 / 6, "too few draws to tell 1 + 0.15^2 from 1"
 
 
-def test_block_size_zero_means_the_patch():
+def test_relay_block_size_zero_is_patch():
     white, block_white = images((2, 8, 8, 1)), images((2, 8, 8, 1), seed=1)
 
     def mixture(**settings):
@@ -119,7 +119,7 @@ def test_block_size_zero_means_the_patch():
     assert np.max(np.abs(mixture(patch=4) - by_hand)) > 0.1
 
 
-def test_white_and_block_noise_are_drawn_apart():
+def test_relay_white_and_block_noise_are_independent():
     process = processes.RelayProcess(block_scale=100.0)
     n = 2000
     with_block, white = (
@@ -145,7 +145,7 @@ def test_gaussian_levels_are_lognormal():
     assert scipy.stats.kstest(z, "norm").statistic < 2.6 / np.sqrt(n)
 
 
-def test_marginals_of_the_gaussian_process():
+def test_gaussian_marginals():
     n = 10_000
     x = images((1, 2, 3, 2))
     noised = diffuse(processes.GaussianProcess(), jnp.broadcast_to(x, (n, 2, 3, 2)), keys(n))
@@ -162,7 +162,7 @@ def test_marginals_of_the_gaussian_process():
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 0.3])
-def test_times_of_the_vp_process_are_uniform(epsilon):
+def test_vp_times_are_uniform(epsilon):
     n = 10_000
     sigma = np.asarray(
         diffuse(processes.VPProcess(epsilon=epsilon), jnp.zeros((n, 2, 2, 1)), keys(n)).sigma,
@@ -177,7 +177,7 @@ def test_times_of_the_vp_process_are_uniform(epsilon):
 
 
 @pytest.mark.parametrize(("sigma_min", "sigma_max"), [(0.02, 100.0), (0.5, 3.0)])
-def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
+def test_ve_levels_are_loguniform(sigma_min, sigma_max):
     n = 10_000
     process = processes.VEProcess(sigma_min=sigma_min, sigma_max=sigma_max)
     sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma, np.float64)
@@ -195,7 +195,7 @@ def test_levels_of_the_ve_process_are_loguniform(sigma_min, sigma_max):
     ],
     ids=["vp", "ve"],
 )
-def test_other_processes_noise_to_the_ends_of_what_their_networks_know(process, precondition):
+def test_vp_and_ve_levels_span_network_range(process, precondition):
     level, x, noise = (
         jnp.asarray([0.0, 0.3, 1.0]),
         images((3, 2, 3, 2)),
@@ -219,7 +219,7 @@ def test_other_processes_noise_to_the_ends_of_what_their_networks_know(process, 
     )
 
 
-def test_relay_levels_fill_the_clock():
+def test_relay_times_are_uniform():
     n = 10_000
     process = processes.RelayProcess(patch=2, sigma_floor=0.1, exact_floor=True)
     sigma = np.asarray(diffuse(process, jnp.zeros((n, 2, 2, 1)), keys(n)).sigma)
@@ -236,7 +236,7 @@ def test_relay_levels_fill_the_clock():
 
 
 @pytest.mark.parametrize("sigma_floor", [0.0075, 0.05])
-def test_an_exact_floor_is_the_lowest_level(sigma_floor):
+def test_relay_exact_floor_is_lowest_level(sigma_floor):
     process = processes.RelayProcess(patch=2, sigma_floor=sigma_floor, exact_floor=True)
     noised = noised_by(
         process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-5, 0.5]), jnp.zeros((3, 2, 2, 1))
@@ -248,7 +248,7 @@ def test_an_exact_floor_is_the_lowest_level(sigma_floor):
 
 
 @pytest.mark.parametrize("length", [0.93, 0.89])
-def test_the_published_floor_lies_lower_by_the_clocks_length_twice(length):
+def test_relay_published_floor(length):
     process = processes.RelayProcess(patch=2, clock=schedules.Clock(length=length))
     sigma = noised_by(process, jnp.zeros((1, 2, 2, 1)), jnp.zeros(1), jnp.zeros((1, 2, 2, 1))).sigma
     share = scipy.stats.norm.cdf((np.log(0.0075) + 1.2) / 1.2)
@@ -257,7 +257,7 @@ def test_the_published_floor_lies_lower_by_the_clocks_length_twice(length):
     chex.assert_trees_all_close(np.asarray(sigma), np.asarray([expected], np.float32), rtol=1e-5)
 
 
-def test_the_weight_is_capped():
+def test_relay_weight_is_capped():
     process = processes.RelayProcess(patch=2, sigma_floor=1e-4, max_weight=1e5, exact_floor=True)
     noised = noised_by(
         process, jnp.zeros((3, 2, 2, 1)), jnp.asarray([0.0, 1e-4, 0.5]), jnp.zeros((3, 2, 2, 1))
@@ -270,7 +270,7 @@ def test_the_weight_is_capped():
     )
 
 
-def test_the_weight_undoes_the_scale_of_the_output():
+def test_gaussian_weight_cancels_c_out():
     process = processes.GaussianProcess(sigma_data=0.3)
     noised = noised_by(
         process,
@@ -295,7 +295,7 @@ every_process = pytest.mark.parametrize(
 
 
 @every_process
-def test_an_images_noise_does_not_depend_on_its_batch(process):
+def test_process_noise_is_independent_of_batch(process):
     x, key = images((6, 6, 9, 2)), keys(6)
     together = diffuse_and_condition(process, x, key)
     order = np.asarray([3, 0, 5])
@@ -310,7 +310,7 @@ def test_an_images_noise_does_not_depend_on_its_batch(process):
     assert not np.any(np.isclose(again.sigma, sigma))
 
 
-def test_the_relay_process_ends_at_the_enlarged_image():
+def test_relay_ends_at_enlarged_image():
     process = processes.RelayProcess(
         patch=3, clock=schedules.Clock(blur_sigma_max=60.0), min_scale=0.0
     )
@@ -323,7 +323,7 @@ def test_the_relay_process_ends_at_the_enlarged_image():
 
 
 @every_process
-def test_one_trace(process):
+def test_process_is_traced_once(process):
     chex.clear_trace_counter()  # the counter knows a function by its source, which all cases share
     compiled = jax.jit(
         chex.assert_max_traces(n=1)(lambda x, keys: processes.diffuse(process, x, keys))
@@ -336,7 +336,7 @@ def test_one_trace(process):
         assert channels == process.conditioning_channels(2)
 
 
-def test_cascade_is_conditioned_on_the_noised_small_image_and_its_level():
+def test_cascade_conditioning():
     process, x = processes.CascadeProcess(patch=2, augment_max=0.4), images((3000, 4, 4, 2))
     noised, given = diffuse_and_condition(process, x, keys(3000))
     chex.assert_shape(given, (3000, 4, 4, 3))

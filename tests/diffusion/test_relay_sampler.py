@@ -45,7 +45,7 @@ from tests.support.gaussian_targets import (
         ({"corrector": "images"}, 3.0, 4, 4.0, 4.0),
     ],
 )
-def test_order_of_the_relay_sampler(x64, settings, blur_sigma_max, patch, of_means, of_the_rest):
+def test_relay_order(x64, settings, blur_sigma_max, patch, of_means, of_the_rest):
     target, basis = relay_target(relay_process(blur_sigma_max, patch)), patch_dct_matrix(patch)
     x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
     ladder = [relay(steps, **settings) for steps in (64, 128)]
@@ -63,7 +63,7 @@ def test_order_of_the_relay_sampler(x64, settings, blur_sigma_max, patch, of_mea
     chex.assert_trees_all_close(falls(largest(~mean)), np.full(1, of_the_rest), rtol=0.05)
 
 
-def test_the_corrector_pays_in_blurred_coefficients_too(x64):
+def test_relay_corrector_reduces_error(x64):
     target, basis = relay_target(relay_process(patch=4)), patch_dct_matrix(4)
     x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
 
@@ -77,7 +77,7 @@ def test_the_corrector_pays_in_blurred_coefficients_too(x64):
 
 
 @pytest.mark.parametrize(("eta", "order"), [(0.0, 2), (0.2, 1), (0.2, 2), (0.5, 2)])
-def test_marginals_of_the_relay_become_exact(x64, eta, order):
+def test_relay_marginals_converge(x64, eta, order):
     """Under coloured noise too, and with eta^2, the fresh variance of a step, in proportion to the
     step.
 
@@ -95,14 +95,14 @@ def test_marginals_of_the_relay_become_exact(x64, eta, order):
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_marginals_of_a_single_image_are_exact_at_any_eta(x64, eta):
+def test_relay_marginals_of_single_image_are_exact(x64, eta):
     """Where u0 is certain the plain update draws from the process itself, whatever the steps."""
     target = relay_target(relay_process(block_scale=0.5), variance=0.0)
     assert marginal_error(relay(5, eta=eta, order=1), target) < 1e-10  # float64
 
 
 @pytest.mark.parametrize("eta", [0.2, 0.5])
-def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
+def test_relay_fixed_eta_leaves_small_bias(x64, eta):
     """More steps alone do not end it: a step adds eta^2 sigma^2 and its mean u0_hat, not a draw of
     u0, takes too much away.
 
@@ -117,7 +117,7 @@ def test_a_fixed_eta_leaves_a_small_bias(x64, eta):
 
 @pytest.mark.parametrize("corrector", ["slopes", "images"])
 @pytest.mark.parametrize("exact_start", [False, True])
-def test_a_single_image_from_its_means(x64, corrector, exact_start):
+def test_relay_exact_start_recovers_single_image(x64, corrector, exact_start):
     """The enlarged image has none of the detail that the process has left where the relay joins: an
     exact start knows."""
     target = relay_target(relay_process(), variance=0.0)
@@ -140,7 +140,7 @@ def test_a_single_image_from_its_means(x64, corrector, exact_start):
     assert (error < 1e-10) == (corrector == "images" and exact_start), error  # float64
 
 
-def test_the_corrector_must_draw_fresh_noise(x64):
+def test_relay_corrector_needs_fresh_noise(x64):
     """With ImageNet's published sampler, on images of EDM's sigma_data: the standard deviation of
     the patch means."""
     target = relay_target(relay_process(patch=4), variance=0.25)
@@ -155,7 +155,7 @@ def test_the_corrector_must_draw_fresh_noise(x64):
     assert same < 0.995
 
 
-def test_the_relay_starts_from_the_enlarged_image_and_noise_of_its_first_level():
+def test_relay_start_is_noised_enlarged_image():
     patch = 3
     process = dataclasses.replace(relay_process(), patch=patch)
     level = rungs(concrete_levels(RelayHeun(steps=200, rho=100.0), process))[0]
@@ -169,7 +169,7 @@ def test_the_relay_starts_from_the_enlarged_image_and_noise_of_its_first_level()
     np.testing.assert_allclose((noised - flat) / np.asarray(level.sigma), noise, atol=1e-5)
 
 
-def test_the_relay_starts_where_the_process_ends():
+def test_relay_start_matches_process_end():
     process = dataclasses.replace(relay_process(blur_sigma_max=100.0), min_scale=0.0)
     sampler = relay(5)
     level = rungs(concrete_levels(sampler, process))[0]
@@ -184,7 +184,7 @@ def test_the_relay_starts_where_the_process_ends():
 
 
 @pytest.mark.parametrize("truncation_time", [0.0, 1.05])
-def test_levels_of_the_relay_are_blurred_by_its_clock_in_sampling(truncation_time):
+def test_relay_levels_use_sampling_clock(truncation_time):
     process, sampler = (
         relay_process(),
         dataclasses.replace(relay(5), truncation_time=truncation_time),
@@ -198,7 +198,7 @@ def test_levels_of_the_relay_are_blurred_by_its_clock_in_sampling(truncation_tim
 
 @pytest.mark.parametrize("eta", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("patch", [2, 3, 5])
-def test_the_update_of_a_patch_is_the_same_in_pixels(x64, patch, eta):
+def test_relay_update_matches_pixel_form(x64, patch, eta):
     rng = np.random.default_rng(0)
     x, x0, d1, d2 = (rng.uniform(0, 1, (patch, patch)) for _ in range(4))
     level, to = Levels(jnp.asarray(0.8), jnp.asarray(d1)), Levels(jnp.asarray(0.6), jnp.asarray(d2))

@@ -37,7 +37,7 @@ from tests.support.gaussian_targets import (
     ],
     ids=["heun", "relay-1", "relay-2"],
 )
-def test_samples_are_distributed_as_propagated(x64, sampler):
+def test_sampler_moments_match_propagation(x64, sampler):
     """Drawn from its own noises, a batch has the moments that independent noises of the process
     would give it."""
     target = (
@@ -98,7 +98,7 @@ def run(sampler, *, scan, denoise=shrink, noise=draw):
 
 
 @every_sampler
-def test_scan_is_the_loop(sampler):
+def test_scan_matches_loop(sampler):
     chex.assert_trees_all_close(
         run(sampler, scan=True), run(sampler, scan=False), atol=1e-5
     )  # float32 in another order
@@ -115,7 +115,7 @@ def test_scan_is_the_loop(sampler):
         ("relay-2", 11),
     ],
 )
-def test_evaluations_and_levels(name, evaluations):
+def test_nfe_and_levels(name, evaluations):
     """N levels take 2 N - 1 evaluations, or N at first order: at both ends of every step, and at
     the last level."""
     calls, sampler = (
@@ -135,7 +135,7 @@ def test_evaluations_and_levels(name, evaluations):
 
 
 @every_sampler
-def test_no_noise_is_used_twice(sampler):
+def test_noise_is_used_once(sampler):
     asked = []
 
     def noise(k):
@@ -147,7 +147,7 @@ def test_no_noise_is_used_twice(sampler):
 
 
 @every_sampler
-def test_the_last_step_returns_the_denoised_image(sampler):
+def test_last_step_returns_denoised_image(sampler):
     x, level = draw(7), rungs(concrete_levels(sampler, process_of(sampler)))[-1]
     still = dataclasses.replace(sampler, **({"churn": 0.0} if isinstance(sampler, Heun) else {}))
     chex.assert_trees_all_equal(
@@ -156,7 +156,7 @@ def test_the_last_step_returns_the_denoised_image(sampler):
 
 
 @every_sampler
-def test_one_trace_of_the_step(sampler):
+def test_step_is_traced_once(sampler):
     chex.clear_trace_counter()  # the counter knows a function by its source, which all cases share
     levels = sampler.levels(process_of(sampler))
     once = chex.assert_max_traces(n=1)(
@@ -170,7 +170,7 @@ def test_one_trace_of_the_step(sampler):
 @pytest.mark.parametrize(
     "sampler", [SAMPLERS["heun-churn"], SAMPLERS["relay-2"]], ids=["heun", "relay"]
 )
-def test_an_image_does_not_depend_on_its_batch(sampler):
+def test_sampler_is_independent_of_batch(sampler):
     levels, shape = concrete_levels(sampler, process_of(sampler)), (5, 8, 4, 2)
     x, noises = images(shape), images((16, *shape), seed=1)
 

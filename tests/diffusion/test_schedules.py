@@ -25,26 +25,26 @@ FLOAT32 = 1e-5
 
 
 @clocks
-def test_time_undoes_sigma(clock, end):
+def test_clock_time_inverts_sigma(clock, end):
     t = jnp.linspace(0.001, end, 200)
     chex.assert_trees_all_close(time_of(clock, sigma_of(clock, t)), t, rtol=FLOAT32)
 
 
 @clocks
-def test_sigma_undoes_time(clock, end):
+def test_clock_sigma_inverts_time(clock, end):
     sigma = jnp.geomspace(0.008, float(sigma_of(clock, jnp.asarray(end))), 200)
     chex.assert_trees_all_close(sigma_of(clock, time_of(clock, sigma)), sigma, rtol=FLOAT32)
 
 
 @clocks
-def test_round_trip_in_float64(clock, end):
+def test_clock_round_trip_in_float64(clock, end):
     with enable_x64(True):
         t = jnp.linspace(0.001, end, 200)
         chex.assert_trees_all_close(time_of(clock, sigma_of(clock, t)), t, rtol=1e-12)
 
 
 @clocks
-def test_the_clock_is_a_lognormal_distribution(clock, end):
+def test_clock_is_lognormal(clock, end):
     sigma = np.geomspace(0.008, float(sigma_of(clock, jnp.asarray(end))), 50)
     share = scipy.stats.lognorm(s=1.2, scale=np.exp(-1.2)).cdf(sigma) / clock.length
     chex.assert_trees_all_close(
@@ -55,21 +55,21 @@ def test_the_clock_is_a_lognormal_distribution(clock, end):
 
 
 @clocks
-def test_noise_and_blur_rise_with_time(clock, end):
+def test_clock_noise_and_blur_rise_with_time(clock, end):
     t = jnp.linspace(0.001, end, 200)
     assert np.all(np.diff(sigma_of(clock, t)) > 0)
     assert np.all(np.diff(clock.blur_sigma(t)) > 0)
 
 
 @pytest.mark.parametrize(("name", "sigma"), [("imagenet", 1.770), ("celeba", 1.312)])
-def test_published_ends_of_the_clock(name, sigma):
+def test_clock_published_ends(name, sigma):
     assert float(sigma_of(CLOCKS[name][0], jnp.asarray(1.0))) == pytest.approx(
         sigma, abs=5e-4
     )  # published to three places
 
 
 @clocks
-def test_blur_begins_at_nothing_and_ends_at_its_maximum(clock, end):
+def test_clock_blur_ends(clock, end):
     blur = clock.blur_sigma(jnp.asarray([0.0, 0.5, 1.0]))
     chex.assert_trees_all_close(
         blur, clock.blur_sigma_max * jnp.asarray([0.0, 0.5, 1.0]), rtol=1e-6
@@ -79,7 +79,7 @@ def test_blur_begins_at_nothing_and_ends_at_its_maximum(clock, end):
 @pytest.mark.parametrize(
     ("length", "blur_sigma_max", "left"), [(0.93, 3.0, 0.06), (0.89, 2.0, 0.29)]
 )
-def test_what_the_published_clocks_leave_of_the_slowest_wave(length, blur_sigma_max, left):
+def test_clock_blur_of_lowest_frequency(length, blur_sigma_max, left):
     clock = schedules.Clock(length, blur_sigma_max)
     weight = np.exp(-((np.pi / 4) ** 2) * float(clock.blur_sigma(jnp.asarray(1.0))) ** 2 / 2)
     assert weight == pytest.approx(left, abs=5e-3)  # published to two places
@@ -91,7 +91,7 @@ linear = pytest.mark.parametrize("schedule", LINEAR, ids=["published", "other"])
 
 
 @linear
-def test_the_linear_schedule_integrates_a_rising_beta(schedule):
+def test_linear_integrates_beta(schedule):
     t = np.geomspace(1e-5, 1.0, 12)
 
     def beta(t):
@@ -113,7 +113,7 @@ def test_the_linear_schedule_integrates_a_rising_beta(schedule):
 
 
 @linear
-def test_round_trips_of_the_linear_schedule(schedule):
+def test_linear_round_trip(schedule):
     times = np.geomspace(1e-5, 1.0, 200)
     for x64, tolerance in (
         (False, 1e-6),
@@ -130,7 +130,7 @@ def test_round_trips_of_the_linear_schedule(schedule):
             )  # exp(10)
 
 
-def test_published_ends_of_the_linear_schedule():
+def test_linear_published_ends():
     low, high = (float(schedules.Linear().sigma(jnp.float32(t))) for t in (1e-5, 1.0))
     # To first order sigma^2 = beta_min t; at t = 1 it is e^(9.95 + 0.1) - 1.
     assert low == pytest.approx(1e-3, rel=2e-3)
@@ -149,7 +149,7 @@ def cosine(steps, c2):
 
 
 @ladders
-def test_iddpms_ladder_is_that_of_its_betas(steps, c1, c2):
+def test_iddpm_levels_match_betas(steps, c1, c2):
     f = cosine(steps, c2)
     beta = np.minimum(1 - f[1:] / f[:-1], 1 - c1)
     alphabar = np.concatenate([[1.0], np.cumprod(1 - beta)])
@@ -160,7 +160,7 @@ def test_iddpms_ladder_is_that_of_its_betas(steps, c1, c2):
 
 
 @ladders
-def test_iddpms_ladder_in_closed_form_where_nothing_is_clipped(steps, c1, c2):
+def test_iddpm_levels_closed_form(steps, c1, c2):
     f = cosine(steps, c2)[::-1]  # by j
     f[0] = 0  # cos(pi / 2)
     clipped = np.max(np.flatnonzero(f[:-1] < c1 * f[1:]))  # from this level on, upwards
@@ -180,7 +180,7 @@ def test_iddpms_ladder_in_closed_form_where_nothing_is_clipped(steps, c1, c2):
 @pytest.mark.parametrize(
     ("steps", "sigma_min", "sigma_max"), [(2, 0.002, 80.0), (18, 0.002, 80.0), (256, 0.008, 80.0)]
 )
-def test_ladder_is_the_formula_in_float64(steps, sigma_min, sigma_max, rho):
+def test_edm_levels_match_formula(steps, sigma_min, sigma_max, rho):
     ramp = np.arange(steps) / (steps - 1)
     expected = (
         sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
@@ -197,7 +197,7 @@ def test_ladder_is_the_formula_in_float64(steps, sigma_min, sigma_max, rho):
 
 
 @pytest.mark.parametrize("rho", [7.0, 100.0])
-def test_the_ladder_ends_where_it_should(rho):
+def test_edm_levels_end_at_sigma_min(rho):
     ladder = schedules.edm_levels(200, sigma_min=0.008, sigma_max=80.0, rho=rho)
     chex.assert_trees_all_close(ladder[-1], jnp.float32(0.008), rtol=2e-6)  # as above
 
@@ -207,7 +207,7 @@ def test_the_ladder_ends_where_it_should(rho):
     [(200, 100.0, 0.9, 100, 0.8691), (150, 7.0, 0.95, 54, 0.9219)],
     ids=["imagenet", "celeba"],
 )
-def test_published_truncations(steps, rho, below, kept, first):
+def test_truncate_published_settings(steps, rho, below, kept, first):
     ladder = schedules.edm_levels(steps, sigma_min=0.008, sigma_max=80.0, rho=rho)
     levels = schedules.truncate(ladder, below)
     chex.assert_shape(levels, (kept,))
@@ -215,19 +215,19 @@ def test_published_truncations(steps, rho, below, kept, first):
     chex.assert_trees_all_equal(levels, ladder[-kept:])
 
 
-def test_truncation_leaves_out_the_bound_itself():
+def test_truncate_excludes_bound():
     chex.assert_trees_all_equal(
         schedules.truncate(jnp.asarray([3.0, 2.0, 1.0]), 2.0), jnp.asarray([1.0])
     )
 
 
 @pytest.mark.parametrize("steps", [1, 0, -3])
-def test_a_ladder_of_fewer_than_two_steps_is_refused(steps):
+def test_edm_levels_refuse_fewer_than_two_steps(steps):
     with pytest.raises(ValueError, match=f"at least 2 steps, not {steps}"):
         schedules.edm_levels(steps, sigma_min=0.002, sigma_max=80.0, rho=7.0)
 
 
-def test_one_trace_of_the_clock():
+def test_clock_is_traced_once():
     clock = schedules.Clock()
     there_and_back = jax.jit(
         chex.assert_max_traces(n=1)(lambda t: (clock.time(clock.sigma(t)), clock.blur_sigma(t)))

@@ -49,7 +49,7 @@ MUTANTS = [
         "checkpoints/checksums.py",
         "    for name in sorted(expected.keys() | found.keys()):\n",
         "    for name in ():\n",
-        "test_6_a_byte and 2",
+        "test_6_damage and 2",
     ),
     (
         12,
@@ -57,7 +57,7 @@ MUTANTS = [
         "training/step.py",
         "finite = jnp.isfinite(loss) & jnp.isfinite(norm)",
         "finite = jnp.isfinite(loss) | True",
-        "test_12_one and white_is_nan",
+        "test_12_bad_image and white_is_nan",
     ),
     (
         12,
@@ -65,7 +65,7 @@ MUTANTS = [
         "training/step.py",
         "finite = jnp.isfinite(loss) & jnp.isfinite(norm)",
         "finite = jnp.isfinite(loss)",
-        "test_12_one and white_has_no_gradient",
+        "test_12_bad_image and white_has_no_gradient",
     ),
     (
         12,
@@ -73,7 +73,7 @@ MUTANTS = [
         "training/step.py",
         "ema=keep(ema, state.ema),",
         "ema=ema,",
-        "test_12_one and white_is_nan",
+        "test_12_bad_image and white_is_nan",
     ),
     (
         16,
@@ -81,7 +81,7 @@ MUTANTS = [
         "interop/import_export.py",
         "    with torch_files.open_torch(path) as found:\n",
         "    import pickle\n    pickle.loads(path.read_bytes())\n    with torch_files.open_torch(path) as found:\n",
-        "from_outside and pickle",
+        "hostile_file and pickle",
     ),
     (
         16,
@@ -89,7 +89,7 @@ MUTANTS = [
         "data/tfds_directory.py",
         "if not OWN_FEATURE.fullmatch(name):",
         "if not name:",
-        "from_outside and features",
+        "hostile_file and features",
     ),
     (
         16,
@@ -97,7 +97,7 @@ MUTANTS = [
         "runtime/files.py",
         "except RecursionError as error:",
         "except ZeroDivisionError as error:",
-        "(test_16_fuzzed or from_outside) and config and not minutes",
+        "(test_16_fuzzed or hostile_file) and config and not minutes",
     ),
     (
         16,
@@ -105,7 +105,7 @@ MUTANTS = [
         "runtime/npz.py",
         "            self._file = zipfile.ZipFile(path)\n",
         "            list(np.load(path, allow_pickle=True).values())\n            self._file = zipfile.ZipFile(path)\n",
-        "from_outside and npz",
+        "hostile_file and npz",
     ),
 ]
 

@@ -75,7 +75,7 @@ def killed_until_done(images, workdir, kills: int, moments: random.Random, pace:
 
 @pytest.mark.long  # tests/test_main.py has whole runs that are killed in each stage
 @pytest.mark.parametrize("kills", [3, 50])
-def test_1_killed_at_random_moments(image_folder, finished, tmp_path, fault, kills):
+def test_1_kill_at_random_moments(image_folder, finished, tmp_path, fault, kills):
     within, attempt, pace = [], 0, Pace.seen(image_folder, tmp_path / "pace")
     while len(within) < kills:
         workdir, attempt = tmp_path / str(attempt), attempt + 1
@@ -94,7 +94,7 @@ def test_1_killed_at_random_moments(image_folder, finished, tmp_path, fault, kil
 
 
 @pytest.mark.second
-def test_2_killed_between_the_last_write_and_the_commit(image_folder, finished, tmp_path, fault):
+def test_2_kill_between_last_write_and_commit(image_folder, finished, tmp_path, fault):
     workdir = tmp_path / "run"
     run(image_folder, workdir, *STAGE, broken="killed_before_commit", status=-signal.SIGKILL)
     left = {path.name for path in (workdir / "stage1/checkpoints").iterdir()}
@@ -125,7 +125,7 @@ def files_of(step) -> list:
 
 @pytest.mark.long  # tests/training has each file cut and flipped within a process
 @pytest.mark.parametrize("count", [2, 10**6])
-def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(image_folder, trained, finished, fault, count):
+def test_6_damage_in_each_file(image_folder, trained, finished, fault, count):
     """Named is the file; where what is damaged is a checksum, the file that it is of."""
     files = files_of(trained / "stage1/checkpoints/20")
     chosen = files[:: max(1, len(files) // count)][:count]
@@ -151,7 +151,7 @@ def test_6_a_byte_cut_and_a_bit_flipped_in_each_file(image_folder, trained, fini
 
 
 @pytest.mark.long  # tests/test_main.py has a damaged checkpoint refused
-def test_6_sampling_refuses_what_training_would_set_aside(image_folder, trained, fault):
+def test_6_sampling_refuses_damaged_checkpoint(image_folder, trained, fault):
     damaged(files_of(trained / "stage1/checkpoints/20/ema")[-1], "flipped")
     flags = ("--mode=sample", "--config.stage2.checkpoint=newest")
     assert "checkpoints/20 is damaged (ema/" in error_line(
@@ -171,7 +171,7 @@ def test_6_sampling_refuses_what_training_would_set_aside(image_folder, trained,
 
 
 @pytest.mark.long  # tests/training has the same within a process
-def test_7_files_gone_added_and_configs_changed(image_folder, trained, finished, fault):
+def test_7_files_missing_or_added_and_other_config(image_folder, trained, finished, fault):
     files = files_of(trained / "stage1/checkpoints/20")
     files[0].unlink()
     stdout, _ = run(image_folder, trained, *STAGE)
@@ -192,7 +192,7 @@ def test_7_files_gone_added_and_configs_changed(image_folder, trained, finished,
 
 
 @pytest.mark.long
-def test_7_a_damaged_line_of_metrics_and_no_config(image_folder, trained, fault):
+def test_7_damaged_metrics_and_missing_config(image_folder, trained, fault):
     lines = (trained / "stage1/metrics.jsonl").read_bytes().splitlines(keepends=True)
     lines[3] = bytes([lines[3][0] | 0x80]) + lines[3][1:]
     (trained / "stage1/metrics.jsonl").write_bytes(b"".join(lines))
@@ -228,7 +228,7 @@ CHANGES = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", CHANGES)
-def test_7_a_checkpoint_of_other_arrays(image_folder, trained, fault, how):
+def test_7_checkpoint_of_other_arrays(image_folder, trained, fault, how):
     """Whose files are all as they were written."""
     step = trained / "stage1/checkpoints/20"
     tree = read_tree(step / "train")
@@ -244,7 +244,7 @@ def test_7_a_checkpoint_of_other_arrays(image_folder, trained, fault, how):
 
 
 @pytest.mark.long
-def test_10_retention_keeps_the_only_checkpoint_when_others_fail(image_folder, tmp_path, fault):
+def test_10_retention_keeps_only_checkpoint_if_saves_fail(image_folder, tmp_path, fault):
     flags = (
         "--config.stage1.training.max_failed_saves=1",
         "--config.stage1.training.keep_newest=1",
@@ -258,7 +258,7 @@ def test_10_retention_keeps_the_only_checkpoint_when_others_fail(image_folder, t
 @pytest.mark.parametrize(
     ("broken", "status"), [("saves_fail", 2), ("one_save_fails", 0), ("last_save_fails", 2)]
 )
-def test_9_a_failure_in_the_writers_thread(image_folder, tmp_path, fault, broken, status):
+def test_9_failure_in_writer_thread(image_folder, tmp_path, fault, broken, status):
     flags = ("--config.stage1.training.max_failed_saves=1",)
     stdout, stderr = run(
         image_folder, tmp_path / "run", *STAGE, *flags, broken=broken, status=status
@@ -274,14 +274,14 @@ def test_9_a_failure_in_the_writers_thread(image_folder, tmp_path, fault, broken
 
 
 @pytest.mark.long
-def test_9_a_normal_exit_waits(image_folder, finished, tmp_path, fault):
+def test_9_exit_waits_for_save(image_folder, finished, tmp_path, fault):
     run(image_folder, tmp_path / "run", *STAGE, broken="last_save_is_slow")
     assert_equal(state(tmp_path / "run"), state(finished))
     fault(9, 1, "a normal exit waits for a save that is under way")
 
 
 @pytest.mark.long
-def test_10_retention_keeps_the_only_sound_checkpoint(image_folder, trained, finished, fault):
+def test_10_retention_keeps_only_sound_checkpoint(image_folder, trained, finished, fault):
     """All but the oldest damaged, one to be kept, and a kill in the second save: one is sound at
     any time."""
     for step in (15, 20):

@@ -88,7 +88,7 @@ def ends(process: int) -> bool:
 
 @pytest.mark.long  # tests/data/test_pipeline.py has workers that are killed
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_13_the_order_of_two_epochs_with_a_kill_in_each(numbered, tmp_path, fault, workers):
+def test_13_order_of_two_epochs_with_kills(numbered, tmp_path, fault, workers):
     """12 batches of 4 for two epochs of 23 images and two more."""
     seen = read_until(numbered, tmp_path / "read_on.py", workers, [3, 6, 3])
     assert seen == read_until(numbered, tmp_path / "read_on.py", 0, [12])
@@ -112,7 +112,7 @@ def workers_of(process) -> list[int]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
-def test_13_training_with_workers_is_killed(image_folder, tmp_path, fault, workers):
+def test_13_kill_training_with_workers(image_folder, tmp_path, fault, workers):
     """In each of its epochs but the last (24 images, 3 batches of 8); the workers hand out what was
     not trained on again."""
     flags = (
@@ -145,7 +145,7 @@ def test_13_training_with_workers_is_killed(image_folder, tmp_path, fault, worke
 @pytest.mark.long  # tests/data/test_pipeline.py has the same within a process
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
-def test_14_a_worker(image_folder, tmp_path, fault, sent, workers):
+def test_14_worker_killed_or_hanging(image_folder, tmp_path, fault, sent, workers):
     flags = (
         *STAGE,
         *NOT_IN_MEMORY,
@@ -271,7 +271,7 @@ def refused(folder, source: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("kind", one_of_many(IMAGES, "a bomb", pytest.mark.second))
-def test_15_a_damaged_image(tmp_path, fault, kind):
+def test_15_damaged_image(tmp_path, fault, kind):
     write_images(tmp_path / "images", count=4)
     (tmp_path / "images/a/bad.png").write_bytes(IMAGES[kind])
     refusal = refused(tmp_path, f"folder:{tmp_path / 'images'}", "set")
@@ -284,7 +284,7 @@ def test_15_a_damaged_image(tmp_path, fault, kind):
 
 
 @pytest.mark.parametrize("kind", one_of_many(ARCHIVES, "a member outside"))
-def test_15_a_damaged_archive(tmp_path, fault, kind):
+def test_15_damaged_archive(tmp_path, fault, kind):
     content, named = ARCHIVES[kind]
     content = archive(**{"a/0.png": bytes(2 * GIB)}) if content is None else content
     (tmp_path / "hostile.zip").write_bytes(content)

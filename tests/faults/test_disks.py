@@ -9,7 +9,7 @@ from tests.support.commands import STAGE, error_line, mounted, run, start, wait_
 
 
 @pytest.mark.second
-def test_8_the_disk_is_full(image_folder, tmp_path, fault):
+def test_8_full_disk(image_folder, tmp_path, fault):
     """A small disk of its own, filled while training saves on it; what lies there is copied, as it
     goes with the script."""
     disk = tmp_path / "disk"
@@ -40,7 +40,7 @@ def test_8_the_disk_is_full(image_folder, tmp_path, fault):
 
 
 @pytest.mark.long
-def test_8_the_disk_is_full_for_a_while(image_folder, tmp_path, fault):
+def test_8_full_disk_for_a_while(image_folder, tmp_path, fault):
     """Training goes on without what it cannot write, as is configured, and writes again where there
     is space again."""
     disk, log = tmp_path / "disk", tmp_path / "log"
@@ -80,7 +80,7 @@ def test_8_the_disk_is_full_for_a_while(image_folder, tmp_path, fault):
 
 @pytest.mark.long  # tests/training has the same within a process
 @pytest.mark.parametrize("in_the_way", [False, True])
-def test_8_the_directory_goes_away(image_folder, tmp_path, fault, in_the_way):
+def test_8_directory_disappears(image_folder, tmp_path, fault, in_the_way):
     workdir = tmp_path / "run"
     # Between two saves: one that is beginning would make the directory anew, which the next one
     # would notice.
@@ -104,7 +104,7 @@ def test_8_the_directory_goes_away(image_folder, tmp_path, fault, in_the_way):
 
 
 @pytest.mark.long
-def test_8_the_directory_becomes_read_only(image_folder, tmp_path, fault):
+def test_8_directory_becomes_read_only(image_folder, tmp_path, fault):
     """It is mounted over itself, for reading only, while training saves in it."""
     saved, elsewhere = tmp_path / "run/stage1/checkpoints", tmp_path / "elsewhere"
     elsewhere.mkdir()

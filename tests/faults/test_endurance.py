@@ -9,7 +9,7 @@ STEPS, EARLY = 100_000, 5_000
 
 
 @pytest.mark.long
-def test_19_a_hundred_thousand_steps(image_folder, tmp_path, fault):
+def test_19_hundred_thousand_steps(image_folder, tmp_path, fault):
     """Memory, threads and open files after 5,000 steps, and at the end, after 95 more saves.
 
     What tensorstore converts to JSON it does not free (0.1.71 to 0.1.86 seen): some 1,750 Python

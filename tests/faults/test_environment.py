@@ -70,7 +70,7 @@ def test_18_training_is_unaffected(image_folder, finished, tmp_path, fault, kind
 
 
 @pytest.mark.long
-def test_18_a_read_only_source_tree(image_folder, finished, tmp_path, fault):
+def test_18_read_only_source_tree(image_folder, finished, tmp_path, fault):
     mount = f"mount --bind {ROOT} {ROOT} && mount -o remount,ro,bind {ROOT}"
     train = " ".join(commands.command(image_folder, tmp_path / "run", *STAGE))
     done = mounted(mount, f"cd {ROOT} && ! touch here && {train}")
@@ -80,7 +80,7 @@ def test_18_a_read_only_source_tree(image_folder, finished, tmp_path, fault):
 
 
 @pytest.mark.long
-def test_18_a_clock_that_is_set_back_between_two_saves(image_folder, finished, tmp_path, fault):
+def test_18_clock_set_back_between_saves(image_folder, finished, tmp_path, fault):
     run(image_folder, tmp_path / "run", *STAGE, broken="clock_goes_back")
     assert "already trained on 160 images" in run(image_folder, tmp_path / "run", *STAGE)[0]
     assert_equal(state(tmp_path / "run"), state(finished))
@@ -88,7 +88,7 @@ def test_18_a_clock_that_is_set_back_between_two_saves(image_folder, finished, t
 
 
 @pytest.mark.long
-def test_18_a_clock_that_was_set_back(image_folder, finished, tmp_path, fault):
+def test_18_clock_set_back_before_resuming(image_folder, finished, tmp_path, fault):
     """The files of the newest checkpoint, and of all that was written with it, seem to be the
     oldest."""
     shutil.copytree(finished, tmp_path / "run")
@@ -102,7 +102,7 @@ def test_18_a_clock_that_was_set_back(image_folder, finished, tmp_path, fault):
 
 
 @pytest.mark.second  # tests/test_refusals.py has the same within a process
-def test_18_a_workdir_that_cannot_be_written(image_folder, tmp_path, fault):
+def test_18_unwritable_workdir(image_folder, tmp_path, fault):
     (tmp_path / "file").write_text("in the way")
     assert "cannot be written" in error_line(
         run(image_folder, tmp_path / "file/run", *STAGE, status=2)[1]

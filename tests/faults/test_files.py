@@ -108,7 +108,7 @@ KINDS = ("pickle", "torch archive", "safetensors header", "npz of objects", "con
 @pytest.mark.parametrize(
     "kind", one_of_many(KINDS, "pickle")
 )  # all readers are fuzzed below, within a process
-def test_16_from_outside(image_folder, tmp_path, fault, kind):
+def test_16_hostile_file(image_folder, tmp_path, fault, kind):
     canary = tmp_path / "canary"
     says, load = write_hostile(kind, tmp_path, canary)
     environment = commands.environment(PYTHONPATH=f"{ROOT}:{tmp_path}")

@@ -78,7 +78,7 @@ CASES = [
 
 @pytest.mark.long  # tests/training/test_step.py has the same within a process
 @pytest.mark.parametrize(("broken", "flags"), CASES, ids=str)
-def test_12_one_image_in_many(one_white, tmp_path, fault, broken, flags):
+def test_12_bad_image(one_white, tmp_path, fault, broken, flags):
     images, struck = one_white
     assert 5 < sum(struck) < 10
     run(images, tmp_path / "run", *STAGE, *LINES, *flags, broken=broken)
@@ -92,7 +92,7 @@ def test_12_one_image_in_many(one_white, tmp_path, fault, broken, flags):
 
 
 @pytest.mark.long
-def test_12_in_one_host_of_two(one_white, tmp_path, fault):
+def test_12_bad_image_on_one_host(one_white, tmp_path, fault):
     images, struck = one_white
     pair = start_two(images, tmp_path / "run", *STAGE, *LINES, broken="white_is_nan_in_one_host")
     said_by = [process.communicate(timeout=300) for process in pair]
@@ -113,7 +113,7 @@ def test_12_in_one_host_of_two(one_white, tmp_path, fault):
 
 @pytest.mark.long  # tests/test_main.py has a run that diverges
 @pytest.mark.parametrize("pictures", [False, True])
-def test_12_many_in_a_row_end_the_run(tmp_path, fault, pictures):
+def test_12_bad_steps_in_a_row_end_run(tmp_path, fault, pictures):
     """With pictures: one is drawn when the last steps are still being computed, and only then is it
     known that they are bad."""
     images = folder_with_white(tmp_path / "images", 24)

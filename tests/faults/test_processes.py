@@ -13,7 +13,7 @@ SECONDS = 180  # jax asks the others every ten, and gives up after a hundred
 
 @pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 1])
-def test_20_one_of_two_is_killed(image_folder, tmp_path, fault, killed):
+def test_20_kill_one_process_of_two(image_folder, tmp_path, fault, killed):
     """The second, or the first, which writes what is saved and which the others ask who is
     there."""
     workdir = tmp_path / "run"

@@ -51,7 +51,7 @@ WAYS = [("npz", 8, 1), ("png", 8, 1), ("npz", 20, 4), ("png", 6, 2)]
 
 @pytest.mark.long
 @pytest.mark.parametrize(("files", "batch", "devices"), WAYS)
-def test_17_killed_while_sampling(image_folder, workdir, fault, files, batch, devices):
+def test_17_kill_while_sampling(image_folder, workdir, fault, files, batch, devices):
     """Twice, when some parts are written; a part, and a file of the result, that are cut in half
     are made again."""
     flags = (*SAMPLE, f"--config.sampling.files={files}", f"--config.sampling.batch_size={batch}")
@@ -84,7 +84,7 @@ def test_17_killed_while_sampling(image_folder, workdir, fault, files, batch, de
 
 
 @pytest.mark.long
-def test_17_on_other_devices(image_folder, workdir, fault):
+def test_17_samples_on_other_devices(image_folder, workdir, fault):
     for devices in (1, 4):
         run(image_folder, workdir, *SAMPLE, f"--config.sampling.name=on_{devices}", devices=devices)
     one, four = (
@@ -96,7 +96,7 @@ def test_17_on_other_devices(image_folder, workdir, fault):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("batch", "devices"), [(8, 1), (20, 4)])
-def test_17_killed_while_evaluating(image_folder, workdir, fault, batch, devices):
+def test_17_kill_while_evaluating(image_folder, workdir, fault, batch, devices):
     batches = (*EVALUATE, f"--config.sampling.batch_size={batch}")
     run(
         image_folder,
@@ -130,7 +130,7 @@ def test_17_killed_while_evaluating(image_folder, workdir, fault, batch, devices
 
 
 @pytest.mark.long
-def test_17_short_of_images(image_folder, workdir, fault):
+def test_17_missing_images(image_folder, workdir, fault):
     flags = (*EVALUATE, "--config.evaluation.name=short")
     _, stderr = run(
         image_folder, workdir, *flags, broken="a_batch_is_lost", status=1, timeout=SECONDS

@@ -67,7 +67,7 @@ def stopped(images, workdir, *flags, moment, number: int, times: int, **kwargs) 
 
 
 @pytest.mark.parametrize(("moment", "number", "times"), SIGNALS)
-def test_3_a_signal(image_folder, tmp_path, fault, number, moment, times):
+def test_3_signal(image_folder, tmp_path, fault, number, moment, times):
     workdir = tmp_path / "run"
     stderr = stopped(image_folder, workdir, *LONG, moment=moment, number=number, times=times)
     assert b"stopped by" in stderr and [answer in stderr for answer in ANSWERS] == [True, times > 1]
@@ -86,7 +86,7 @@ def test_3_a_signal(image_folder, tmp_path, fault, number, moment, times):
 
 @pytest.mark.long  # tests/runtime/test_signals.py has the same within a process
 @pytest.mark.parametrize("number", STATUS)
-def test_3_a_signal_three_times_in_a_row(image_folder, finished, tmp_path, fault, number):
+def test_3_signal_three_times(image_folder, finished, tmp_path, fault, number):
     """The first and the second one wait for a save, which takes a minute; the third one does
     not."""
     workdir = tmp_path / "run"
@@ -122,7 +122,7 @@ def about(workdir) -> dict:
 
 
 @pytest.mark.long  # tests/test_main.py has whole runs that are stopped and go on
-def test_4_in_two_parts_and_twice_from_the_same_checkpoint(image_folder, finished, tmp_path, fault):
+def test_4_resume_twice_from_one_checkpoint(image_folder, finished, tmp_path, fault):
     for name in ("one", "other"):
         workdir = shortened(finished, tmp_path / name, 10)
         assert "resuming from 80 images" in run(image_folder, workdir, *STAGE)[0]
@@ -136,7 +136,7 @@ def test_4_in_two_parts_and_twice_from_the_same_checkpoint(image_folder, finishe
 
 
 @pytest.mark.long
-def test_5_values_on_other_devices(image_folder, finished, tmp_path, fault):
+def test_5_restore_on_other_devices(image_folder, finished, tmp_path, fault):
     """Every checkpoint is restored from the one before it, cut over other devices, and saved
     again."""
     config = configs.parse(tiny_config(image_folder, low=LOW).to_config_dict())
@@ -167,7 +167,7 @@ def test_5_values_on_other_devices(image_folder, finished, tmp_path, fault):
 
 @pytest.mark.long
 @pytest.mark.parametrize("devices", [(8, 1), (8, 2, 4, 1, 8)], ids=str)
-def test_5_on_other_devices(image_folder, tmp_path, fault, devices):
+def test_5_resume_on_other_devices(image_folder, tmp_path, fault, devices):
     """Each part of a run on another number of devices: what it begins with is what was saved, and
     the order is the same."""
     workdir, losses = tmp_path / "run", {}
@@ -203,7 +203,7 @@ def test_5_on_other_devices(image_folder, tmp_path, fault, devices):
 
 
 @pytest.mark.long  # tests/test_main.py has a second run refused
-def test_11_two_runs_on_one_workdir(image_folder, tmp_path, fault):
+def test_11_two_runs_in_one_workdir(image_folder, tmp_path, fault):
     workdir = tmp_path / "run"
     first = start(image_folder, workdir, *STAGE, *LONG)
     assert wait_for(logged(workdir, 16), first), first.communicate()

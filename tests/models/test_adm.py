@@ -67,7 +67,7 @@ def init():
     [(ADM_64, 64, 295_899_267, 109.7), (ADM_256, 256, 553_831_171, 1119.4)],
     ids=["adm-64", "adm-256"],
 )
-def test_size_of_the_published_networks(config, side, count, giga):
+def test_adm_published_sizes(config, side, count, giga):
     net = functional(lambda rngs: config.build(shapes(3, 1000), rngs=rngs))
     assert net.num_parameters == count
     assert net.multiply_adds((side, side, 3), shapes(3, 1000).condition) == pytest.approx(
@@ -75,7 +75,7 @@ def test_size_of_the_published_networks(config, side, count, giga):
     )
 
 
-def test_the_stem_is_as_wide_as_level_0():
+def test_stem_is_as_wide_as_level_0():
     """As in the original; DDPM++'s and NCSN++'s is `channels` wide."""
     abstract = functional(
         lambda rngs: dataclasses.replace(SMALLEST, channel_mult=(2, 2)).build(
@@ -97,7 +97,7 @@ def test_output_is_zero_at_initialisation(init, smallest):
 
 
 @pytest.mark.parametrize(("patch", "batch", "height", "width"), [(2, 1, 2, 6), (4, 5, 16, 8)])
-def test_output_is_shaped_as_the_image(patch, batch, height, width):
+def test_output_has_image_shape(patch, batch, height, width):
     config = dataclasses.replace(SMALLEST, patch=patch)
     assert config.stride == patch and dataclasses.replace(TINY, patch=patch).stride == 2 * patch
     net = network(config)
@@ -107,7 +107,7 @@ def test_output_is_shaped_as_the_image(patch, batch, height, width):
     chex.assert_tree_all_finite(output)
 
 
-def test_blocks_begin_as_their_skips():
+def test_block_is_skip_at_initialisation():
     x, emb = (
         jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
         for shape in ((2, 4, 4, 8), (2, 16))
@@ -122,7 +122,7 @@ def test_blocks_begin_as_their_skips():
     chex.assert_trees_all_equal(block(x, emb), x)
 
 
-def test_initial_kernels_are_uniform_with_the_variance_of_their_fan_in():
+def test_initialisation_variance_follows_fan_in():
     shape = (3, 3, 32, 64)
     kernel, bias = (
         np.asarray(init(jax.random.key(0), shape))
@@ -136,7 +136,7 @@ def test_initial_kernels_are_uniform_with_the_variance_of_their_fan_in():
         assert abs(np.var(values) / bound**2 - 1 / 3) < 5 * np.sqrt(4 / 45 / values.size)
 
 
-def test_the_null_label_is_all_zero_or_none(smallest):
+def test_null_label_is_zero_or_none(smallest):
     apply, params = smallest
     x, noise, label, augment = inputs()
     chex.assert_trees_all_equal(
@@ -150,7 +150,7 @@ def test_the_null_label_is_all_zero_or_none(smallest):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["image", "noise", "class", "augment"])
-def test_every_input_changes_its_own_image_alone(tiny, which):
+def test_inputs_affect_only_their_image(tiny, which):
     apply, params = tiny
     args = list(inputs())
     before = np.asarray(apply(params, *args))
@@ -162,7 +162,7 @@ def test_every_input_changes_its_own_image_alone(tiny, which):
     np.testing.assert_array_less(change[[0, 2]], FLOAT32)
 
 
-def test_an_image_does_not_depend_on_its_batch(smallest):
+def test_output_is_independent_of_batch(smallest):
     apply, params = smallest
     args = inputs()
     alone = apply(params, *(jnp.asarray(np.asarray(a)[1:2]) for a in args))
@@ -171,7 +171,7 @@ def test_an_image_does_not_depend_on_its_batch(smallest):
     )
 
 
-def test_dropout_is_off_without_a_key_and_follows_it(smallest):
+def test_dropout_follows_key(smallest):
     apply, params = smallest
     x, *labels = (jnp.asarray(np.repeat(a[:1], 3, axis=0)) for a in inputs())
     off = apply(params, x, *labels)
@@ -185,7 +185,7 @@ def test_dropout_is_off_without_a_key_and_follows_it(smallest):
         assert np.max(np.abs(a - b)) > 1e-2
 
 
-def test_dropout_of_rate_zero_changes_nothing(smallest):
+def test_dropout_of_zero_is_identity(smallest):
     apply, params = smallest
     without = network(dataclasses.replace(SMALLEST, dropout=0.0)).apply
     keys = jax.random.split(jax.random.key(0), 3)
@@ -202,7 +202,7 @@ def test_gradients_reach_every_parameter(tiny):
         assert np.max(np.abs(np.asarray(gradient))) > 1e-6, jax.tree_util.keystr(path)
 
 
-def test_bfloat16_is_near_float32(tiny):
+def test_bfloat16_is_close_to_float32(tiny):
     apply, params = tiny
     half = jax.jit(network(dataclasses.replace(TINY, dtype="bfloat16")).apply)(params, *inputs())
     assert half.dtype == jnp.float32
@@ -213,7 +213,7 @@ def test_bfloat16_is_near_float32(tiny):
     assert 1e-4 < error < 0.05
 
 
-def test_statistics_of_normalisation_are_float32():
+def test_group_norm_statistics_are_float32():
     norm = jax.jit(
         lambda x: layers.group_norm(8, epsilon=1e-5, dtype=jnp.dtype("bfloat16"), rngs=nnx.Rngs(0))(
             x
@@ -229,7 +229,7 @@ def test_statistics_of_normalisation_are_float32():
 
 
 @pytest.mark.parametrize(("factor", "height", "width"), [(1, 2, 3), (2, 4, 6), (4, 4, 8)])
-def test_depth_to_space_undoes_space_to_depth(factor, height, width):
+def test_depth_to_space_inverts_space_to_depth(factor, height, width):
     x = np.arange(2 * height * width * 3, dtype=np.float32).reshape(2, height, width, 3)
     folded = jax.jit(resampling.space_to_depth, static_argnums=1)(jnp.asarray(x), factor)
     chex.assert_shape(folded, (2, height // factor, width // factor, 3 * factor**2))
@@ -241,7 +241,7 @@ def test_depth_to_space_undoes_space_to_depth(factor, height, width):
     )
 
 
-def test_upsampling_repeats_and_downsampling_averages():
+def test_resampling_repeats_and_averages():
     x = np.random.default_rng(0).standard_normal((2, 4, 6, 3), np.float32)
     up, down = jax.jit(resampling.upsample), jax.jit(resampling.downsample)
     np.testing.assert_allclose(down(up(jnp.asarray(x))), x, rtol=1e-6)
@@ -251,7 +251,7 @@ def test_upsampling_repeats_and_downsampling_averages():
         np.testing.assert_array_equal(np.asarray(up(jnp.asarray(means)))[:, i::2, j::2], means)
 
 
-def test_functional_is_the_module_called(smallest):
+def test_functional_matches_module(smallest):
     apply, params = smallest
     module = nnx.eval_shape(lambda: SMALLEST.build(shapes(CHANNELS, CLASSES), rngs=nnx.Rngs(0)))
     nnx.update(module, params)
@@ -259,7 +259,7 @@ def test_functional_is_the_module_called(smallest):
     chex.assert_trees_all_close(apply(params, *inputs()), expected, atol=FLOAT32)
 
 
-def test_initialisation_follows_its_key(init):
+def test_initialisation_follows_key(init):
     one, again, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(one, again)
     chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
@@ -284,20 +284,20 @@ def test_apply_is_pure_and_traced_once(init, smallest):
     chex.assert_trees_all_equal(trained, kept)
 
 
-def test_apply_keeps_nothing_of_what_it_was_traced_with(smallest):
+def test_apply_leaks_no_tracers(smallest):
     _, params = smallest
     with jax.checking_leaks():
         jax.jit(network(SMALLEST).apply).lower(params, *inputs())
 
 
-def test_functional_refuses_parameters_of_another_network(smallest):
+def test_functional_refuses_other_parameters(smallest):
     _, params = smallest
     wider = network(dataclasses.replace(SMALLEST, channels=8))
     with pytest.raises((ValueError, TypeError)):
         jax.eval_shape(wider.apply, params, *inputs())
 
 
-def test_unconditional_networks_have_no_label_parameters():
+def test_unconditional_network_has_no_label_parameters():
     net = functional(
         lambda rngs: dataclasses.replace(SMALLEST, augment_labels=0).build(
             shapes(CHANNELS, 0), rngs=rngs

@@ -48,7 +48,7 @@ def errors(gradients, exact):
 
 @pytest.mark.second
 @pytest.mark.parametrize("family", ONE_LEVEL)
-def test_gradients_of_a_network_are_near_those_of_float32(family):
+def test_network_gradients_are_close_to_float32(family):
     """Sums in bfloat16 over 1,024 pixels were off by 30 % and more; 2 % is some five blocks'
     rounding."""
     args = inputs(4, 16, 16)
@@ -78,7 +78,7 @@ STYLES = {
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("resample", [None, "down", "up"])
-def test_gradients_of_a_block_are_near_those_of_float32(style, resample):
+def test_block_gradients_are_close_to_float32(style, resample):
     random = np.random.default_rng(0)
     x, emb = (
         jnp.asarray(random.standard_normal(shape), jnp.float32)
@@ -134,7 +134,7 @@ def traced(family, backward):
 
 
 @pytest.mark.parametrize("family", TWO_LEVELS)
-def test_images_are_computed_in_bfloat16_and_embeddings_in_float32(family):
+def test_dtypes_of_images_and_embeddings(family):
     convolutions = list(computing(traced(family, backward=False), ("conv_general_dilated",)))
     assert {v.aval.dtype for e in convolutions for v in e.invars} == {BFLOAT16}
     *inner, last = (e.outvars[0].aval for e in convolutions)
@@ -175,7 +175,7 @@ def test_logits_and_softmax_are_float32(family):
 
 
 @pytest.mark.parametrize("family", TWO_LEVELS)
-def test_no_sum_over_an_image_is_bfloat16(family):
+def test_sums_over_pixels_are_float32(family):
     """H100s add bfloat16 in bfloat16 where they are told to. What an enlargement gives back is a
     sum of two values at a time."""
     sums = list(computing(traced(family, backward=True), ("reduce_sum",)))
@@ -188,7 +188,7 @@ def test_no_sum_over_an_image_is_bfloat16(family):
 
 
 @pytest.mark.parametrize("family", TWO_LEVELS)
-def test_a_network_knows_what_its_parameters_are_computed_with(family):
+def test_network_dtypes_of_parameters(family):
     net = network(narrow(TWO_LEVELS[family]))
     found = {
         jax.tree_util.keystr(path): dtype for path, dtype in jax.tree.leaves_with_path(net.dtypes)
@@ -206,7 +206,7 @@ def test_a_network_knows_what_its_parameters_are_computed_with(family):
     chex.assert_trees_all_equal(apply(params, *inputs()), apply(rounded, *inputs()))
 
 
-def test_the_last_convolution_keeps_what_it_sums():
+def test_last_convolution_returns_float32():
     conv = Conv(16, 3, (3, 3), padding=[(1, 1)] * 2, dtype=BFLOAT16, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 16)), BFLOAT16)
     wide, usual = conv(x, wide=True), conv(x)
@@ -259,7 +259,7 @@ def gpu(capability):
         (CPU, BFLOAT16, 64, "xla"),
     ],
 )
-def test_fused_attention_is_used_where_it_applies(device, dtype, width, wanted, monkeypatch):
+def test_attention_implementation_by_device(device, dtype, width, wanted, monkeypatch):
     used = []
     monkeypatch.setattr(
         jax.nn,

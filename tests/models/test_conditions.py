@@ -9,7 +9,7 @@ from rdm_jax.models.conditions import ClassLabels, Nothing
 from rdm_jax.runtime.errors import InputError
 
 
-def test_class_labels_are_one_hot_with_a_zero_null():
+def test_class_labels_are_one_hot_with_zero_null():
     condition = ClassLabels().bound(3)
     assert condition == ClassLabels(3) and condition.spec.shape == (3,)
     expected = jnp.asarray([[0.0, 0, 1], [1, 0, 0], [0, 0, 0]])
@@ -18,7 +18,7 @@ def test_class_labels_are_one_hot_with_a_zero_null():
     chex.assert_trees_all_equal(condition.null(expected), jnp.zeros((3, 3)))
 
 
-def test_drop_replaces_whole_images_by_their_own_keys():
+def test_drop_uses_key_per_image():
     condition, keys = ClassLabels(3), jax.random.split(jax.random.key(0), 2000)
     labels = condition.from_labels(jnp.arange(2000) % 3)
     dropped = condition.drop(labels, keys, 0.25)
@@ -29,7 +29,7 @@ def test_drop_replaces_whole_images_by_their_own_keys():
     chex.assert_trees_all_equal(condition.drop(labels, keys, 0.0), labels)
 
 
-def test_nothing_gives_no_tree():
+def test_nothing_has_no_arrays():
     condition, labels = Nothing().bound(7), jnp.arange(3)
     keys = jax.random.split(jax.random.key(0), 3)
     trees = (condition.spec, condition.encode({"label": labels}), condition.from_labels(labels))

@@ -81,7 +81,7 @@ every_filter = pytest.mark.parametrize(
 
 
 @every_filter
-def test_downsampling_is_a_strided_correlation_and_upsampling_four_times_its_transpose(taps):
+def test_resampling_is_strided_correlation_and_transpose(taps):
     large, small = normal(2, 6, 10, 3), normal(2, 3, 5, 3)
     rows, columns = (correlation(taps, n, (len(taps) - 1) // 2) for n in (6, 10))
     # float32 sums of numbers up to 4
@@ -92,7 +92,7 @@ def test_downsampling_is_a_strided_correlation_and_upsampling_four_times_its_tra
     chex.assert_trees_all_close(np.asarray(up(small, taps), np.float64), enlarged, atol=4e-6)
 
 
-def test_constants_are_kept_inside():
+def test_resampling_keeps_constants():
     one = jnp.full((1, 8, 12, 1), 3.0)
     smaller, larger = (
         np.asarray(down(one, (1, 3, 3, 1)))[0, ..., 0],
@@ -106,7 +106,7 @@ def test_constants_are_kept_inside():
     np.testing.assert_allclose(larger[1:-1, -1], 3 * 3 / 4, rtol=1e-6)
 
 
-def test_two_equal_taps_average_and_repeat():
+def test_resampling_of_two_taps_averages_and_repeats():
     x = normal(2, 4, 6, 3)
     means = np.asarray(x).reshape(2, 2, 2, 3, 2, 3).mean((2, 4))
     np.testing.assert_allclose(down(x, (1, 1)), means, atol=1e-6)
@@ -114,7 +114,7 @@ def test_two_equal_taps_average_and_repeat():
 
 
 @pytest.mark.parametrize("taps", [(1, 3, 3, 1), (1, 5, 10, 10, 5, 1)], ids=str)
-def test_a_margin_that_is_there_already_is_used(taps):
+def test_downsample_of_padded_input(taps):
     margin = (len(taps) - 1) // 2
     wide = normal(1, 4 + 2 * margin, 8 + 2 * margin, 2)
     matrices = (correlation(taps, n + 2 * margin, 0) for n in (4, 8))
@@ -131,7 +131,7 @@ def test_a_margin_that_is_there_already_is_used(taps):
 # Initialisation
 
 
-def test_initial_kernels_have_xaviers_variance(born):
+def test_initialisation_is_xavier(born):
     gains = {"conv1": 1e-5, "proj": 1e-5, "out_conv": 1e-5, "qkv": 0.2**0.5}
     kinds = set()
     for path, values in jax.tree.leaves_with_path(born):
@@ -157,7 +157,7 @@ def test_initial_kernels_have_xaviers_variance(born):
     assert abs(np.var(frequencies) - 1) < 5 * np.sqrt(2 / frequencies.size)
 
 
-def test_the_network_begins_near_zero(born):
+def test_output_is_near_zero_at_initialisation(born):
     output = jax.jit(network(FOURIER).apply)(born, *inputs())
     # Of unit inputs behind silu (mean square 0.36) Xavier's kernel makes 0.36 2 c / (c + 2), c =
     # 16, times 1e-5 squared.
@@ -169,7 +169,7 @@ def style_of(config):
 
 
 @pytest.mark.parametrize(("heads", "scale"), [(0, 0.5**0.5), (1, 0.5)])
-def test_blocks_begin_as_their_skips(heads, scale):
+def test_block_is_scaled_skip_at_initialisation(heads, scale):
     x, emb, style = normal(2, 4, 4, 8), normal(2, 16, seed=1), style_of(SMALLEST)
 
     @jax.jit
@@ -192,7 +192,7 @@ def silu(x):
 
 
 @pytest.mark.parametrize("config", [DDPM, NCSN], ids=["ddpm++", "ncsn++"])
-def test_the_embedding_by_hand(config):
+def test_embedding_matches_numpy(config):
     _, noise, label, augment = inputs()
     params = parameters(network(config))
 
@@ -216,7 +216,7 @@ def test_the_embedding_by_hand(config):
     chex.assert_trees_all_close(np.asarray(out, np.float64), emb, atol=FLOAT32)
 
 
-def test_attention_by_hand():
+def test_attention_matches_numpy():
     heads, size, x = 2, 4, normal(2, 3, 4, 8)
     module = layers.Attention(
         8, heads, style_of(SMALLEST), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
@@ -248,7 +248,7 @@ def test_attention_by_hand():
     )
 
 
-def test_every_level_of_the_residual_encoder_is_fed_the_shrunken_image():
+def test_residual_encoder_adds_downsampled_image():
     config = Song(
         channels=4,
         channel_mult=(1, 2, 1),
@@ -291,7 +291,7 @@ def test_every_level_of_the_residual_encoder_is_fed_the_shrunken_image():
         np.testing.assert_allclose(outputs[place], blocks[place - 1], atol=FLOAT32)
 
 
-def test_the_encoder_attends_in_every_block_and_the_decoder_in_the_last_of_a_level():
+def test_attention_blocks():
     config = dataclasses.replace(DDPM, channel_mult=(1, 1, 1), blocks=2, attention_levels=(0, 1))
     attending = {name for name, block in network(config).abstract.items() if "attention" in block}
     encoder = {f"encoder{level}_{i}" for level in (0, 1) for i in (0, 1)}
@@ -301,7 +301,7 @@ def test_the_encoder_attends_in_every_block_and_the_decoder_in_the_last_of_a_lev
 # The whole network
 
 
-def test_null_labels_are_all_zero_or_none(ncsn):
+def test_null_label_is_zero_or_none(ncsn):
     apply, params = ncsn
     x, noise, label, augment = inputs()
     with_label = apply(params, x, noise, label, augment)
@@ -318,7 +318,7 @@ def test_null_labels_are_all_zero_or_none(ncsn):
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3], ids=["image", "noise", "class", "augment"])
-def test_every_input_changes_its_own_image_alone(ncsn, which):
+def test_inputs_affect_only_their_image(ncsn, which):
     apply, params = ncsn
     args = list(inputs())
     before = np.asarray(apply(params, *args))
@@ -329,7 +329,7 @@ def test_every_input_changes_its_own_image_alone(ncsn, which):
     assert change[1] > 1e-3 and change[0] < FLOAT32
 
 
-def test_gradients_reach_all_parameters_but_the_frequencies():
+def test_gradients_reach_all_but_frequencies():
     net = network(FOURIER)
     params = parameters(net)
     loss = jax.jit(jax.value_and_grad(lambda params: (net.apply(params, *inputs()) ** 2).mean()))
@@ -342,7 +342,7 @@ def test_gradients_reach_all_parameters_but_the_frequencies():
     assert abs(other - value) > 1e-3  # they matter nevertheless
 
 
-def test_a_transposed_image_under_transposed_kernels_is_the_transposed_result(ncsn):
+def test_network_commutes_with_transpose(ncsn):
     """Holds only if rows and columns of an image that is not square are nowhere exchanged."""
     apply, params = ncsn
     x, *labels = inputs()
@@ -351,7 +351,7 @@ def test_a_transposed_image_under_transposed_kernels_is_the_transposed_result(nc
     chex.assert_trees_all_close(there.swapaxes(1, 2), apply(params, x, *labels), atol=FLOAT32)
 
 
-def test_patches_are_folded_into_channels():
+def test_patch_folds_pixels_into_channels():
     folded = functional(lambda rngs: SMALLEST.build(shapes(4 * CHANNELS, CLASSES), rngs=rngs))
     patched = network(dataclasses.replace(SMALLEST, patch=2))
     chex.assert_trees_all_equal(folded.abstract, patched.abstract)
@@ -369,7 +369,7 @@ def test_patches_are_folded_into_channels():
     )
 
 
-def test_two_outputs_are_one_after_the_other():
+def test_outputs_are_concatenated():
     one, two = network(SMALLEST), network(SMALLEST, outputs=2)
     params = parameters(two)
     both = jax.jit(two.apply)(params, *inputs(batch=2))
@@ -384,7 +384,7 @@ def test_two_outputs_are_one_after_the_other():
         )
 
 
-def test_bfloat16_is_near_float32(ncsn):
+def test_bfloat16_is_close_to_float32(ncsn):
     apply, params = ncsn
     net = network(dataclasses.replace(NCSN, dtype="bfloat16"))
     assert {p.dtype for p in jax.tree.leaves(net.abstract)} == {jnp.dtype("float32")}

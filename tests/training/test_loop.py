@@ -128,7 +128,7 @@ def test_signal_saves_before_anything_else(tmp_path, monkeypatch, saves):
 
 
 @pytest.mark.second
-def test_signal_ends_a_running_validation(tmp_path, monkeypatch, saves):
+def test_signal_ends_validation(tmp_path, monkeypatch, saves):
     stop, signalled, parts = StopOnSignal(), [], Validation._parts
 
     def slow(self):
@@ -147,7 +147,7 @@ def test_signal_ends_a_running_validation(tmp_path, monkeypatch, saves):
 
 
 @pytest.mark.second
-def test_preview_comes_after_a_checkpoint(tmp_path, saves):
+def test_preview_follows_checkpoint(tmp_path, saves):
     """A sampler may take minutes to compile, during which no signal is obeyed."""
     drawn = []
     train(
@@ -177,7 +177,7 @@ def test_resume_hashes_the_newest_checkpoint_once(trained, monkeypatch):
     )
 
 
-def test_resume_refuses_changes_that_are_not_allowed(trained):
+def test_resume_refuses_other_changes(trained):
     for changed, says in (
         (
             {"learning_rate": 1e-4},
@@ -305,9 +305,7 @@ def test_resume_notices_other_images(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "classes, kept", [(("a", "b"), True), (("b", "a"), False), (("c", "d"), False)]
 )
-def test_start_from_keeps_the_embedding_of_the_same_classes_only(
-    trained, tmp_path, caplog, classes, kept
-):
+def test_start_from_keeps_embedding_of_same_classes(trained, tmp_path, caplog, classes, kept):
     caplog.set_level("INFO", "rdm_jax")
     images = image_set()
     images.class_names = classes

@@ -110,7 +110,7 @@ def test_curves_draw_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
     writer.close()
 
 
-def test_metrics_are_written_without_optional_libraries(tmp_path, monkeypatch, caplog):
+def test_metric_writer_without_optional_libraries(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with caplog.at_level("INFO", "rdm_jax"):

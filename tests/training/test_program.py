@@ -137,7 +137,7 @@ LONG = (
     ],
     ids=str,
 )
-def test_training_does_not_depend_on_the_mesh(how, size):
+def test_training_is_independent_of_mesh(how, size):
     check_trained(how, size)
 
 
@@ -147,13 +147,13 @@ def test_training_does_not_depend_on_the_mesh(how, size):
     [{"devices": 8, "fsdp": 8, "remat": "convolutions"}, {"devices": 2, "mode": "pmap"}],
     ids=str,
 )
-def test_training_does_not_depend_on_the_program(how):
+def test_training_is_independent_of_program(how):
     check_trained(how, "two levels")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("how", LONG, ids=str)
-def test_training_does_not_depend_on_any_of_them(how):
+def test_training_is_independent_of_other_programs(how):
     check_trained(how, "two levels")
 
 
@@ -167,11 +167,11 @@ def check_trained(how, size):
     assert difference(state.ema, wanted.ema) < 1e-5
 
 
-def test_parameters_change_in_those_steps(size):
+def test_training_changes_parameters(size):
     assert difference(on_one_device(size)[0].params, before(size).params) > 1e-2
 
 
-def test_arrays_are_where_the_rules_put_them(size):
+def test_state_is_sharded_by_rules(size):
     made = compiled(devices=8, fsdp=4, size=size)
     state, _ = trained(made, steps=1, size=size)
     block, shard = {
@@ -191,7 +191,7 @@ def test_arrays_are_where_the_rules_put_them(size):
             assert {shard.data.shape for shard in stem.addressable_shards} == {(3, 3, 3, 2)}
 
 
-def test_rules():
+def test_largest_axis():
     assert sharding.largest_axis((3, 3, 6, 8), 4) == PartitionSpec(None, None, None, "fsdp")
     assert sharding.largest_axis((1000, 768), 8) == PartitionSpec("fsdp")
     assert (
@@ -204,7 +204,7 @@ def test_rules():
 @pytest.mark.parametrize(
     "how", [{}, pytest.param({"devices": 2, "mode": "pmap"}, marks=pytest.mark.second)], ids=str
 )
-def test_state_saved_on_eight_devices_resumes_on_fewer(tmp_path, how):
+def test_resume_on_fewer_devices(tmp_path, how):
     saved = store.Checkpoints(tmp_path)
     state, _ = trained(compiled(devices=8, fsdp=4), steps=2)
     saved.save(state, {"validation_loss": 1.0})
@@ -220,7 +220,7 @@ def test_state_saved_on_eight_devices_resumes_on_fewer(tmp_path, how):
     saved.close()
 
 
-def test_collectives_are_gradients_and_nothing_else(size):
+def test_collectives_are_gradients_only(size):
     one, eight = compiled(size=size), compiled(devices=8, size=size)
     parameters = 4 * eight.objective.network.num_parameters
     assert sharding.collectives(one.compiled) == {}
@@ -243,7 +243,7 @@ def test_collectives_are_gradients_and_nothing_else(size):
     ],
     ids=str,
 )
-def test_sharded_parameters_are_fetched_once(how):
+def test_collectives_fetch_sharded_parameters_once(how):
     made, fsdp = compiled(**how), how["fsdp"]
     told, params = sharding.collectives(made.compiled), jax.tree.leaves(made.abstract.params)
     cut = sum(4 * leaf.size for leaf in params if not leaf.sharding.is_fully_replicated)
@@ -267,7 +267,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
     )
 
 
-def test_fetched_parameters_have_the_dtype_of_the_computation():
+def test_fetched_parameters_have_computation_dtype():
     """And no narrower one: then a cut parameter would be another than a whole one."""
     made = program(devices=8, fsdp=4, dtype="bfloat16")
     dtypes, abstract = made.objective.network.dtypes, made.abstract.params
@@ -296,7 +296,7 @@ def compiling():
 
 
 @pytest.mark.second
-def test_gradients_are_summed_in_the_dtype_of_the_computation(tmp_path, compiling):
+def test_gradients_are_summed_in_computation_dtype(tmp_path, compiling):
     """As the partitioner leaves the program: CPU's compiler makes float32 of it all afterwards,
     those of accelerators do not."""
     made = program(devices=8, dtype="bfloat16", size="no attention")

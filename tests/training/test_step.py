@@ -92,7 +92,7 @@ def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = Fal
     )
 
 
-def test_learns_and_is_traced_once():
+def test_step_learns_and_is_traced_once():
     step, state = step_and_state()
     before, losses = state.params, []
     for i in range(60):
@@ -104,7 +104,7 @@ def test_learns_and_is_traced_once():
     assert all(jax.tree.leaves(changed))
 
 
-def test_a_cascade_learns_from_the_image_that_it_is_given():
+def test_cascade_learns_from_conditioning():
     """A network that answers with what it is given, at a noise level where nothing else is
     known."""
     process = processes.CascadeProcess(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
@@ -133,7 +133,7 @@ def test_a_cascade_learns_from_the_image_that_it_is_given():
 
 
 @pytest.mark.second
-def test_parts_of_a_batch_lie_on_all_devices():
+def test_accumulate_uses_all_devices():
     step, state = step_and_state()
     whole = step(state, batch())[
         1
@@ -146,7 +146,7 @@ def test_parts_of_a_batch_lie_on_all_devices():
 
 
 @pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.second)])
-def test_parts_of_a_batch_give_the_same_step(accumulate):
+def test_accumulate_matches_whole_batch(accumulate):
     step, state = step_and_state()
     in_parts, _ = step_and_state(accumulate)
     whole, parts = step(state, batch()), in_parts(state, batch())
@@ -157,7 +157,7 @@ def test_parts_of_a_batch_give_the_same_step(accumulate):
 
 
 @pytest.mark.second  # test_program.py has more meshes
-def test_eight_devices_equal_one():
+def test_step_on_eight_devices_matches_one():
     assert jax.device_count() == 8
     step, state = step_and_state()
     shared, mesh = step_and_state.__wrapped__(shared=True)[0], sharding.local_mesh()
@@ -172,7 +172,7 @@ def test_eight_devices_equal_one():
     assert there.params["stem"]["kernel"].sharding.is_fully_replicated
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_counters():
+def test_step_skips_non_finite_gradients():
     step, state = step_and_state()
     state, _ = step(state, batch())
     after, metrics = step(state, poisoned(batch(1)))
@@ -186,7 +186,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counters():
     assert bool(jnp.any(good.params["stem"]["kernel"] != after.params["stem"]["kernel"]))
 
 
-def test_randomness_follows_from_the_step():
+def test_step_randomness_follows_step_index():
     step, state = step_and_state(dropout=0.5)
     first, again = step(state, batch())[1], step(state, batch())[1]
     later = step(state.replace(step=state.step + 1), batch())[1]
@@ -194,7 +194,7 @@ def test_randomness_follows_from_the_step():
     assert float(first["loss"]) != float(later["loss"])
 
 
-def test_noise_of_an_image_is_its_own():
+def test_loss_is_independent_of_batch():
     goal, data = objective(dropout=0.5), batch()
     keys = random_streams.image_keys(jax.random.key(3), jnp.arange(BATCH))
     params, data = step_and_state()[1].params, jax.device_put(data)
@@ -206,7 +206,7 @@ def test_noise_of_an_image_is_its_own():
     chex.assert_trees_all_close(whole[4:7], part, rtol=1e-5)
 
 
-def test_label_dropout():
+def test_label_dropout_rate():
     goal, keys = objective(), jax.random.split(jax.random.key(0), 4000)
     labels = goal.condition.encode({"label": jnp.full(4000, 2)})
     labels = goal.condition.drop(labels, keys, goal.label_dropout)
@@ -227,7 +227,7 @@ def test_label_dropout():
         (2048, 1e3, 1e9, 0.05),
     ],
 )
-def test_ema_weight_is_right_to_the_last_digits(batch_size, halflife, images, rampup):
+def test_ema_weight_matches_float64(batch_size, halflife, images, rampup):
     """Against float64; in the fourth case the half-life is 5 % of the images seen."""
     effective = min(halflife, images * rampup) if rampup else halflife
     weight = jax.jit(
@@ -242,7 +242,7 @@ def test_ema_weight_halves_in_a_halflife():
     np.testing.assert_allclose((1 - weight) ** (1000 / 50), 0.5, rtol=1e-5)
 
 
-def test_ema_starts_as_the_parameters():
+def test_ema_starts_at_parameters():
     assert float(ema_weight(jnp.float32(0), batch_size=50, halflife=1000.0, rampup=0.05)) == 1
     without_rampup = float(ema_weight(jnp.float32(0), batch_size=50, halflife=1000.0, rampup=0.0))
     np.testing.assert_allclose(without_rampup, 1 - 0.5 ** (50 / 1000), rtol=1e-6)
@@ -253,7 +253,7 @@ def test_ema_starts_as_the_parameters():
     chex.assert_trees_all_close(after.ema, after.params, rtol=0, atol=2**-24)
 
 
-def test_ema_is_the_average_of_the_parameters():
+def test_ema_update_matches_formula():
     step, state = step_and_state()
     before = state.replace(step=jnp.int32(1000))  # beyond the ramp-up: 16,000 images
     after, _ = step(before, batch())
@@ -264,7 +264,7 @@ def test_ema_is_the_average_of_the_parameters():
     chex.assert_trees_all_close(after.ema, expected, atol=1e-6)
 
 
-def test_images_are_scaled_and_pooled():
+def test_pixels_encode_scales_and_pools():
     image = (
         jnp.zeros((1, 4, 4, 1), jnp.uint8)
         .at[0, :2, :2, 0]
