@@ -1,4 +1,4 @@
-"""Checkpoints: saved and restored, the newest and the best kept, damage named."""
+"""Checkpoints: save and restore, retention of the newest and the best, detection of damage."""
 
 import errno
 import functools
@@ -67,7 +67,7 @@ def test_restore_on_any_number_of_devices(tmp_path, devices):
 
 
 def test_save_survives_donation(tmp_path):
-    """The step after a save overwrites the state's memory while it is being written."""
+    """The step after a save overwrites the state's memory while the save is being written."""
     state = make_state(1)
     expected = jax.device_get(jax.tree.map(jnp.array, state))
     checkpoints = store.Checkpoints(tmp_path)
@@ -100,7 +100,7 @@ def test_retention_ranks_non_finite_losses_last(tmp_path):
 
 
 def test_newest_waits_for_what_process_0_sees(tmp_path, monkeypatch):
-    """A network file system may show a new folder to other hosts later."""
+    """On a network file system, a new folder may become visible to other hosts later."""
     save(tmp_path, {3: 0.5})
     checkpoints, slept = store.Checkpoints(tmp_path), []
     listed = checkpoints._manager.all_steps
@@ -128,7 +128,7 @@ def test_retention_compares_losses_of_same_images(tmp_path):
 
 
 def test_retention_deletes_a_step_atomically(tmp_path):
-    """It is moved away first, and what was moved is deleted in the end."""
+    """A step is first moved away, then deleted; remains of a killed run are deleted."""
     save(tmp_path, {1: 0.5, 2: 0.5})
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
     (tmp_path / store.DELETED / "1").mkdir(parents=True)  # left by a killed run
@@ -171,7 +171,7 @@ def test_restore_names_another_network(tmp_path):
 
 
 def test_restore_verifies_every_file(tmp_path):
-    """Each file in turn loses a byte, gets a bit flipped, is removed; one is added: all named."""
+    """A removed byte, a flipped bit, a missing file and an additional file are all named."""
     save(tmp_path, {1: 0.5, 3: 0.4}, keep_newest=2)
 
     def refused(name):
@@ -260,7 +260,7 @@ def test_save_tolerates_configured_failures(tmp_path, monkeypatch, allowed):
 
 
 def test_save_refuses_a_replaced_directory(tmp_path):
-    """As if it is moved away while a save begins, which recreates it."""
+    """As when the directory is moved away during a save, which recreates it."""
     folder = tmp_path / "checkpoints"
     checkpoints = store.Checkpoints(folder)
     checkpoints.save(make_state(1), about(0.5))

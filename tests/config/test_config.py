@@ -1,4 +1,4 @@
-"""The config: round trips, overrides, and refusals before any work."""
+"""The config: round trips, overrides, and validation before any work."""
 
 import dataclasses
 import json
@@ -43,8 +43,8 @@ def test_tiny_config_is_valid(name):
 
 
 def test_published_config_settings():
-    """RELAY.md's figures of what is walked: levels kept, first level, evaluations; and the sizes of
-    training."""
+    """The published settings: levels after truncation, first level and NFE of sampling, and batch
+    sizes, learning rates, half-lives and dropout of training."""
     imagenet, celebahq = (
         parse(load(CONFIGS[0].parent / f"{name}.py")) for name in ("imagenet", "celebahq")
     )
@@ -80,7 +80,7 @@ def test_published_config_settings():
 
 
 def changed(**changes):
-    """The default config with fields set by their dotted path."""
+    """The default config with fields set by dotted path, '__' for a dot."""
     values = Config().to_config_dict()
     with values.ignore_type():
         values.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})

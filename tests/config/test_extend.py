@@ -1,4 +1,4 @@
-"""Kinds of networks, processes, samplers and conditions from outside the package."""
+"""Kinds of networks, processes, samplers and conditions that are defined outside the package."""
 
 import dataclasses
 import typing
@@ -82,14 +82,14 @@ class FlatProcess(FromNoise):
 
 @dataclasses.dataclass(frozen=True)
 class Euler(Heun):
-    """Euler's method alone."""
+    """Euler's method."""
 
     order: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class BinaryCode:
-    """The bits of the class index: a tree of one array."""
+    """The bits of the class index: a tree with one array."""
 
     bits: int = at_least(1, default=3)
 
@@ -121,7 +121,7 @@ KINDS = {"network": Pixelwise, "process": FlatProcess, "sampler": Euler, "condit
 
 @pytest.fixture
 def extended():
-    """The config with these kinds; as it was afterwards."""
+    """Adds these kinds to the config, and removes them after the test."""
     for field, cls in KINDS.items():
         extend(field, cls)
     yield
@@ -137,7 +137,7 @@ def stage_of(**changes) -> Stage:
 
 
 def trained(stage: Stage):
-    """The first metrics and the parameters after a step."""
+    """The network and its parameters after one step."""
     objective = build_objective(stage, (*SIZE, CHANNELS), CLASSES)
     optimizer = optax.adam(1e-2)
     step = make_step(
@@ -194,7 +194,8 @@ def test_extended_kinds_train_and_sample(extended):
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_extended_kind_works_with_package(extended, field):
-    """One kind from outside beside the package's own, but for what belongs together."""
+    """One kind from outside with the package's own kinds, except those that depend on each
+    other."""
     own = Stage(resolution=SIZE)
     kept = {"network": Pixelwise(), "condition": BinaryCode()}
     parts = {"sampler": dataclasses.replace(own.sampler, steps=3), **kept}

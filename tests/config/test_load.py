@@ -1,4 +1,4 @@
-"""What --config and `load_config` take: files, packaged configs by name, a run's folder."""
+"""What --config and `load_config` accept: files, names of packaged configs, a run's folder."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 
 @pytest.fixture
 def saved(tmp_path):
-    """The folder of a run, with its config.json alone."""
+    """The folder of a run with nothing but its config.json."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(json.dumps(to_dict(Config(seed=7))))
     return tmp_path / "run"
@@ -46,8 +46,8 @@ def test_load_accepts_integral_floats(saved):
 
 
 def test_load_with_warnings_as_errors(tmp_path):
-    """`python -W error`: what the library warns of passes, what a config warns of surfaces as the
-    warning that it is."""
+    """Under `python -W error`, warnings within the library do not fail a config; a warning raised
+    by a config surfaces as itself."""
     (tmp_path / "old.py").write_text(
         "import warnings\ndef get_config(): warnings.warn('old', DeprecationWarning)"
     )

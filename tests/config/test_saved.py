@@ -1,4 +1,5 @@
-"""Configs of earlier versions: completed, renamed, or refused; and what may change within a run."""
+"""Configs of earlier versions: completed, renamed, or refused; and which fields may change within a
+run."""
 
 import dataclasses
 import json
@@ -35,7 +36,8 @@ def fields(values: dict, *path: str):
 
 
 def test_saved_config_without_a_field(tmp_path):
-    """As each was before it was added: its default, or what the table says."""
+    """A missing field has the value that it had before it was added: its default, or that in the
+    table."""
     values = json.loads(json.dumps(to_dict(Config())))
     for path in fields(values):
         found, field = read(tmp_path, without(values, *path)), path[-1]
@@ -149,7 +151,7 @@ def test_changes_free_allowed_and_forbidden():
 
 
 def test_changes_free_only_training_images():
-    """Only training.images is free, and not every field of that name."""
+    """training.images may change freely, other fields named `images` may not."""
     assert changes.incompatible_changes({"data": {"images": 1}}, {"data": {"images": 2}})
     assert not changes.incompatible_changes(
         {"stage1": {"training": {"images": 1}}}, {"stage1": {"training": {"images": 2}}}
@@ -169,7 +171,7 @@ def test_changes_check_names():
 
 
 def test_meant_defaults_name_fields():
-    """A line of the table that names no field would do nothing."""
+    """An entry of the table that names no field would have no effect."""
     for cls, field in saved.MEANT:
         known = {each.__name__: each for each in (Data, Training)}
         assert field in {each.name for each in dataclasses.fields(known[cls])}

@@ -1,4 +1,4 @@
-"""EDM's sampler on Gaussian targets."""
+"""The EDM sampler on Gaussian targets."""
 
 import dataclasses
 
@@ -20,20 +20,20 @@ from tests.support.gaussian_targets import (
     integrate,
     linearized,
     marginal_error,
-    rungs,
     shrink,
+    split_levels,
 )
 
 
 @pytest.mark.parametrize(("order", "steps", "error"), [(2, 64, 1e-3), (1, 512, 5e-2)])
 def test_heun_order(x64, order, steps, error):
     target, x = gaussian_target(), jnp.asarray(np.random.default_rng(1).normal(0, 10, SHAPE))
-    ladder = [
+    samplers = [
         Heun(steps=n + 1, sigma_min=0.1, sigma_max=10.0, order=order) for n in (steps, 2 * steps)
     ]
     errors = [
         np.abs(out - flow(target, np.eye(PIXELS), x, sigma)).max()
-        for out, sigma in integrate(ladder, target, x)
+        for out, sigma in integrate(samplers, target, x)
     ]
     # Halving the step divides the error by 2 or 4, but for the next term of its series.
     chex.assert_trees_all_close(falls(errors), np.full(1, 2.0**order), rtol=0.05)
@@ -65,11 +65,11 @@ def test_churn_noise_widens_marginals(x64):
 
 def test_churn_stays_within_bounds(x64):
     sampler = Heun(steps=6, sigma_min=0.1, sigma_max=10.0, churn=2.0, churn_min=0.5, churn_max=5.0)
-    matrices, ladder = (
+    matrices, levels = (
         linearized(sampler, gaussian_target()),
-        rungs(concrete_levels(sampler, processes.GaussianProcess())),
+        split_levels(concrete_levels(sampler, processes.GaussianProcess())),
     )
-    for level, to in zip(ladder, ladder[1:], strict=False):
+    for level, to in zip(levels, levels[1:], strict=False):
         noisy = bool(np.any(matrices(level, to)[2]))
         assert noisy == (0.5 <= level.sigma <= 5.0), level.sigma
 
@@ -91,8 +91,8 @@ def test_heun_step_without_eta_and_churn():
 
 @pytest.mark.parametrize("churn", [0.0, 4.0])
 def test_eta_marginals_converge_with_step(x64, churn):
-    """With eta^2, the fresh variance of a step, in proportion to the step the limit is an SDE that
-    keeps the marginals."""
+    """With eta^2, the variance of the fresh noise of a step, proportional to the step, the limit is
+    an SDE with the exact marginals."""
     settings = {"sigma_min": 0.1, "sigma_max": 10.0, "churn": churn}
 
     def heun(steps):
@@ -107,8 +107,8 @@ def test_eta_marginals_converge_with_step(x64, churn):
 
 @pytest.mark.parametrize("eta", [0.5, 0.8])
 def test_eta_fixed_leaves_small_bias(x64, eta):
-    """As in the relay, for the posterior mean is not a draw: up to (1 - sqrt(1 - eta^2)) / 2 of the
-    variance."""
+    """As in the relay: a step uses the posterior mean instead of a sample. The bias is at most (1 -
+    sqrt(1 - eta^2)) / 2 of the variance."""
 
     def heun(steps):
         return Heun(steps=steps + 1, sigma_min=0.1, sigma_max=10.0, eta=eta)
@@ -120,12 +120,12 @@ def test_eta_fixed_leaves_small_bias(x64, eta):
 @pytest.mark.parametrize("same_noise", [False, True], ids=["fresh", "same"])
 @pytest.mark.parametrize("eta", [0.2, 0.8])
 def test_eta_stationary_distribution_at_one_level(x64, eta, same_noise):
-    """In closed form, with c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2), S the variance
-    of the data.
+    """The distribution that many steps at one level converge to, in closed form, with c = 1 -
+    sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2), where S is the variance of the data.
 
-    The predictor multiplies the state by 1 - c b and adds n1; the corrector, of the mean slope b (x
-    + predicted) / 2 sigma, multiplies it by 1 - c b + c^2 b^2 / 2, takes c b / 2 of n1 away, and
-    adds n2. Had n1 and n2 been one noise, the marginal would be the narrower by c b.
+    The predictor multiplies the state by 1 - c b and adds n1. The corrector, with the mean slope b
+    (x + predicted) / 2 sigma, multiplies it by 1 - c b + c^2 b^2 / 2, subtracts c b / 2 of n1 and
+    adds n2. If n1 and n2 were the same noise, the marginal would be narrower by c b.
     """
     target, sigma = gaussian_target(), 0.7
     level = Levels(jnp.asarray(sigma))
@@ -157,7 +157,7 @@ def test_eta_stationary_distribution_at_one_level(x64, eta, same_noise):
 
 def test_heun_with_eta_matches_relay_without_blur():
     sharp = Levels(jnp.asarray([1.7, 0.9]), jnp.ones((2, 2, 2)))
-    level, to = rungs(sharp)
+    level, to = split_levels(sharp)
     x, i, eta = draw(1), jnp.int32(3), 0.6
     # Heun's churn, which is off here, has a noise of its own.
     noises = {7: draw(2), 8: draw(3)}, {10: jnp.full(SHAPE, jnp.nan), 11: draw(2), 12: draw(3)}

@@ -11,7 +11,7 @@ LABELS = jax.nn.one_hot(jnp.asarray([2, 0, 1]), 4)
 
 
 def conditional(x, sigma, labels):
-    """Tells images, levels and labels apart, and the null label from all others."""
+    """Depends on the image, the level and the label; the null label differs from all others."""
     sigma = jnp.broadcast_to(sigma, x.shape[:1])[:, None, None, None]
     return jnp.tanh(x) / (1 + sigma) + (labels @ jnp.asarray([1.0, -2.0, 3.0, 5.0]))[
         :, None, None, None
@@ -19,7 +19,7 @@ def conditional(x, sigma, labels):
 
 
 def guided(conditional, labels, weight):
-    """The guided denoiser with its condition bound."""
+    """The guided denoiser for fixed labels."""
     denoise = ClassifierFree(weight, ClassLabels(labels.shape[1]))(conditional)
     return lambda x, sigma: denoise(x, sigma, labels)
 
@@ -113,7 +113,7 @@ def test_compose_applies_the_first_transform_first(x):
 
 
 def test_classifier_free_takes_any_tree(x):
-    """A condition of several arrays, as text with a mask would be."""
+    """A condition of several arrays, such as text with a mask."""
 
     class Pair:
         def null(self, condition):

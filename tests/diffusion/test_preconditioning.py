@@ -11,8 +11,7 @@ SIGMAS = [0.002, 0.1, 0.5, 3.0, 80.0]
 
 
 def simulate(sigma, sigma_data, n=20_000):
-    """What the network is given and what it should return, in float64, for data and noise of the
-    assumed variances."""
+    """Network inputs and targets in float64, for data and noise of the assumed variances."""
     rng = np.random.default_rng(0)
     data, noise = sigma_data * rng.standard_normal(n), sigma * rng.standard_normal(n)
     coefficients = preconditioning.EDMPreconditioning(sigma_data=sigma_data)(
@@ -112,7 +111,7 @@ VP, VE, IDDPM = (
     preconditioning.VEPreconditioning(),
     preconditioning.IDDPMPreconditioning(),
 )
-LADDER = schedules.iddpm_levels(1000, c1=0.001, c2=0.008)
+IDDPM_LEVELS = schedules.iddpm_levels(1000, c1=0.001, c2=0.008)
 others = pytest.mark.parametrize(
     ("precondition", "sign"), [(VP, 1), (VE, -1), (IDDPM, 1)], ids=["vp", "ve", "iddpm"]
 )
@@ -125,7 +124,8 @@ every_kind = pytest.mark.parametrize(
 
 @others
 def test_vp_ve_iddpm_predict_unit_noise(precondition, sign):
-    """A network that knows the noise (VE's: less it) gives the image back, whatever the level."""
+    """A network that returns the unit noise (VE: its negative) yields the clean image at every
+    level."""
     sigma = jnp.asarray(SIGMAS)
     data, noise = (jax.random.normal(jax.random.key(i), (5, 4, 4, 2)) for i in range(2))
     outputs = jnp.concatenate([sign * noise] * precondition.outputs, axis=-1)
@@ -138,8 +138,8 @@ def test_vp_ve_iddpm_predict_unit_noise(precondition, sign):
 
 @others
 def test_vp_ve_iddpm_coefficients(precondition, sign):
-    """The variance-preserving ones unit variance if the data has it; VE's the data as it is, and
-    the noise upon it."""
+    """VP and iDDPM scale their input to unit variance if the data has unit variance; VE passes data
+    plus noise unchanged."""
     rng, n = np.random.default_rng(0), 20_000
     for sigma in SIGMAS:
         data, noise = rng.standard_normal((2, n))
@@ -171,7 +171,7 @@ def test_range_of_levels():
     assert preconditioning.EDMPreconditioning().range == (0.0, np.inf)
     assert VP.range == pytest.approx((1e-3, np.sqrt(np.exp(10.05) - 1)), rel=1e-3)
     assert VE.range == (0.02, 100.0)
-    assert IDDPM.range == (LADDER[-2], LADDER[0])
+    assert IDDPM.range == (IDDPM_LEVELS[-2], IDDPM_LEVELS[0])
     # The least level is that of the first step alone, the greatest that of a noise of variance 1 -
     # c1 at the end.
     assert IDDPM.range[0] == pytest.approx(
@@ -186,14 +186,14 @@ def test_iddpm_rounds_to_nearest_level():
     ).astype(np.float64)
     rounded = np.asarray(IDDPM.round(jnp.float32(sigma)), np.float64)
     # Where two are as near as float32 can tell, either will do.
-    excess = np.abs(rounded - sigma) - np.min(np.abs(sigma[:, None] - LADDER), axis=1)
+    excess = np.abs(rounded - sigma) - np.min(np.abs(sigma[:, None] - IDDPM_LEVELS), axis=1)
     assert np.all(np.abs(excess) < 2e-7 * sigma)
-    assert np.isin(rounded, LADDER.astype(np.float32)).all()
+    assert np.isin(rounded, IDDPM_LEVELS.astype(np.float32)).all()
     assert np.any(np.abs(rounded / sigma - 1) > 1e-3)
 
 
 def test_iddpm_noise_label_is_training_step():
-    c_noise = np.asarray(IDDPM(jnp.float32(LADDER[:-1])).c_noise)
+    c_noise = np.asarray(IDDPM(jnp.float32(IDDPM_LEVELS[:-1])).c_noise)
     np.testing.assert_array_equal(
         c_noise, np.arange(999, -1, -1)
     )  # u_0, the noisiest, is step M - 1
@@ -202,7 +202,7 @@ def test_iddpm_noise_label_is_training_step():
     assert anywhere.dtype == np.float32
     assert (anywhere.min(), anywhere.max()) == (0, 999) and np.all(np.diff(anywhere) >= 0)
     # A level that is none of its own is told as the nearest, and yet scaled as what it is.
-    between = (LADDER[400:401] * 3 + LADDER[401:402]) / 4
+    between = (IDDPM_LEVELS[400:401] * 3 + IDDPM_LEVELS[401:402]) / 4
     c = IDDPM(jnp.float32(between))
     assert float(c.c_noise[0]) == 599
     assert float(c.c_in[0]) == pytest.approx(1 / np.sqrt(between[0] ** 2 + 1), rel=1e-6)

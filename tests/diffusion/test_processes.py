@@ -39,8 +39,8 @@ def draw_noise(process, shape, n):
 
 
 def mixture_covariance(height, width, block, block_scale):
-    """RELAY's formula: (h w, h w), the identity plus a^2 / s^2 max(0, s - dx) max(0, s - dy) on a
-    torus."""
+    """Covariance of the noise, (h w, h w): the identity plus a^2 / s^2 max(0, s - dx) max(0, s -
+    dy) on a torus (arXiv 2309.03350)."""
 
     def overlap(n):
         distance = np.abs(np.arange(n)[:, None] - np.arange(n))
@@ -50,7 +50,7 @@ def mixture_covariance(height, width, block, block_scale):
 
 
 def blurred_by_hand(x, weights):
-    """The blur of (h, w) with SciPy's DCT, patch by patch."""
+    """The blur of an (h, w) image with SciPy's DCT, patch by patch."""
     p, out = len(weights), np.zeros(x.shape)
     for i, j in np.ndindex(x.shape[0] // p, x.shape[1] // p):
         place = slice(i * p, (i + 1) * p), slice(j * p, (j + 1) * p)

@@ -1,4 +1,4 @@
-"""The relay's sampler on Gaussian targets."""
+"""The relay sampler on Gaussian targets."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ from tests.support.gaussian_targets import (
     relay,
     relay_process,
     relay_target,
-    rungs,
+    split_levels,
 )
 
 
@@ -48,10 +48,10 @@ from tests.support.gaussian_targets import (
 def test_relay_order(x64, settings, blur_sigma_max, patch, of_means, of_the_rest):
     target, basis = relay_target(relay_process(blur_sigma_max, patch)), patch_dct_matrix(patch)
     x = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
-    ladder = [relay(steps, **settings) for steps in (64, 128)]
+    samplers = [relay(steps, **settings) for steps in (64, 128)]
     errors = [
         np.abs(basis @ (out - flow(target, basis, x, sigma)))
-        for out, sigma in integrate(ladder, target, x)
+        for out, sigma in integrate(samplers, target, x)
     ]
     # Halving the step divides the error by 2 or 4, but for the next term of its series.
     mean = is_mean(patch)
@@ -78,10 +78,10 @@ def test_relay_corrector_reduces_error(x64):
 
 @pytest.mark.parametrize(("eta", "order"), [(0.0, 2), (0.2, 1), (0.2, 2), (0.5, 2)])
 def test_relay_marginals_converge(x64, eta, order):
-    """Under coloured noise too, and with eta^2, the fresh variance of a step, in proportion to the
-    step.
+    """Also under coloured noise, with eta^2, the variance of the fresh noise of a step,
+    proportional to the step.
 
-    `eta` is the sampler's at 64 steps; the limit is an SDE that keeps the marginals.
+    `eta` holds for 64 steps. The limit is an SDE with the exact marginals.
     """
     target = relay_target(relay_process(block_scale=0.5))
     errors = [
@@ -96,19 +96,20 @@ def test_relay_marginals_converge(x64, eta, order):
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_relay_marginals_of_single_image_are_exact(x64, eta):
-    """Where u0 is certain the plain update draws from the process itself, whatever the steps."""
+    """If u0 is known, the first-order update samples from the process itself at any number of
+    steps."""
     target = relay_target(relay_process(block_scale=0.5), variance=0.0)
     assert marginal_error(relay(5, eta=eta, order=1), target) < 1e-10  # float64
 
 
 @pytest.mark.parametrize("eta", [0.2, 0.5])
 def test_relay_fixed_eta_leaves_small_bias(x64, eta):
-    """More steps alone do not end it: a step adds eta^2 sigma^2 and its mean u0_hat, not a draw of
-    u0, takes too much away.
+    """More steps do not remove the bias: a step adds eta^2 sigma^2, and its mean uses u0_hat, not a
+    sample of u0, which reduces the variance too much.
 
-    A coefficient without blur that takes many steps at one sigma settles at (S + sigma^2) (1 - c /
-    2 + c b) but for O(c^2), where c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2) lies in
-    (0, 1): never further off than c / 2.
+    An unblurred coefficient that takes many steps at one sigma converges to (S + sigma^2) (1 - c /
+    2 + c b) up to O(c^2), where c = 1 - sqrt(1 - eta^2) and b = sigma^2 / (S + sigma^2) lies in (0,
+    1). So the relative error is at most c / 2.
     """
     target = relay_target(relay_process(blur_sigma_max=0.0))
     errors = [marginal_error(relay(steps, eta=eta), target) for steps in (64, 128)]
@@ -118,8 +119,8 @@ def test_relay_fixed_eta_leaves_small_bias(x64, eta):
 @pytest.mark.parametrize("corrector", ["slopes", "images"])
 @pytest.mark.parametrize("exact_start", [False, True])
 def test_relay_exact_start_recovers_single_image(x64, corrector, exact_start):
-    """The enlarged image has none of the detail that the process has left where the relay joins: an
-    exact start knows."""
+    """The enlarged image lacks the detail that the process still has where the relay starts. An
+    exact start accounts for that."""
     target = relay_target(relay_process(), variance=0.0)
     sampler = relay(5, eta=0.2, corrector=corrector, exact_start=exact_start)
     levels, image = sampler.levels(target.process), jnp.asarray(target.mean.reshape(SHAPE))
@@ -132,7 +133,7 @@ def test_relay_exact_start_recovers_single_image(x64, corrector, exact_start):
     out = walk(
         step,
         lambda x, i, level: x,
-        sampler.start(low, rungs(levels)[0], silent),
+        sampler.start(low, split_levels(levels)[0], silent),
         levels,
         scan=False,
     )
@@ -141,8 +142,8 @@ def test_relay_exact_start_recovers_single_image(x64, corrector, exact_start):
 
 
 def test_relay_corrector_needs_fresh_noise(x64):
-    """With ImageNet's published sampler, on images of EDM's sigma_data: the standard deviation of
-    the patch means."""
+    """With the published ImageNet sampler, on images with EDM's sigma_data: the standard deviation
+    of the patch means."""
     target = relay_target(relay_process(patch=4), variance=0.25)
     sampler = RelayHeun(steps=200, rho=100.0, truncation_sigma=0.9, eta=0.2)
     mean = patch_dct_matrix(4)[is_mean(4)]
@@ -158,7 +159,7 @@ def test_relay_corrector_needs_fresh_noise(x64):
 def test_relay_start_is_noised_enlarged_image():
     patch = 3
     process = dataclasses.replace(relay_process(), patch=patch)
-    level = rungs(concrete_levels(RelayHeun(steps=200, rho=100.0), process))[0]
+    level = split_levels(concrete_levels(RelayHeun(steps=200, rho=100.0), process))[0]
     low, noise = images((2, 3, 5, 3)), images((2, 3 * patch, 5 * patch, 3), seed=1)
     flat = np.asarray(RelayHeun().start(low, level, lambda k: jnp.zeros_like(noise)))
     for i, j in np.ndindex(patch, patch):
@@ -172,7 +173,7 @@ def test_relay_start_is_noised_enlarged_image():
 def test_relay_start_matches_process_end():
     process = dataclasses.replace(relay_process(blur_sigma_max=100.0), min_scale=0.0)
     sampler = relay(5)
-    level = rungs(concrete_levels(sampler, process))[0]
+    level = split_levels(concrete_levels(sampler, process))[0]
     x, noise = images((2, 4, 6, 3)), images((2, 4, 6, 3), seed=1)
     noised = jax.jit(lambda sigma: process.noised(x, process.clock.time(sigma), noise))(
         jnp.asarray(np.repeat(level.sigma, 2))

@@ -1,4 +1,4 @@
-"""What holds for every sampler; each one's own mathematics is in test_edm_sampler.py and
+"""Properties of every sampler. The mathematics of each is tested in test_edm_sampler.py and
 test_relay_sampler.py."""
 
 import dataclasses
@@ -23,8 +23,8 @@ from tests.support.gaussian_targets import (
     relay,
     relay_process,
     relay_target,
-    rungs,
     shrink,
+    split_levels,
 )
 
 
@@ -38,8 +38,7 @@ from tests.support.gaussian_targets import (
     ids=["heun", "relay-1", "relay-2"],
 )
 def test_sampler_moments_match_propagation(x64, sampler):
-    """Drawn from its own noises, a batch has the moments that independent noises of the process
-    would give it."""
+    """A batch sampled with the sampler's own noise has the moments that independent noise gives."""
     target = (
         gaussian_target()
         if isinstance(sampler, Heun)
@@ -84,7 +83,7 @@ def process_of(sampler):
 
 
 def run(sampler, *, scan, denoise=shrink, noise=draw):
-    """A whole walk from `start`, nothing of it compiled but a scan."""
+    """All steps from `start`; only a scan is compiled."""
     levels = sampler.levels(process_of(sampler))
     low = None if isinstance(sampler, Heun) else jnp.ones((1, 2, 2, 1))
 
@@ -94,7 +93,7 @@ def run(sampler, *, scan, denoise=shrink, noise=draw):
     def finish(x, i, level):
         return sampler.finish(denoise, x, jnp.asarray(i), level, noise)
 
-    return walk(step, finish, sampler.start(low, rungs(levels)[0], noise), levels, scan=scan)
+    return walk(step, finish, sampler.start(low, split_levels(levels)[0], noise), levels, scan=scan)
 
 
 @every_sampler
@@ -116,8 +115,8 @@ def test_scan_matches_loop(sampler):
     ],
 )
 def test_nfe_and_levels(name, evaluations):
-    """N levels take 2 N - 1 evaluations, or N at first order: at both ends of every step, and at
-    the last level."""
+    """N levels take 2 N - 1 NFE, or N at first order: both ends of every step, and the last
+    level."""
     calls, sampler = (
         [],
         dataclasses.replace(SAMPLERS[name], **({"churn_max": 0.0} if name == "heun-churn" else {})),
@@ -148,7 +147,7 @@ def test_noise_is_used_once(sampler):
 
 @every_sampler
 def test_last_step_returns_denoised_image(sampler):
-    x, level = draw(7), rungs(concrete_levels(sampler, process_of(sampler)))[-1]
+    x, level = draw(7), split_levels(concrete_levels(sampler, process_of(sampler)))[-1]
     still = dataclasses.replace(sampler, **({"churn": 0.0} if isinstance(sampler, Heun) else {}))
     chex.assert_trees_all_equal(
         still.finish(shrink, x, jnp.int32(5), level, draw), shrink(x, level.sigma)

@@ -137,42 +137,42 @@ def test_linear_published_ends():
     assert high == pytest.approx(np.sqrt(np.exp(10.05) - 1), rel=1e-6)
 
 
-ladders = pytest.mark.parametrize(
+iddpm_settings = pytest.mark.parametrize(
     ("steps", "c1", "c2"), [(1000, 0.001, 0.008), (4000, 0.001, 0.008), (50, 0.2, 0.05)]
 )
 
 
 def cosine(steps, c2):
-    """iDDPM's own cos^2 of its own step t = 0 .. steps (arXiv 2102.09672, equation 17), t = steps -
-    j."""
+    """The cos^2 of iDDPM by its own step t = 0 .. steps (arXiv 2102.09672, equation 17), with t =
+    steps - j."""
     return np.cos((np.arange(steps + 1) / steps + c2) / (1 + c2) * np.pi / 2) ** 2
 
 
-@ladders
+@iddpm_settings
 def test_iddpm_levels_match_betas(steps, c1, c2):
     f = cosine(steps, c2)
     beta = np.minimum(1 - f[1:] / f[:-1], 1 - c1)
     alphabar = np.concatenate([[1.0], np.cumprod(1 - beta)])
-    ladder = schedules.iddpm_levels(steps, c1=c1, c2=c2)
-    assert ladder.dtype == np.float64 and ladder[-1] == 0 and np.all(np.diff(ladder) < 0)
+    levels = schedules.iddpm_levels(steps, c1=c1, c2=c2)
+    assert levels.dtype == np.float64 and levels[-1] == 0 and np.all(np.diff(levels) < 0)
     # 1 / alphabar - 1 cancels all but 5e-10 / 5e-16 of what float64 knows at the first steps.
-    np.testing.assert_allclose(ladder[:-1], np.sqrt(1 / alphabar - 1)[:0:-1], rtol=1e-8)
+    np.testing.assert_allclose(levels[:-1], np.sqrt(1 / alphabar - 1)[:0:-1], rtol=1e-8)
 
 
-@ladders
+@iddpm_settings
 def test_iddpm_levels_closed_form(steps, c1, c2):
     f = cosine(steps, c2)[::-1]  # by j
     f[0] = 0  # cos(pi / 2)
     clipped = np.max(np.flatnonzero(f[:-1] < c1 * f[1:]))  # from this level on, upwards
     assert clipped < steps / 2
-    ladder, expected = (
+    levels, expected = (
         schedules.iddpm_levels(steps, c1=c1, c2=c2),
         np.sqrt(f[-1] / f[clipped + 1 :] - 1),
     )
-    np.testing.assert_allclose(ladder[clipped + 1 :], expected, rtol=1e-8)
+    np.testing.assert_allclose(levels[clipped + 1 :], expected, rtol=1e-8)
     # A clipped step raises 1 + sigma^2 by 1 / c1.
     np.testing.assert_allclose(
-        1 + ladder[: clipped + 1] ** 2, (1 + ladder[1 : clipped + 2] ** 2) / c1, rtol=1e-12
+        1 + levels[: clipped + 1] ** 2, (1 + levels[1 : clipped + 2] ** 2) / c1, rtol=1e-12
     )
 
 
@@ -185,21 +185,21 @@ def test_edm_levels_match_formula(steps, sigma_min, sigma_max, rho):
     expected = (
         sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
     ) ** rho
-    ladder = schedules.edm_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-    chex.assert_shape(ladder, (steps,))
-    assert ladder.dtype == jnp.float32
-    # A logarithm of up to 10.6 is known to 6e-7 in float32; for rho = 1 the rungs are differences
+    levels = schedules.edm_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    chex.assert_shape(levels, (steps,))
+    assert levels.dtype == jnp.float32
+    # A logarithm of up to 10.6 is known to 6e-7 in float32; for rho = 1 the levels are differences
     # of numbers near 80.
     tolerance = 2e-6 if rho > 1 else 80 * 1e-7 / sigma_min
-    chex.assert_trees_all_close(np.asarray(ladder, np.float64), expected, rtol=tolerance)
-    assert ladder[0] == jnp.float32(sigma_max)
-    assert np.all(np.diff(ladder) < 0)
+    chex.assert_trees_all_close(np.asarray(levels, np.float64), expected, rtol=tolerance)
+    assert levels[0] == jnp.float32(sigma_max)
+    assert np.all(np.diff(levels) < 0)
 
 
 @pytest.mark.parametrize("rho", [7.0, 100.0])
 def test_edm_levels_end_at_sigma_min(rho):
-    ladder = schedules.edm_levels(200, sigma_min=0.008, sigma_max=80.0, rho=rho)
-    chex.assert_trees_all_close(ladder[-1], jnp.float32(0.008), rtol=2e-6)  # as above
+    levels = schedules.edm_levels(200, sigma_min=0.008, sigma_max=80.0, rho=rho)
+    chex.assert_trees_all_close(levels[-1], jnp.float32(0.008), rtol=2e-6)  # as above
 
 
 @pytest.mark.parametrize(
@@ -208,11 +208,11 @@ def test_edm_levels_end_at_sigma_min(rho):
     ids=["imagenet", "celeba"],
 )
 def test_truncate_published_settings(steps, rho, below, kept, first):
-    ladder = schedules.edm_levels(steps, sigma_min=0.008, sigma_max=80.0, rho=rho)
-    levels = schedules.truncate(ladder, below)
-    chex.assert_shape(levels, (kept,))
-    assert float(levels[0]) == pytest.approx(first, abs=5e-5)  # published to four places
-    chex.assert_trees_all_equal(levels, ladder[-kept:])
+    levels = schedules.edm_levels(steps, sigma_min=0.008, sigma_max=80.0, rho=rho)
+    kept_levels = schedules.truncate(levels, below)
+    chex.assert_shape(kept_levels, (kept,))
+    assert float(kept_levels[0]) == pytest.approx(first, abs=5e-5)  # published to four places
+    chex.assert_trees_all_equal(kept_levels, levels[-kept:])
 
 
 def test_truncate_excludes_bound():

@@ -44,21 +44,21 @@ SMALLEST = ADM(
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(apply, compiled; its parameters)."""
+    """The compiled `apply` and the parameters of a small network."""
     net = network(TINY)
     return jax.jit(net.apply), parameters(net)
 
 
 @pytest.fixture(scope="module")
 def smallest():
-    """The same, where one block of a kind will do."""
+    """The same with one block of each kind."""
     net = network(SMALLEST)
     return jax.jit(net.apply), parameters(net)
 
 
 @pytest.fixture(scope="module")
 def init():
-    """Of the smallest network, compiled."""
+    """The compiled `init` of the smallest network."""
     return jax.jit(network(SMALLEST).init)
 
 
@@ -76,7 +76,7 @@ def test_adm_published_sizes(config, side, count, giga):
 
 
 def test_stem_is_as_wide_as_level_0():
-    """As in the original; DDPM++'s and NCSN++'s is `channels` wide."""
+    """As in the released code. In DDPM++ and NCSN++ the stem is `channels` wide."""
     abstract = functional(
         lambda rngs: dataclasses.replace(SMALLEST, channel_mult=(2, 2)).build(
             shapes(CHANNELS, 0), rngs=rngs

@@ -1,4 +1,4 @@
-"""What is computed in bfloat16 and what is not, and that gradients are those of float32."""
+"""Which computations are in bfloat16, and that gradients are close to those in float32."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def narrow(config):
 
 
 def errors(gradients, exact):
-    """Distance of each leaf from the exact one, as a share of its norm."""
+    """The distance of each leaf from the exact one, relative to its norm."""
     found = {}
     for (path, one), other in zip(
         jax.tree.leaves_with_path(gradients), jax.tree.leaves(exact), strict=True
@@ -49,8 +49,8 @@ def errors(gradients, exact):
 @pytest.mark.second
 @pytest.mark.parametrize("family", ONE_LEVEL)
 def test_network_gradients_are_close_to_float32(family):
-    """Sums in bfloat16 over 1,024 pixels were off by 30 % and more; 2 % is some five blocks'
-    rounding."""
+    """Sums over 1,024 pixels in bfloat16 have errors above 30 %; 2 % is about the rounding of five
+    blocks."""
     args = inputs(4, 16, 16)
 
     def gradients(config):
@@ -111,7 +111,7 @@ def test_block_gradients_are_close_to_float32(style, resample):
 
 
 def computing(jaxpr, names):
-    """All equations of some primitives, those of inner jaxprs too."""
+    """All equations of the named primitives, including those of inner jaxprs."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in names:
             yield equation
@@ -176,8 +176,8 @@ def test_logits_and_softmax_are_float32(family):
 
 @pytest.mark.parametrize("family", TWO_LEVELS)
 def test_sums_over_pixels_are_float32(family):
-    """H100s add bfloat16 in bfloat16 where they are told to. What an enlargement gives back is a
-    sum of two values at a time."""
+    """H100s accumulate bfloat16 in bfloat16 if the program says so. The gradient of an upsampling
+    sums two values at a time."""
     sums = list(computing(traced(family, backward=True), ("reduce_sum",)))
 
     def added(e):

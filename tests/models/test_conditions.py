@@ -1,4 +1,4 @@
-"""Conditions: the tree of arrays that a network gets, its null and its dropout."""
+"""Conditions: the arrays that a network is conditioned on, their null and their dropout."""
 
 import chex
 import jax

@@ -44,14 +44,14 @@ def normal(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def ncsn():
-    """(apply, compiled; its parameters)."""
+    """The compiled `apply` and the parameters of a small NCSN++."""
     net = network(NCSN)
     return jax.jit(net.apply), parameters(net)
 
 
 @pytest.fixture(scope="module")
 def born():
-    """Parameters as initialised, of one block of a kind."""
+    """Initial parameters of a network with one block of each kind."""
     return jax.jit(network(FOURIER).init)(jax.random.key(0))
 
 
@@ -59,8 +59,8 @@ def born():
 
 
 def correlation(taps, size, margin):
-    """The matrix of `downsample` along one axis of so many pixels, with `margin` zeros on both
-    sides of them."""
+    """The matrix of `downsample` along one axis of `size` pixels, with `margin` zeros on both
+    sides."""
     rows = (size + 2 * margin - len(taps)) // 2 + 1
     matrix = np.zeros((rows, size + 2 * margin))
     for row, k in np.ndindex(rows, len(taps)):
@@ -262,7 +262,7 @@ def test_residual_encoder_adds_downsampled_image():
 
     @jax.jit
     def encode(params, x):
-        """What the encoder puts out, and what its blocks alone make of that."""
+        """The outputs of the encoder, and those of its blocks without the residual input."""
         module = nnx.eval_shape(lambda: config.build(shapes(CHANNELS, 0), rngs=nnx.Rngs(0)))
         nnx.update(module, params)
         emb = jnp.ones((2, 16))
@@ -343,7 +343,7 @@ def test_gradients_reach_all_but_frequencies():
 
 
 def test_network_commutes_with_transpose(ncsn):
-    """Holds only if rows and columns of an image that is not square are nowhere exchanged."""
+    """Holds only if rows and columns of a non-square image are never exchanged."""
     apply, params = ncsn
     x, *labels = inputs()
     transposed = jax.tree.map(lambda a: a.swapaxes(0, 1) if a.ndim == 4 else a, params)

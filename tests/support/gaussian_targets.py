@@ -135,7 +135,7 @@ def linearized(sampler, target):
     return matrices
 
 
-def rungs(levels):
+def split_levels(levels):
     return [
         jax.tree.map(lambda a, k=k: jnp.asarray(a[k]), levels) for k in range(len(levels.sigma))
     ]
@@ -144,14 +144,17 @@ def rungs(levels):
 def propagate(sampler, target, *, same_noise=False):
     """Mean and covariance of the state at the last level, where the first level has the exact ones,
     and that level."""
-    matrices, ladder = linearized(sampler, target), rungs(concrete_levels(sampler, target.process))
-    mean, covariance = map(np.asarray, target.marginal(ladder[0].sigma))
-    for level, to in zip(ladder, ladder[1:], strict=False):
+    matrices, levels = (
+        linearized(sampler, target),
+        split_levels(concrete_levels(sampler, target.process)),
+    )
+    mean, covariance = map(np.asarray, target.marginal(levels[0].sigma))
+    for level, to in zip(levels, levels[1:], strict=False):
         offset, of_state, *of_noise = matrices(level, to)
         mean, covariance = of_state @ mean + offset, of_state @ covariance @ of_state.T
         for m in [sum(of_noise)] if same_noise else of_noise:
             covariance = covariance + m @ target.noise @ m.T
-    return mean, covariance, float(ladder[-1].sigma)
+    return mean, covariance, float(levels[-1].sigma)
 
 
 def marginal_error(sampler, target):
@@ -166,15 +169,15 @@ def marginal_error(sampler, target):
     )
 
 
-def integrate(ladder, target, x):
+def integrate(samplers, target, x):
     """The deterministic state at the last level, with that level's ends, for samplers that differ
     in their steps alone."""
     step = jax.jit(
-        lambda x, i, level, to: ladder[0].step(
+        lambda x, i, level, to: samplers[0].step(
             target.denoise, x, i, level, to, lambda k: jnp.zeros(SHAPE)
         )
     )
-    for sampler in ladder:
+    for sampler in samplers:
         levels = concrete_levels(sampler, target.process)
         yield (
             np.asarray(walk(step, lambda x, i, level: x, x, levels, scan=False)).ravel(),

@@ -49,7 +49,7 @@ def image_set(seed: int = 0, count: int = 24) -> ImageSet:
 
 
 class Previews:
-    """A probe that calls `preview` and evaluates nothing."""
+    """A probe that calls `preview` and does not evaluate."""
 
     evaluates = False
 
@@ -87,7 +87,7 @@ def steps(directory: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """80 images in batches of 8."""
+    """A run of 80 images in batches of 8."""
     directory = tmp_path_factory.mktemp("trained") / "stage1"
     train(directory, config())
     return directory
@@ -95,7 +95,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def saves(monkeypatch):
-    """When each save began: (step, time)."""
+    """The (step, time) at which each save started."""
     began, save = [], store.Checkpoints.save
 
     def noted(self, state, known):
@@ -148,7 +148,7 @@ def test_signal_ends_validation(tmp_path, monkeypatch, saves):
 
 @pytest.mark.second
 def test_preview_follows_checkpoint(tmp_path, saves):
-    """A sampler may take minutes to compile, during which no signal is obeyed."""
+    """A sampler may take minutes to compile, during which signals are not handled."""
     drawn = []
     train(
         tmp_path,
@@ -254,14 +254,14 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_finished_stage_ignores_other_images(trained, caplog):
-    """Images added for the second stage do not concern the first one."""
+    """Images added for the second stage do not affect the first one."""
     caplog.set_level("INFO", "rdm_jax")
     train(trained, config(), images=image_set(seed=1))
     assert "already trained on 80 images" in caplog.text and "identity" not in caplog.text
 
 
 def test_learning_rate_continues_from_the_images_shown():
-    """The warm-up counts images: another batch size continues where the first one was."""
+    """The warm-up counts images: with another batch size it continues where it was."""
 
     def rates(batch_size: int, count: Count) -> list[float]:
         optimizer = build_optimizer(
@@ -281,7 +281,7 @@ def test_learning_rate_continues_from_the_images_shown():
 
 @pytest.mark.second
 def test_resume_notices_other_images(trained, tmp_path, monkeypatch):
-    """And losses on different images are not ranked together."""
+    """Losses on different images are not compared either."""
     directory = copied(trained, tmp_path)
     other = image_set(seed=1)
     for images in (other, image_set(count=32)):

@@ -1,4 +1,4 @@
-"""Metrics on disk: lines and events, on a full disk, and damaged lines."""
+"""Metrics on disk: JSON lines and event files, also with a full disk and with damaged lines."""
 
 import errno
 import json
@@ -12,7 +12,8 @@ from rdm_jax.training import metric_writer
 
 
 def events(folder) -> list[Event]:
-    """The events of all files: a length in 8 bytes, its checksum in 4, an event, its checksum."""
+    """The events of all files. Each has its length in 8 bytes, a checksum in 4, the data, a
+    checksum."""
     found = []
     for path in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
         content = path.read_bytes()

@@ -1,4 +1,5 @@
-"""The same step on any mesh: one device, data-parallel, FSDP, pmap, in parts, rematerialised."""
+"""The same step with any program: one device, data-parallel, FSDP, pmap, accumulation,
+rematerialisation."""
 
 import collections
 import functools
@@ -32,7 +33,7 @@ LEVELS = {
 
 @pytest.fixture(params=["one level", pytest.param("two levels", marks=pytest.mark.second)])
 def size(request):
-    """The second one resamples as well, and takes twice as long to compile."""
+    """The larger network also resamples, and takes twice as long to compile."""
     return request.param
 
 
@@ -68,7 +69,7 @@ def program(
 
 
 def compiled(size="one level", **how):
-    """A program as above. Compiling takes most of these tests' time, and they share a few."""
+    """A compiled program, cached: compilation takes most of the time of these tests."""
     return _compiled(size, tuple(sorted(how.items())))
 
 
@@ -90,13 +91,12 @@ def batch(number):
 
 @functools.cache
 def before(size):
-    """The state before the first step, on the host: drawing it on its devices is compiled for every
-    mesh."""
+    """The initial state, on the host: initialising it on devices compiles once per mesh."""
     return jax.device_get(program(size=size).init(jax.random.key(0)))
 
 
 def trained(made, steps=5, state=None, first=0, size="one level"):
-    """The state after some steps, as checkpoints have it, and the metrics of each."""
+    """The state after some steps, as in checkpoints, and the metrics of each step."""
     if state is None:
         state = jax.device_put(before(size), sharding.shardings(made.abstract))
     state, metrics = made.place(state), []
@@ -112,8 +112,7 @@ def on_one_device(size):
 
 
 def difference(tree, other):
-    """The largest distance between two arrays of a tree, as a share of the array's largest
-    value."""
+    """The largest difference between two trees, relative to the largest value of each array."""
 
     def share(a, b):
         return np.abs(np.asarray(a) - np.asarray(b)).max() / max(np.abs(b).max(), 1e-3)
@@ -158,7 +157,7 @@ def test_training_is_independent_of_other_programs(how):
 
 
 def check_trained(how, size):
-    """The same losses, parameters and EMA as on one device."""
+    """Losses, parameters and EMA match those on one device."""
     state, metrics = trained(compiled(**how, size=size), size=size)
     wanted, wanted_metrics = on_one_device(size)
     assert int(state.step) == 5 and int(state.skipped) == 0
@@ -268,7 +267,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
 
 
 def test_fetched_parameters_have_computation_dtype():
-    """And no narrower one: then a cut parameter would be another than a whole one."""
+    """And not a narrower one: sharded and replicated parameters would then differ."""
     made = program(devices=8, fsdp=4, dtype="bfloat16")
     dtypes, abstract = made.objective.network.dtypes, made.abstract.params
     fetched = jax.eval_shape(sharding.fetcher(abstract, dtypes), abstract)
@@ -287,7 +286,7 @@ def test_fetched_parameters_have_computation_dtype():
 
 @pytest.fixture
 def compiling():
-    """The compiler works, and writes what it is asked to, whatever has been compiled before."""
+    """Disables the compilation cache, so that the compiler runs and writes its dumps."""
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # jax looks at the setting once
     yield
@@ -297,7 +296,7 @@ def compiling():
 
 @pytest.mark.second
 def test_gradients_are_summed_in_computation_dtype(tmp_path, compiling):
-    """As the partitioner leaves the program: CPU's compiler makes float32 of it all afterwards,
+    """Checked after the SPMD partitioner: the CPU compiler later converts all of it to float32,
     those of accelerators do not."""
     made = program(devices=8, dtype="bfloat16", size="no attention")
     options = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd-partitioning"}

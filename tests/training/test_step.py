@@ -1,5 +1,5 @@
-"""The training step: what it learns from, what it leaves alone, and that devices and parts of a
-batch do not matter."""
+"""The training step: loss, randomness, skipped steps and EMA, independent of devices and
+accumulation."""
 
 import dataclasses
 import functools
@@ -105,8 +105,8 @@ def test_step_learns_and_is_traced_once():
 
 
 def test_cascade_learns_from_conditioning():
-    """A network that answers with what it is given, at a noise level where nothing else is
-    known."""
+    """A network that returns its conditioning, at a noise level where the noised image carries no
+    information."""
     process = processes.CascadeProcess(p_mean=4.0, p_std=0.0, patch=2, augment_max=0.0)
 
     def given(params, x, c_noise, labels, augment, keys):
@@ -228,7 +228,7 @@ def test_label_dropout_rate():
     ],
 )
 def test_ema_weight_matches_float64(batch_size, halflife, images, rampup):
-    """Against float64; in the fourth case the half-life is 5 % of the images seen."""
+    """In the fourth case the half-life is 5 % of the images seen."""
     effective = min(halflife, images * rampup) if rampup else halflife
     weight = jax.jit(
         functools.partial(ema_weight, batch_size=batch_size, halflife=halflife, rampup=rampup)
