@@ -185,7 +185,7 @@ def test_iddpm_rounds_to_nearest_level():
         np.exp(np.random.default_rng(0).uniform(np.log(low), np.log(2 * high), 500))
     ).astype(np.float64)
     rounded = np.asarray(IDDPM.round(jnp.float32(sigma)), np.float64)
-    # Where two are as near as float32 can tell, either will do.
+    # Where two are equally near in float32, either is right.
     excess = np.abs(rounded - sigma) - np.min(np.abs(sigma[:, None] - IDDPM_LEVELS), axis=1)
     assert np.all(np.abs(excess) < 2e-7 * sigma)
     assert np.isin(rounded, IDDPM_LEVELS.astype(np.float32)).all()
@@ -201,7 +201,7 @@ def test_iddpm_noise_label_is_training_step():
     anywhere = np.asarray(IDDPM(jnp.geomspace(low, high, 300)).c_noise)
     assert anywhere.dtype == np.float32
     assert (anywhere.min(), anywhere.max()) == (0, 999) and np.all(np.diff(anywhere) >= 0)
-    # A level that is none of its own is told as the nearest, and yet scaled as what it is.
+    # Any other level is labelled as the nearest of its own, but scaled by itself.
     between = (IDDPM_LEVELS[400:401] * 3 + IDDPM_LEVELS[401:402]) / 4
     c = IDDPM(jnp.float32(between))
     assert float(c.c_noise[0]) == 599

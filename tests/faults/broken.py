@@ -1,5 +1,5 @@
-"""The command with a fault built in that cannot be made from outside: python -m tests.faults.broken
-FAULT [its arguments]."""
+"""Runs the command with a fault that cannot be caused from outside: python -m tests.faults.broken
+FAULT [arguments of the command]."""
 
 import ctypes
 import errno
@@ -29,8 +29,8 @@ SECOND = 2  # the save that a fault strikes
 
 
 def at_save(which, action) -> None:
-    """Does something in the writer's thread, when everything of a save is written and nothing
-    committed."""
+    """Runs an action in the writer's thread, after the last write of a save and before its
+    commit."""
     written, saves = store.write_checksums, itertools.count(1)
 
     def write_checksums(folder):
@@ -70,7 +70,7 @@ def last_save_is_slow() -> None:
 
 
 def clock_goes_back() -> None:
-    """By a day, between two saves."""
+    """Sets the clock back by a day between two saves."""
     now, now_ns = time.time, time.time_ns
 
     def back() -> None:
@@ -84,7 +84,7 @@ def is_white(batch) -> jax.Array:
 
 
 def white_is(value: float) -> None:
-    """The loss of a white image is not finite."""
+    """Gives white images a loss that is not finite."""
     loss = step.Objective.loss
 
     def of(self, params, batch, keys, *, dropout):
@@ -94,7 +94,7 @@ def white_is(value: float) -> None:
 
 
 def white_has_no_gradient() -> None:
-    """The gradient of a white image is not finite, its loss is."""
+    """Gives white images a gradient that is not finite; the loss stays finite."""
     loss = step.Objective.loss
 
     @jax.custom_vjp
@@ -115,7 +115,7 @@ def white_has_no_gradient() -> None:
 
 
 def each_save_tells(what) -> None:
-    """Every process writes a line about the state to a file of its own, before each save."""
+    """Each process appends a line about the state to its own file before each save."""
     save = store.Checkpoints.save
 
     def of(self, state, about):
@@ -127,7 +127,7 @@ def each_save_tells(what) -> None:
 
 
 def what_devices_hold(state) -> str:
-    """The step, and a hash of all that the devices of this process have of the state."""
+    """The step, and a hash of the shards of the state on the devices of this process."""
     held = [shard.data for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
     return f"{int(state.step)} {hashlib.sha256(b''.join(np.asarray(array).tobytes() for array in held)).hexdigest()}"
 
@@ -151,8 +151,8 @@ def what_the_process_has(state) -> str:
 
 
 def measured() -> None:
-    """No fault: what the process has is written down. Fonts, whose files stay open, are opened by
-    the first save's curves."""
+    """No fault: records memory, threads and open files. The first save draws the curves, which
+    opens font files that stay open."""
     metric_writer.SECONDS_BETWEEN_CURVES = 0
     each_save_tells(what_the_process_has)
 
@@ -163,7 +163,7 @@ def white_is_nan_in_one_host() -> None:
 
 
 def a_batch_is_lost() -> None:
-    """The second batch of images is measured, and does not arrive."""
+    """Drops the second batch of images of an evaluation."""
     add, batches = statistics.StatisticsAccumulator.add, itertools.count(1)
 
     def lossy(self, *batch):
@@ -174,7 +174,7 @@ def a_batch_is_lost() -> None:
 
 
 def gathered_often() -> None:
-    """An evaluation keeps what it has gathered after every batch."""
+    """An evaluation saves its progress after every batch."""
     gathering.SAVE_SECONDS = 0
 
 

@@ -1,4 +1,4 @@
-"""What a fault's test has seen, as the campaign's table at the end of pytest's output."""
+"""Collects what the tests of faults have seen into a table at the end of pytest's output."""
 
 import re
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from tests.support.configs import write_images
 
 @pytest.fixture
 def fault(request) -> Callable[[int, int, str], None]:
-    """`fault(number, trials, what)`: so many trials of a fault, by its number in README.md, and
-    what held in all of them."""
+    """`fault(number, trials, what)` records the number of trials of a fault, by its number in
+    README.md, and what held in all of them."""
 
     def held(number: int, trials: int, what: str) -> None:
         request.node.user_properties.append(("fault", (number, trials, what)))
@@ -23,7 +23,7 @@ def fault(request) -> Callable[[int, int, str], None]:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """A folder of images that the tests of all faults read."""
+    """A folder of images for the tests of all faults."""
     folder = tmp_path_factory.mktemp("source") / "images"
     write_images(folder)
     return folder
@@ -31,14 +31,14 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(image_folder, tmp_path_factory):
-    """An undisturbed training of stage 1, with the checkpoints of steps 10, 15 and 20."""
+    """An uninterrupted training of stage 1, with the checkpoints of steps 10, 15 and 20."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     run(image_folder, workdir, *STAGE)
     return workdir
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The table; a fault whose test has failed, or was skipped, is in it as such."""
+    """Prints the table, with failed and skipped tests marked as such."""
     rows = []
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):

@@ -1,4 +1,4 @@
-"""Every reader of a stranger's file: how to write a sound one, and how it is read."""
+"""Every reader of untrusted files: how to write a valid file, and how to read it."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ class Reader(NamedTuple):
     """A kind of file.
 
     Attributes:
-      write: leaves a sound one in a folder, and returns the path of what is to be damaged.
+      write: writes a valid file in a folder, and returns the path of the file to damage.
       read: reads all of it.
     """
 
@@ -100,7 +100,7 @@ def _read_source(spec: str) -> None:
 
 
 def _image(kind: str) -> Callable[[Path], Path]:
-    """Of two frames, where a format has them."""
+    """Of two frames, if the format supports it."""
 
     def write(path: Path) -> None:
         frames = [
@@ -237,7 +237,7 @@ CHANGES = st.lists(CHANGE, min_size=1, max_size=4)
 
 
 def changed(content: bytes, changes: list[tuple[float, int, bytes]]) -> bytes:
-    """A file after some changes."""
+    """The content of a file after some changes."""
     for where, gone, come in changes:
         place = int(where * len(content))
         content = content[:place] + come + content[place + gone :]

@@ -1,5 +1,5 @@
 """Shows that the campaign can fail: breaks a copy of the code on purpose, and runs the test that
-must see it.
+must notice.
 
 python -m tests.faults.mutants
 """
@@ -16,11 +16,11 @@ from tests.support.paths import ROOT
 
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "package")
 
-# Fault, what is broken, file, what is there, what comes in its place, and the test.
+# Fault, what is broken, file, old text, new text, and the selection of the test.
 MUTANTS = [
     (
         1,
-        "a resumed run begins its data anew",
+        "a resumed run starts its data from the beginning",
         "training/loop.py",
         "        iterator.set_state(state)\n",
         "",
@@ -36,7 +36,7 @@ MUTANTS = [
     ),
     (
         1,
-        "a step is listed before it is whole",
+        "a step is listed before it is complete",
         "checkpoints/store.py",
         "        write_checksums(partial[0] if",
         "        shutil.copytree(partial[0], self.directory / str(self._saving))\n        time.sleep(5)\n"
@@ -53,7 +53,7 @@ MUTANTS = [
     ),
     (
         12,
-        "a step that is not finite is taken",
+        "a step that is not finite is applied",
         "training/step.py",
         "finite = jnp.isfinite(loss) & jnp.isfinite(norm)",
         "finite = jnp.isfinite(loss) | True",
@@ -61,7 +61,7 @@ MUTANTS = [
     ),
     (
         12,
-        "a gradient that is not finite is not looked for",
+        "a gradient that is not finite is not checked",
         "training/step.py",
         "finite = jnp.isfinite(loss) & jnp.isfinite(norm)",
         "finite = jnp.isfinite(loss)",
@@ -69,7 +69,7 @@ MUTANTS = [
     ),
     (
         12,
-        "the average is updated all the same",
+        "the EMA is updated nevertheless",
         "training/step.py",
         "ema=keep(ema, state.ema),",
         "ema=ema,",
@@ -85,7 +85,7 @@ MUTANTS = [
     ),
     (
         16,
-        "a data set's features are imported, whatever they are",
+        "features of a dataset are imported, whatever they are",
         "data/tfds_directory.py",
         "if not OWN_FEATURE.fullmatch(name):",
         "if not name:",
@@ -93,7 +93,7 @@ MUTANTS = [
     ),
     (
         16,
-        "JSON that is nested too deep is not expected",
+        "JSON that is nested too deeply is not caught",
         "runtime/files.py",
         "except RecursionError as error:",
         "except ZeroDivisionError as error:",
@@ -101,7 +101,7 @@ MUTANTS = [
     ),
     (
         16,
-        "the objects in an npz are made by NumPy's own reader",
+        "objects in an npz are loaded by NumPy's own reader",
         "runtime/npz.py",
         "            self._file = zipfile.ZipFile(path)\n",
         "            list(np.load(path, allow_pickle=True).values())\n            self._file = zipfile.ZipFile(path)\n",
@@ -111,8 +111,8 @@ MUTANTS = [
 
 
 def status(test: str, file: str = "", old: str = "", new: str = "") -> int:
-    """Of pytest, which runs a test on a copy of the code: as it is, or with something in a file
-    replaced."""
+    """The exit status of pytest for some tests on a copy of the code, with `old` in a file replaced
+    by `new` if a file is named."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
@@ -138,7 +138,7 @@ def status(test: str, file: str = "", old: str = "", new: str = "") -> int:
 
 
 def main() -> int:
-    """Returns 1 where a test did not see that the code was broken, or fails on code that is not."""
+    """Returns 1 if a test does not notice the broken code, or fails on unbroken code."""
     sound = functools.cache(lambda test: status(test) == 0)
     rows = []
     for fault, what, file, old, new, test in MUTANTS:

@@ -1,4 +1,4 @@
-"""Faults 1, 2, 6, 7, 9 and 10: what happens to checkpoints while they are written, and later."""
+"""Faults 1, 2, 6, 7, 9 and 10: checkpoints interrupted during writing, or damaged later."""
 
 import random
 import shutil
@@ -32,7 +32,7 @@ def newest(workdir) -> int:
 
 
 class Pace(NamedTuple):
-    """Of a training that saves after every step, in seconds."""
+    """Seconds per phase of a training that saves after every step."""
 
     first: float  # from its start until its first checkpoint is listed
     each: float  # from there to the next
@@ -51,10 +51,10 @@ class Pace(NamedTuple):
 
 
 def killed_until_done(images, workdir, kills: int, moments: random.Random, pace: Pace) -> list[str]:
-    """Kills training again and again; within what each was.
+    """Kills training repeatedly, and returns the phase of each kill.
 
-    One in four falls anywhere between its start and its first checkpoint, the others anywhere in
-    two saves after that.
+    One kill in four falls between the start and the first checkpoint, the others within the two
+    saves after that.
     """
     within = []
     for _ in range(kills):
@@ -106,7 +106,7 @@ def test_2_kill_between_last_write_and_commit(image_folder, finished, tmp_path, 
         == sorted(int(path.name) for path in (workdir / "stage1/checkpoints").iterdir())
     )
     assert_equal(state(workdir), state(finished))
-    fault(2, 1, "the step was not listed, its rest is gone, and it was saved again")
+    fault(2, 1, "the step was not listed, its remains are gone, and it was saved again")
 
 
 def damaged(path, how: str) -> None:
@@ -126,7 +126,7 @@ def files_of(step) -> list:
 @pytest.mark.long  # tests/training has each file cut and flipped within a process
 @pytest.mark.parametrize("count", [2, 10**6])
 def test_6_damage_in_each_file(image_folder, trained, finished, fault, count):
-    """Named is the file; where what is damaged is a checksum, the file that it is of."""
+    """The damaged file is named; for a damaged checksum, the file that it belongs to."""
     files = files_of(trained / "stage1/checkpoints/20")
     chosen = files[:: max(1, len(files) // count)][:count]
     for number, path in enumerate(chosen):
@@ -166,7 +166,7 @@ def test_6_sampling_refuses_damaged_checkpoint(image_folder, trained, fault):
     fault(
         6,
         2,
-        "where nothing else is sound, or sampling was asked for, the run refuses and changes nothing",
+        "if nothing else is sound, or in sampling, the run is refused and changes nothing",
     )
 
 
@@ -209,12 +209,12 @@ def test_7_damaged_metrics_and_missing_config(image_folder, trained, fault):
     fault(
         7,
         2,
-        "without config.json another config is named; a line of the metrics that is damaged is, and left out",
+        "without config.json, another config is named; a damaged line of the metrics is named and skipped",
     )
 
 
 def first_leaf(tree: dict) -> tuple[dict, str]:
-    """Where the first array of a tree of dicts lies: in which of them, under which key."""
+    """The dict that holds the first array of a tree of dicts, and its key."""
     key = next(iter(tree))
     return first_leaf(tree[key]) if isinstance(tree[key], dict) else (tree, key)
 
@@ -229,7 +229,7 @@ CHANGES = {
 @pytest.mark.long
 @pytest.mark.parametrize("how", CHANGES)
 def test_7_checkpoint_of_other_arrays(image_folder, trained, fault, how):
-    """Whose files are all as they were written."""
+    """The checksums are those of the files, but the arrays are wrong."""
     step = trained / "stage1/checkpoints/20"
     tree = read_tree(step / "train")
     holder, key = first_leaf(tree["params"])
@@ -251,7 +251,7 @@ def test_10_retention_keeps_only_checkpoint_if_saves_fail(image_folder, tmp_path
     )
     run(image_folder, tmp_path / "run", *STAGE, *flags, broken="saves_fail", status=2)
     assert steps(tmp_path / "run") == [5]
-    fault(10, 2, "one is to be kept, and the saves after it fail: it is kept")
+    fault(10, 2, "with one checkpoint to keep, it is kept while later saves fail")
 
 
 @pytest.mark.long  # tests/training has saves that fail within a process
@@ -270,20 +270,20 @@ def test_9_failure_in_writer_thread(image_folder, tmp_path, fault, broken, statu
     ]
     assert steps(tmp_path / "run") == expected[-3:]
     assert not list((tmp_path / "run/stage1/checkpoints").glob("*tmp*"))
-    fault(9, 1, f"{broken}: said, with status {status}; older checkpoints are sound")
+    fault(9, 1, f"{broken}: logged, with status {status}; older checkpoints are sound")
 
 
 @pytest.mark.long
 def test_9_exit_waits_for_save(image_folder, finished, tmp_path, fault):
     run(image_folder, tmp_path / "run", *STAGE, broken="last_save_is_slow")
     assert_equal(state(tmp_path / "run"), state(finished))
-    fault(9, 1, "a normal exit waits for a save that is under way")
+    fault(9, 1, "a normal exit waits for a save in progress")
 
 
 @pytest.mark.long
 def test_10_retention_keeps_only_sound_checkpoint(image_folder, trained, finished, fault):
-    """All but the oldest damaged, one to be kept, and a kill in the second save: one is sound at
-    any time."""
+    """All checkpoints but the oldest are damaged, one is to be kept, and the second save is killed:
+    at any time one is sound."""
     for step in (15, 20):
         damaged(files_of(trained / f"stage1/checkpoints/{step}/train")[-1], "flipped")
     run(
@@ -294,7 +294,7 @@ def test_10_retention_keeps_only_sound_checkpoint(image_folder, trained, finishe
         broken="killed_before_commit",
         status=-9,
     )
-    assert steps(trained) == [15]  # which was saved anew before 10 was deleted; 20 was not to be
+    assert steps(trained) == [15]  # saved again before 10 was deleted; the save of 20 was killed
     run(image_folder, trained, *STAGE)
     assert_equal(state(trained), state(finished))
-    fault(10, 1, "the sound one was kept and gone on from, the end is bit-equal")
+    fault(10, 1, "the sound one was kept and resumed from, the end is bit-equal")

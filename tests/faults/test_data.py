@@ -1,5 +1,5 @@
-"""Faults 13 to 15: the order of the data under kills, workers that fail, and every kind of damaged
-image and archive."""
+"""Faults 13 to 15: the order of the data under kills, failing workers, and damaged images and
+archives."""
 
 import io
 import itertools
@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
-    """23 prepared images, whose number is their colour."""
+    """23 prepared images; the colour of each is its index."""
     from rdm_jax.data.images import ImageSpec
     from rdm_jax.data.prepare import prepare
 
@@ -53,8 +53,8 @@ def numbered(tmp_path_factory):
 
 
 def read_until(numbered, script, workers: int, lines: list[int]) -> list[int]:
-    """The indices that are handed out, by a process that is killed after so many batches, and by
-    others that go on."""
+    """The indices delivered by a process that is killed after so many batches, and by the processes
+    that resume."""
     script.write_text(READ_ON)
     seen: list[int] = []
     for count in lines:
@@ -74,8 +74,7 @@ def read_until(numbered, script, workers: int, lines: list[int]) -> list[int]:
 
 
 def ends(process: int) -> bool:
-    """Whether a process that is not ours is gone, or nothing but its number is left, within some
-    seconds."""
+    """Whether a process that is not our child ends, or becomes a zombie, within ten seconds."""
     for _ in range(100):
         try:
             if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -89,15 +88,15 @@ def ends(process: int) -> bool:
 @pytest.mark.long  # tests/data/test_pipeline.py has workers that are killed
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_13_order_of_two_epochs_with_kills(numbered, tmp_path, fault, workers):
-    """12 batches of 4 for two epochs of 23 images and two more."""
+    """12 batches of 4: two epochs of 23 images, and two images more."""
     seen = read_until(numbered, tmp_path / "read_on.py", workers, [3, 6, 3])
     assert seen == read_until(numbered, tmp_path / "read_on.py", 0, [12])
     assert sorted(seen[:23]) == sorted(seen[23:46]) == list(range(23))
-    fault(13, 2, f"{workers} workers: every index once an epoch, in the undisturbed order")
+    fault(13, 2, f"{workers} workers: every index once per epoch, in the undisturbed order")
 
 
 def workers_of(process) -> list[int]:
-    """The processes that a command has started and that decode."""
+    """The ids of the processes that a command started for decoding."""
     children = [
         c
         for task in Path(f"/proc/{process.pid}/task").glob("*/children")
@@ -113,8 +112,8 @@ def workers_of(process) -> list[int]:
 @pytest.mark.long
 @pytest.mark.parametrize("workers", [1, 2])
 def test_13_kill_training_with_workers(image_folder, tmp_path, fault, workers):
-    """In each of its epochs but the last (24 images, 3 batches of 8); the workers hand out what was
-    not trained on again."""
+    """A kill in each epoch but the last (24 images, 3 batches of 8). Images that were decoded but
+    not trained on are decoded again."""
     flags = (
         *STAGE,
         "--config.stage1.training.checkpoint_every=8",
@@ -179,7 +178,7 @@ def test_14_worker_killed_or_hanging(image_folder, tmp_path, fault, sent, worker
     fault(
         14,
         1,
-        f"{what}: noticed after {took:.0f} s of {NOTICED}, others go on, the end is bit-equal",
+        f"{what}: noticed after {took:.0f} s of {NOTICED}, the others continue, the end is bit-equal",
     )
 
 
@@ -192,8 +191,8 @@ def encoded(kind: str) -> bytes:
 
 
 def bomb(side: int = 13_000) -> bytes:
-    """A whole PNG of side x side pixels, one bit each, in some kilobytes; as many as Pillow alone
-    would decode."""
+    """A valid PNG of side x side pixels, one bit each, in some kilobytes; just within Pillow's own
+    limit."""
 
     def chunk(name, data):
         return (
@@ -257,7 +256,8 @@ PREPARE = ("--mode=prepare",)
 
 
 def refused(folder, source: str, name: str) -> str:
-    """What the command says, in bounded time and memory; that it leaves nothing is asserted."""
+    """The error message, within limits of time and memory; asserts that no files are left
+    behind."""
     before = set(folder.rglob("*"))
     flags = (*PREPARE, f"--config.data.source={source}", f"--config.data.directory={folder / name}")
     stderr = bounded(folder / "images", folder / "run", *flags)

@@ -1,4 +1,4 @@
-"""Fault 8: full disks, directories that go away or become read-only."""
+"""Fault 8: full disks, directories that disappear or become read-only."""
 
 import pytest
 
@@ -10,8 +10,8 @@ from tests.support.commands import STAGE, error_line, mounted, run, start, wait_
 
 @pytest.mark.second
 def test_8_full_disk(image_folder, tmp_path, fault):
-    """A small disk of its own, filled while training saves on it; what lies there is copied, as it
-    goes with the script."""
+    """A small disk is filled while training saves on it. Its content is copied, because it
+    disappears with the script."""
     disk = tmp_path / "disk"
     disk.mkdir()
     train = " ".join(
@@ -35,14 +35,14 @@ def test_8_full_disk(image_folder, tmp_path, fault):
     fault(
         8,
         1,
-        "a full disk is said, with status 2; older checkpoints are sound, nothing is half listed, training goes on",
+        "a full disk is reported, with status 2; older checkpoints are sound, nothing partial is listed, training resumes",
     )
 
 
 @pytest.mark.long
 def test_8_full_disk_for_a_while(image_folder, tmp_path, fault):
-    """Training goes on without what it cannot write, as is configured, and writes again where there
-    is space again."""
+    """Training continues without what it cannot write, as configured, and writes again once there
+    is space."""
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
     flags = (
@@ -74,7 +74,7 @@ def test_8_full_disk_for_a_while(image_folder, tmp_path, fault):
     fault(
         8,
         1,
-        "a disk that is full for a while: said, survived as configured; no line of the metrics is lost",
+        "a disk that is full for a while: logged, tolerated as configured; no line of the metrics is lost",
     )
 
 
@@ -82,7 +82,7 @@ def test_8_full_disk_for_a_while(image_folder, tmp_path, fault):
 @pytest.mark.parametrize("in_the_way", [False, True])
 def test_8_directory_disappears(image_folder, tmp_path, fault, in_the_way):
     workdir = tmp_path / "run"
-    # Between two saves: one that is beginning would make the directory anew, which the next one
+    # Between two saves: one that is beginning would recreate the directory, which the next one
     # would notice.
     flags = (
         "--config.stage1.training.images=160000",
@@ -100,12 +100,12 @@ def test_8_directory_disappears(image_folder, tmp_path, fault, in_the_way):
         and "cannot be" in error_line(stderr)
     ), stderr
     assert not (workdir / "stage1/checkpoints").exists()  # or nobody would notice
-    fault(8, 1, "a directory that goes away ends the run, with status 2")
+    fault(8, 1, "a directory that disappears ends the run, with status 2")
 
 
 @pytest.mark.long
 def test_8_directory_becomes_read_only(image_folder, tmp_path, fault):
-    """It is mounted over itself, for reading only, while training saves in it."""
+    """The directory is mounted over itself, read-only, while training saves in it."""
     saved, elsewhere = tmp_path / "run/stage1/checkpoints", tmp_path / "elsewhere"
     elsewhere.mkdir()
     flags = (
@@ -129,5 +129,5 @@ def test_8_directory_becomes_read_only(image_folder, tmp_path, fault):
     fault(
         8,
         1,
-        "a directory that becomes read-only is said, survived once as configured, and then ends the run with status 2",
+        "a directory that becomes read-only is logged, tolerated once as configured, and then ends the run with status 2",
     )

@@ -10,10 +10,11 @@ STEPS, EARLY = 100_000, 5_000
 
 @pytest.mark.long
 def test_19_hundred_thousand_steps(image_folder, tmp_path, fault):
-    """Memory, threads and open files after 5,000 steps, and at the end, after 95 more saves.
+    """Compares memory, threads and open files after 5,000 steps with those at the end, 95 saves
+    later.
 
-    What tensorstore converts to JSON it does not free (0.1.71 to 0.1.86 seen): some 1,750 Python
-    objects a save of this network.
+    tensorstore (0.1.71 to 0.1.86) does not free what it converts to JSON: about 1,750 Python
+    objects per save of this network.
     """
     each = {"images": 8 * STEPS, "checkpoint_every": 8 * 1000, "log_every": 800}
     flags = [f"--config.stage1.training.{name}={value}" for name, value in each.items()]

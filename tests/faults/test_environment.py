@@ -1,4 +1,4 @@
-"""Fault 18: the surroundings of a run."""
+"""Fault 18: the environment of a run."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 def shell(
     images, workdir, how: str, *flags: str, **environment: str
 ) -> subprocess.CompletedProcess:
-    """The command within a line of shell, where {} stands for it."""
+    """Runs a shell line in which {} stands for the command."""
     command = " ".join(commands.command(images, workdir, *STAGE, *flags))
     kwargs = {
         "env": commands.environment(**environment),
@@ -89,8 +89,7 @@ def test_18_clock_set_back_between_saves(image_folder, finished, tmp_path, fault
 
 @pytest.mark.long
 def test_18_clock_set_back_before_resuming(image_folder, finished, tmp_path, fault):
-    """The files of the newest checkpoint, and of all that was written with it, seem to be the
-    oldest."""
+    """The files of the newest checkpoint, and all others written with it, have the oldest times."""
     shutil.copytree(finished, tmp_path / "run")
     for path in [
         *(tmp_path / "run/stage1/checkpoints/20").rglob("*"),

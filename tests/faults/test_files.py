@@ -1,5 +1,5 @@
-"""Fault 16: files from strangers. Nothing in them is executed, written elsewhere, or waited for;
-they are refused by name."""
+"""Fault 16: untrusted files. Nothing in them is executed, written elsewhere, or waited for; they
+are refused by name."""
 
 import contextlib
 import datetime
@@ -32,7 +32,7 @@ SECONDS_A_FILE = datetime.timedelta(seconds=30)  # on busy cores; all of these f
 
 
 class Hostile:
-    """What makes a canary when a pickle of it is loaded by Python's own reader."""
+    """Its pickle creates a canary file when Python's own reader loads it."""
 
     def __init__(self, path):
         self._path = str(path)
@@ -63,8 +63,8 @@ CHANGED = {
 
 
 def write_hostile(kind: str, folder, canary):
-    """Makes a file of that kind; what its refusal says, and the arguments that have the command
-    read it."""
+    """Writes a file of a kind. Returns what its refusal says, and the arguments that make the
+    command read it."""
     path, pickled = folder / "hostile", pickle.dumps({"ema": Hostile(canary)})
     load = ["--mode=import", "--stage=1", f"--weights={path}"]
     if kind == "pickle":
@@ -118,7 +118,7 @@ def test_16_hostile_file(image_folder, tmp_path, fault, kind):
 
 
 def test_canary_is_made_by_pickle(tmp_path):
-    """Python's own reader would have made it."""
+    """Python's own reader creates the canary."""
     pickle.loads(pickle.dumps(Hostile(tmp_path / "canary"))).close()
     assert (tmp_path / "canary").exists()
 
@@ -148,7 +148,7 @@ watching: list[list[str]] = []
 
 @functools.cache
 def watch() -> None:
-    """Has Python tell what is done while something is in `watching`; it cannot be asked to stop."""
+    """Installs an audit hook, which cannot be removed; it records while `watching` is not empty."""
 
     def hook(event: str, arguments: tuple) -> None:
         if watching:
@@ -161,7 +161,7 @@ def watch() -> None:
 
 @contextlib.contextmanager
 def watched():
-    """Gathers whatever is executed or written within."""
+    """Records whatever is executed or written in the `with` block."""
     watch()
     watching.append([])
     try:
@@ -170,9 +170,9 @@ def watched():
         watching.pop()
 
 
-def peak_of_memory(anew: bool = False) -> int:
-    """Of this process, in bytes: since its start, or since it was last asked to begin `anew`."""
-    if anew:
+def peak_of_memory(reset: bool = False) -> int:
+    """Peak memory of this process in bytes, since its start or since the last `reset`."""
+    if reset:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = [
         line
@@ -183,7 +183,7 @@ def peak_of_memory(anew: bool = False) -> int:
 
 
 def fuzz(name: str, folder, seconds: float = 0, **kwargs) -> int:
-    """Reads many changed files; all that a reader may say is an InputError. Returns how many."""
+    """Reads many changed files, and returns how many; a reader may raise nothing but InputError."""
     reader, trials = READERS[name], 0
     path = reader.write(folder)
     sound, before = path.read_bytes(), set(folder.rglob("*"))
@@ -201,7 +201,7 @@ def fuzz(name: str, folder, seconds: float = 0, **kwargs) -> int:
             reader.read(path)
         assert not done and set(folder.rglob("*")) == before
 
-    began, before_all = time.monotonic(), peak_of_memory(anew=True)
+    began, before_all = time.monotonic(), peak_of_memory(reset=True)
     while not trials or time.monotonic() - began < seconds:
         try_some()
     assert peak_of_memory() - before_all < GIB

@@ -1,4 +1,4 @@
-"""The mutants fit the code: each finds its line once."""
+"""Each mutant fits the code: the text that it replaces occurs exactly once."""
 
 import pytest
 

@@ -24,7 +24,7 @@ LINES += ("--config.stage1.training.validation=1",)
 
 
 def folder_with_white(folder, white: int):
-    """Images of which the last are white."""
+    """A folder of images, the last `white` of which are white."""
     write_images(folder)
     for path in sorted(folder.glob("*/*.png"))[-white:]:
         Image.new("RGB", (12, 8), "white").save(path)
@@ -33,8 +33,8 @@ def folder_with_white(folder, white: int):
 
 @pytest.fixture(scope="module")
 def one_white(tmp_path_factory):
-    """24 images, three batches an epoch, of which one white; and whether each of the 20 batches has
-    it."""
+    """A folder of 24 images (three batches per epoch), one of them white; and for each of 20
+    batches whether it contains that image."""
     folder = folder_with_white(tmp_path_factory.mktemp("white") / "images", 1)
     images = open_prepared(prepare(f"folder:{folder}", f"{folder}_prepared", ImageSpec(8, 12)))
     batches = train_iterator(images, batch_size=8, seed=1)  # of stage 1 of seed 0
@@ -50,8 +50,8 @@ def skipped(workdir) -> list[bool]:
 
 
 def check_untouched(workdir, struck: list[bool]) -> None:
-    """A struck step has changed the counters alone; any other has changed the parameters;
-    everything is finite."""
+    """A bad step changes the counters only, any other changes the parameters, and everything is
+    finite."""
     before = state(workdir, 1)
     for step, hit in enumerate(struck[1:], 2):
         after = state(workdir, step)
@@ -107,15 +107,15 @@ def test_12_bad_image_on_one_host(one_white, tmp_path, fault):
         struck
     )  # parameters, moments, EMA and counters, as each host has them
     fault(
-        12, sum(struck), "in one host of two: skipped in both, which hold the same after every step"
+        12, sum(struck), "on one host of two: skipped on both, which hold the same after every step"
     )
 
 
 @pytest.mark.long  # tests/test_main.py has a run that diverges
 @pytest.mark.parametrize("pictures", [False, True])
 def test_12_bad_steps_in_a_row_end_run(tmp_path, fault, pictures):
-    """With pictures: one is drawn when the last steps are still being computed, and only then is it
-    known that they are bad."""
+    """With previews: one is drawn while the last steps are still being computed, before those are
+    known to be bad."""
     images = folder_with_white(tmp_path / "images", 24)
     flags = (
         "--config.stage1.training.max_skipped=4",
@@ -135,5 +135,5 @@ def test_12_bad_steps_in_a_row_end_run(tmp_path, fault, pictures):
     fault(
         12,
         1,
-        "as many in a row as are configured end the run, with status 1 and the last good state saved",
+        "as many in a row as configured end the run, with status 1 and the last good state saved",
     )

@@ -8,14 +8,14 @@ import pytest
 from tests.support.checkpoints import steps
 from tests.support.commands import STAGE, logged, start_two, wait_for
 
-SECONDS = 180  # jax asks the others every ten, and gives up after a hundred
+SECONDS = 180  # jax polls the others every ten, and gives up after a hundred
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 1])
 def test_20_kill_one_process_of_two(image_folder, tmp_path, fault, killed):
-    """The second, or the first, which writes what is saved and which the others ask who is
-    there."""
+    """Either the second process, or the first, which writes the checkpoints and coordinates the
+    others."""
     workdir = tmp_path / "run"
     pair = start_two(image_folder, workdir, *STAGE, "--config.stage1.training.images=160000")
 
@@ -47,5 +47,5 @@ def test_20_kill_one_process_of_two(image_folder, tmp_path, fault, killed):
     fault(
         20,
         1,
-        f"the other ended after {took:.0f} s and said so; both went on from the last step that was committed",
+        f"the other ended after {took:.0f} s with a message; both resumed from the last committed step",
     )

@@ -1,4 +1,4 @@
-"""Fault 17: killed while images are made and measured."""
+"""Fault 17: killed while sampling and evaluating."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SECONDS = 1200  # a classifier is trained first, which takes minutes as tests co
 
 @pytest.fixture(scope="module")
 def trained(image_folder, tmp_path_factory):
-    """A run of both stages that has sampled nothing; 8 images were held out."""
+    """A run with both stages trained and 8 images held out."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     run(image_folder, workdir, "--mode=train", "--config.data.held_out=8")
     return workdir
@@ -52,8 +52,8 @@ WAYS = [("npz", 8, 1), ("png", 8, 1), ("npz", 20, 4), ("png", 6, 2)]
 @pytest.mark.long
 @pytest.mark.parametrize(("files", "batch", "devices"), WAYS)
 def test_17_kill_while_sampling(image_folder, workdir, fault, files, batch, devices):
-    """Twice, when some parts are written; a part, and a file of the result, that are cut in half
-    are made again."""
+    """Killed twice with some parts written. A truncated part and a truncated result are sampled
+    again."""
     flags = (*SAMPLE, f"--config.sampling.files={files}", f"--config.sampling.batch_size={batch}")
 
     def again(name):
@@ -79,7 +79,7 @@ def test_17_kill_while_sampling(image_folder, workdir, fault, files, batch, devi
     halve(workdir / "killed" / ("samples.npz" if files == "npz" else "images/0000000007.png"))
     again("killed")
     assert images_of(workdir / "killed") == images_of(workdir / "whole")
-    what = "killed twice, half a part, half a result: continued or made again, byte-equal"
+    what = "killed twice, half a part, half a result: resumed or sampled again, byte-equal"
     fault(17, 4, f"{files}, batches of {batch}, devices {devices}: {what}")
 
 
@@ -124,9 +124,7 @@ def test_17_kill_while_evaluating(image_folder, workdir, fault, batch, devices):
         and found[0]["images"] == found[1]["images"] == 200
     )
     where = f"batches of {batch}, devices {devices}"
-    fault(
-        17, 1, f"killed while evaluating, {where}, continued: the figures are equal to the last bit"
-    )
+    fault(17, 1, f"killed while evaluating, {where}, resumed: the figures are bit-equal")
 
 
 @pytest.mark.long
@@ -137,4 +135,4 @@ def test_17_missing_images(image_folder, workdir, fault):
     )
     assert re.search(r"[0-9]+ of [0-9]+ images have been seen", stderr)
     assert not list((workdir / "short").rglob("*.json"))
-    fault(17, 1, "a batch of images is lost on the way: no figures, status 1")
+    fault(17, 1, "a batch of images is lost: no figures, status 1")

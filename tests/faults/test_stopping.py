@@ -1,5 +1,4 @@
-"""Faults 3, 4, 5 and 11: stopped by signals, cut in two, moved to other devices, and started
-twice."""
+"""Faults 3, 4, 5 and 11: stopped by signals, resumed, moved to other devices, and started twice."""
 
 import itertools
 import json
@@ -31,7 +30,7 @@ def in_a_step(workdir):
 
 
 def in_a_save(workdir):
-    """While a second checkpoint is being written."""
+    """While the second checkpoint is being written."""
     return lambda: list((workdir / "stage1/checkpoints").glob("1*.orbax-checkpoint-tmp*"))
 
 
@@ -45,11 +44,11 @@ SIGNALS += [
 
 
 def stopped(images, workdir, *flags, moment, number: int, times: int, **kwargs) -> bytes:
-    """What a command wrote to stderr that got a signal so many times, each when it had answered to
-    the one before.
+    """Stderr of a command that received a signal `times` times, each after it had answered the one
+    before.
 
-    (Several that come at once may be one.) That it ended in time, with the signal's status, is
-    asserted.
+    Signals sent at once may merge into one. Asserts that the command ends in time with the status
+    of the signal.
     """
     log = workdir.with_suffix(".stderr")
     with log.open("wb") as stderr:
@@ -87,8 +86,7 @@ def test_3_signal(image_folder, tmp_path, fault, number, moment, times):
 @pytest.mark.long  # tests/runtime/test_signals.py has the same within a process
 @pytest.mark.parametrize("number", STATUS)
 def test_3_signal_three_times(image_folder, finished, tmp_path, fault, number):
-    """The first and the second one wait for a save, which takes a minute; the third one does
-    not."""
+    """The first two signals wait for a save that takes a minute; the third does not."""
     workdir = tmp_path / "run"
     stderr = stopped(
         image_folder,
@@ -104,7 +102,7 @@ def test_3_signal_three_times(image_folder, finished, tmp_path, fault, number):
     fault(
         3,
         1,
-        f"three times in a row: status {STATUS[number]} at once, nothing is half listed, the end is bit-equal",
+        f"three times in a row: status {STATUS[number]} at once, nothing partial is listed, the end is bit-equal",
     )
 
 
@@ -121,23 +119,21 @@ def about(workdir) -> dict:
     return json.loads((workdir / "stage1/checkpoints/20/about/metadata").read_text())
 
 
-@pytest.mark.long  # tests/test_main.py has whole runs that are stopped and go on
+@pytest.mark.long  # tests/test_main.py has whole runs that are stopped and resume
 def test_4_resume_twice_from_one_checkpoint(image_folder, finished, tmp_path, fault):
     for name in ("one", "other"):
         workdir = shortened(finished, tmp_path / name, 10)
         assert "resuming from 80 images" in run(image_folder, workdir, *STAGE)[0]
-        assert_equal(
-            state(workdir), state(finished)
-        )  # parameters, average, moments, step, counters
+        assert_equal(state(workdir), state(finished))  # parameters, EMA, moments, step, counters
         assert about(workdir) == about(
             finished
-        )  # the place in the data, the loss of fixed images under fixed noise
+        )  # data position, loss of fixed images under fixed noise
     fault(4, 2, "parameters, EMA, moments, step, data position and losses are bit-equal")
 
 
 @pytest.mark.long
 def test_5_restore_on_other_devices(image_folder, finished, tmp_path, fault):
-    """Every checkpoint is restored from the one before it, cut over other devices, and saved
+    """Each checkpoint is restored from the one before, sharded over other devices, and saved
     again."""
     config = configs.parse(tiny_config(image_folder, low=LOW).to_config_dict())
     source = open_prepared(f"{image_folder}_prepared")
@@ -161,15 +157,15 @@ def test_5_restore_on_other_devices(image_folder, finished, tmp_path, fault):
     fault(
         5,
         5,
-        "cut over 8, 1, 2, 4 and 8 devices in turn, saved and restored: all values are bit-equal",
+        "sharded over 8, 1, 2, 4 and 8 devices in turn, saved and restored: all values are bit-equal",
     )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("devices", [(8, 1), (8, 2, 4, 1, 8)], ids=str)
 def test_5_resume_on_other_devices(image_folder, tmp_path, fault, devices):
-    """Each part of a run on another number of devices: what it begins with is what was saved, and
-    the order is the same."""
+    """Each part of a run uses another number of devices: it starts from what was saved, and the
+    order of the data is the same."""
     workdir, losses = tmp_path / "run", {}
     for number, count in enumerate(devices, 1):
         flags = (
@@ -212,4 +208,4 @@ def test_11_two_runs_in_one_workdir(image_folder, tmp_path, fault):
     first.communicate()
     assert (workdir / ".lock").exists()
     run(image_folder, workdir, *STAGE)
-    fault(11, 2, "the second refuses; the lock of one that was killed does not block")
+    fault(11, 2, "the second is refused; the lock of a killed run does not block")

@@ -1,4 +1,4 @@
-"""Which kinds of a fault are tested in which tier."""
+"""Which kinds of a fault belong to which tier."""
 
 from collections.abc import Iterable
 
@@ -6,6 +6,6 @@ import pytest
 
 
 def one_of_many(kinds: Iterable[str], chosen: str, *marks: pytest.MarkDecorator) -> list:
-    """A test's parameters: one with these marks, the others for the campaign."""
+    """Parameters of a test: the chosen kind gets these marks, all others are `long`."""
     others = [pytest.param(kind, marks=pytest.mark.long) for kind in kinds if kind != chosen]
     return [pytest.param(chosen, marks=marks), *others]

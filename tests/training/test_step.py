@@ -248,7 +248,7 @@ def test_ema_starts_at_parameters():
     np.testing.assert_allclose(without_rampup, 1 - 0.5 ** (50 / 1000), rtol=1e-6)
     step, state = step_and_state()
     after, _ = step(state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema)), batch())
-    # XLA computes the update once more for the average, and may fuse it in another way: an ulp of
+    # XLA computes the update once more for the EMA, and may fuse it in another way: an ulp of
     # the parameters, below 1.
     chex.assert_trees_all_close(after.ema, after.params, rtol=0, atol=2**-24)
 
