@@ -83,7 +83,7 @@ def run(
     weights_file = local_path(weights, "--weights") if weights else None
     if jax.process_count() > 1 and mode in ONE_PROCESS:
         raise InputError(
-            f"--mode={mode} runs in a single process, and there are {jax.process_count()}",
+            f"--mode={mode} runs in a single process, but this run has {jax.process_count()}",
             "Pass --coordinator=none.",
         )
     if mode == "report":

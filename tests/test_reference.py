@@ -177,19 +177,9 @@ def run_sampler(sampler, denoise, x, levels, noise, scan):
 def heun(meta, case, dtype):
     """Our sampler for a case of the families edm and edm_sde, its levels, its first state and its
     noise."""
-    settings = {
-        "churn": "S_churn",
-        "churn_min": "S_min",
-        "churn_max": "S_max",
-        "churn_noise": "S_noise",
-        "eta": "sde_scale",
-    }
-    settings |= {
-        "steps": "num_steps",
-        "sigma_min": "sigma_min",
-        "sigma_max": "sigma_max",
-        "rho": "rho",
-    }
+    settings = {"churn": "S_churn", "churn_min": "S_min", "churn_max": "S_max"}
+    settings |= {"churn_noise": "S_noise", "eta": "sde_scale", "steps": "num_steps"}
+    settings |= {name: name for name in ("sigma_min", "sigma_max", "rho")}
     sampler = samplers.Heun(
         **{ours: meta[theirs] for ours, theirs in settings.items() if theirs in meta}
     )

@@ -1,4 +1,4 @@
-"""The folders of a stage's checkpoints: which exist, which are intact, what each says of itself."""
+"""The folders of a stage's checkpoints: which exist, which are intact, and their `about`."""
 
 import math
 import time
@@ -17,7 +17,7 @@ RETRAIN = "Train again in another workdir."
 
 
 def read_about(folder: Path, fix: str = RETRAIN, *, sound: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint's item 'about': all that it holds but its arrays.
+    """Reads a checkpoint's item 'about': everything but its arrays.
 
     Args:
       fix: what to do if it is damaged, for the message.
@@ -41,8 +41,8 @@ def changed_since(about: dict[str, Any], now: dict[str, Any], name: str) -> list
     """Returns the incompatible changes between two checkpoints of the stage called `name`.
 
     Args:
-      about: what the earlier one says of itself; older versions do not name their images.
-      now: the same of the later one.
+      about: of the earlier one; older versions do not name their images.
+      now: of the later one.
     """
     known = about.keys() & now.keys()
 

@@ -43,7 +43,7 @@ def choices(hint: Any) -> tuple[type, ...]:
 
 
 def kind_of(cls: type) -> str:
-    """A class's `kind` in configs: its name in lower case, without what the class is.
+    """A class's `kind` in configs: its name in lower case, without its generic suffix.
 
     `RelayProcess` is 'relay', `EDMPreconditioning` 'edm', `RelayHeun` 'relayheun'.
     """

@@ -118,7 +118,7 @@ def _call(given: str, path: Path, arguments: list[str]) -> Any:
             fix = f"Use {path}." if arguments else f"Use {path}:ARGUMENT, as the file explains."
             raise InputError(f"--config={given!r}: {path} {takes}", fix) from error
         return module.get_config(*arguments)
-    except (InputError, Warning):  # a warning that Python was told to raise is not the config's
+    except (InputError, Warning):  # with python -W error, a warning is not the config's fault
         raise
     except Exception as error:  # the config file is code, and may fail in any way
         lines = [

@@ -76,10 +76,10 @@ class Sampling:
     Attributes:
       name: folder under the workdir. Further seeds with the same settings are added to it.
       seeds: '0-499', or '1,5,7-9'; an image depends on its own seed alone.
-      labels: 'balanced' (the image of seed s has class s mod the number of classes: the same number
-        of each, and the published 1.87), 'random' (uniform, from the seed alone), or a list of
-        classes taken in turn, by name ('cat, dog', or as JSON '["crane, bird"]') or, unless a class
-        is named by a number, by index ('3', '0,2-5').
+      labels: 'balanced' (the image of seed s has class s mod the number of classes: equal numbers
+        of each, as for the published FID of 1.87), 'random' (uniform, from the seed alone), or a
+        list of classes taken in turn, by name ('cat, dog', or as JSON '["crane, bird"]') or, unless
+        a class is named by a number, by index ('3', '0,2-5').
       low: 'folder:PATH', 'zip:PATH' or 'tar:PATH' of small images of the size of a stage's. The
         relay continues from them, image s mod n for seed s, with its class, matched by name, if
         labels are balanced; the stages up to that one are skipped. '' to start with stage 1.

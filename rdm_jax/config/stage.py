@@ -175,7 +175,7 @@ class Stage:
         return functional(lambda rngs: self.network.build(shapes, rngs=rngs))
 
     def multiply_adds(self, channels: int, classes: int) -> int:
-        """Of one forward pass for one image."""
+        """Multiply-adds of one forward pass per image."""
         # Traced in float32, as fused attention would hide its products.
         network: Any = self.network
         plain = dataclasses.replace(self, network=dataclasses.replace(network, dtype="float32"))

@@ -1,4 +1,4 @@
-"""Guidance: transforms of conditional denoisers. No sampler knows of it.
+"""Guidance: transforms of conditional denoisers, independent of samplers.
 
 `compose` chains several; the result is a conditional denoiser again, to which the sampling of a
 stage binds the condition.

@@ -25,11 +25,10 @@ class Coefficients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioning:
-    """What all kinds share; calling one returns the coefficients at noise levels sigma (b,).
+    """Base of all kinds. A call returns the coefficients at noise levels sigma (b,).
 
     Attributes:
-      outputs: channels of the network's output in units of an image's; only the first of them are
-        used.
+      outputs: number of images that the network returns, along the channels; the first is used.
       data_std: standard deviation that the data is assumed to have; None if none is assumed.
     """
 
@@ -141,8 +140,8 @@ class VEPreconditioning(Preconditioning):
 class IDDPMPreconditioning(Preconditioning):
     """For iDDPM's and ADM's own networks (EDM, table 1).
 
-    They know a finite number of levels, of which they get the nearest. They also return a variance,
-    which is not used.
+    They know a finite number of levels; other levels are rounded to the nearest. They also return
+    a variance, which is not used.
 
     Attributes:
       c1, c2: constants of the cosine schedule.

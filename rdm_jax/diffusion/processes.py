@@ -38,11 +38,11 @@ class Unconditioned:
     def conditioning(
         self, x: Float[Array, "b h w c"], keys: Key[Array, " b"]
     ) -> Float[Array, "b h w k"] | None:
-        """Nothing."""
+        """None: no conditioning."""
         return None
 
     def check(self, path: str) -> None:
-        """Nothing concerns several fields."""
+        """No check concerns several fields."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Process(Protocol):
 
 @runtime_checkable
 class Precondition(Protocol):
-    """The part of a preconditioning that samplers look at."""
+    """The part of a preconditioning that samplers need."""
 
     @property
     def range(self) -> tuple[float, float]:
@@ -106,13 +106,13 @@ class Precondition(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A walk from the highest to the lowest of some noise levels."""
+    """A sampler: steps from the highest to the lowest of its noise levels."""
 
     def walks(self, process: Any) -> bool:
-        """Whether the sampler can walk this process."""
+        """Whether the sampler can be used with this process."""
 
     def levels(self, process: Any) -> Levels:
-        """The levels that are walked."""
+        """The noise levels of all steps."""
 
     def nfe(self, process: Any) -> int:
         """Network function evaluations per image, the two passes of guidance counted as one."""

@@ -1,9 +1,9 @@
 """Samplers: a denoiser, explicit noise levels and a state in; the state at the next level out.
 
-Generating from noise and relaying from an enlarged image are the same walk from different states. A
-sampler is a frozen record of its settings (`protocols.Sampler` is the interface), and `walk` drives
-any of them. N levels take N - 1 steps and one last evaluation: 2 N - 1 NFE at second order, N at
-first.
+Generating from noise and continuing from an enlarged image differ in the initial state only. A
+sampler is a frozen record of its settings (`protocols.Sampler` is the interface), and `walk` takes
+the steps of any of them. N levels take N - 1 steps and one last evaluation: 2 N - 1 NFE at second
+order, N at first.
 
 Noise comes from a function `noise(k)`, the k-th unit noise of the whole batch: samplers hold no
 keys.
@@ -26,7 +26,7 @@ from rdm_jax.runtime.fields import at_least, between, one_of, positive
 
 
 def nfe_of(levels: int, order: int) -> int:
-    """NFE of a walk over so many levels with a method of order 1 or 2."""
+    """NFE of a method of order 1 or 2 over so many levels."""
     return levels if order == 1 else 2 * levels - 1
 
 
@@ -39,7 +39,7 @@ def check_levels(
       sampler: has `sigma_min` and `sigma_max`.
       path: of the sampler in the config.
       precondition: of the network.
-      highest: whether sigma_max itself is walked.
+      highest: whether sigma_max itself is used.
 
     Raises:
       InputError: sigma_min is not below sigma_max, or a level is outside of the network's range.
@@ -106,12 +106,12 @@ class Heun:
     def conditioning(
         self, process: Process, low: Float[Array, "b h w c"] | None, noise: Noise
     ) -> Array | None:
-        """Nothing."""
+        """None: no conditioning."""
         return None
 
     def handover(self, process: Process) -> str:
         """The stage before is not used."""
-        return "begins at pure noise"
+        return "starts from pure noise"
 
     def check(self, path: str, process: Process, precondition: Precondition) -> None:
         """The levels must be in the network's range. Raises InputError."""
@@ -198,7 +198,7 @@ class CascadeHeun(Heun):
     def handover(self, process: Process) -> str:
         """Pure noise, and the noise level of the small image."""
         return (
-            f"begins at pure noise, conditioned on the small image with noise of sigma "
+            f"starts from pure noise, conditioned on the small image with noise of sigma "
             f"{self.augment:g}"
         )
 
@@ -217,19 +217,19 @@ class RelayHeun:
     """The relay's sampler (arXiv 2309.03350): from an enlarged image, patch by patch in DCT space.
 
     Attributes:
-      steps: nominal number of levels; only those below `truncation_sigma` are walked.
+      steps: nominal number of levels; only those below `truncation_sigma` are used.
       sigma_min, sigma_max, rho: of the noise schedule.
-      truncation_sigma: where the relay joins the schedule.
+      truncation_sigma: the relay starts at the highest level below it.
       truncation_time: the clock's length in sampling; 0 for that of the training.
       eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
       order: 2 for Heun, 1 for the plain update (half the NFE).
       corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which
         for eta = 0 is of second order in the patch means and of first where the blur changes; or
         'images', the denoised ones, of second order in both.
-      exact_start: start the first step from an image without any detail, as the enlarged one is.
-        Else, as published, it starts from one blurred as the process is at this level, and the
-        detail that this blur keeps is missing from then on. Order 1 and the corrector 'images' make
-        up for it; 'slopes' loses a part of it again.
+      exact_start: treat the first state as what it is: patch means without any detail. If False, as
+        published, it is treated as blurred like the process at this level; the detail that this
+        blur keeps is missing from then on. With `exact_start`, order 1 and the corrector 'images'
+        restore that detail, 'slopes' only part of it.
     """
 
     steps: int = at_least(2, default=18)
@@ -248,7 +248,7 @@ class RelayHeun:
         return isinstance(process, RelayProcess)
 
     def levels(self, process: RelayProcess) -> Levels:
-        """The levels that are walked, with the blur of the state at each.
+        """The levels below `truncation_sigma`, with the blur of the state at each.
 
         It is the process's blur; with `exact_start` the first level has nothing but patch means.
         """
@@ -265,39 +265,39 @@ class RelayHeun:
         return Levels(sigma, blur)
 
     def nfe(self, process: RelayProcess) -> int:
-        """2 n - 1 at second order, n at first, for the n levels that are walked."""
+        """2 n - 1 at second order, n at first, for the n levels below `truncation_sigma`."""
         return nfe_of(len(self.levels(process).sigma), self.order)
 
     def conditioning(
         self, process: RelayProcess, low: Float[Array, "b h w c"] | None, noise: Noise
     ) -> Array | None:
-        """Nothing: the small image is in the state."""
+        """None: the small image is in the state."""
         return None
 
     def joined_level(self, process: RelayProcess) -> Levels:
-        """The level that the relay begins at, with the blur that the process has there."""
+        """The level at which the relay starts, with the blur of the process there."""
         published = dataclasses.replace(self, exact_start=False)
         return jax.tree.map(lambda a: a[0], published.levels(process))
 
     def handover(self, process: RelayProcess) -> str:
-        """The level, and how much detail the blur has left there; the paper assumes none."""
+        """The level, and how much detail is left there; the paper assumes none."""
         first = self.joined_level(process)
         end = process.blur_weights(jnp.ones(1))[0]
         assert first.blur is not None
         text = (
-            f"begins at sigma {first.sigma:.4g}, where {first.blur[0, 1]:.1%} of a patch's lowest "
+            f"starts at sigma {first.sigma:.4g}, where {first.blur[0, 1]:.1%} of a patch's lowest "
             f"frequency is left ({end[0, 1]:.1%} where its training ends)"
         )
         compensated = self.exact_start and (self.order == 1 or self.corrector == "images")
-        return f"{text}, which the first step makes up for" if compensated else text
+        return f"{text}, which the first step restores" if compensated else text
 
     def check(self, path: str, process: RelayProcess, precondition: Precondition) -> None:
-        """Two levels or more must be walked, in the network's range. Raises InputError."""
+        """At least two levels must be left, in the network's range. Raises InputError."""
         check_levels(self, path, precondition, highest=False)
-        walked = len(self.levels(process).sigma)
-        if walked < 2:
+        count = len(self.levels(process).sigma)
+        if count < 2:
             raise InputError(
-                f"{path}.steps={self.steps} leaves {walked} levels below truncation_sigma",
+                f"{path}.steps={self.steps} leaves {count} levels below truncation_sigma",
                 "Use more steps.",
             )
 

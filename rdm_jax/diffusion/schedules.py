@@ -1,4 +1,4 @@
-"""Noise schedules: invertible pairs sigma <-> t, and the levels that samplers walk. All float32."""
+"""Noise schedules: invertible pairs sigma <-> t, and the levels that samplers use. All float32."""
 
 import dataclasses
 import math

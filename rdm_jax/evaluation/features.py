@@ -1,4 +1,4 @@
-"""What a network says about images; sets of images are compared by their features."""
+"""Feature extractors: networks by whose outputs sets of images are compared."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

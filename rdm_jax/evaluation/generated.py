@@ -130,7 +130,7 @@ class StageStream(ImageStream):
             parse_numbers(seeds, "config.evaluation.seeds_in_training"), np.int64
         )
         self.count = len(self._seeds)
-        # A few sums tell the parameters of one training from another's.
+        # A few sums distinguish the parameters of one training from another's.
         sums = jax.device_get(jax.tree.map(lambda x: (x.sum(), jnp.abs(x).sum()), params))
         parameters = hashlib.sha256(repr(jax.tree.leaves(sums)).encode()).hexdigest()
         self.about = {

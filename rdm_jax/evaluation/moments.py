@@ -28,7 +28,7 @@ def start(shift: Float[Array, " d"]) -> Moments:
     """The moments of no features.
 
     Args:
-      shift: subtracted from all features; the mean of the first few will do.
+      shift: subtracted from all features, such as the mean of the first few.
     """
     size = len(shift)
     vector, matrix = jnp.zeros(size, shift.dtype), jnp.zeros((size, size), shift.dtype)

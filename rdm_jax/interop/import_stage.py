@@ -17,7 +17,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.workdir import Workdir
 
-# What weights say of their stage; the rest stays as the config has it.
+# Fields of a stage that the weights determine; the others stay as in the config.
 IMPORTED_FIELDS = ("resolution", "network", "precondition")
 
 

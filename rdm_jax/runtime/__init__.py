@@ -1,1 +1,1 @@
-"""What every room stands on: errors, files, the console, signals, devices and processes."""
+"""What all other packages use: errors, files, the console, signals, devices and processes."""

@@ -156,7 +156,8 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
 
     Operations in a loop are counted once.
     """
-    # The TPU compiler writes an operation twice if it is spread over others: the channel tells.
+    # The TPU compiler writes an operation twice if it is spread over others, with the same
+    # channel id.
     operations = {
         channel or number: operation
         for number, (*operation, channel) in enumerate(

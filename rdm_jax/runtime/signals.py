@@ -1,4 +1,4 @@
-"""Stopping without losing work: Ctrl-C and SIGTERM are noted, and obeyed between two steps."""
+"""Stopping without losing work: Ctrl-C and SIGTERM are noted, and handled between two steps."""
 
 import contextlib
 import multiprocessing

@@ -153,7 +153,7 @@ def read_npz_index(path: Path, relay: RelayPipeline) -> tuple[np.ndarray, np.nda
 
 
 def read_made_with(folder: Path) -> dict[str, Any] | None:
-    """Reads what samples.json says about the samples in a folder; None if there are no samples.
+    """Reads the samples.json of the samples in a folder; None if there are no samples.
 
     Raises:
       InputError: there are samples, but samples.json is missing or damaged.

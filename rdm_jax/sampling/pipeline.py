@@ -137,7 +137,7 @@ class RelayPipeline:
         return [np.concatenate(stage) for stage in zip(*made, self.finish(begun), strict=True)]
 
     def begin(self, seeds: Int[np.ndarray, " n"]) -> Begun:
-        """Starts the devices and does not wait, so that the next call follows without a gap.
+        """Dispatches the computation without waiting, so that the devices stay busy.
 
         More seeds than a batch start several batches, whose images stay on the devices until
         `finish`.
@@ -218,7 +218,7 @@ def _check_guidance(config: Config, number: int, path: Path, about: dict[str, An
     if guidance != 1 and not dropout and "imported" not in about:
         raise InputError(
             f"config.stage{number}.guidance={guidance} cannot be used: checkpoint {path} was "
-            f"trained with training.label_dropout={dropout}, so it knows no images without a label",
+            f"trained with training.label_dropout={dropout}, that is, never without labels",
             "Use 1.0.",
         )
 

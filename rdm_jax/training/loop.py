@@ -34,7 +34,7 @@ from rdm_jax.training.validation import Validation
 
 # Batches on their way to the devices while a step runs.
 BATCHES_AHEAD = 2
-# What processes tell each other with every step: nothing (0), that process 0 wants to save, or
+# What processes exchange with every step: nothing (0), that process 0 wants to save, or
 # that one of them has received a signal.
 SAVE = 1
 STOP = 2
@@ -127,7 +127,7 @@ class Trainer:
           probe: draws a preview every `preview_every` images and evaluates every `evaluate_every`;
             an interrupted evaluation is resumed before training is.
 
-        Previews and evaluations come after a checkpoint, as signals are not obeyed before they end.
+        Previews and evaluations come after a checkpoint, as signals are only handled at their end.
 
         Raises:
           Diverged: after `max_skipped` consecutive steps that were not finite; the last good state

@@ -1,4 +1,4 @@
-"""What a training shows of its stage on the way: previews and evaluations."""
+"""The interface of previews and evaluations of a stage during its training."""
 
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable

@@ -19,7 +19,7 @@ from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
 
 def build_objective(stage: Stage, image_shape: tuple[int, ...], classes: int) -> Objective:
-    """What the stage is trained for, on images (h, w, c) of its own or a later stage's size."""
+    """The stage's objective, on images (h, w, c) of its own or a later stage's size."""
     training = stage.training
     return Objective(
         network=stage.build(image_shape[-1], classes),
@@ -61,7 +61,7 @@ class Program(ABC):
       count: of images, if the batch size has changed during the training; else None.
 
     Attributes:
-      objective: what the stage is trained for.
+      objective: of the training.
       abstract: the state's shapes and shardings, as in checkpoints.
     """
 

@@ -19,7 +19,7 @@ from rdm_jax.training.count import Count
 from rdm_jax.training.program import Program
 from rdm_jax.training.step import TrainState
 
-# What a checkpoint says of the training before it, which all later ones repeat.
+# What a checkpoint records of the training before it, which all later ones repeat.
 HISTORY = ("started_from", "changes", "count")
 
 

@@ -23,12 +23,12 @@ from rdm_jax.training.count import Count
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a stage is trained for: everything the loss needs besides parameters and images.
+    """The training objective: everything that the loss needs besides parameters and images.
 
     Attributes:
       pool: the stage sees the means of pool x pool pixels of the records.
       condition: what the network is conditioned on.
-      label_dropout: probability of the null condition for an image.
+      label_dropout: probability of the null condition, per image.
       augmentation: of the images, with a label that the network is conditioned on; None for none.
       flip: mirror half of all images, without a label; not together with an augmentation.
       representation: how records hold images.
