@@ -51,7 +51,7 @@ def test_saved_config_without_a_field(tmp_path):
             "resolution",
             "process",
             "sampler",
-        ):  # the second stage's own are no defaults
+        ):  # the second stage's values are not the defaults
             assert to_dict(found) == expected, path
             now = json.loads(json.dumps(expected))
             assert not changes.incompatible_changes(json.loads(json.dumps(to_dict(found))), now), (

@@ -154,7 +154,7 @@ def test_gaussian_marginals():
     )
     assert np.all(np.abs(noise.mean(0)) < ERRORS / np.sqrt(n))
     assert np.all(np.abs(np.cov(noise.T) - np.eye(12)) < ERRORS * np.sqrt((1 + np.eye(12)) / n))
-    # Nor may the noise tell the level: they come from one key.
+    # The noise is independent of the level, although both come from one key.
     level = np.log(np.asarray(noised.sigma, np.float64))
     assert np.all(
         np.abs([np.corrcoef(level, noise[:, i])[0, 1] for i in range(12)]) < ERRORS / np.sqrt(n)

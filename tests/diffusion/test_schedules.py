@@ -85,7 +85,7 @@ def test_clock_blur_of_lowest_frequency(length, blur_sigma_max, left):
     assert weight == pytest.approx(left, abs=5e-3)  # published to two places
 
 
-# EDM's and one that begins at no slope.
+# The published settings and others.
 LINEAR = [schedules.Linear(), schedules.Linear(beta_d=5.0, beta_min=0.5)]
 linear = pytest.mark.parametrize("schedule", LINEAR, ids=["published", "other"])
 

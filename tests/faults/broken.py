@@ -114,12 +114,12 @@ def white_has_no_gradient() -> None:
     step.Objective.loss = of
 
 
-def each_save_tells(what) -> None:
+def record_each_save(what) -> None:
     """Each process appends a line about the state to its own file before each save."""
     save = store.Checkpoints.save
 
     def of(self, state, about):
-        with (self.directory.parent / f"told_by_{jax.process_index()}").open("a") as file:
+        with (self.directory.parent / f"recorded_by_{jax.process_index()}").open("a") as file:
             file.write(f"{what(state)}\n")
         save(self, state, about)
 
@@ -154,12 +154,12 @@ def measured() -> None:
     """No fault: records memory, threads and open files. The first save draws the curves, which
     opens font files that stay open."""
     metric_writer.SECONDS_BETWEEN_CURVES = 0
-    each_save_tells(what_the_process_has)
+    record_each_save(what_the_process_has)
 
 
 def white_is_nan_in_one_host() -> None:
     white_is(jnp.nan)
-    each_save_tells(what_devices_hold)
+    record_each_save(what_devices_hold)
 
 
 def a_batch_is_lost() -> None:

@@ -19,14 +19,19 @@ def test_19_hundred_thousand_steps(image_folder, tmp_path, fault):
     each = {"images": 8 * STEPS, "checkpoint_every": 8 * 1000, "log_every": 800}
     flags = [f"--config.stage1.training.{name}={value}" for name, value in each.items()]
     run(image_folder, tmp_path, *STAGE, *flags, broken="measured", timeout=2 * 3600)
-    told = {line["step"]: line for line in metric_writer.read(tmp_path / "stage1/told_by_0")}
-    grown = {name: told[STEPS][name] - told[EARLY][name] for name in ("memory", "threads", "files")}
+    recorded = {
+        line["step"]: line for line in metric_writer.read(tmp_path / "stage1/recorded_by_0")
+    }
+    grown = {
+        name: recorded[STEPS][name] - recorded[EARLY][name]
+        for name in ("memory", "threads", "files")
+    }
     assert (
-        len(told) == 100
+        len(recorded) == 100
         and grown["memory"] < 50 * 2**20
         and grown["threads"] <= 2
         and grown["files"] <= 4
-    ), told
+    ), recorded
     memory = f"memory in use {grown['memory'] / 2**20:+.1f} MiB"
     fault(
         19,

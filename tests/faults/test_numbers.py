@@ -100,7 +100,7 @@ def test_12_bad_image_on_one_host(one_white, tmp_path, fault):
     assert skipped(tmp_path / "run") == struck
     check_untouched(tmp_path / "run", struck)
     one, other = (
-        (tmp_path / f"run/stage1/told_by_{process}").read_text().splitlines()
+        (tmp_path / f"run/stage1/recorded_by_{process}").read_text().splitlines()
         for process in range(2)
     )
     assert one == other and len(one) == len(

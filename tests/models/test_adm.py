@@ -263,7 +263,7 @@ def test_initialisation_follows_key(init):
     one, again, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(one, again)
     chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
-    # No two kernels of a network are born alike either.
+    # Kernels within a network differ too.
     kernels = [
         np.asarray(params[name]["conv0"]["kernel"])
         for params in (one, other)

@@ -199,7 +199,7 @@ def test_network_dtypes_of_parameters(family):
     }
     assert set(found.values()) == {FLOAT32, BFLOAT16}
     assert set(jax.tree.leaves(network(TWO_LEVELS[family]).dtypes)) == {FLOAT32}
-    # Rounded to that, parameters give the same: so they may travel.
+    # Parameters rounded to these dtypes give the same result, so they can be gathered in them.
     params = parameters(net)
     rounded = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, net.dtypes)
     apply = jax.jit(net.apply)
@@ -251,7 +251,7 @@ def gpu(capability):
         (gpu("12.0"), BFLOAT16, 8, "cudnn"),
         (gpu("7.5"), BFLOAT16, 64, "xla"),
         (gpu("gfx942"), BFLOAT16, 64, "xla"),  # AMD's
-        (CUDA, BFLOAT16, 64, "xla"),  # that does not say what it is
+        (CUDA, BFLOAT16, 64, "xla"),  # without a compute capability
         (gpu("9.0"), FLOAT32, 64, "xla"),
         (gpu("9.0"), BFLOAT16, 60, "xla"),
         (gpu("9.0"), BFLOAT16, 136, "xla"),
@@ -269,7 +269,7 @@ def test_attention_implementation_by_device(device, dtype, width, wanted, monkey
     q = jnp.zeros((1, 4, 1, width), dtype)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     layers.attend(q, q, q)
-    # What is compiled for another device is as if it were there, and the other way round.
+    # Under `compiling_for`, the given device decides, not the local one.
     for other in (gpu("9.0"), CPU):
         monkeypatch.setattr(jax, "local_devices", lambda other=other: [other])
         with layers.compiling_for(device):

@@ -74,7 +74,7 @@ def along_both(rows, columns, x):
 
 down = jax.jit(resampling.downsample, static_argnums=1, static_argnames="padded")
 up = jax.jit(resampling.upsample, static_argnums=1)
-# One filter of each length that is in use, one that tells its ends apart, and a longer one.
+# One filter of each length that is in use, an asymmetric one, and a longer one.
 every_filter = pytest.mark.parametrize(
     "taps", [(1, 1), (1, 3, 3, 1), (1, 2, 5, 3), (1, 5, 10, 10, 5, 1)], ids=str
 )
@@ -184,7 +184,7 @@ def test_block_is_scaled_skip_at_initialisation(heads, scale):
     assert np.any(np.asarray(block(x, emb)) != np.asarray(scale * x))
 
 
-# The parts by hand
+# The parts against NumPy
 
 
 def silu(x):
@@ -278,7 +278,7 @@ def test_residual_encoder_adds_downsampled_image():
         kernel, bias = (
             np.asarray(params[f"residual{level}"][name], np.float64) for name in ("kernel", "bias")
         )
-        # The filter looks at pixels beyond the image, and there is the 3x3's result, not zero.
+        # Beyond the image the filter sees the result of the 3x3 convolution, not zero.
         wide = np.pad(aux, [(0, 0), (2, 2), (2, 2), (0, 0)])
         _, h, w, _ = aux.shape
         taps = (wide[:, i : i + h + 2, j : j + w + 2] @ kernel[i, j] for i, j in np.ndindex(3, 3))
@@ -287,7 +287,7 @@ def test_residual_encoder_adds_downsampled_image():
         assert np.std(shrunken) > 0.1
         aux = (shrunken + blocks[place - 1]) * np.sqrt(0.5)
         np.testing.assert_allclose(outputs[place], aux, atol=FLOAT32)
-    for place in (1, 3, 5):  # all other blocks are fed what came before, changed in no way
+    for place in (1, 3, 5):  # all other blocks get the previous output unchanged
         np.testing.assert_allclose(outputs[place], blocks[place - 1], atol=FLOAT32)
 
 
@@ -339,7 +339,7 @@ def test_gradients_reach_all_but_frequencies():
     for path, gradient in jax.tree.leaves_with_path(grads):
         assert np.max(np.abs(np.asarray(gradient))) > 1e-6, jax.tree_util.keystr(path)
     other, _ = loss({**params, "frequencies": params["frequencies"] + 1})
-    assert abs(other - value) > 1e-3  # they matter nevertheless
+    assert abs(other - value) > 1e-3  # but the output depends on them
 
 
 def test_network_commutes_with_transpose(ncsn):

@@ -223,9 +223,9 @@ def test_collectives_are_gradients_only(size):
     one, eight = compiled(size=size), compiled(devices=8, size=size)
     parameters = 4 * eight.objective.network.num_parameters
     assert sharding.collectives(one.compiled) == {}
-    told = sharding.collectives(eight.compiled)
-    assert told.keys() == {"all-reduce"}
-    assert parameters <= told["all-reduce"] <= parameters + 64  # and the loss
+    sent = sharding.collectives(eight.compiled)
+    assert sent.keys() == {"all-reduce"}
+    assert parameters <= sent["all-reduce"] <= parameters + 64  # and the loss
 
 
 @pytest.mark.parametrize(
@@ -244,14 +244,14 @@ def test_collectives_are_gradients_only(size):
 )
 def test_collectives_fetch_sharded_parameters_once(how):
     made, fsdp = compiled(**how), how["fsdp"]
-    told, params = sharding.collectives(made.compiled), jax.tree.leaves(made.abstract.params)
+    sent, params = sharding.collectives(made.compiled), jax.tree.leaves(made.abstract.params)
     cut = sum(4 * leaf.size for leaf in params if not leaf.sharding.is_fully_replicated)
-    assert cut > 0 and told["all-gather"] == cut and told.keys() == {"all-gather", "all-reduce"}
-    # On CPU, gradients are summed whole along 'fsdp' (on TPU by a reduce-scatter, see
+    assert cut > 0 and sent["all-gather"] == cut and sent.keys() == {"all-gather", "all-reduce"}
+    # On CPU, gradients are summed in full along 'fsdp' (on TPU by a reduce-scatter, see
     # test_plan.py), then their parts along 'data'. Besides there are the loss and, of each cut
     # array, its share of the gradient's norm.
     gradients = 4 * sum(leaf.size for leaf in params) + (cut // fsdp if fsdp < 8 else 0)
-    assert gradients <= told["all-reduce"] <= gradients + 4 * (len(params) + 2)
+    assert gradients <= sent["all-reduce"] <= gradients + 4 * (len(params) + 2)
 
 
 @pytest.mark.second
