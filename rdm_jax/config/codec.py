@@ -56,7 +56,10 @@ def kinds(*classes: type, default: Any) -> Any:
 
 
 def add_kind(owner: type, field: str, cls: type) -> None:
-    """Adds a dataclass to those of a `kinds` field; once more is allowed.
+    """Adds a dataclass to those of a `kinds` field.
+
+    A class of the same module and name is replaced: it is the same definition, executed again, as
+    when a config file is loaded twice or a notebook's cell is run again.
 
     Raises:
       ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
@@ -66,10 +69,13 @@ def add_kind(owner: type, field: str, cls: type) -> None:
     if known is None or not dataclasses.is_dataclass(cls):
         raise ValueError(f"{owner.__name__}.{field} cannot be extended with {cls!r}")
     taken = {kind_of(each): each for each in known}
-    if taken.get(kind_of(cls), cls) is not cls:
-        raise ValueError(f"{owner.__name__}.{field} already has the kind {kind_of(cls)!r}")
-    if cls not in known:
+    earlier = taken.get(kind_of(cls))
+    if earlier is None:
         known.append(cls)
+    elif (earlier.__module__, earlier.__qualname__) == (cls.__module__, cls.__qualname__):
+        known[known.index(earlier)] = cls
+    else:
+        raise ValueError(f"{owner.__name__}.{field} already has the kind {kind_of(cls)!r}")
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -105,7 +111,8 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e3 in JSON
         return int(value)
     if type(value) is not hint:
-        raise InputError(f"{path}={value!r} is not {TYPES[hint]}", f"Use {TYPES[hint]}.")
+        example = f", such as {str(value)!r}" if hint is str else ""
+        raise InputError(f"{path}={value!r} is not {TYPES[hint]}", f"Use {TYPES[hint]}{example}.")
     return value
 
 
@@ -116,7 +123,7 @@ def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
         raise InputError(
             f"{path}.kind={kind!r} is not known",
             f"Use {' or '.join(map(repr, kinds))}, or import the module that adds the kind with "
-            "rdm_jax.config.extend.",
+            "rdm_jax.config.extend (for a command: pass this file as --config).",
         )
     return from_plain(kinds[kind], fields, path)
 

@@ -45,6 +45,11 @@ def test_whole_numbers_in_json_may_have_a_fraction_of_zero(saved):
         load(str(saved))
 
 
+def test_a_number_for_a_text_is_refused_with_the_text():
+    with pytest.raises(InputError, match=r"labels=3 is not a text\. Use a text, such as '3'\."):
+        load_config("digits", sampling={"labels": 3})
+
+
 def test_warnings_as_errors_are_no_fault_of_a_config(tmp_path):
     """`python -W error`: what the library warns of passes, what a config warns of surfaces as the
     warning that it is."""
@@ -127,6 +132,12 @@ def test_a_packaged_config_takes_an_argument(monkeypatch, tmp_path, saved):
     monkeypatch.chdir(tmp_path)
     assert parse(load(f"saved:{saved}")) == Config(seed=7)
     assert load("emoji:tiny") == load(f"{ROOT}/configs/emoji.py:tiny")
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji_small"])
+def test_a_packaged_config_refuses_an_unknown_argument(name):
+    with pytest.raises(InputError, match=r"the size 'tny' .* unknown\. Use 'full' or 'tiny'\."):
+        load(f"{name}:tny")
 
 
 def test_a_run_or_a_file_is_preferred_to_a_packaged_config(monkeypatch, tmp_path, saved):
