@@ -58,7 +58,7 @@ def backend_error(error: Exception) -> InputError | None:
         isinstance(error, RuntimeError) and NO_MEMORY in str(error)
     ):
         return InputError(
-            f"there is too little memory ({reason(error)})",
+            f"there is too little memory ({reason(error).rstrip('.')})",
             "Lower the batch size (stageN.training.batch_size or sampling.batch_size), or raise "
             "stageN.training.accumulate.",
         )

@@ -92,7 +92,7 @@ def of_the_host():
 def test_exit_status_without_memory_names_the_batch_size(capsys, work):
     assert exit_status(work, lambda: None) == 2
     assert re.fullmatch(
-        r"error: there is too little memory \(.* 9 bytes\.?\)\. Lower the batch size "
+        r"error: there is too little memory \(.* 9 bytes\)\. Lower the batch size "
         r"\(stageN\.training\.batch_size .*\.\n",
         capsys.readouterr().err,
     )
