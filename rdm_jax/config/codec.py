@@ -62,20 +62,21 @@ def add_kind(owner: type, field: str, cls: type) -> None:
     when a config file is loaded twice or a notebook's cell is run again.
 
     Raises:
-      ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
+      ValueError: the field has no kinds, `cls` is not a dataclass or lacks a method of the field's
+        protocol, or its kind is taken.
     """
     fields = {each.name: each for each in dataclasses.fields(owner)}
     known = fields[field].metadata.get("kinds") if field in fields else None
     if known is None or not dataclasses.is_dataclass(cls):
         raise ValueError(f"{owner.__name__}.{field} cannot be extended with {cls!r}")
-    taken = {kind_of(each): each for each in known}
-    earlier = taken.get(kind_of(cls))
-    if earlier is None:
-        known.append(cls)
-    elif (earlier.__module__, earlier.__qualname__) == (cls.__module__, cls.__qualname__):
-        known[known.index(earlier)] = cls
-    else:
+    earlier = next((each for each in known if kind_of(each) == kind_of(cls)), None)
+    if earlier and (earlier.__module__, earlier.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{owner.__name__}.{field} already has the kind {kind_of(cls)!r}")
+    protocol = typing.get_type_hints(owner)[field]
+    missing = [name for name in vars(protocol) if name[0] != "_" and not hasattr(cls, name)]
+    if missing:
+        raise ValueError(f"{cls.__name__} has no {', '.join(missing)}, as {protocol.__name__} does")
+    known[:] = [each for each in known if each is not earlier] + [cls]
 
 
 def field_types(cls: type) -> dict[str, Any]:

@@ -235,6 +235,7 @@ def test_extend_refuses_what_is_no_kind(extended):
         ("sampler", other, "already has the kind 'euler'"),
         ("guidance", Euler, "cannot be extended"),
         ("sampler", int, "cannot be extended"),
+        ("sampler", Pixelwise, "Pixelwise has no walks, levels, .*, as Sampler does"),
     ):
         with pytest.raises(ValueError, match=says):
             extend(field, cls)
