@@ -118,6 +118,11 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
 
 
 def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{path}={value!r} is a single value",
+            f"Use a dict of fields with the kind {' or '.join(map(repr, kinds))}.",
+        )
     fields = dict(value)
     kind = fields.pop("kind", None)
     if kind not in kinds:

@@ -45,6 +45,11 @@ def test_whole_numbers_in_json_may_have_a_fraction_of_zero(saved):
         load(str(saved))
 
 
+def test_a_number_for_a_part_is_refused_with_the_kinds():
+    with pytest.raises(InputError, match=r"sampler=3 is a single value\. Use .* kind 'heun' or"):
+        load_config("digits", stage1={"sampler": 3})
+
+
 def test_a_number_for_a_text_is_refused_with_the_text():
     with pytest.raises(InputError, match=r"labels=3 is not a text\. Use a text, such as '3'\."):
         load_config("digits", sampling={"labels": 3})
