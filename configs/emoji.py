@@ -23,6 +23,7 @@ from rdm_jax.config import Config, Data, Sampling, Stage, Training
 from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import Heun, RelayHeun
 from rdm_jax.models.adm import ADM
+from rdm_jax.runtime.errors import InputError
 
 
 def training(images: int, batch_size: int, every: int) -> Training:
@@ -45,6 +46,8 @@ def get_config(size: str = "full"):
     Args:
       size: 'full', or 'tiny', which keeps resolutions and processes, and shrinks all else.
     """
+    if size not in ("full", "tiny"):
+        raise InputError(f"the size {size!r} of this config is unknown", "Use 'full' or 'tiny'.")
     tiny = size == "tiny"
     width, blocks = (32, 1) if tiny else (128, 2)
     small = ADM(

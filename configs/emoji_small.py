@@ -16,6 +16,7 @@ from rdm_jax.config import Config, Data, Sampling, Stage, Training
 from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import RelayHeun
 from rdm_jax.models.adm import ADM
+from rdm_jax.runtime.errors import InputError
 
 
 def training(images: int, batch_size: int) -> Training:
@@ -38,6 +39,8 @@ def get_config(size: str = "full"):
     Args:
       size: 'full', or 'tiny', which keeps resolutions and processes, and shrinks all else.
     """
+    if size not in ("full", "tiny"):
+        raise InputError(f"the size {size!r} of this config is unknown", "Use 'full' or 'tiny'.")
     tiny = size == "tiny"
     width, blocks = (32, 1) if tiny else (64, 2)
     return Config(

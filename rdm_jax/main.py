@@ -1,6 +1,7 @@
 """python -m rdm_jax.main --config configs/digits.py --workdir runs/digits
 
-Prepares the data, trains every stage, samples. The same command resumes an interrupted run.
+Prepares the data, trains every stage, samples, evaluates. The same command resumes an interrupted
+run. Every field of the config is a flag: docs/configuration.md lists them.
 """
 
 import os

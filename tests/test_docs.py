@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -252,7 +253,8 @@ def folder(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     random = np.random.default_rng(0)
     photograph = (300, 280, 3)
-    sizes = {"photographs/cats": photograph, "photographs/dogs": photograph, "small": (8, 8)}
+    sizes = {"photographs/cats": photograph, "photographs/dogs": photograph}
+    sizes |= {"small": (8, 8), "large": (32, 32)}
     for place, size in sizes.items():
         (folder / place).mkdir(parents=True)
         for number in range(8):
@@ -273,7 +275,17 @@ def in_small(command: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def guide(folder):
+def own_kinds():
+    """Takes back what `extend` adds."""
+    kinds = [field.metadata.get("kinds", []) for field in dataclasses.fields(Stage)]
+    before = [list(each) for each in kinds]
+    yield
+    for each, known in zip(kinds, before, strict=True):
+        each[:] = known
+
+
+@pytest.fixture(scope="module")
+def guide(folder, own_kinds):
     """Runs the commands of the guide, in their order; what each returned, by the block."""
     for library in ("grain", "tensorflow_datasets"):
         importlib.import_module(library)  # their flags would be taken back with the command's
@@ -281,6 +293,9 @@ def guide(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for block in marked("test_commands"):
+            if block.language == "python":  # a config file, with its name in the first line
+                (folder / block.text.split()[1]).write_text(block.text)
+                continue
             for command in commands(block.text):
                 patch.setattr(sys, "argv", ["main", *in_small(command)])
                 with flagsaver.flagsaver():
@@ -296,22 +311,14 @@ def test_commands(guide, folder):
     for path in ("samples/samples.npz", "samples/grid.png", "evaluation/evaluation.json"):
         assert (run / path).is_file(), path
     assert np.load(run / "threes/samples.npz")["labels"].tolist() == [3] * 16
+    sampled = json.loads((run / "midpoint/samples.json").read_text())
+    assert sampled["stages"]["stage1"]["sampler"]["kind"] == "midpoint"
     assert (folder / "runs/mine/samples/samples.npz").is_file()
-
-
-@pytest.fixture
-def own_kinds():
-    """Takes back what `extend` adds."""
-    kinds = [field.metadata.get("kinds", []) for field in dataclasses.fields(Stage)]
-    before = [list(each) for each in kinds]
-    yield
-    for each, known in zip(kinds, before, strict=True):
-        each[:] = known
 
 
 @pytest.mark.second
 @pytest.mark.parametrize("block", marked("test_python"), ids=lambda block: block.where)
-def test_python(guide, folder, monkeypatch, own_kinds, block):
+def test_python(guide, folder, monkeypatch, block):
     monkeypatch.chdir(folder)
     names: dict = {}
     exec(compile(ast.parse(block.text), block.where, "exec"), names)

@@ -43,6 +43,9 @@ def manager_options(
         todelete_subdir=None if read_only else DELETED,
         cleanup_tmp_directories=not read_only,
         read_only=read_only,
+        # Orbax warns of both unless they agree with `read_only`.
+        create=not read_only,
+        save_interval_steps=0 if read_only else 1,
         async_options=ocp.AsyncOptions(
             post_finalization_callback=before_commit,
             # Threads would wait ten minutes for a folder that cannot be created, and keep the

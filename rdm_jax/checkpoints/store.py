@@ -31,7 +31,7 @@ from rdm_jax.checkpoints.folders import (
 from rdm_jax.checkpoints.retention import DELETED, manager_options
 from rdm_jax.config.saved import about_now
 from rdm_jax.runtime import distributed
-from rdm_jax.runtime.console import log
+from rdm_jax.runtime.console import log, without_warnings_of_absl
 from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.lazy import lazy_import
 
@@ -106,9 +106,10 @@ class Checkpoints:
             "about": ocp.JsonCheckpointHandler(),
         }
         try:  # it reads the metrics of all checkpoints
-            return ocp.CheckpointManager(
-                self.directory.resolve(), options=options, item_handlers=handlers
-            )
+            with without_warnings_of_absl():  # that nothing is written, if `read_only`
+                return ocp.CheckpointManager(
+                    self.directory.resolve(), options=options, item_handlers=handlers
+                )
         except Exception as error:
             problem = f"a checkpoint in {self.directory} cannot be read ({reason(error)})"
             for folder in sorted(step_folders(self.directory)):

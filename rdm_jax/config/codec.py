@@ -56,20 +56,27 @@ def kinds(*classes: type, default: Any) -> Any:
 
 
 def add_kind(owner: type, field: str, cls: type) -> None:
-    """Adds a dataclass to those of a `kinds` field; once more is allowed.
+    """Adds a dataclass to those of a `kinds` field.
+
+    A class of the same module and name is replaced: it is the same definition, executed again, as
+    when a config file is loaded twice or a notebook's cell is run again.
 
     Raises:
-      ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
+      ValueError: the field has no kinds, `cls` is not a dataclass or lacks a method of the field's
+        protocol, or its kind is taken.
     """
     fields = {each.name: each for each in dataclasses.fields(owner)}
     known = fields[field].metadata.get("kinds") if field in fields else None
     if known is None or not dataclasses.is_dataclass(cls):
         raise ValueError(f"{owner.__name__}.{field} cannot be extended with {cls!r}")
-    taken = {kind_of(each): each for each in known}
-    if taken.get(kind_of(cls), cls) is not cls:
+    earlier = next((each for each in known if kind_of(each) == kind_of(cls)), None)
+    if earlier and (earlier.__module__, earlier.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{owner.__name__}.{field} already has the kind {kind_of(cls)!r}")
-    if cls not in known:
-        known.append(cls)
+    protocol = typing.get_type_hints(owner)[field]
+    missing = [name for name in vars(protocol) if name[0] != "_" and not hasattr(cls, name)]
+    if missing:
+        raise ValueError(f"{cls.__name__} has no {', '.join(missing)}, as {protocol.__name__} does")
+    known[:] = [each for each in known if each is not earlier] + [cls]
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -105,18 +112,24 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e3 in JSON
         return int(value)
     if type(value) is not hint:
-        raise InputError(f"{path}={value!r} is not {TYPES[hint]}", f"Use {TYPES[hint]}.")
+        example = f", such as {str(value)!r}" if hint is str else ""
+        raise InputError(f"{path}={value!r} is not {TYPES[hint]}", f"Use {TYPES[hint]}{example}.")
     return value
 
 
 def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{path}={value!r} is a single value",
+            f"Use a dict of fields with the kind {' or '.join(map(repr, kinds))}.",
+        )
     fields = dict(value)
     kind = fields.pop("kind", None)
     if kind not in kinds:
         raise InputError(
             f"{path}.kind={kind!r} is not known",
             f"Use {' or '.join(map(repr, kinds))}, or import the module that adds the kind with "
-            "rdm_jax.config.extend.",
+            "rdm_jax.config.extend (for a command: pass this file as --config).",
         )
     return from_plain(kinds[kind], fields, path)
 

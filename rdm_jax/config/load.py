@@ -31,7 +31,8 @@ def load_config(given: str, **overrides: Any) -> Config:
     Args:
       given: a packaged config's name, a Python file, a config.json or a run's folder.
       overrides: fields by name; a section as a dict of its fields:
-        `load_config("digits", seed=1, stage2={"sampler": {"steps": 8}})`.
+        `load_config("digits", seed=1, stage2={"sampler": {"steps": 8}})`. An instance of its class
+        replaces a section: `stage1={"sampler": Heun(steps=8)}`.
 
     Raises:
       InputError: there is no such config, or a field is unknown or has another type.

@@ -197,6 +197,7 @@ def extend(field: str, cls: type) -> None:
       cls: a frozen dataclass with the methods of the field's protocol, whose fields have defaults.
 
     Raises:
-      ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
+      ValueError: the field has no kinds, `cls` is not a dataclass or lacks a method of the field's
+        protocol, or its kind is taken.
     """
     add_kind(Stage, field, cls)

@@ -171,7 +171,7 @@ def _is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
         )
         raise InputError(
             f"{directory} was prepared with {differences}",
-            "Use another directory, or delete this one.",
+            "Use another data.directory, or delete this one.",
         )
     return True
 

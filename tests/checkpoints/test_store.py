@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import logging as absl_logging
 
 from rdm_jax.checkpoints import folders, store
 from rdm_jax.checkpoints.checksums import CHECKSUMS, LATER
@@ -141,6 +142,18 @@ def test_restore_ema_only(tmp_path):
     ema, known = store.Checkpoints(tmp_path, read_only=True).restore_ema(3, abstract().ema)
     chex.assert_trees_all_equal(jax.device_get(ema), jax.device_get(make_state(3).ema))
     assert known["validation_loss"] == 0.5
+
+
+def test_read_only_opens_without_warnings(tmp_path, caplog):
+    save(tmp_path, {3: 0.5})
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    try:
+        store.Checkpoints(tmp_path, read_only=True)
+        assert absl_logging.get_verbosity() == absl_logging.WARNING
+    finally:
+        absl_logging.set_verbosity(before)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("asked", ["newest", "best", "7", "/nowhere/7", "latest"])

@@ -12,6 +12,7 @@ from flax import nnx
 
 from rdm_jax.config import Config, Stage, extend, parse, to_dict, validate
 from rdm_jax.config.codec import choices, field_types
+from rdm_jax.config.load import load_config
 from rdm_jax.diffusion.processes import FromNoise
 from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.models.backbone import Shapes
@@ -230,10 +231,46 @@ def test_extend_refuses_invalid_kinds(extended):
     extend("sampler", Euler)  # once more: nothing changes
     assert choices(field_types(Stage)["sampler"]).count(Euler) == 1
     other = dataclasses.make_dataclass("Euler", [], frozen=True)
+    other.__module__ = "another"
     for field, cls, says in (
         ("sampler", other, "already has the kind 'euler'"),
         ("guidance", Euler, "cannot be extended"),
         ("sampler", int, "cannot be extended"),
+        ("sampler", Pixelwise, "Pixelwise has no walks, levels, .*, as Sampler does"),
     ):
         with pytest.raises(ValueError, match=says):
             extend(field, cls)
+
+
+OWN = """
+import dataclasses
+
+import rdm_jax
+from rdm_jax.config import extend
+from rdm_jax.diffusion.samplers import Heun
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow(Heun):
+    halves: int = {halves}
+
+
+extend("sampler", Slow)
+
+
+def get_config():
+    return rdm_jax.load_config("digits", stage1={{"sampler": Slow(steps=5)}})
+"""
+
+
+def test_config_file_that_extends_can_be_loaded_again(tmp_path):
+    path, kinds = tmp_path / "own.py", Stage.__dataclass_fields__["sampler"].metadata["kinds"]
+    before = list(kinds)
+    try:
+        for halves in (1, 2):
+            path.write_text(OWN.format(halves=halves))
+            sampler = load_config(str(path)).stages[0].sampler
+            assert (sampler.steps, sampler.halves) == (5, halves)
+            assert kinds == [*before, type(sampler)]
+    finally:
+        kinds[:] = before

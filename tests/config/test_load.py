@@ -45,6 +45,16 @@ def test_load_accepts_integral_floats(saved):
         load(str(saved))
 
 
+def test_a_number_for_a_part_is_refused_with_the_kinds():
+    with pytest.raises(InputError, match=r"sampler=3 is a single value\. Use .* kind 'heun' or"):
+        load_config("digits", stage1={"sampler": 3})
+
+
+def test_a_number_for_a_text_is_refused_with_the_text():
+    with pytest.raises(InputError, match=r"labels=3 is not a text\. Use a text, such as '3'\."):
+        load_config("digits", sampling={"labels": 3})
+
+
 def test_load_with_warnings_as_errors(tmp_path):
     """Under `python -W error`, warnings within the library do not fail a config; a warning raised
     by a config surfaces as itself."""
@@ -127,6 +137,12 @@ def test_packaged_config_takes_argument(monkeypatch, tmp_path, saved):
     monkeypatch.chdir(tmp_path)
     assert parse(load(f"saved:{saved}")) == Config(seed=7)
     assert load("emoji:tiny") == load(f"{ROOT}/configs/emoji.py:tiny")
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji_small"])
+def test_a_packaged_config_refuses_an_unknown_argument(name):
+    with pytest.raises(InputError, match=r"the size 'tny' .* unknown\. Use 'full' or 'tiny'\."):
+        load(f"{name}:tny")
 
 
 def test_load_prefers_run_or_file_to_packaged_config(monkeypatch, tmp_path, saved):

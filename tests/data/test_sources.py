@@ -48,6 +48,15 @@ def test_class_folders_are_sorted(tmp_path):
     assert source.labels == [0, 1, 1, 2]
 
 
+def test_missing_folder_names_the_nearest(tmp_path):
+    (tmp_path / "photographs").mkdir()
+    path = f"{tmp_path}/photograph"
+    with pytest.raises(InputError, match=rf"there is no folder {path}\. Use folder:{path}s\."):
+        sources.open_source(f"folder:{path}")
+    with pytest.raises(InputError, match=r"there is no folder .*else\. Use folder:PATH"):
+        sources.open_source(f"folder:{tmp_path}/else")
+
+
 def test_flat_folder_has_no_classes(tmp_path):
     save(Image.new("RGB", (2, 2)), tmp_path / "a.png")
     source = sources.open_source(f"folder:{tmp_path}")

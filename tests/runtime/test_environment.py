@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from rdm_jax.cli.exit_codes import exit_status
@@ -75,6 +76,24 @@ def test_exit_status_of_missing_platform_has_no_traceback(monkeypatch, capsys):
     assert exit_status(work, lambda: None) == 2
     assert re.fullmatch(
         r"error: JAX_PLATFORMS='mars' cannot be used .*\. Set JAX_PLATFORMS=cpu or unset it\.\n",
+        capsys.readouterr().err,
+    )
+
+
+def of_the_device():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore")
+
+
+def of_the_host():
+    raise MemoryError("Unable to allocate 9 bytes")
+
+
+@pytest.mark.parametrize("work", [of_the_device, of_the_host])
+def test_exit_status_without_memory_names_the_batch_size(capsys, work):
+    assert exit_status(work, lambda: None) == 2
+    assert re.fullmatch(
+        r"error: there is too little memory \(.* 9 bytes\)\. Lower the batch size "
+        r"\(stageN\.training\.batch_size .*\.\n",
         capsys.readouterr().err,
     )
 
