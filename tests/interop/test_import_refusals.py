@@ -12,10 +12,21 @@ from safetensors.numpy import save_file
 from rdm_jax.config import Stage
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.interop import import_export, pytorch_names
+from rdm_jax.models.adm import ADM
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from tests.support.published_files import write_pkl, write_pt
 from tests.support.torch_stages import NETWORK, config_for, settings_for, values_of
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherNetwork(ADM):
+    """A network from outside the package."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherPreconditioning(preconditioning.EDMPreconditioning):
+    """A preconditioning from outside the package."""
 
 
 def change(tensors, **changes):
@@ -181,8 +192,10 @@ def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size):
             Stage(precondition=preconditioning.EDMPreconditioning(noise_scale=1.0)),
             "precondition.noise_scale=1.0",
         ),
+        (Stage(network=OtherNetwork()), "network.kind='othernetwork'"),
+        (Stage(precondition=OtherPreconditioning()), "precondition.kind='other'"),
     ],
-    ids=["not-square", "patch", "heads", "noise-scale"],
+    ids=["not-square", "patch", "heads", "noise-scale", "network", "precondition"],
 )
 def test_export_refuses_unpublished_networks(stage, field):
     with pytest.raises(
