@@ -49,7 +49,8 @@ class RelayPipeline:
       low: the small images to continue from; None if sampling begins with stage 1.
       first: number of the first stage that runs.
       earlier: names of the stages before the last whose images are sampled or given: 'stage1', ...
-      classes: the classes that the networks know, from their checkpoints.
+      classes: the classes that the networks know, from their checkpoints; none if no stage is
+        conditioned on them.
       checkpoints: what was loaded, as JSON.
 
     Raises:
@@ -68,7 +69,10 @@ class RelayPipeline:
         known = [
             self._load(number, workdir) for number in range(self.first, len(config.stages) + 1)
         ]
-        self.classes = _common_classes(config, known, self.first)
+        common = _common_classes(config, known, self.first)
+        conditions = [stage.condition_for(len(common)) for stage in config.stages[self.first - 1 :]]
+        labelled = self.low or any(condition.spec is not None for condition in conditions)
+        self.classes = common if labelled else Classes()
         validate.check_classes(config, self.classes.names)
 
     def _load(self, number: int, workdir: Path) -> Classes:

@@ -340,6 +340,27 @@ def test_pipeline_refuses_another_condition(tmp_path):
         pipeline.RelayPipeline(changed, tmp_path)
 
 
+def test_samples_of_unconditional_stages_have_no_classes(source, tmp_path):
+    """Whatever the classes of the data are."""
+    config = tiny_config("images")
+    for number in (1, 2):
+        config = config.with_stage(number, condition=Nothing())
+        params = jax.tree.map(
+            lambda x: jnp.zeros(x.shape), config.stage(number).build(3, 2).abstract
+        )
+        about = {"stage": to_dict(config)[f"stage{number}"], "classes": ["a", "b"], "seed": 0}
+        checkpoints = store.Checkpoints(tmp_path / f"stage{number}/checkpoints")
+        checkpoints.save_ema(1, params, about)
+        checkpoints.close()
+    seeds = np.arange(4)
+    made = pipeline.RelayPipeline(config, tmp_path)
+    assert len(made.classes) == 0 and made.labels(seeds).tolist() == [-1] * 4
+    alone = StagePreview(config, 1, source)
+    shape = (config.sampling.batch_size, 4, 4, 3)
+    alone._sampler = lambda *_: (jnp.zeros(shape), jnp.ones(shape[0], bool))
+    assert alone.sample(None, seeds)[1].tolist() == [-1] * 4
+
+
 def test_load_takes_a_run_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
