@@ -165,8 +165,15 @@ def test_export_to_a_full_disk_raises_os_error(imported, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 1), ("C64", 8)])
-def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size):
+@pytest.mark.parametrize(
+    ("dtype", "size", "says"),
+    [
+        ("F8_E4M3", 1, "x is of dtype F8_E4M3.*F16"),
+        # safetensors 0.5 does not know it, and refuses the whole file.
+        ("C64", 8, "x is of dtype C64.*F16|Error while deserializing header"),
+    ],
+)
+def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size, says):
     header = json.dumps(
         {"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}
     ).encode()
@@ -174,10 +181,8 @@ def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size):
         len(header).to_bytes(8, "little") + header + bytes(2 * size)
     )
     with (
+        pytest.raises(InputError, match=f"x.safetensors cannot be used .({says})"),
         import_export.open_weights(tmp_path / "x.safetensors") as opened,
-        pytest.raises(
-            InputError, match=f"x.safetensors cannot be used .x is of dtype {dtype}.*F16"
-        ),
     ):
         opened.read("x")
 
