@@ -56,9 +56,7 @@ def kinds(*classes: type, default: Any) -> Any:
 
 
 def add_kind(owner: type, field: str, cls: type) -> None:
-    """Adds a dataclass to those of a `kinds` field.
-
-    A class of the same module and name, as of a config file that is read again, is replaced.
+    """Adds a dataclass to those of a `kinds` field; once more is allowed.
 
     Raises:
       ValueError: the field has no kinds, `cls` is not a dataclass, or its kind is taken.
@@ -67,13 +65,11 @@ def add_kind(owner: type, field: str, cls: type) -> None:
     known = fields[field].metadata.get("kinds") if field in fields else None
     if known is None or not dataclasses.is_dataclass(cls):
         raise ValueError(f"{owner.__name__}.{field} cannot be extended with {cls!r}")
-    taken = next((each for each in known if kind_of(each) == kind_of(cls)), None)
-    if taken is None:
-        known.append(cls)
-    elif (taken.__module__, taken.__qualname__) == (cls.__module__, cls.__qualname__):
-        known[known.index(taken)] = cls
-    else:
+    taken = {kind_of(each): each for each in known}
+    if taken.get(kind_of(cls), cls) is not cls:
         raise ValueError(f"{owner.__name__}.{field} already has the kind {kind_of(cls)!r}")
+    if cls not in known:
+        known.append(cls)
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -114,11 +110,6 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
 
 
 def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path}={value!r} is a single value",
-            f"Use a dict of fields, with kind={' or '.join(map(repr, kinds))}.",
-        )
     fields = dict(value)
     kind = fields.pop("kind", None)
     if kind not in kinds:

@@ -12,7 +12,6 @@ from flax import nnx
 
 from rdm_jax.config import Config, Stage, extend, parse, to_dict, validate
 from rdm_jax.config.codec import choices, field_types
-from rdm_jax.config.load import load_config
 from rdm_jax.diffusion.processes import FromNoise
 from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.models.backbone import Shapes
@@ -218,16 +217,6 @@ def test_own_bounds_and_checks_are_respected(extended):
     assert str(bounds_of(Pixelwise)["width"]) == "1 or more"
 
 
-def test_a_process_that_no_sampler_walks_is_refused_with_a_remedy():
-    class Doubling(FlatProcess):
-        enlarges = 2
-
-    stages = (Stage(resolution=(8, 8)), Stage(resolution=(16, 16), process=Doubling()))
-    with pytest.raises(InputError, match="stage2.sampler.kind='heun' cannot be used") as refusal:
-        validate.check_config(Config(stages=stages))
-    assert refusal.value.fix == "Use a sampler for this process (config.extend)."
-
-
 def test_an_unknown_kind_names_the_known_ones_and_the_import():
     values = to_dict(Config())
     values["stage1"]["sampler"] = {"kind": "euler", "steps": 4}
@@ -240,7 +229,6 @@ def test_extend_refuses_what_is_no_kind(extended):
     extend("sampler", Euler)  # once more: nothing changes
     assert choices(field_types(Stage)["sampler"]).count(Euler) == 1
     other = dataclasses.make_dataclass("Euler", [], frozen=True)
-    other.__module__ = "elsewhere"
     for field, cls, says in (
         ("sampler", other, "already has the kind 'euler'"),
         ("guidance", Euler, "cannot be extended"),
@@ -248,25 +236,3 @@ def test_extend_refuses_what_is_no_kind(extended):
     ):
         with pytest.raises(ValueError, match=says):
             extend(field, cls)
-
-
-def test_a_config_file_that_extends_may_be_read_again(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "import dataclasses\n"
-        "from rdm_jax.config import Config, Stage, extend\n"
-        "from rdm_jax.diffusion.samplers import Heun\n"
-        "@dataclasses.dataclass(frozen=True)\n"
-        "class Short(Heun):\n"
-        "    steps: int = 4\n"
-        "extend('sampler', Short)\n"
-        "get_config = lambda: Config(stages=(Stage(sampler=Short()),))\n"
-    )
-    before = choices(field_types(Stage)["sampler"])
-    try:
-        for _ in range(2):
-            config = load_config(str(tmp_path / "mine.py"))
-            validate.check_config(config)
-            (short,) = set(choices(field_types(Stage)["sampler"])) - set(before)
-            assert type(config.stage(1).sampler) is short and config.stage(1).nfe == 7
-    finally:
-        Stage.__dataclass_fields__["sampler"].metadata["kinds"][:] = before

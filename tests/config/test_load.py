@@ -176,9 +176,5 @@ def test_load_config_overrides_fields():
     assert config.seed == 3 and config.stages[0] == usual.stages[0]
     assert config.stages[1].sampler.steps == 8
     assert config.stages[1].sampler.rho == usual.stages[1].sampler.rho
-    for wrong, says in (
-        ({"guidence": 2}, "config.stage1.guidence=2 is not a field"),
-        ({"sampler": "heun"}, "config.stage1.sampler='heun' is a single value. .*kind='heun' or"),
-    ):
-        with pytest.raises(InputError, match=says):
-            load_config("digits", stage1=wrong)
+    with pytest.raises(InputError, match=r"config.stage1.guidence=2 is not a field"):
+        load_config("digits", stage1={"guidence": 2})
