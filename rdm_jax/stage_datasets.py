@@ -53,7 +53,7 @@ def open_sets(
                 check_stop=check_stop,
             )
         except BadImage as error:
-            fix = f"{error.fix} --skip_bad leaves such images out.".strip()
+            fix = f"{error.fix} Pass --skip_bad to leave such images out.".strip()
             raise InputError(error.problem, fix) from error
         _log_set(number, sets[number])
     for number, images in sets.items():

@@ -159,15 +159,11 @@ class Workdir:
         """
         for stage in config.stages:
             if "/" in stage.checkpoint:
-                folders.find(stage.checkpoint, Path())
+                folders.find(stage.checkpoint, Path(), f"config.{stage.name}.checkpoint")
             starts = not self.is_trained(stage.number) and stage.number in training
-            if stage.training.start_from and starts:
-                try:
-                    folders.find(stage.training.start_from, Path())
-                except InputError as error:
-                    raise InputError(
-                        f"config.{stage.name}.training.start_from: {error.problem}", error.fix
-                    ) from error
+            start = stage.training.start_from
+            if start and starts:
+                folders.find(start, Path(), f"config.{stage.name}.training.start_from")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

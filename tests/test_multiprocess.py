@@ -38,6 +38,7 @@ FLAGS += (
     "--config.evaluation.seeds=0-19",
     "--config.evaluation.batch_size=8",
     "--config.sampling.batch_size=4",
+    "--config.sampling.seeds=0-19",
 )
 
 
@@ -140,6 +141,8 @@ def test_two_processes_stop_resume_and_equal_one(classified, tmp_path):
         start_two(classified, tmp_path / "two", *flags(classified), devices=2)
     )  # on another mesh
     assert "all on 4 cpu device(s) of 2 process(es)" in first and "stage1: resuming from" in first
+    # Both have generated a part of the images, and both read all of them back.
+    assert "evaluation: reusing the samples in" in first
     # Only process 0 logs, except for the wait for it (XLA's Gloo logs in all).
     assert not re.search(r"^\d\d:\d\d:\d\d (?!waiting up to)", second, re.MULTILINE)
     check_same(tmp_path / "one", tmp_path / "two")

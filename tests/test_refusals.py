@@ -37,7 +37,14 @@ REFUSED = {
     "stage that is not there": (["--mode=train", "--stage=3"], "--stage=3"),
     "stage without its mode": (["--stage=1"], "--stage=1 does not go with --mode=all"),
     "stray word": (["config.seed=5"], r"config.seed=5.*Use --config.seed=5\."),
-    "checkpoint that is not there": (["--config.stage2.checkpoint=/nowhere/9"], "/nowhere/9"),
+    "checkpoint that is not there": (
+        ["--config.stage2.checkpoint=/nowhere/9"],
+        "config.stage2.checkpoint='/nowhere/9' is not a checkpoint",
+    ),
+    "start that is not there": (
+        ["--config.stage1.training.start_from=/nowhere/9"],
+        "config.stage1.training.start_from='/nowhere/9' is not .* Use the folder of a step",
+    ),
     "checkpoint of no kind": (["--config.stage2.checkpoint=bset"], "checkpoint='bset'"),
     "nothing to sample from": (["--mode=sample"], r"/run' does not exist.*train first"),
     "guidance without dropout": (

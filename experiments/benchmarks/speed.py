@@ -51,6 +51,7 @@ from rdm_jax.cli.config_flag import define_config
 from rdm_jax.config import validate
 from rdm_jax.models.functional import Network
 from rdm_jax.models.unet import REMAT
+from rdm_jax.plan.cost import image_shape
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
@@ -151,19 +152,12 @@ class Training:
     """
 
     def __init__(self, config: configs.Config, number: int, classes: int):
-        stage = config.stage(number)
-        size, shape = (
-            stage.training.batch_size,
-            (stage if stage.source else config.stages[-1]).resolution,
-        )
-        mesh, shape = (
-            sharding.make_mesh(config.parallel.data, config.parallel.fsdp),
-            (*shape, config.data.channels),
-        )
+        stage, shape = config.stage(number), image_shape(config, number)
+        mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
         self._program = PROGRAMS[config.parallel.mode](stage, shape, classes, root_key(0), mesh)
         self._state = self._program.place(self._program.init(root_key(0)))
         random = np.random.default_rng(0)
-        here = size // jax.process_count()
+        here = stage.training.batch_size // jax.process_count()
         position = np.arange(here, dtype=np.int32) + here * jax.process_index()
         label = random.integers(0, max(1, classes), here, np.int32)
         image = random.integers(0, 256, (here, *shape), np.uint8)
@@ -258,11 +252,8 @@ def sampling_row(
 ) -> list[str]:
     """Cells of a row of the second table."""
     whole, channels = config.stage(number), config.data.channels
-    stage, size, network = (
-        short(whole, least),
-        config.sampling.batch_size,
-        whole.build(channels, classes),
-    )
+    stage, network = short(whole, least), whole.build(channels, classes)
+    size = config.sampling.batch_size
     outputs = whole.precondition.outputs
     idle = network._replace(apply=lambda params, x, *labels: jnp.tile(x, (1, 1, 1, outputs)))
     params = timing.parameters(network)

@@ -125,7 +125,7 @@ def newest_trained(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
+def find(checkpoint: str, stage_directory: Path, field: str = "checkpoint") -> tuple[Path, int]:
     """Returns the folder of checkpoints and the step that a config's `checkpoint` names.
 
     All processes must call it together: process 0 looks, as others may see a new folder later.
@@ -133,6 +133,7 @@ def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
     Args:
       checkpoint: 'newest', 'best', the number of a step, or the path of a step's folder.
       stage_directory: where the run's own stage keeps its checkpoints.
+      field: of the config that has `checkpoint`, for the message.
 
     Raises:
       InputError: there is no such checkpoint.
@@ -142,7 +143,7 @@ def find(checkpoint: str, stage_directory: Path) -> tuple[Path, int]:
     step = -1
     with distributed.raise_together():
         if distributed.is_primary():
-            step = _find(checkpoint, stage_directory) if own else _step_of(path)
+            step = _find(checkpoint, stage_directory, field) if own else _step_of(path, field)
     return stage_directory if own else path.parent, distributed.from_primary(step)
 
 
@@ -150,17 +151,17 @@ def _newest_first(folders: list[Path]) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
 
 
-def _step_of(folder: Path) -> int:
+def _step_of(folder: Path, field: str) -> int:
     """Returns the step whose checkpoint a folder is."""
     if folder.name.isdecimal() and folder.is_dir():
         return int(folder.name)
     raise InputError(
-        f"checkpoint={str(folder)!r} is not a checkpoint",
-        "Use 'newest', 'best', a step, or the folder of a step.",
+        f"{field}={str(folder)!r} is not a checkpoint",
+        "Use the folder of a step, such as runs/digits/stage1/checkpoints/700.",
     )
 
 
-def _find(checkpoint: str, directory: Path) -> int:
+def _find(checkpoint: str, directory: Path, field: str) -> int:
     steps = sorted(int(folder.name) for folder in step_folders(directory))
     if not steps:
         raise InputError(
@@ -175,7 +176,7 @@ def _find(checkpoint: str, directory: Path) -> int:
         return min(comparable, key=lambda step: rank(about[step]))
     if int(checkpoint) not in steps:
         raise InputError(
-            f"checkpoint={checkpoint!r} is not in {directory}",
+            f"{field}={checkpoint!r} is not in {directory}",
             f"Use one of {', '.join(map(str, steps))}.",
         )
     return int(checkpoint)

@@ -37,7 +37,7 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
     except Diverged as error:
         return _failed(str(error), FAILED)
     except OSError as error:
-        where, why = error.filename or workdir(), error.strerror or error
+        where, why = error.filename or workdir() or "a file", error.strerror or error
         fix = "Free space, or use another --workdir."
         return _failed(f"{where} cannot be used ({why}). {fix}", BAD_INPUT)
     except Exception as error:

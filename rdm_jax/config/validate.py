@@ -197,7 +197,7 @@ def _check_sampler(stage: Stage, path: str) -> None:
         stage.sampler.walks(stage.process),
         f"{path}.sampler.kind",
         kind_of(type(stage.sampler)),
-        f"Use {' or '.join(map(repr, fitting))}.",
+        f"Use {' or '.join(map(repr, fitting)) or 'a sampler for this process (config.extend)'}.",
     )
     stage.sampler.check(f"{path}.sampler", stage.process, stage.precondition)
 

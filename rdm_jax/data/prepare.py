@@ -33,7 +33,7 @@ from rdm_jax.data.write_shards import write_shards
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, local_path
-from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.runtime.lazy import import_library, lazy_import
 
 tfds = lazy_import("tensorflow_datasets", "data")
 tfds_builder = lazy_import("rdm_jax.data.tfds_builder", "data")
@@ -95,6 +95,8 @@ def prepare(
     encoding.check()
     settings = _settings(spec, form, encoding, skin_tones, classes)
     directory = local_path(directory, "directory").resolve()
+    for library in ("array_record", "tensorflow_datasets"):  # before a long listing is made
+        import_library(library, "data")
     try:
         check_place(directory)
         if _is_prepared(directory, settings) and not update:

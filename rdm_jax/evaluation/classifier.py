@@ -23,7 +23,7 @@ from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, parse_json
-from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.runtime.lazy import import_library, lazy_import
 from rdm_jax.runtime.random_streams import root_key
 
 safetensors = lazy_import("safetensors", "weights")
@@ -100,6 +100,7 @@ def classifier_space(
             f"config.evaluation.weights={str(path)!r} is not a file",
             "Use a classifier that an evaluation has written.",
         )
+    import_library("safetensors", "weights")  # before a classifier is trained that needs it
     graph, abstract = nnx.split(_build(images), nnx.Param)
     if train and not _is_of(images, path, abstract):
         _write(path, _trained(graph, abstract, images, check_stop), images, held_out, graph)

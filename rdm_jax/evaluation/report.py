@@ -11,10 +11,7 @@ from rdm_jax.render.tables import PUBLISHED, cell, markdown, result_table
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, is_aside
-from rdm_jax.runtime.lazy import lazy_import
 from rdm_jax.workdir import Workdir
-
-matplotlib_figure = lazy_import("matplotlib.figure", "plots")
 
 PAGE = "report.md"
 

@@ -300,7 +300,9 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
       OSError: the file cannot be written.
     """
     stage = config.stage(number)
-    folder, step = folders.find(stage.checkpoint, Workdir(workdir).checkpoints(number))
+    folder, step = folders.find(
+        stage.checkpoint, Workdir(workdir).checkpoints(number), f"config.stage{number}.checkpoint"
+    )
     checkpoints = store.Checkpoints(folder, read_only=True)
     classes = len(checkpoints.about(step)["classes"])
     try:

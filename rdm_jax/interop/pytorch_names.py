@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from rdm_jax.config import Stage
+from rdm_jax.config import Stage, kind_of
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.diffusion.schedules import Linear
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.song import Song
-from rdm_jax.models.unet import UNet
+from rdm_jax.models.unet import UNet, features
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 
@@ -221,6 +221,15 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
     """
     network, precondition = stage.network, stage.precondition
     height = stage.resolution[0]
+    class_names = {cls: name for name, cls in PRECONDITIONS.items()}
+    families = {cls: name for name, cls in NETWORKS.items()}
+    for field, part, known in (
+        ("network", network, families),
+        ("precondition", precondition, class_names),
+    ):
+        if type(part) not in known:
+            kinds = " or ".join(repr(kind_of(cls)) for cls in known)
+            raise _no_export(f"{field}.kind={kind_of(type(part))!r}", kinds)
     for field, value, published in (
         ("resolution", stage.resolution, (height, height)),
         ("network.patch", network.patch, 1),
@@ -228,17 +237,12 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
         ("precondition.noise_scale", getattr(stage.precondition, "noise_scale", 0.25), 0.25),
     ):
         if value != published:
-            raise InputError(
-                f"{field}={value!r} cannot be exported: the only format so far is that of the "
-                f"published networks, where it is {published!r}",
-                "Use the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH).",
-            )
-    class_name = {cls: name for name, cls in PRECONDITIONS.items()}[type(precondition)]
-    family = {cls: name for name, cls in NETWORKS.items()}[type(network)]
+            raise _no_export(f"{field}={value!r}", repr(published))
+    class_name, family = class_names[type(precondition)], families[type(network)]
     settings = {
         "img_resolution": height,
         "img_channels": channels,
-        "label_dim": classes,
+        "label_dim": features(stage.condition_for(classes).spec),
         "model_type": family,
     }
     fields = NETWORK_FIELDS | (SONG_FIELDS if family == "SongUNet" else {})
@@ -263,6 +267,14 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
             settings["C_2"] = precondition.c2
             settings["M"] = precondition.times
     return class_name, {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+
+
+def _no_export(what: str, published: str) -> InputError:
+    return InputError(
+        f"{what} cannot be exported: the only format so far is that of the published networks, "
+        f"where it is {published}",
+        "Use the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH).",
+    )
 
 
 def original_name(path: ParamPath, network: UNet, side: int) -> str:

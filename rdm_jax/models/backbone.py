@@ -25,7 +25,7 @@ class Backbone(Protocol):
 
     Attributes:
       condition_parameters: names of the top-level parameters that belong to the condition; they
-        are initialised anew where parameters of other classes are taken over.
+        are re-initialised where parameters trained on other classes are taken over.
       augment_labels: values of the augmentation label; 0 for none.
       dtype: of the computation on images, 'float32' or 'bfloat16'.
       remat: what training computes again in the backward pass: 'none', or a kind of the family.

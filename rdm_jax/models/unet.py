@@ -93,11 +93,14 @@ class UNet:
 
 
 def features(condition: Any) -> int:
-    """Size of the condition's vector, 0 for none. Raises ValueError for a tree of another shape."""
+    """Size of the condition's vector, 0 for none. Raises InputError for a tree of another shape."""
     if condition is None:
         return 0
     if len(getattr(condition, "shape", ())) != 1:
-        raise ValueError(f"a U-Net is conditioned on one vector per image, not on {condition}")
+        raise InputError(
+            f"a U-Net is conditioned on one vector per image, not on {condition}",
+            "Use another network or condition.",
+        )
     return condition.shape[0]
 
 

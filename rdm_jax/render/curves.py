@@ -43,16 +43,13 @@ def draw_metrics(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> 
       curves: metrics by images seen, by the title of the stage.
       path: the file to write.
     """
-    # Imported here: it takes a second, and most commands draw nothing.
-    from matplotlib.figure import Figure
-
     measured = {
         name for points in curves.values() for metrics in points.values() for name in metrics
     }
     shown = [name for name in METRICS if name in measured and name != "kid_standard_error"]
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+    figure = matplotlib_figure.Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, name in zip(panels, shown, strict=False):
         for title, points in curves.items():

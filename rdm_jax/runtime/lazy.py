@@ -1,7 +1,6 @@
 """Libraries that are imported at their first use: slow to import, or optional."""
 
 import importlib
-import importlib.util
 from typing import Any
 
 from rdm_jax.runtime.console import log
@@ -47,9 +46,14 @@ def import_library(name: str, extra: str) -> Any:
         ) from error
 
 
-def is_installed(name: str, extra: str, without: str) -> bool:
-    """Whether an optional package is installed; if not, logs what is missing `without` it."""
-    found = importlib.util.find_spec(name) is not None
-    if not found:
-        log.info("%s: %s is not installed. Run pip install 'rdm_jax[%s]'.", without, name, extra)
-    return found
+def is_available(name: str, extra: str, without: str) -> bool:
+    """Imports an optional module; if it is missing, logs what is not done `without` it.
+
+    For work that may begin hours later: a missing library is noticed now.
+    """
+    try:
+        import_library(name, extra)
+    except InputError as error:
+        log.info("%s: %s", without, error)
+        return False
+    return True

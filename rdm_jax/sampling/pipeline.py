@@ -17,6 +17,7 @@ from rdm_jax.data.postprocess import postprocess
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import local_path
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
@@ -48,7 +49,8 @@ class RelayPipeline:
       low: the small images to continue from; None if sampling begins with stage 1.
       first: number of the first stage that runs.
       earlier: names of the stages before the last whose images are sampled or given: 'stage1', ...
-      classes: the classes that the networks know, from their checkpoints.
+      classes: the classes that the networks know, from their checkpoints; none if no stage is
+        conditioned on them.
       checkpoints: what was loaded, as JSON.
 
     Raises:
@@ -67,13 +69,20 @@ class RelayPipeline:
         known = [
             self._load(number, workdir) for number in range(self.first, len(config.stages) + 1)
         ]
-        self.classes = _common_classes(config, known, self.first)
+        common = _common_classes(config, known, self.first)
+        conditions = [stage.condition_for(len(common)) for stage in config.stages[self.first - 1 :]]
+        labelled = self.low or any(condition.spec is not None for condition in conditions)
+        self.classes = common if labelled else Classes()
         validate.check_classes(config, self.classes.names)
 
     def _load(self, number: int, workdir: Path) -> Classes:
         """Loads a stage's checkpoint and returns the classes that it knows."""
         stage, channels = self.config.stage(number), self.config.data.channels
-        folder, step = folders.find(stage.checkpoint, Workdir(workdir).checkpoints(number))
+        folder, step = folders.find(
+            stage.checkpoint,
+            Workdir(workdir).checkpoints(number),
+            f"config.stage{number}.checkpoint",
+        )
         checkpoints = store.Checkpoints(folder, read_only=True)
         about = checkpoints.about(step)
         _check_same_stage(self.config, number, folder / str(step), about)
@@ -226,8 +235,9 @@ def _check_guidance(config: Config, number: int, path: Path, about: dict[str, An
 def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
     """Refuses a checkpoint that computes something else, though its arrays may have the shapes."""
     ours = to_dict(config)[f"stage{number}"]
-    for part in ("network", "precondition", "process"):
-        for field in sorted(ours[part].keys() | about["stage"][part].keys()):
+    for part in ("network", "precondition", "process", "condition"):
+        fields = ours[part].keys() | about["stage"][part].keys()
+        for field in sorted(fields, key=lambda field: (field != "kind", field)):
             was, now = about["stage"][part].get(field), ours[part].get(field)
             if was != now and field not in ("dropout", "dtype", "remat"):
                 raise InputError(
@@ -246,6 +256,11 @@ def load(workdir: str | os.PathLike, **overrides: Any) -> RelayPipeline:
         `load("runs/digits", sampling={"labels": "3"}, stage1={"guidance": 1.5})`.
 
     Raises:
-      InputError: as `load_config` and `RelayPipeline` do.
+      InputError: there is no run, or as `load_config` and `RelayPipeline` do.
     """
-    return RelayPipeline(load_config(os.fspath(workdir), **overrides), Path(workdir))
+    folder = local_path(workdir, "workdir")
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"workdir={os.fspath(workdir)!r} has no config.json", "Use the folder of a trained run."
+        )
+    return RelayPipeline(load_config(str(folder), **overrides), folder)

@@ -44,6 +44,8 @@ class StagePreview:
             classes=classes,
             run_seed=config.seed,
         )
+        conditioned = self._stage.condition_for(classes).spec is not None
+        self._classes = Classes(real.class_names) if conditioned else Classes()
         self._order = np.random.default_rng(0).permutation(len(real))
         self._mesh = sharding.local_mesh()
         self.about = {"seed": config.seed, "stage": stage_settings(config, number)}
@@ -74,8 +76,9 @@ class StagePreview:
         padded = np.resize(seeds, self._config.sampling.batch_size)
         representation, low = self._stage.representation, None
         if self._stage.number == 1:
-            rule, classes = self._config.sampling.labels, Classes(self._real.class_names)
-            labels = labels_of(padded, rule, classes, run_seed=self._config.seed)
+            labels = labels_of(
+                padded, self._config.sampling.labels, self._classes, run_seed=self._config.seed
+            )
         else:
             batch = self._real.batch(self._order[padded % len(self._order)])
             before = self._config.stage(self._stage.number - 1)

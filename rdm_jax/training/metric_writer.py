@@ -11,7 +11,7 @@ from typing import Any
 from rdm_jax.render.curves import draw_losses
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.files import atomic_write, log_write_errors, parse_json
-from rdm_jax.runtime.lazy import is_installed, lazy_import
+from rdm_jax.runtime.lazy import is_available, lazy_import
 
 event_file = lazy_import("tensorboardX.event_file_writer", "tensorboard")
 protocol = lazy_import("tensorboardX.proto.event_pb2", "tensorboard")
@@ -88,11 +88,11 @@ class _Events:
         self._step = step
         self._writer: Any = None
         self._files = 0
-        self._installed = is_installed("tensorboardX", "tensorboard", f"{directory} is not written")
+        self._available = is_available("tensorboardX", "tensorboard", f"{directory} is not written")
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """Raises OSError; the next events then start another file."""
-        if not self._installed:
+        if not self._available:
             return
         try:
             self._writer = self._writer or self._open()
@@ -160,13 +160,13 @@ class Curves:
     def __init__(self, directory: Path):
         self._directory = directory
         self._due = time.monotonic() + SECONDS_BETWEEN_CURVES
-        self._installed = is_installed(
-            "matplotlib", "plots", f"{directory / 'loss.png'} is not drawn"
+        self._available = is_available(
+            "matplotlib.figure", "plots", f"{directory / 'loss.png'} is not drawn"
         )
 
     def draw(self, last: bool) -> None:
         """Draws the plot if a minute has passed, or if it is the last one."""
-        if self._installed and (last or time.monotonic() >= self._due):
+        if self._available and (last or time.monotonic() >= self._due):
             with log_write_errors(self._directory / "loss.png"):
                 draw_losses(read(self._directory / "metrics.jsonl"), self._directory / "loss.png")
             self._due = time.monotonic() + SECONDS_BETWEEN_CURVES

@@ -94,7 +94,9 @@ class Starter:
             state, history = self._with_parameters(state, checkpoints, newest)
         elif self.stage.training.start_from:
             folder, step = folders.find(
-                self.stage.training.start_from, checkpoints.directory.parent
+                self.stage.training.start_from,
+                checkpoints.directory.parent,
+                f"config.{self.name}.training.start_from",
             )
             with contextlib.closing(store.Checkpoints(folder, read_only=True)) as source:
                 state, history = self._with_parameters(state, source, step)

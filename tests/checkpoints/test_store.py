@@ -162,7 +162,7 @@ def test_find_refuses_missing_checkpoint(tmp_path, asked):
         folders.find(asked, tmp_path / "checkpoints")
     assert refusal.value.fix in (
         "Train this stage first (--mode=train).",
-        "Use 'newest', 'best', a step, or the folder of a step.",
+        "Use the folder of a step, such as runs/digits/stage1/checkpoints/700.",
     )
     assert not (tmp_path / "checkpoints").exists()
 

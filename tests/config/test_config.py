@@ -297,3 +297,13 @@ def test_guidance_needs_labels():
     validate.check_classes(config, ("a", "b"))
     with pytest.raises(InputError, match="stage1.guidance=2.0"):
         validate.check_classes(config, ())
+
+
+def test_process_without_a_sampler_is_refused_with_a_remedy():
+    class Doubling(GaussianProcess):
+        enlarges = 2
+
+    stages = (Stage(resolution=(32, 32)), Stage(resolution=(64, 64), process=Doubling()))
+    with pytest.raises(InputError, match="stage2.sampler.kind='heun' cannot be used") as refusal:
+        validate.check_config(Config(stages=stages))
+    assert refusal.value.fix == "Use a sampler for this process (config.extend)."

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 
 import numpy as np
@@ -303,3 +304,12 @@ def test_manifest_versions(folder, tmp_path):
         (path / "manifest.json").write_text(json.dumps({**manifest, "version": version}))
         with pytest.raises(InputError, match=message):
             prepare(f"folder:{folder}", tmp_path / "set", FORM)
+
+
+@pytest.mark.parametrize("library", ["array_record", "tensorflow_datasets"])
+def test_prepare_names_the_extra_that_it_needs(folder, tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(InputError, match=f"the package {library} is not installed") as refusal:
+        prepare(f"folder:{folder}", tmp_path / "set", FORM)
+    assert refusal.value.fix == "Run pip install 'rdm_jax[data]'."
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]

@@ -1,5 +1,7 @@
 """Features of a classifier: when it is trained, and when not."""
 
+import sys
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -47,6 +49,14 @@ def test_read_parameters_refuses_other_files(tmp_path, about):
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "x", {"about": about} if about else None)
     with pytest.raises(InputError, match=r"x is not a classifier .*\. Use a classifier that"):
         classifier.read_parameters(tmp_path / "x", {"w": np.ones(3, np.float32)})
+
+
+def test_classifier_names_the_extra_before_it_is_trained(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setattr(classifier, "_trained", None)
+    with pytest.raises(InputError, match="safetensors is not installed") as refusal:
+        classifier.classifier_space(images, None, tmp_path / "x.safetensors", train=True)
+    assert refusal.value.fix == "Run pip install 'rdm_jax[weights]'."
 
 
 def test_classifier_training_stops_between_steps(images, tmp_path):

@@ -20,6 +20,7 @@ from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.interop import pytorch_names
 from rdm_jax.models.adm import ADM
+from rdm_jax.models.conditions import Nothing
 from rdm_jax.models.song import Song
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
@@ -309,6 +310,8 @@ def test_settings_round_trip(network, precondition):
     class_name, settings = pytorch_names.settings_of(stage, 3, 7)
     found = pytorch_names.describe(class_name, json.loads(json.dumps(settings)), Stage())
     assert found == pytorch_names.Described(stage, 3, 7)
+    unconditional = dataclasses.replace(stage, condition=Nothing())
+    assert pytorch_names.settings_of(unconditional, 3, 7)[1]["label_dim"] == 0
 
 
 @pytest.mark.second

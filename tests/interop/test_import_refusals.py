@@ -12,10 +12,21 @@ from safetensors.numpy import save_file
 from rdm_jax.config import Stage
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.interop import import_export, pytorch_names
+from rdm_jax.models.adm import ADM
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from tests.support.published_files import write_pkl, write_pt
 from tests.support.torch_stages import NETWORK, config_for, settings_for, values_of
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherNetwork(ADM):
+    """A network from outside the package."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherPreconditioning(preconditioning.EDMPreconditioning):
+    """A preconditioning from outside the package."""
 
 
 def change(tensors, **changes):
@@ -154,8 +165,15 @@ def test_export_to_a_full_disk_raises_os_error(imported, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 1), ("C64", 8)])
-def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size):
+@pytest.mark.parametrize(
+    ("dtype", "size", "says"),
+    [
+        ("F8_E4M3", 1, "x is of dtype F8_E4M3.*F16"),
+        # safetensors 0.5 does not know it, and refuses the whole file.
+        ("C64", 8, "x is of dtype C64.*F16|Error while deserializing header"),
+    ],
+)
+def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size, says):
     header = json.dumps(
         {"x": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2 * size]}}
     ).encode()
@@ -163,10 +181,8 @@ def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size):
         len(header).to_bytes(8, "little") + header + bytes(2 * size)
     )
     with (
+        pytest.raises(InputError, match=f"x.safetensors cannot be used .({says})"),
         import_export.open_weights(tmp_path / "x.safetensors") as opened,
-        pytest.raises(
-            InputError, match=f"x.safetensors cannot be used .x is of dtype {dtype}.*F16"
-        ),
     ):
         opened.read("x")
 
@@ -181,8 +197,10 @@ def test_safetensors_of_lossy_dtypes_are_refused(tmp_path, dtype, size):
             Stage(precondition=preconditioning.EDMPreconditioning(noise_scale=1.0)),
             "precondition.noise_scale=1.0",
         ),
+        (Stage(network=OtherNetwork()), "network.kind='othernetwork'"),
+        (Stage(precondition=OtherPreconditioning()), "precondition.kind='other'"),
     ],
-    ids=["not-square", "patch", "heads", "noise-scale"],
+    ids=["not-square", "patch", "heads", "noise-scale", "network", "precondition"],
 )
 def test_export_refuses_unpublished_networks(stage, field):
     with pytest.raises(

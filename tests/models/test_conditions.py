@@ -5,7 +5,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rdm_jax.models.adm import ADM
+from rdm_jax.models.backbone import Shapes
 from rdm_jax.models.conditions import ClassLabels, Nothing
+from rdm_jax.models.functional import functional
+from rdm_jax.models.song import Song
 from rdm_jax.runtime.errors import InputError
 
 
@@ -42,3 +46,10 @@ def test_bound_follows_the_data():
     assert ClassLabels(4).bound(4) == ClassLabels(4)
     with pytest.raises(InputError, match="condition.count=4, but the data has 5 classes"):
         ClassLabels(4).bound(5)
+
+
+@pytest.mark.parametrize("network", [ADM(), Song()], ids=["adm", "song"])
+def test_u_nets_refuse_a_tree(network):
+    code = {"code": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    with pytest.raises(InputError, match="conditioned on one vector per image, not on {'code'"):
+        functional(lambda rngs: network.build(Shapes(3, 3, code), rngs=rngs))

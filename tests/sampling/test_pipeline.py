@@ -18,10 +18,12 @@ from rdm_jax.data.prepare import prepare
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.processes import CascadeProcess
 from rdm_jax.diffusion.samplers import CascadeHeun
+from rdm_jax.models.conditions import Nothing
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling import pipeline, stage_sampler
 from rdm_jax.sampling.stage_preview import StagePreview
+from rdm_jax.workdir import Workdir
 from tests.support.configs import tiny_config, write_images
 
 BATCH = 8
@@ -324,3 +326,50 @@ def test_guidance_needs_label_dropout(tmp_path):
     ):  # the first stage is fine
         pipeline.RelayPipeline(config, tmp_path)
     pipeline._check_guidance(guided, 1, tmp_path, {**about, "imported": {}})
+
+
+def test_pipeline_refuses_another_condition(tmp_path):
+    """Its arrays might have the same shapes."""
+    config = tiny_config("images")
+    about = {"stage": to_dict(config)["stage1"], "classes": ["a", "b"], "seed": 0}
+    checkpoints = store.Checkpoints(tmp_path / "stage1/checkpoints")
+    checkpoints.save_ema(1, stage_and_params("gaussian")[2], about)
+    checkpoints.close()
+    changed = config.with_stage(1, condition=Nothing())
+    with pytest.raises(InputError, match="stage1.condition.kind='nothing', but .* Use 'classl"):
+        pipeline.RelayPipeline(changed, tmp_path)
+
+
+def test_samples_of_unconditional_stages_have_no_classes(source, tmp_path):
+    """Whatever the classes of the data are."""
+    config = tiny_config("images")
+    for number in (1, 2):
+        config = config.with_stage(number, condition=Nothing())
+        params = jax.tree.map(
+            lambda x: jnp.zeros(x.shape), config.stage(number).build(3, 2).abstract
+        )
+        about = {"stage": to_dict(config)[f"stage{number}"], "classes": ["a", "b"], "seed": 0}
+        checkpoints = store.Checkpoints(tmp_path / f"stage{number}/checkpoints")
+        checkpoints.save_ema(1, params, about)
+        checkpoints.close()
+    seeds = np.arange(4)
+    made = pipeline.RelayPipeline(config, tmp_path)
+    assert len(made.classes) == 0 and made.labels(seeds).tolist() == [-1] * 4
+    alone = StagePreview(config, 1, source)
+    shape = (config.sampling.batch_size, 4, 4, 3)
+    alone._sampler = lambda *_: (jnp.zeros(shape), jnp.ones(shape[0], bool))
+    assert alone.sample(None, seeds)[1].tolist() == [-1] * 4
+
+
+def test_load_takes_a_run_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    Workdir(tmp_path / "run").write_config(tiny_config("images"))
+    with pytest.raises(InputError, match=f"no checkpoint in {tmp_path}/run/stage1/checkpoints"):
+        pipeline.load("~/run")
+
+
+def test_load_refuses_what_is_no_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="workdir='digits' has no config.json"):
+        pipeline.load("digits")  # a packaged config

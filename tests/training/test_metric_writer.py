@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -113,7 +114,8 @@ def test_curves_draw_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
 
 def test_metric_writer_without_optional_libraries(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("tensorboardX", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level("INFO", "rdm_jax"):
         writer, curves = metric_writer.MetricWriter(tmp_path, 0), metric_writer.Curves(tmp_path)
         writer.write(1, images=8, loss=0.5)
@@ -125,3 +127,16 @@ def test_metric_writer_without_optional_libraries(tmp_path, monkeypatch, caplog)
         "Run pip install 'rdm_jax[tensorboard]'.",
         "Run pip install 'rdm_jax[plots]'.",
     ]
+
+
+def test_metrics_notice_at_the_start_what_an_optional_library_lacks(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboardX"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    with caplog.at_level("INFO", "rdm_jax"):
+        writer = metric_writer.MetricWriter(tmp_path, 0)
+    assert "google is not installed. Run pip install 'rdm_jax[tensorboard]'." in caplog.text
+    writer.write(1, images=8, loss=0.5)
+    writer.close()
+    assert [line["step"] for line in metric_writer.read(tmp_path / "metrics.jsonl")] == [1]

@@ -1,0 +1,26 @@
+"""How a command ends: one line for an error, and an exit status."""
+
+import errno
+
+import pytest
+
+from rdm_jax.cli.exit_codes import exit_status
+
+FULL = (errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "workdir", "where"),
+    [
+        (OSError(*FULL, "data/1.png"), "runs/digits", "data/1.png"),
+        (OSError(*FULL), "runs/digits", "runs/digits"),
+        (OSError(*FULL), None, "a file"),
+    ],
+)
+def test_exit_status_names_what_the_system_refuses(capsys, error, workdir, where):
+    def work():
+        raise error
+
+    assert exit_status(work, lambda: workdir) == 2
+    line = f"error: {where} cannot be used (No space left on device). Free space, or use another "
+    assert capsys.readouterr().err == f"{line}--workdir.\n"
