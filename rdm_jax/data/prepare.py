@@ -19,7 +19,8 @@ from rdm_jax.data.content import set_hash, total
 from rdm_jax.data.images import CROPS, ImageSpec
 from rdm_jax.data.left_out import by_reason, check_left_out, reasons
 from rdm_jax.data.manifest import MANIFEST, VERSION, read_manifest, verify_files
-from rdm_jax.data.records import Encoding, Shard, versions
+from rdm_jax.data.records import Encoding, ImageShard
+from rdm_jax.data.shards import versions
 from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
 from rdm_jax.data.sources import Source, check_apart, open_source, same_source
 from rdm_jax.data.staging import (
@@ -178,7 +179,7 @@ def _is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
 
 def _shards(
     source: Source, form: ImageSpec, encoding: Encoding, skip_bad: bool, parts: Path
-) -> list[Shard]:
+) -> list[ImageShard]:
     """Divides a source into files to write; removes other files from their folder."""
     parts.mkdir(exist_ok=True)
     each = max(SHARD_IMAGES, -(-len(source) // MANY_SHARDS))
@@ -189,7 +190,7 @@ def _shards(
             left_over.unlink()
     _check_space(len(source), form, encoding, parts)
     return [
-        Shard(
+        ImageShard(
             source=source.part(indices.tolist()),
             form=form,
             encoding=encoding,
@@ -225,7 +226,7 @@ def _assemble(
     source: Source,
     record: Record,
     settings: dict[str, Any],
-    shards: list[Shard],
+    shards: list[ImageShard],
     written: list[dict[str, Any]],
     made: Path,
 ) -> Path:
