@@ -62,8 +62,7 @@ class ImageShard(Shard):
     encoding: Encoding
     skip_bad: bool
 
-    @property
-    def count(self) -> int:  # noqa: D102
+    def __len__(self) -> int:
         return len(self.source)
 
     @property

@@ -35,9 +35,8 @@ class Shard(ABC):
 
     path: Path
 
-    @property
     @abstractmethod
-    def count(self) -> int:
+    def __len__(self) -> int:
         """Number of images that it is made from."""
 
     @property

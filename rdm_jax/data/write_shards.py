@@ -40,11 +40,11 @@ def write_shards(
     waiting = list(enumerate(shards))
     began = time.perf_counter()
     processes = _process_count(shards)
-    with progress(sum(shard.count for shard in shards), description) as bar:
+    with progress(sum(map(len, shards)), description) as bar:
 
         def note(number: int, written: dict[str, Any]) -> None:
             results[number] = written
-            bar.update(shards[number].count)
+            bar.update(len(shards[number]))
             check_stop()
 
         # In this process: a single remaining shard, and everything until it takes long.
@@ -71,7 +71,7 @@ def write_shards(
 
 def _process_count(shards: Sequence[Shard]) -> int:
     """One per core, or fewer if each has to hold a large index in memory."""
-    each = sum(shard.count for shard in shards) * shards[0].memory_per_image
+    each = sum(map(len, shards)) * shards[0].memory_per_image
     return cores() if not each else max(1, min(cores(), LISTINGS_BYTES // each))
 
 

@@ -1,27 +1,45 @@
 """The representation of images in records and in the network: uint8 pixels, and [-1, 1]."""
 
 import dataclasses
-from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
-
-from rdm_jax.diffusion import blurring
+import numpy as np
+from jaxtyping import Array, Float, UInt, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """Records hold uint8 pixels; networks see values in [-1, 1].
+    """Records hold uint8 pixels, or sums of them; networks see values in [-1, 1].
 
     Attributes:
-      dtype: of records.
+      cell: records hold the sums of cell x cell pixels; 1 for pixels.
     """
 
-    dtype: ClassVar[Any] = jnp.uint8
+    cell: int = 1
 
-    def encode(self, images: UInt8[Array, "b h w c"], pool: int = 1) -> Float[Array, "b h2 w2 c"]:
-        """uint8 to [-1, 1], then the means of pool x pool pixels."""
-        return blurring.mean_pool(images.astype(jnp.float32) / 127.5 - 1, factor=pool)
+    @property
+    def dtype(self) -> np.dtype:
+        """Of records: the smallest unsigned one that holds such a sum."""
+        return np.min_scalar_type(255 * self.cell**2)
+
+    def encode(self, images: UInt[Array, "b h w c"], pool: int = 1) -> Float[Array, "b h2 w2 c"]:
+        """From records to [-1, 1]: the means of pool x pool of their values.
+
+        The means are the same, to the bit, whether the device adds pixels or records hold the sums.
+        """
+        if pool > 1:
+            return Pixels(self.cell * pool).encode(self._sums(images, pool))
+        return images.astype(jnp.float32) / (127.5 * self.cell**2) - 1
+
+    def _sums(self, images: UInt[Array, "b h w c"], pool: int) -> UInt[Array, "b h2 w2 c"]:
+        """Exact sums of pool x pool values, as records hold them."""
+        b, h, w, c = images.shape
+        cells = images.reshape(b, h // pool, pool, w // pool, pool, c)
+        sums = cells.sum((2, 4), dtype=jnp.uint32).astype(Pixels(self.cell * pool).dtype)
+        # What follows is compiled as for sums from records: a compiler that fused it with the
+        # addition could round it in another way.
+        return jax.lax.optimization_barrier(sums)
 
     def decode(self, x: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
         """[-1, 1] to uint8, rounded; values outside are clipped."""
