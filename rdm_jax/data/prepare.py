@@ -136,9 +136,11 @@ def prepare(
                 written = write_shards(shards, f"preparing {spec}", check_stop)
                 _check_written(source, written, max_left_out, spec)
                 made = _assemble(source, record, settings, shards, written, staging / "set")
-                write_sums(made, sorted({*cells, *cells_in(directory)}), staging, check_stop)
+                for cell in sorted({*cells, *cells_in(directory)}):
+                    write_sums(made, cell, staging, check_stop)
                 publish(made, directory)
-                os.rename(staging / PARTS, staging / "used")
+                for parts in staging.glob(f"{PARTS}*"):
+                    os.rename(parts, staging / f"used_{parts.name}")
             shutil.rmtree(staging)
         _log_made(directory, "is prepared")
         if verify and prepared:

@@ -36,7 +36,7 @@ class SumShard(Shard):
       directory: of the images.
       index: of their file, from 0.
       images: their number in it.
-      identity: of the images (`RecordReader.identity`).
+      identity: a hash that changes when an image does.
       cell: the side of a cell, in pixels.
     """
 
@@ -79,12 +79,14 @@ def add_sums(directory: Path, cells: Iterable[int], check_stop: Callable[[], Non
       InputError: another process prepares the set, or a record is damaged.
       OSError: a file cannot be written.
     """
-    if missing(directory, cells):
+    if _missing(directory, cells):
         with staging_folder(directory) as staging:
-            write_sums(directory, missing(directory, cells), staging, check_stop)
+            for cell in _missing(directory, cells):
+                write_sums(directory, cell, staging, check_stop)
+                shutil.rmtree(_parts(staging, cell))
 
 
-def missing(directory: Path, cells: Iterable[int]) -> list[int]:
+def _missing(directory: Path, cells: Iterable[int]) -> list[int]:
     """The cells whose sums a prepared set lacks, or that are of other images."""
     content = RecordReader(directory).content() if cells_in(directory) else ""
     return [cell for cell in sorted(set(cells)) if not _is_written(directory, cell, content)]
@@ -97,24 +99,29 @@ def _is_written(directory: Path, cell: int, content: str) -> bool:
         return False
 
 
-def write_sums(
-    directory: Path, cells: Iterable[int], staging: Path, check_stop: Callable[[], None]
-) -> None:
-    """Writes sums into a set, within its staging folder. Raises as `add_sums`."""
-    for cell in cells:
-        parts, made = staging / f"{PARTS}_{cell}x{cell}", staging / f"sums_{cell}x{cell}"
-        _publish(_assembled(directory, cell, parts, made, check_stop), folder_of(directory, cell))
-        shutil.rmtree(parts)
-        log.info("data: %s has the sums of %d x %d pixels", directory.name, cell, cell)
+def write_sums(directory: Path, cell: int, staging: Path, check_stop: Callable[[], None]) -> None:
+    """Writes sums into a set; its staging folder keeps the shards. Raises as `add_sums`."""
+    made, folder = staging / f"sums_{cell}x{cell}", folder_of(directory, cell)
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    _assemble(directory, cell, _parts(staging, cell), made, check_stop)
+    if folder.exists():  # but it cannot be used
+        shutil.rmtree(folder)
+    os.rename(made, folder)
+    log.info("data: %s has the sums of %d x %d pixels", directory.name, cell, cell)
 
 
-def _assembled(
+def _parts(staging: Path, cell: int) -> Path:
+    return staging / f"{PARTS}_{cell}x{cell}"
+
+
+def _assemble(
     directory: Path, cell: int, parts: Path, made: Path, check_stop: Callable[[], None]
-) -> Path:
-    """Makes a folder of sums with its manifest; returns `made`."""
+) -> None:
+    """Fills a folder with sums and their manifest."""
     reader = RecordReader(directory)
     lengths, (h, w, c) = reader.shard_lengths, reader.image_shape
-    identity, content = reader.identity(), reader.content()
+    identity = hashlib.sha256(reader.identity().encode()).hexdigest()
     names = [f"sums-{i:05d}-of-{len(lengths):05d}" for i in range(len(lengths))]
     parts.mkdir(exist_ok=True)
     shards = [
@@ -122,8 +129,6 @@ def _assembled(
         for index, (name, count) in enumerate(zip(names, lengths, strict=True))
     ]
     written = write_shards(shards, f"sums of {cell} x {cell} pixels", check_stop)
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
     for shard in shards:
         link_or_copy(shard.path, made / shard.path.name)
     manifest = {
@@ -131,7 +136,7 @@ def _assembled(
         "cell": cell,
         "shape": [h // cell, w // cell, c],
         "dtype": dtype_of(cell).name,
-        "of": content,
+        "of": reader.content(),
         "made_by": versions(),
         "shards": [
             {"file": shard.path.name, **{key: about[key] for key in ("records", "bytes", "sha256")}}
@@ -140,11 +145,3 @@ def _assembled(
     }
     with atomic_write(made / MANIFEST) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
-    return made
-
-
-def _publish(made: Path, folder: Path) -> None:
-    """Renames a finished folder to its place; what cannot be used there is removed."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.rename(made, folder)
