@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt, UInt8
@@ -26,20 +25,18 @@ class Pixels:
     def encode(self, images: UInt[Array, "b h w c"], pool: int = 1) -> Float[Array, "b h2 w2 c"]:
         """From records to [-1, 1]: the means of pool x pool of their values.
 
-        The means are the same, to the bit, whether the device adds pixels or records hold the sums.
+        The means are the same, to the bit, whether the device adds pixels or records hold the sums,
+        and whatever the compiler makes of it: sums are exact integers, and one product is rounded.
         """
-        if pool > 1:
-            return Pixels(self.cell * pool).encode(self._sums(images, pool))
-        return images.astype(jnp.float32) / (127.5 * self.cell**2) - 1
-
-    def _sums(self, images: UInt[Array, "b h w c"], pool: int) -> UInt[Array, "b h2 w2 c"]:
-        """Exact sums of pool x pool values, as records hold them."""
+        pixels = (pool * self.cell) ** 2  # per mean
+        if pixels == 1:
+            return images.astype(jnp.float32) / 127.5 - 1
         b, h, w, c = images.shape
-        cells = images.reshape(b, h // pool, pool, w // pool, pool, c)
-        sums = cells.sum((2, 4), dtype=jnp.uint32).astype(Pixels(self.cell * pool).dtype)
-        # What follows is compiled as for sums from records: a compiler that fused it with the
-        # addition could round it in another way.
-        return jax.lax.optimization_barrier(sums)
+        cells = images.astype(jnp.int32).reshape(b, h // pool, pool, w // pool, pool, c)
+        doubled = 2 * cells.sum((2, 4)) - 255 * pixels
+        # Clipped, as the reciprocal is rounded as well; nor can the product then become part of a
+        # fused multiply-add, which some compilers make, and which rounds in another way.
+        return jnp.clip(doubled.astype(jnp.float32) * np.float32(1 / (255 * pixels)), -1, 1)
 
     def decode(self, x: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
         """[-1, 1] to uint8, rounded; values outside are clipped."""
