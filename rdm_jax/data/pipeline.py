@@ -84,9 +84,9 @@ def train_iterator(
         workers, threads = 0, IN_MEMORY
     else:
         threads = 1 if workers else threads or cores()
-        bytes_of_share = share * images.nbytes // len(images)
-        # Enough for all threads to have one, and small enough to travel.
-        parts = min(share, max(-(-threads // PREFETCH), -(-bytes_of_share // ELEMENT_BYTES)))
+        most = max(1, ELEMENT_BYTES * len(images) // images.nbytes)  # images per element
+        # Few enough to travel, and enough elements for all threads to have one.
+        parts = min(share, max(-(-share // most), -(-threads // PREFETCH)))
     # A worker holds two elements in shared memory; prefetching more would not make them sooner.
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=1 if workers else PREFETCH * parts

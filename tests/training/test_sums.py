@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import chex
 import jax
@@ -9,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rdm_jax.checkpoints import folders
 from rdm_jax.data.augment import mirror
 from rdm_jax.data.cell_sums import sums_of
 from rdm_jax.diffusion.pixels import Pixels
+from rdm_jax.modes import run
 from rdm_jax.runtime import sharding
+from rdm_jax.stage_datasets import open_sets
+from rdm_jax.training import metric_writer
+from rdm_jax.training.loop import Trainer
 from rdm_jax.training.program import PROGRAMS
-from tests.support.configs import tiny_config
+from tests.support.configs import tiny_config, write_images
 
 BATCH, CLASSES, FULL, CELL = 8, 2, (16, 16, 3), 4
 
@@ -98,10 +104,11 @@ def program(cell, mode, flip, augment, devices=2):
     "mode, flip, augment",
     [
         ("pjit", True, 0.0),
-        pytest.param("pjit", False, 0.5, marks=pytest.mark.second),
-        pytest.param("pmap", False, 0.0, marks=pytest.mark.second),
+        ("pjit", False, 0.5),
+        ("pmap", False, 0.0),
     ],
 )
+@pytest.mark.second
 def test_steps_on_sums_have_the_same_bits(mode, flip, augment):
     """Losses and parameters of three steps from the full records, and from sums."""
     found = []
@@ -120,3 +127,55 @@ def test_steps_on_sums_have_the_same_bits(mode, flip, augment):
         found.append(jax.device_get(made.whole(state)))
     assert_same_bits(found[:4], found[4:])
     assert len({float(metrics["loss"]) for metrics in found[:3]}) == 3
+
+
+def test_trainer_reads_sums_where_they_are(tmp_path):
+    write_images(tmp_path / "images")
+    config = tiny_config(tmp_path / "images")
+    sets = open_sets(config, [1, 2])
+    held_out, images = sets[1].split(4)
+    for source, held in ((sets[1], None), (images, held_out)):
+        trainer = Trainer(config, 1, source, tmp_path / "stage1", held)
+        assert (trainer.source.cell, trainer.source.image_shape) == (2, (4, 4, 3))
+        assert (trainer.objective.pool, trainer.objective.representation) == (1, Pixels(2))
+    assert Trainer(config, 2, sets[2], tmp_path / "stage2").source is sets[2]
+
+
+@pytest.mark.second
+def test_run_is_the_same_with_sums_without_and_half_way(tmp_path, caplog, monkeypatch):
+    """Losses, validation losses and the last checkpoint's identities; sums come at half the run."""
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
+    caplog.set_level("INFO")
+    write_images(tmp_path / "images")
+    config = tiny_config(tmp_path / "images", preview_every=0)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, held_out=4, cache_gib=0.0)
+    )
+    prepared, says = tmp_path / "images_prepared", "stage1 reads the full records, 4 times"
+    run(config, tmp_path / "sums", mode="train", stage=1)
+    assert says not in caplog.text
+    shutil.rmtree(prepared / "sums_2x2")
+    run(config, tmp_path / "full", mode="train", stage=1)
+    assert says in caplog.text and not (prepared / "sums_2x2").exists()
+    half = dataclasses.replace(config.stage(1).training, images=80)
+    run(config.with_stage(1, training=half), tmp_path / "both", mode="train", stage=1)
+    run(config, tmp_path / "both", mode="prepare")
+    caplog.clear()
+    run(config, tmp_path / "both", mode="train", stage=1)
+    assert says not in caplog.text and "stage1: resuming from 80 images" in caplog.text
+    names = ("step", "loss", "grad_norm", "validation_loss")
+    sums, full, both = (
+        [
+            {name: line[name] for name in names if name in line}
+            for line in metric_writer.read(tmp_path / name / "stage1" / "metrics.jsonl")
+        ]
+        for name in ("sums", "full", "both")
+    )
+    assert sums == full
+    assert {str(line) for line in both} >= {str(line) for line in full if line["step"] > 10}
+    abouts = [
+        folders.read_about(tmp_path / name / "stage1/checkpoints/20")
+        for name in ("sums", "full", "both")
+    ]
+    for field in ("images", "validated_on", "validation_loss", "data"):
+        assert abouts[0][field] == abouts[1][field] == abouts[2][field]
