@@ -95,11 +95,14 @@ def remove_leftovers(directory: Path) -> None:
         with staging_folder(directory) as staging:
             restore_former(directory)
             if finished := len(list(staging.glob(f"{PARTS}*/*.array_record"))):
+                what, flag = "the addition of sums to", "--mode=prepare"
+                if (staging / PARTS).exists():
+                    what, flag = "an update of", "--update"
                 log.info(
-                    "data: the preparation of %s was interrupted; --mode=prepare%s resumes with "
-                    "the %s files finished in %s",
+                    "data: %s %s was interrupted; %s resumes with the %s files finished in %s",
+                    what,
                     directory,
-                    " --update" if (staging / PARTS).exists() else "",
+                    flag,
                     f"{finished:,}",
                     staging,
                 )
