@@ -9,6 +9,7 @@ from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
+from rdm_jax.data.write_sums import add_sums
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.workdir import Workdir
@@ -40,12 +41,14 @@ def open_sets(
     """
     last = len(config.stages)
     own_or_last = {number: _set_number(config, number) for number in numbers}
+    opened = _cells(config, own_or_last)
     sets: dict[int, ImageSet] = {}
     for number in sorted(set(own_or_last.values())):
         try:
             sets[number] = _open(
                 config,
                 number,
+                opened.get(number, []),
                 Workdir(workdir).outputs(config) if workdir else [],
                 skip_bad=skip_bad,
                 verify=verify,
@@ -56,6 +59,8 @@ def open_sets(
             fix = f"{error.fix} Pass --skip_bad to leave such images out.".strip()
             raise InputError(error.problem, fix) from error
         _log_set(number, sets[number])
+    for number in own_or_last:
+        _log_full_records(config, number, sets[own_or_last[number]])
     for number, images in sets.items():
         others = sets.get(last, images).class_names
         if images.class_names != others:
@@ -70,6 +75,33 @@ def open_sets(
 def _set_number(config: Config, number: int) -> int:
     """Returns the stage whose set a stage is trained on: itself, or the last one."""
     return number if config.stage(number).source else len(config.stages)
+
+
+def _cell(config: Config, number: int) -> int:
+    """Returns p: a stage sees the means of p x p pixels of its set."""
+    images = config.stage(_set_number(config, number)).resolution
+    return images[0] // config.stage(number).resolution[0]
+
+
+def _cells(config: Config, numbers: Iterable[int]) -> dict[int, list[int]]:
+    """The cells whose means these stages see, by the stage whose set it is."""
+    cells: dict[int, list[int]] = {}
+    for number in numbers:
+        if (cell := _cell(config, number)) > 1:
+            cells.setdefault(_set_number(config, number), []).append(cell)
+    return cells
+
+
+def _log_full_records(config: Config, number: int, images: ImageSet) -> None:
+    """Logs that a stage reads more than it needs, and what changes that."""
+    cell = _cell(config, number)
+    if images.of_cells(cell).cell != cell:
+        log.info(
+            "data: stage%d reads the full records, %d times the pixels that it needs; "
+            "--mode=prepare adds records of its size",
+            number,
+            cell**2,
+        )
 
 
 def _log_set(number: int, images: ImageSet) -> None:
@@ -105,6 +137,7 @@ def set_for_pictures(config: Config) -> ImageSet | None:
 def _open(
     config: Config,
     number: int,
+    cells: list[int],
     apart_from: list[Path],
     *,
     skip_bad: bool,
@@ -112,7 +145,10 @@ def _open(
     update: bool,
     check_stop: Callable[[], None],
 ) -> ImageSet:
-    """Opens the set of one stage, from 1: prepared elsewhere, read directly, or prepared here."""
+    """Opens the set of one stage, from 1: prepared elsewhere, read directly, or prepared here.
+
+    Its `cells` are opened; those of all stages that share it are written.
+    """
     data, stage = config.data, config.stage(number)
     field, source = "config.data.source", data.source
     if stage.source:
@@ -127,9 +163,14 @@ def _open(
             field,
             source,
         )
+    written = _cells(config, range(1, len(config.stages) + 1)).get(number, [])
     if source.startswith("prepared:"):
-        images = open_prepared(source.removeprefix("prepared:"), cache_bytes=cache_bytes)
-        _check_shape(images, spec, f"{field}={source!r}")
+        place, what = source.removeprefix("prepared:"), f"{field}={source!r}"
+        if verify:
+            _check_shape(open_prepared(place), spec, what)
+            _try_to_add_sums(place, written, check_stop)
+        images = open_prepared(place, cache_bytes=cache_bytes, cells=cells)
+        _check_shape(images, spec, what)
         return images
     listing = {
         "skin_tones": data.skin_tones if source.startswith("emoji:") else "",
@@ -139,7 +180,7 @@ def _open(
         "max_left_out": data.max_left_out,
     }
     if not data.directory:
-        return open_direct(source, spec, cache_bytes=cache_bytes, **listing)
+        return open_direct(source, spec, cache_bytes=cache_bytes, cells=cells, **listing)
     directory = prepare(
         source,
         f"{Path(data.directory)}_stage{number}" if stage.source else data.directory,
@@ -147,10 +188,19 @@ def _open(
         encoding=Encoding(data.encoding, data.quality),
         verify=verify,
         update=update,
+        cells=written,
         check_stop=check_stop,
         **listing,
     )
-    return open_prepared(directory, cache_bytes=cache_bytes)
+    return open_prepared(directory, cache_bytes=cache_bytes, cells=cells)
+
+
+def _try_to_add_sums(place: str, cells: list[int], check_stop: Callable[[], None]) -> None:
+    """Adds sums to a set that is prepared elsewhere; one that cannot be written stays as it is."""
+    try:
+        add_sums(Path(place).expanduser().resolve(), cells, check_stop)
+    except OSError as error:
+        log.warning("data: %s stays as it is, as it cannot be written (%s)", place, error)
 
 
 def _check_shape(images: ImageSet, spec: ImageSpec, what: str) -> None:

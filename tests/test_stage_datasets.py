@@ -11,6 +11,7 @@ from rdm_jax import run
 from rdm_jax.config.validate import check_config
 from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data.augment import mirror
+from rdm_jax.data.cell_sums import cells_in
 from rdm_jax.data.prepare import prepare
 from rdm_jax.render import contact_sheet
 from rdm_jax.runtime.errors import InputError
@@ -62,9 +63,64 @@ def test_open_sets_refuses_other_classes(config, tmp_path):
         open_sets(change(config, 1, source=f"folder:{tmp_path}/others"), [1, 2])
 
 
+@pytest.mark.parametrize("numbers, opened", [([1, 2, 3], [2, 4]), ([1], [4]), ([3], [])])
+def test_open_sets_writes_the_sums_of_all_stages(config, tmp_path, numbers, opened):
+    """And opens those of the stages that it is asked for."""
+    config = change(config, cache_gib=0.0)
+    first, last = config.stages
+    stages = (
+        dataclasses.replace(first, resolution=(2, 2)),
+        dataclasses.replace(last, resolution=(4, 4)),
+        last,
+    )
+    images = open_sets(dataclasses.replace(config, stages=stages), numbers)[numbers[-1]]
+    assert cells_in(tmp_path / "images_prepared") == [2, 4]
+    for cell in (2, 4):
+        assert images.of_cells(cell).cell == (cell if cell in opened else 1)
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
+    caplog.set_level("INFO")
+    return caplog
+
+
+FULL = "stage1 reads the full records, 4 times the pixels that it needs; --mode=prepare adds"
+
+
+def test_open_sets_names_the_gain_of_sums(config, tmp_path, logged):
+    """Of a set of an older version; not where it is in memory, nor for the last stage."""
+    path = prepare(config.data.source, config.data.directory, ImageSpec(8, 8))
+    for cached, number, wanted in ((0.0, 2, False), (1.0, 1, False), (0.0, 1, True)):
+        logged.clear()
+        images = open_sets(change(config, cache_gib=cached), [number])[number]
+        assert (FULL in logged.text) == wanted and cells_in(path) == []
+    assert images.of_cells(2) is images
+    logged.clear()
+    images = open_sets(change(config, cache_gib=0.0), [1], verify=True)[1]
+    assert FULL not in logged.text and images.of_cells(2).cell == 2
+
+
+def test_open_sets_adds_sums_to_prepared_data_on_request(config, tmp_path, logged, monkeypatch):
+    path = prepare(config.data.source, tmp_path / "elsewhere", ImageSpec(8, 8))
+    config = change(config, source=f"prepared:{path}", cache_gib=0.0)
+    assert open_sets(config, [1])[1].of_cells(2).cell == 1 and FULL in logged.text
+
+    def fail(*args):
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rdm_jax.data.write_sums.write_shards", fail)
+        assert open_sets(config, [1], verify=True)[1].of_cells(2).cell == 1
+    assert "elsewhere stays as it is, as it cannot be written ([Errno 30]" in logged.text
+    assert open_sets(config, [1], verify=True)[1].of_cells(2).cell == 2
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "images"]
+
+
 def test_open_sets_writes_nothing_without_a_directory(config, tmp_path):
     images = open_sets(change(config, directory=""), [1, 2])[2]
-    assert images.is_cached and len(images) == 24
+    assert images.is_cached and len(images) == 24 and images.of_cells(2).is_cached
     assert [entry.name for entry in tmp_path.iterdir()] == ["images"]
 
 

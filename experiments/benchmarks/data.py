@@ -28,12 +28,14 @@ from PIL import Image
 from rdm_jax import config as configs
 from rdm_jax.cli.command import command
 from rdm_jax.config.load import load_config
+from rdm_jax.data.cell_sums import folder_of
 from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
 from rdm_jax.data.images import ImageSpec, encode, fit
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import ENCODINGS, Encoding
 from rdm_jax.data.sources import cores, open_source
+from rdm_jax.data.write_sums import add_sums
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.random_streams import root_key
@@ -105,7 +107,7 @@ def files_in(place: Path) -> list[Path]:
     return (
         [place]
         if place.is_file()
-        else sorted(path for path in place.iterdir() if path.suffix != ".json")
+        else sorted(path for path in place.iterdir() if path.is_file() and path.suffix != ".json")
     )
 
 
@@ -185,6 +187,20 @@ def cells_by_kind(root: Path, size: int) -> dict[str, list[str]]:
     return cells
 
 
+def first_stage_rows(root: Path) -> Iterator[list[str]]:
+    """Cells of what stage 1 can read of a prepared set: the full records, or sums of cells."""
+    small, large = SIZES
+    places = {kind: root / f"records_{kind}" for kind in ENCODINGS}
+    sets = {f"records, {kind}": (open_prepared(place), place) for kind, place in places.items()}
+    cell, place = large // small, places["raw"]
+    add_sums(place, [cell], check_stop=lambda: None)
+    sums = open_prepared(place, cells=[cell]).of_cells(cell)
+    sets[f"sums of {cell} x {cell}"] = (sums, folder_of(place, cell))
+    for name, (images, folder) in sets.items():
+        stored, *rates = set_cells(images, folder)
+        yield [name, stored, f"{images.nbytes // len(images):,}", *rates]
+
+
 def load(name: str, folder: Path) -> configs.Config:
     """A config by its name on the command line; data that is not prepared goes to the folder."""
     config = load_config(name)
@@ -199,10 +215,16 @@ def load(name: str, folder: Path) -> configs.Config:
 def training_speed(config: configs.Config, number: int, images: ImageSet) -> tuple[float, float]:
     """Images per second in training, and the share of time spent waiting for them."""
     stage = config.stage(number)
+    images = images.of_cells(images.image_shape[0] // stage.resolution[0])
     size = stage.training.batch_size
     mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
     program = PROGRAMS[config.parallel.mode](
-        stage, images.image_shape, len(images.class_names), root_key(0), mesh
+        stage,
+        images.image_shape,
+        len(images.class_names),
+        root_key(0),
+        mesh,
+        cell=images.cell,
     )
     state = program.place(program.init(root_key(0)))
     program.compile()
@@ -270,7 +292,7 @@ def main() -> None:
         write_files(images, Path(folder))
         by_size = [cells_by_kind(Path(folder, f"{size}"), size) for size in SIZES]
         headings = [
-            f"{size} x {size}: bytes | images/s, 2 threads | images/s, {WORKERS} workers"
+            f"{size} x {size}: bytes | images/s, {cores()} threads | images/s, {WORKERS} workers"
             for size in SIZES
         ]
         print("| | " + " | ".join(headings) + " |\n|" + "---|" * (1 + 3 * len(SIZES)))
@@ -280,6 +302,10 @@ def main() -> None:
                 + " | ".join([kind, *itertools.chain(*(cells[kind] for cells in by_size))])
                 + " |"
             )
+        columns = ("stage 1 reads", "bytes stored", "bytes to the device")
+        print(f"\n| {' | '.join((*columns, *headings[-1].split(' | ')[1:]))} |\n|{'---|' * 5}")
+        for row in first_stage_rows(Path(folder, f"{max(SIZES)}")):
+            print("| " + " | ".join(row) + " |", flush=True)
         print(f"\n{jax.device_count()} x {jax.devices()[0].device_kind}\n")
         columns = ("config", "stage", "images", "read from", "images/s", "waiting for data")
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")

@@ -47,8 +47,8 @@ class Data:
       held_out: number of images, evenly from the set, that no stage is trained on. The validation
         loss is measured on them, and evaluation compares them with the others.
       cache_gib: sets up to this size are decoded into memory.
-      workers: processes that read and decode batches of a set that is not in memory; 0 for two
-        threads of the main process.
+      workers: processes that read and decode images of a set that is not in memory; 0 for threads
+        of the main process, one per core.
       worker_timeout: seconds that the workers may take for a batch. If they take longer or are
         killed, they are restarted once.
     """

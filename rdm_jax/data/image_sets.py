@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rdm_jax.data.cell_sums import SumReader, cells_in, dtype_of, fix_of, folder_of, sums_of
 from rdm_jax.data.content import image_hash, set_hash, total
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.left_out import check_left_out, reasons
-from rdm_jax.data.manifest import MANIFEST, read_manifest
+from rdm_jax.data.manifest import DAMAGED, MANIFEST, check_sizes, read_manifest
 from rdm_jax.data.records import RecordReader
 from rdm_jax.data.sources import check_apart, cores, open_source
 from rdm_jax.runtime.console import log, progress
@@ -27,14 +28,15 @@ class ImageSet(Sequence):
     """Images of one size, made by `open_prepared` or `open_direct`; can be pickled.
 
     Args:
-      items: pixels, uint8 (h, w, c), and class index, by index.
+      items: pixels, uint8 (h, w, c), or sums of cells of them, and class index, by index.
       image_shape: (h, w, c) of every image.
       class_names: the classes; empty without classes (every label is then -1).
       content: the hash of the set by `content.set_hash`; '' if unknown.
       names: of the images, from which that hash is found once they are in memory; () if unknown.
+      cell: items hold the sums of cell x cell pixels, as `cell_sums.dtype_of`; 1 for pixels.
 
     Attributes:
-      image_shape, class_names: as given.
+      image_shape, class_names, cell: as given.
     """
 
     def __init__(
@@ -44,15 +46,18 @@ class ImageSet(Sequence):
         class_names: tuple[str, ...],
         content: str = "",
         names: Sequence[str] = (),
+        cell: int = 1,
     ):
         self.image_shape = image_shape
         self.class_names = class_names
+        self.cell = cell
         self._items = items
         self._content = content
         self._names = names
         self._cached: Batch | None = None
         self._whole: ImageSet | None = None  # the set that this one is a part of
         self._chosen: np.ndarray | None = None  # indices of a part in the whole set
+        self._sums: dict[int, ImageSet] = {}  # the same images as sums, by the size of cells
 
     def __len__(self) -> int:
         if self._chosen is not None:
@@ -71,13 +76,16 @@ class ImageSet(Sequence):
         return {key: values[0] for key, values in self.batch([index]).items()}
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Several images in this order: {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
+        """Several images in this order: {'image': uint8 (b, h, w, c), 'label': int32 (b,)}.
+
+        Sums of cells are of their own dtype.
+        """
         if self._chosen is not None:
             indices = self._chosen[np.asarray(indices)]
         if self._cached:
             return {key: values[indices] for key, values in self._cached.items()}
         batch = {
-            "image": np.empty((len(indices), *self.image_shape), np.uint8),
+            "image": np.empty((len(indices), *self.image_shape), dtype_of(self.cell)),
             "label": np.empty(len(indices), np.int32),
         }
         for place, index in enumerate(indices):
@@ -105,11 +113,28 @@ class ImageSet(Sequence):
         return self._part(np.setdiff1d(np.arange(len(self)), held)), self._part(held)
 
     def _part(self, chosen: np.ndarray) -> "ImageSet":
-        part = ImageSet(self._items, self.image_shape, self.class_names)
+        part = ImageSet(self._items, self.image_shape, self.class_names, cell=self.cell)
         part._cached = self._cached
+        part._sums = {cell: sums._part(chosen) for cell, sums in self._sums.items()}
         part._chosen = chosen if self._chosen is None else self._chosen[chosen]
         part._whole = self._whole or self
         return part
+
+    def of_cells(self, cell: int) -> "ImageSet":
+        """The same images as the sums of cell x cell pixels if it has them; else the set itself."""
+        return self._sums.get(cell, self)
+
+    def add_sums(self, sums: "ImageSet") -> None:
+        """Adds the same images as sums of cells, for `of_cells`."""
+        self._sums[sums.cell] = sums
+
+    def sums(self, cell: int) -> "ImageSet":
+        """The sums of cell x cell pixels of a set in memory, in memory."""
+        h, w, c = self.image_shape
+        shape = (h // cell, w // cell, c)
+        sums = ImageSet((), shape, self.class_names, self.identity, cell=cell)
+        sums._cached = self._cached | {"image": sums_of(self._cached["image"], cell)}
+        return sums
 
     @functools.cached_property
     def identity(self) -> str:
@@ -140,8 +165,8 @@ class ImageSet(Sequence):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pixels."""
-        return len(self) * int(np.prod(self.image_shape))
+        """Bytes of all pixels, or of their sums."""
+        return len(self) * int(np.prod(self.image_shape)) * dtype_of(self.cell).itemsize
 
     @property
     def is_cached(self) -> bool:
@@ -159,7 +184,7 @@ class ImageSet(Sequence):
           InputError: an image cannot be used.
         """
         count = len(self._items)
-        images = np.empty((count, *self.image_shape), np.uint8)
+        images = np.empty((count, *self.image_shape), dtype_of(self.cell))
         labels = np.empty(count, np.int32)
         kept = np.ones(count, bool)
 
@@ -191,13 +216,23 @@ class ImageSet(Sequence):
         self._items = ()
 
 
-def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> ImageSet:
+def as_sums(cell: int, *sets: ImageSet) -> list[ImageSet]:
+    """Sets that are used together: all as the sums of cell x cell pixels, or none of them."""
+    sums = [images.of_cells(cell) for images in sets]
+    return sums if all(images.cell == cell for images in sums) else list(sets)
+
+
+def open_prepared(
+    directory: str | os.PathLike, *, cache_bytes: int = 0, cells: Sequence[int] = ()
+) -> ImageSet:
     """Opens a prepared data set, made by `prepare` or by tensorflow-datasets as array_record.
 
     Args:
       directory: the one that contains dataset_info.json. The split is 'train'; its images must have
         one size.
       cache_bytes: the set is decoded into memory, once, if its pixels take at most this.
+      cells: sides of the cells whose sums `ImageSet.of_cells` is to give: made of images in memory,
+        or read from records if these exist.
 
     Raises:
       InputError: there is no data set, it is damaged, or its images are not uint8 of one size.
@@ -225,7 +260,30 @@ def open_prepared(directory: str | os.PathLike, *, cache_bytes: int = 0) -> Imag
     images = ImageSet(reader, shape, reader.class_names, reader.content())
     if images.nbytes <= cache_bytes:
         images.cache(f"decoding {directory.name}")
+    for cell in cells:
+        sums = images.sums(cell) if images.is_cached else _open_sums(directory, images, cell)
+        if sums is None:
+            continue
+        if not sums.is_cached and sums.nbytes <= cache_bytes:
+            sums.cache(f"reading the sums of {directory.name}")
+        images.add_sums(sums)
     return images
+
+
+def _open_sums(directory: Path, images: ImageSet, cell: int) -> ImageSet | None:
+    """The sums beside prepared images; None if there are none of these images."""
+    if cell not in cells_in(directory):
+        return None
+    folder = folder_of(directory, cell)
+    reader = SumReader(folder)
+    if reader.of != images.identity:
+        log.warning("data: %s is ignored: it has the sums of other images", folder)
+        return None
+    h, w, c = images.image_shape
+    wanted = (cell, (h // cell, w // cell, c), len(images))
+    if (reader.cell, reader.image_shape, len(reader)) != wanted:
+        raise InputError(f"{folder} does not have the sums of these images", fix_of(folder))
+    return ImageSet(reader, reader.image_shape, images.class_names, reader.of, cell=cell)
 
 
 def _check_complete(directory: Path, reader: RecordReader) -> None:
@@ -236,17 +294,10 @@ def _check_complete(directory: Path, reader: RecordReader) -> None:
         )
     if not (directory / MANIFEST).is_file():
         return  # not made by `prepare`
-    fix = "Delete the directory and prepare it again."
     manifest = read_manifest(directory)
     if list(manifest["classes"]) != list(reader.class_names):
-        raise InputError(f"{directory} has other classes than its manifest", fix)
-    for shard in manifest["shards"]:
-        path = directory / shard["file"]
-        if not path.is_file():
-            raise InputError(f"{path} is missing", fix)
-        size = path.stat().st_size
-        if size != shard["bytes"]:
-            raise InputError(f"{path} has {size:,} of {shard['bytes']:,} bytes", fix)
+        raise InputError(f"{directory} has other classes than its manifest", DAMAGED)
+    check_sizes(directory, manifest["shards"], DAMAGED)
 
 
 def open_direct(
@@ -259,6 +310,7 @@ def open_direct(
     skip_bad: bool = False,
     max_left_out: float = 0.1,
     apart_from: Sequence[Path] = (),
+    cells: Sequence[int] = (),
 ) -> ImageSet:
     """Decodes a small source into memory; nothing is written.
 
@@ -268,6 +320,7 @@ def open_direct(
       cache_bytes: the most memory that the pixels may take.
       skip_bad: leave out images that cannot be used, with a line in the log, instead of raising.
       max_left_out, apart_from: as for `prepare.prepare`.
+      cells: as for `open_prepared`.
 
     Raises:
       InputError: a setting or an image cannot be used, too many cannot, or the set is too large.
@@ -298,6 +351,8 @@ def open_direct(
         left = set(images.batch(np.arange(len(images)))["label"].tolist())
         lost = {source.class_names[label] for label in {*source.labels} - left}
         check_left_out(skipped, len(images), {*lost, *source.lost}, max_left_out, spec)
+    for cell in cells:
+        images.add_sums(images.sums(cell))
     return images
 
 

@@ -23,25 +23,40 @@ FIELDS = {
 FILE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 # Settings that version 1 lacks, with the values that reproduce its behaviour.
 NEW_SETTINGS = {"classes": "auto"}
+DAMAGED = "Delete the directory and prepare it again."
 SHARD = {"file": str, "records": int, "bytes": int, "sha256": str}
 
 
-def verify_files(directory: Path) -> None:
-    """Compares every file with its hash in the manifest.
+def verify_files(directory: Path, shards: list[dict[str, Any]], fix: str) -> None:
+    """Compares every file with its hash in a manifest.
+
+    Args:
+      directory: of the files.
+      shards: as the manifest lists them.
+      fix: what to do about a file that differs.
 
     Raises:
       InputError: a file differs or is missing.
     """
-    shards = read_manifest(directory)["shards"]
     with progress(sum(shard["records"] for shard in shards), f"verifying {directory.name}") as bar:
         for shard in shards:
             if sha256(directory / shard["file"]) != shard["sha256"]:
                 raise InputError(
-                    f"{directory / shard['file']} differs from its hash in the manifest",
-                    "Delete the directory and prepare it again.",
+                    f"{directory / shard['file']} differs from its hash in the manifest", fix
                 )
             bar.update(shard["records"])
     log.info("data: %d files in %s match their hashes", len(shards), directory)
+
+
+def check_sizes(directory: Path, shards: list[dict[str, Any]], fix: str) -> None:
+    """Raises InputError for a file that is missing or of another size than a manifest says."""
+    for shard in shards:
+        path = directory / shard["file"]
+        if not path.is_file():
+            raise InputError(f"{path} is missing", fix)
+        size = path.stat().st_size
+        if size != shard["bytes"]:
+            raise InputError(f"{path} has {size:,} of {shard['bytes']:,} bytes", fix)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -67,7 +82,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             if type(manifest[field]) is not kind:
                 raise ValueError(f"{field} is not a {kind.__name__}")
         for shard in manifest["shards"]:
-            _check_shard(shard)
+            check_shard(shard)
         if version > 1 and type(manifest.get("content")) is not str:
             raise ValueError("content is not a str")
         manifest["settings"] = NEW_SETTINGS | manifest["settings"]
@@ -96,7 +111,8 @@ def identity(directory: Path) -> str:
     )
 
 
-def _check_shard(shard: Any) -> None:
+def check_shard(shard: Any) -> None:
+    """Raises ValueError unless this is the entry of a file beside the manifest."""
     if not isinstance(shard, dict) or any(
         type(shard.get(field)) is not kind for field, kind in SHARD.items()
     ):

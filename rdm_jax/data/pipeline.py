@@ -4,23 +4,32 @@ The state of an iterator is one index, from which training resumes exactly.
 """
 
 import functools
+import itertools
 import multiprocessing
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from rdm_jax.data.image_sets import Batch, ImageSet
+from rdm_jax.data.sources import cores
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.lazy import lazy_import
 from rdm_jax.runtime.signals import obey_parent_alone
 
 grain = lazy_import("grain")
+
+# The most that travels from a worker at a time: shared memory is scarce in containers.
+ELEMENT_BYTES = 16 * 2**20
+# Batches that threads of this process prepare ahead.
+PREFETCH = 4
+# Threads for a set in memory, whose batches are lookups.
+IN_MEMORY = 2
 
 
 def train_iterator(
@@ -32,8 +41,7 @@ def train_iterator(
     process_count: int = 1,
     workers: int = 0,
     worker_timeout: float = 300.0,
-    threads: int = 2,
-    prefetch: int = 4,
+    threads: int | None = None,
     first: tuple[int, int] = (0, 0),
 ) -> "TrainIterator":
     """Endless batches; every epoch has a new order and contains every image once.
@@ -48,12 +56,12 @@ def train_iterator(
       batch_size: of the global batch; it may exceed the number of images.
       seed: of the orders.
       process_index, process_count: of the process whose part to yield.
-      workers: number of processes that make batches; 0 for threads of this process. A set in memory
+      workers: number of processes that read images; 0 for threads of this process. A set in memory
         always uses threads.
       worker_timeout: seconds that workers may take per batch. If they take longer, or are killed,
         they are restarted once and the batch is retried.
       first: a batch, and the position that it begins with: where the batch size last changed.
-      threads, prefetch: without workers, number of threads and of batches to prefetch.
+      threads: without workers, number of threads that read images; None for one per core.
 
     Raises:
       InputError: the batch size is not a positive multiple of the number of processes, or the seed
@@ -71,13 +79,20 @@ def train_iterator(
         )
     if seed < 0:
         raise InputError(f"seed={seed} is negative", "Use 0 or more.")
-    batches = _Batches(images, batch_size, seed, process_index, process_count, first)
-    workers = 0 if images.is_cached else workers
-    # A worker holds two batches in shared memory; prefetching more would not make them sooner.
+    share, parts = batch_size // process_count, 1
+    if images.is_cached:
+        workers, threads = 0, IN_MEMORY
+    else:
+        threads = 1 if workers else threads or cores()
+        most = max(1, ELEMENT_BYTES * len(images) // images.nbytes)  # images per element
+        # Few enough to travel, and enough elements for all threads to have one.
+        parts = min(share, max(-(-share // most), -(-threads // PREFETCH)))
+    # A worker holds two elements in shared memory; prefetching more would not make them sooner.
     options = grain.ReadOptions(
-        num_threads=1 if workers else threads, prefetch_buffer_size=1 if workers else prefetch
+        num_threads=threads, prefetch_buffer_size=1 if workers else PREFETCH * parts
     )
-    return TrainIterator(batches, options, workers, worker_timeout)
+    elements = _Elements(images, batch_size, seed, process_index, process_count, first, parts)
+    return TrainIterator(elements, options, workers, worker_timeout)
 
 
 class TrainIterator:
@@ -87,8 +102,9 @@ class TrainIterator:
     It keeps a state of its own, as grain's state with workers only fits the same number of workers.
     """
 
-    def __init__(self, batches: "_Batches", options: Any, workers: int, worker_timeout: float):
-        self._batches = grain.MapDataset.source(batches)
+    def __init__(self, elements: "_Elements", options: Any, workers: int, worker_timeout: float):
+        self._elements = grain.MapDataset.source(elements)
+        self._parts = elements.parts  # elements per batch
         self._options = options
         self._workers = workers
         self._worker_timeout = worker_timeout
@@ -102,9 +118,16 @@ class TrainIterator:
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start()
-        batch = self._from_workers() if self._workers else next(self._iterator)
+        batch = self._from_workers() if self._workers else self._joined()
         self._next += 1
         return batch
+
+    def _joined(self) -> Batch:
+        """The elements of the next batch as one."""
+        parts = list(itertools.islice(self._iterator, self._parts))
+        if len(parts) == 1:
+            return parts[0]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def _from_workers(self) -> Batch:
         """The next batch of the workers, which are restarted once if they fail.
@@ -112,13 +135,13 @@ class TrainIterator:
         grain itself waits forever for a worker that hangs.
         """
         try:
-            return _within(self._worker_timeout, self._iterator)
+            return _within(self._worker_timeout, self._joined)
         except _WorkersFailed as failure:
             log.warning("data: %s; restarting the workers and retrying the batch", failure)
         self._kill_workers()
         self._iterator = self._start()
         try:
-            return _within(self._worker_timeout, self._iterator)
+            return _within(self._worker_timeout, self._joined)
         except _WorkersFailed as failure:
             self._kill_workers()
             raise InputError(
@@ -132,7 +155,7 @@ class TrainIterator:
         self.close()
 
     def _start(self) -> Any:
-        remaining = self._batches[self._next :].to_iter_dataset(self._options)
+        remaining = self._elements[self._next * self._parts :].to_iter_dataset(self._options)
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain's workers need them, also in a notebook
                 flags.FLAGS.mark_as_parsed()
@@ -161,17 +184,17 @@ class _WorkersFailed(RuntimeError):
     """A worker was killed or hangs."""
 
 
-def _within(seconds: float, batches: Iterator[Batch]) -> Batch:
+def _within(seconds: float, next_batch: Callable[[], Batch]) -> Batch:
     """The next batch.
 
     Raises:
-      _WorkersFailed: none was made in so many seconds, or a worker has ended.
+      _WorkersFailed: it was not made in so many seconds, or a worker has ended.
     """
     answers: queue.SimpleQueue = queue.SimpleQueue()
 
     def ask() -> None:
         try:
-            answers.put((next(batches), None))
+            answers.put((next_batch(), None))
         except BaseException as error:
             answers.put((None, error))
 
@@ -197,12 +220,11 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-class _Batches:
-    """One process's part of every global batch, by index.
+class _Elements:
+    """Equal parts, up to one image, of one process's share of every global batch, by index.
 
-    A batch is one element for grain, whose bookkeeping costs more than the lookup of a cached
-    image. grain's own shuffle adds the epoch to the seed: the second epoch of seed 0 would be the
-    first of seed 1.
+    Element k is part k % parts of batch k // parts. grain's own shuffle adds the epoch to the seed:
+    the second epoch of seed 0 would be the first of seed 1.
     """
 
     def __init__(
@@ -213,23 +235,26 @@ class _Batches:
         process_index: int,
         process_count: int,
         first: tuple[int, int],
+        parts: int,
     ):
+        self.parts = parts
         self._images = images
         self._batch_size = batch_size
         self._seed = seed
         self._first = first
-        self._part = np.arange(batch_size).reshape(process_count, -1)[process_index]
+        share = np.arange(batch_size).reshape(process_count, -1)[process_index]
+        self._shares = np.array_split(share, parts)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Batch:
-        batch, position = self._first
+        (batch, part), (first, position) = divmod(index, self.parts), self._first
         epochs, positions = np.divmod(
-            position + (index - batch) * self._batch_size + self._part, len(self._images)
+            position + (batch - first) * self._batch_size + self._shares[part], len(self._images)
         )
-        parts = [
+        indices = [
             _order(self._seed, epoch, len(self._images))[positions[epochs == epoch]]
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
-        return self._images.batch(np.concatenate(parts))
+        return self._images.batch(np.concatenate(indices))

@@ -15,14 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from rdm_jax.data import cell_sums
+from rdm_jax.data.cell_sums import cells_in, fix_of, folder_of
 from rdm_jax.data.content import set_hash, total
 from rdm_jax.data.images import CROPS, ImageSpec
 from rdm_jax.data.left_out import by_reason, check_left_out, reasons
-from rdm_jax.data.manifest import MANIFEST, VERSION, read_manifest, verify_files
-from rdm_jax.data.records import Encoding, Shard, versions
+from rdm_jax.data.manifest import DAMAGED, MANIFEST, VERSION, read_manifest, verify_files
+from rdm_jax.data.records import Encoding, ImageShard
+from rdm_jax.data.shards import versions
 from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
 from rdm_jax.data.sources import Source, check_apart, open_source, same_source
 from rdm_jax.data.staging import (
+    PARTS,
     check_place,
     publish,
     remove_leftovers,
@@ -30,6 +34,7 @@ from rdm_jax.data.staging import (
     staging_folder,
 )
 from rdm_jax.data.write_shards import write_shards
+from rdm_jax.data.write_sums import add_sums, write_sums
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, local_path
@@ -59,6 +64,7 @@ def prepare(
     max_left_out: float = 0.1,
     verify: bool = False,
     update: bool = False,
+    cells: Sequence[int] = (),
     apart_from: Sequence[Path] = (),
     check_stop: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -78,9 +84,11 @@ def prepare(
         raising.
       max_left_out: the largest share of files that may be left out; unless it is 1, a lost class is
         refused as well.
-      verify: compare an existing set with the hashes in its manifest.
+      verify: compare an existing set with the hashes in its manifests, and add what it lacks of
+        `cells`.
       update: compare an existing set with its source, and prepare it again if that has changed; the
         previous set stays until the new one is complete.
+      cells: sides of the cells of pixels whose sums are written beside the images (`cell_sums`).
       apart_from: folders that this program writes to, which must not overlap with the source.
       check_stop: called after every shard; an exception ends the work.
 
@@ -106,7 +114,8 @@ def prepare(
                 "them)",
             )
             if verify:
-                verify_files(directory)
+                _verify(directory)
+                add_sums(directory, cells, check_stop)
             with contextlib.suppress(InputError, OSError):
                 remove_leftovers(directory)
             return directory
@@ -125,22 +134,34 @@ def prepare(
             ):
                 unlisted = reasons(source.skipped)
                 check_left_out(unlisted, len(source), source.lost, max_left_out, spec)
-                shards = _shards(source, form, encoding, skip_bad, staging / "parts")
+                shards = _shards(source, form, encoding, skip_bad, staging / PARTS)
                 written = write_shards(shards, f"preparing {spec}", check_stop)
                 _check_written(source, written, max_left_out, spec)
                 made = _assemble(source, record, settings, shards, written, staging / "set")
+                for cell in sorted({*cells, *cells_in(directory)}):
+                    write_sums(made, cell, staging, check_stop)
                 publish(made, directory)
-                os.rename(staging / "parts", staging / "used")
+                for parts in staging.glob(f"{PARTS}*"):
+                    os.rename(parts, staging / f"used_{parts.name}")
             shutil.rmtree(staging)
         _log_made(directory, "is prepared")
         if verify and prepared:
-            verify_files(directory)
+            _verify(directory)
+            add_sums(directory, cells, check_stop)
     except OSError as error:
         raise InputError(
             f"the data directory {directory} cannot be written ({error})",
             "Free space, or use another directory.",
         ) from error
     return directory
+
+
+def _verify(directory: Path) -> None:
+    """Raises InputError for a file of a set that differs from its hash in a manifest."""
+    verify_files(directory, read_manifest(directory)["shards"], DAMAGED)
+    for cell in cells_in(directory):
+        folder = folder_of(directory, cell)
+        verify_files(folder, cell_sums.read_manifest(folder)["shards"], fix_of(folder))
 
 
 def _settings(
@@ -180,7 +201,7 @@ def _is_prepared(directory: Path, settings: dict[str, Any]) -> bool:
 
 def _shards(
     source: Source, form: ImageSpec, encoding: Encoding, skip_bad: bool, parts: Path
-) -> list[Shard]:
+) -> list[ImageShard]:
     """Divides a source into files to write; removes other files from their folder."""
     parts.mkdir(exist_ok=True)
     each = max(SHARD_IMAGES, -(-len(source) // MANY_SHARDS))
@@ -191,7 +212,7 @@ def _shards(
             left_over.unlink()
     _check_space(len(source), form, encoding, parts)
     return [
-        Shard(
+        ImageShard(
             source=source.part(indices.tolist()),
             form=form,
             encoding=encoding,
@@ -227,7 +248,7 @@ def _assemble(
     source: Source,
     record: Record,
     settings: dict[str, Any],
-    shards: list[Shard],
+    shards: list[ImageShard],
     written: list[dict[str, Any]],
     made: Path,
 ) -> Path:

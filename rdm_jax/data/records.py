@@ -3,23 +3,20 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import rdm_jax
 from rdm_jax.data.content import image_hash, total
 from rdm_jax.data.images import ImageSpec, encode, open_image, to_uint8
 from rdm_jax.data.manifest import MANIFEST, identity
+from rdm_jax.data.shards import Shard, versions
 from rdm_jax.data.sources import Source
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.runtime.errors import BadImage, InputError
-from rdm_jax.runtime.files import atomic_write, parse_json, sha256
 from rdm_jax.runtime.lazy import lazy_import
 
 array_record = lazy_import("array_record.python.array_record_data_source", "data")
@@ -51,29 +48,26 @@ class Encoding:
             raise InputError(f"quality={self.quality} is out of range", "Use 1 to 100.")
 
 
-def versions() -> dict[str, str]:
-    """The versions of everything that decides the bytes of a record."""
-    libraries = ("array_record", "pillow", "tensorflow-datasets")
-    return {"rdm_jax": rdm_jax.__version__} | {
-        name: importlib.metadata.version(name) for name in libraries
-    }
-
-
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """One file of a set, to be written; can be pickled.
+class ImageShard(Shard):
+    """One file of a set of images.
 
     Attributes:
       source: the images of this file only.
-      path: of the file; a JSON file beside it (the voucher) describes its content.
       skip_bad: leave out images that cannot be used, instead of raising.
     """
 
     source: Source
     form: ImageSpec
     encoding: Encoding
-    path: Path
     skip_bad: bool
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def memory_per_image(self) -> int:  # noqa: D102
+        return self.source.reader.memory_per_image
 
     @property
     def features(self) -> Any:
@@ -89,46 +83,25 @@ class Shard:
         label = {"label": tfds.features.ClassLabel(names=names)} if names else {}
         return tfds.features.FeaturesDict({"image": image, "name": tfds.features.Text(), **label})
 
-    def write(self) -> dict[str, Any]:
-        """Writes the file, unless it exists and was written from the same images.
+    def empty(self) -> dict[str, Any]:
+        """The statistics of a file without records.
 
-        Returns:
-          'bytes' and 'sha256' of the file; 'content', a hash of names, labels and decoded pixels;
-          'records', their number, how many of them were 'enlarged', and how many are 'of_class' 0,
-          1, ...; and 'skipped', reasons by the names of images left out.
-
-        Raises:
-          InputError: as for `Source.read`; no file is left.
-          OSError: the file cannot be written.
+        'content', a hash of names, labels and decoded pixels; 'records', their number, how many of
+        them were 'enlarged', and how many are 'of_class' 0, 1, ...; and 'skipped', reasons by the
+        names of images left out.
         """
-        voucher = self.path.with_suffix(".json")
-        made_from = self._made_from()
-        found = _read_voucher(voucher)
-        usable = (
-            found
-            and found.pop("made_from") == made_from
-            and (self.skip_bad or not found["skipped"])
-        )
-        if usable and found["sha256"] == sha256(self.path):
-            return found
-        seen = {
+        return {
             "content": total(()),
             "records": 0,
             "enlarged": 0,
             "of_class": [0] * len(self.source.class_names),
             "skipped": {},
         }
-        with atomic_write(self.path) as partial:
-            _write_records(partial, self._examples(seen))
-            if len(array_record.ArrayRecordDataSource([str(partial)])) != seen["records"]:
-                raise OSError(f"{partial} lost records while it was written")
-            about = {"bytes": partial.stat().st_size, "sha256": sha256(partial), **seen}
-        with atomic_write(voucher) as partial:
-            partial.write_text(json.dumps({**about, "made_from": made_from}))
-        return about
 
-    def _made_from(self) -> str:
-        """A hash of everything that decides the file's bytes."""
+    def accepts(self, found: dict[str, Any]) -> bool:  # noqa: D102
+        return self.skip_bad or not found["skipped"]
+
+    def made_from(self) -> str:  # noqa: D102
         stamps = [(name, self.source.reader.stamp(name)) for name in self.source.names]
         settings = [dataclasses.asdict(self.form), dataclasses.asdict(self.encoding)]
         everything = [
@@ -141,8 +114,8 @@ class Shard:
         ]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
-    def _examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
-        """Yields serialized records by index, and adds their statistics to `seen`."""
+    def examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
+        """Yields serialized records by index. Raises InputError as `Source.read`."""
         features, form = self.features, self.form
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
         for index, name in enumerate(self.source.names):
@@ -170,39 +143,31 @@ class Shard:
             yield index, record.SerializeToString(deterministic=True)
 
 
-def _write_records(path: Path, examples) -> None:
-    try:
-        tfds.core.ExampleWriter(file_format=tfds.core.FileFormat.ARRAY_RECORD).write(path, examples)
-    except RuntimeError as error:  # array_record's error for a full disk, among others
-        raise OSError(f"{path}: {error}") from error
-    with path.open("rb") as file:
-        os.fsync(file.fileno())  # or a power failure could leave a named file without its content
-
-
-def _read_voucher(voucher: Path) -> dict[str, Any] | None:
-    """What a voucher says of its file; None if it is missing, damaged or incomplete."""
-    try:
-        found = parse_json(voucher.read_text())
-        is_complete = {"content", "records", "skipped", "sha256", "made_from"} <= found.keys()
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if is_complete else None
-
-
 class RecordReader(Sequence):
     """Random access to the split 'train' of a data set in array_record files; can be pickled.
+
+    Args:
+      directory: of the data set.
+      shard: the only file to read, from 0; None for all.
+
+    Attributes:
+      shard_lengths: numbers of records of all files.
 
     Raises:
       Exception: of the libraries, for anything that is wrong with the files.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, shard: int | None = None):
+        self.directory, self._shard = directory, shard
         builder = open_directory(directory)
         self.features = builder.info.features
         split = builder.info.splits["train"]
         self.declared = split.num_examples
-        self._records = array_record.ArrayRecordDataSource([str(file) for file in split.filepaths])
+        self.shard_lengths = list(split.shard_lengths)
+        files = [str(file) for file in split.filepaths]
+        self._records = array_record.ArrayRecordDataSource(
+            files if shard is None else files[shard : shard + 1]
+        )
         self.image_shape = tuple(self.features["image"].shape)
         # Images are decoded by this package, as tensorflow-datasets needs OpenCV and warns without
         # it.
@@ -211,11 +176,11 @@ class RecordReader(Sequence):
         label = dict(self.features).get("label")
         self.class_names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
 
-    def __getstate__(self) -> Path:
-        return self.directory
+    def __getstate__(self) -> tuple[Path, int | None]:
+        return self.directory, self._shard
 
-    def __setstate__(self, directory: Path):
-        self.__init__(directory)
+    def __setstate__(self, state: tuple[Path, int | None]):
+        self.__init__(*state)
 
     def __len__(self) -> int:
         return len(self._records)

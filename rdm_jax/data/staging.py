@@ -14,6 +14,8 @@ from rdm_jax.runtime import locks
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 
+PARTS = "parts"  # the folder of finished shards; with a suffix, of finished sums
+
 
 def check_place(directory: Path) -> None:
     """Raises InputError for a directory that cannot be created by a rename."""
@@ -92,11 +94,15 @@ def remove_leftovers(directory: Path) -> None:
     if _hidden(directory).exists() or _former(directory).exists():
         with staging_folder(directory) as staging:
             restore_former(directory)
-            if finished := len(list((staging / "parts").glob("*.array_record"))):
+            if finished := len(list(staging.glob(f"{PARTS}*/*.array_record"))):
+                what, flag = "the addition of sums to", "--mode=prepare"
+                if (staging / PARTS).exists():
+                    what, flag = "an update of", "--update"
                 log.info(
-                    "data: an update of %s was interrupted; --update resumes with the %s files "
-                    "finished in %s",
+                    "data: %s %s was interrupted; %s resumes with the %s files finished in %s",
+                    what,
                     directory,
+                    flag,
                     f"{finished:,}",
                     staging,
                 )

@@ -5,10 +5,10 @@ import contextlib
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rdm_jax.data.records import Shard
+from rdm_jax.data.shards import Shard
 from rdm_jax.data.sources import cores
 from rdm_jax.runtime.console import progress
 from rdm_jax.runtime.errors import InputError
@@ -21,7 +21,7 @@ LISTINGS_BYTES = 8 * 2**30
 
 
 def write_shards(
-    shards: list[Shard], description: str, check_stop: Callable[[], None]
+    shards: Sequence[Shard], description: str, check_stop: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """Writes all shards; those that were finished before are kept.
 
@@ -40,11 +40,11 @@ def write_shards(
     waiting = list(enumerate(shards))
     began = time.perf_counter()
     processes = _process_count(shards)
-    with progress(sum(len(shard.source) for shard in shards), description) as bar:
+    with progress(sum(map(len, shards)), description) as bar:
 
         def note(number: int, written: dict[str, Any]) -> None:
             results[number] = written
-            bar.update(len(shards[number].source))
+            bar.update(len(shards[number]))
             check_stop()
 
         # In this process: a single remaining shard, and everything until it takes long.
@@ -69,9 +69,9 @@ def write_shards(
     return results
 
 
-def _process_count(shards: list[Shard]) -> int:
+def _process_count(shards: Sequence[Shard]) -> int:
     """One per core, or fewer if each has to hold a large index in memory."""
-    each = sum(len(shard.source) for shard in shards) * shards[0].source.reader.memory_per_image
+    each = sum(map(len, shards)) * shards[0].memory_per_image
     return cores() if not each else max(1, min(cores(), LISTINGS_BYTES // each))
 
 

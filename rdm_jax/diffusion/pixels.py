@@ -1,27 +1,42 @@
 """The representation of images in records and in the network: uint8 pixels, and [-1, 1]."""
 
 import dataclasses
-from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
-
-from rdm_jax.diffusion import blurring
+import numpy as np
+from jaxtyping import Array, Float, UInt, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
 class Pixels:
-    """Records hold uint8 pixels; networks see values in [-1, 1].
+    """Records hold uint8 pixels, or sums of them; networks see values in [-1, 1].
 
     Attributes:
-      dtype: of records.
+      cell: records hold the sums of cell x cell pixels; 1 for pixels.
     """
 
-    dtype: ClassVar[Any] = jnp.uint8
+    cell: int = 1
 
-    def encode(self, images: UInt8[Array, "b h w c"], pool: int = 1) -> Float[Array, "b h2 w2 c"]:
-        """uint8 to [-1, 1], then the means of pool x pool pixels."""
-        return blurring.mean_pool(images.astype(jnp.float32) / 127.5 - 1, factor=pool)
+    @property
+    def dtype(self) -> np.dtype:
+        """Of records: the smallest unsigned one that holds such a sum."""
+        return np.min_scalar_type(255 * self.cell**2)
+
+    def encode(self, images: UInt[Array, "b h w c"], pool: int = 1) -> Float[Array, "b h2 w2 c"]:
+        """From records to [-1, 1]: the means of pool x pool of their values.
+
+        The means are the same, to the bit, whether the device adds pixels or records hold the sums,
+        and whatever the compiler makes of it: sums are exact integers, and one product is rounded.
+        """
+        pixels = (pool * self.cell) ** 2  # per mean
+        if pixels == 1:
+            return images.astype(jnp.float32) / 127.5 - 1
+        b, h, w, c = images.shape
+        cells = images.astype(jnp.int32).reshape(b, h // pool, pool, w // pool, pool, c)
+        doubled = 2 * cells.sum((2, 4)) - 255 * pixels
+        # Clipped, as the reciprocal is rounded as well; nor can the product then become part of a
+        # fused multiply-add, which some compilers make, and which rounds in another way.
+        return jnp.clip(doubled.astype(jnp.float32) * np.float32(1 / (255 * pixels)), -1, 1)
 
     def decode(self, x: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
         """[-1, 1] to uint8, rounded; values outside are clipped."""

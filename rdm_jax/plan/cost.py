@@ -182,7 +182,7 @@ def shard_bytes(tree: Any) -> int:
 
 
 def image_shape(config: Config, number: int) -> tuple[int, int, int]:
-    """The shape of the records that a stage is trained on.
+    """The shape of the full records that a stage is trained on; sums of cells take less memory.
 
     They are the last stage's, unless the stage has a source of its own.
     """

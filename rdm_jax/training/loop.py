@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from rdm_jax.checkpoints import store
 from rdm_jax.config import Config, to_dict
 from rdm_jax.config.saved import VERSION
-from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.data.image_sets import ImageSet, as_sums
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.runtime import distributed, random_streams, sharding
 from rdm_jax.runtime.console import log, progress
@@ -66,7 +66,7 @@ class Trainer:
     Args:
       config: of the run.
       number: of the stage, from 1.
-      source: the images to train on.
+      source: the images to train on; read as sums of cells if it has those that the stage sees.
       directory: of the stage, for checkpoints, metrics and previews.
       held_out: the images whose loss ranks checkpoints; None for images of `source`.
       allow_changes: fields of the config that may differ from the newest checkpoint's
@@ -88,7 +88,8 @@ class Trainer:
         self.stage = config.stage(number)
         self.name = self.stage.name
         self.training = self.stage.training
-        self.source = source
+        cell = source.image_shape[0] // self.stage.resolution[0]
+        self.source, held_out = as_sums(cell, source, held_out or source)
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
         self._number = number
@@ -106,7 +107,7 @@ class Trainer:
         self.abstract = self._program.abstract
         self._validation = Validation(
             self.objective,
-            held_out or source,
+            held_out,
             self.training,
             self._key(RandomStream.VALIDATE),
             self.mesh,
@@ -253,6 +254,7 @@ class Trainer:
             self._key(RandomStream.TRAIN),
             self.mesh,
             self._count,
+            self.source.cell,
         )
 
     def _key(self, stream: RandomStream) -> Key[Array, ""]:

@@ -1,5 +1,6 @@
 """A stage's training step, compiled for a mesh: by `jit` with shardings, or by `pmap`."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -18,8 +19,13 @@ from rdm_jax.training.count import Count
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
 
-def build_objective(stage: Stage, image_shape: tuple[int, ...], classes: int) -> Objective:
-    """The stage's objective, on images (h, w, c) of its own or a later stage's size."""
+def build_objective(
+    stage: Stage, image_shape: tuple[int, ...], classes: int, cell: int = 1
+) -> Objective:
+    """The stage's objective, on images (h, w, c) of its own or a later stage's size.
+
+    `cell` other than 1: on sums of cell x cell pixels.
+    """
     training = stage.training
     return Objective(
         network=stage.build(image_shape[-1], classes),
@@ -30,7 +36,7 @@ def build_objective(stage: Stage, image_shape: tuple[int, ...], classes: int) ->
         label_dropout=training.label_dropout,
         augmentation=Augmentation(training.augment) if training.augment else None,
         flip=training.flip,
-        representation=stage.representation,
+        representation=dataclasses.replace(stage.representation, cell=cell),
     )
 
 
@@ -59,6 +65,7 @@ class Program(ABC):
       key: of the training's randomness.
       mesh: of all devices that train.
       count: of images, if the batch size has changed during the training; else None.
+      cell: records hold the sums of cell x cell pixels; 1 for pixels.
 
     Attributes:
       objective: of the training.
@@ -75,10 +82,11 @@ class Program(ABC):
         key: Key[Array, ""],
         mesh: Mesh,
         count: Count | None = None,
+        cell: int = 1,
     ):
         self.mesh, self._image_shape, self._training = mesh, image_shape, stage.training
         count = count or Count(stage.training.batch_size)
-        self.objective = build_objective(stage, image_shape, classes)
+        self.objective = build_objective(stage, image_shape, classes, cell)
         self._optimizer = build_optimizer(stage.training, count)
         shapes = jax.eval_shape(
             lambda params: init_state(params, self._optimizer), self.objective.network.abstract

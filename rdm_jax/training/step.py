@@ -26,7 +26,7 @@ class Objective:
     """The training objective: everything that the loss needs besides parameters and images.
 
     Attributes:
-      pool: the stage sees the means of pool x pool pixels of the records.
+      pool: the stage sees the means of pool x pool values of the records.
       condition: what the network is conditioned on.
       label_dropout: probability of the null condition, per image.
       augmentation: of the images, with a label that the network is conditioned on; None for none.
