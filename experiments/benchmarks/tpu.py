@@ -10,9 +10,9 @@ for forward and backward) over that time, as a share of the chip's peak. An esti
 measurement: `rdm_jax.plan.modelled_time` says what it leaves out. The other columns are the shares
 of the time by kind of work, and the costliest operation.
 
-Every distinct block of the networks is a row: channels in and out, the side of its image, attention
-heads, and "up" or "down" where it resamples. Images may lie in memory as the compiler likes, as they
-do between the blocks of a network. A block takes half a minute to two to compile.
+Every distinct block of the networks is a row: channels in and out, the side of its image, heads of
+attention, and "up" or "down" where it resamples. Images may lie in memory as the compiler likes, as
+they do between the blocks of a network. A block takes half a minute to two to compile.
 """
 
 import dataclasses
@@ -44,9 +44,7 @@ _CHIP = flags.DEFINE_string("chip", "v5e", "A TPU: v4, v5e, v5p or v6e.")
 _STAGE = flags.DEFINE_multi_integer("stage", [], "Numbers of the stages; all if not given.", 1)
 _BATCHES = flags.DEFINE_list("batches", ["8", "16"], "Images on the chip at a time.")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of the networks.")
-_ONLY = flags.DEFINE_string(
-    "only", "", "A pattern that a row's block must match, such as '512.*8'."
-)
+_ONLY = flags.DEFINE_string("only", "", "Pattern of the blocks to show, such as '512.*heads'.")
 _TOP = flags.DEFINE_integer("top", 0, "Costliest operations to print below each row.", 0)
 
 COLUMNS = (
