@@ -4,23 +4,21 @@ Parameters and embeddings are float32, images `dtype`. Sums over an image, of st
 backward pass, are always float32.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt32
 
+from rdm_jax.models import narrow_convolution, tpu_attention
+from rdm_jax.models.attention import attend, attend_on_tpu, contiguous, kernel_on_tpu
 from rdm_jax.models.initializers import FanIn, Xavier
 from rdm_jax.models.resampling import RESAMPLE
-
-Padding = tuple[tuple[int, int], ...]  # before and after each axis
 
 # The name of the outputs of convolutions in policies of `jax.checkpoint`.
 CONVOLUTION = "convolution"
@@ -59,48 +57,32 @@ class Conv(nnx.Conv):
     """
 
     def __call__(  # type: ignore[override]
-        self, x: Float[Array, "b h w c"], *, wide: bool = False
+        self,
+        x: Float[Array, "b h w c"],
+        *,
+        wide: bool = False,
+        columns: Callable[[Array], Array] = lambda x: x,
+        rows: Callable[[Array], Array] = lambda x: x,
     ) -> Float[Array, "b h2 w2 c2"]:
-        """Convolves x in the layer's dtype; the result has it too, or float32 with `wide`."""
+        """Convolves x in the layer's dtype; the result has it too, or float32 with `wide`.
+
+        Args:
+          x: images.
+          wide: whether the result is float32.
+          columns: puts the output channels, the last axis of kernel and bias, into another order.
+          rows: puts the kernel's input channels, its last axis but one, into that of x.
+        """
         assert self.bias is not None
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        x, kernel = x.astype(self.dtype), rows(columns(self.kernel[...].astype(self.dtype)))
+        bias = columns(self.bias[...])
         margins: Any = self.padding
-        padding: Padding = tuple(margins)
-        dtype = jnp.dtype("float32") if wide else self.dtype
-        convolve = _convolved if dtype == self.dtype else _convolved_wide
-        y = convolve(x, kernel, padding)
-        return (y.astype(jnp.float32) + self.bias[...]).astype(dtype)
-
-
-def _convolved(x: Array, kernel: Array, padding: Padding, dtype: jnp.dtype | None = None) -> Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=numbers, preferred_element_type=dtype
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolved_wide(x: Array, kernel: Array, padding: Padding) -> Array:
-    """A convolution of narrow numbers with the accelerator's float32 sums as its result.
-
-    Its gradients are those of a narrow result: jax alone would compute them with float32 copies or,
-    in older versions, refuse.
-    """
-    return _convolved(x, kernel, padding, jnp.dtype("float32"))
-
-
-def _wide_forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
-    return _convolved_wide(x, kernel, padding), (x, kernel)
-
-
-def _wide_backward(
-    padding: Padding, inputs: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    _, backward = jax.vjp(lambda x, kernel: _convolved(x, kernel, padding), *inputs)
-    return backward(gradient.astype(inputs[0].dtype))
-
-
-_convolved_wide.defvjp(_wide_forward, _wide_backward)
+        padding = tuple(margins)
+        if self.dtype == jnp.bfloat16:
+            return narrow_convolution.convolve(x, kernel, bias, padding, wide)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return bias + jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), padding, dimension_numbers=numbers
+        )
 
 
 def conv(
@@ -206,50 +188,32 @@ def named(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return checkpoint_name(x, CONVOLUTION)
 
 
-_target: contextvars.ContextVar[Any] = contextvars.ContextVar("target", default=None)
-
-
-@contextlib.contextmanager
-def compiling_for(device: Any) -> Iterator[None]:
-    """Traces within are for this `jax.Device`, such as one of a topology, not a local one."""
-    token = _target.set(device)
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
-def attend(
-    q: Float[Array, "b n k d"], k: Float[Array, "b n k d"], v: Float[Array, "b n k d"]
-) -> Float[Array, "b n k d"]:
-    """softmax(q k^T / sqrt(d)) v for each head, softmax in float32.
-
-    cuDNN's fused kernel where it applies, else XLA's.
-    """
-    fused = (
-        _knows_fused_attention()
-        and q.dtype != jnp.float32
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-    )
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
-
-
-def _knows_fused_attention() -> bool:
-    """NVIDIA GPUs from Ampere on."""
-    device = _target.get() or jax.local_devices()[0]
-    capability = getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
-    return capability[:1].isdecimal() and float(capability) >= 8
-
-
 def dropout(
     x: Float[Array, "b h w c"], rate: float, keys: Key[Array, " b"] | None
 ) -> Float[Array, "b h w c"]:
     """Zeroes a share of the values, of each image by its own key; without keys, none."""
     if keys is None or not rate:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    threshold = jnp.uint32(round(rate * 2**32))
+    keep = _hashed(x.shape, jax.random.key_data(keys)) >= threshold
     return jnp.where(keep, x / (1 - rate), 0)
+
+
+def _hashed(shape: tuple[int, ...], words: UInt32[Array, "b 2"]) -> UInt32[Array, "b h w c"]:
+    """A random 32-bit word for each value, a hash of its index in the image and the image's key.
+
+    A dropout mask needs no more than that, and is drawn up to three times per step, inside of the
+    convolutions that use it. Threefry takes some hundred operations per word, this one ten.
+    Multiplications and shifts alternate as in MurmurHash3's last step; the constants are odd.
+    """
+    index = jnp.zeros(shape[1:], jnp.uint32)
+    for axis, stride in enumerate((shape[2] * shape[3], shape[3], 1)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape[1:], axis) * jnp.uint32(stride)
+    first, second = (words[:, i, None, None, None] for i in (0, 1))
+    x = index * jnp.uint32(0x9E3779B9) + first
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B) ^ second
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 class Attention(nnx.Module):
@@ -266,11 +230,16 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Attends over all pixels of each image."""
         b, h, w, c = x.shape
-        # The projection's channels are read as (head, channel in head, [q, k, v]), as in the
-        # published weights.
-        qkv = named(self.qkv(self.norm(x))).reshape(b, h * w, self.heads, c // self.heads, 3)
-        attended = named(attend(*jnp.moveaxis(qkv, -1, 0)))
-        return named(self.proj(attended.reshape(b, h, w, c)))
+        heads = tpu_attention.HeadGroups(self.heads, c // self.heads)
+        # The projection's channels are (head, channel in head, [q, k, v]), as in the published
+        # weights. Its weights are put into the order that attention reads, not its results.
+        if kernel_on_tpu(self.qkv.dtype, h * w, heads):
+            qkv = named(self.qkv(self.norm(x), columns=heads.columns))
+            attended = named(attend_on_tpu(qkv.reshape(b, h * w, -1), heads))
+            return named(self.proj(attended.reshape(b, h, w, -1), rows=heads.rows))
+        qkv = named(self.qkv(self.norm(x), columns=functools.partial(contiguous, heads=self.heads)))
+        q, k, v = (a.reshape(b, h * w, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
+        return named(self.proj(named(attend(q, k, v)).reshape(b, h, w, c)))
 
 
 class Block(nnx.Module):

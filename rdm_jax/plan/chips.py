@@ -16,6 +16,10 @@ class Chip:
       interconnect: bytes/s that a chip can send, over all of its links.
       pod: number of chips that those links join; between pods there is a slower network.
       note: remarks on the figures.
+      bandwidth: bytes/s of its memory; 0 where it is not used.
+      clock: Hz, of the cycles in which a TPU's compiler counts; 0 for GPUs. From the peak and the
+        matrix units: v5e has four of 128 x 128 multiply-adds per cycle, v4 and v5p four in each
+        of two cores, v6e four times the operations of v5e per cycle.
     """
 
     name: str
@@ -26,6 +30,8 @@ class Chip:
     interconnect: float
     pod: int
     note: str = ""
+    bandwidth: float = 0.0
+    clock: float = 0.0
 
     def peak(self, dtype: str) -> float:
         """Peak FLOP/s for a network's `dtype`."""
@@ -43,13 +49,30 @@ _CORES = (
 
 CHIPS = (
     # cloud.google.com/tpu/docs/v4, and "TPU v4" (arXiv 2304.01433): six links of 50 GB/s each way.
-    Chip("v4", ("TPU v4",), 275e12, 275e12, 32.0, 300e9, 4096, f"{_PASSES}; {_CORES}"),
+    Chip(
+        "v4", ("TPU v4",), 275e12, 275e12, 32.0, 300e9, 4096, f"{_PASSES}; {_CORES}", 1228e9, 1.05e9
+    ),
     # cloud.google.com/tpu/docs/v5e: 400 GB/s of interconnect, both ways together.
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 197e12, 16.0, 200e9, 256, _PASSES),
+    Chip(
+        "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 197e12, 16.0, 200e9, 256, _PASSES, 819e9, 1.5e9
+    ),
     # cloud.google.com/tpu/docs/v5p: 1200 GB/s of interconnect, both ways together.
-    Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 459e12, 95.0, 600e9, 6144, f"{_PASSES}; {_CORES}"),
+    Chip(
+        "v5p",
+        ("TPU v5", "TPU v5p"),
+        459e12,
+        459e12,
+        95.0,
+        600e9,
+        6144,
+        f"{_PASSES}; {_CORES}",
+        2765e9,
+        1.75e9,
+    ),
     # cloud.google.com/tpu/docs/v6e: twice v5e's interconnect, four links.
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 918e12, 32.0, 400e9, 256, _PASSES),
+    Chip(
+        "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 918e12, 32.0, 400e9, 256, _PASSES, 1640e9, 1.75e9
+    ),
     # NVIDIA A100 data sheet (SXM, dense): 312 TFLOP/s, TF32 156; NVLink 600 GB/s, both ways
     # together.
     Chip(

@@ -12,7 +12,8 @@ import jax
 from jax.experimental import topologies
 
 from rdm_jax.config import Config
-from rdm_jax.plan.chips import Chip
+from rdm_jax.plan import modelled_time
+from rdm_jax.plan.chips import CHIPS, Chip
 from rdm_jax.plan.cost import image_shape, shard_bytes
 from rdm_jax.render.tables import GIB, in_gib, markdown, short
 from rdm_jax.runtime import sharding
@@ -34,6 +35,8 @@ _CUBES = {
     256: "4x8x8",
     512: "8x8x8",
 }
+
+_COSTLIEST = 10  # operations in a table
 
 TOPOLOGIES = {"v5e": _FLAT, "v6e": _FLAT, "v4": _CUBES, "v5p": _CUBES}
 
@@ -58,24 +61,36 @@ def topology(config: Config, chip: Chip | None, chips: int, target: str) -> list
             f"config.parallel.mode={config.parallel.mode!r} does not go with --compile",
             "Use 'pjit'.",
         )
+    return _devices(chip.name, known[chips], chips, "--compile=True")
+
+
+def one_chip(name: str) -> tuple[Chip, Any]:
+    """A TPU chip by its name, and a device of its kind to compile for. Raises InputError."""
+    if name not in TOPOLOGIES:
+        raise InputError(f"--chip={name!r} is not known", f"Use {', '.join(TOPOLOGIES)}.")
+    chip = next(chip for chip in CHIPS if chip.name == name)
+    return chip, _devices(name, TOPOLOGIES[name][1], 1, f"--chip={name!r}")[0]
+
+
+def _devices(name: str, shape: str, chips: int, flag: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            "--compile=True needs libtpu, which is not installed", "Run: pip install 'jax[tpu]'."
+            f"{flag} needs libtpu, which is not installed", "Run: pip install 'jax[tpu]'."
         )
     options: dict[str, Any] = {}
     if chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    if chip.name == "v4":  # otherwise its two cores are two devices
+    if name == "v4":  # otherwise its two cores are two devices
         options["chip_config_name"] = "megacore"
     try:
         with _alone():
             return topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{chip.name}:{known[chips]}", **options
+                platform="tpu", topology_name=f"{name}:{shape}", **options
             ).devices
     except jax.errors.JaxRuntimeError as error:  # such as its lock, which another process holds
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"--compile=True cannot use libtpu ({reason})",
+            f"{flag} cannot use libtpu ({reason})",
             "Use another version of it, or stop other programs that use it.",
         ) from error
 
@@ -114,7 +129,50 @@ def compiled_stage(
             raise
         reason = exhausted(str(error), images, shard_bytes(program.abstract))
         return f"stage{number} DOES NOT FIT: {reason}"
-    return _compiler_table(number, compiled, time.monotonic() - start, chip, images)
+    table = _compiler_table(number, compiled, time.monotonic() - start, chip, images)
+    multiply_adds = stage.multiply_adds(config.data.channels, classes)
+    times = time_tables(
+        compiled.as_text(),
+        chip,
+        6 * images * stage.training.accumulate * multiply_adds,
+        images * stage.training.accumulate,
+        stage.network.dtype,
+    )
+    return "\n\n".join([table, f"#### stage{number}, modelled time", times])
+
+
+def time_tables(text: str, chip: Chip, flops: float, images: int, dtype: str) -> str:
+    """The modelled time of a program: in all, by kind of work, and its ten costliest operations.
+
+    Args:
+      text: of the optimised program.
+      chip: that it is compiled for.
+      flops: of the model, of one call on one chip.
+      images: of one call on one chip.
+      dtype: of the network.
+    """
+    found = modelled_time.operations(text, chip)
+    seconds = modelled_time.seconds(found, chip)
+    share = flops / seconds / chip.peak(dtype)
+    total = (
+        f"{seconds * 1e3:.4g} ms per step, {images / seconds:.4g} images per second per chip, "
+        f"{share:.1%} of the peak: the compiler's estimate, not a measurement."
+    )
+    kinds = [
+        [kind, f"{part * seconds * 1e3:.4g}", f"{part:.1%}"]
+        for kind, part in modelled_time.by_kind(found).items()
+    ]
+    worst = [
+        [o.kind, f"{o.cycles / chip.clock * 1e3:.4g}", o.result[:60], o.line, o.primitive[-60:]]
+        for o in found[:_COSTLIEST]
+    ]
+    return "\n\n".join(
+        [
+            total,
+            markdown(["kind of work", "ms", "share"], kinds),
+            markdown(["costliest operations", "ms", "result", "line", "primitive"], worst),
+        ]
+    )
 
 
 def _compiler_table(

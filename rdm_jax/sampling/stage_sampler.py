@@ -12,8 +12,10 @@ from rdm_jax.config import Config, Stage, to_dict
 from rdm_jax.diffusion import preconditioning, samplers
 from rdm_jax.diffusion.guidance import ClassifierFree
 from rdm_jax.diffusion.protocols import Denoiser, Levels, Noise
+from rdm_jax.diffusion.scanned_walk import scanned_walk
 from rdm_jax.models.functional import Network
-from rdm_jax.runtime import random_streams
+from rdm_jax.models.target import compiling_for
+from rdm_jax.runtime import random_streams, sharding
 from rdm_jax.runtime.random_streams import RandomStream
 
 AnyArray = Array | np.ndarray
@@ -90,20 +92,32 @@ class StageSampler:
         """
         # XLA runs convolutions inside of a loop several times slower on CPU.
         if jax.default_backend() == "cpu":
-            return self._walked(params, low, labels, seeds, scan=False)
+            return self._walked(params, low, labels, seeds)
         return self._scanned(params, low, labels, seeds)
 
     def _scanned(self, params, low, labels, seeds):
-        return self._walked(params, low, labels, seeds, scan=True)
+        # Cast once, not in every evaluation.
+        params = jax.tree.map(lambda leaf, d: leaf.astype(d), params, self._network.dtypes)
+        noise, sampler = self._noise(seeds), self._stage.sampler
 
-    def _walked(self, params, low, labels, seeds, *, scan):
+        def step(denoise, x, i, level, to):
+            return sampler.step(denoise, x, i, level, to, noise)
+
+        def finish(denoise, x, i, level):
+            return sampler.finish(denoise, x, i, level, noise)
+
+        denoise = self._denoiser(params, low, labels, noise)
+        x = scanned_walk(step, finish, denoise, self._start(low, seeds), self._levels)
+        return self._clipped(x)
+
+    def _walked(self, params, low, labels, seeds):
         def step(x, i, level, to):
             return self._step(params, low, labels, seeds, x, i, level, to)
 
         def finish(x, i, level):
             return self._finish(params, low, labels, seeds, x, i, level)
 
-        x = samplers.walk(step, finish, self._start(low, seeds), self._levels, scan=scan)
+        x = samplers.walk(step, finish, self._start(low, seeds), self._levels, scan=False)
         return self._clipped(x)
 
     def _start(self, low, seeds):
@@ -145,7 +159,8 @@ class StageSampler:
                 if conditioning is not None:  # guidance may have each image twice
                     repeated = jnp.repeat(conditioning, len(x) // len(conditioning), axis=0)
                     x = jnp.concatenate([x, repeated], -1)
-                return self._network.apply(params, x, c_noise, condition)
+                with compiling_for(sharding.local_mesh()):
+                    return self._network.apply(params, x, c_noise, condition)
 
             return preconditioning.denoiser(network, stage.precondition)(x, sigma)
 

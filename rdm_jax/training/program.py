@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from rdm_jax.config import Stage, Training
 from rdm_jax.data.augment import Augmentation
-from rdm_jax.models.layers import compiling_for
+from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import sharding
 from rdm_jax.training.count import Count
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
@@ -156,7 +156,7 @@ class Jitted(Program):
             "position": array(jnp.int32),
         }
         out = (sharding.shardings(self.abstract), sharding.replicated(self.mesh))
-        with compiling_for(self.mesh.devices.flat[0]):
+        with compiling_for(self.mesh):
             return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(
                 self.abstract, batch
             )

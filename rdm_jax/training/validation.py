@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 
 from rdm_jax.config import Training
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import distributed, random_streams, sharding
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.training.step import Objective
@@ -86,4 +87,5 @@ class Validation:
 
     def _loss(self, params: Any, batch: dict[str, jax.Array], index: jax.Array) -> jax.Array:
         keys = random_streams.image_keys(self._key, index)
-        return self._objective.loss(params, batch, keys, dropout=False).mean()
+        with compiling_for(self._mesh):
+            return self._objective.loss(params, batch, keys, dropout=False).mean()

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
-from rdm_jax.models import adm, layers
+from rdm_jax.models import adm, attention, target
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.layers import Block, Conv, GroupNorm
 from rdm_jax.models.song import Song
+from rdm_jax.runtime import sharding
 from tests.support.small_networks import AUGMENT, inputs, network, parameters
 
 BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
@@ -236,11 +238,19 @@ def test_modulation_is_rounded_once():
     assert np.mean(found == np.asarray(exact.astype(BFLOAT16), np.float32)) > 0.99
 
 
-CUDA, TPU, CPU = (SimpleNamespace(platform=platform) for platform in ("gpu", "tpu", "cpu"))
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a network asks of a device."""
+
+    platform: str
+    compute_capability: str = ""
+
+
+CUDA, TPU, CPU = (Device(platform) for platform in ("gpu", "tpu", "cpu"))
 
 
 def gpu(capability):
-    return SimpleNamespace(platform="gpu", compute_capability=capability)
+    return Device("gpu", capability)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +278,11 @@ def test_attention_implementation_by_device(device, dtype, width, wanted, monkey
     )
     q = jnp.zeros((1, 4, 1, width), dtype)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    layers.attend(q, q, q)
+    attention.attend(q, q, q)
     # Under `compiling_for`, the given device decides, not the local one.
     for other in (gpu("9.0"), CPU):
         monkeypatch.setattr(jax, "local_devices", lambda other=other: [other])
-        with layers.compiling_for(device):
-            layers.attend(q, q, q)
+        mesh = Mesh(np.array([[device]], object), sharding.AXES)
+        with target.compiling_for(mesh):
+            attention.attend(q, q, q)
     assert used == [wanted] * 3

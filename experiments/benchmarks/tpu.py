@@ -1,0 +1,222 @@
+"""Modelled time of a config's blocks on a TPU that need not exist here, as a Markdown table.
+
+    python -m experiments.benchmarks.tpu                  # ADM-64 and ADM-256, bfloat16, v5e
+    python -m experiments.benchmarks.tpu --config configs/digits.py --batches 64 --only 32,64
+
+It needs libtpu (`pip install 'jax[tpu]'`) and no TPU: the compiler compiles each block, forward and
+backward, for one chip, and tells the cycles that it expects of every operation. Their sum over the
+clock is the modelled time; "utilisation" is the block's FLOPs (two per multiply-add, times three
+for forward and backward) over that time, as a share of the chip's peak. An estimate, not a
+measurement: `rdm_jax.plan.modelled_time` says what it leaves out. The other columns are the shares
+of the time by kind of work, and the costliest operation.
+
+Every distinct block of the networks is a row: channels in and out, the side of its image, heads of
+attention, and "up" or "down" where it resamples. Images may lie in memory as the compiler likes, as
+they do between the blocks of a network. A block takes half a minute to two to compile.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from flax import nnx
+from jax.experimental.layout import Format, Layout
+
+from experiments.benchmarks import timing
+from rdm_jax import config as configs
+from rdm_jax.cli.command import command
+from rdm_jax.cli.config_flag import define_config
+from rdm_jax.models import layers, target
+from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.functional import multiply_adds
+from rdm_jax.plan import modelled_time
+from rdm_jax.plan.chips import Chip
+from rdm_jax.plan.tpu_compile import one_chip
+from rdm_jax.runtime import sharding
+from rdm_jax.runtime.random_streams import root_key
+
+_CONFIG = define_config("Whose networks' blocks; configs/imagenet.py if it is not given.")
+_CHIP = flags.DEFINE_string("chip", "v5e", "A TPU: v4, v5e, v5p or v6e.")
+_STAGE = flags.DEFINE_multi_integer("stage", [], "Numbers of the stages; all if not given.", 1)
+_BATCHES = flags.DEFINE_list("batches", ["8", "16"], "Images on the chip at a time.")
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of the networks.")
+_ONLY = flags.DEFINE_string("only", "", "Pattern of the blocks to show, such as '512.*heads'.")
+_TOP = flags.DEFINE_integer("top", 0, "Costliest operations to print below each row.", 0)
+
+COLUMNS = (
+    "stage",
+    "block",
+    "batch",
+    "ms",
+    "utilisation",
+    "by kind of work",
+    "costliest",
+    "compile",
+)
+SHOWN = 0.03  # share of the time from which a kind of work is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What tells a block of a network from another.
+
+    Attributes:
+      c_in, c_out: channels.
+      side: height and width of its input.
+      heads: of attention; 0 for none.
+      resample: 'up', 'down' or None.
+      emb: channels of the embedding.
+      dropout: rate.
+      style: of the family.
+    """
+
+    c_in: int
+    c_out: int
+    side: int
+    heads: int
+    resample: str | None
+    emb: int
+    dropout: float
+    style: layers.Style
+
+    @property
+    def side_out(self) -> int:
+        """Height and width of its output."""
+        return {"up": 2 * self.side, "down": self.side // 2, None: self.side}[self.resample]
+
+    def __str__(self) -> str:
+        parts = [f"{self.c_in}->{self.c_out} {self.side} x {self.side}"]
+        parts += [self.resample] if self.resample else []
+        parts += [f"{self.heads} heads"] if self.heads else []
+        return " ".join(parts)
+
+    def build(self, dtype: jnp.dtype) -> layers.Block:
+        """The module."""
+        return layers.Block(
+            self.c_in,
+            self.c_out,
+            self.emb,
+            self.style,
+            heads=self.heads,
+            resample=self.resample,
+            dropout=self.dropout,
+            dtype=dtype,
+            rngs=nnx.Rngs(root_key(0)),
+        )
+
+
+def blocks(stage: configs.Stage, channels: int, classes: int) -> list[Block]:
+    """The distinct blocks of a stage's U-Net, in the order in which they run."""
+    config = stage.network
+    shapes = Shapes(channels, channels, stage.condition_for(classes).spec)
+    network: Any = nnx.eval_shape(lambda: config.build(shapes, rngs=nnx.Rngs(root_key(0))))
+    side, found = stage.resolution[0] // config.patch, []
+    for name in (*network.encoder, *network.decoder):
+        module = getattr(network, name)
+        block = Block(
+            c_in=module.conv0.in_features,
+            c_out=module.conv0.out_features,
+            side=side,
+            heads=module.attention.heads if module.attention else 0,
+            resample=module.resample,
+            emb=config.emb_mult * config.channels,
+            dropout=config.dropout,
+            style=network.style,
+        )
+        side = block.side_out
+        found.append(block)
+    return list(dict.fromkeys(found))
+
+
+def compiled(block: Block, batch: int, dtype: jnp.dtype, device: Any) -> jax.stages.Compiled:
+    """The block's output and gradients for a batch, compiled for a device."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: block.build(dtype)))
+    key = jax.eval_shape(lambda: jax.random.key_data(root_key(0)))
+
+    def both(state, x, emb, keys, cotangent):
+        def run(state, x, emb):
+            return nnx.merge(graph, state)(x, emb, jax.random.wrap_key_data(keys))
+
+        out, backward = jax.vjp(run, state, x, emb)
+        return out, backward(cotangent)
+
+    def images(side: int, channels: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, side, side, channels), dtype)
+
+    arguments = (
+        state,
+        images(block.side, block.c_in),
+        jax.ShapeDtypeStruct((batch, block.emb), jnp.float32),
+        jax.ShapeDtypeStruct((batch, *key.shape), key.dtype),
+        images(block.side_out, block.c_out),
+    )
+    mesh = sharding.make_mesh(devices=[device])
+    fixed = sharding.replicated(mesh)
+    free = Format(Layout.AUTO, fixed)
+    with target.compiling_for(mesh):
+        return (
+            jax.jit(
+                both,
+                in_shardings=(fixed, free, fixed, fixed, free),
+                out_shardings=(free, (fixed, free, fixed)),
+            )
+            .lower(*arguments)
+            .compile()
+        )
+
+
+def flops(block: Block, batch: int) -> int:
+    """FLOPs forward and backward, counted as in a float32 network without fused kernels."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: block.build(jnp.dtype("float32"))))
+    return 6 * multiply_adds(
+        lambda state, x, emb: nnx.merge(graph, state)(x, emb),
+        state,
+        jax.ShapeDtypeStruct((batch, block.side, block.side, block.c_in), jnp.float32),
+        jax.ShapeDtypeStruct((batch, block.emb), jnp.float32),
+    )
+
+
+def row(
+    block: Block, batch: int, dtype: jnp.dtype, device: Any, chip: Chip
+) -> tuple[list[str], list[modelled_time.Operation]]:
+    """The cells of a block at a batch size, and its operations."""
+    began = time.monotonic()
+    text = compiled(block, batch, dtype, device).as_text()
+    found = modelled_time.operations(text, chip)
+    seconds = modelled_time.seconds(found, chip)
+    shares = ", ".join(
+        f"{kind} {share:.0%}"
+        for kind, share in modelled_time.by_kind(found).items()
+        if share >= SHOWN
+    )
+    share = flops(block, batch) / seconds / chip.peak(dtype.name)
+    compiling = f"{time.monotonic() - began:.0f} s"
+    worst = found[0]
+    costliest = f"{worst.line or worst.name} {worst.cycles / chip.clock / seconds:.0%}"
+    cells = [str(block), f"{batch}", timing.milliseconds(seconds), f"{share:.2f}", shares]
+    return [*cells, costliest, compiling], found
+
+
+def main() -> None:
+    """Prints the table."""
+    config = configs.parse(_CONFIG.value)
+    chip, device = one_chip(_CHIP.value)
+    print(f"Modelled for {chip.name}, {_DTYPE.value}, jax {jax.__version__}")
+    timing.start_table("Blocks, forward and backward", COLUMNS)
+    dtype = jnp.dtype(_DTYPE.value)
+    for number in _STAGE.value or range(1, len(config.stages) + 1):
+        for block in blocks(config.stage(number), config.data.channels, 0):
+            if re.search(_ONLY.value, str(block)):
+                for batch in map(int, _BATCHES.value):
+                    cells, found = row(block, batch, dtype, device, chip)
+                    timing.print_row([f"{number}", *cells])
+                    for worst in found[: _TOP.value]:
+                        print(f"    {worst.cycles / chip.clock * 1e3:.3f} ms", worst)
+
+
+if __name__ == "__main__":
+    command(main, config="configs/imagenet.py")

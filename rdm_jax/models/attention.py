@@ -1,0 +1,51 @@
+"""Attention by the fastest implementation that the target has."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rdm_jax.models import target, tpu_attention
+
+
+def attend(
+    q: Float[Array, "b n k d"], k: Float[Array, "b n k d"], v: Float[Array, "b n k d"]
+) -> Float[Array, "b n k d"]:
+    """softmax(q k^T / sqrt(d)) v for each head, softmax in float32.
+
+    cuDNN's fused kernel where it applies, else XLA's.
+    """
+    fused = (
+        _knows_fused_attention()
+        and q.dtype != jnp.float32
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+    )
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+
+
+def kernel_on_tpu(dtype: Any, pixels: int, heads: tpu_attention.HeadGroups) -> bool:
+    """Whether `attend_on_tpu` is the fastest: on TPUs, for what the kernel takes."""
+    return target.device().platform == "tpu" and tpu_attention.applies(dtype, pixels, heads)
+
+
+def attend_on_tpu(
+    qkv: Float[Array, "b n g3"], heads: tpu_attention.HeadGroups
+) -> Float[Array, "b n g"]:
+    """`tpu_attention.attention`, on each device for its own images."""
+    return target.per_device(functools.partial(tpu_attention.attention, heads=heads))(qkv)
+
+
+def contiguous(x: Float[Array, "*k c3"], *, heads: int) -> Float[Array, "*k c3"]:
+    """From columns (head, channel in head, [q, k, v]) to ([q, k, v], head, channel in head)."""
+    *lead, c = x.shape
+    return jnp.moveaxis(x.reshape(*lead, heads, c // heads // 3, 3), -1, -3).reshape(x.shape)
+
+
+def _knows_fused_attention() -> bool:
+    """NVIDIA GPUs from Ampere on."""
+    device = target.device()
+    capability = getattr(device, "compute_capability", "") if device.platform == "gpu" else ""
+    return capability[:1].isdecimal() and float(capability) >= 8
