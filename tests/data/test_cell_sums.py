@@ -141,6 +141,16 @@ def test_sums_can_be_pickled(folder, tmp_path):
     chex.assert_trees_all_equal(pickle.loads(pickle.dumps(sums)).batch([3, 1]), sums.batch([3, 1]))
 
 
+def test_sums_in_memory_are_not_sent_to_workers(folder, tmp_path):
+    path = prepared(folder, tmp_path / "set")
+    images = open_prepared(path, cells=(2,), cache_bytes=COUNT * 16 * 3 * 2)
+    assert images.of_cells(2).is_cached and not images.is_cached
+    for part in (images, *images.split(4)):
+        sent = pickle.dumps(part)
+        assert images.of_cells(2)[0]["image"].tobytes() not in sent
+        chex.assert_trees_all_equal(pickle.loads(sent).batch([3, 1]), part.batch([3, 1]))
+
+
 def test_sets_are_used_together_as_sums_or_not_at_all(folder, tmp_path):
     path = prepared(folder, tmp_path / "set")
     full, both = open_prepared(path), open_prepared(path, cells=(2,))
