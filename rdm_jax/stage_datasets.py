@@ -165,13 +165,11 @@ def _open(
         )
     written = _cells(config, range(1, len(config.stages) + 1)).get(number, [])
     if source.startswith("prepared:"):
-        place, what = source.removeprefix("prepared:"), f"{field}={source!r}"
+        place = source.removeprefix("prepared:")
+        _check_shape(open_prepared(place), spec, f"{field}={source!r}")
         if verify:
-            _check_shape(open_prepared(place), spec, what)
             _try_to_add_sums(place, written, check_stop)
-        images = open_prepared(place, cache_bytes=cache_bytes, cells=cells)
-        _check_shape(images, spec, what)
-        return images
+        return open_prepared(place, cache_bytes=cache_bytes, cells=cells)
     listing = {
         "skin_tones": data.skin_tones if source.startswith("emoji:") else "",
         "classes": data.classes,

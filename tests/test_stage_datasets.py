@@ -132,6 +132,9 @@ def test_open_sets_of_prepared_data(config, tmp_path):
     says = "config.data.source=.*8 x 4 x 3 .*Use images of 8 x 8 x 3"
     with pytest.raises(InputError, match=says):
         open_sets(change(config, source=f"prepared:{other}"), [2])
+    odd = prepare(config.data.source, tmp_path / "odd", ImageSpec(8, 7))
+    with pytest.raises(InputError, match="8 x 7 x 3 .*Use images of 8 x 8 x 3"):
+        open_sets(change(config, source=f"prepared:{odd}"), [1])
     with pytest.raises(InputError, match="no prepared data"):
         open_sets(change(config, source="prepared:nowhere"), [2])
     assert set_for_pictures(change(config, source=f"prepared:{path}")) is not None

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,10 @@ class ImageSet(Sequence):
         self._whole: ImageSet | None = None  # the set that this one is a part of
         self._chosen: np.ndarray | None = None  # indices of a part in the whole set
         self._sums: dict[int, ImageSet] = {}  # the same images as sums, by the size of cells
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Worker processes read this set; its sums may be gigabytes in memory.
+        return self.__dict__ | {"_sums": {}}
 
     def __len__(self) -> int:
         if self._chosen is not None:

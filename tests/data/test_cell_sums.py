@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_jax.data import cell_sums
+from rdm_jax.data import cell_sums, write_shards
 from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data.cell_sums import dtype_of, folder_of, sums_of
 from rdm_jax.data.image_sets import as_sums, open_direct, open_prepared
@@ -139,6 +139,16 @@ def test_direct_sources_are_summed_in_memory(folder, tmp_path):
 def test_sums_can_be_pickled(folder, tmp_path):
     sums = open_prepared(prepared(folder, tmp_path / "set"), cells=(2,)).of_cells(2)
     chex.assert_trees_all_equal(pickle.loads(pickle.dumps(sums)).batch([3, 1]), sums.batch([3, 1]))
+
+
+def test_sums_in_memory_are_not_sent_to_workers(folder, tmp_path):
+    path = prepared(folder, tmp_path / "set")
+    images = open_prepared(path, cells=(2,), cache_bytes=COUNT * 16 * 3 * 2)
+    assert images.of_cells(2).is_cached and not images.is_cached
+    for part in (images, *images.split(4)):
+        sent = pickle.dumps(part)
+        assert images.of_cells(2)[0]["image"].tobytes() not in sent
+        chex.assert_trees_all_equal(pickle.loads(sent).batch([3, 1]), part.batch([3, 1]))
 
 
 def test_sets_are_used_together_as_sums_or_not_at_all(folder, tmp_path):
@@ -288,3 +298,26 @@ def test_sums_of_other_images_are_ignored(folder, tmp_path, logged):
     assert images.of_cells(2) is images and "the sums of other images" in logged.text
     prepared(folder, tmp_path / "other", verify=True)
     assert open_prepared(other, cells=(2,)).of_cells(2)[0]["image"][0, 0].tolist() == [4, 8, 12]
+
+
+def test_sums_of_a_shard_without_records(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_lib, "SHARD_IMAGES", 2)
+    for name in ("a/000", "a/002"):
+        (folder / f"{name}.png").write_bytes(b"no image")
+    path = prepared(folder, tmp_path / "set", skip_bad=True, max_left_out=0.5)
+    images = open_prepared(path, cells=(2,))
+    found = images.of_cells(2).batch(np.arange(COUNT - 2))
+    whole = images.batch(np.arange(COUNT - 2))
+    assert RecordReader(path).shard_lengths[0] == 0
+    np.testing.assert_array_equal(found["image"], plain_sums(whole["image"], 2))
+    np.testing.assert_array_equal(found["label"], whole["label"])
+
+
+@pytest.mark.second
+def test_processes_write_equal_sums(folder, tmp_path, monkeypatch, shards_of_five):
+    wanted = files(prepared(folder, tmp_path / "one"))
+    monkeypatch.setattr(write_shards, "ALONE_SECONDS", 0.0)
+    monkeypatch.setattr(write_shards, "cores", lambda: 2)
+    path = prepared(folder, tmp_path / "two", cells=())
+    prepared(folder, tmp_path / "two", verify=True)
+    assert files(path) == wanted
