@@ -15,10 +15,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key, UInt32
 
-from rdm_jax.models import narrow_convolution, tpu_attention
+from rdm_jax.models import narrow_convolution, resampling, tpu_attention
 from rdm_jax.models.attention import attend, attend_on_tpu, contiguous, kernel_on_tpu
 from rdm_jax.models.initializers import FanIn, Xavier
-from rdm_jax.models.resampling import RESAMPLE
 
 # The name of the outputs of convolutions in policies of `jax.checkpoint`.
 CONVOLUTION = "convolution"
@@ -61,6 +60,7 @@ class Conv(nnx.Conv):
         x: Float[Array, "b h w c"],
         *,
         wide: bool = False,
+        enlarge: bool = False,
         columns: Callable[[Array], Array] = lambda x: x,
         rows: Callable[[Array], Array] = lambda x: x,
     ) -> Float[Array, "b h2 w2 c2"]:
@@ -69,6 +69,7 @@ class Conv(nnx.Conv):
         Args:
           x: images.
           wide: whether the result is float32.
+          enlarge: repeats each pixel to 2x2 before a 3x3 convolution.
           columns: puts the output channels, the last axis of kernel and bias, into another order.
           rows: puts the kernel's input channels, its last axis but one, into that of x.
         """
@@ -77,6 +78,9 @@ class Conv(nnx.Conv):
         bias = columns(self.bias[...])
         margins: Any = self.padding
         padding = tuple(margins)
+        if enlarge and self.dtype == jnp.bfloat16:
+            return narrow_convolution.enlarge_and_convolve(x, kernel, bias)
+        x = resampling.upsample(x) if enlarge else x
         if self.dtype == jnp.bfloat16:
             return narrow_convolution.convolve(x, kernel, bias, padding, wide)
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -287,8 +291,12 @@ class Block(nnx.Module):
         keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b h2 w2 c2"]:
         """Runs the block on x with each image's embedding; keys, one per image, enable dropout."""
-        resample = functools.partial(RESAMPLE[self.resample], taps=self.style.filter)
-        h = named(self.conv0(resample(nnx.silu(self.norm0(x)))))
+        resample = functools.partial(resampling.RESAMPLE[self.resample], taps=self.style.filter)
+        h = nnx.silu(self.norm0(x))
+        if self.resample == "up" and self.style.filter == (1, 1):
+            h = named(self.conv0(h, enlarge=True))
+        else:
+            h = named(self.conv0(resample(h)))
         h = named(self.conv1(dropout(nnx.silu(self._modulated(h, emb)), self.dropout, keys)))
         x = resample(x)
         h = (h + (x if self.skip is None else named(self.skip(x)))) * self.style.skip_scale

@@ -37,7 +37,12 @@ def upsample(
     With the taps (1, 1) it is nearest-neighbour repetition.
     """
     if taps == (1, 1):
-        return x.repeat(2, 1).repeat(2, 2)
+        # At once: `repeat` twice would write the image twice. Via float32, so that the gradient, a
+        # sum of four values, is float32 before it is rounded.
+        b, h, w, c = x.shape
+        wide = x.astype(jnp.float32)[:, :, None, :, None]
+        repeated = jnp.broadcast_to(wide, (b, h, 2, w, 2, c)).astype(x.dtype)
+        return repeated.reshape(b, 2 * h, 2 * w, c)
     margin = (len(taps) - 1) // 2
     for axis in (1, 2):
         shape = (*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])

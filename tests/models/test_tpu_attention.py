@@ -109,7 +109,9 @@ def test_attention_layer_is_the_same_on_a_tpu(heads, monkeypatch):
     used = []
     kernel = tpu_attention.attention
     monkeypatch.setattr(
-        tpu_attention, "attention", lambda x, heads: used.append(x) or kernel(x, heads, True)
+        tpu_attention,
+        "attention",
+        lambda x, heads, _=True: used.append(x) or kernel(x, heads, True),
     )
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="tpu")])
     found = both()
