@@ -17,10 +17,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
+from rdm_jax.models.convolution import Padding, convolved, convolved_wide
 from rdm_jax.models.initializers import FanIn, Xavier
 from rdm_jax.models.resampling import RESAMPLE
-
-Padding = tuple[tuple[int, int], ...]  # before and after each axis
 
 # The name of the outputs of convolutions in policies of `jax.checkpoint`.
 CONVOLUTION = "convolution"
@@ -67,40 +66,9 @@ class Conv(nnx.Conv):
         margins: Any = self.padding
         padding: Padding = tuple(margins)
         dtype = jnp.dtype("float32") if wide else self.dtype
-        convolve = _convolved if dtype == self.dtype else _convolved_wide
+        convolve = convolved if dtype == self.dtype else convolved_wide
         y = convolve(x, kernel, padding)
         return (y.astype(jnp.float32) + self.bias[...]).astype(dtype)
-
-
-def _convolved(x: Array, kernel: Array, padding: Padding, dtype: jnp.dtype | None = None) -> Array:
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), padding, dimension_numbers=numbers, preferred_element_type=dtype
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolved_wide(x: Array, kernel: Array, padding: Padding) -> Array:
-    """A convolution of narrow numbers with the accelerator's float32 sums as its result.
-
-    Its gradients are those of a narrow result: jax alone would compute them with float32 copies or,
-    in older versions, refuse.
-    """
-    return _convolved(x, kernel, padding, jnp.dtype("float32"))
-
-
-def _wide_forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
-    return _convolved_wide(x, kernel, padding), (x, kernel)
-
-
-def _wide_backward(
-    padding: Padding, inputs: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    _, backward = jax.vjp(lambda x, kernel: _convolved(x, kernel, padding), *inputs)
-    return backward(gradient.astype(inputs[0].dtype))
-
-
-_convolved_wide.defvjp(_wide_forward, _wide_backward)
 
 
 def conv(
