@@ -15,7 +15,6 @@ from rdm_jax.cli.cores import number_of_devices as number
 from tests.support.commands import environment
 from tests.support.paths import ROOT
 
-
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="earlier versions of JAX get one device"
 )
