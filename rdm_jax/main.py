@@ -24,8 +24,10 @@ from absl import flags
 from rdm_jax import config, modes
 from rdm_jax.cli.command import parse_flags
 from rdm_jax.cli.config_flag import WholeNumber, define_config
+from rdm_jax.cli.cores import use_cores
 from rdm_jax.cli.exit_codes import exit_status
-from rdm_jax.cli.run_flags import MODES
+from rdm_jax.cli.run_flags import MODES, ONE_PROCESS
+from rdm_jax.data.sources import cores
 from rdm_jax.plan.plan import plan
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.compile_cache import keep_compiled
@@ -118,6 +120,8 @@ def _run() -> None:
     distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _JOIN_TIMEOUT.value)
     quiet_libtpu()  # sets a variable that `join` would take for a cluster of one host
     keep_compiled()
+    if _MODE.value not in ONE_PROCESS:
+        use_cores(config.parse(_CONFIG.value), cores())
     show_log(quiet=not distributed.is_primary())
     modes.run(
         _CONFIG.value,

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key, UInt32
 
-from rdm_jax.models import narrow_convolution, resampling, tpu_attention
+from rdm_jax.models import convolution, resampling, tpu_attention
 from rdm_jax.models.attention import attend, attend_on_tpu, contiguous, kernel_on_tpu
 from rdm_jax.models.initializers import FanIn, Xavier
 
@@ -79,14 +79,9 @@ class Conv(nnx.Conv):
         margins: Any = self.padding
         padding = tuple(margins)
         if enlarge and self.dtype == jnp.bfloat16:
-            return narrow_convolution.enlarge_and_convolve(x, kernel, bias)
+            return convolution.enlarge_and_convolve(x, kernel, bias)
         x = resampling.upsample(x) if enlarge else x
-        if self.dtype == jnp.bfloat16:
-            return narrow_convolution.convolve(x, kernel, bias, padding, wide)
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return bias + jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), padding, dimension_numbers=numbers
-        )
+        return convolution.convolve(x, kernel, bias, padding, wide=wide)
 
 
 def conv(

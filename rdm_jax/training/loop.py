@@ -196,9 +196,12 @@ class Trainer:
             buffer.close()
             bar.close()
             writer.close()
-        rate = buffer.images / (buffer.seconds or float("nan"))
+        steady, overall = buffer.rates()
         skipped = int(self._program.whole(running).skipped)
-        log.info("%s: trained, %.0f images/s, %d steps skipped", self.name, rate, skipped)
+        log.info(
+            "%s: trained, %.0f images/s (%.0f with checkpoints and evaluations), %d steps skipped",
+            *(self.name, steady, overall, skipped),
+        )
 
     def _pause(self, session: Session, point: Progress, due: Due) -> None:
         """Saves a checkpoint, then draws and evaluates what is due.

@@ -46,7 +46,13 @@ class MetricBuffer:
         self._known: list[dict[str, float]] = []
         self._known_to = 0
         self._seconds_written = 0.0
-        self._resumed = time.perf_counter()
+        self._began = self._resumed = time.perf_counter()
+
+    def rates(self) -> tuple[float, float]:
+        """Images per second so far: without pauses, and of all time since the start; NaN for 0."""
+        if not self.images:
+            return float("nan"), float("nan")
+        return self.images / self.seconds, self.images / (time.perf_counter() - self._began)
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Adds a step's metrics, which may still be computing, and starts to copy them."""
