@@ -97,8 +97,9 @@ def _devices(name: str, shape: str, chips: int, flag: str) -> list[Any]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Keeps libtpu from looking for a TPU or other hosts, which it would warn about."""
+    """Keeps libtpu from looking for a TPU, other hosts or other programs that use it."""
     wanted = {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v4-8",
         "TPU_WORKER_HOSTNAMES": "localhost",

@@ -196,12 +196,8 @@ class Trainer:
             buffer.close()
             bar.close()
             writer.close()
-        steady, overall = buffer.rates()
         skipped = int(self._program.whole(running).skipped)
-        log.info(
-            "%s: trained, %.0f images/s (%.0f with checkpoints and evaluations), %d steps skipped",
-            *(self.name, steady, overall, skipped),
-        )
+        log.info("%s: trained, %s, %d steps skipped", self.name, buffer.summary(), skipped)
 
     def _pause(self, session: Session, point: Progress, due: Due) -> None:
         """Saves a checkpoint, then draws and evaluates what is due.

@@ -54,6 +54,11 @@ class MetricBuffer:
             return float("nan"), float("nan")
         return self.images / self.seconds, self.images / (time.perf_counter() - self._began)
 
+    def summary(self) -> str:
+        """Both rates, for the log."""
+        steady, overall = self.rates()
+        return f"{steady:.0f} images/s ({overall:.0f} with checkpoints and evaluations)"
+
     def add(self, step: int, values: dict[str, jax.Array]) -> None:
         """Adds a step's metrics, which may still be computing, and starts to copy them."""
         for value in values.values():
