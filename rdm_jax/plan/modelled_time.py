@@ -133,7 +133,7 @@ class _Program:
                 self._computations[current].append(_Instruction(name, shape, opcode, rest))
         self._frames = _frames(text)
 
-    def operations(self, computation: str, trips: float) -> Iterator[Operation]:
+    def operations(self, computation: str, trips: int) -> Iterator[Operation]:
         for instruction in self._computations.get(computation, ()):
             if instruction.opcode == "while":
                 body = re.search(r"body=%?([\w.-]+)", instruction.rest)
