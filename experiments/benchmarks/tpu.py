@@ -53,7 +53,7 @@ COLUMNS = (
     "batch",
     "ms",
     "utilisation",
-    "by kind of work",
+    "by kind",
     "costliest",
     "compile",
 )
@@ -197,7 +197,7 @@ def row(
     compiling = f"{time.monotonic() - began:.0f} s"
     worst = found[0]
     costliest = f"{worst.line or worst.name} {worst.cycles / chip.clock / seconds:.0%}"
-    cells = [str(block), f"{batch}", timing.milliseconds(seconds), f"{share:.2f}", shares]
+    cells = [str(block), f"{batch}", timing.milliseconds(seconds), f"{share:.2g}", shares]
     return [*cells, costliest, compiling], found
 
 

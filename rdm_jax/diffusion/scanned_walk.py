@@ -59,7 +59,7 @@ def scanned_walk(
             replayed = functools.partial(_replayed, function)
             after.append(replayed if call == count - 1 else lambda x, i, images: x)
 
-    def body(carry: tuple[Array, Array], trip: tuple[Array, Array, Array]) -> tuple[Any, None]:
+    def body(carry: Any, trip: Any) -> tuple[Any, None]:
         (x, images), (i, branch, call) = carry, trip
         state, sigma = jax.lax.switch(branch, asked, x, i, images)
         images = images.at[call].set(denoise(state, sigma))

@@ -137,7 +137,8 @@ def _call(
     # The products as the matrix unit sees them, each over all 128 lanes.
     cost = pl.CostEstimate(
         flops=2 * products * b * groups * heads.size * n * n * LANES,
-        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, result)),
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays)
+        + result.size * result.dtype.itemsize,
         transcendentals=b * groups * heads.size * n * n,
     )
     return pl.pallas_call(

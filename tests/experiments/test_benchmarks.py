@@ -15,7 +15,8 @@ def tables(script: str, *arguments: str) -> list[list[dict[str, str]]]:
     heads."""
     config = "--config=tests/support/configs.py:nowhere"
     module = f"experiments.benchmarks.{script}"
-    done = python("-m", module, config, "--seconds=0.001", *arguments, devices=2)
+    timed = [] if script == "tpu" else ["--seconds=0.001"]
+    done = python("-m", module, config, *timed, *arguments, devices=2)
     assert done.returncode == 0, done.stderr
     found = []
     for head, body in re.findall(
@@ -118,3 +119,15 @@ def test_attention():
         assert flops * 1e9 == pytest.approx(4 * n**2 * d / (forward / 1e3), rel=0.02)
         limit = 1e-5 if row["dtype"] == "float32" else 5e-2
         assert float(row["difference"]) < limit and float(row["of gradients"]) < limit
+
+
+@pytest.mark.second
+def test_tpu_models_each_block_once():
+    """Needs libtpu; the tiny config's blocks compile in seconds."""
+    pytest.importorskip("libtpu")
+    (rows,) = tables("tpu", "--stage=2", "--batches=8", "--only=heads", "--dtype=bfloat16")
+    blocks = [row["block"] for row in rows]
+    assert blocks and len(set(blocks)) == len(blocks)
+    assert all(row["batch"] == "8" for row in rows)
+    assert all(0 < share < 1 for share in numbers(rows, "utilisation"))
+    assert all("%" in row["by kind"] and "layers.py" in row["costliest"] for row in rows)
