@@ -11,7 +11,7 @@ measurement: `rdm_jax.plan.modelled_time` says what it leaves out. The other col
 of the time by kind of work, and the costliest operation.
 
 Every distinct block of the networks is a row: channels in and out, the side of its image, heads of
-attention, and "up" or "down" where it resamples. Images may lie in memory as the compiler likes, as
+attention, "up" or "down" where it resamples, and how many times the network has it. Images may lie in memory as the compiler likes, as
 they do between the blocks of a network. A block takes half a minute to two to compile.
 """
 
@@ -50,6 +50,7 @@ _TOP = flags.DEFINE_integer("top", 0, "Costliest operations to print below each 
 COLUMNS = (
     "stage",
     "block",
+    "times",
     "batch",
     "ms",
     "utilisation",
@@ -109,8 +110,8 @@ class Block:
         )
 
 
-def blocks(stage: configs.Stage, channels: int, classes: int) -> list[Block]:
-    """The distinct blocks of a stage's U-Net, in the order in which they run."""
+def blocks(stage: configs.Stage, channels: int, classes: int) -> dict[Block, int]:
+    """The distinct blocks of a stage's U-Net, in the order in which they run, and how often."""
     config = stage.network
     shapes = Shapes(channels, channels, stage.condition_for(classes).spec)
     network: Any = nnx.eval_shape(lambda: config.build(shapes, rngs=nnx.Rngs(root_key(0))))
@@ -129,7 +130,7 @@ def blocks(stage: configs.Stage, channels: int, classes: int) -> list[Block]:
         )
         side = block.side_out
         found.append(block)
-    return list(dict.fromkeys(found))
+    return dict(collections.Counter(found))
 
 
 def compiled(block: Block, batch: int, dtype: jnp.dtype, device: Any) -> jax.stages.Compiled:
@@ -197,8 +198,25 @@ def row(
     compiling = f"{time.monotonic() - began:.0f} s"
     worst = found[0]
     costliest = f"{worst.line or worst.name} {worst.cycles / chip.clock / seconds:.0%}"
-    cells = [str(block), f"{batch}", timing.milliseconds(seconds), f"{share:.2g}", shares]
-    return [*cells, costliest, compiling], found
+    cells = [timing.milliseconds(seconds), f"{share:.2g}", shares, costliest, compiling]
+    return cells, found
+
+
+def print_stage(stage: configs.Stage, channels: int, batch: int, device: Any, chip: Chip) -> None:
+    """Prints the rows of a stage's blocks, and of all that are shown together."""
+    dtype, total, work = jnp.dtype(_DTYPE.value), 0.0, 0.0
+    for block, count in blocks(stage, channels, 0).items():
+        if not re.search(_ONLY.value, str(block)):
+            continue
+        cells, found = row(block, batch, dtype, device, chip)
+        timing.print_row([f"{stage.number}", str(block), f"{count}", f"{batch}", *cells])
+        total += count * modelled_time.seconds(found, chip)
+        work += count * flops(block, batch)
+        for worst in found[: _TOP.value]:
+            print(f"    {worst.cycles / chip.clock * 1e3:.3f} ms", worst)
+    share = f"{work / total / chip.peak(dtype.name):.2g}" if total else "-"
+    together = [f"{stage.number}", "all of these", "", f"{batch}", timing.milliseconds(total)]
+    timing.print_row([*together, share, "", "", ""])
 
 
 def main() -> None:
@@ -207,15 +225,9 @@ def main() -> None:
     chip, device = one_chip(_CHIP.value)
     print(f"Modelled for {chip.name}, {_DTYPE.value}, jax {jax.__version__}")
     timing.start_table("Blocks, forward and backward", COLUMNS)
-    dtype = jnp.dtype(_DTYPE.value)
     for number in _STAGE.value or range(1, len(config.stages) + 1):
-        for block in blocks(config.stage(number), config.data.channels, 0):
-            if re.search(_ONLY.value, str(block)):
-                for batch in map(int, _BATCHES.value):
-                    cells, found = row(block, batch, dtype, device, chip)
-                    timing.print_row([f"{number}", *cells])
-                    for worst in found[: _TOP.value]:
-                        print(f"    {worst.cycles / chip.clock * 1e3:.3f} ms", worst)
+        for batch in map(int, _BATCHES.value):
+            print_stage(config.stage(number), config.data.channels, batch, device, chip)
 
 
 if __name__ == "__main__":

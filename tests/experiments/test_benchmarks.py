@@ -125,9 +125,12 @@ def test_attention():
 def test_tpu_models_each_block_once():
     """Needs libtpu; the tiny config's blocks compile in seconds."""
     pytest.importorskip("libtpu")
-    (rows,) = tables("tpu", "--stage=2", "--batches=8", "--only=heads", "--dtype=bfloat16")
+    ((*rows, together),) = tables("tpu", "--stage=2", "--batches=8", "--only=heads")
     blocks = [row["block"] for row in rows]
     assert blocks and len(set(blocks)) == len(blocks)
     assert all(row["batch"] == "8" for row in rows)
     assert all(0 < share < 1 for share in numbers(rows, "utilisation"))
-    assert all("%" in row["by kind"] and "layers.py" in row["costliest"] for row in rows)
+    times, each = numbers(rows, "times"), numbers(rows, "ms")
+    total = sum(count * ms for count, ms in zip(times, each, strict=True))
+    assert numbers([together], "ms") == [pytest.approx(total, rel=0.02)]
+    assert all("%" in row["by kind"] and re.search(r"\.py:\d+", row["costliest"]) for row in rows)
