@@ -1,7 +1,7 @@
 """Modelled time of a config's blocks on a TPU that need not exist here, as a Markdown table.
 
     python -m experiments.benchmarks.tpu                  # ADM-64 and ADM-256, bfloat16, v5e
-    python -m experiments.benchmarks.tpu --config configs/digits.py --batches 64 --only 32,64
+    python -m experiments.benchmarks.tpu --stage 1 --only '192 64 x 64'
 
 It needs libtpu (`pip install 'jax[tpu]'`) and no TPU: the compiler compiles each block, forward and
 backward, for one chip, and tells the cycles that it expects of every operation. Their sum over the
@@ -11,10 +11,12 @@ measurement: `rdm_jax.plan.modelled_time` says what it leaves out. The other col
 of the time by kind of work, and the costliest operation.
 
 Every distinct block of the networks is a row: channels in and out, the side of its image, heads of
-attention, "up" or "down" where it resamples, and how many times the network has it. Images may lie in memory as the compiler likes, as
-they do between the blocks of a network. A block takes half a minute to two to compile.
+attention, "up" or "down" where it resamples, and how many times the network has it. Images may lie
+in memory as the compiler likes, as they do between the blocks of a network. A block takes half a
+minute to two to compile.
 """
 
+import collections
 import dataclasses
 import re
 import time
