@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -18,6 +19,8 @@ def downsample(
       padded: x already has a margin of (len(taps) - 1) // 2 pixels.
     """
     if taps == (1, 1):
+        if x.dtype == jnp.bfloat16:
+            return (_cell_sums(x.astype(jnp.float32)) / 4).astype(x.dtype)
         b, h, w, c = x.shape
         return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
     for axis in (1, 2):
@@ -37,11 +40,10 @@ def upsample(
     With the taps (1, 1) it is nearest-neighbour repetition.
     """
     if taps == (1, 1):
-        # At once: `repeat` twice would write the image twice. Via float32, so that the gradient, a
-        # sum of four values, is float32 before it is rounded.
-        b, h, w, c = x.shape
-        wide = x.astype(jnp.float32)[:, :, None, :, None]
-        repeated = jnp.broadcast_to(wide, (b, h, 2, w, 2, c)).astype(x.dtype)
+        if x.dtype == jnp.bfloat16:
+            return _repeated(x)
+        b, h, w, c = x.shape  # at once: `repeat` twice would write the image twice
+        repeated = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c))
         return repeated.reshape(b, 2 * h, 2 * w, c)
     margin = (len(taps) - 1) // 2
     for axis in (1, 2):
@@ -49,6 +51,37 @@ def upsample(
         even, odd = (_phase(x, taps, axis, margin, r) for r in (0, 1))
         x = jnp.stack([even, odd], axis + 1).reshape(shape)
     return x
+
+
+# In bfloat16 both are windows over the image: a TPU copies arrays whose pixels are split into or
+# joined from two axes, which takes several times as long. On CPUs windows are slower than that.
+
+
+def _cell_sums(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """The sums of 2x2 pixels."""
+    window = (1, 2, 2, 1)
+    return jax.lax.reduce_window(x, np.float32(0), jax.lax.add, window, window, "VALID")
+
+
+@jax.custom_vjp
+def _repeated(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+    """Each pixel as 2x2 pixels: a window of 2x2 over x with zeros between its pixels."""
+    window = (1, 2, 2, 1)
+    margins = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(
+        x, x.dtype.type(0), jax.lax.add, window, (1, 1, 1, 1), margins, base_dilation=window
+    )
+
+
+def _repeated_forward(x: Array) -> tuple[Array, None]:
+    return _repeated(x), None
+
+
+def _repeated_backward(_: None, gradient: Array) -> tuple[Array]:
+    return (_cell_sums(gradient.astype(jnp.float32)).astype(gradient.dtype),)
+
+
+_repeated.defvjp(_repeated_forward, _repeated_backward)
 
 
 def _phase(

@@ -5,6 +5,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,7 +198,7 @@ class Trainer:
             bar.close()
             writer.close()
         skipped = int(self._program.whole(running).skipped)
-        log.info("%s: trained, %s, %d steps skipped", self.name, buffer.summary(), skipped)
+        log.info("%s: trained, %s, %d steps skipped", self.name, buffer.rates(), skipped)
 
     def _pause(self, session: Session, point: Progress, due: Due) -> None:
         """Saves a checkpoint, then draws and evaluates what is due.
@@ -263,9 +264,11 @@ class Trainer:
         """Compiles all that runs between a signal and its checkpoint, and the validation loss."""
         began = time.perf_counter()
         log.info("%s: compiling the training step", self.name)
-        self._program.compile()
+        with ThreadPoolExecutor(1) as pool:  # XLA compiles a program on one core for the most part
+            validation = pool.submit(self._validation.compile, self.abstract.ema)
+            self._program.compile()
+            validation.result()
         log.info("%s: training step compiled in %.1f s", self.name, time.perf_counter() - began)
-        self._validation.compile(self.abstract.ema)
 
     def _iterator(self, state: dict[str, int]) -> TrainIterator:
         iterator = train_iterator(

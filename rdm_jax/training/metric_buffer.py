@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -48,15 +49,10 @@ class MetricBuffer:
         self._seconds_written = 0.0
         self._began = self._resumed = time.perf_counter()
 
-    def rates(self) -> tuple[float, float]:
-        """Images per second so far: without pauses, and of all time since the start; NaN for 0."""
-        if not self.images:
-            return float("nan"), float("nan")
-        return self.images / self.seconds, self.images / (time.perf_counter() - self._began)
-
-    def summary(self) -> str:
-        """Both rates, for the log."""
-        steady, overall = self.rates()
+    def rates(self) -> str:
+        """Images per second as text: without pauses, and in all the time since the start."""
+        steady = self.images / (self.seconds or math.nan)
+        overall = self.images / (time.perf_counter() - self._began)
         return f"{steady:.0f} images/s ({overall:.0f} with checkpoints and evaluations)"
 
     def add(self, step: int, values: dict[str, jax.Array]) -> None:

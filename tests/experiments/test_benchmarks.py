@@ -1,13 +1,15 @@
 import math
 import re
 import time
+from pathlib import Path
 
 import pytest
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import cpu, timing
 from rdm_jax.config import parse
 from tests.support.commands import python
 from tests.support.configs import get_config
+from tests.support.paths import ROOT
 
 
 def tables(script: str, *arguments: str) -> list[list[dict[str, str]]]:
@@ -134,3 +136,28 @@ def test_tpu_models_each_block_once():
     total = sum(count * ms for count, ms in zip(times, each, strict=True))
     assert numbers([together], "ms") == [pytest.approx(total, rel=0.02)]
     assert all("%" in row["by kind"] and re.search(r"\.py:\d+", row["costliest"]) for row in rows)
+
+
+def test_cells_of_cpu_compare_medians_and_best_turns():
+    here, other = cpu.HERE, Path("/other")
+    times = {("training", here): [(1.0, 4.0), (2.0, 4.0), (9.0, 4.0)]}
+    times |= {("training", other): [(3.0, 5.0), (4.0, 6.0), (4.0, 7.0)]}
+    times |= {("forward", folder): [(0.5, 0.5)] for folder in (here, other)}
+    rows = [
+        dict(zip(cpu.COLUMNS, row, strict=True)) for row in cpu.cells(0, [here, other], times, 2)
+    ]
+    assert [(row["pass"], row["checkout"]) for row in rows] == [
+        (name, folder) for name in cpu.PASSES for folder in (here.name, "/other")
+    ]
+    assert numbers(rows[:2], "images/s", "best", "CPU ms") == [0.5, 1, 8000, 0.25, 0.333, 12000]
+    assert numbers(rows, "ratio") == [2, 1, 1, 1]
+    assert numbers(rows, "of the best") == [3, 1, 1, 1]
+
+
+@pytest.mark.second
+def test_cpu():
+    done = python("-m", "experiments.benchmarks.cpu", "--row=1", "--rounds=1", f"--against={ROOT}")
+    assert done.returncode == 0, done.stderr
+    rows = [_cells(line) for line in done.stdout.splitlines() if line.startswith("| digits")]
+    assert [row[1] for row in rows] == ["training", "training", "forward", "forward"]
+    assert all(float(row[3].replace(",", "")) > 0 and float(row[6]) > 0 for row in rows)

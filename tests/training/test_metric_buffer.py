@@ -1,10 +1,8 @@
 """The rates that the log shows: steps alone, and with what comes between them."""
 
-import math
 import types
 
 import jax.numpy as jnp
-import pytest
 from tqdm import tqdm
 
 from rdm_jax.config import Training
@@ -18,7 +16,6 @@ def test_pauses_are_in_the_second_rate_alone(monkeypatch):
     monkeypatch.setattr(metric_buffer, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     training = Training(batch_size=8)
     buffer = metric_buffer.MetricBuffer(training, Count(8), NoWriter(), tqdm(disable=True))
-    assert all(map(math.isnan, buffer.rates()))
     zero = jnp.zeros((), jnp.int32)
     values = {"loss": jnp.zeros(()), "grad_norm": jnp.zeros(()), "skipped_in_a_row": zero}
     for step in range(1, 6):
@@ -26,5 +23,4 @@ def test_pauses_are_in_the_second_rate_alone(monkeypatch):
         now[0] += 1  # a second per step
     with buffer.paused():
         now[0] += 15  # a checkpoint
-    steady, overall = buffer.rates()
-    assert steady == pytest.approx(40 / 5) and overall == pytest.approx(40 / 20)
+    assert buffer.rates() == "8 images/s (2 with checkpoints and evaluations)"
