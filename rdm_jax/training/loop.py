@@ -67,7 +67,7 @@ class Trainer:
     Args:
       config: of the run.
       number: of the stage, from 1.
-      source: the images to train on; read as sums of cells if it has those that the stage sees.
+      source: the images to train on, or sums of their cells.
       directory: of the stage, for checkpoints, metrics and previews.
       held_out: the images whose loss ranks checkpoints; None for images of `source`.
       allow_changes: fields of the config that may differ from the newest checkpoint's
@@ -93,8 +93,7 @@ class Trainer:
         self.source, held_out = as_sums(cell, source, held_out or source)
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
-        self._number = number
-        self._seed = config.seed
+        self._number, self._seed = number, config.seed
         self._mode = config.parallel.mode
         self._workers = config.data.workers
         self._worker_timeout = config.data.worker_timeout

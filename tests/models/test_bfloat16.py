@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from rdm_jax.models import adm, attention, target
+from rdm_jax.models import adm, attention, convolution, resampling, target
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.layers import Block, Conv, GroupNorm
 from rdm_jax.models.song import Song
@@ -285,3 +285,26 @@ def test_attention_implementation_by_device(device, dtype, width, wanted, monkey
         with target.compiling_for(mesh):
             attention.attend(q, q, q)
     assert used == [wanted] * 3
+
+
+@pytest.mark.parametrize("resample", ["up", "down"])
+def test_resampling_is_that_of_float32_rounded_once(resample):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 6, 3)), BFLOAT16)
+    y, backward = jax.vjp(resampling.RESAMPLE[resample], x)
+    exact, exact_backward = jax.vjp(resampling.RESAMPLE[resample], x.astype(FLOAT32))
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), BFLOAT16)
+    chex.assert_trees_all_equal(y, exact.astype(BFLOAT16))
+    (gradient,), (wanted,) = backward(cotangent), exact_backward(cotangent.astype(FLOAT32))
+    assert gradient.dtype == BFLOAT16
+    chex.assert_trees_all_close(gradient.astype(FLOAT32), wanted, rtol=2**-8, atol=1e-6)
+
+
+def test_convolution_of_enlarged_images_is_that_of_float32():
+    random = np.random.default_rng(0)
+    x, kernel, bias = (
+        jnp.asarray(random.standard_normal(shape), FLOAT32)
+        for shape in ((2, 5, 6, 4), (3, 3, 4, 7), (7,))
+    )
+    exact = convolution.convolve(resampling.upsample(x), kernel, bias, ((1, 1), (1, 1)))
+    found = convolution.enlarge_and_convolve(x, kernel, bias)
+    chex.assert_trees_all_close(found, exact, atol=1e-5)
