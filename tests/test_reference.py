@@ -5,6 +5,7 @@ The cases are files `KIND-NN.npz`, computed once with the original; each holds i
 reference`. Errors are relative to the largest magnitude.
 """
 
+import functools
 import json
 import zlib
 
@@ -16,6 +17,7 @@ import pytest
 from rdm_jax.config import Stage
 from rdm_jax.data import augment
 from rdm_jax.diffusion import blurring, guidance, preconditioning, processes, samplers, schedules
+from rdm_jax.diffusion.walks import scanned_walk, walk
 from rdm_jax.evaluation import inception, inception_weights, metrics, moments
 from rdm_jax.interop import pytorch_names
 from rdm_jax.models.conditions import ClassLabels
@@ -165,13 +167,15 @@ def toy_denoiser(meta, case, dtype):
 
 
 def run_sampler(sampler, denoise, x, levels, noise, scan):
-    def step(x, i, level, to):
+    def step(denoise, x, i, level, to):
         return sampler.step(denoise, x, i, level, to, noise)
 
-    def finish(x, i, level):
+    def finish(denoise, x, i, level):
         return sampler.finish(denoise, x, i, level, noise)
 
-    return samplers.walk(step, finish, x, levels, scan=scan)
+    if scan:
+        return scanned_walk(step, finish, denoise, x, levels)
+    return walk(*(functools.partial(f, denoise) for f in (step, finish)), x, levels)
 
 
 def heun(meta, case, dtype):

@@ -1,9 +1,9 @@
 """Samplers: a denoiser, explicit noise levels and a state in; the state at the next level out.
 
 Generating from noise and continuing from an enlarged image differ in the initial state only. A
-sampler is a frozen record of its settings (`protocols.Sampler` is the interface), and `walk` takes
-the steps of any of them. N levels take N - 1 steps and one last evaluation: 2 N - 1 NFE at second
-order, N at first.
+sampler is a frozen record of its settings (`protocols.Sampler` is the interface), and `walks.walk`
+takes the steps of any of them. N levels take N - 1 steps and one last evaluation: 2 N - 1 NFE at
+second order, N at first.
 
 Noise comes from a function `noise(k)`, the k-th unit noise of the whole batch: samplers hold no
 keys.
@@ -11,7 +11,6 @@ keys.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -365,35 +364,3 @@ def relay_update(
     assert level.blur is not None and to.blur is not None
     g = (1 - eta**2) ** 0.5 * to.sigma / level.sigma
     return g * x + blurring.filter_patch(image, to.blur - g * level.blur)
-
-
-def walk(
-    step: Callable[..., Array],
-    finish: Callable[..., Array],
-    x: Float[Array, "b h w c"],
-    levels: Levels,
-    *,
-    scan: bool,
-) -> Float[Array, "b h w c"]:
-    """Takes the state x at levels[0] through all levels to clean images.
-
-    Args:
-      step: (x, i, level, to) -> x, a sampler's step with everything else bound.
-      finish: (x, i, level) -> x.
-      x: the state at the first level.
-      levels: n of them.
-      scan: one `lax.scan` (for accelerators, inside `jit`), or a Python loop (for CPU, where XLA
-        runs convolutions inside of a loop several times slower; `step` should then be compiled).
-    """
-    n = levels.sigma.shape[0]
-
-    def at(index: int | slice) -> Levels:
-        return jax.tree.map(lambda a: a[index], levels)
-
-    if scan:
-        pairs = (jnp.arange(n - 1), at(slice(None, -1)), at(slice(1, None)))
-        x, _ = jax.lax.scan(lambda x, pair: (step(x, *pair), None), x, pairs)
-    else:
-        for i in range(n - 1):
-            x = step(x, jnp.int32(i), at(i), at(i + 1))
-    return finish(x, jnp.int32(n - 1), at(n - 1))

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rdm_jax.config import Config, Stage, to_dict
-from rdm_jax.diffusion import preconditioning, samplers
+from rdm_jax.diffusion import preconditioning
 from rdm_jax.diffusion.guidance import ClassifierFree
 from rdm_jax.diffusion.protocols import Denoiser, Levels, Noise
-from rdm_jax.diffusion.scanned_walk import scanned_walk
+from rdm_jax.diffusion.walks import scanned_walk, walk
 from rdm_jax.models.functional import Network
 from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import random_streams, sharding
@@ -117,7 +117,7 @@ class StageSampler:
         def finish(x, i, level):
             return self._finish(params, low, labels, seeds, x, i, level)
 
-        x = samplers.walk(step, finish, self._start(low, seeds), self._levels, scan=False)
+        x = walk(step, finish, self._start(low, seeds), self._levels)
         return self._clipped(x)
 
     def _start(self, low, seeds):

@@ -10,7 +10,8 @@ import pytest
 import scipy.fft
 
 from rdm_jax.diffusion import blurring, schedules
-from rdm_jax.diffusion.samplers import Levels, RelayHeun, relay_update, walk
+from rdm_jax.diffusion.samplers import Levels, RelayHeun, relay_update
+from rdm_jax.diffusion.walks import walk
 from tests.support.arrays import images
 from tests.support.gaussian_targets import (
     SHAPE,
@@ -135,7 +136,6 @@ def test_relay_exact_start_recovers_single_image(x64, corrector, exact_start):
         lambda x, i, level: x,
         sampler.start(low, split_levels(levels)[0], silent),
         levels,
-        scan=False,
     )
     error = float(jnp.abs(out.ravel() - target.marginal(levels.sigma[-1])[0]).max())
     assert (error < 1e-10) == (corrector == "images" and exact_start), error  # float64

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from rdm_jax.diffusion import processes
-from rdm_jax.diffusion.samplers import Heun, walk
+from rdm_jax.diffusion.samplers import Heun
+from rdm_jax.diffusion.walks import scanned_walk, walk
 from tests.support.arrays import images
 from tests.support.gaussian_targets import (
     PIXELS,
@@ -57,9 +58,7 @@ def test_sampler_moments_match_propagation(x64, sampler):
         return jax.vmap(lambda key: target.process.draw_noise(key, SHAPE[1:]))(keys)
 
     step = jax.jit(lambda x, i, level, to: sampler.step(target.denoise, x, i, level, to, noise))
-    out = np.asarray(walk(step, lambda x, i, level: x, x, levels, scan=False)).reshape(
-        draws, PIXELS
-    )
+    out = np.asarray(walk(step, lambda x, i, level: x, x, levels)).reshape(draws, PIXELS)
     variance = np.diag(covariance)
     # 5 standard errors of a mean and of a covariance: once in 10,000 seeds for all 152 of them.
     assert np.all(np.abs(out.mean(0) - mean) < 5 * np.sqrt(variance / draws))
@@ -82,8 +81,8 @@ def process_of(sampler):
     return processes.GaussianProcess() if isinstance(sampler, Heun) else relay_process()
 
 
-def run(sampler, *, scan, denoise=shrink, noise=draw):
-    """All steps from `start`; only a scan is compiled."""
+def run(sampler, *, denoise=shrink, noise=draw):
+    """All steps from `start`, not compiled."""
     levels = sampler.levels(process_of(sampler))
     low = None if isinstance(sampler, Heun) else jnp.ones((1, 2, 2, 1))
 
@@ -93,14 +92,7 @@ def run(sampler, *, scan, denoise=shrink, noise=draw):
     def finish(x, i, level):
         return sampler.finish(denoise, x, jnp.asarray(i), level, noise)
 
-    return walk(step, finish, sampler.start(low, split_levels(levels)[0], noise), levels, scan=scan)
-
-
-@every_sampler
-def test_scan_matches_loop(sampler):
-    chex.assert_trees_all_close(
-        run(sampler, scan=True), run(sampler, scan=False), atol=1e-5
-    )  # float32 in another order
+    return walk(step, finish, sampler.start(low, split_levels(levels)[0], noise), levels)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +118,7 @@ def test_nfe_and_levels(name, evaluations):
         calls.append(float(sigma))
         return shrink(x, sigma)
 
-    run(sampler, scan=False, denoise=denoise)
+    run(sampler, denoise=denoise)
     sigma = np.asarray(sampler.levels(process_of(sampler)).sigma).tolist()
     assert len(sigma) == 6 and len(calls) == evaluations
     both_ends = [s for pair in zip(sigma, sigma[1:], strict=False) for s in pair]
@@ -141,7 +133,7 @@ def test_noise_is_used_once(sampler):
         asked.append(int(k))
         return draw(k)
 
-    run(sampler, scan=False, noise=noise)
+    run(sampler, noise=noise)
     assert asked[0] == 0 and len(set(asked)) == len(asked), asked
 
 
@@ -161,7 +153,7 @@ def test_step_is_traced_once(sampler):
     once = chex.assert_max_traces(n=1)(
         lambda x, i, level, to: sampler.step(shrink, x, i, level, to, draw)
     )
-    out = walk(jax.jit(once), lambda x, i, level: x, draw(0), levels, scan=False)
+    out = walk(jax.jit(once), lambda x, i, level: x, draw(0), levels)
     chex.assert_shape(out, SHAPE)
     chex.assert_tree_all_finite(out)
 
@@ -175,10 +167,10 @@ def test_sampler_is_independent_of_batch(sampler):
 
     @jax.jit
     def sample(x, noises):
-        def step(x, i, level, to):
-            return sampler.step(shrink, x, i, level, to, lambda k: noises[k])
+        def step(denoise, x, i, level, to):
+            return sampler.step(denoise, x, i, level, to, lambda k: noises[k])
 
-        return walk(step, lambda x, i, level: x, x, levels, scan=True)
+        return scanned_walk(step, lambda denoise, x, i, level: x, shrink, x, levels)
 
     some = np.asarray([4, 1])
     alone = sample(jnp.asarray(np.asarray(x)[some]), jnp.asarray(np.asarray(noises)[:, some]))

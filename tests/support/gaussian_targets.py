@@ -15,7 +15,8 @@ import numpy as np
 import scipy.fft
 
 from rdm_jax.diffusion import blurring, processes, schedules
-from rdm_jax.diffusion.samplers import RelayHeun, walk
+from rdm_jax.diffusion.samplers import RelayHeun
+from rdm_jax.diffusion.walks import walk
 
 SIZE, PIXELS = 4, 16
 SHAPE = (1, SIZE, SIZE, 1)
@@ -180,7 +181,7 @@ def integrate(samplers, target, x):
     for sampler in samplers:
         levels = concrete_levels(sampler, target.process)
         yield (
-            np.asarray(walk(step, lambda x, i, level: x, x, levels, scan=False)).ravel(),
+            np.asarray(walk(step, lambda x, i, level: x, x, levels)).ravel(),
             levels.sigma,
         )
 

@@ -1,9 +1,9 @@
-"""The walk of any sampler as one loop over network evaluations, for accelerators.
+"""The walk of any sampler through its levels: step by step, or as one compiled loop.
 
-A sampler's step evaluates the denoiser once or twice, and its last step once more. Traced as they
-are, a compiled walk has a copy of the network for each of these calls, and takes as many times as
-long to compile. Here the loop is over the evaluations, and its body has one network: the arithmetic
-between two calls runs in branches of `lax.switch`.
+A sampler's step evaluates the denoiser once or twice, and its last step once more. `scanned_walk`
+loops over the evaluations, and the body of its loop has one network; a loop over the steps as they
+are would have a copy for each of these calls, and take as many times as long to compile. The
+arithmetic between two calls runs in branches of `lax.switch`.
 """
 
 import contextlib
@@ -21,6 +21,33 @@ from rdm_jax.diffusion.protocols import Denoiser, Levels
 OpenStep = Callable[..., Array]
 
 
+def walk(
+    step: Callable[..., Array],
+    finish: Callable[..., Array],
+    x: Float[Array, "b h w c"],
+    levels: Levels,
+) -> Float[Array, "b h w c"]:
+    """Takes the state x at levels[0] through all levels to clean images, step by step.
+
+    For CPUs, where XLA runs convolutions inside of a loop several times slower; `step` and `finish`
+    should be compiled.
+
+    Args:
+      step: (x, i, level, to) -> x, a sampler's step with everything else bound.
+      finish: (x, i, level) -> x.
+      x: the state at the first level.
+      levels: n of them.
+    """
+    n = levels.sigma.shape[0]
+
+    def at(i: int) -> Levels:
+        return jax.tree.map(lambda a: a[i], levels)
+
+    for i in range(n - 1):
+        x = step(x, jnp.int32(i), at(i), at(i + 1))
+    return finish(x, jnp.int32(n - 1), at(n - 1))
+
+
 def scanned_walk(
     step: OpenStep,
     finish: OpenStep,
@@ -28,7 +55,7 @@ def scanned_walk(
     x: Float[Array, "b h w c"],
     levels: Levels,
 ) -> Float[Array, "b h w c"]:
-    """Takes the state x at levels[0] through all levels to clean images; as `samplers.walk`.
+    """`walk` as one compiled loop, for accelerators, inside `jit`.
 
     Args:
       step: (denoise, x, i, level, to) -> x.
@@ -39,6 +66,8 @@ def scanned_walk(
       levels: two or more.
     """
     n = levels.sigma.shape[0]
+
+    levels = jax.tree.map(jnp.asarray, levels)
 
     def at(i: Array) -> Levels:
         return jax.tree.map(lambda a: a[i], levels)
@@ -70,7 +99,7 @@ def scanned_walk(
     trips = tuple(jnp.array(column, jnp.int32) for column in zip(*steps, strict=True))
     images = jnp.zeros((max(calls, last_calls), *x.shape), x.dtype)
     (x, _), _ = jax.lax.scan(body, (x, images), trips)
-    return x
+    return x if last_calls else last_step(denoise, x, jnp.int32(n - 1))
 
 
 class _Asked(Exception):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rdm_jax.diffusion.processes import GaussianProcess, RelayProcess
-from rdm_jax.diffusion.samplers import Heun, RelayHeun, walk
-from rdm_jax.diffusion.scanned_walk import scanned_walk
+from rdm_jax.diffusion.samplers import Heun, RelayHeun
+from rdm_jax.diffusion.walks import scanned_walk, walk
 
 SAMPLERS = {
     "heun": (Heun(steps=6), GaussianProcess()),
@@ -36,7 +36,7 @@ def walked(sampler, process):
     def finish(x, i, level):
         return sampler.finish(network, x, i, level, noise)
 
-    return walk(step, finish, *start(sampler, process), scan=False)
+    return walk(step, finish, *start(sampler, process))
 
 
 def start(sampler, process):
