@@ -142,7 +142,7 @@ def compiled_stage(
     return "\n\n".join([table, f"#### stage{number}, modelled time", times])
 
 
-def time_tables(text: str, chip: Chip, flops: float, images: int, dtype: str) -> str:
+def time_tables(text: str, chip: Chip, flops: int, images: int, dtype: str) -> str:
     """The modelled time of a program: in all, by kind of work, and its ten costliest operations.
 
     Args:
