@@ -66,7 +66,6 @@ def scanned_walk(
       levels: two or more.
     """
     n = levels.sigma.shape[0]
-
     levels = jax.tree.map(jnp.asarray, levels)
 
     def at(i: Array) -> Levels:

@@ -185,3 +185,5 @@ def test_run_is_the_same_with_sums_without_and_half_way(tmp_path, caplog, monkey
     ]
     for field in ("images", "validated_on", "data"):
         assert abouts[0][field] == abouts[1][field] == abouts[2][field]
+    validated = [about["validation_loss"] for about in abouts]
+    np.testing.assert_allclose(validated, validated[0], rtol=1e-6)
