@@ -21,6 +21,7 @@ FREE = (
     "data.worker_timeout",
     "stage.checkpoint",
     "stage.guidance",
+    "stage.guidance_interval",
     "stage.sampler",
     "stage.network.remat",
     "stage.training.accumulate",

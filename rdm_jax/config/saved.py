@@ -92,8 +92,13 @@ def completed(cls: Any, value: Any, version: int = 1) -> Any:
 
 
 def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Some fields of a stage, as saved with samples and evaluations, under today's names."""
+    """Some fields of a stage, as saved with samples and evaluations, under today's names.
+
+    Those that belong to a saved field and are younger than it get their defaults.
+    """
     hints = field_types(Stage)
+    if "guidance" in settings:
+        settings = {"guidance_interval": []} | settings
     return {name: completed(hints.get(name), value) for name, value in settings.items()}
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from rdm_jax.config.codec import add_kind, kinds
-from rdm_jax.diffusion import preconditioning, processes, samplers
+from rdm_jax.diffusion import linear_path, preconditioning, processes, samplers
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Process, Sampler
 from rdm_jax.models.adm import ADM
@@ -13,6 +13,7 @@ from rdm_jax.models.backbone import Backbone, Shapes
 from rdm_jax.models.conditions import ClassLabels, Condition, Nothing
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
+from rdm_jax.models.transformer import JiT
 from rdm_jax.runtime.fields import at_least, below, positive
 
 
@@ -88,6 +89,8 @@ class Stage:
     Attributes:
       resolution: height and width of its images.
       guidance: weight of classifier-free guidance in sampling; 1 for none.
+      guidance_interval: the noise levels between which guidance applies, the lower first, both
+        exclusive (arXiv 2404.07724); () for all.
       checkpoint: to sample from: 'newest', 'best', a step's number, or the path of a checkpoint
         (folder of a step).
       source: of images for this stage alone, prepared at its own resolution beside the others'
@@ -97,27 +100,34 @@ class Stage:
     """
 
     resolution: tuple[int, ...] = (64, 64)
-    network: Backbone = kinds(ADM, Song, default=ADM())
+    network: Backbone = kinds(ADM, Song, JiT, default=ADM())
     precondition: preconditioning.Preconditioning = kinds(
         preconditioning.EDMPreconditioning,
         preconditioning.VPPreconditioning,
         preconditioning.VEPreconditioning,
         preconditioning.IDDPMPreconditioning,
+        preconditioning.XPreconditioning,
         default=preconditioning.EDMPreconditioning(),
     )
     process: Process = kinds(
         processes.GaussianProcess,
         processes.VPProcess,
         processes.VEProcess,
+        linear_path.LinearProcess,
         processes.RelayProcess,
         processes.CascadeProcess,
         default=processes.GaussianProcess(),
     )
     training: Training = Training()
     sampler: Sampler = kinds(
-        samplers.Heun, samplers.RelayHeun, samplers.CascadeHeun, default=samplers.Heun()
+        samplers.Heun,
+        linear_path.LinearHeun,
+        samplers.RelayHeun,
+        samplers.CascadeHeun,
+        default=samplers.Heun(),
     )
     guidance: float = at_least(0, default=1.0)
+    guidance_interval: tuple[float, ...] = ()
     checkpoint: str = "newest"
     source: str = ""
     condition: Condition = kinds(ClassLabels, Nothing, default=ClassLabels())

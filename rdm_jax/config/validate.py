@@ -123,6 +123,7 @@ def _check_stage(stage: Stage, path: str) -> None:
     check_bounds(stage, path)
     stage.network.check(f"{path}.network")
     _check_process(stage, path)
+    _check_guidance(stage, path)
     _check_resolution(stage, path)
     _check_training(stage, path)
     _check_sampler(stage, path)
@@ -165,6 +166,16 @@ def _check_process(stage: Stage, path: str) -> None:
         f"{path}.process.sigma_data",
         trained,
         f"Use {assumed} (precondition.sigma_data).",
+    )
+
+
+def _check_guidance(stage: Stage, path: str) -> None:
+    interval = stage.guidance_interval
+    require(
+        not interval or (len(interval) == 2 and 0 <= interval[0] < interval[1]),
+        f"{path}.guidance_interval",
+        interval,
+        "Use two noise levels, the lower first, such as (0.3, 5.0), or () for all.",
     )
 
 

@@ -6,6 +6,7 @@ stage binds the condition.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -36,10 +37,14 @@ class ClassifierFree:
     Attributes:
       weight: w.
       condition: gives the null condition.
+      interval: the noise levels between which w applies, lower and upper, both exclusive (arXiv
+        2404.07724). Levels within 1e-5 of a bound count as outside, so that rounding does not
+        decide about a level that a sampler has put on it.
     """
 
     weight: float
     condition: HasNull
+    interval: tuple[float, float] = (0.0, math.inf)
 
     def __call__(self, conditional: ConditionalDenoiser) -> ConditionalDenoiser:
         """The guided denoiser."""
@@ -53,9 +58,17 @@ class ClassifierFree:
             twice_sigma = jnp.repeat(jnp.broadcast_to(sigma, x.shape[:1]), 2)
             passes = conditional(jnp.repeat(x, 2, axis=0), twice_sigma, both)
             passes = passes.reshape(len(x), 2, *x.shape[1:])
-            return self.weight * passes[:, 0] - (self.weight - 1) * passes[:, 1]
+            weight = self._weight_at(jnp.broadcast_to(sigma, x.shape[:1]))
+            return weight * passes[:, 0] - (weight - 1) * passes[:, 1]
 
         return guided
+
+    def _weight_at(self, sigma: Float[Array, " b"]) -> Float[Array, "b 1 1 1"] | float:
+        low, high = self.interval
+        if (low, high) == (0, math.inf):
+            return self.weight
+        inside = (sigma > low * (1 + 1e-5)) & (sigma < high * (1 - 1e-5))
+        return jnp.where(inside, self.weight, 1.0).astype(sigma.dtype)[:, None, None, None]
 
 
 def _interleaved(one: Array, other: Array) -> Array:

@@ -175,6 +175,24 @@ class IDDPMPreconditioning(Preconditioning):
         return schedules.iddpm_levels(self.times, c1=self.c1, c2=self.c2)
 
 
+@dataclasses.dataclass(frozen=True)
+class XPreconditioning(Preconditioning):
+    """The network predicts the image itself, from z = t x + (1 - t) s e (arXiv 2511.13720).
+
+    c_noise is the time t in (0, 1], 1 for clean images.
+
+    Attributes:
+      path: from noise levels to times.
+    """
+
+    path: schedules.Path = schedules.Path()
+
+    def __call__(self, sigma: Float[Array, " b"]) -> Coefficients:
+        """The coefficients at noise levels `sigma`."""
+        time = self.path.time(sigma)
+        return Coefficients(jnp.zeros_like(sigma), jnp.ones_like(sigma), time, time)
+
+
 def denoiser(
     network: Callable[[Array, Array], Array], precondition: Callable[[Array], Coefficients]
 ) -> Denoiser:

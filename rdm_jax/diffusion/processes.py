@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from rdm_jax.diffusion import blurring, schedules
 from rdm_jax.diffusion.protocols import Noised, Process
-from rdm_jax.runtime.fields import at_least, below, positive
+from rdm_jax.runtime.fields import at_least, below, one_of, positive
 
 
 def edm_weight(sigma: Float[Array, "*b"], sigma_data: float) -> Float[Array, "*b"]:
@@ -234,7 +234,10 @@ class RelayProcess(Unconditioned):
       sigma_floor: times are clipped from below near that of this noise level.
       exact_floor: clip exactly there; the released code multiplies the bound by the clock's length
         once more.
-      sigma_data, max_weight: of EDM's loss weight, and its cap.
+      weighting: of the squared error: 'edm' with `sigma_data`, as published; or 'velocity', that of
+        the linear path with noise scale 1.
+      sigma_data: of EDM's weight.
+      max_weight: largest weight.
     """
 
     patch: int = at_least(2, default=4)
@@ -245,6 +248,7 @@ class RelayProcess(Unconditioned):
     min_scale: float = 1e-3
     sigma_floor: float = positive(default=0.0075)
     exact_floor: bool = False
+    weighting: str = one_of("edm", "velocity", default="edm")
     sigma_data: float = positive(default=0.5)
     max_weight: float = 1e5
     blurs: ClassVar[bool] = True
@@ -303,14 +307,23 @@ class RelayProcess(Unconditioned):
             x, self.clock.blur_sigma(t), patch=self.patch, min_scale=self.min_scale
         )
 
+    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+        """The weight of the squared error at a noise level."""
+        if self.weighting == "velocity":
+            weight = schedules.Path().velocity_weight(sigma, 0.0)
+        else:
+            weight = edm_weight(sigma, self.sigma_data)
+        return jnp.minimum(weight, self.max_weight)
+
     def noised(
         self, x: Float[Array, "b h w c"], level: Float[Array, " b"], noise: Float[Array, "b h w c"]
     ) -> Noised:
         """Blurs and noises each image at the time of its `level`."""
         t = self.time(level)
         sigma = self.clock.sigma(t)
-        weight = jnp.minimum(edm_weight(sigma, self.sigma_data), self.max_weight)
-        return Noised(self.blurred(x, t) + sigma[:, None, None, None] * noise, sigma, weight)
+        return Noised(
+            self.blurred(x, t) + sigma[:, None, None, None] * noise, sigma, self.weight(sigma)
+        )
 
 
 def diffuse(

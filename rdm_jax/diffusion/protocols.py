@@ -47,10 +47,12 @@ class Levels(NamedTuple):
     Attributes:
       sigma: noise levels, decreasing.
       blur: for a relay, the blur's weights D at each level; None where nothing is blurred.
+      time: the process's own time at each level, for samplers that step in it; else None.
     """
 
     sigma: Float[Array, "*n"]
     blur: Float[Array, "*n p p"] | None = None
+    time: Float[Array, "*n"] | None = None
 
 
 @runtime_checkable

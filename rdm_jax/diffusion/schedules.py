@@ -66,6 +66,35 @@ class Linear:
         return 2 * log / (jnp.sqrt(self.beta_min**2 + 2 * self.beta_d * log) + self.beta_min)
 
 
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """The linear path z = t x + (1 - t) s e from noise at t = 0 to images at t = 1.
+
+    z / t is x with noise of level sigma = s (1 - t) / t (arXiv 2511.13720; flow matching, arXiv
+    2210.02747).
+
+    Attributes:
+      noise_scale: s, standard deviation of the noise at t = 0.
+    """
+
+    noise_scale: float = positive(default=1.0)
+
+    def sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """Noise level at time t > 0."""
+        return self.noise_scale * (1 - t) / t
+
+    def time(self, sigma: Float[Array, "*b"]) -> Float[Array, "*b"]:
+        """The inverse of `sigma`."""
+        return self.noise_scale / (self.noise_scale + sigma)
+
+    def velocity_weight(self, sigma: Float[Array, "*b"], t_eps: float) -> Float[Array, "*b"]:
+        """The weight that makes the squared error of x that of the velocity dz / dt.
+
+        1 / max(1 - t, t_eps)^2, from v = (x - z) / max(1 - t, t_eps).
+        """
+        return 1 / jnp.maximum(sigma / (self.noise_scale + sigma), t_eps) ** 2
+
+
 def check_range(sigma_min: float, sigma_max: float, path: str) -> None:
     """Refuses an empty range of noise levels. Raises InputError; `path` names its owner."""
     if sigma_max <= sigma_min:

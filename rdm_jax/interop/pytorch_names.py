@@ -14,8 +14,9 @@ from rdm_jax.config import Stage, kind_of
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.diffusion.schedules import Linear
 from rdm_jax.models.adm import ADM
+from rdm_jax.models.backbone import vector_size
 from rdm_jax.models.song import Song
-from rdm_jax.models.unet import UNet, features
+from rdm_jax.models.unet import UNet
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 
@@ -242,7 +243,7 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
     settings = {
         "img_resolution": height,
         "img_channels": channels,
-        "label_dim": features(stage.condition_for(classes).spec),
+        "label_dim": vector_size(stage.condition_for(classes).spec),
         "model_type": family,
     }
     fields = NETWORK_FIELDS | (SONG_FIELDS if family == "SongUNet" else {})

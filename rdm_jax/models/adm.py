@@ -7,9 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rdm_jax.models import layers
-from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.backbone import Shapes, vector_size
 from rdm_jax.models.initializers import FanIn
-from rdm_jax.models.unet import UNet, UNetNetwork, features
+from rdm_jax.models.unet import UNet, UNetNetwork
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.fields import at_least
 
@@ -63,7 +63,7 @@ class ADMNetwork(UNetNetwork):
 
     def __init__(self, config: ADM, shapes: Shapes, *, rngs: nnx.Rngs):
         emb, labels = config.emb_mult * config.channels, config.augment_labels
-        conditions = features(shapes.condition)
+        conditions = vector_size(shapes.condition)
         self.map_layer0 = layers.linear(config.channels, emb, init=DEFAULT, rngs=rngs)
         self.map_layer1 = layers.linear(emb, emb, init=DEFAULT, rngs=rngs)
         self.map_label = _unit_linear(conditions, emb, rngs) if conditions else None

@@ -4,6 +4,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from flax import nnx
 
+from rdm_jax.runtime.errors import InputError
+
 
 class Shapes(NamedTuple):
     """What a network is built for.
@@ -48,3 +50,15 @@ class Backbone(Protocol):
 
     def check(self, path: str) -> None:
         """Checks what concerns several fields; `path` names the network. Raises InputError."""
+
+
+def vector_size(condition: Any) -> int:
+    """Size of the condition's vector, 0 for none. Raises InputError for a tree of another shape."""
+    if condition is None:
+        return 0
+    if len(getattr(condition, "shape", ())) != 1:
+        raise InputError(
+            f"the network is conditioned on one vector per image, not on {condition}",
+            "Use another network or condition.",
+        )
+    return condition.shape[0]

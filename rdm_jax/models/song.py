@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from rdm_jax.models import layers, resampling
-from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.backbone import Shapes, vector_size
 from rdm_jax.models.initializers import Xavier
-from rdm_jax.models.unet import UNet, UNetNetwork, features
+from rdm_jax.models.unet import UNet, UNetNetwork
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.fields import all_positive, at_least, one_of
 
@@ -68,7 +68,7 @@ class SongNetwork(UNetNetwork):
 
     def __init__(self, config: Song, shapes: Shapes, *, rngs: nnx.Rngs):
         emb, width = config.emb_mult * config.channels, config.noise_mult * config.channels
-        conditions, labels = features(shapes.condition), config.augment_labels
+        conditions, labels = vector_size(shapes.condition), config.augment_labels
         self.frequencies = (
             nnx.Param(16 * jax.random.normal(rngs.params(), (width // 2,)))
             if config.embedding == "fourier"

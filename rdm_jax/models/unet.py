@@ -92,18 +92,6 @@ class UNet:
             )
 
 
-def features(condition: Any) -> int:
-    """Size of the condition's vector, 0 for none. Raises InputError for a tree of another shape."""
-    if condition is None:
-        return 0
-    if len(getattr(condition, "shape", ())) != 1:
-        raise InputError(
-            f"a U-Net is conditioned on one vector per image, not on {condition}",
-            "Use another network or condition.",
-        )
-    return condition.shape[0]
-
-
 class UNetNetwork(nnx.Module):
     """F(x, c_noise, condition, augmentation label) for images that the config's `stride` divides.
 

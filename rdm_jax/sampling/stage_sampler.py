@@ -19,6 +19,16 @@ from rdm_jax.runtime import random_streams, sharding
 from rdm_jax.runtime.random_streams import RandomStream
 
 AnyArray = Array | np.ndarray
+# Fields of a stage that its images depend on, besides the checkpoint.
+SETTINGS = (
+    "resolution",
+    "process",
+    "sampler",
+    "guidance",
+    "guidance_interval",
+    "network",
+    "precondition",
+)
 
 
 def stage_levels(stage: Stage) -> Levels:
@@ -32,10 +42,7 @@ def stage_levels(stage: Stage) -> Levels:
 def stage_settings(config: Config, number: int) -> dict[str, Any]:
     """The settings of stage `number` (from 1) that its images depend on, as JSON."""
     values = to_dict(config)[f"stage{number}"]
-    return {
-        k: values[k]
-        for k in ("resolution", "process", "sampler", "guidance", "network", "precondition")
-    }
+    return {field: values[field] for field in SETTINGS}
 
 
 class StageSampler:
@@ -62,7 +69,8 @@ class StageSampler:
         self._stage, self._network = stage, network
         self._shape = (*stage.resolution, channels)
         self._condition = stage.condition_for(classes)
-        self._guidance = ClassifierFree(stage.guidance, self._condition)
+        interval = stage.guidance_interval or ClassifierFree.interval
+        self._guidance = ClassifierFree(stage.guidance, self._condition, interval)
         self._levels = stage_levels(stage)
         self._root = random_streams.stream_key(run_seed, number - 1, RandomStream.SAMPLE)
         self._start = jax.jit(self._start)

@@ -1,0 +1,257 @@
+"""JiT, a transformer on patches of pixels (arXiv 2511.13720), with a stem and a head on pixels.
+
+With `stem_blocks=0` and `head_blocks=0` it is the published network.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from rdm_jax.models import layers, resampling, transformer_layers
+from rdm_jax.models.backbone import Shapes, vector_size
+from rdm_jax.models.positions import Rotary, sine_cosine
+from rdm_jax.models.transformer_layers import dense
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.fields import at_least, below, one_of
+
+# What a block's forward pass keeps for its backward pass.
+REMAT: dict[str, Callable[[Callable[..., Array]], Callable[..., Array]]] = {
+    "none": lambda block: block,
+    "block": jax.checkpoint,
+    "products": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
+FREQUENCIES = 256  # values of the time's embedding before its first layer
+SMALL = nnx.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class JiT:
+    """Size and options. The defaults are JiT-B/16's (arXiv 2511.13720, table 9).
+
+    Attributes:
+      patch: side of the pixel patches that are tokens; images of any height and width that it
+        divides.
+      hidden, depth, heads: width of a token, number of blocks, attention heads per block.
+      bottleneck: width between the patch's values and the token.
+      class_tokens, class_tokens_from: copies of the class's embedding that stand before the
+        image's tokens from this block (counted from 0) on.
+      mlp_ratio: width of SwiGLU's hidden layer is 2/3 of this in units of `hidden`.
+      multiple: that width is rounded up to a multiple of this. 1 is published; 128 fills the matrix
+        units of TPUs and GPUs.
+      dropout: rate after attention and in SwiGLU, in the middle half of the blocks.
+      stem_blocks: convolutional blocks on pixels before the patches are embedded.
+      head_blocks: blocks on pixels after the transformer, each modulated by its patch's token, as
+        in DeCo (arXiv 2511.19365); 0 for a linear layer from token to patch.
+      pixel_channels: width of the blocks on pixels.
+      head_kernel: 1, or 3 for convolutions, which see over the borders of patches.
+      augment_labels: values of the augmentation label; 0 for none, 9 for EDM's augmentation.
+      dtype: 'float32' or 'bfloat16', of the computation on tokens. Parameters, embeddings of time
+        and class and their modulation, normalisation and softmax, and the output are float32.
+      remat: what training computes again in the backward pass: 'none'; 'products' for all but
+        matrix products (little more time); 'block' for all but the inputs of blocks.
+    """
+
+    condition_parameters: ClassVar[tuple[str, ...]] = ("class_table",)
+
+    patch: int = at_least(1, default=16)
+    hidden: int = at_least(8, default=768)
+    depth: int = at_least(1, default=12)
+    heads: int = at_least(1, default=12)
+    bottleneck: int = at_least(1, default=128)
+    class_tokens: int = at_least(0, default=32)
+    class_tokens_from: int = at_least(0, default=4)
+    mlp_ratio: float = at_least(1, default=4.0)
+    multiple: int = at_least(1, default=1)
+    dropout: float = below(1, default=0.0)
+    stem_blocks: int = at_least(0, default=0)
+    head_blocks: int = at_least(0, default=0)
+    pixel_channels: int = at_least(8, default=32)
+    head_kernel: int = one_of(1, 3, default=1)
+    augment_labels: int = at_least(0, default=0)
+    dtype: str = one_of("float32", "bfloat16", default="float32")
+    remat: str = one_of(*REMAT, default="none")
+
+    @property
+    def stride(self) -> int:
+        """Height and width of an image must be divisible by this."""
+        return self.patch
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of SwiGLU's hidden layer."""
+        width = int(int(self.hidden * self.mlp_ratio) * 2 / 3)
+        return -(-width // self.multiple) * self.multiple
+
+    def check(self, path: str) -> None:
+        """Heads must divide the width, and rotation needs four channels. Raises InputError."""
+        if self.hidden % (4 * self.heads):
+            raise InputError(
+                f"{path}.hidden={self.hidden} is not {path}.heads={self.heads} times a multiple "
+                "of 4",
+                f"Use a multiple of {4 * self.heads}.",
+            )
+        if self.class_tokens and self.class_tokens_from >= self.depth:
+            raise InputError(
+                f"{path}.class_tokens_from={self.class_tokens_from} is not one of "
+                f"{path}.depth={self.depth} blocks",
+                f"Use 0 to {self.depth - 1}, or class_tokens=0.",
+            )
+
+    def build(self, shapes: Shapes, *, rngs: nnx.Rngs) -> "JiTNetwork":
+        """The network for such images."""
+        return JiTNetwork(self, shapes, rngs=rngs)
+
+
+class JiTNetwork(nnx.Module):
+    """F(x, c_noise, condition, augmentation label); published: c_noise is the time in [0, 1]."""
+
+    def __init__(self, config: JiT, shapes: Shapes, *, rngs: nnx.Rngs):
+        self.config, self.dtype = config, jnp.dtype(config.dtype)
+        wide = functools.partial(dense, dtype=jnp.dtype("float32"), rngs=rngs)
+        tokens = functools.partial(dense, dtype=self.dtype, rngs=rngs)
+        hidden, patch, labels = config.hidden, config.patch**2, config.augment_labels
+
+        self.time0 = wide(FREQUENCIES, hidden, init=SMALL)
+        self.time1 = wide(hidden, hidden, init=SMALL)
+        # The last row is the null class.
+        rows = vector_size(shapes.condition) + 1
+        self.class_table = nnx.Param(SMALL(rngs.params(), (rows, hidden)))
+        self.augment = (
+            wide(labels, hidden, init=nnx.initializers.zeros, use_bias=False) if labels else None
+        )
+        in_pixel, out_pixel = shapes.channels_in, shapes.channels_out
+        if config.stem_blocks or config.head_blocks:
+            self.pixels = transformer_layers.Pixels(
+                in_pixel,
+                out_pixel,
+                channels=config.pixel_channels,
+                conditions=hidden,
+                stem_blocks=config.stem_blocks,
+                head_blocks=config.head_blocks,
+                head_kernel=config.head_kernel,
+                dtype=self.dtype,
+                rngs=rngs,
+            )
+            if config.stem_blocks:
+                in_pixel = config.pixel_channels
+            if config.head_blocks:
+                out_pixel = config.pixel_channels
+        self.embed0 = tokens(in_pixel * patch, config.bottleneck, use_bias=False)
+        self.embed1 = tokens(config.bottleneck, hidden)
+        if config.class_tokens:
+            shape = (config.class_tokens, hidden)
+            self.class_positions = nnx.Param(SMALL(rngs.params(), shape))
+        for i in range(config.depth):
+            in_middle = config.depth // 4 <= i < config.depth // 4 * 3
+            block = transformer_layers.Block(
+                hidden,
+                config.heads,
+                config.mlp_width,
+                dropout=config.dropout if in_middle else 0.0,
+                dtype=self.dtype,
+                rngs=rngs,
+            )
+            setattr(self, f"block{i}", block)
+        self.out_norm = transformer_layers.RMSNorm(hidden, dtype=self.dtype, rngs=rngs)
+        self.out_modulation = wide(hidden, 2 * hidden, init=nnx.initializers.zeros)
+        # A head on pixels has a last layer of zeros of its own.
+        last = {} if config.head_blocks else {"init": nnx.initializers.zeros}
+        self.out = tokens(hidden, out_pixel * patch, **last)
+
+    def _embeddings(
+        self,
+        time: Float[Array, " b"],
+        condition: Float[Array, "b k"] | None,
+        augment_label: Float[Array, "b a"] | None,
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
+        """Of the class; of class, time and augmentation together."""
+        table = self.class_table[...]
+        classes = jnp.broadcast_to(table[-1], (len(time), table.shape[1]))
+        if condition is not None:  # an all-zero condition is the null class
+            null = 1 - condition.sum(1, keepdims=True)
+            classes = jnp.concatenate([condition, null], axis=1) @ table
+        embedded = layers.positional_embedding(time, FREQUENCIES)
+        total = self.time1(nnx.silu(self.time0(embedded))) + classes
+        if self.augment is not None and augment_label is not None:
+            total = total + self.augment(augment_label)
+        return classes, total
+
+    def _run(
+        self,
+        number: int,
+        x: Float[Array, "b n c"],
+        emb: Float[Array, "b e"],
+        rotary: Rotary,
+        keys: Key[Array, " b"] | None,
+    ) -> Float[Array, "b n c"]:
+        block = getattr(self, f"block{number}")
+
+        def run(x: Array, emb: Array, keys: Array | None) -> Array:
+            return block(x, emb, rotary, transformer_layers.folded(keys, number))
+
+        return REMAT[self.config.remat](run)(x, emb, keys)
+
+    def _tokens(
+        self,
+        patches: Float[Array, "b h w k"],
+        classes: Float[Array, "b c"],
+        emb: Float[Array, "b e"],
+        keys: Key[Array, " b"] | None,
+    ) -> Float[Array, "b h w c"]:
+        """Runs the blocks on the patches' values."""
+        config = self.config
+        b, h, w, _ = patches.shape
+        x = self.embed1(self.embed0(patches.reshape(b, h * w, -1)))
+        x = x + sine_cosine(h, w, config.hidden).astype(x.dtype)
+        for i in range(config.depth):
+            if config.class_tokens and i == config.class_tokens_from:
+                tokens = classes[:, None] + self.class_positions[...]
+                x = jnp.concatenate([tokens.astype(x.dtype), x], axis=1)
+            rotary = Rotary.of(h, w, config.hidden // config.heads, before=x.shape[1] - h * w)
+            x = self._run(i, x, emb, rotary, keys)
+        return x[:, x.shape[1] - h * w :].reshape(b, h, w, -1)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        noise_label: Float[Array, " b"],
+        condition: Float[Array, "b k"] | None = None,
+        augment_label: Float[Array, "b a"] | None = None,
+        dropout_keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b h w c2"]:
+        """Runs the network.
+
+        Args:
+          x: preconditioned images, followed by the channels of the conditioning.
+          noise_label: c_noise.
+          condition: a one-hot vector per image; all zero (or None) is the null class.
+          augment_label: None is the label of an image that was not augmented.
+          dropout_keys: one key per image, for training; None switches dropout off.
+
+        Returns:
+          float32 of x's height and width, with `Shapes.channels_out` channels.
+        """
+        config = self.config
+        classes, emb = self._embeddings(noise_label, condition, augment_label)
+        emb = nnx.silu(emb)
+        x = x.astype(self.dtype)
+        has_pixels = bool(config.stem_blocks or config.head_blocks)
+        pixels = self.pixels.before(x, emb) if has_pixels else x
+        patches = pixels if config.stem_blocks else x
+        patches = resampling.space_to_depth(patches, config.patch)
+        h = self._tokens(patches, classes, emb, dropout_keys)
+        shift, scale = jnp.split(self.out_modulation(emb), 2, axis=-1)
+        h = self.out_norm(h, scale, shift)
+        if not config.head_blocks:
+            h = resampling.depth_to_space(self.out(h).astype(jnp.float32), config.patch)
+            return h + self.pixels.after(pixels) if config.stem_blocks else h
+        h = resampling.depth_to_space(self.out(h), config.patch)
+        return self.pixels.after(pixels, h)

@@ -1,0 +1,271 @@
+"""Layers of the transformer: blocks of tokens, and blocks of pixels before and after them.
+
+Tokens are (b, n, c). Parameters, modulation, normalisation and softmax are float32, tokens `dtype`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from rdm_jax.models import layers
+from rdm_jax.models.attention import attend
+from rdm_jax.models.initializers import Xavier
+from rdm_jax.models.positions import Rotary, halves
+
+EPSILON = 1e-6
+ZERO = nnx.initializers.zeros
+
+
+def dense(
+    c_in: int,
+    c_out: int,
+    *,
+    init: Any = None,
+    use_bias: bool = True,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A linear layer with Xavier's uniform kernel, or another, and a bias of 0."""
+    return nnx.Linear(
+        c_in,
+        c_out,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=init or Xavier().kernel,
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Divides each token by its root mean square (arXiv 1910.07467), in float32."""
+
+    def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.scale = nnx.Param(jnp.ones(channels))
+
+    def __call__(
+        self,
+        x: Float[Array, "b *n c"],
+        scale: Float[Array, "b *n2 c"] | None = None,
+        shift: Float[Array, "b *n2 c"] | None = None,
+    ) -> Float[Array, "b *n c"]:
+        """Normalises x, then multiplies it by 1 + `scale` and adds `shift`, if any."""
+        normalised = unit_rms(x) * self.scale[...]
+        if scale is not None and shift is not None:
+            normalised = normalised * (1 + per_token(scale, x)) + per_token(shift, x)
+        return normalised.astype(self.dtype)
+
+
+def unit_rms(x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+    """x divided by its root mean square over the channels; float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + EPSILON)
+
+
+def per_token(modulation: Float[Array, "b *n c"], x: Float[Array, "b *m c"]) -> Array:
+    """One vector per image for all its tokens or pixels; a modulation of each stays as it is."""
+    if modulation.ndim == x.ndim:
+        return modulation
+    return modulation.reshape(len(x), *(1,) * (x.ndim - 2), -1)
+
+
+def dropout(
+    x: Float[Array, "b n c"], rate: float, keys: Key[Array, " b"] | None
+) -> Float[Array, "b n c"]:
+    """Zeroes a share of the values, of each image by its own key; without keys, none."""
+    return layers.dropout(x[:, :, None], rate, keys)[:, :, 0]
+
+
+def folded(keys: Key[Array, " b"] | None, number: int) -> Key[Array, " b"] | None:
+    """Each image's key for the use of this number."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+class Attention(nnx.Module):
+    """Self-attention of tokens, with norms of queries and keys, and rotary positions."""
+
+    def __init__(
+        self, channels: int, heads: int, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.heads, self.dropout = heads, dropout
+        self.q_norm = RMSNorm(channels // heads, dtype=dtype, rngs=rngs)
+        self.k_norm = RMSNorm(channels // heads, dtype=dtype, rngs=rngs)
+        self.qkv = dense(channels, 3 * channels, dtype=dtype, rngs=rngs)
+        self.proj = dense(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n c"], rotary: Rotary, keys: Key[Array, " b"] | None
+    ) -> Float[Array, "b n c"]:
+        """Attends over all tokens of each image."""
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in self._projected(x))
+        q = self._positioned(q, self.q_norm, rotary)
+        k = self._positioned(k, self.k_norm, rotary)
+        out = self.proj(attend(q, k, v).reshape(x.shape))
+        return dropout(out, self.dropout, keys)
+
+    def _projected(self, x: Float[Array, "b n c"]) -> list[Array]:
+        """Queries, keys and values. Columns are ([q, k, v], head, channel), as published.
+
+        Products of q and k do not depend on the order of their channels, and rotation wants
+        `halves`.
+        """
+        assert self.qkv.bias is not None
+        dtype = self.qkv.dtype
+        kernels = jnp.split(self.qkv.kernel[...].astype(dtype), 3, axis=-1)
+        biases = jnp.split(self.qkv.bias[...].astype(dtype), 3, axis=-1)
+        order = [lambda a: halves(a, self.heads)] * 2 + [lambda a: a]
+        kernel = jnp.concatenate([f(a) for f, a in zip(order, kernels, strict=True)], axis=-1)
+        bias = jnp.concatenate([f(a) for f, a in zip(order, biases, strict=True)], axis=-1)
+        return jnp.split(x @ kernel + bias, 3, axis=-1)
+
+    def _positioned(
+        self, x: Float[Array, "b n k d"], norm: RMSNorm, rotary: Rotary
+    ) -> Float[Array, "b n k d"]:
+        return rotary(unit_rms(x) * halves(norm.scale[...])).astype(norm.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """w3(silu(a) b), [a, b] = w12(x) (arXiv 2002.05202)."""
+
+    def __init__(
+        self, channels: int, width: int, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.dropout = dropout
+        self.w12 = dense(channels, 2 * width, dtype=dtype, rngs=rngs)
+        self.w3 = dense(width, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n c"], keys: Key[Array, " b"] | None
+    ) -> Float[Array, "b n c"]:
+        """Of each token by itself."""
+        a, b = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(dropout(nnx.silu(a) * b, self.dropout, keys))
+
+
+class Block(nnx.Module):
+    """Attention and SwiGLU, each normalised, modulated by the embedding and gated (adaLN-zero,
+    arXiv 2212.09748)."""
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        dropout: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = RMSNorm(channels, **kwargs)
+        self.attention = Attention(channels, heads, dropout=dropout, **kwargs)
+        self.norm2 = RMSNorm(channels, **kwargs)
+        self.mlp = SwiGLU(channels, mlp_width, dropout=dropout, **kwargs)
+        wide = jnp.dtype("float32")
+        self.modulation = dense(channels, 6 * channels, init=ZERO, dtype=wide, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        emb: Float[Array, "b c"],
+        rotary: Rotary,
+        keys: Key[Array, " b"] | None = None,
+    ) -> Float[Array, "b n c"]:
+        """Runs the block; keys, one per image, enable dropout."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(emb), 6, axis=-1)
+        attended = self.attention(self.norm1(x, scale1, shift1), rotary, folded(keys, 0))
+        x = gated(x, gate1, attended)
+        return gated(x, gate2, self.mlp(self.norm2(x, scale2, shift2), folded(keys, 1)))
+
+
+def gated(
+    x: Float[Array, "b *n c"], gate: Float[Array, "b *m c"], branch: Float[Array, "b *n c"]
+) -> Float[Array, "b *n c"]:
+    """x + gate branch, in float32, rounded to x's dtype."""
+    total = x.astype(jnp.float32) + per_token(gate, x) * branch.astype(jnp.float32)
+    return total.astype(x.dtype)
+
+
+class PixelBlock(nnx.Module):
+    """Two layers on pixels, normalised, modulated and gated (adaLN-zero)."""
+
+    def __init__(
+        self, channels: int, conditions: int, kernel: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        kwargs: dict[str, Any] = {"init": Xavier(), "dtype": dtype, "rngs": rngs}
+        self.norm = RMSNorm(channels, dtype=dtype, rngs=rngs)
+        self.modulation = dense(conditions, 3 * channels, init=ZERO, dtype=dtype, rngs=rngs)
+        self.layer0 = layers.conv(channels, 2 * channels, kernel, **kwargs)
+        self.layer1 = layers.conv(2 * channels, channels, kernel, **kwargs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], condition: Float[Array, "b *n k"]
+    ) -> Float[Array, "b h w c"]:
+        """Runs the block; the condition is of each image, or of each pixel."""
+        shift, scale, gate = jnp.split(self.modulation(condition), 3, axis=-1)
+        return gated(x, gate, self.layer1(nnx.silu(self.layer0(self.norm(x, scale, shift)))))
+
+
+class Pixels(nnx.Module):
+    """What works on pixels: a stem before the transformer, and a head after it.
+
+    Args:
+      c_in, c_out: channels of the network's input and output.
+      channels: of the features of a pixel.
+      conditions: width of the embedding.
+      stem_blocks, head_blocks: numbers of blocks.
+      head_kernel: of the head's blocks; the stem's is 3.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        channels: int,
+        conditions: int,
+        stem_blocks: int,
+        head_blocks: int,
+        head_kernel: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.stem_blocks, self.head_blocks = stem_blocks, head_blocks
+        kernel = 3 if stem_blocks else head_kernel
+        self.first = layers.conv(c_in, channels, kernel, init=Xavier(), **kwargs)
+        for i in range(stem_blocks):
+            setattr(self, f"stem{i}", PixelBlock(channels, conditions, 3, **kwargs))
+        for i in range(head_blocks):
+            block = PixelBlock(channels, channels, head_kernel, **kwargs)
+            setattr(self, f"head{i}", block)
+        self.norm = RMSNorm(channels, **kwargs)
+        self.last = layers.conv(channels, c_out, head_kernel, init=Xavier(0.0), **kwargs)
+
+    def before(
+        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"]
+    ) -> Float[Array, "b h w k"]:
+        """The pixels' features, of the stem."""
+        x = self.first(x)
+        for i in range(self.stem_blocks):
+            x = getattr(self, f"stem{i}")(x, emb)
+        return x
+
+    def after(
+        self, x: Float[Array, "b h w k"], tokens: Float[Array, "b h w k"] | None = None
+    ) -> Float[Array, "b h w c"]:
+        """The image, float32, from the pixels' features.
+
+        Args:
+          x: the output of `before`.
+          tokens: what the transformer adds to each pixel's features; they also modulate the head.
+        """
+        if tokens is not None:
+            condition = nnx.silu(tokens)
+            x = x + tokens
+            for i in range(self.head_blocks):
+                x = getattr(self, f"head{i}")(x, condition)
+        return self.last(self.norm(x), wide=True)
