@@ -1,4 +1,4 @@
-"""Settings, parameter names and layouts of JiT's published networks (arXiv 2511.13720), and ours."""
+"""Names and layouts of the parameters of JiT's published networks (arXiv 2511.13720), and ours."""
 
 import re
 
