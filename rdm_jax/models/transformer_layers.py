@@ -11,9 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from rdm_jax.models import layers
-from rdm_jax.models.attention import attend
+from rdm_jax.models.attention import attend, attend_positioned_on_tpu, kernel_on_tpu
 from rdm_jax.models.initializers import Xavier
 from rdm_jax.models.positions import Rotary, halves
+from rdm_jax.models.tpu_attention import HeadGroups
 
 EPSILON = 1e-6
 ZERO = nnx.initializers.zeros
@@ -84,6 +85,11 @@ def folded(keys: Key[Array, " b"] | None, number: int) -> Key[Array, " b"] | Non
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
+def linear(x: Array, kernel: Array, bias: Array) -> Array:
+    """x kernel + bias."""
+    return x @ kernel + bias.astype(x.dtype)
+
+
 class Attention(nnx.Module):
     """Self-attention of tokens, with norms of queries and keys, and rotary positions."""
 
@@ -100,11 +106,28 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b n c"], rotary: Rotary, keys: Key[Array, " b"] | None
     ) -> Float[Array, "b n c"]:
         """Attends over all tokens of each image."""
+        groups = HeadGroups(self.heads, x.shape[2] // self.heads)
+        if kernel_on_tpu(self.qkv.dtype, x.shape[1], groups):
+            return dropout(self._on_tpu(x, rotary, groups), self.dropout, keys)
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in self._projected(x))
         q = self._positioned(q, self.q_norm, rotary)
         k = self._positioned(k, self.k_norm, rotary)
         out = self.proj(attend(q, k, v).reshape(x.shape))
         return dropout(out, self.dropout, keys)
+
+    def _on_tpu(
+        self, x: Float[Array, "b n c"], rotary: Rotary, heads: HeadGroups
+    ) -> Float[Array, "b n c"]:
+        """Columns of the weights are put into the order of the kernel, which does the rest."""
+        assert self.qkv.bias is not None and self.proj.bias is not None
+        dtype = self.qkv.dtype
+        kernel, bias = (
+            heads.columns_of_parts(a[...].astype(dtype)) for a in (self.qkv.kernel, self.qkv.bias)
+        )
+        scales = jnp.stack([heads.lanes(norm.scale[...]) for norm in (self.q_norm, self.k_norm)])
+        turns = jnp.stack([heads.lanes(jnp.asarray(a)) for a in rotary.neighbours()])
+        out = attend_positioned_on_tpu(linear(x, kernel, bias), scales, turns, heads)
+        return linear(out, heads.rows(self.proj.kernel[...].astype(dtype)), self.proj.bias[...])
 
     def _projected(self, x: Float[Array, "b n c"]) -> list[Array]:
         """Queries, keys and values. Columns are ([q, k, v], head, channel), as published.
