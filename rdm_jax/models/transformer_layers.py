@@ -28,9 +28,9 @@ def dense(
     use_bias: bool = True,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> "Linear":
     """A linear layer with Xavier's uniform kernel, or another, and a bias of 0."""
-    return nnx.Linear(
+    return Linear(
         c_in,
         c_out,
         use_bias=use_bias,
@@ -38,6 +38,50 @@ def dense(
         kernel_init=init or Xavier().kernel,
         rngs=rngs,
     )
+
+
+class Linear(nnx.Linear):
+    """Flax's layer, in bfloat16 with the gradients of `linear`."""
+
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c2"]:  # type: ignore[override]
+        """Of the layer's dtype."""
+        if self.bias is None or self.dtype != jnp.bfloat16:
+            return super().__call__(x)
+        return linear(x.astype(self.dtype), self.kernel[...], self.bias[...])
+
+
+@jax.custom_vjp
+def linear(
+    x: Float[Array, "b *n c"], kernel: Float[Array, "c d"], bias: Float[Array, " d"]
+) -> Float[Array, "b *n d"]:
+    """x kernel + bias, of x's dtype. The bias, float32, is added in float32.
+
+    Its gradient is a product with ones: the matrix unit sums over tokens while the vector units,
+    which limit sums over 128 lanes, are free. In float32 it is, too, up to the order of the sums.
+    """
+    y = x @ kernel.astype(x.dtype)
+    return (y.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def _linear_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, kernel, bias), (x, kernel)
+
+
+def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    x, kernel = residuals
+    lead = tuple(range(x.ndim - 1))
+
+    def over_tokens(a: Array) -> Array:
+        return jax.lax.dot_general(
+            a, g, ((lead, lead), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    rows = 8  # what the unit takes at once; one row would be compiled as a plain sum
+    d_bias = over_tokens(jnp.ones((*x.shape[:-1], rows), g.dtype))[0]
+    return g @ kernel.astype(g.dtype).T, over_tokens(x), d_bias
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -85,11 +129,6 @@ def folded(keys: Key[Array, " b"] | None, number: int) -> Key[Array, " b"] | Non
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
-def linear(x: Array, kernel: Array, bias: Array) -> Array:
-    """x kernel + bias."""
-    return x @ kernel + bias.astype(x.dtype)
-
-
 class Attention(nnx.Module):
     """Self-attention of tokens, with norms of queries and keys, and rotary positions."""
 
@@ -120,14 +159,13 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b n c"]:
         """Columns of the weights are put into the order of the kernel, which does the rest."""
         assert self.qkv.bias is not None and self.proj.bias is not None
-        dtype = self.qkv.dtype
         kernel, bias = (
-            heads.columns_of_parts(a[...].astype(dtype)) for a in (self.qkv.kernel, self.qkv.bias)
+            heads.columns_of_parts(a[...]) for a in (self.qkv.kernel, self.qkv.bias)
         )
         scales = jnp.stack([heads.lanes(norm.scale[...]) for norm in (self.q_norm, self.k_norm)])
         turns = jnp.stack([heads.lanes(jnp.asarray(a)) for a in rotary.neighbours()])
         out = attend_positioned_on_tpu(linear(x, kernel, bias), scales, turns, heads)
-        return linear(out, heads.rows(self.proj.kernel[...].astype(dtype)), self.proj.bias[...])
+        return linear(out, heads.rows(self.proj.kernel[...]), self.proj.bias[...])
 
     def _projected(self, x: Float[Array, "b n c"]) -> list[Array]:
         """Queries, keys and values. Columns are ([q, k, v], head, channel), as published.
@@ -164,7 +202,9 @@ class SwiGLU(nnx.Module):
         self, x: Float[Array, "b n c"], keys: Key[Array, " b"] | None
     ) -> Float[Array, "b n c"]:
         """Of each token by itself."""
-        a, b = jnp.split(self.w12(x), 2, axis=-1)
+        kernels = jnp.split(self.w12.kernel[...], 2, axis=-1)
+        biases = jnp.split(self.w12.bias[...], 2, axis=-1)
+        a, b = (linear(x, k, c) for k, c in zip(kernels, biases, strict=True))
         return self.w3(dropout(nnx.silu(a) * b, self.dropout, keys))
 
 
