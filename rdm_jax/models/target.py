@@ -50,8 +50,8 @@ def per_device(function: Callable[..., Array], shared: int = 0) -> Callable[...,
 
     def run(*arrays: Array) -> Array:
         specs = (spec,) * (len(arrays) - shared) + (PartitionSpec(),) * shared
-        return jax.shard_map(
-            function, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False
-        )(*arrays)
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(
+            *arrays
+        )
 
     return run

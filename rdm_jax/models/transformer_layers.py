@@ -159,9 +159,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b n c"]:
         """Columns of the weights are put into the order of the kernel, which does the rest."""
         assert self.qkv.bias is not None and self.proj.bias is not None
-        kernel, bias = (
-            heads.columns_of_parts(a[...]) for a in (self.qkv.kernel, self.qkv.bias)
-        )
+        kernel, bias = (heads.columns_of_parts(a[...]) for a in (self.qkv.kernel, self.qkv.bias))
         scales = jnp.stack([heads.lanes(norm.scale[...]) for norm in (self.q_norm, self.k_norm)])
         turns = jnp.stack([heads.lanes(jnp.asarray(a)) for a in rotary.neighbours()])
         out = attend_positioned_on_tpu(linear(x, kernel, bias), scales, turns, heads)
