@@ -38,6 +38,17 @@ def attend_on_tpu(
     return target.per_device(functools.partial(tpu_attention.attention, heads=heads))(qkv)
 
 
+def attend_positioned_on_tpu(
+    qkv: Float[Array, "b n g3"],
+    scales: Float[Array, "2 128"],
+    turns: Float[Array, "2 n 128"],
+    heads: tpu_attention.HeadGroups,
+) -> Float[Array, "b n g"]:
+    """`tpu_attention.positioned_attention`, on each device for its own images."""
+    kernel = functools.partial(tpu_attention.positioned_attention, heads=heads)
+    return target.per_device(kernel, shared=2)(qkv, scales, turns)
+
+
 def contiguous(x: Float[Array, "*k c3"], *, heads: int) -> Float[Array, "*k c3"]:
     """From columns (head, channel in head, [q, k, v]) to ([q, k, v], head, channel in head)."""
     *lead, c = x.shape

@@ -53,6 +53,13 @@ class Rotary(NamedTuple):
         angle = np.concatenate([np.zeros((before, channels // 2)), angle])
         return cls(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
 
+    def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
+        """cos and signed sin, (n, d) float32, of the published order of channels, in which the
+        members of a pair are neighbours: x cos + x_neighbour sin is x turned."""
+        return np.repeat(self.cos, 2, 1), np.stack([-self.sin, self.sin], 2).reshape(
+            len(self.sin), -1
+        )
+
     def __call__(self, x: Float[Array, "b n k d"]) -> Float[Array, "b n k d"]:
         """Turns x, of the channel order of `halves`; float32."""
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
 from rdm_jax.runtime import sharding
@@ -34,13 +34,24 @@ def device() -> Any:
     return jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
-def per_device(function: Callable[..., Array]) -> Callable[..., Array]:
+def per_device(function: Callable[..., Array], shared: int = 0) -> Callable[..., Array]:
     """Runs a function of arrays with leading axis b on each device's share of the images.
 
     For kernels, which the compiler cannot partition.
+
+    Args:
+      function: of one array of images, or more.
+      shared: its last arguments that every device needs whole.
     """
     mesh = _mesh.get()
     if mesh is None or mesh.size == 1:
         return function
     spec = sharding.batched(mesh).spec
-    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+
+    def run(*arrays: Array) -> Array:
+        specs = (spec,) * (len(arrays) - shared) + (PartitionSpec(),) * shared
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(
+            *arrays
+        )
+
+    return run

@@ -11,9 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from rdm_jax.models import layers
-from rdm_jax.models.attention import attend
+from rdm_jax.models.attention import attend, attend_positioned_on_tpu, kernel_on_tpu
 from rdm_jax.models.initializers import Xavier
 from rdm_jax.models.positions import Rotary, halves
+from rdm_jax.models.tpu_attention import HeadGroups
 
 EPSILON = 1e-6
 ZERO = nnx.initializers.zeros
@@ -27,9 +28,9 @@ def dense(
     use_bias: bool = True,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> "Linear":
     """A linear layer with Xavier's uniform kernel, or another, and a bias of 0."""
-    return nnx.Linear(
+    return Linear(
         c_in,
         c_out,
         use_bias=use_bias,
@@ -37,6 +38,50 @@ def dense(
         kernel_init=init or Xavier().kernel,
         rngs=rngs,
     )
+
+
+class Linear(nnx.Linear):
+    """Flax's layer, in bfloat16 with the gradients of `linear`."""
+
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c2"]:  # type: ignore[override]
+        """Of the layer's dtype."""
+        if self.bias is None or self.dtype != jnp.bfloat16:
+            return super().__call__(x)
+        return linear(x.astype(self.dtype), self.kernel[...], self.bias[...])
+
+
+@jax.custom_vjp
+def linear(
+    x: Float[Array, "b *n c"], kernel: Float[Array, "c d"], bias: Float[Array, " d"]
+) -> Float[Array, "b *n d"]:
+    """x kernel + bias, of x's dtype. The bias, float32, is added in float32.
+
+    Its gradient is a product with ones: the matrix unit sums over tokens while the vector units,
+    which limit sums over 128 lanes, are free. In float32 it is, too, up to the order of the sums.
+    """
+    y = x @ kernel.astype(x.dtype)
+    return (y.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def _linear_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, kernel, bias), (x, kernel)
+
+
+def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, Array]:
+    x, kernel = residuals
+    lead = tuple(range(x.ndim - 1))
+
+    def over_tokens(a: Array) -> Array:
+        return jax.lax.dot_general(
+            a, g, ((lead, lead), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    rows = 8  # what the unit takes at once; one row would be compiled as a plain sum
+    d_bias = over_tokens(jnp.ones((*x.shape[:-1], rows), g.dtype))[0]
+    return g @ kernel.astype(g.dtype).T, over_tokens(x), d_bias
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class RMSNorm(nnx.Module):
@@ -100,11 +145,25 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b n c"], rotary: Rotary, keys: Key[Array, " b"] | None
     ) -> Float[Array, "b n c"]:
         """Attends over all tokens of each image."""
+        groups = HeadGroups(self.heads, x.shape[2] // self.heads)
+        if kernel_on_tpu(self.qkv.dtype, x.shape[1], groups):
+            return dropout(self._on_tpu(x, rotary, groups), self.dropout, keys)
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in self._projected(x))
         q = self._positioned(q, self.q_norm, rotary)
         k = self._positioned(k, self.k_norm, rotary)
         out = self.proj(attend(q, k, v).reshape(x.shape))
         return dropout(out, self.dropout, keys)
+
+    def _on_tpu(
+        self, x: Float[Array, "b n c"], rotary: Rotary, heads: HeadGroups
+    ) -> Float[Array, "b n c"]:
+        """Columns of the weights are put into the order of the kernel, which does the rest."""
+        assert self.qkv.bias is not None and self.proj.bias is not None
+        kernel, bias = (heads.columns_of_parts(a[...]) for a in (self.qkv.kernel, self.qkv.bias))
+        scales = jnp.stack([heads.lanes(norm.scale[...]) for norm in (self.q_norm, self.k_norm)])
+        turns = jnp.stack([heads.lanes(jnp.asarray(a)) for a in rotary.neighbours()])
+        out = attend_positioned_on_tpu(linear(x, kernel, bias), scales, turns, heads)
+        return linear(out, heads.rows(self.proj.kernel[...]), self.proj.bias[...])
 
     def _projected(self, x: Float[Array, "b n c"]) -> list[Array]:
         """Queries, keys and values. Columns are ([q, k, v], head, channel), as published.
@@ -141,7 +200,9 @@ class SwiGLU(nnx.Module):
         self, x: Float[Array, "b n c"], keys: Key[Array, " b"] | None
     ) -> Float[Array, "b n c"]:
         """Of each token by itself."""
-        a, b = jnp.split(self.w12(x), 2, axis=-1)
+        kernels = jnp.split(self.w12.kernel[...], 2, axis=-1)
+        biases = jnp.split(self.w12.bias[...], 2, axis=-1)
+        a, b = (linear(x, k, c) for k, c in zip(kernels, biases, strict=True))
         return self.w3(dropout(nnx.silu(a) * b, self.dropout, keys))
 
 
