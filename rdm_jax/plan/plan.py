@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
-from rdm_jax.config import Config, kind_of, validate
+from rdm_jax.config import Config, Stage, kind_of, validate
 from rdm_jax.plan.chips import CHIPS, Chip, chip_of
 from rdm_jax.plan.cost import TrainingCost, step_seconds, training_cost
 from rdm_jax.plan.tpu_compile import compiled_stage, topology
@@ -153,6 +153,7 @@ def _section(config: Config, number: int, cost: TrainingCost, where: _Target) ->
         ["parameters", f"{short(cost.parameters)}"],
         ["multiply-adds, forward, per image", f"{short(cost.multiply_adds)}"],
         [f"FLOPs per step (2 x 3 x {training.batch_size} images)", f"{short(cost.flops)}"],
+        [f"FLOPs per sampled image ({_evaluations(stage)})", short(_sampling_flops(stage, cost))],
     ]
     if network.remat == "block":
         rows.append(["... with rematerialised blocks (x 4/3)", f"{short(cost.flops * 4 / 3)}"])
@@ -165,6 +166,15 @@ def _section(config: Config, number: int, cost: TrainingCost, where: _Target) ->
         f"remat={network.remat}, accumulate={training.accumulate}"
     )
     return "\n".join([title, "", markdown(["", ""], rows)])
+
+
+def _evaluations(stage: Stage) -> str:
+    return f"NFE {stage.nfe}" + ("" if stage.guidance == 1 else ", two passes each for guidance")
+
+
+def _sampling_flops(stage: Stage, cost: TrainingCost) -> float:
+    passes = 1 if stage.guidance == 1 else 2
+    return 2.0 * passes * stage.nfe * cost.multiply_adds
 
 
 def _memory_rows(cost: TrainingCost, chip: Chip | None) -> list[list[str]]:
