@@ -134,34 +134,19 @@ class JiTFormat:
             raise unusable("attn_dropout", settings["attn_dropout"], "weights trained without it")
         network = _network(settings, shapes, stage.network)
         side = integer(settings, "img_size", 1, MOST)
-        path, t_eps = (
-            Path(number(settings, "noise_scale", 1.0)),
-            number(settings, "t_eps", 0.05, 0.99),
-        )
-        process, sampler = stage.process, stage.sampler
-        if isinstance(process, LinearProcess):
-            p_mean = number(settings, "P_mean", -0.8, 100.0, least=-100.0)
-            p_std = number(settings, "P_std", 0.8, 100.0)
-            process = dataclasses.replace(
-                process, path=path, p_mean=p_mean, p_std=p_std, t_eps=t_eps
-            )
-        if isinstance(sampler, LinearHeun):
-            sampler = dataclasses.replace(sampler, t_eps=t_eps)
+        path = Path(number(settings, "noise_scale", 1.0))
         classes = _classes(shapes)
         if settings.get("class_num", classes) != classes:
             raise unusable(
                 "class_num", settings["class_num"], f"{classes}, as the table of classes has"
             )
         stage = dataclasses.replace(
-            stage,
+            _trained(stage, settings, path),
             resolution=(side, side),
             network=network,
             precondition=XPreconditioning(path),
-            process=process,
-            sampler=sampler,
         )
-        channels = _shape(shapes, EMBEDDINGS[0], 4)[1]
-        return Described(stage, channels, classes)
+        return Described(stage, _shape(shapes, EMBEDDINGS[0], 4)[1], classes)
 
     def settings_of(self, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
         """The original's class and settings; the inverse of `describe`.
@@ -246,6 +231,24 @@ class JiTFormat:
                 f"other positions in {POSITIONS!r} than the published ones, by {error:.3g}",
                 "Use weights with the published fixed positions.",
             )
+
+
+def _trained(stage: Stage, settings: dict[str, Any], path: Path) -> Stage:
+    """The stage with the training's linear path, where it has a linear process or sampler."""
+    t_eps = number(settings, "t_eps", 0.05, 0.99)
+    if isinstance(stage.process, LinearProcess):
+        process = dataclasses.replace(
+            stage.process,
+            path=path,
+            p_mean=number(settings, "P_mean", -0.8, 100.0, least=-100.0),
+            p_std=number(settings, "P_std", 0.8, 100.0),
+            t_eps=t_eps,
+        )
+        stage = dataclasses.replace(stage, process=process)
+    if isinstance(stage.sampler, LinearHeun):
+        sampler = dataclasses.replace(stage.sampler, t_eps=t_eps)
+        stage = dataclasses.replace(stage, sampler=sampler)
+    return stage
 
 
 def _network(settings: dict[str, Any], shapes: TensorShapes, ours: Any) -> JiT:
