@@ -53,7 +53,14 @@ _STAGE = _define_integer(
     "stage", None, "With --mode=train, import, export or plan: a stage, from 1.", lower_bound=1
 )
 _WEIGHTS = flags.DEFINE_string(
-    "weights", None, "With --mode=import: a .pkl, .pt or safetensors; with export: file to write."
+    "weights",
+    None,
+    "With --mode=import: a .pkl, .pt, .pth or safetensors; with export: file to write.",
+)
+_WEIGHTS_KEY = flags.DEFINE_string(
+    "weights_key",
+    None,
+    "With --mode=import: the network in the file; by default 'ema', or 'model_ema1' in JiT's.",
 )
 _EVALUATIONS = flags.DEFINE_list(
     "evaluations", [], "With --mode=report: evaluation.json files; by default all of the workdir."
@@ -129,6 +136,7 @@ def _run() -> None:
         mode=_MODE.value,
         stage=_STAGE.value,
         weights=_WEIGHTS.value,
+        weights_key=_WEIGHTS_KEY.value,
         skip_bad=_SKIP_BAD.value,
         update=_UPDATE.value,
         evaluations=_EVALUATIONS.value,

@@ -42,6 +42,7 @@ def run(
     mode: str = "all",
     stage: int | None = None,
     weights: str | None = None,
+    weights_key: str | None = None,
     skip_bad: bool = False,
     update: bool = False,
     evaluations: Sequence[str] = (),
@@ -57,7 +58,9 @@ def run(
       workdir: folder of the run; created unless the mode needs an existing run.
       mode: one of `cli.run_flags.MODES`.
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
-      weights: the file to import (.pkl, .pt, safetensors) or to export to (safetensors).
+      weights: the file to import (.pkl, .pt, .pth, safetensors) or to export to (safetensors).
+      weights_key: with mode 'import', the network in the file; None for 'ema', or 'model_ema1' in
+        JiT's.
       skip_bad: prepare without the images that cannot be used, and list them in the manifest,
         instead of refusing the set.
       update: with mode 'prepare', compare prepared sets with their sources, and prepare changed
@@ -72,7 +75,7 @@ def run(
       Diverged, Interrupted: training stopped; finished work is saved.
     """
     config = configs.parse(values)
-    check_flags(config, mode, stage, weights, update)
+    check_flags(config, mode, stage, weights, update, weights_key)
     check_paths(config)
     with distributed.raise_together():
         samples = mode == "evaluate" and generates(config)
@@ -89,7 +92,7 @@ def run(
     if mode == "report":
         return write_report(folder.path, reported)
     if mode == "import":
-        return import_stage(config, stage, weights_file, folder)
+        return import_stage(config, stage, weights_file, folder, weights_key)
 
     evaluates = mode in ("all", "evaluate") or (
         mode == "train" and any(s.training.evaluate_every for s in config.stages)

@@ -7,7 +7,6 @@ of others.
 import functools
 import json
 import math
-import zlib
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from rdm_jax.models.functional import functional
 from rdm_jax.models.positions import sine_cosine
 from rdm_jax.models.transformer import JiT
 from tests.support.precision import enable_x64
-from tests.support.reference import cases, load
+from tests.support.reference import cases, draw_parameter, load
 
 TOLERANCE = {"float64": 1e-9, "float32": 5e-5}
 
@@ -113,19 +112,6 @@ def test_jit_reference_sampler(path, dtype, scan):
     else:
         out = walk(*(functools.partial(f, denoise) for f in (step, finish)), x, levels)
     check(out, case["out"], dtype)
-
-
-def draw_parameter(name, shape, seed):
-    """The recipe by which the original's parameters were drawn for the cases."""
-    random = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    z = random.standard_normal(shape).astype(np.float32)
-    if "norm" in name and name.endswith("weight"):
-        return 1 + 0.1 * z
-    if name.endswith("bias"):
-        return 0.1 * z
-    if name == "in_context_posemb" or name.endswith("embedding_table.weight"):
-        return 0.5 * z
-    return z * np.float32(0.7 / np.sqrt(np.prod(shape[1:])))
 
 
 def config_of(original):

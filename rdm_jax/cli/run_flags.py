@@ -12,7 +12,12 @@ OF_ONE_STAGE = ("import", "export")
 
 
 def check_flags(
-    config: Config, mode: str, stage: int | None, weights: str | None, update: bool
+    config: Config,
+    mode: str,
+    stage: int | None,
+    weights: str | None,
+    update: bool,
+    weights_key: str | None = None,
 ) -> None:
     """Raises InputError for an unknown mode, and for flags that do not go together."""
     if mode not in MODES:
@@ -32,6 +37,11 @@ def check_flags(
         raise InputError(
             f"--weights={weights} does not go with --mode={mode}",
             "Pass the path of a file." if one_stage else "Use it with --mode=import or export.",
+        )
+    if weights_key is not None and mode != "import":
+        raise InputError(
+            f"--weights_key={weights_key} does not go with --mode={mode}",
+            "Use it with --mode=import.",
         )
     if update and mode != "prepare":
         raise InputError(f"--update does not go with --mode={mode}", "Use it with --mode=prepare.")

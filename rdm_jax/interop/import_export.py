@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from rdm_jax.checkpoints import folders, store
-from rdm_jax.config import Config, Stage, to_dict
+from rdm_jax.config import Config, to_dict
 from rdm_jax.config.saved import VERSION
-from rdm_jax.interop import pytorch_names
+from rdm_jax.interop import formats
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError, reason
@@ -47,17 +47,28 @@ class Weights(NamedTuple):
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[Weights]:
-    """Opens EDM's .pkl, RDM's .pt or safetensors, recognised by content. Nothing is executed.
+def open_weights(path: Path, key: str | None = None) -> Iterator[Weights]:
+    """Opens EDM's .pkl, RDM's .pt, JiT's .pth or safetensors, recognised by content.
+
+    Nothing is executed.
+
+    Args:
+      path: of the file.
+      key: of the network in a file with several, as in `torch_files.open_torch`.
 
     Raises:
-      InputError: it is none of these, or damaged.
+      InputError: it is none of these, or damaged, or has no such network.
     """
     if path.is_file() and _begins_like_safetensors(path):
+        if key is not None:
+            raise InputError(
+                f"--weights_key={key} does not go with {path}, which holds a single network",
+                "Leave it out.",
+            )
         with _open_safetensors(path) as weights:
             yield weights
         return
-    with torch_files.open_torch(path) as found:
+    with torch_files.open_torch(path, key) as found:
         shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
         yield Weights(
             found.class_name, found.settings, shapes, lambda name: found.tensors[name].read()
@@ -111,30 +122,12 @@ def stage_of(weights: Weights, config: Config, number: int) -> tuple[Config, int
     """
     stage = config.stage(number)
     if weights.settings is None or weights.class_name is None:
-        label = weights.shapes.get("model.map_label.weight", ())
-        return config, label[1] if len(label) == 2 else 0
-    found = pytorch_names.describe(weights.class_name, weights.settings, stage)
-    _log_changes(number, "precondition", stage.precondition, found.stage.precondition)
-    _log_changes(number, "network", stage.network, found.stage.network)
-    if found.stage.resolution != stage.resolution:
-        log.info(
-            "config.stage%d.resolution: %s -> %s, as in the weights",
-            number,
-            stage.resolution,
-            found.stage.resolution,
-        )
-    if found.channels != config.data.channels:
-        log.info(
-            "config.data.channels: %d -> %d, as in the weights",
-            config.data.channels,
-            found.channels,
-        )
-    config = config.with_stage(
-        number,
-        resolution=found.stage.resolution,
-        network=found.stage.network,
-        precondition=found.stage.precondition,
-    )
+        return config, _format(config, number).classes(weights.shapes)
+    found = formats.describe(weights.class_name, weights.settings, weights.shapes, stage)
+    fields = formats.determined(found.stage)
+    _log_changes(f"stage{number}", stage, found.stage)
+    _log_changes("data.channels", config.data.channels, found.channels)
+    config = config.with_stage(number, **{name: getattr(found.stage, name) for name in fields})
     data = dataclasses.replace(config.data, channels=found.channels)
     return dataclasses.replace(config, data=data), found.classes
 
@@ -168,21 +161,22 @@ def fit_resolutions(config: Config, number: int, kept: Sequence[int]) -> Config:
     return dataclasses.replace(config, stages=tuple(stages))
 
 
-def _log_changes(number: int, part: str, before: Any, after: Any) -> None:
-    if type(before) is not type(after):
-        log.info("config.stage%d.%s: %s -> %s, as in the weights", number, part, before, after)
-        return
-    for field in dataclasses.fields(after):
-        was, now = getattr(before, field.name), getattr(after, field.name)
-        if was != now:
-            log.info(
-                "config.stage%d.%s.%s: %s -> %s, as in the weights",
-                number,
-                part,
-                field.name,
-                was,
-                now,
-            )
+def _log_changes(path: str, before: Any, after: Any) -> None:
+    """Logs every field that differs; `path` names the value in the config."""
+    if dataclasses.is_dataclass(after) and type(before) is type(after):
+        for field in dataclasses.fields(after):
+            name = field.name
+            _log_changes(f"{path}.{name}", getattr(before, name), getattr(after, name))
+    elif before != after:
+        log.info("config.%s: %s -> %s, as in the weights", path, before, after)
+
+
+def _format(config: Config, number: int) -> formats.Format:
+    """The format of a stage's network. Raises InputError if it has none; names the field."""
+    try:
+        return formats.format_of(config.stage(number))
+    except InputError as error:
+        raise InputError(f"config.stage{number}.{error.problem}", error.fix) from error
 
 
 def check_no_checkpoints(workdir: Path, number: int) -> None:
@@ -196,6 +190,7 @@ def save_imported(
     weights: Weights,
     config: Config,
     number: int,
+    classes: int,
     parameters: dict[str, Any],
     path: Path,
     workdir: Path,
@@ -206,11 +201,11 @@ def save_imported(
       weights: the file that they are read from.
       config: as `stage_of` returns it.
       number: of the stage, from 1.
-      parameters: from `read_parameters`; the names of their classes are '0', '1', ...
+      classes: their number; their names are '0', '1', ...
+      parameters: from `read_parameters`.
       path: of the file.
       workdir: of the run.
     """
-    classes = parameters["map_label"]["kernel"].shape[0] if "map_label" in parameters else 0
     imported = {
         "file": path.name,
         "sha256": sha256(path),
@@ -239,11 +234,13 @@ def read_parameters(
     Raises:
       InputError: a parameter is missing, unknown or of another shape.
     """
-    stage = config.stage(number)
-    abstract = stage.build(config.data.channels, classes).abstract
-    names = _names(stage, abstract)
+    published = _format(config, number)
+    abstract = config.stage(number).build(config.data.channels, classes).abstract
+    names = _names(published, abstract)
     unknown = sorted(
-        weights.shapes.keys() - set(names.values()) - pytorch_names.buffers(stage).keys()
+        name
+        for name in weights.shapes.keys() - set(names.values())
+        if not published.is_buffer(name)
     )
     if unknown:
         raise InputError(
@@ -257,7 +254,7 @@ def read_parameters(
             raise InputError(
                 f"{path} has no parameter {name!r}", "Use a file of the config's network."
             )
-        wanted = pytorch_names.to_theirs(np.broadcast_to(np.int8(0), leaf.shape)).shape
+        wanted = published.to_theirs(name, np.broadcast_to(np.int8(0), leaf.shape)).shape
         found = weights.shapes[name]
         if wanted != found:
             raise InputError(
@@ -266,22 +263,24 @@ def read_parameters(
             )
 
     def read(keys, leaf):
-        array = pytorch_names.to_ours(weights.read(names[_strings(keys)]))
+        name = names[_strings(keys)]
+        array = published.to_ours(name, weights.read(name))
         if array.dtype not in (np.float16, np.float32):
             array = array.astype(np.float32)
         return jax.device_put(array)
 
     jax.tree.map_with_path(check, abstract)  # all of them, before anything large is read
+    try:
+        published.check_buffers(weights.shapes, weights.read)
+    except InputError as error:
+        raise InputError(f"{path} has {error.problem}", error.fix) from error
     return jax.tree.map_with_path(read, abstract)
 
 
-def _names(stage: Stage, abstract: dict[str, Any]) -> dict[tuple[str, ...], str]:
-    """PyTorch's name of every parameter, by path."""
+def _names(published: formats.Format, abstract: dict[str, Any]) -> dict[tuple[str, ...], str]:
+    """The original's name of every parameter, by path."""
     paths = [_strings(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(abstract)[0]]
-    return {
-        path: pytorch_names.original_name(path, stage.network, stage.resolution[0])
-        for path in paths
-    }
+    return {path: published.original_name(path) for path in paths}
 
 
 def _strings(keys: tuple) -> tuple[str, ...]:
@@ -289,35 +288,34 @@ def _strings(keys: tuple) -> tuple[str, ...]:
 
 
 def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None:
-    """Writes a stage's EMA parameters as safetensors: float32, with PyTorch's names and layout.
+    """Writes a stage's EMA parameters as safetensors: float32, named and laid out as the original.
 
-    Resampling filters, which are buffers in PyTorch, are written as well, so that a strict
-    `load_state_dict` accepts the file; its metadata has the class and the settings to construct the
-    network with.
+    Constants that the original stores (resampling filters, positions) are written as well, so that
+    a strict `load_state_dict` accepts the file; its metadata has the class and the settings to
+    construct the network with.
 
     Raises:
       InputError: there is no such checkpoint, or the published code has no such network.
       OSError: the file cannot be written.
     """
-    stage = config.stage(number)
+    stage, published = config.stage(number), _format(config, number)
     folder, step = folders.find(
         stage.checkpoint, Workdir(workdir).checkpoints(number), f"config.stage{number}.checkpoint"
     )
     checkpoints = store.Checkpoints(folder, read_only=True)
     classes = len(checkpoints.about(step)["classes"])
     try:
-        class_name, settings = pytorch_names.settings_of(stage, config.data.channels, classes)
+        class_name, settings = published.settings_of(config.data.channels, classes)
     except InputError as error:
         raise InputError(f"config.stage{number}.{error.problem}", error.fix) from error
     abstract = stage.build(config.data.channels, classes).abstract
     replicated = sharding.replicated(sharding.local_mesh())
     ema, _ = checkpoints.restore_ema(step, store.with_sharding(abstract, replicated))
     checkpoints.close()
-    names = _names(stage, abstract)
-    tensors = pytorch_names.buffers(stage)
+    names, tensors = _names(published, abstract), published.buffers()
     for keys, leaf in jax.tree_util.tree_flatten_with_path(ema)[0]:
-        array = pytorch_names.to_theirs(np.asarray(leaf))
-        tensors[names[_strings(keys)]] = np.ascontiguousarray(array)
+        name = names[_strings(keys)]
+        tensors[name] = np.ascontiguousarray(published.to_theirs(name, np.asarray(leaf)))
     metadata = {"class_name": class_name, "settings": json.dumps(settings)}
     with atomic_write(path) as partial:
         try:

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 
 from rdm_jax.config import Config, validate
+from rdm_jax.interop import formats
 from rdm_jax.interop.import_export import (
     check_no_checkpoints,
     fit_resolutions,
@@ -17,24 +18,24 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.workdir import Workdir
 
-# Fields of a stage that the weights determine; the others stay as in the config.
-IMPORTED_FIELDS = ("resolution", "network", "precondition")
 
-
-def import_stage(config: Config, number: int, path: Path, workdir: Workdir) -> None:
+def import_stage(
+    config: Config, number: int, path: Path, workdir: Workdir, key: str | None = None
+) -> None:
     """Imports weights into a stage, with a config.json that fits them and earlier imports.
 
     Args:
-      config: of the run; the weights overrule its `IMPORTED_FIELDS`.
+      config: of the run; the weights overrule the fields of `formats.determined`.
       number: of the stage, from 1.
-      path: of the file: .pkl, .pt or safetensors.
+      path: of the file: .pkl, .pt, .pth or safetensors.
       workdir: of the run; locked meanwhile.
+      key: of the network in the file; None for its usual EMA.
 
     Raises:
       InputError: the file cannot be used, or the workdir has another config or checkpoints.
       Interrupted: a signal came.
     """
-    with open_weights(path) as weights, workdir.locked(), StopOnSignal() as stop:
+    with open_weights(path, key) as weights, workdir.locked(), StopOnSignal() as stop:
         check_no_checkpoints(workdir.path, number)
         before = _with_imported(config, workdir)
         fitting, classes = stage_of(weights, before, number)
@@ -45,7 +46,7 @@ def import_stage(config: Config, number: int, path: Path, workdir: Workdir) -> N
         parameters = read_parameters(weights, fitting, number, classes, path)
         stop.check()  # nothing has been written yet
         workdir.write_config(fitting)
-        save_imported(weights, fitting, number, parameters, path, workdir.path)
+        save_imported(weights, fitting, number, classes, parameters, path, workdir.path)
     log.info(
         "import: %s parameters, %d classes -> stage%d of %s",
         f"{sum(leaf.size for leaf in jax.tree.leaves(parameters)):,}",
@@ -58,13 +59,13 @@ def import_stage(config: Config, number: int, path: Path, workdir: Workdir) -> N
 
 
 def _with_imported(config: Config, workdir: Workdir) -> Config:
-    """Returns the config with the networks of stages that were imported into the workdir before."""
+    """Returns the config with what weights imported into the workdir before have determined."""
     imported = workdir.read_config()
     if imported is None:
         return config
     for number in workdir.stages_with_checkpoints(config):
         if number <= len(imported.stages):
             stage = imported.stage(number)
-            kept = {field: getattr(stage, field) for field in IMPORTED_FIELDS}
+            kept = {field: getattr(stage, field) for field in formats.determined(stage)}
             config = config.with_stage(number, **kept)
     return config

@@ -44,6 +44,13 @@ class ModuleDict:
     state: dict | None = None
 
 
+@dataclass(slots=True, eq=False)
+class Namespace:
+    """An argparse.Namespace; its state is None until the pickle's BUILD, and if it is empty."""
+
+    state: dict | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
     """A tensor, with the arguments of the call; not checked yet."""
@@ -164,11 +171,15 @@ _CALLS: dict[Name, Callable] = {
     Name("builtins", "set"): _set,
     Name("_codecs", "encode"): _encode,
 }
-_MODULE_DICT = Name("torch.nn.modules.container", "ModuleDict")
+# What a pickle may make an object of, without arguments, and what is made instead.
+_MADE: dict[Name, type[ModuleDict] | type[Namespace]] = {
+    Name("torch.nn.modules.container", "ModuleDict"): ModuleDict,
+    Name("argparse", "Namespace"): Namespace,
+}
 _FLOAT_KINDS = ("Float", "Half", "Double", "BFloat16")
 _INTEGER_KINDS = ("Long", "Int", "Short", "Char", "Byte", "Bool")
 _STORAGES = tuple(Name("torch", f"{kind}Storage") for kind in (*_FLOAT_KINDS, *_INTEGER_KINDS))
-_NAMES = {*_CALLS, _MODULE_DICT, *_STORAGES}
+_NAMES = {*_CALLS, *_MADE, *_STORAGES}
 
 
 def describe(value: Any) -> str:
@@ -268,17 +279,18 @@ class Unpickler(pickle._Unpickler):
     def _new(self):
         arguments = self.stack.pop()
         made = self.stack[-1]
-        is_module_dict = type(made) is Name and made == _MODULE_DICT
-        if not is_module_dict or type(arguments) is not tuple or arguments:
+        is_known = type(made) is Name and made in _MADE
+        if not is_known or type(arguments) is not tuple or arguments:
             raise Refused(f"it makes an object of {describe(made)}")
-        self.stack[-1] = ModuleDict()
+        self.stack[-1] = _MADE[made]()
 
     dispatch[pickle.NEWOBJ[0]] = _new
 
     def _build(self):
         state = self.stack.pop()
         target = self.stack[-1]
-        if type(target) is ModuleDict and type(state) is dict and target.state is None:
+        is_made = type(target) is ModuleDict or type(target) is Namespace
+        if is_made and type(state) is dict and target.state is None:
             target.state = state
             return
         if type(target) is _DType and type(state) is tuple and len(state) == 8:

@@ -1,4 +1,4 @@
-"""Settings, parameter names and layouts of the published PyTorch networks, and ours for each.
+"""The published U-Nets: settings, parameter names and layouts, and ours for each.
 
 "The original" is the published code of EDM and RDM.
 """
@@ -6,13 +6,23 @@
 import dataclasses
 import functools
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
 from rdm_jax.config import Stage, kind_of
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.diffusion.schedules import Linear
+from rdm_jax.interop.settings import (
+    FIELDS,
+    Described,
+    integer,
+    is_integer,
+    no_export,
+    number,
+    unusable,
+)
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.backbone import vector_size
 from rdm_jax.models.song import Song
@@ -84,38 +94,17 @@ IGNORED |= {"attn_resolutions", "encoder_type", "decoder_type", "sigma_min", "si
 IGNORED |= {"sigma_data", "beta_d", "beta_min", "M", "epsilon_t", "C_1", "C_2"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """A network that the original's settings describe.
-
-    Attributes:
-      stage: the input stage with another resolution, network and preconditioning.
-      channels: of the images.
-      classes: their number; 0 for an unconditional network.
-    """
-
-    stage: Stage
-    channels: int
-    classes: int
-
-
 def describe(class_name: str, settings: dict[str, Any], stage: Stage) -> Described:
     """Translates the original's settings.
 
     Args:
-      class_name: of the original's preconditioning, such as 'EDMPrecond'.
+      class_name: of the original's preconditioning, one of `PRECONDITIONS`.
       settings: of its constructor, such as {'img_resolution': 64, 'model_channels': 192, ...}.
       stage: for everything that is not in the settings (process, training, sampler, dtype).
 
     Raises:
       InputError: the network is not supported.
     """
-    kinds = {name.lower(): name for name in PRECONDITIONS}
-    if class_name.lower() not in kinds:
-        raise InputError(
-            f"the network's class {class_name!r} is unknown", f"Use {' or '.join(PRECONDITIONS)}."
-        )
-    class_name = kinds[class_name.lower()]
     _check_settings(settings)
     family = settings.get("model_type", DEFAULT_NETWORK[class_name])
     if family not in NETWORKS:
@@ -138,38 +127,17 @@ def describe(class_name: str, settings: dict[str, Any], stage: Stage) -> Describ
 def _check_settings(settings: dict[str, Any]) -> None:
     """Raises InputError for settings of a wrong type or out of bounds, before anything is built."""
 
-    def is_integer(value: Any, least: int, most: int) -> bool:
-        return type(value) is int and least <= value <= most
-
-    for name in ("img_resolution", "img_channels"):
-        if name not in settings:
-            raise InputError(
-                f"the weights' settings have no {name!r}", "Use a file as it was published."
-            )
     for name, (least, most) in INTEGERS.items():
-        if name in settings and not is_integer(settings[name], least, most):
-            raise _unusable(name, settings[name], f"an integer from {least} to {most}")
+        if name in settings or name in ("img_resolution", "img_channels"):
+            integer(settings, name, least, most)
     for name, (least, most) in LISTS.items():
         values = settings.get(name, [])
         is_list = isinstance(values, list | tuple) and len(values) <= 16
         if not is_list or not all(is_integer(value, least, most) for value in values):
-            raise _unusable(name, values, f"a list of at most 16 integers from {least} to {most}")
+            raise unusable(name, values, f"a list of at most 16 integers from {least} to {most}")
     for name in WORDS:
         if not isinstance(settings.get(name, ""), str):
-            raise _unusable(name, settings[name], "a string")
-
-
-def _unusable(name: str, value: Any, wanted: str) -> InputError:
-    return InputError(f"the weights' setting {name}={value!r:.80} cannot be used", f"Use {wanted}.")
-
-
-def _number(settings: dict[str, Any], name: str, default: float, most: float = 1e6) -> float:
-    """A setting that is a positive number; dropout may be 0."""
-    value = settings.get(name, default)
-    is_number = type(value) in (int, float)
-    if not is_number or not (0 < value <= most or (name == "dropout" and value == 0)):
-        raise _unusable(name, value, f"a number above 0 and at most {most:g}")
-    return float(value)
+            raise unusable(name, settings[name], "a string")
 
 
 def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
@@ -183,7 +151,7 @@ def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
     values["attention_levels"] = tuple(
         level for level in levels if side >> level in settings["attn_resolutions"]
     )
-    values["dropout"] = _number(settings, "dropout", 0.1, 0.99)
+    values["dropout"] = number(settings, "dropout", 0.1, 0.99, least=0.0)
     if cls is Song:
         encoder = settings.get("encoder_type", "standard")
         decoder = settings.get("decoder_type", "standard")
@@ -197,20 +165,20 @@ def _network(family: str, settings: dict[str, Any], ours: UNet) -> UNet:
 
 
 def _precondition(class_name: str, settings: dict[str, Any]) -> preconditioning.Preconditioning:
-    number = functools.partial(_number, settings)
+    value = functools.partial(number, settings)
     if class_name == "EDMPrecond":
-        return preconditioning.EDMPreconditioning(sigma_data=number("sigma_data", 0.5))
+        return preconditioning.EDMPreconditioning(sigma_data=value("sigma_data", 0.5))
     if class_name == "VPPrecond":
-        schedule = Linear(number("beta_d", 19.9), number("beta_min", 0.1))
+        schedule = Linear(value("beta_d", 19.9), value("beta_min", 0.1))
         return preconditioning.VPPreconditioning(
-            schedule, settings.get("M", 1000), number("epsilon_t", 1e-5)
+            schedule, settings.get("M", 1000), value("epsilon_t", 1e-5)
         )
     if class_name == "VEPrecond":
         return preconditioning.VEPreconditioning(
-            number("sigma_min", 0.02), number("sigma_max", 100.0)
+            value("sigma_min", 0.02), value("sigma_max", 100.0)
         )
     return preconditioning.IDDPMPreconditioning(
-        number("C_1", 0.001), number("C_2", 0.008), settings.get("M", 1000)
+        value("C_1", 0.001), value("C_2", 0.008), settings.get("M", 1000)
     )
 
 
@@ -230,7 +198,7 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
     ):
         if type(part) not in known:
             kinds = " or ".join(repr(kind_of(cls)) for cls in known)
-            raise _no_export(f"{field}.kind={kind_of(type(part))!r}", kinds)
+            raise no_export(f"{field}.kind={kind_of(type(part))!r}", kinds)
     for field, value, published in (
         ("resolution", stage.resolution, (height, height)),
         ("network.patch", network.patch, 1),
@@ -238,7 +206,7 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
         ("precondition.noise_scale", getattr(stage.precondition, "noise_scale", 0.25), 0.25),
     ):
         if value != published:
-            raise _no_export(f"{field}={value!r}", repr(published))
+            raise no_export(f"{field}={value!r}", repr(published))
     class_name, family = class_names[type(precondition)], families[type(network)]
     settings = {
         "img_resolution": height,
@@ -268,14 +236,6 @@ def settings_of(stage: Stage, channels: int, classes: int) -> tuple[str, dict[st
             settings["C_2"] = precondition.c2
             settings["M"] = precondition.times
     return class_name, {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-
-
-def _no_export(what: str, published: str) -> InputError:
-    return InputError(
-        f"{what} cannot be exported: the only format so far is that of the published networks, "
-        f"where it is {published}",
-        "Use the checkpoint as it is (stageN.checkpoint=PATH, training.start_from=PATH).",
-    )
 
 
 def original_name(path: ParamPath, network: UNet, side: int) -> str:
@@ -346,3 +306,58 @@ def to_theirs(array: np.ndarray) -> np.ndarray:
     if array.ndim == 4:
         return array.transpose(3, 2, 0, 1)
     return array.T if array.ndim == 2 else array
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetFormat:
+    """`formats.Format` of a stage with a U-Net."""
+
+    networks: ClassVar[tuple[type, ...]] = (ADM, Song)
+    class_names: ClassVar[tuple[str, ...]] = tuple(PRECONDITIONS)
+    fields: ClassVar[tuple[str, ...]] = FIELDS
+
+    stage: Stage
+
+    @staticmethod
+    def describe(
+        class_name: str,
+        settings: dict[str, Any],
+        shapes: dict[str, tuple[int, ...]],
+        stage: Stage,
+    ) -> Described:
+        """As the module's `describe`, which does not need the shapes."""
+        return describe(class_name, settings, stage)
+
+    def settings_of(self, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
+        """As the module's `settings_of`."""
+        return settings_of(self.stage, channels, classes)
+
+    def original_name(self, path: ParamPath) -> str:
+        """As the module's `original_name`."""
+        return original_name(path, self.stage.network, self.stage.resolution[0])
+
+    def to_ours(self, name: str, array: np.ndarray) -> np.ndarray:
+        """As the module's `to_ours`; the layout does not depend on the name."""
+        return to_ours(array)
+
+    def to_theirs(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`."""
+        return to_theirs(array)
+
+    def classes(self, shapes: dict[str, tuple[int, ...]]) -> int:
+        """Columns of the kernel on labels; 0 without one."""
+        shape = shapes.get("model.map_label.weight", ())
+        return shape[1] if len(shape) == 2 else 0
+
+    def buffers(self) -> dict[str, np.ndarray]:
+        """As the module's `buffers`."""
+        return buffers(self.stage)
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether it is one of `buffers`."""
+        return name in buffers(self.stage)
+
+    def check_buffers(
+        self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
+    ) -> None:
+        """Buffers follow from the settings, and are not compared."""

@@ -1,6 +1,6 @@
 """Settings and tensors from PyTorch's files, which are not trusted.
 
-These are EDM's snapshots (.pkl), RDM's training states (.pt), and state_dicts (.pth).
+These are EDM's snapshots (.pkl), the training states of RDM (.pt) and JiT (.pth), and state_dicts.
 """
 
 import io
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdm_jax.interop.byte_reader import ByteReader, Refused, Region, quoted
-from rdm_jax.interop.inert_pickle import ModuleDict, Persistent, Unpickler, describe
+from rdm_jax.interop.inert_pickle import ModuleDict, Namespace, Persistent, Unpickler, describe
 from rdm_jax.interop.torch_tensors import (
     MAGIC,
     OpenFile,
-    StateDictUnpickler,
     Storage,
     Tensor,
     embedded_storage,
@@ -32,15 +31,18 @@ MAX_PARTS = 20_000  # modules and tensors, or values among the settings
 MAX_DEPTH = 32
 MAX_NAME = 100
 
+# Of JiT's networks: the class whose `state_dict()` a training state has. The file does not name it.
+DENOISER = "Denoiser"
+
 
 @dataclass(frozen=True, eq=False)
 class Original:
     """One network of a file.
 
     Attributes:
-      class_name: of the outermost module, such as 'EDMPrecond'.
-      settings: the keyword arguments of its constructor, as plain dicts, lists, tuples, strings and
-        numbers.
+      class_name: of the outermost module, such as 'EDMPrecond' or 'Denoiser'.
+      settings: the keyword arguments of its constructor, for JiT the arguments of the training
+        command, as plain dicts, lists, tuples, strings and numbers.
       tensors: all parameters and buffers by full name, such as 'model.enc.64x64_conv.weight'.
     """
 
@@ -50,7 +52,7 @@ class Original:
 
 
 @contextmanager
-def open_torch(path: str | os.PathLike, key: str = "ema") -> Iterator[Original]:
+def open_torch(path: str | os.PathLike, key: str | None = None) -> Iterator[Original]:
     """Opens a published file; its kind is recognised by content.
 
     Nothing in the file is run or imported (`rdm_jax.interop.inert_pickle`). Numbers are loaded by
@@ -58,14 +60,15 @@ def open_torch(path: str | os.PathLike, key: str = "ema") -> Iterator[Original]:
     checked at once.
 
     Args:
-      path: an EDM snapshot, which is a pickle, or an RDM training state in torch's zip format or
-        the one before it.
-      key: of the network in the file; 'ema' is in both kinds, 'net' in training states.
+      path: an EDM snapshot, which is a pickle, or a training state of RDM or JiT in torch's zip
+        format or the one before it.
+      key: of the network in the file; None for 'ema', or for 'model_ema1' in JiT's. RDM's training
+        states also have 'net', JiT's 'model_ema2' and 'model'.
 
     Raises:
       InputError: the file cannot be read, is damaged, or contains anything that a network does not.
     """
-    fix = "Use a snapshot of EDM (.pkl) or a training state of RDM (.pt), as published."
+    fix = "Use EDM's snapshot (.pkl), or RDM's or JiT's training state (.pt, .pth), as published."
     with _opened(path, fix, lambda source, opened: _network(source, opened, key)) as original:
         yield original
 
@@ -112,9 +115,9 @@ def _is_zip(file: io.BufferedIOBase) -> bool:
     return magic == b"PK\x03\x04"
 
 
-def _network(source: OpenFile, opened: ExitStack, key: str) -> Original:
+def _network(source: OpenFile, opened: ExitStack, key: str | None) -> Original:
     if _is_zip(source.file):
-        graph, find = open_zip(source.file, opened, Unpickler)
+        graph, find = open_zip(source.file, opened)
     else:
         graph = Unpickler(ByteReader(_whole(source.file))).load()
         find = embedded_storage
@@ -122,13 +125,10 @@ def _network(source: OpenFile, opened: ExitStack, key: str) -> Original:
             graph, find = open_sequential(_whole(source.file))
     if type(graph) is not dict:
         raise Refused(f"it holds {describe(graph)} instead of a dict of networks")
-    if key not in graph:
-        names = [quoted(name) for name in graph if type(name) is str][:20]
-        raise Refused(
-            f"it has no {key!r}, only {', '.join(names) or 'nothing'}",
-            f"Use a file with it, or one of these instead of {key!r}.",
-        )
-    network = graph[key]
+    if type(graph.get("args")) is Namespace:
+        return _denoiser(graph, key or "model_ema1", find, source)
+    key = key or "ema"
+    network = _entry(graph, key)
     if type(network) is not Persistent:
         raise Refused(f"its {key!r} is {describe(network)} instead of a network")
     class_name, state = _class_and_state(network, key)
@@ -138,12 +138,39 @@ def _network(source: OpenFile, opened: ExitStack, key: str) -> Original:
     return Original(class_name, _Plain()(settings), _tensors(network, find, source))
 
 
+def _entry(graph: dict, key: str) -> Any:
+    """One of the networks. Raises Refused, which lists the entries that there are."""
+    if key not in graph:
+        names = [quoted(name) for name in graph if type(name) is str][:20]
+        raise Refused(
+            f"it has no {key!r}, only {', '.join(names) or 'nothing'}",
+            "Use a file with it, or one of these as --weights_key.",
+        )
+    return graph[key]
+
+
+def _denoiser(graph: dict, key: str, find: Callable[[Any], Storage], source: OpenFile) -> Original:
+    """A state_dict of JiT's training state, with the arguments of the training command."""
+    state = _entry(graph, key)
+    if type(state) is not dict:
+        raise Refused(f"its {key!r} is {describe(state)} instead of a state_dict")
+    settings = _Plain()(graph["args"].state or {})
+    return Original(DENOISER, settings, _named_tensors(state, find, source))
+
+
 def _state_dict(source: OpenFile, opened: ExitStack) -> dict[str, Tensor]:
-    size = _whole(source.file).length
     if _is_zip(source.file):
-        graph, find = open_zip(source.file, opened, StateDictUnpickler)
+        graph, find = open_zip(source.file, opened)
     else:
         graph, find = open_sequential(_whole(source.file))
+    return _named_tensors(graph, find, source)
+
+
+def _named_tensors(
+    graph: Any, find: Callable[[Any], Storage], source: OpenFile
+) -> dict[str, Tensor]:
+    """The tensors of a state_dict, which all together must not be larger than the file."""
+    size = _whole(source.file).length
     if type(graph) is not dict or len(graph) > MAX_PARTS:
         raise Refused(f"it holds {describe(graph)}, not a dict of up to {MAX_PARTS} tensors")
     for name in graph:

@@ -265,9 +265,7 @@ def embedded_storage(storage: Any) -> Storage:
     return find(graph)
 
 
-def open_zip(
-    file: io.BufferedIOBase, opened: ExitStack, unpickler: type[Unpickler]
-) -> tuple[Any, Callable[[Any], Storage]]:
+def open_zip(file: io.BufferedIOBase, opened: ExitStack) -> tuple[Any, Callable[[Any], Storage]]:
     """Opens a file of torch's zip format: its object, and a function that finds storages.
 
     Raises:
@@ -286,7 +284,8 @@ def open_zip(
     size = members[pickles[0]].file_size
     if size > BUDGET:
         raise Refused(f"its data.pkl has {size} bytes")
-    graph = unpickler(ByteReader(Region(io.BytesIO(archive.read(pickles[0])), 0, size))).load()
+    pickled = Region(io.BytesIO(archive.read(pickles[0])), 0, size)
+    graph = StateDictUnpickler(ByteReader(pickled)).load()
 
     def find(storage: Any) -> Storage:
         if type(storage) is not Stored:

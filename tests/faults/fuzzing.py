@@ -30,7 +30,7 @@ from rdm_jax.runtime.npz import Npz
 from rdm_jax.training import metric_writer
 from tests.support.configs import tiny_config, write_images
 from tests.support.evaluations import write_evaluation
-from tests.support.published_files import write_pkl, write_pt
+from tests.support.published_files import write_pkl, write_pt, write_pth
 from tests.support.torch_standins import dump_legacy, state_dict
 
 SPACE = FeatureSpace("classifier", "digest", {"features": 4}, None, lambda params, images: images)
@@ -187,6 +187,10 @@ READERS = {
     ),
     "torch zip": Reader(
         _writer(lambda path: write_pt(path, "EDMPrecond", {"img_channels": 3}, TENSORS)),
+        _read_weights,
+    ),
+    "torch arguments": Reader(
+        _writer(lambda path: write_pth(path, {"model": "JiT-B/16", "img_size": 256}, TENSORS)),
         _read_weights,
     ),
     "torch legacy": Reader(

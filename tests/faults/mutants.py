@@ -79,8 +79,8 @@ MUTANTS = [
         16,
         "a pickle is loaded by Python's own reader",
         "interop/import_export.py",
-        "    with torch_files.open_torch(path) as found:\n",
-        "    import pickle\n    pickle.loads(path.read_bytes())\n    with torch_files.open_torch(path) as found:\n",
+        "    with torch_files.open_torch(path, key) as found:\n",
+        "    import pickle\n    pickle.loads(path.read_bytes())\n    with torch_files.open_torch(path, key) as found:\n",
         "hostile_file and pickle",
     ),
     (

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rdm_jax.modes import run
+from tests.support.jit_stages import small_file
 from tests.support.published_files import write_pkl, write_pt
 from tests.support.torch_stages import CLASSES, config_for, settings_for, tensors_of, values_of
 
@@ -20,6 +21,12 @@ def canary(tmp_path, monkeypatch):
     yield path
     assert not path.exists()
     assert not ran
+
+
+@pytest.fixture(scope="session")
+def small():
+    """Arguments and tensors of a small JiT's training state."""
+    return small_file()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from rdm_jax.config import Stage
 from rdm_jax.diffusion import preconditioning
-from rdm_jax.interop import import_export, pytorch_names
+from rdm_jax.interop import formats, import_export, pytorch_names
 from rdm_jax.models.adm import ADM
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
@@ -22,6 +22,19 @@ from tests.support.torch_stages import NETWORK, config_for, settings_for, values
 @dataclasses.dataclass(frozen=True)
 class OtherNetwork(ADM):
     """A network from outside the package."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherFamily:
+    """A network that inherits from none of the package's."""
+
+    condition_parameters = ()
+    augment_labels = 0
+    dtype = "float32"
+    remat = "none"
+    stride = 1
+    build = ADM.build
+    check = ADM.check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +222,15 @@ def test_export_refuses_unpublished_networks(stage, field):
         + ".*only format so far.*checkpoint as it is",
     ):
         pytorch_names.settings_of(stage, 3, 0)
+
+
+def test_other_families_have_no_format():
+    stage = Stage(network=OtherFamily())
+    with pytest.raises(
+        InputError, match=r"^network.kind='otherfamily' has no .* Use 'adm' or 'song' or 'jit'[.]"
+    ):
+        formats.format_of(stage)
+    assert formats.determined(stage) == ("resolution", "network", "precondition")
 
 
 def test_export_names_the_stage(imported, tmp_path):

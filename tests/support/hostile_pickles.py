@@ -61,6 +61,11 @@ DANGEROUS = [
         ("importlib", "import_module"),
     ),
     *(
+        ("argparse", "Action"),
+        ("argparse", "Namespace.__init__.__globals__"),
+        ("argparse", "_AttributeHolder"),
+    ),
+    *(
         ("torch._utils", "_rebuild_parameter_with_state"),
         ("dnnlib.util", "EasyDict"),
         ("", ""),
@@ -77,6 +82,9 @@ TENSOR = named("torch._utils", "_rebuild_tensor_v2") + b"(NNNNNNtR"
 
 
 DICTS = named("torch.nn.modules.container", "ModuleDict") + b")\x81"
+
+
+NAMESPACE = named("argparse", "Namespace") + b")\x81"
 
 
 DTYPE = named("numpy", "dtype") + b"(" + text("f8") + b"\x89\x88tR"
@@ -112,6 +120,21 @@ HOSTILE = {
         "the state of a ModuleDict from a tuple",
     ),
     "state twice": (DICTS + b"}b}b", "the state of a ModuleDict"),
+    "call of a namespace": (NAMESPACE[:-2] + b")R", "it calls 'argparse.Namespace'"),
+    "namespace with arguments": (
+        NAMESPACE[:-2] + b"K\x01\x85\x81",
+        "an object of 'argparse.Namespace'",
+    ),
+    "slots of a namespace": (
+        NAMESPACE + b"N}" + text("state") + b"Ns\x86b",
+        "the state of a Namespace from a tuple",
+    ),
+    "state of a namespace twice": (NAMESPACE + b"}b}b", "the state of a Namespace"),
+    "items of a namespace": (NAMESPACE + text("a") + b"Ns", "items into a Namespace"),
+    "foreign object of a namespace": (
+        NAMESPACE + b"}" + text("model") + named("os", "system") + text("true") + b"\x85Rsb",
+        "it names 'os.system'",
+    ),
     "state of a tensor": (TENSOR + b"}" + text("storage") + b"Nsb", "the state of a View"),
     "state of a dict": (b"}}b", "the state of a dict"),
     "items of a name": (ORDERED + text("a") + b"Ns", "items into 'collections.OrderedDict'"),

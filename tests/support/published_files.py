@@ -1,5 +1,6 @@
-"""Files of networks as EDM's and RDM's training write them, made without torch."""
+"""Files of networks as EDM's, RDM's and JiT's training write them, made without torch."""
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tests.support.torch_standins import (
     View,
     dump_pkl,
     dump_pt,
+    state_dict,
     state_of,
 )
 
@@ -123,6 +125,31 @@ def write_pt(
         }
         | extra,
     )
+
+
+def write_pth(
+    path: Path,
+    arguments: dict[str, Any],
+    tensors: dict[str, np.ndarray],
+    *,
+    dump: Callable[[Path, Any], None] = dump_pt,
+    **extra,
+) -> None:
+    """A training state as JiT's training writes it; `extra` replaces entries of its dict."""
+    moment = View.of(np.zeros(4, np.float32), False)
+    adam = {
+        0: {"step": View.of(np.float32(5), False), "exp_avg": moment, "exp_avg_sq": moment},
+        1: {"step": 5, "exp_avg": moment, "exp_avg_sq": moment},
+    }
+    group = ADAM | {"foreach": None, "fused": True, "params": [0, 1]}
+    states = {name: state_dict(tensors) for name in ("model", "model_ema1", "model_ema2")}
+    objects = {
+        **states,
+        "optimizer": {"state": adam, "param_groups": [group, group | {"params": []}]},
+        "epoch": 599,
+        "args": argparse.Namespace(**arguments),
+    }
+    dump(path, objects | extra)
 
 
 FOUR = np.arange(4, dtype=np.float32)

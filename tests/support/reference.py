@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import zlib
 
 import numpy as np
 import pytest
@@ -29,3 +30,16 @@ def load(path):
     return {
         k: float(v) if type(v) is int and k not in WHOLE else v for k, v in meta.items()
     }, arrays
+
+
+def draw_parameter(name, shape, seed):
+    """The recipe by which the parameters of JiT's cases were drawn."""
+    random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    z = random.standard_normal(shape).astype(np.float32)
+    if "norm" in name and name.endswith("weight"):
+        return 1 + 0.1 * z
+    if name.endswith("bias"):
+        return 0.1 * z
+    if name == "in_context_posemb" or name.endswith("embedding_table.weight"):
+        return 0.5 * z
+    return z * np.float32(0.7 / np.sqrt(np.prod(shape[1:])))

@@ -9,7 +9,7 @@ from rdm_jax.runtime.errors import InputError
 from tests.support.torch_standins import Module, state_of
 
 
-def refuse(path, *named, key="ema"):
+def refuse(path, *named, key=None):
     """Asserts that the file is refused by an error with a remedy, which has these words in it."""
     with pytest.raises(InputError) as caught, open_torch(path, key):
         pass
