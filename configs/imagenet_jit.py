@@ -55,7 +55,7 @@ def training(epochs: int) -> Training:
         warmup=5 * EPOCH,
         beta2=0.95,
         # 0.9999 per step; the published runs also keep 0.9996.
-        ema_halflife=round(1024 * math.log(2) / 1e-4),
+        ema_halflife=float(round(1024 * math.log(2) / 1e-4)),
         ema_rampup=0.0,
         label_dropout=0.1,
         flip=True,

@@ -215,7 +215,7 @@ def test_configuration_lists_every_field_with_its_default():
             symbols = section.endswith(("process", "published"))  # named as in their paper
             assert row[5] or symbols, f"{section}.{row[1]}"
     sections = {field.rpartition(".")[0] for field in FIELDS}
-    repeated = {f for f in FIELDS if "schedule." in f}  # one class, in two places
+    repeated = {f for f in FIELDS if re.search(r"(schedule|path)\.", f)}  # one class, in two places
     expected = {
         f for f in FIELDS if re.match(r"(stageN|data|sampling|evaluation|parallel|seed)", f)
     }

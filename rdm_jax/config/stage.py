@@ -113,17 +113,17 @@ class Stage:
         processes.GaussianProcess,
         processes.VPProcess,
         processes.VEProcess,
-        linear_path.LinearProcess,
         processes.RelayProcess,
         processes.CascadeProcess,
+        linear_path.LinearProcess,
         default=processes.GaussianProcess(),
     )
     training: Training = Training()
     sampler: Sampler = kinds(
         samplers.Heun,
-        linear_path.LinearHeun,
         samplers.RelayHeun,
         samplers.CascadeHeun,
+        linear_path.LinearHeun,
         default=samplers.Heun(),
     )
     guidance: float = at_least(0, default=1.0)
