@@ -166,16 +166,22 @@ def test_the_weights_are_found_in_the_package_without_running_it(tmp_path, monke
     assert efficientnet_weights.default_path() == package / efficientnet_weights.FILE
 
 
-@pytest.mark.second
 def test_evaluation_in_its_features(source, relay, tmp_path, monkeypatch):
-    """From the config to the metrics, with random parameters; images of 8 x 8 are enlarged."""
+    """From the config to the metrics, with random parameters; without the blocks, and with few features, whose
+    distances are quick."""
+    head = efficientnet.Conv("_conv_head", "_bn1", 1, 32, 16)
+    monkeypatch.setitem(efficientnet.SIZES, "features", 16)
+    monkeypatch.setattr(efficientnet, "BLOCKS", ())
+    monkeypatch.setattr(efficientnet, "HEAD", head)
+    monkeypatch.setattr(efficientnet_weights, "LAYERS", (efficientnet.STEM, head))
     shapes = efficientnet_weights._shapes()
     parameters = {name: inception_file.draw(name, list(shape), 1) for name, shape in shapes.items()}
     path = tmp_path / "weights.pth"
     digest = inception_file.write(path, parameters)
     known = functools.partial(efficientnet_weights.load, sha256=digest)
     monkeypatch.setattr(efficientnet_weights, "load", known)
-    config = config_of(source, features="efficientnet", weights=str(path), images="held_out")
+    few = {"held_out": 8, "images": "held_out", "features": "efficientnet", "weights": str(path)}
+    config = config_of(source, reference="held_out", **few)
     space = open_space(config, {}, tmp_path, lambda: None)
     result = measured(config, relay, tmp_path, space)
     assert result["made_with"]["features"] == {"name": "efficientnet", "digest": digest}
@@ -184,13 +190,6 @@ def test_evaluation_in_its_features(source, relay, tmp_path, monkeypatch):
     metrics = result["results"]["held_out"]["metrics"]
     assert metrics.keys() == names and np.isfinite([*metrics.values()]).all()
     reference = f"npz:{tmp_path}/evaluation/reference.npz"
-    config = config_of(
-        source,
-        features="efficientnet",
-        weights=str(path),
-        images="held_out",
-        reference=reference,
-        name="again",
-    )
-    again = measured(config, relay, tmp_path, space)
+    given = config_of(source, reference=reference, name="again", **few)
+    again = measured(given, relay, tmp_path, space)
     assert again["results"]["held_out"]["metrics"] == metrics
