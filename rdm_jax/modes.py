@@ -253,7 +253,7 @@ def _evaluate(job: Job) -> None:
     if job.config.evaluation.features == "none":
         raise InputError(
             "config.evaluation.features='none' with --mode=evaluate measures nothing",
-            "Use 'inception' or 'classifier'.",
+            "Use 'inception', 'efficientnet' or 'classifier'.",
         )
     sets = job.open_sets(job.numbers[-1:] if needs_data(job.config) else [])
     evaluator = job.evaluator(sets)

@@ -19,7 +19,7 @@ from rdm_jax.diffusion import processes, samplers
 from rdm_jax.runtime.fields import at_least, between, one_of, positive
 
 LEAST = 4  # images that can be measured: each has 3 neighbours
-FEATURES = ("none", "inception", "classifier")
+FEATURES = ("none", "inception", "efficientnet", "classifier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +140,8 @@ class Evaluation:
     Attributes:
       name: folder under the workdir. Earlier results with other settings are moved aside, to
         NAME-earlier-1 and so on.
-      features: 'inception', 'classifier' (trained on the data's own labels), or 'none' for no
-        evaluation.
+      features: 'inception', 'efficientnet' (whose weights a package has), 'classifier' (trained on
+        the data's own labels), or 'none' for no evaluation.
       weights: file with the network of the features; '' for the usual place, which an error names,
         or for the classifier of this workdir.
       images: sets to measure, separated by commas, or as a JSON list: 'samples' (generated while
@@ -153,8 +153,8 @@ class Evaluation:
       native_reference: the same for 'stage1@native' and so on: stages before the last are compared
         with it at their own size, also during their training. 'training' and 'held_out' are the
         means that a stage is trained on; 'npz:PATH' may be published statistics of that size, such
-        as EDM's of ImageNet at 64 x 64. With Inception's features only: a classifier is made for
-        the final size. '' for none: stages are then measured enlarged.
+        as EDM's of ImageNet at 64 x 64. Not with a classifier's features: it is made for the final
+        size. '' for none: stages are then measured enlarged.
       seeds: of the generated images; '' for those of `sampling`, whose labels and post-processing
         apply here too.
       seeds_in_training: of the images that a stage generates alone during its training, without

@@ -81,7 +81,7 @@ def _check_native(config: Config) -> None:
         not spec or values.features != "classifier",
         field,
         spec,
-        "Use '', or features='inception': a classifier is made for images of the final size.",
+        "Use '', or other features: a classifier is made for images of the final size.",
     )
     for stage in config.stages[:-1]:
         require(

@@ -1,6 +1,6 @@
 """A small classifier of a data set's own labels.
 
-It gives features for data that Inception does not know, or where its weights are missing.
+It gives features for data that networks trained on photographs do not know.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ def classifier_space(
     if len(images.class_names) < 2:
         raise InputError(
             "config.evaluation.features='classifier' needs classes, and the data has none",
-            "Use 'inception', or data in class folders.",
+            "Use 'inception' or 'efficientnet', or data in class folders.",
         )
     if not path.is_file() and not train:
         raise InputError(

@@ -12,7 +12,7 @@ from rdm_jax.config import Config
 from rdm_jax.config.validate_evaluation import is_generated, measured_sets
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.evaluation import inception_weights
+from rdm_jax.evaluation import efficientnet_weights, inception_weights
 from rdm_jax.evaluation.classifier import classifier_space
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.gathering import Gatherer
@@ -52,6 +52,10 @@ def open_space(
     weights = Path(values.weights).expanduser() if values.weights else None
     if values.features == "inception":
         return inception_weights.inception_space(weights or inception_weights.default_path())
+    if values.features == "efficientnet":
+        return efficientnet_weights.efficientnet_space(
+            weights or efficientnet_weights.default_path()
+        )
     path = weights or Workdir(workdir).classifier
     return classifier_space(
         sets["training"], sets.get("held_out"), path, train=weights is None, check_stop=check_stop

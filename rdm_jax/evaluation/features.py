@@ -11,7 +11,7 @@ from jaxtyping import Array
 class FeatureSpace:
     """A feature extractor.
 
-    The project has two; another one is passed to `evaluator.Evaluator`.
+    The project has three; another one is passed to `evaluator.Evaluator`.
 
     Attributes:
       name: for tables; 'inception' makes the Frechet distances an FID and an sFID.

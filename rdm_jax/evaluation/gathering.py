@@ -4,13 +4,15 @@ import hashlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from rdm_jax.evaluation.features import FeatureSpace
+from rdm_jax.evaluation.high_frequency import high_frequency_energy
 from rdm_jax.evaluation.image_streams import ImageStream
-from rdm_jax.evaluation.statistics import StatisticsAccumulator
+from rdm_jax.evaluation.statistics import ENERGY, StatisticsAccumulator
 from rdm_jax.runtime import distributed, sharding
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import InputError
@@ -38,7 +40,7 @@ class Gatherer:
         self._space, self._kept, self._stop = space, kept, stop
         replicated = sharding.replicated(sharding.local_mesh())
         self._params = jax.device_put(space.params, replicated)
-        self._apply = jax.jit(space.apply)
+        self._apply = jax.jit(self._measured)
 
     def gather(self, stream: ImageStream, folder: Path) -> dict[str, StatisticsAccumulator]:
         """Measures every image of a stream, resuming where an earlier run was stopped.
@@ -126,8 +128,11 @@ class Gatherer:
             batches.append((outputs, images, labels[:count]))
         return batches, bool(stopped.any())
 
+    def _measured(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+        return self._space.apply(params, images) | {ENERGY: high_frequency_energy(images)}
+
     def _outputs(self, images: np.ndarray, batch_size: int) -> dict[str, jax.Array]:
-        """The feature space's outputs; a short batch is padded, so that nothing is recompiled."""
+        """The outputs for statistics; a short batch is padded, so that nothing is recompiled."""
         padded = images[np.arange(batch_size) % len(images)]
         return self._apply(self._params, sharding.put_batch(padded, sharding.local_mesh()))
 

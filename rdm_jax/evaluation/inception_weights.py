@@ -1,30 +1,24 @@
 """The published weights of Inception-v3: read, checked, and folded for `inception.apply`."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
+from rdm_jax.evaluation import published_weights
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.inception import EPSILON, LAYERS, SIZES, Params, apply
-from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.files import cache_folder, sha256
-from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.runtime.files import cache_folder
 
-torch_files = lazy_import("rdm_jax.interop.torch_files")
-
+NETWORK = "Inception-v3"
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
 )
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-_NORMALISATION = ("weight", "bias", "running_mean", "running_var")
 
 
 def inception_space(path: Path) -> FeatureSpace:
@@ -74,40 +68,16 @@ def load(path: Path, sha256: str = SHA256) -> tuple[Params, str]:
       InputError: the file is missing or another one, or its parameters are not those of the
         network, or not finite.
     """
-    digest = _sha256(path)
-    if not digest.startswith(sha256):
-        found = f"its SHA-256 begins with {digest[:8]}, not {sha256[:8]}"
-        raise InputError(f"{path} cannot be used ({found})", _download(path))
-    with torch_files.open_state_dict(path) as tensors:
-        _check(tensors, path)
-
-        def read(name: str) -> np.ndarray:
-            array = tensors[name].read()
-            if not np.isfinite(array).all() or (name.endswith("running_var") and array.min() < 0):
-                raise InputError(
-                    f"{path} has values in {name!r} that are not finite, or negative variances",
-                    _download(path),
-                )
-            return array
-
-        params = {name: _fold(name, read) for name in LAYERS}
+    fix = _download(path)
+    digest = published_weights.check_digest(path, sha256, NETWORK, fix)
+    with published_weights.open_parameters(path, _shapes(), NETWORK, fix) as read:
+        params = {
+            name: published_weights.fold(read, f"{name}.conv", f"{name}.bn", EPSILON)
+            for name in LAYERS
+        }
         read("fc.bias")
         params["fc"] = {"kernel": read("fc.weight").T}
     return jax.tree.map(jnp.asarray, params), digest
-
-
-def _sha256(path: Path) -> str:
-    if not path.exists():
-        raise InputError(
-            f"there is no {path}, the weights of Inception-v3 in the PyTorch port's format",
-            _download(path),
-        )
-    if not path.is_file():  # opening a pipe would block
-        raise InputError(f"{path} is not a file", _download(path))
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be used ({error.strerror})", _download(path)) from error
 
 
 def _download(path: Path) -> str:
@@ -124,43 +94,5 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     }
     for name, (height, width, inputs, outputs) in LAYERS.items():
         shapes[f"{name}.conv.weight"] = (outputs, inputs, height, width)
-        shapes |= {f"{name}.bn.{part}": (outputs,) for part in _NORMALISATION}
+        shapes |= {f"{name}.bn.{part}": (outputs,) for part in published_weights.NORMALISATION}
     return shapes
-
-
-def _check(tensors: dict[str, Any], path: Path) -> None:
-    """Refuses a file of another network, before anything large is read.
-
-    The batch counters of batch normalisation are ignored.
-    """
-    wanted = _shapes()
-    found = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(".num_batches_tracked")
-    }
-    for name, shape in wanted.items():
-        if name not in found:
-            raise InputError(f"{path} has no parameter {name!r}", _download(path))
-        if found[name].shape != shape or found[name].dtype != np.float32:
-            what = f"shape {found[name].shape} and {found[name].dtype}, not {shape} and float32"
-            raise InputError(f"{path} has {name!r} of {what}", _download(path))
-    unknown = sorted(found.keys() - wanted.keys())
-    if unknown:
-        raise InputError(
-            f"{path} has a parameter {unknown[0]!r:.100}, which Inception-v3 does not have",
-            _download(path),
-        )
-
-
-def _fold(name: str, read: Callable[[str], np.ndarray]) -> dict[str, np.ndarray]:
-    """A layer's parameters for `apply`, folded in float64.
-
-    scale = weight / sqrt(variance + EPSILON), shift = bias - mean scale.
-    """
-    weight, bias, mean, variance = (
-        read(f"{name}.bn.{part}").astype(np.float64) for part in _NORMALISATION
-    )
-    scale = weight / np.sqrt(variance + EPSILON)
-    kernel = read(f"{name}.conv.weight").transpose(2, 3, 1, 0)
-    return {"kernel": kernel, "scale": np.float32(scale), "shift": np.float32(bias - mean * scale)}

@@ -13,6 +13,9 @@ from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 
+ENERGY = "high_frequency_energy"  # beside the outputs of a feature space
+LEAST_ENERGY = 1e-12  # below are the rounding errors of images without any
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -25,6 +28,7 @@ class Statistics:
         float64.
       features: float32 (n, d) of randomly chosen images; None if a published file has none.
       scores: metrics of the set alone, by name.
+      energy: the mean `high_frequency_energy` of the images; None if a file does not say.
     """
 
     about: dict[str, Any]
@@ -32,6 +36,7 @@ class Statistics:
     gaussians: dict[str, tuple[np.ndarray, np.ndarray]] = field(repr=False)
     features: np.ndarray | None = field(repr=False)
     scores: dict[str, float] = field(default_factory=dict)
+    energy: float | None = None
 
 
 class StatisticsAccumulator:
@@ -64,6 +69,7 @@ class StatisticsAccumulator:
         has_logits = "logits" in space.sizes
         self._score = metrics.InceptionScore(space.sizes["logits"]) if has_logits else None
         self._correct, self._labelled = 0, 0
+        self._energy = 0.0  # summed over images
 
     def add(
         self,
@@ -74,7 +80,8 @@ class StatisticsAccumulator:
         """Adds the next images.
 
         Args:
-          outputs: of the feature space, (b2, size) by name; rows beyond the images are padding.
+          outputs: of the feature space, (b2, size) by name, and `ENERGY`, (b2,); rows beyond the
+            images are padding.
           images: (b, h, w, c).
           labels: (b,), -1 for none.
 
@@ -87,6 +94,7 @@ class StatisticsAccumulator:
         numbers = np.arange(self.done, self.done + count)
         features = np.asarray(outputs["features"])[:count]
         self._features.append(features[np.isin(numbers, self._kept)])
+        self._energy += float(np.asarray(outputs[ENERGY], np.float64)[:count].sum())
         if self._score:
             logits = np.asarray(outputs["logits"])[:count]
             self._score.add(logits)
@@ -141,7 +149,8 @@ class StatisticsAccumulator:
             scores[name] = self._score.value()
         if self._labelled:
             scores["accuracy"] = self._correct / self._labelled
-        return Statistics(about, self.done, gaussians, np.concatenate(self._features), scores)
+        features, energy = np.concatenate(self._features), self._energy / self.done
+        return Statistics(about, self.done, gaussians, features, scores, energy)
 
     def state(self) -> dict[str, np.ndarray]:
         """The state, as arrays by name."""
@@ -150,6 +159,7 @@ class StatisticsAccumulator:
             "done": np.array(self.done),
             "right": np.array(self._correct),
             "labelled": np.array(self._labelled),
+            "energy": np.array(self._energy),
             "features": np.concatenate(self._features),
             "numbers": np.asarray(numbers, np.int64),
         }
@@ -165,7 +175,7 @@ class StatisticsAccumulator:
     def set_state(self, arrays: dict[str, np.ndarray]) -> None:
         """Continues from a state that `state` returned."""
         self.done, self._correct = int(arrays["done"]), int(arrays["right"])
-        self._labelled = int(arrays["labelled"])
+        self._labelled, self._energy = int(arrays["labelled"]), float(arrays["energy"])
         self._features = [arrays["features"]]
         self.pictures = dict(
             zip(arrays["numbers"].tolist(), arrays.get("pictures", []), strict=True)
@@ -220,6 +230,11 @@ def compare(
                 "features; the estimate is strongly biased upwards"
             )
     found |= sample.scores
+    if reference.energy is None or reference.energy < LEAST_ENERGY:
+        why = "do not have" if reference.energy is None else "have none of"
+        notes.append(f"high_frequency_ratio: the reference's statistics {why} this energy")
+    else:
+        found["high_frequency_ratio"] = sample.energy / reference.energy
     if reference.features is None:
         notes.append("precision, recall, kid: the reference has statistics only, no images")
         return found, notes

@@ -8,7 +8,7 @@ import numpy as np
 
 from rdm_jax.config.schema import LEAST
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.evaluation.statistics import Statistics
+from rdm_jax.evaluation.statistics import ENERGY, Statistics
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, parse_json, sha256
 from rdm_jax.runtime.npz import Npz
@@ -19,7 +19,7 @@ NAMES = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def save_statistics(path: Path, statistics: Statistics, space: FeatureSpace) -> None:
-    """Writes statistics under ADM's names, with 'features' and 'about'.
+    """Writes statistics under ADM's names, with 'features', 'high_frequency_energy' and 'about'.
 
     'about' is JSON: the images, their number and the feature space.
     """
@@ -29,6 +29,8 @@ def save_statistics(path: Path, statistics: Statistics, space: FeatureSpace) -> 
         "space": {"name": space.name, "digest": space.digest},
     }
     arrays = {"about": np.array(json.dumps(about)), "features": statistics.features}
+    if statistics.energy is not None:
+        arrays[ENERGY] = np.array(statistics.energy)
     for name, gaussian in statistics.gaussians.items():
         arrays |= dict(zip(NAMES[name], gaussian, strict=True))
     with atomic_write(path) as partial, partial.open("wb") as file:
@@ -56,9 +58,9 @@ def read_statistics(path: Path, space: FeatureSpace) -> Statistics:
                 f"{path} has no mu and sigma, only {found}",
                 "Use statistics of ADM, EDM or this project.",
             )
-        features = _features(file, space)
+        features, energy = _features(file, space), _energy(file)
     about_images = {"file": path.name, "sha256": sha256(path), "images": about.get("images")}
-    return Statistics(about_images, about.get("count"), gaussians, features)
+    return Statistics(about_images, about.get("count"), gaussians, features, energy=energy)
 
 
 def _about(file: Npz, space: FeatureSpace) -> dict[str, Any]:
@@ -124,3 +126,17 @@ def _features(file: Npz, space: FeatureSpace) -> np.ndarray | None:
     if not np.isfinite(features).all():
         raise InputError(f"{file.path} has features that are not finite", INTACT)
     return features
+
+
+def _energy(file: Npz) -> float | None:
+    if ENERGY not in file.arrays:  # others' files, and those of earlier versions
+        return None
+    shape, dtype = file.arrays[ENERGY]
+    if shape or dtype != np.float64:
+        raise InputError(
+            f"{file.path} has {ENERGY} of shape {shape}, {dtype}", "Use float64 of shape ()."
+        )
+    energy = float(file.read(ENERGY))
+    if not 0 <= energy < np.inf:
+        raise InputError(f"{file.path} has {ENERGY}={energy}", INTACT)
+    return energy

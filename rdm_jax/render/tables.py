@@ -17,6 +17,7 @@ METRICS = {
     "recall": 3,
     "kid": 5,
     "kid_standard_error": 5,
+    "high_frequency_ratio": 3,
 }
 # Metrics that a config may have from a paper.
 PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")

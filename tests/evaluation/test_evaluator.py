@@ -42,6 +42,7 @@ def test_command(source, workdir, tmp_path, capsys, caplog):
             "recall",
             "kid",
             "kid_standard_error",
+            "high_frequency_ratio",
         }
         assert row["metrics"].keys() == names and np.isfinite(list(row["metrics"].values())).all()
         assert any("no more than its 64 features" in note for note in row["notes"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rdm_jax.evaluation import inception, inception_weights
+from rdm_jax.evaluation import inception, inception_weights, published_weights
 from rdm_jax.runtime.errors import InputError
 from tests.support import inception_file
 from tests.support.torch_standins import Call, Named, View, dump_legacy, dump_pt, state_dict
@@ -212,7 +212,7 @@ def test_load_refuses_another_file(small, monkeypatch):
         raise AssertionError("it was looked into before its SHA-256 was known")
 
     with monkeypatch.context() as patched:
-        patched.setattr(inception_weights.torch_files, "open_state_dict", opened)
+        patched.setattr(published_weights.torch_files, "open_state_dict", opened)
         refuse(path, digest[:8], "not 6726825d", sha256=inception_weights.SHA256)
         refuse(path, digest[:8], sha256=hashlib.sha256(b"").hexdigest())
     assert inception_weights.load(path, digest)[1] == digest

@@ -50,7 +50,7 @@ REFUSED = {
     ),
     "no features": (
         {"features": "none"},
-        r"features='none' with --mode=evaluate .*Use 'inception' or 'classifier'",
+        r"features='none' with --mode=evaluate .*Use 'inception', 'efficientnet' or 'classifier'",
     ),
     "unknown features": ({"features": "dino"}, r"features='dino'"),
     "unknown set": ({"images": "samples, stage2"}, r"images='samples, stage2'.*'stage1'"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from rdm_jax.evaluation.features import FeatureSpace
-from rdm_jax.evaluation.statistics import Statistics, StatisticsAccumulator, compare
+from rdm_jax.evaluation.high_frequency import high_frequency_energy
+from rdm_jax.evaluation.statistics import ENERGY, Statistics, StatisticsAccumulator, compare
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
@@ -53,6 +54,7 @@ def gather(images, labels, batch=8, stop_at=None, kept=100) -> Statistics:
         outputs = project(
             jnp.asarray(space().params), jnp.asarray(np.resize(here, (batch, 4, 4, 1)))
         )
+        outputs[ENERGY] = high_frequency_energy(jnp.asarray(np.resize(here, (batch, 4, 4, 1))))
         outputs = {
             name: sharding.put_batch(np.asarray(x), sharding.local_mesh())
             for name, x in outputs.items()
@@ -80,6 +82,8 @@ def test_accumulator_matches_numpy():
     labelled = labels >= 0  # others are not counted
     np.testing.assert_allclose(found.scores["accuracy"], (p.argmax(1) == labels)[labelled].mean())
     np.testing.assert_allclose(found.features, outputs["features"], atol=1e-5)
+    energy = np.asarray(high_frequency_energy(jnp.asarray(images)), np.float64)
+    np.testing.assert_allclose(found.energy, energy.mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("stop_at", [0, 24])
@@ -90,7 +94,7 @@ def test_accumulator_resumes_bit_equal(stop_at):
         for one, other in zip(gaussian, stopped.gaussians[name], strict=True):
             np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(straight.features, stopped.features)
-    assert straight.scores == stopped.scores
+    assert straight.scores == stopped.scores and straight.energy == stopped.energy
 
 
 def test_accumulator_keeps_random_features():
@@ -141,7 +145,9 @@ def test_statistics_files_round_trip(tmp_path):
         "precision",
         "recall",
         "kid",
+        "high_frequency_ratio",
     }
+    assert metrics["high_frequency_ratio"] == 1.0
     assert metrics.keys() == names | {"kid_standard_error"}
 
 

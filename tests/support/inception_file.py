@@ -1,7 +1,8 @@
-"""A file like the published one of Inception-v3, with parameters by the recipe of the reference
-cases."""
+"""Files like the published ones of Inception-v3 and EfficientNet-Lite0, with parameters by the
+recipe of the reference cases."""
 
 import hashlib
+import re
 import zlib
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def draw(name: str, shape: list[int], seed: int) -> np.ndarray:
     )
     if name.endswith("running_var"):
         return 1 + 0.1 * np.abs(z)
-    if name.endswith("bn.weight"):
+    if re.search(r"bn\d?\.weight$", name):
         return 1 + 0.1 * z
     return (
         0.1 * z
