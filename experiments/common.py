@@ -24,6 +24,7 @@ from rdm_jax.stage_datasets import open_sets
 from rdm_jax.workdir import Workdir
 
 COLUMNS = ("fid", "frechet_distance", "kid", "accuracy", "precision", "recall")
+COLUMNS += ("high_frequency_ratio",)
 
 
 def start() -> None:
