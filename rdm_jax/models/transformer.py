@@ -51,6 +51,8 @@ class JiT:
       head_blocks: blocks on pixels after the transformer, each modulated by its patch's token, as
         in DeCo (arXiv 2511.19365); 0 for a linear layer from token to patch.
       pixel_channels: width of the blocks on pixels.
+      pixel_fold: side of the cells that these blocks see as one pixel (space-to-depth); it divides
+        `patch`.
       head_kernel: 1, or 3 for convolutions, which see over the borders of patches.
       augment_labels: values of the augmentation label; 0 for none, 9 for EDM's augmentation.
       dtype: 'float32' or 'bfloat16', of the computation on tokens. Parameters, embeddings of time
@@ -74,6 +76,7 @@ class JiT:
     stem_blocks: int = at_least(0, default=0)
     head_blocks: int = at_least(0, default=0)
     pixel_channels: int = at_least(8, default=32)
+    pixel_fold: int = at_least(1, default=1)
     head_kernel: int = one_of(1, 3, default=1)
     augment_labels: int = at_least(0, default=0)
     dtype: str = one_of("float32", "bfloat16", default="float32")
@@ -98,6 +101,11 @@ class JiT:
                 "of 4",
                 f"Use a multiple of {4 * self.heads}.",
             )
+        if self.patch % self.pixel_fold:
+            raise InputError(
+                f"{path}.pixel_fold={self.pixel_fold} does not divide {path}.patch={self.patch}",
+                "Use 1, or another divisor of the patch.",
+            )
         if self.class_tokens and self.class_tokens_from >= self.depth:
             raise InputError(
                 f"{path}.class_tokens_from={self.class_tokens_from} is not one of "
@@ -117,7 +125,8 @@ class JiTNetwork(nnx.Module):
         self.config, self.dtype = config, jnp.dtype(config.dtype)
         wide = functools.partial(dense, dtype=jnp.dtype("float32"), rngs=rngs)
         tokens = functools.partial(dense, dtype=self.dtype, rngs=rngs)
-        hidden, patch, labels = config.hidden, config.patch**2, config.augment_labels
+        hidden, labels = config.hidden, config.augment_labels
+        patch, cell = (config.patch // config.pixel_fold) ** 2, config.pixel_fold**2
 
         self.time0 = wide(FREQUENCIES, hidden, init=SMALL)
         self.time1 = wide(hidden, hidden, init=SMALL)
@@ -127,7 +136,7 @@ class JiTNetwork(nnx.Module):
         self.augment = (
             wide(labels, hidden, init=nnx.initializers.zeros, use_bias=False) if labels else None
         )
-        in_pixel, out_pixel = shapes.channels_in, shapes.channels_out
+        in_pixel, out_pixel = shapes.channels_in * cell, shapes.channels_out * cell
         if config.stem_blocks or config.head_blocks:
             self.pixels = transformer_layers.Pixels(
                 in_pixel,
@@ -242,16 +251,17 @@ class JiTNetwork(nnx.Module):
         config = self.config
         classes, emb = self._embeddings(noise_label, condition, augment_label)
         emb = nnx.silu(emb)
-        x = x.astype(self.dtype)
+        fold, patch = config.pixel_fold, config.patch // config.pixel_fold
+        x = resampling.space_to_depth(x.astype(self.dtype), fold)
         has_pixels = bool(config.stem_blocks or config.head_blocks)
         pixels = self.pixels.before(x, emb) if has_pixels else x
         patches = pixels if config.stem_blocks else x
-        patches = resampling.space_to_depth(patches, config.patch)
-        h = self._tokens(patches, classes, emb, dropout_keys)
+        h = self._tokens(resampling.space_to_depth(patches, patch), classes, emb, dropout_keys)
         shift, scale = jnp.split(self.out_modulation(emb), 2, axis=-1)
-        h = self.out_norm(h, scale, shift)
-        if not config.head_blocks:
-            h = resampling.depth_to_space(self.out(h).astype(jnp.float32), config.patch)
-            return h + self.pixels.after(pixels) if config.stem_blocks else h
-        h = resampling.depth_to_space(self.out(h), config.patch)
-        return self.pixels.after(pixels, h)
+        h = self.out(self.out_norm(h, scale, shift))
+        if config.head_blocks:
+            out = self.pixels.after(pixels, resampling.depth_to_space(h, patch))
+        else:
+            out = resampling.depth_to_space(h.astype(jnp.float32), patch)
+            out = out + self.pixels.after(pixels) if config.stem_blocks else out
+        return resampling.depth_to_space(out, fold)
