@@ -14,7 +14,7 @@ from rdm_jax.models.conditions import ClassLabels, Condition, Nothing
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
 from rdm_jax.models.transformer import JiT
-from rdm_jax.runtime.fields import at_least, below, positive
+from rdm_jax.runtime.fields import at_least, below, one_of, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,13 @@ class Training:
       batch_size: over all devices.
       accumulate: number of parts of a batch, processed one after the other to save memory.
       learning_rate, warmup: Adam's, rising linearly over the first `warmup` images.
+      schedule: of the learning rate after that: 'constant'; 'inverse_sqrt', divided by the square
+        root of the images seen in units of `decay_from` (EDM2, arXiv 2312.02696, equation 67); or
+        'cosine', falling to 0 at `images`.
+      decay_from: images after which 'inverse_sqrt' falls.
       beta1, beta2, epsilon: Adam's.
+      weight_decay: AdamW's (arXiv 1711.05101), of kernels alone; 0 for Adam.
+      clip_norm: gradients of a larger norm are scaled down to it; 0 for none.
       ema_halflife, ema_rampup: half-life of the EMA of the parameters, and its bound as a share of
         the images seen (0: none).
       label_dropout: probability of training an image on the null condition; guidance needs it.
@@ -56,9 +62,13 @@ class Training:
     accumulate: int = at_least(1, default=1)
     learning_rate: float = positive(default=1e-4)
     warmup: int = at_least(0, default=10_000)
+    schedule: str = one_of("constant", "inverse_sqrt", "cosine", default="constant")
+    decay_from: int = at_least(1, default=10_000_000)
     beta1: float = below(1, default=0.9)
     beta2: float = below(1, default=0.999)
     epsilon: float = positive(default=1e-8)
+    weight_decay: float = at_least(0, default=0.0)
+    clip_norm: float = at_least(0, default=0.0)
     ema_halflife: float = positive(default=500_000.0)
     ema_rampup: float = at_least(0, default=0.05)
     label_dropout: float = below(1, default=0.1)

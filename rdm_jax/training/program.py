@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from rdm_jax.config import Stage, Training
+from rdm_jax.config import Stage
 from rdm_jax.data.augment import Augmentation
 from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import sharding
 from rdm_jax.training.count import Count
+from rdm_jax.training.optimizer import build_optimizer
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
 
@@ -37,21 +37,6 @@ def build_objective(
         augmentation=Augmentation(training.augment) if training.augment else None,
         flip=training.flip,
         representation=dataclasses.replace(stage.representation, cell=cell),
-    )
-
-
-def build_optimizer(training: Training, count: Count) -> optax.GradientTransformation:
-    """Adam with a linear warm-up over images, also across changes of the batch size."""
-    rate = optax.linear_schedule(
-        0.0, training.learning_rate, max(1, training.warmup // training.batch_size)
-    )
-    # Adam counts steps; images shown at another batch size count as `ahead` more of them.
-    ahead = count.images // count.batch_size - count.step
-    return optax.adam(
-        (lambda step: rate(step + ahead)) if ahead else rate,
-        b1=training.beta1,
-        b2=training.beta2,
-        eps=training.epsilon,
     )
 
 

@@ -21,7 +21,7 @@ from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.training import metric_writer
 from rdm_jax.training.count import Count
 from rdm_jax.training.loop import Trainer
-from rdm_jax.training.program import build_optimizer
+from rdm_jax.training.optimizer import build_optimizer
 from rdm_jax.training.validation import Validation
 from tests.support.configs import tiny_config
 
