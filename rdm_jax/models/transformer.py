@@ -29,7 +29,7 @@ REMAT: dict[str, Callable[[Callable[..., Array]], Callable[..., Array]]] = {
     ),
 }
 FREQUENCIES = 256  # values of the time's embedding before its first layer
-SMALL = nnx.initializers.normal(0.02)
+SMALL, UNIT = nnx.initializers.normal(0.02), nnx.initializers.normal(1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,9 @@ class JiT:
       pixel_fold: side of the cells that these blocks see as one pixel (space-to-depth); it divides
         `patch`.
       head_kernel: 1, or 3 for convolutions, which see over the borders of patches.
+      init: 'published': gates begin at 0 and embeddings near 0, so that blocks join in slowly; or
+        'open': gates begin at 1 and embeddings have unit variance, which learns faster where
+        trainings are short.
       augment_labels: values of the augmentation label; 0 for none, 9 for EDM's augmentation.
       dtype: 'float32' or 'bfloat16', of the computation on tokens. Parameters, embeddings of time
         and class and their modulation, normalisation and softmax, and the output are float32.
@@ -78,6 +81,7 @@ class JiT:
     pixel_channels: int = at_least(8, default=32)
     pixel_fold: int = at_least(1, default=1)
     head_kernel: int = one_of(1, 3, default=1)
+    init: str = one_of("published", "open", default="published")
     augment_labels: int = at_least(0, default=0)
     dtype: str = one_of("float32", "bfloat16", default="float32")
     remat: str = one_of(*REMAT, default="none")
@@ -128,11 +132,13 @@ class JiTNetwork(nnx.Module):
         hidden, labels = config.hidden, config.augment_labels
         patch, cell = (config.patch // config.pixel_fold) ** 2, config.pixel_fold**2
 
-        self.time0 = wide(FREQUENCIES, hidden, init=SMALL)
-        self.time1 = wide(hidden, hidden, init=SMALL)
+        gate = float(config.init == "open")
+        in_time, in_class = (None, UNIT) if gate else (SMALL, SMALL)
+        self.time0 = wide(FREQUENCIES, hidden, init=in_time)
+        self.time1 = wide(hidden, hidden, init=in_time)
         # The last row is the null class.
         rows = vector_size(shapes.condition) + 1
-        self.class_table = nnx.Param(SMALL(rngs.params(), (rows, hidden)))
+        self.class_table = nnx.Param(in_class(rngs.params(), (rows, hidden)))
         self.augment = (
             wide(labels, hidden, init=nnx.initializers.zeros, use_bias=False) if labels else None
         )
@@ -146,6 +152,7 @@ class JiTNetwork(nnx.Module):
                 stem_blocks=config.stem_blocks,
                 head_blocks=config.head_blocks,
                 head_kernel=config.head_kernel,
+                gate=gate,
                 dtype=self.dtype,
                 rngs=rngs,
             )
@@ -165,6 +172,7 @@ class JiTNetwork(nnx.Module):
                 config.heads,
                 config.mlp_width,
                 dropout=config.dropout if in_middle else 0.0,
+                gate=gate,
                 dtype=self.dtype,
                 rngs=rngs,
             )

@@ -25,17 +25,19 @@ def dense(
     c_out: int,
     *,
     init: Any = None,
+    bias: Any = ZERO,
     use_bias: bool = True,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
 ) -> "Linear":
-    """A linear layer with Xavier's uniform kernel, or another, and a bias of 0."""
+    """A linear layer with Xavier's uniform kernel, or another, and a bias of 0, or another."""
     return Linear(
         c_in,
         c_out,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=init or Xavier().kernel,
+        bias_init=bias,
         rngs=rngs,
     )
 
@@ -129,6 +131,16 @@ def folded(keys: Key[Array, " b"] | None, number: int) -> Key[Array, " b"] | Non
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
 
 
+def open_gates(parts: int, value: float) -> Any:
+    """Initializes a bias of [shift, scale, gate] x parts: gates with `value`, all else with 0."""
+
+    def bias(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        one = jnp.asarray([0, 0, value], dtype)
+        return jnp.repeat(jnp.tile(one, parts), shape[0] // parts // 3)
+
+    return bias
+
+
 class Attention(nnx.Module):
     """Self-attention of tokens, with norms of queries and keys, and rotary positions."""
 
@@ -208,7 +220,11 @@ class SwiGLU(nnx.Module):
 
 class Block(nnx.Module):
     """Attention and SwiGLU, each normalised, modulated by the embedding and gated (adaLN-zero,
-    arXiv 2212.09748)."""
+    arXiv 2212.09748).
+
+    Args:
+      gate: first value of the gates; 0 in adaLN-zero.
+    """
 
     def __init__(
         self,
@@ -217,6 +233,7 @@ class Block(nnx.Module):
         mlp_width: int,
         *,
         dropout: float,
+        gate: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -226,7 +243,9 @@ class Block(nnx.Module):
         self.norm2 = RMSNorm(channels, **kwargs)
         self.mlp = SwiGLU(channels, mlp_width, dropout=dropout, **kwargs)
         wide = jnp.dtype("float32")
-        self.modulation = dense(channels, 6 * channels, init=ZERO, dtype=wide, rngs=rngs)
+        self.modulation = dense(
+            channels, 6 * channels, init=ZERO, bias=open_gates(2, gate), dtype=wide, rngs=rngs
+        )
 
     def __call__(
         self,
@@ -254,11 +273,20 @@ class PixelBlock(nnx.Module):
     """Two layers on pixels, normalised, modulated and gated (adaLN-zero)."""
 
     def __init__(
-        self, channels: int, conditions: int, kernel: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        channels: int,
+        conditions: int,
+        kernel: int,
+        *,
+        gate: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         kwargs: dict[str, Any] = {"init": Xavier(), "dtype": dtype, "rngs": rngs}
         self.norm = RMSNorm(channels, dtype=dtype, rngs=rngs)
-        self.modulation = dense(conditions, 3 * channels, init=ZERO, dtype=dtype, rngs=rngs)
+        self.modulation = dense(
+            conditions, 3 * channels, init=ZERO, bias=open_gates(1, gate), dtype=dtype, rngs=rngs
+        )
         self.layer0 = layers.conv(channels, 2 * channels, kernel, **kwargs)
         self.layer1 = layers.conv(2 * channels, channels, kernel, **kwargs)
 
@@ -279,6 +307,7 @@ class Pixels(nnx.Module):
       conditions: width of the embedding.
       stem_blocks, head_blocks: numbers of blocks.
       head_kernel: of the head's blocks; the stem's is 3.
+      gate: first value of all blocks' gates.
     """
 
     def __init__(
@@ -291,6 +320,7 @@ class Pixels(nnx.Module):
         stem_blocks: int,
         head_blocks: int,
         head_kernel: int,
+        gate: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -299,9 +329,9 @@ class Pixels(nnx.Module):
         kernel = 3 if stem_blocks else head_kernel
         self.first = layers.conv(c_in, channels, kernel, init=Xavier(), **kwargs)
         for i in range(stem_blocks):
-            setattr(self, f"stem{i}", PixelBlock(channels, conditions, 3, **kwargs))
+            setattr(self, f"stem{i}", PixelBlock(channels, conditions, 3, gate=gate, **kwargs))
         for i in range(head_blocks):
-            block = PixelBlock(channels, channels, head_kernel, **kwargs)
+            block = PixelBlock(channels, channels, head_kernel, gate=gate, **kwargs)
             setattr(self, f"head{i}", block)
         self.norm = RMSNorm(channels, **kwargs)
         self.last = layers.conv(channels, c_out, head_kernel, init=Xavier(0.0), **kwargs)
