@@ -18,7 +18,8 @@ from absl import flags
 from PIL import Image
 
 from experiments import common
-from experiments.benchmarks import speed, timing
+from experiments.benchmarks import timing
+from experiments.benchmarks.random_training import Training
 from experiments.transformers.variants import CHOSEN, variants
 from rdm_jax import config as configs
 from rdm_jax.checkpoints import store
@@ -69,7 +70,7 @@ def seconds_per_image(config: Config, number: int, classes: int, root: Path) -> 
     stage = config.stage(number)
     key = f"{stage.resolution} batch {stage.training.batch_size} {stage.network}"
     if key not in known:
-        training = speed.Training(config, number, classes)
+        training = Training(config, number, classes)
         found = timing.medians({key: training.step}, _SECONDS.value)
         known[key] = found[key] / stage.training.batch_size
         with atomic_write(path) as partial:
@@ -93,14 +94,15 @@ def with_equal_time(config: Config, usual: Config, classes: int, root: Path) -> 
 
 def trained(relays: dict[str, Config], root: Path, seed: int) -> list[Relay]:
     """Trains all relays with one seed."""
-    found = []
+    found, usual = [], dataclasses.replace(relays["unet"], seed=seed)
     for name, config in relays.items():
         workdir = root / f"{name.replace(' ', '_')}-{seed}"
         config = dataclasses.replace(config, seed=seed)
         for number in (1, 2):
-            shared = number == 1 and config.stage(1) == relays["unet"].stage(1)
-            place = root / f"unet-{seed}" if shared else workdir
-            checkpoint = common.trained(config, place, number)
+            if number == 1 and config.stage(1) == usual.stage(1):
+                checkpoint = common.trained(usual, root / f"unet-{seed}", 1)
+            else:
+                checkpoint = common.trained(config, workdir, number)
             config = config.with_stage(number, checkpoint=str(checkpoint))
         found.append(Relay(name, config, workdir))
     return found
@@ -155,7 +157,7 @@ def draw_images(relays: list[Relay]) -> Image.Image:
 
 def chosen(config: Config) -> dict[str, Config]:
     """The relays that the command line names, the U-Nets first. Raises InputError."""
-    found, names = variants(config), parse_list(_VARIANTS.value)
+    found, names = variants(config), parse_list(_VARIANTS.value, "--variants")
     names = list(found) if names == ["all"] else names
     for name in names:
         if name not in found:

@@ -6,7 +6,10 @@ from rdm_jax.config import Config, Stage
 from rdm_jax.diffusion.preconditioning import XPreconditioning
 from rdm_jax.models.transformer import JiT
 
-# For an image of 8 x 8 patches; each is measured at equal training time.
+PATCHES = 8  # along a side
+# Each network is trained for the same time. The learning rate is in units of the config's, which
+# was found for U-Nets.
+RATE = 4.0
 TRANSFORMER = JiT(
     hidden=128,
     depth=4,
@@ -14,31 +17,56 @@ TRANSFORMER = JiT(
     bottleneck=32,
     class_tokens=0,
     class_tokens_from=0,
-    pixel_channels=16,
+    init="open",
 )
+
+
+def _changed(**fields) -> JiT:
+    return dataclasses.replace(TRANSFORMER, **fields)
+
+
 NETWORKS = {
     "transformer": TRANSFORMER,
-    "wide": dataclasses.replace(TRANSFORMER, hidden=192, depth=3, heads=3),
-    "deep": dataclasses.replace(TRANSFORMER, hidden=96, depth=6, heads=3),
-    "class tokens": dataclasses.replace(TRANSFORMER, class_tokens=4, class_tokens_from=1),
-    "pixel head": dataclasses.replace(TRANSFORMER, head_blocks=2),
-    "stem": dataclasses.replace(TRANSFORMER, stem_blocks=1),
-    "stem and head": dataclasses.replace(TRANSFORMER, stem_blocks=1, head_blocks=1, head_kernel=3),
+    "adaLN-zero": _changed(init="published"),
+    "wide": _changed(hidden=192, depth=3, heads=3),
+    "deep": _changed(hidden=96, depth=6, heads=3),
+    "class tokens": _changed(class_tokens=4, class_tokens_from=1),
+    "pixel head": _changed(head_blocks=2, pixel_channels=16),
+    "convolutions on pixels": _changed(
+        stem_blocks=1, head_blocks=1, head_kernel=3, pixel_channels=16
+    ),
 }
-RATES = (0.5, 2.0)  # times the config's learning rate
-PATCHES = 8  # along a side
-# The variants of which a table over seeds is worth its time.
-CHOSEN = ("unet", "transformer", "stem and head", "both stages")
+# Convolutions on the grid of patches, as the U-Nets of the small configs have them.
+MIXED = _changed(depth=2, stem_blocks=1, head_blocks=1, head_kernel=3, pixel_channels=64)
+RATES = (1.0, 2.0)
+BATCHES = (0.5,)  # in units of the config's
+# Those of which a table over seeds is worth its time.
+CHOSEN = ("unet", "transformer", "mixed", "both stages")
 
 
-def transformer(stage: Stage, network: JiT, **training: float) -> Stage:
-    """The stage with this network, on 8 x 8 patches."""
-    patch = max(stage.resolution) // PATCHES
+def patch_of(stage: Stage) -> int:
+    """The side of a patch."""
+    return max(1, max(stage.resolution) // PATCHES)
+
+
+def transformer(stage: Stage, network: JiT, *, rate: float = RATE, batch: float = 1.0) -> Stage:
+    """The stage with this network, on a grid of `PATCHES` patches a side."""
+    training = stage.training
     return dataclasses.replace(
         stage,
-        network=dataclasses.replace(network, patch=patch),
-        training=dataclasses.replace(stage.training, **training),
+        network=dataclasses.replace(network, patch=patch_of(stage)),
+        training=dataclasses.replace(
+            training,
+            learning_rate=rate * training.learning_rate,
+            batch_size=round(batch * training.batch_size),
+        ),
     )
+
+
+def mixed(stage: Stage) -> Stage:
+    """The stage with a network of convolutions on the grid of patches, and a transformer inside."""
+    network = dataclasses.replace(MIXED, pixel_fold=patch_of(stage))
+    return transformer(stage, network)
 
 
 def x_prediction(stage: Stage) -> Stage:
@@ -51,15 +79,14 @@ def variants(config: Config) -> dict[str, Config]:
     """The relays by name. 'unet' is the config as it is; all others exchange stage 2's network, and
     'both stages' stage 1's too."""
     first, second = config.stages
-    rate = second.training.learning_rate
     plain = transformer(second, TRANSFORMER)
-    stages = {name: (first, transformer(second, net)) for name, net in NETWORKS.items()}
-    stages["x-prediction"] = first, x_prediction(plain)
-    for factor in RATES:
-        stages[f"learning rate x {factor:g}"] = (
-            first,
-            transformer(second, TRANSFORMER, learning_rate=factor * rate),
-        )
-    stages["both stages"] = transformer(first, TRANSFORMER), stages["stem and head"][1]
+    seconds = {name: transformer(second, net) for name, net in NETWORKS.items()}
+    seconds |= {"mixed": mixed(second), "x-prediction": x_prediction(plain)}
+    for rate in RATES:
+        seconds[f"learning rate x {rate:g}"] = transformer(second, TRANSFORMER, rate=rate)
+    for batch in BATCHES:
+        seconds[f"batch x {batch:g}"] = transformer(second, TRANSFORMER, batch=batch)
+    stages = {name: (first, stage) for name, stage in seconds.items()}
+    stages["both stages"] = transformer(first, TRANSFORMER), plain
     found = {name: dataclasses.replace(config, stages=pair) for name, pair in stages.items()}
     return {"unet": config} | found

@@ -12,6 +12,7 @@ from PIL import Image
 from experiments import common
 from experiments.ablations.variants import GROUPS, unguided
 from experiments.relay_vs_cascade.variants import ORDERS, points, variants
+from experiments.transformers.variants import variants as transformers
 from rdm_jax.config import Config, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.sources import open_source
@@ -195,6 +196,7 @@ def run(*arguments: str) -> str:
     [
         ("relay_vs_cascade.compare", "--config.data.held_out=0", "config.data.held_out=0 "),
         ("relay_vs_cascade.compare", "--nfe=5,8", "NFE 8 "),
+        ("transformers.compare", "--variants=unit", "--variants=unit "),
         ("ablations.sweep", "--groups=clocks", "--groups='clocks' "),
         (
             "ablations.sweep",
@@ -317,6 +319,36 @@ def test_ablations(tmp_path):
     assert (
         joined == sorted(joined) and len(set(joined)) > 1
     )  # a longer clock goes further out, where a level is
+
+
+@pytest.mark.parametrize("config", ["digits", "emoji_small"])
+def test_transformer_variants_differ_in_networks(config):
+    config = config_of(f"configs/{config}.py", *(["tiny"] if config == "emoji_small" else []))
+    found = transformers(config)
+    for relay in found.values():
+        validate.check_config(relay)
+        for stage, usual in zip(relay.stages, config.stages, strict=True):
+            assert (stage.resolution, stage.sampler) == (usual.resolution, usual.sampler)
+    others = [name for name in found if name not in ("unet", "both stages")]
+    assert all(found[name].stages[0] == config.stages[0] for name in others)
+    assert len({found[name].stages[1] for name in others}) == len(others)
+
+
+@pytest.mark.long
+def test_transformers(tmp_path):
+    printed = run(
+        "-m",
+        "experiments.transformers.compare",
+        *smallest(tmp_path),
+        "--seconds=0.1",
+        "--variants=mixed, both stages",
+    )
+    metrics, losses = re.findall(r"((?:^\|.*\|\n)+)", printed, re.MULTILINE)
+    names = ["unet", "mixed", "both stages"]
+    for table, last in ((metrics, ["held-out real images"]), (losses, [])):
+        rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+        assert rows == names + last
+    assert (tmp_path / "runs/images.png").stat().st_size > 1000
 
 
 @pytest.mark.long
