@@ -2,6 +2,7 @@
 
     python -m experiments.benchmarks.tpu                  # ADM-64 and ADM-256, bfloat16, v5e
     python -m experiments.benchmarks.tpu --stage 1 --only '192 64 x 64'
+    python -m experiments.benchmarks.tpu --config configs/imagenet_jit.py:B16 --batches 32
 
 It needs libtpu (`pip install 'jax[tpu]'`) and no TPU: the compiler compiles each block, forward and
 backward, for one chip, and tells the cycles that it expects of every operation. Their sum over the
@@ -10,14 +11,14 @@ for forward and backward) over that time, as a share of the chip's peak. An esti
 measurement: `rdm_jax.plan.modelled_time` says what it leaves out. The other columns are the shares
 of the time by kind of work, and the costliest operation.
 
-Every distinct block of the networks is a row: channels in and out, the side of its image, heads of
-attention, "up" or "down" where it resamples, and how many times the network has it. Images may lie
+Every distinct block of the networks is a row, with how many times the network has it. A U-Net's has
+channels in and out, the side of its image, heads of attention, "up" or "down" where it resamples; a
+transformer's has channels, tokens of the image (and of the class), heads. What stands before and
+after a network's blocks is part of whole steps alone: `--mode plan --compile`. Images may lie
 in memory as the compiler likes, as they do between the blocks of a network. A block takes half a
 minute to two to compile.
 """
 
-import collections
-import dataclasses
 import re
 import time
 from typing import Any
@@ -28,12 +29,11 @@ from absl import flags
 from flax import nnx
 from jax.experimental.layout import Format, Layout
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import timing, tpu_blocks
 from rdm_jax import config as configs
 from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import define_config
-from rdm_jax.models import layers, target
-from rdm_jax.models.backbone import Shapes
+from rdm_jax.models import target
 from rdm_jax.models.functional import multiply_adds
 from rdm_jax.plan import modelled_time
 from rdm_jax.plan.chips import Chip
@@ -63,99 +63,26 @@ COLUMNS = (
 SHOWN = 0.03  # share of the time from which a kind of work is shown
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """What tells a block of a network from another.
-
-    Attributes:
-      c_in, c_out: channels.
-      side: height and width of its input.
-      heads: of attention; 0 for none.
-      resample: 'up', 'down' or None.
-      emb: channels of the embedding.
-      dropout: rate.
-      style: of the family.
-    """
-
-    c_in: int
-    c_out: int
-    side: int
-    heads: int
-    resample: str | None
-    emb: int
-    dropout: float
-    style: layers.Style
-
-    @property
-    def side_out(self) -> int:
-        """Height and width of its output."""
-        return {"up": 2 * self.side, "down": self.side // 2, None: self.side}[self.resample]
-
-    def __str__(self) -> str:
-        parts = [f"{self.c_in}->{self.c_out} {self.side} x {self.side}"]
-        parts += [self.resample] if self.resample else []
-        parts += [f"{self.heads} heads"] if self.heads else []
-        return " ".join(parts)
-
-    def build(self, dtype: jnp.dtype) -> layers.Block:
-        """The module."""
-        return layers.Block(
-            self.c_in,
-            self.c_out,
-            self.emb,
-            self.style,
-            heads=self.heads,
-            resample=self.resample,
-            dropout=self.dropout,
-            dtype=dtype,
-            rngs=nnx.Rngs(root_key(0)),
-        )
-
-
-def blocks(stage: configs.Stage, channels: int, classes: int) -> dict[Block, int]:
-    """The distinct blocks of a stage's U-Net, in the order in which they run, and how often."""
-    config = stage.network
-    shapes = Shapes(channels, channels, stage.condition_for(classes).spec)
-    network: Any = nnx.eval_shape(lambda: config.build(shapes, rngs=nnx.Rngs(root_key(0))))
-    side, found = stage.resolution[0] // config.patch, []
-    for name in (*network.encoder, *network.decoder):
-        module = getattr(network, name)
-        block = Block(
-            c_in=module.conv0.in_features,
-            c_out=module.conv0.out_features,
-            side=side,
-            heads=module.attention.heads if module.attention else 0,
-            resample=module.resample,
-            emb=config.emb_mult * config.channels,
-            dropout=config.dropout,
-            style=network.style,
-        )
-        side = block.side_out
-        found.append(block)
-    return dict(collections.Counter(found))
-
-
-def compiled(block: Block, batch: int, dtype: jnp.dtype, device: Any) -> jax.stages.Compiled:
+def compiled(
+    block: tpu_blocks.Block, batch: int, dtype: jnp.dtype, device: Any
+) -> jax.stages.Compiled:
     """The block's output and gradients for a batch, compiled for a device."""
     graph, state = nnx.split(nnx.eval_shape(lambda: block.build(dtype)))
     key = jax.eval_shape(lambda: jax.random.key_data(root_key(0)))
 
     def both(state, x, emb, keys, cotangent):
         def run(state, x, emb):
-            return nnx.merge(graph, state)(x, emb, jax.random.wrap_key_data(keys))
+            return block.run(nnx.merge(graph, state), x, emb, jax.random.wrap_key_data(keys))
 
         out, backward = jax.vjp(run, state, x, emb)
         return out, backward(cotangent)
 
-    def images(side: int, channels: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch, side, side, channels), dtype)
-
     arguments = (
         state,
-        images(block.side, block.c_in),
+        jax.ShapeDtypeStruct((batch, *block.shape), dtype),
         jax.ShapeDtypeStruct((batch, block.emb), jnp.float32),
         jax.ShapeDtypeStruct((batch, *key.shape), key.dtype),
-        images(block.side_out, block.c_out),
+        jax.ShapeDtypeStruct((batch, *block.shape_out), dtype),
     )
     mesh = sharding.make_mesh(devices=[device])
     fixed = sharding.replicated(mesh)
@@ -172,19 +99,19 @@ def compiled(block: Block, batch: int, dtype: jnp.dtype, device: Any) -> jax.sta
         )
 
 
-def flops(block: Block, batch: int) -> int:
+def flops(block: tpu_blocks.Block, batch: int) -> int:
     """FLOPs forward and backward, counted as in a float32 network without fused kernels."""
     graph, state = nnx.split(nnx.eval_shape(lambda: block.build(jnp.dtype("float32"))))
     return 6 * multiply_adds(
-        lambda state, x, emb: nnx.merge(graph, state)(x, emb),
+        lambda state, x, emb: block.run(nnx.merge(graph, state), x, emb, None),
         state,
-        jax.ShapeDtypeStruct((batch, block.side, block.side, block.c_in), jnp.float32),
+        jax.ShapeDtypeStruct((batch, *block.shape), jnp.float32),
         jax.ShapeDtypeStruct((batch, block.emb), jnp.float32),
     )
 
 
 def row(
-    block: Block, batch: int, dtype: jnp.dtype, device: Any, chip: Chip
+    block: tpu_blocks.Block, batch: int, dtype: jnp.dtype, device: Any, chip: Chip
 ) -> tuple[list[str], list[modelled_time.Operation]]:
     """The cells of a block at a batch size, and its operations."""
     began = time.monotonic()
@@ -207,7 +134,7 @@ def row(
 def print_stage(stage: configs.Stage, channels: int, batch: int, device: Any, chip: Chip) -> None:
     """Prints the rows of a stage's blocks, and of all that are shown together."""
     dtype, total, work = jnp.dtype(_DTYPE.value), 0.0, 0.0
-    for block, count in blocks(stage, channels, 0).items():
+    for block, count in tpu_blocks.of_stage(stage, channels, 0).items():
         if not re.search(_ONLY.value, str(block)):
             continue
         cells, found = row(block, batch, dtype, device, chip)

@@ -3,11 +3,13 @@
 Tokens are (b, n, c). Parameters, modulation, normalisation and softmax are float32, tokens `dtype`.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Key
 
 from rdm_jax.models import layers
@@ -171,7 +173,9 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b n c"]:
         """Columns of the weights are put into the order of the kernel, which does the rest."""
         assert self.qkv.bias is not None and self.proj.bias is not None
-        kernel, bias = (heads.columns_of_parts(a[...]) for a in (self.qkv.kernel, self.qkv.bias))
+        # Else the optimizer's state takes the layout of the new order, by copies in every step.
+        kernel = with_layout_constraint(self.qkv.kernel[...], Layout(major_to_minor=(0, 1)))
+        kernel, bias = (heads.columns_of_parts(a) for a in (kernel, self.qkv.bias[...]))
         scales = jnp.stack([heads.lanes(norm.scale[...]) for norm in (self.q_norm, self.k_norm)])
         turns = jnp.stack([heads.lanes(jnp.asarray(a)) for a in rotary.neighbours()])
         out = attend_positioned_on_tpu(linear(x, kernel, bias), scales, turns, heads)
@@ -212,9 +216,13 @@ class SwiGLU(nnx.Module):
         self, x: Float[Array, "b n c"], keys: Key[Array, " b"] | None
     ) -> Float[Array, "b n c"]:
         """Of each token by itself."""
-        kernels = jnp.split(self.w12.kernel[...], 2, axis=-1)
-        biases = jnp.split(self.w12.bias[...], 2, axis=-1)
-        a, b = (linear(x, k, c) for k, c in zip(kernels, biases, strict=True))
+        if x.dtype == jnp.bfloat16:
+            # Else a TPU computes the gradients' halves anew for each tile of a product with them.
+            assert self.w12.bias is not None
+            kernels, biases = (jnp.split(p[...], 2, -1) for p in (self.w12.kernel, self.w12.bias))
+            a, b = map(functools.partial(linear, x), kernels, biases)
+        else:
+            a, b = jnp.split(self.w12(x), 2, axis=-1)
         return self.w3(dropout(nnx.silu(a) * b, self.dropout, keys))
 
 

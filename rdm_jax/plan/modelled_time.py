@@ -31,13 +31,16 @@ _COLLECTIVES = (
 # Kinds of work, each with what marks it in the names of JAX's primitives and of the functions that
 # called them. The first that applies counts.
 _KINDS = (
-    ("random numbers", r"threefry|random_bits|_bernoulli|_uniform|_normal|_mask|fold_in|split"),
+    (
+        "random numbers",
+        r"threefry|random_bits|_bernoulli|_uniform|_normal|_mask|fold_in|random_split",
+    ),
     ("attention", r"\battend|dot_product_attention|flash_attention|splash"),
     (
         "optimizer and EMA",
         r"apply_updates|incremental_update|optimizer|adam|scale_by|keep\b|norm\b",
     ),
-    ("normalisation", r"GroupNorm|LayerNorm|RMSNorm"),
+    ("normalisation", r"GroupNorm|LayerNorm|RMSNorm|unit_rms"),
 )
 KINDS = (
     "convolution",

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rdm_jax.models import adm, layers, tpu_attention
+from rdm_jax.models import adm, layers, tpu_attention, transformer_layers
 from rdm_jax.models.attention import attend, contiguous
+from rdm_jax.models.positions import Rotary
 from rdm_jax.models.tpu_attention import HeadGroups
 from tests.support.small_networks import parameters
 
@@ -119,3 +120,38 @@ def test_attention_layer_is_the_same_on_a_tpu(heads, monkeypatch):
     assert used
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(one - other) <= 0.02 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "grid", "before"),
+    [
+        (3, 64, (16, 16), 32),  # a group half empty, class tokens, rows that fill no tile
+        pytest.param(2, 80, (16, 16), 0, marks=pytest.mark.second),
+    ],
+)
+def test_kernel_normalises_and_turns_as_the_transformer(heads, width, grid, before, monkeypatch):
+    def build():
+        kwargs = {"dropout": 0.0, "dtype": jnp.dtype("float32"), "rngs": nnx.Rngs(0)}
+        return transformer_layers.Attention(heads * width, heads, **kwargs)
+
+    graph, state = nnx.split(nnx.eval_shape(build))
+    params = parameters(SimpleNamespace(abstract=nnx.to_pure_dict(state)))
+    rotary = Rotary.of(*grid, width, before=before)
+    shape = (2, before + grid[0] * grid[1], heads * width)
+    x, cotangent = values(shape, 0), values(shape, 1)
+
+    def both():
+        @jax.jit
+        def run(params, x):
+            nnx.replace_by_pure_dict(state, params)
+            return nnx.merge(graph, state)(x, rotary, None)
+
+        out, backward = jax.vjp(run, params, x)
+        return out, *backward(cotangent)
+
+    expected = both()
+    kernel = functools.partial(tpu_attention.positioned_attention, interpret=True)
+    monkeypatch.setattr(transformer_layers, "attend_positioned_on_tpu", kernel)
+    monkeypatch.setattr(transformer_layers, "kernel_on_tpu", lambda *_: True)
+    for one, other in zip(jax.tree.leaves(both()), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-5 * np.linalg.norm(other)
