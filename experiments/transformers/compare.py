@@ -9,6 +9,7 @@ is trained on as many images as fit into the time of the U-Net, measured on this
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -82,7 +83,7 @@ def with_equal_time(config: Config, usual: Config, classes: int, root: Path) -> 
     """The config whose stages train as long as those of the usual one."""
     for number in (1, 2):
         stage, target = config.stage(number), usual.stage(number)
-        if stage.network == target.network:
+        if stage == target:
             continue
         ratio = seconds_per_image(usual, number, classes, root) / seconds_per_image(
             config, number, classes, root
@@ -96,7 +97,7 @@ def trained(relays: dict[str, Config], root: Path, seed: int) -> list[Relay]:
     """Trains all relays with one seed."""
     found, usual = [], dataclasses.replace(relays["unet"], seed=seed)
     for name, config in relays.items():
-        workdir = root / f"{name.replace(' ', '_')}-{seed}"
+        workdir = root / f"{re.sub('[^a-z]+', '_', name)}-{seed}"
         config = dataclasses.replace(config, seed=seed)
         for number in (1, 2):
             if number == 1 and config.stage(1) == usual.stage(1):
