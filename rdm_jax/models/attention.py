@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rdm_jax.models import target, tpu_attention
+from rdm_jax.models.tpu_attention_kernels import HeadGroups
 
 
 def attend(
@@ -26,14 +27,12 @@ def attend(
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
 
 
-def kernel_on_tpu(dtype: Any, pixels: int, heads: tpu_attention.HeadGroups) -> bool:
+def kernel_on_tpu(dtype: Any, pixels: int, heads: HeadGroups) -> bool:
     """Whether `attend_on_tpu` is the fastest: on TPUs, for what the kernel takes."""
     return target.device().platform == "tpu" and tpu_attention.applies(dtype, pixels, heads)
 
 
-def attend_on_tpu(
-    qkv: Float[Array, "b n g3"], heads: tpu_attention.HeadGroups
-) -> Float[Array, "b n g"]:
+def attend_on_tpu(qkv: Float[Array, "b n g3"], heads: HeadGroups) -> Float[Array, "b n g"]:
     """`tpu_attention.attention`, on each device for its own images."""
     return target.per_device(functools.partial(tpu_attention.attention, heads=heads))(qkv)
 
@@ -42,7 +41,7 @@ def attend_positioned_on_tpu(
     qkv: Float[Array, "b n g3"],
     scales: Float[Array, "2 128"],
     turns: Float[Array, "2 n 128"],
-    heads: tpu_attention.HeadGroups,
+    heads: HeadGroups,
 ) -> Float[Array, "b n g"]:
     """`tpu_attention.positioned_attention`, on each device for its own images."""
     kernel = functools.partial(tpu_attention.positioned_attention, heads=heads)

@@ -15,9 +15,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key, UInt32
 
-from rdm_jax.models import convolution, resampling, tpu_attention
+from rdm_jax.models import convolution, resampling
 from rdm_jax.models.attention import attend, attend_on_tpu, contiguous, kernel_on_tpu
 from rdm_jax.models.initializers import FanIn, Xavier
+from rdm_jax.models.tpu_attention_kernels import HeadGroups
 
 # The name of the outputs of convolutions in policies of `jax.checkpoint`.
 CONVOLUTION = "convolution"
@@ -229,7 +230,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Attends over all pixels of each image."""
         b, h, w, c = x.shape
-        heads = tpu_attention.HeadGroups(self.heads, c // self.heads)
+        heads = HeadGroups(self.heads, c // self.heads)
         # The projection's channels are (head, channel in head, [q, k, v]), as in the published
         # weights. In bfloat16 its weights are put into the order that attention reads, which costs
         # less than to gather q, k and v from its results.

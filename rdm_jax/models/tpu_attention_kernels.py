@@ -111,7 +111,8 @@ def backward(
     no reductions, and of five products one alone is that of a transposed matrix.
     """
     if len(refs) == 3:
-        positions, (d_qkv, qk, d_qk), factors, d_scales = (), refs, None, None
+        positions: list[Any] = []
+        (d_qkv, qk, d_qk), factors, d_scales = refs, None, None
     else:
         *positions, d_qkv, d_scales, qk, d_qk, factors = refs
         d_scales[...] = jnp.zeros_like(d_scales)

@@ -180,8 +180,8 @@ class JiTNetwork(nnx.Module):
         self.out_norm = transformer_layers.RMSNorm(hidden, dtype=self.dtype, rngs=rngs)
         self.out_modulation = wide(hidden, 2 * hidden, init=nnx.initializers.zeros)
         # A head on pixels has a last layer of zeros of its own.
-        last = {} if config.head_blocks else {"init": nnx.initializers.zeros}
-        self.out = tokens(hidden, out_pixel * patch, **last)
+        last = None if config.head_blocks else nnx.initializers.zeros
+        self.out = tokens(hidden, out_pixel * patch, init=last)
 
     def _embeddings(
         self,

@@ -16,7 +16,7 @@ from rdm_jax.models import layers
 from rdm_jax.models.attention import attend, attend_positioned_on_tpu, kernel_on_tpu
 from rdm_jax.models.initializers import Xavier
 from rdm_jax.models.positions import Rotary, halves
-from rdm_jax.models.tpu_attention import HeadGroups
+from rdm_jax.models.tpu_attention_kernels import HeadGroups
 
 EPSILON = 1e-6
 ZERO = nnx.initializers.zeros

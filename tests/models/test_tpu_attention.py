@@ -13,7 +13,7 @@ from flax import nnx
 from rdm_jax.models import adm, layers, tpu_attention, transformer_layers
 from rdm_jax.models.attention import attend, contiguous
 from rdm_jax.models.positions import Rotary
-from rdm_jax.models.tpu_attention import HeadGroups
+from rdm_jax.models.tpu_attention_kernels import HeadGroups
 from tests.support.small_networks import parameters
 
 
