@@ -63,7 +63,11 @@ def test_transformer_parameters_as_published(size, patch, count):
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 8), (6, 2), (2, 2)])
-@pytest.mark.parametrize("options", [{}, WITH_PIXELS], ids=["tokens", "pixels"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, WITH_PIXELS, WITH_PIXELS | {"pixel_fold": 2}],
+    ids=["tokens", "pixels", "cells"],
+)
 def test_transformer_of_any_grid_sees_all_pixels_of_its_image_alone(height, width, options):
     config = changed(**options)
     params = parameters(network(config))
@@ -189,6 +193,7 @@ def test_transformer_gradients_reach_all_parameters():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"pixel_fold": 3}, "network.pixel_fold=3 does not divide network.patch=2"),
         ({"hidden": 36}, r"network\.hidden=36 .* Use a multiple of 8\."),
         ({"class_tokens_from": 4}, r"network\.class_tokens_from=4 .* Use 0 to 3"),
     ],
@@ -196,3 +201,19 @@ def test_transformer_gradients_reach_all_parameters():
 def test_transformer_refuses(options, message):
     with pytest.raises(InputError, match=message):
         changed(**options).check("network")
+
+
+def test_transformer_with_open_gates_uses_its_blocks_at_once():
+    """As published, blocks join in from zero."""
+    config = changed(**WITH_PIXELS, augment_labels=0)
+    first = {
+        init: network(dataclasses.replace(config, init=init)).init(jax.random.key(0))
+        for init in ("published", "open")
+    }
+    hidden = SMALL.hidden
+    bias = first["open"]["block0"]["modulation"]["bias"].reshape(6, hidden)
+    np.testing.assert_array_equal(bias, np.repeat([[0], [0], [1]] * 2, hidden, axis=1))
+    bias = first["open"]["pixels"]["head0"]["modulation"]["bias"].reshape(3, -1)
+    np.testing.assert_array_equal(bias.sum(1), [0, 0, 8])
+    assert not first["published"]["block0"]["modulation"]["bias"].any()
+    assert first["open"]["class_table"].std() > 10 * first["published"]["class_table"].std()
