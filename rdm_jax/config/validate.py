@@ -123,6 +123,7 @@ def _check_stage(stage: Stage, path: str) -> None:
     check_bounds(stage, path)
     stage.network.check(f"{path}.network")
     _check_process(stage, path)
+    _check_path(stage, path)
     _check_guidance(stage, path)
     _check_resolution(stage, path)
     _check_training(stage, path)
@@ -166,6 +167,17 @@ def _check_process(stage: Stage, path: str) -> None:
         f"{path}.process.sigma_data",
         trained,
         f"Use {assumed} (precondition.sigma_data).",
+    )
+
+
+def _check_path(stage: Stage, path: str) -> None:
+    """The network's times must be those of the process."""
+    known, trained = (getattr(part, "path", None) for part in (stage.precondition, stage.process))
+    require(
+        None in (known, trained) or known == trained,
+        f"{path}.precondition.path.noise_scale",
+        getattr(known, "noise_scale", None),
+        f"Use {getattr(trained, 'noise_scale', None)} (process.path.noise_scale).",
     )
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from rdm_jax.config import Config, Parallel, Stage, parse, to_dict, validate
 from rdm_jax.config.load import load as from_file
-from rdm_jax.config.load import packaged
+from rdm_jax.config.load import load_config, packaged
+from rdm_jax.diffusion import schedules
+from rdm_jax.diffusion.preconditioning import XPreconditioning
 from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun, RelayHeun
 from rdm_jax.models.adm import ADM
@@ -307,3 +309,18 @@ def test_process_without_a_sampler_is_refused_with_a_remedy():
     with pytest.raises(InputError, match="stage2.sampler.kind='heun' cannot be used") as refusal:
         validate.check_config(Config(stages=stages))
     assert refusal.value.fix == "Use a sampler for this process (config.extend)."
+
+
+@pytest.mark.parametrize("interval", [(5.0, 0.3), (1.0, 1.0), (-1.0, 2.0), (1.0,)])
+def test_guidance_interval_is_refused(interval):
+    config = load_config("digits", stage1={"guidance_interval": interval})
+    with pytest.raises(InputError, match=r"config\.stage1\.guidance_interval=.* Use two noise"):
+        validate.check_config(config)
+
+
+def test_other_path_of_the_network_is_refused():
+    config = load_config("imagenet_jit:B32")
+    validate.check_config(config)
+    other = config.with_stage(1, precondition=XPreconditioning(schedules.Path(1.0)))
+    with pytest.raises(InputError, match=r"noise_scale=1\.0 .* Use 2\.0 \(process\.path"):
+        validate.check_config(other)
