@@ -11,10 +11,10 @@ It runs on all devices that JAX finds. Data is random, and only tables are writt
 requested, profiles: traces of a few calls, for TensorBoard or xprof, in one folder per row.
 
 Every variant is a row: 'config' for the config as it is, or changes to it joined by +: float32 and
-bfloat16 (network.dtype), none, block and convolutions (network.remat), accumulate2, accumulate4 and
-so on (training.accumulate), pjit, pmap and fsdp (parallel: fsdp shards parameters over all
-devices). Only rows of one run should be compared. A variant that does not fit the devices' memory
-is a row that says so.
+bfloat16 (network.dtype), none, block, convolutions and products (network.remat), accumulate2,
+accumulate4 and so on (training.accumulate), pjit, pmap and fsdp (parallel: fsdp shards parameters
+over all devices). Only rows of one run should be compared. A variant that does not fit the devices'
+memory is a row that says so.
 
 Training: "compiling" is the time until the first step has run, less one step. Steps are started one
 after the other, as in training, and the last is waited for. TFLOP/s are per device: of the network,
@@ -49,8 +49,8 @@ from rdm_jax import config as configs
 from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import define_config
 from rdm_jax.config import validate
+from rdm_jax.models import transformer, unet
 from rdm_jax.models.functional import Network
-from rdm_jax.models.unet import REMAT
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
@@ -77,6 +77,7 @@ _NFE = flags.DEFINE_integer(
 _PROFILE = flags.DEFINE_string("profile", "", "Folder for a profile of each row; '' for none.")
 
 PROFILED = 3  # calls in a profile
+REMAT = {*unet.REMAT, *transformer.REMAT}
 TRAINING = (
     "stage",
     "variant",
