@@ -241,7 +241,7 @@ class Block(nnx.Module):
         mlp_width: int,
         *,
         dropout: float,
-        gate: float,
+        gate: float = 0.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -286,7 +286,7 @@ class PixelBlock(nnx.Module):
         conditions: int,
         kernel: int,
         *,
-        gate: float,
+        gate: float = 0.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -328,7 +328,7 @@ class Pixels(nnx.Module):
         stem_blocks: int,
         head_blocks: int,
         head_kernel: int,
-        gate: float,
+        gate: float = 0.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
