@@ -191,7 +191,7 @@ def test_relay_levels_use_sampling_clock(truncation_time):
         dataclasses.replace(relay(5), truncation_time=truncation_time),
     )
     levels = sampler.levels(process)
-    chex.assert_shape(levels, [(6,), (6, 2, 2)])
+    chex.assert_shape([levels.sigma, levels.blur], [(6,), (6, 2, 2)])
     clock = schedules.Clock(length=truncation_time or process.clock.length)
     chex.assert_trees_all_equal(levels.blur, process.blur_weights(clock.time(levels.sigma)))
     assert np.all(np.diff(np.asarray(levels.blur)[:, 1, 1]) > 0)
