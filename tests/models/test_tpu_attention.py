@@ -43,7 +43,7 @@ def values(shape, seed):
         # A head that does not fill its lanes, four heads in a group, three blocks of rows.
         pytest.param(HeadGroups(1, 72), 256, marks=pytest.mark.second),
         pytest.param(HeadGroups(5, 32), 256, marks=pytest.mark.second),
-        pytest.param(HeadGroups(2, 128), 1152, marks=pytest.mark.second),
+        pytest.param(HeadGroups(2, 128), 1152, marks=pytest.mark.long),
     ],
     ids=str,
 )
