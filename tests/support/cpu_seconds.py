@@ -49,7 +49,9 @@ class Recorder:
     def pytest_runtest_logreport(self, report):
         """Adds a phase of a test to its file."""
         self._seconds[report.nodeid.partition("::")[0]] += report.cpu_seconds
-        self._tests[report.nodeid] += report.cpu_seconds
+        # Parameters that are paths are those of the checkout.
+        name = report.nodeid.replace(f"{self._config.rootpath}/", "")
+        self._tests[name] += report.cpu_seconds
 
     def _add_start(self, seconds: float):
         if hasattr(self._config, "workeroutput"):
