@@ -154,7 +154,7 @@ def test_cells_of_cpu_compare_medians_and_best_turns():
     assert numbers(rows, "of the best") == [3, 1, 1, 1]
 
 
-@pytest.mark.second
+@pytest.mark.long
 def test_cpu():
     done = python("-m", "experiments.benchmarks.cpu", "--row=1", "--rounds=1", f"--against={ROOT}")
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from rdm_jax.models.transformer import JiT
 from rdm_jax.runtime.errors import InputError
 from tests.support.small_networks import AUGMENT, CHANNELS, inputs, network, parameters, shapes
 
+SECOND = pytest.mark.second
 SMALL = JiT(
     patch=2,
     hidden=32,
@@ -62,7 +63,10 @@ def test_transformer_parameters_as_published(size, patch, count):
     assert built.num_parameters == count
 
 
-@pytest.mark.parametrize(("height", "width"), [(4, 8), (6, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(4, 8), pytest.param(6, 2, marks=SECOND), pytest.param(2, 2, marks=SECOND)],
+)
 @pytest.mark.parametrize(
     "options",
     [{}, WITH_PIXELS, WITH_PIXELS | {"pixel_fold": 2}],
@@ -104,7 +108,9 @@ def relative_error(found, expected):
     return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs if np.any(b))
 
 
-@pytest.mark.parametrize("options", [{}, WITH_PIXELS], ids=["tokens", "pixels"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param(WITH_PIXELS, marks=SECOND)], ids=["tokens", "pixels"]
+)
 def test_transformer_in_bfloat16_is_near_float32(options):
     config, narrow = changed(**options), changed(**options, dtype="bfloat16")
     params = parameters(network(config))
@@ -114,7 +120,7 @@ def test_transformer_in_bfloat16_is_near_float32(options):
     assert relative_error(other[1], exact[1]) < 0.1
 
 
-@pytest.mark.parametrize("remat", ["block", "products"])
+@pytest.mark.parametrize("remat", [pytest.param("block", marks=SECOND), "products"])
 def test_transformer_remat_changes_no_gradient(remat):
     config = changed(dropout=0.3)
     params = parameters(network(config))
@@ -133,7 +139,9 @@ def test_transformer_dropout_depends_on_the_key_of_the_image_alone():
     assert np.abs(alone - other_key).max() > 0.01
 
 
-@pytest.mark.parametrize(("depth", "first", "end"), [(2, 0, 0), (4, 1, 3), (6, 1, 3), (8, 2, 6)])
+@pytest.mark.parametrize(
+    ("depth", "first", "end"), [(2, 0, 0), (4, 1, 3), pytest.param(8, 2, 6, marks=SECOND)]
+)
 def test_transformer_dropout_in_the_middle_half(depth, first, end):
     """A block has dropout if and only if the output changes with it, the others' branches zero."""
     config = changed(depth=depth, dropout=0.3)
