@@ -122,11 +122,27 @@ def with_nfe(config: Config, number: int, wanted: int) -> Config:
 
 def sampling_flops(stages: Iterable[Stage], channels: int, classes: int) -> int:
     """FLOPs of all stages' networks per image; both passes of guidance count."""
-    total = 0
-    for stage in stages:
-        passes = stage.nfe * (1 if stage.guidance == 1 else 2)
-        total += 2 * passes * stage.multiply_adds(channels, classes)
-    return total
+    return sum(2 * stage.passes * stage.multiply_adds(channels, classes) for stage in stages)
+
+
+def draw_samples(relays: Iterable[tuple[str, Config, Path]], count: int) -> Image.Image:
+    """Samples of the same seeds, a row for each relay, below the first one's images of stage 1.
+
+    Args:
+      relays: title, config and workdir of each.
+      count: of seeds, from 0 on.
+    """
+    rows = []
+    for title, config, workdir in relays:
+        sampling = dataclasses.replace(
+            config.sampling, name="shown", seeds=f"0-{count - 1}", files="npz"
+        )
+        config = dataclasses.replace(config, sampling=sampling)
+        run(config.to_config_dict(), str(workdir), mode="sample")
+        with np.load(workdir / "shown" / "samples.npz") as made:
+            rows += [("stage 1", made["stage1"])] if not rows else []
+            rows.append((title, made["images"]))
+    return pictures.labelled_rows(rows, [f"seed {n}" for n in range(count)])
 
 
 def columns(metrics: dict[str, float]) -> list[str]:

@@ -13,7 +13,6 @@ import numpy as np
 from absl import flags
 from matplotlib import ticker
 from matplotlib.figure import Figure
-from PIL import Image
 
 from experiments import common
 from experiments.relay_vs_cascade.variants import (
@@ -30,7 +29,6 @@ from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import define_config
 from rdm_jax.config import Config
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.modes import run
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import markdown
 from rdm_jax.runtime.files import atomic_write, local_path
@@ -260,21 +258,6 @@ def draw_curves(
         figure.savefig(partial, format="png", dpi=110)
 
 
-def draw_images(methods: list[Method]) -> Image.Image:
-    """Draws samples of the same seeds by all methods, below stage 1's images."""
-    rows = []
-    for method in methods:
-        sampling = dataclasses.replace(
-            method.config.sampling, name="shown", seeds=f"0-{SHOWN - 1}", files="npz"
-        )
-        config = dataclasses.replace(method.config, sampling=sampling)
-        run(config.to_config_dict(), str(method.workdir), mode="sample")
-        with np.load(method.workdir / "shown" / "samples.npz") as made:
-            rows += [("stage 1", made["stage1"])] if not rows else []
-            rows.append((TITLES[method.name], made["images"]))
-    return pictures.labelled_rows(rows, [f"seed {n}" for n in range(SHOWN)])
-
-
 def check(config: Config, counts: Iterable[int]) -> None:
     """Refuses what one of the methods cannot do, before training. Raises InputError."""
     common.check_relay(config)
@@ -318,7 +301,10 @@ def compare() -> None:
         "training images, all stages": learning,
     }
     draw_curves(curves, common.distance(floor), root / "curves.png")
-    pictures.save_picture(draw_images(methods[0]), root / "images.png")
+    picture = common.draw_samples(
+        ((TITLES[method.name], method.config, method.workdir) for method in methods[0]), SHOWN
+    )
+    pictures.save_picture(picture, root / "images.png")
     header = ["method", "solver", "sigma_max", *(f"NFE {count}" for count in few)]
     title = f"By solver and first noise level, first seed: {common.columns(floor)[0]}"
     print(f"\n{title}\n\n{markdown(header, tuning)}")

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from experiments import common
 from experiments.benchmarks import timing
@@ -31,7 +30,6 @@ from rdm_jax.config import Config, validate
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.diffusion.processes import RelayProcess
-from rdm_jax.modes import run
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import markdown
 from rdm_jax.runtime import sharding
@@ -141,21 +139,6 @@ def loss_by_time(relay: Relay, held_out: ImageSet, count: int = 256) -> list[flo
     return [float(loss(jnp.float32(time))) for time in TIMES]
 
 
-def draw_images(relays: list[Relay]) -> Image.Image:
-    """Samples of the same seeds by all relays, below stage 1's images."""
-    rows = []
-    for relay in relays:
-        sampling = dataclasses.replace(
-            relay.config.sampling, name="shown", seeds=f"0-{SHOWN - 1}", files="npz"
-        )
-        config = dataclasses.replace(relay.config, sampling=sampling)
-        run(config.to_config_dict(), str(relay.workdir), mode="sample")
-        with np.load(relay.workdir / "shown" / "samples.npz") as made:
-            rows += [("stage 1", made["stage1"])] if not rows else []
-            rows.append((relay.name, made["images"]))
-    return pictures.labelled_rows(rows, [f"seed {n}" for n in range(SHOWN)])
-
-
 def chosen(config: Config) -> dict[str, Config]:
     """The relays that the command line names, the U-Nets first. Raises InputError."""
     found, names = variants(config), parse_list(_VARIANTS.value, "--variants")
@@ -204,7 +187,10 @@ def compare() -> None:
     }
     by_seed = [trained(relays, root, seed) for seed in seeds]
     rows = [row(list(same), held_out) for same in zip(*by_seed, strict=True)]
-    pictures.save_picture(draw_images(by_seed[0]), root / "images.png")
+    picture = common.draw_samples(
+        ((relay.name, relay.config, relay.workdir) for relay in by_seed[0]), SHOWN
+    )
+    pictures.save_picture(picture, root / "images.png")
     columns = ["stage 2", "parameters", "multiply-adds", "images", *common.columns(floor)]
     real = ["held-out real images", "", "", "", *common.cells([floor])]
     print(f"\n{markdown(columns, [*(metrics for metrics, _ in rows), real])}")

@@ -181,6 +181,11 @@ class Stage:
         """Network function evaluations per sample, the two passes of guidance counted as one."""
         return self.sampler.nfe(self.process)
 
+    @property
+    def passes(self) -> int:
+        """Passes of the network per sample: `nfe`, and both passes of guidance."""
+        return self.nfe * (1 if self.guidance == 1 else 2)
+
     def condition_for(self, classes: int) -> Condition:
         """The condition for data of so many classes (0: none). Raises InputError if unusable."""
         return self.condition.bound(classes)

@@ -228,11 +228,12 @@ class JiTNetwork(nnx.Module):
         b, h, w, _ = patches.shape
         x = self.embed1(self.embed0(patches.reshape(b, h * w, -1)))
         x = x + sine_cosine(h, w, config.hidden).astype(x.dtype)
+        rotary = Rotary.of(h, w, config.hidden // config.heads)
         for i in range(config.depth):
             if config.class_tokens and i == config.class_tokens_from:
                 tokens = classes[:, None] + self.class_positions[...]
                 x = jnp.concatenate([tokens.astype(x.dtype), x], axis=1)
-            rotary = Rotary.of(h, w, config.hidden // config.heads, before=x.shape[1] - h * w)
+                rotary = Rotary.of(h, w, config.hidden // config.heads, before=config.class_tokens)
             x = self._run(i, x, emb, rotary, keys)
         return x[:, x.shape[1] - h * w :].reshape(b, h, w, -1)
 

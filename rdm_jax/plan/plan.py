@@ -153,7 +153,10 @@ def _section(config: Config, number: int, cost: TrainingCost, where: _Target) ->
         ["parameters", f"{short(cost.parameters)}"],
         ["multiply-adds, forward, per image", f"{short(cost.multiply_adds)}"],
         [f"FLOPs per step (2 x 3 x {training.batch_size} images)", f"{short(cost.flops)}"],
-        [f"FLOPs per sampled image ({_evaluations(stage)})", short(_sampling_flops(stage, cost))],
+        [
+            f"FLOPs per sampled image ({_evaluations(stage)})",
+            short(2.0 * stage.passes * cost.multiply_adds),
+        ],
     ]
     if network.remat == "block":
         rows.append(["... with rematerialised blocks (x 4/3)", f"{short(cost.flops * 4 / 3)}"])
@@ -170,11 +173,6 @@ def _section(config: Config, number: int, cost: TrainingCost, where: _Target) ->
 
 def _evaluations(stage: Stage) -> str:
     return f"NFE {stage.nfe}" + ("" if stage.guidance == 1 else ", two passes each for guidance")
-
-
-def _sampling_flops(stage: Stage, cost: TrainingCost) -> float:
-    passes = 1 if stage.guidance == 1 else 2
-    return 2.0 * passes * stage.nfe * cost.multiply_adds
 
 
 def _memory_rows(cost: TrainingCost, chip: Chip | None) -> list[list[str]]:

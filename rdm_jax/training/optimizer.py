@@ -39,7 +39,6 @@ def build_optimizer(training: Training, count: Count) -> optax.GradientTransform
     schedule = (lambda step: rate(step + ahead)) if ahead else rate
     adam = optax.adam(schedule, b1=training.beta1, b2=training.beta2, eps=training.epsilon)
     clip = optax.clip_by_global_norm(training.clip_norm) if training.clip_norm else None
-    decay = optax.add_decayed_weights(training.weight_decay, are_kernels)
     if clip is None and not training.weight_decay:
         return adam
 
@@ -48,10 +47,13 @@ def build_optimizer(training: Training, count: Count) -> optax.GradientTransform
             grads, _ = clip.update(grads, clip.init(params))
         updates, new_state = adam.update(grads, state, params)
         if training.weight_decay:
-            factor = schedule(state[0].count)
-            zeros = jax.tree.map(jnp.zeros_like, updates)
-            decayed, _ = decay.update(zeros, decay.init(params), params)
-            updates = jax.tree.map(lambda u, d: u - factor * d, updates, decayed)
+            factor = schedule(state[0].count) * training.weight_decay
+            updates = jax.tree.map(
+                lambda u, p, decays: u - factor * p if decays else u,
+                updates,
+                params,
+                are_kernels(params),
+            )
         return updates, new_state
 
     return optax.GradientTransformation(adam.init, update)
