@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 from rdm_jax.config.codec import add_kind, kinds
@@ -197,7 +198,7 @@ class Stage:
             channels_out=channels * self.precondition.outputs,
             condition=self.condition_for(classes).spec,
         )
-        return functional(lambda rngs: self.network.build(shapes, rngs=rngs))
+        return _built(self.network, shapes)
 
     def multiply_adds(self, channels: int, classes: int) -> int:
         """Multiply-adds of one forward pass per image."""
@@ -209,6 +210,12 @@ class Stage:
         return plain.build(channels, classes).multiply_adds(
             (height, width, channels_in), self.condition_for(classes).spec
         )
+
+
+@functools.lru_cache(maxsize=16)
+def _built(network: Backbone, shapes: Shapes) -> Network:
+    """Cached, as a run builds each of its networks several times."""
+    return functional(lambda rngs: network.build(shapes, rngs=rngs))
 
 
 def extend(field: str, cls: type) -> None:

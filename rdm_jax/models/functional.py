@@ -1,6 +1,7 @@
 """An nnx module as pure functions. It is split once; merging inside `jit` is free at run time."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -106,13 +107,24 @@ class _SameKey(nnx.Rngs):
         return root_key(0)
 
 
+class _CountedKeys(nnx.Rngs):
+    """The keys that `nnx.Rngs(key)` gives, counted in Python: counting in arrays slows traces down."""
+
+    def __init__(self, key: Key[Array, ""]):
+        super().__init__(key)
+        self._used = itertools.count()
+
+    def params(self) -> Key[Array, ""]:
+        return jax.random.fold_in(self.default.key[...], next(self._used))
+
+
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     """Splits what `build` makes into structure and parameters."""
     module = nnx.eval_shape(lambda: build(_SameKey(0)))
     graph, abstract = nnx.split(module, nnx.Param)
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
-        return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)), nnx.Param)[1])
+        return nnx.to_pure_dict(nnx.split(build(_CountedKeys(key)), nnx.Param)[1])
 
     def apply(
         params: Any,
