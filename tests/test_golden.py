@@ -49,6 +49,7 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+@pytest.mark.second
 def test_golden_run_is_known_and_resumed(golden, caplog):
     """All that was done is left alone; then training goes on as the earlier version's own did."""
     before = {

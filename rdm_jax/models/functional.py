@@ -108,7 +108,7 @@ class _SameKey(nnx.Rngs):
 
 
 class _CountedKeys(nnx.Rngs):
-    """The keys that `nnx.Rngs(key)` gives, counted in Python: counting in arrays slows traces down."""
+    """The keys of `nnx.Rngs`, counted in Python: counting in arrays slows traces down."""
 
     def __init__(self, key: Key[Array, ""]):
         super().__init__(key)

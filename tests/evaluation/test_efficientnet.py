@@ -166,6 +166,7 @@ def test_the_weights_are_found_in_the_package_without_running_it(tmp_path, monke
     assert efficientnet_weights.default_path() == package / efficientnet_weights.FILE
 
 
+@pytest.mark.second
 def test_evaluation_in_its_features(source, relay, tmp_path, monkeypatch):
     """From the config to the metrics, with random parameters; without the blocks, and with few features, whose
     distances are quick."""

@@ -215,6 +215,7 @@ def test_samples_depend_on_low_images(tmp_path):
     assert first == again != low_images(config, tmp_path, ["a", "b"], "white").digest(seeds)
 
 
+@pytest.mark.second
 def test_export_round_trip(imported, sampled, tmp_path):
     folder, config, tensors = imported
     again = tmp_path / "again"

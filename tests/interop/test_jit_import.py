@@ -89,6 +89,7 @@ def test_imported_network_is_the_original(path, tmp_path):
     np.testing.assert_allclose(y, case["y"], atol=2e-5 * np.abs(case["y"]).max(), rtol=0)
 
 
+@pytest.mark.second
 def test_imported_stage_is_sampled_without_data(small, tmp_path):
     write_pth(tmp_path / "x.pth", *small)
     config = import_file(tmp_path / "x.pth", tmp_path / "run", config_with(guidance=2.0))
@@ -147,6 +148,7 @@ def test_other_kinds_of_process_stay(small, tmp_path):
     assert saved.precondition == preconditioning.XPreconditioning(schedules.Path(2.0))
 
 
+@pytest.mark.second
 def test_import_of_two_stages(small, tmp_path):
     """What the weights of stage 1 have determined stays; stage 2 stays a relay."""
     arguments, tensors = small
@@ -211,6 +213,7 @@ def test_published_models(name):
 # Export.
 
 
+@pytest.mark.second
 def test_export_round_trip(small, tmp_path):
     arguments, tensors = small
     write_pth(tmp_path / "x.pth", arguments, tensors)

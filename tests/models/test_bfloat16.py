@@ -78,6 +78,7 @@ STYLES = {
 }
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("resample", [None, "down", "up"])
 def test_block_gradients_are_close_to_float32(style, resample):

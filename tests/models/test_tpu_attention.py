@@ -38,7 +38,7 @@ def values(shape, seed):
 @pytest.mark.parametrize(
     ("heads", "pixels"),
     [
-        (HeadGroups(2, 64), 256),
+        pytest.param(HeadGroups(2, 64), 256, marks=pytest.mark.second),
         (HeadGroups(3, 64), 256),  # the last group is half empty
         # A head that does not fill its lanes, four heads in a group, three blocks of rows.
         pytest.param(HeadGroups(1, 72), 256, marks=pytest.mark.second),
@@ -89,7 +89,8 @@ def test_kernel_takes_what_fills_the_matrix_unit(dtype, pixels, heads, used):
     assert tpu_attention.applies(jnp.dtype(dtype), pixels, heads) is used
 
 
-@pytest.mark.parametrize("heads", [pytest.param(2, marks=pytest.mark.second), 3])
+@pytest.mark.second
+@pytest.mark.parametrize("heads", [2, 3])
 def test_attention_layer_is_the_same_on_a_tpu(heads, monkeypatch):
     def build():
         kwargs = {"dtype": jnp.dtype("bfloat16"), "rngs": nnx.Rngs(0)}

@@ -108,6 +108,7 @@ def relative_error(found, expected):
     return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs if np.any(b))
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     "options", [{}, pytest.param(WITH_PIXELS, marks=SECOND)], ids=["tokens", "pixels"]
 )
@@ -120,6 +121,7 @@ def test_transformer_in_bfloat16_is_near_float32(options):
     assert relative_error(other[1], exact[1]) < 0.1
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("remat", [pytest.param("block", marks=SECOND), "products"])
 def test_transformer_remat_changes_no_gradient(remat):
     config = changed(dropout=0.3)

@@ -117,6 +117,7 @@ def test_multiply_adds_of_published_networks(network, side, giga):
 # Memory
 
 
+@pytest.mark.second
 def test_state_bytes_match_the_devices():
     values = cut(config(), 1, 8)
     needs, state = training_cost(values, 2, 8, CLASSES), program(values).init(jax.random.key(0))
@@ -213,6 +214,7 @@ def test_activations_depend_on_images_remat_and_dtype():
 # Communication
 
 
+@pytest.mark.second
 def test_exchanges_match_compiled_collectives():
     needs = training_cost(config(), 2, 8, CLASSES)
     told = sharding.collectives(program(config()).lower().compile())

@@ -27,9 +27,12 @@ from rdm_jax.workdir import Workdir
 from tests.support.configs import tiny_config, write_images
 
 BATCH = 8
+SECOND = pytest.mark.second
 AB, TWO = Classes(("a", "b")), Classes(("0", "1"), by_number=True)
 NUMBER = {"gaussian": 1, "relay": 2, "cascade": 2}  # of a stage of that process
-every_kind = pytest.mark.parametrize("kind", NUMBER)
+every_kind = pytest.mark.parametrize(
+    "kind", [kind if kind == "relay" else pytest.param(kind, marks=SECOND) for kind in NUMBER]
+)
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def saves(monkeypatch):
     return began
 
 
+@pytest.mark.second
 def test_signal_saves_before_anything_else(tmp_path, monkeypatch, saves):
     """Nothing is validated, drawn or compiled between a signal and its checkpoint."""
     stop, asked = StopOnSignal(), []

@@ -128,11 +128,12 @@ LONG = (
 )
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     "how",
     [
         {"devices": 8},
-        pytest.param({"devices": 8, "fsdp": 4}, marks=pytest.mark.second),
+        {"devices": 8, "fsdp": 4},
     ],
     ids=str,
 )

@@ -186,6 +186,7 @@ def test_step_skips_non_finite_gradients():
     assert bool(jnp.any(good.params["stem"]["kernel"] != after.params["stem"]["kernel"]))
 
 
+@pytest.mark.second
 def test_step_randomness_follows_step_index():
     step, state = step_and_state(dropout=0.5)
     first, again = step(state, batch())[1], step(state, batch())[1]
