@@ -1,8 +1,8 @@
 """Eight virtual devices for every test, so that sharding is exercised on any machine."""
 
+import collections
 import contextlib
 import gc
-import json
 import logging
 import os
 import re
@@ -28,6 +28,7 @@ from absl.testing import flagsaver
 from rdm_jax.main import main
 from tests.support.commands import arguments_of, error_line
 from tests.support.configs import write_images
+from tests.support.cpu_seconds import recorded
 
 # Tests compile much and compute little: optimizing machine code would take most of their time.
 XLA_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
@@ -67,14 +68,25 @@ def _log_as_a_library_has_it():
     log.setLevel(logging.NOTSET)
 
 
+@pytest.hookimpl(trylast=True)  # what is not selected has left
 def pytest_collection_modifyitems(items):
-    """Every test is of one tier; the files that take longest come first, so that parallel workers
-    end together."""
+    """The files that take longest come first, so that parallel workers end together."""
+    seconds = recorded(Path(__file__).parent / "cpu_seconds.json")
+    files = collections.Counter()
     for item in items:
-        if item.get_closest_marker("second") and item.get_closest_marker("long"):
-            raise pytest.UsageError(f"{item.nodeid} is of two tiers. Mark it second or long.")
-    seconds = json.loads((Path(__file__).parent / "cpu_seconds.json").read_text())["files"]
-    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
+        files[file_of(item)] += seconds.get(item.nodeid, 0)
+    items.sort(key=lambda item: -files[file_of(item)])
+
+
+def pytest_itemcollected(item):
+    """Every test is of one tier."""
+    if item.get_closest_marker("second") and item.get_closest_marker("long"):
+        raise pytest.UsageError(f"{item.nodeid} is of two tiers. Mark it second or long.")
+
+
+def file_of(item):
+    """The file of a test, relative to the repository."""
+    return item.nodeid.partition("::")[0]
 
 
 @contextlib.contextmanager

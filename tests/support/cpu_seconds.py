@@ -1,4 +1,4 @@
-"""Records the CPU seconds of every test file: pytest --cpu-seconds=FILE.json.
+"""Records the CPU seconds of every test: pytest --cpu-seconds=FILE.json.
 
 Counted are the user and system time of the processes that run the tests and of all commands that
 they started and waited for. Wall time says little on a shared machine; CPU time does.
@@ -20,6 +20,11 @@ def cpu_seconds() -> float:
     """User and system time of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def recorded(file: Path) -> dict[str, float]:
+    """CPU seconds by test, of a file that a `Recorder` wrote; nothing if there is none."""
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 class Recorder:
@@ -65,17 +70,12 @@ class Recorder:
         self._seconds[STARTING] += getattr(node, "workeroutput", {}).get("cpu_seconds", 0.0)
 
     def pytest_sessionfinish(self):
-        """Writes the record, the most expensive first."""
+        """Writes the record, the most expensive first; tests of other tiers stay in it."""
         if hasattr(self._config, "workeroutput"):
             return
-        record = {
-            "total": sum(self._seconds.values()),
-            "files": self._seconds,
-            "tests": self._tests,
-        }
-        for name in ("files", "tests"):
-            ordered = sorted(record[name].items(), key=lambda item: -item[1])
-            record[name] = {key: round(seconds, 1) for key, seconds in ordered}
+        tests = {**recorded(self._file), **self._tests}
+        ordered = sorted(tests.items(), key=lambda item: -item[1])
+        record = {name: round(seconds, 1) for name, seconds in ordered if seconds >= 0.05}
         self._file.write_text(json.dumps(record, indent=1) + "\n")
 
     def pytest_terminal_summary(self, terminalreporter):
@@ -90,7 +90,7 @@ class Recorder:
 def pytest_addoption(parser):
     """The option that switches it on."""
     parser.addoption(
-        "--cpu-seconds", metavar="FILE", type=Path, help="Record CPU seconds by test file as JSON."
+        "--cpu-seconds", metavar="FILE", type=Path, help="Record CPU seconds by test as JSON."
     )
 
 
