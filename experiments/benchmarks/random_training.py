@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from rdm_jax import config as configs
-from rdm_jax.plan.cost import image_shape
+from rdm_jax.plan.cost import records_of
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.random_streams import root_key
 from rdm_jax.training.metric_buffer import STEPS_IN_FLIGHT
@@ -27,15 +27,17 @@ class Training:
     """
 
     def __init__(self, config: configs.Config, number: int, classes: int):
-        stage, shape = config.stage(number), image_shape(config, number)
+        stage, (shape, cell) = config.stage(number), records_of(config, number)
         mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
-        self._program = PROGRAMS[config.parallel.mode](stage, shape, classes, root_key(0), mesh)
+        make = PROGRAMS[config.parallel.mode]
+        self._program = make(stage, shape, classes, root_key(0), mesh, cell=cell)
         self._state = self._program.place(self._program.init(root_key(0)))
         random = np.random.default_rng(0)
         here = stage.training.batch_size // jax.process_count()
         position = np.arange(here, dtype=np.int32) + here * jax.process_index()
         label = random.integers(0, max(1, classes), here, np.int32)
-        image = random.integers(0, 256, (here, *shape), np.uint8)
+        dtype = self._program.objective.representation.dtype
+        image = random.integers(0, 255 * cell**2, (here, *shape), dtype, endpoint=True)
         self._batch = self._program.put({"image": image, "label": label, "position": position})
         self._pending: collections.deque = collections.deque()
         jax.block_until_ready((self._state, self._batch))

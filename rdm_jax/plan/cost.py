@@ -141,7 +141,7 @@ def training_cost(config: Config, number: int, chips: int, classes: int) -> Trai
       chips: their number.
       classes: of the images; 0 for none.
     """
-    stage, shape = config.stage(number), image_shape(config, number)
+    stage, (shape, cell) = config.stage(number), records_of(config, number)
     training, jitted = stage.training, config.parallel.mode == "pjit"
     sizes = sharding.mesh_sizes(config.parallel.data, config.parallel.fsdp, chips)
     mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 2)
@@ -161,7 +161,7 @@ def training_cost(config: Config, number: int, chips: int, classes: int) -> Trai
         state=shard_bytes(state),
         gradients=shard_bytes(state.params) * gradient_copies,
         copies=sum(jax.tree.leaves(jax.tree.map(_copied_bytes, state.params, dtypes))),
-        activations=images * _activations(_untrained(stage), shape, classes),
+        activations=images * _activations(_untrained(stage), shape, cell, classes),
         exchanges=_exchanges(state.params, dtypes, sizes, rounds, narrow=jitted),
     )
 
@@ -181,13 +181,16 @@ def shard_bytes(tree: Any) -> int:
     )
 
 
-def image_shape(config: Config, number: int) -> tuple[int, int, int]:
-    """The shape of the full records that a stage is trained on; sums of cells take less memory.
+def records_of(config: Config, number: int) -> tuple[tuple[int, int, int], int]:
+    """The shape of the records that a stage is trained on, and the side of their cells.
 
-    They are the last stage's, unless the stage has a source of its own.
+    They hold the sums of such cells of the last stage's images, as preparation writes them, unless
+    the stage has a source of its own.
     """
     stage = config.stage(number)
-    return (*(stage if stage.source else config.stages[-1]).resolution, config.data.channels)
+    last = stage if stage.source else config.stages[-1]
+    shape = (*stage.resolution, config.data.channels)
+    return shape, last.resolution[0] // stage.resolution[0]
 
 
 def _untrained(stage: Stage) -> Stage:
@@ -229,9 +232,9 @@ def _forward(stage: Stage, channels: int, classes: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _activations(stage: Stage, image_shape: tuple[int, int, int], classes: int) -> int:
+def _activations(stage: Stage, image_shape: tuple[int, int, int], cell: int, classes: int) -> int:
     """Bytes of residuals per image, with those of one rematerialised block."""
-    objective = build_objective(stage, image_shape, classes)
+    objective = build_objective(stage, image_shape, classes, cell)
 
     def cast(leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, dtype)
@@ -242,7 +245,7 @@ def _activations(stage: Stage, image_shape: tuple[int, int, int], classes: int) 
     # Parameters as they are in the pass: their copies are not residuals.
     params = jax.tree.map(cast, objective.network.abstract, objective.network.dtypes)
     batch = {
-        "image": jax.ShapeDtypeStruct((1, *image_shape), stage.representation.dtype),
+        "image": jax.ShapeDtypeStruct((1, *image_shape), objective.representation.dtype),
         "label": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     keys = jax.eval_shape(lambda: jax.random.split(root_key(0), 1))

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from rdm_jax.config import Config
 from rdm_jax.plan import modelled_time
 from rdm_jax.plan.chips import CHIPS, Chip
-from rdm_jax.plan.cost import image_shape, shard_bytes
+from rdm_jax.plan.cost import records_of, shard_bytes
 from rdm_jax.render.tables import GIB, in_gib, markdown, short
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
@@ -119,7 +119,8 @@ def compiled_stage(
     """The compiler's figures for a stage's step."""
     stage = config.stage(number)
     mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp, devices)
-    program = PROGRAMS["pjit"](stage, image_shape(config, number), classes, root_key(0), mesh)
+    shape, cell = records_of(config, number)
+    program = PROGRAMS["pjit"](stage, shape, classes, root_key(0), mesh, cell=cell)
     images = stage.training.batch_size // stage.training.accumulate // len(devices)
     start = time.monotonic()
     try:
