@@ -198,7 +198,8 @@ class Stage:
             channels_out=channels * self.precondition.outputs,
             condition=self.condition_for(classes).spec,
         )
-        return _built(self.network, shapes)
+        network: Any = self.network  # frozen dataclasses are hashable
+        return _built(network, shapes)
 
     def multiply_adds(self, channels: int, classes: int) -> int:
         """Multiply-adds of one forward pass per image."""

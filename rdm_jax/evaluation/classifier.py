@@ -90,17 +90,12 @@ def classifier_space(
       InputError: the data has no classes, or the file is missing (without `train`), damaged, or of
         other classes or images.
     """
-    if len(images.class_names) < 2:
-        raise InputError(
-            "config.evaluation.features='classifier' needs classes, and the data has none",
-            "Use 'inception' or 'efficientnet', or data in class folders.",
-        )
+    check_trainable(images)
     if not path.is_file() and not train:
         raise InputError(
             f"config.evaluation.weights={str(path)!r} is not a file",
             "Use a classifier that an evaluation has written.",
         )
-    import_library("safetensors", "weights")  # before a classifier is trained that needs it
     graph, abstract = nnx.split(_build(images), nnx.Param)
     if train and not _is_of(images, path, abstract):
         _write(path, _trained(graph, abstract, images, check_stop), images, held_out, graph)
@@ -124,6 +119,16 @@ def classifier_space(
 
     sizes = {"features": FEATURES, "logits": len(images.class_names)}
     return FeatureSpace("classifier", _digest(params), sizes, params, apply, images.class_names)
+
+
+def check_trainable(images: ImageSet) -> None:
+    """Raises InputError where no classifier can be trained: no classes, or no library."""
+    if len(images.class_names) < 2:
+        raise InputError(
+            "config.evaluation.features='classifier' needs classes, and the data has none",
+            "Use 'inception' or 'efficientnet', or data in class folders.",
+        )
+    import_library("safetensors", "weights")
 
 
 def _is_of(images: ImageSet, path: Path, abstract: Any) -> bool:

@@ -1,6 +1,7 @@
 """Measures sets of images: every metric of every set, with what they depend on, as JSON."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,12 @@ from rdm_jax.config.validate_evaluation import is_generated, measured_sets
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation import efficientnet_weights, inception_weights
-from rdm_jax.evaluation.classifier import classifier_space
+from rdm_jax.evaluation.classifier import check_trainable, classifier_space
 from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.gathering import Gatherer
 from rdm_jax.evaluation.generated import RelayStream, StageStream
 from rdm_jax.evaluation.image_streams import ImageStream, open_stream
-from rdm_jax.evaluation.references import Reference, open_references
+from rdm_jax.evaluation.references import Reference, of_files, open_references
 from rdm_jax.evaluation.result_files import (
     RESULT,
     environment,
@@ -47,6 +48,10 @@ def open_space(
     """The features that the config selects.
 
     A classifier without a configured path is trained once and kept in the workdir.
+
+    Raises:
+      InputError: the weights are missing or cannot be used.
+      Interrupted: a signal came while the classifier was trained.
     """
     values = config.evaluation
     weights = Path(values.weights).expanduser() if values.weights else None
@@ -78,7 +83,6 @@ class Evaluator:
     Raises:
       InputError: the weights of the features, a set or a reference are missing or cannot be used.
         Nothing has been measured then.
-      Interrupted: a signal came while the classifier was trained.
     """
 
     def __init__(
@@ -99,18 +103,32 @@ class Evaluator:
         of_classifier = config.evaluation.features == "classifier"
         known = self._sets["training"].class_names if of_classifier else ()
         self._classes = Classes(space.class_names if space else known)
-        # Sets are opened before the features, as a classifier takes minutes to train.
         self._given = {
             spec: open_stream(spec, config, self._sets, self._classes)
             for spec in measured_sets(config)
             if not is_generated(spec)
         }
-        self._space = space or distributed.primary_first(
-            lambda: open_space(config, self._sets, workdir, stop.check)
+        self._open_space = lambda: (
+            space
+            or distributed.primary_first(
+                lambda: open_space(config, self._sets, workdir, stop.check)
+            )
         )
-        self._references = open_references(config, self._sets, self._space)
         self._compared_with: dict[str, Statistics] = {}
-        self._gatherer = Gatherer(self._space, config.evaluation.kept, stop)
+        self._stop = stop
+        own = of_classifier and space is None and not config.evaluation.weights
+        later = own and not of_files(config)
+        if later:  # what the run trains itself it trains when it measures, after the first steps
+            check_trainable(self._sets["training"])
+        self._references = open_references(config, self._sets, None if later else self._space)
+
+    @functools.cached_property
+    def _space(self) -> FeatureSpace:
+        return self._open_space()
+
+    @functools.cached_property
+    def _gatherer(self) -> Gatherer:
+        return Gatherer(self._space, self._config.evaluation.kept, self._stop)
 
     def run(self, relay: RelayPipeline | None) -> dict[str, Any]:
         """Measures the sets of `evaluation.images`; writes evaluation.json and a picture of each.

@@ -36,14 +36,14 @@ class Reference(NamedTuple):
 
 
 def open_references(
-    config: Config, sets: dict[str, ImageSet], space: FeatureSpace
+    config: Config, sets: dict[str, ImageSet], space: FeatureSpace | None
 ) -> dict[str, Reference]:
     """Opens the references: '' for images of the final size, and those of each 'stageN@native'.
 
     Args:
       config: of the run; `evaluation.native_reference` may be empty.
       sets: 'training' and 'held_out', if the config needs them.
-      space: of the features.
+      space: of the features; needed for files (`of_files`).
 
     Raises:
       InputError: a reference is missing, cannot be used, or is of another size than the images.
@@ -62,14 +62,21 @@ def open_references(
     return references
 
 
+def of_files(config: Config) -> bool:
+    """Whether a reference is a file, whose features must be those of the evaluation."""
+    values = config.evaluation
+    return any(spec.startswith("npz:") for spec in (values.reference, values.native_reference))
+
+
 def _open(
-    spec: str, config: Config, sets: dict[str, ImageSet], space: FeatureSpace, file: str
+    spec: str, config: Config, sets: dict[str, ImageSet], space: FeatureSpace | None, file: str
 ) -> Reference:
     kept = {"kept": config.evaluation.kept}
     if not spec.startswith("npz:"):
         stream = open_stream(spec, config, sets)
         return Reference(file, None, stream, stream.about | kept)
     path = Path(spec.removeprefix("npz:")).expanduser()
+    assert space is not None
     published = read_statistics(path, space)
     with Npz(path) as npz:
         has_images = "arr_0" in npz.arrays  # ADM's files have images for precision and recall
