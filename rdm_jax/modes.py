@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rdm_jax import config as configs
 from rdm_jax.cli.run_flags import ONE_PROCESS, check_flags, check_paths, needs_run
 from rdm_jax.config import Config, changes, validate
+from rdm_jax.config.load import load_config
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.evaluator import Evaluator, generates, needs_data
 from rdm_jax.evaluation.report import write_report
@@ -36,7 +37,7 @@ from rdm_jax.workdir import Workdir
 
 
 def run(
-    values: Config | ConfigDict | dict[str, Any],
+    values: Config | ConfigDict | dict[str, Any] | str,
     workdir: str | os.PathLike,
     *,
     mode: str = "all",
@@ -54,7 +55,7 @@ def run(
     left to the caller.
 
     Args:
-      values: a config, or what a config file returns.
+      values: a config, what a config file returns, or the name of a packaged config or a file.
       workdir: folder of the run; created unless the mode needs an existing run.
       mode: one of `cli.run_flags.MODES`.
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
@@ -74,7 +75,7 @@ def run(
       InputError: the user's input cannot be used; nothing was changed.
       Diverged, Interrupted: training stopped; finished work is saved.
     """
-    config = configs.parse(values)
+    config = load_config(values) if isinstance(values, str) else configs.parse(values)
     check_flags(config, mode, stage, weights, update, weights_key)
     check_paths(config)
     with distributed.raise_together():

@@ -15,9 +15,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rdm_jax.config.codec import choices, field_types, kind_of, to_plain
 from rdm_jax.config.parse import parse
 from rdm_jax.config.saved import read_saved
 from rdm_jax.config.schema import Config
+from rdm_jax.config.stage import Stage
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path, nearest
 
@@ -99,9 +101,20 @@ def _merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]
     """A nested dict with other values in it."""
     merged = dict(values)
     for name, value in overrides.items():
-        inside = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if inside else value
+        before = merged.get(name)
+        if not (isinstance(value, dict) and isinstance(before, dict)):
+            merged[name] = value
+        elif value.get("kind", before.get("kind")) != before.get("kind"):
+            merged[name] = {**_defaults(name, value["kind"]), **value}
+        else:
+            merged[name] = _merged(before, value)
     return merged
+
+
+def _defaults(field: str, kind: str) -> dict[str, Any]:
+    """The fields of a kind of a stage's part; none if there is no such kind."""
+    classes = {kind_of(cls): cls for cls in choices(field_types(Stage)[field])}
+    return to_plain(classes[kind]()) if kind in classes else {}
 
 
 def _call(given: str, path: Path, arguments: list[str]) -> Any:

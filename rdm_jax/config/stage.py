@@ -5,6 +5,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
+
 from rdm_jax.config.codec import add_kind, kinds
 from rdm_jax.diffusion import linear_path, preconditioning, processes, samplers
 from rdm_jax.diffusion.pixels import Pixels
@@ -198,8 +200,9 @@ class Stage:
             channels_out=channels * self.precondition.outputs,
             condition=self.condition_for(classes).spec,
         )
-        network: Any = self.network  # frozen dataclasses are hashable
-        return _built(network, shapes)
+        network: Any = self.network  # frozen dataclasses are hashable, and a dict is not
+        leaves, tree = jax.tree.flatten(shapes.condition)
+        return _built(network, shapes._replace(condition=tuple(leaves)), tree)
 
     def multiply_adds(self, channels: int, classes: int) -> int:
         """Multiply-adds of one forward pass per image."""
@@ -214,8 +217,9 @@ class Stage:
 
 
 @functools.lru_cache(maxsize=16)
-def _built(network: Backbone, shapes: Shapes) -> Network:
+def _built(network: Backbone, shapes: Shapes, tree: Any) -> Network:
     """Cached, as a run builds each of its networks several times."""
+    shapes = shapes._replace(condition=jax.tree.unflatten(tree, shapes.condition))
     return functional(lambda rngs: network.build(shapes, rngs=rngs))
 
 

@@ -31,6 +31,8 @@ def check_config(config: Config, *, evaluates: bool = True) -> None:
       InputError: names the first such field, its value and the remedy.
     """
     jax_settings.check()
+    if not config.stages:
+        raise InputError("the config has no stages", "Give Config(stages=...) one or more.")
     for stage in config.stages:
         _check_stage(stage, f"config.{stage.name}")
     _check_chain(config)

@@ -9,6 +9,9 @@ import pytest
 
 from rdm_jax.config import Config, parse, to_dict
 from rdm_jax.config.load import load, load_config, packaged
+from rdm_jax.config.validate import check_config
+from rdm_jax.diffusion.processes import CascadeProcess
+from rdm_jax.diffusion.samplers import CascadeHeun
 from rdm_jax.runtime.errors import InputError
 from tests.support.paths import ROOT
 
@@ -194,3 +197,15 @@ def test_load_config_overrides_fields():
     assert config.stages[1].sampler.rho == usual.stages[1].sampler.rho
     with pytest.raises(InputError, match=r"config.stage1.guidence=2 is not a field"):
         load_config("digits", stage1={"guidence": 2})
+
+
+def test_load_config_of_another_kind_has_its_own_fields():
+    process = {"kind": "cascade", "augment_max": 0.25}
+    config = load_config("digits", stage2={"process": process, "sampler": {"kind": "cascadeheun"}})
+    assert config.stages[1].process == CascadeProcess(augment_max=0.25)
+    assert config.stages[1].sampler == CascadeHeun()
+
+
+def test_a_config_without_stages_is_refused():
+    with pytest.raises(InputError, match="the config has no stages"):
+        check_config(Config(stages=()))
