@@ -19,6 +19,11 @@ from rdm_jax.training.optimizer import build_optimizer
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
 
+# Else the gradients of sharded kernels are computed piece by piece, to send one while the next is
+# computed; of convolutions a piece has so few channels that it takes five times as long.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
 def build_objective(
     stage: Stage, image_shape: tuple[int, ...], classes: int, cell: int = 1
 ) -> Objective:
@@ -141,10 +146,15 @@ class Jitted(Program):
             "position": array(jnp.int32),
         }
         out = (sharding.shardings(self.abstract), sharding.replicated(self.mesh))
+        on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        step = jax.jit(
+            self._step,
+            donate_argnums=0,
+            out_shardings=out,
+            compiler_options=TPU_OPTIONS if on_tpu else None,
+        )
         with compiling_for(self.mesh):
-            return jax.jit(self._step, donate_argnums=0, out_shardings=out).lower(
-                self.abstract, batch
-            )
+            return step.lower(self.abstract, batch)
 
     def compile(self) -> None:  # noqa: D102
         self.compiled = self.lower().compile()
