@@ -134,7 +134,9 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
         return _dataclass_from_plain(hint, value, path)
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, tuple | list) else (value,)
-        item = typing.get_args(hint)[0]
+        item = item_type(hint)
+        if choices(item):
+            items = [_with_defaults(choices(item), v) for v in items]
         return tuple(from_plain(item, v, f"{path}[{i}]") for i, v in enumerate(items))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -144,6 +146,14 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
         example = f", such as {str(value)!r}" if hint is str else ""
         raise InputError(f"{path}={value!r} is not {TYPES[hint]}", f"Use {TYPES[hint]}{example}.")
     return value
+
+
+def _with_defaults(classes: tuple[type, ...], value: Any) -> Any:
+    """An item of a list, which no section has complete, with the defaults of missing fields."""
+    cls = next(
+        (c for c in classes if isinstance(value, dict) and value.get("kind") == kind_of(c)), None
+    )
+    return value if cls is None else {**to_plain(cls()), **value}
 
 
 def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
