@@ -107,8 +107,7 @@ class ClassifierFree:
             twice_sigma = jnp.repeat(jnp.broadcast_to(sigma, x.shape[:1]), 2)
             passes = conditional(jnp.repeat(x, 2, axis=0), twice_sigma, both)
             passes = passes.reshape(len(x), 2, *x.shape[1:])
-            weight = _weight_at(self.weight, self.interval, sigma, x)
-            return weight * passes[:, 0] - (weight - 1) * passes[:, 1]
+            return _extrapolated(self, sigma, passes[:, 0], passes[:, 1])
 
         return guided
 
@@ -170,9 +169,8 @@ class Autoguidance:
         def guided(
             x: Float[Array, "b h w c"], sigma: Float[Array, "*b"], condition: Any
         ) -> Float[Array, "b h w c"]:
-            weight = _weight_at(self.weight, self.interval, sigma, x)
-            main = conditional(x, sigma, condition)
-            return weight * main - (weight - 1) * guide(x, sigma, condition)
+            main, other = (each(x, sigma, condition) for each in (conditional, guide))
+            return _extrapolated(self, sigma, main, other)
 
         return guided
 
@@ -240,18 +238,21 @@ def text(entries: Sequence[Guidance]) -> str:
     return ", ".join(map(str, entries)) or "1"
 
 
-def _weight_at(
-    weight: float,
-    interval: tuple[float, ...],
+def _extrapolated(
+    entry: ClassifierFree | Autoguidance,
     sigma: Float[Array, "*b"],
-    x: Float[Array, "b h w c"],
-) -> Float[Array, "b 1 1 1"] | float:
-    """The weight at each image's noise level: 1 outside of the interval."""
-    if not interval:
-        return weight
-    (low, high), sigma = interval, jnp.broadcast_to(sigma, x.shape[:1])
+    main: Float[Array, "b h w c"],
+    other: Float[Array, "b h w c"],
+) -> Float[Array, "b h w c"]:
+    """From `other` through `main` by the entry's weight; `main` itself outside of its interval."""
+    weight = entry.weight
+    guided = weight * main - (weight - 1) * other
+    if not entry.interval:
+        return guided
+    (low, high), sigma = entry.interval, jnp.broadcast_to(sigma, main.shape[:1])
     inside = (sigma > low * (1 + 1e-5)) & (sigma < high * (1 - 1e-5))
-    return jnp.where(inside, weight, 1.0).astype(sigma.dtype)[:, None, None, None]
+    # A choice, as a guide may return anything at levels that it does not know.
+    return jnp.where(inside[:, None, None, None], guided, main)
 
 
 def _check_interval(interval: tuple[float, ...], path: str) -> None:

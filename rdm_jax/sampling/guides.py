@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rdm_jax.checkpoints import folders, store
 from rdm_jax.config import Stage, kind_of, to_plain
 from rdm_jax.config.codec import from_plain
@@ -61,7 +63,8 @@ def records(stage: Stage) -> list[Record]:
     """The records of a stage's guides, in the order of its guidance. All processes must call it.
 
     Raises:
-      InputError: a checkpoint does not exist, is damaged, or is of another resolution or process.
+      InputError: a checkpoint does not exist, is damaged, is of another resolution or process, or
+        does not know the sampler's noise levels.
     """
     found = []
     for i, entry in enumerate(stage.guidance):
@@ -69,6 +72,7 @@ def records(stage: Stage) -> list[Record]:
             record = _read(entry.guide, f"config.{stage.name}.guidance[{i}].checkpoint")
             _check_same_images(stage, record)
             _check_null(stage, i, record)
+            _check_levels(stage, i, record)
             found.append(record)
     return found
 
@@ -192,6 +196,23 @@ def _check_null(stage: Stage, index: int, record: Record) -> None:
             f"{record.field}: the guide was trained with training.label_dropout=0, and "
             f"guidance {later[0]} after it needs the null condition",
             "Put autoguidance last in the list.",
+        )
+
+
+def _check_levels(stage: Stage, index: int, record: Record) -> None:
+    """The guide must know the sampler's noise levels, as far as its guidance applies."""
+    levels = np.asarray(stage.sampler.levels(stage.process).sigma)
+    if interval := getattr(stage.guidance[index], "interval", ()):
+        levels = levels[(levels > interval[0]) & (levels < interval[1])]
+    least, most = record.stage.precondition.range
+    # Rounding must not decide about a bound that is used as a level.
+    unknown = levels[(levels < least * (1 - 1e-5)) | (levels > most * (1 + 1e-5))]
+    if len(unknown):
+        raise InputError(
+            f"{record.field}: the guide knows noise levels from {least:.4g} to {most:.5g}, and the "
+            f"sampler uses {unknown[0]:.5g}",
+            f"Use guidance[{index}].interval=({least:.4g}, {most:.5g}), or other levels in the "
+            "sampler.",
         )
 
 

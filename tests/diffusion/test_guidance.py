@@ -216,6 +216,23 @@ def test_autoguidance_interval_is_per_image(x):
     np.testing.assert_array_equal(out[1], plain[1])
 
 
+def test_what_a_guide_returns_outside_of_the_interval_does_not_matter(x):
+    def undefined(x, sigma, labels):
+        return too_wide(x, sigma, labels) / jnp.where(sigma > 2, 0.0, 1.0)
+
+    entry = Autoguidance(1.8, "a/1", (0.2, 2.0))
+    for sigma, applies in ((NEAR, True), (FAR, False)):
+        sigma = jnp.asarray(sigma)
+        out, expected = (
+            entry.transform(oracle, jnp.zeros_like, guide)(x, sigma, CLASSES)
+            for guide in (undefined, too_wide)
+        )
+        np.testing.assert_array_equal(out, expected)
+        assert np.isfinite(out).all() and applies == (
+            np.abs(out - oracle(x, sigma, CLASSES)).max() > 0.01
+        )
+
+
 def test_autoguidance_by_the_network_itself_is_the_identity(x):
     out = Autoguidance(3.0, "a/1").transform(oracle, jnp.zeros_like, oracle)(
         x, jnp.asarray(0.7), CLASSES

@@ -15,7 +15,7 @@ from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion.guidance import Autoguidance, ClassifierFree
 from rdm_jax.diffusion.linear_path import LinearProcess
-from rdm_jax.diffusion.preconditioning import XPreconditioning
+from rdm_jax.diffusion.preconditioning import VEPreconditioning, XPreconditioning
 from rdm_jax.models.conditions import Nothing
 from rdm_jax.models.transformer import JiT
 from rdm_jax.modes import run
@@ -122,6 +122,11 @@ def test_pipeline_guided_by_its_own_checkpoint_is_unguided(folders):
     plain = RelayPipeline(alone(), folders / "run")
     (images,), (expected,) = by_itself.sample(SEEDS), plain.sample(SEEDS)
     assert np.abs(images.astype(int) - expected).max() <= 1 and expected.std() > 10
+    sampler, params = by_itself._stages[0]
+    labels, seeds = jnp.asarray([0, 1]), jnp.arange(2, dtype=jnp.uint32)
+    scanned, _ = sampler._scanned((params, *sampler._guides), None, labels, seeds)
+    walked, _ = sampler(params, None, labels, seeds)  # on CPU one step after the other
+    np.testing.assert_allclose(scanned, walked, atol=2e-3)
     other = guided(Autoguidance(2.0, str(folders / "other/stage1")))
     (images,) = RelayPipeline(other, folders / "run").sample(SEEDS)
     assert np.abs(images.astype(int) - expected).mean() > 2
@@ -231,6 +236,17 @@ def test_guide_that_does_not_fit_is_refused(case, tmp_path):
         with pytest.raises(InputError, match=says) as refusal:
             refuses(stage, 3, AB)
         assert f"config.stage1.guidance[0].checkpoint={str(path)!r}" in str(refusal.value)
+
+
+def test_guide_must_know_the_levels_where_it_applies(tmp_path):
+    limited = alone().with_stage(1, precondition=VEPreconditioning(sigma_max=10.0))
+    entry = Autoguidance(1.5, str(write(tmp_path, limited)))
+    says = (
+        r"knows noise levels from 0\.02 to 10, and the sampler uses 80\. Use guidance\[0\]\.inter"
+    )
+    with pytest.raises(InputError, match=says):
+        guides.check(guided(entry).stage(1), 3, AB)
+    guides.check(guided(dataclasses.replace(entry, interval=(0.02, 10.0))).stage(1), 3, AB)
 
 
 def test_guide_of_another_blur_is_refused(tmp_path):
