@@ -22,6 +22,7 @@ import math
 from ml_collections import ConfigDict
 
 from rdm_jax.config import Config, Data, Evaluation, Published, Sampling, Stage, Training
+from rdm_jax.diffusion.guidance import ClassifierFree
 from rdm_jax.diffusion.linear_path import LinearHeun, LinearProcess
 from rdm_jax.diffusion.preconditioning import XPreconditioning
 from rdm_jax.diffusion.schedules import Path
@@ -90,9 +91,8 @@ def get_config(size: str = "B16") -> ConfigDict:
                 process=LinearProcess(path),
                 training=training(600),
                 sampler=LinearHeun(steps=50),
-                guidance=GUIDANCE[letter],
                 # Times 0.1 to 1.
-                guidance_interval=(0.0, 9.0 * path.noise_scale),
+                guidance=(ClassifierFree(GUIDANCE[letter], (0.0, 9.0 * path.noise_scale)),),
             ),
         ),
         sampling=Sampling(seeds="0-63", batch_size=16),

@@ -18,6 +18,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from rdm_jax.config import Config, Data, Evaluation, Sampling, Stage
+from rdm_jax.diffusion.guidance import ClassifierFree
 from rdm_jax.diffusion.linear_path import LinearHeun, LinearProcess
 from rdm_jax.diffusion.preconditioning import XPreconditioning
 from rdm_jax.diffusion.processes import RelayProcess
@@ -31,7 +32,6 @@ NETWORK = dataclasses.replace(imagenet_jit.NETWORKS["B"], multiple=128)
 
 def get_config() -> ConfigDict:
     """The config as an ml_collections ConfigDict."""
-    published = imagenet_jit.get_config("B16")
     training = imagenet_jit.training(200)
     return Config(
         data=Data(source="folder:imagenet/train", directory="data/imagenet_256", crop="adm"),
@@ -43,8 +43,7 @@ def get_config() -> ConfigDict:
                 process=LinearProcess(),
                 training=training,
                 sampler=LinearHeun(steps=50),
-                guidance=published.stage1.guidance,
-                guidance_interval=(0.0, 9.0),
+                guidance=(ClassifierFree(imagenet_jit.GUIDANCE["B"], (0.0, 9.0)),),
             ),
             Stage(
                 resolution=(256, 256),

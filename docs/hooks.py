@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import re
 import sys
-import types
 import typing
 from pathlib import Path
 
@@ -77,15 +76,16 @@ def _sections(cls: type, path: str, kind: str = "") -> typing.Iterator[tuple[str
     for field in dataclasses.fields(cls):
         for inner in _dataclasses(hints[field.name]):
             name = "stageN" if field.name == "stages" else field.name
-            several = typing.get_origin(hints[field.name]) in (types.UnionType, typing.Union)
+            several = len(_dataclasses(hints[field.name])) > 1
             label = f", kind `{_kind(inner)}`" if several else ""
             yield from _sections(inner, f"{path}.{name}", label)
 
 
 def _dataclasses(hint: typing.Any) -> list[type]:
     """The dataclasses that a field's type names: itself, a union's, or a tuple's."""
-    found = [hint, *typing.get_args(hint)]
-    return [each for each in found if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return [hint]
+    return [each for part in typing.get_args(hint) for each in _dataclasses(part)]
 
 
 def _kind(cls: type) -> str:
@@ -112,7 +112,7 @@ def _table(cls: type) -> str:
     hints, meanings = field_types(cls), _meanings(cls)
     rows = ["| field | type | default | bounds | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(cls):
-        if _dataclasses(hints[field.name]):
+        if _dataclasses(hints[field.name]) and not field.metadata.get("listed"):
             continue
         cells = (
             f"`{field.name}`",
@@ -128,7 +128,8 @@ def _table(cls: type) -> str:
 def _type(hint: typing.Any) -> str:
     """A field's type as a user writes it."""
     if typing.get_origin(hint) is tuple:
-        return f"tuple of {_type(typing.get_args(hint)[0])}"
+        item = typing.get_args(hint)[0]
+        return "list of kinds" if _dataclasses(item) else f"tuple of {_type(item)}"
     return getattr(hint, "__name__", str(hint))
 
 

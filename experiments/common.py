@@ -20,6 +20,7 @@ from rdm_jax.render.tables import cell
 from rdm_jax.runtime.compile_cache import keep_compiled
 from rdm_jax.runtime.console import quiet_libraries, show_log
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.sampling import guides
 from rdm_jax.stage_datasets import open_sets
 from rdm_jax.workdir import Workdir
 
@@ -121,8 +122,8 @@ def with_nfe(config: Config, number: int, wanted: int) -> Config:
 
 
 def sampling_flops(stages: Iterable[Stage], channels: int, classes: int) -> int:
-    """FLOPs of all stages' networks per image; both passes of guidance count."""
-    return sum(2 * stage.passes * stage.multiply_adds(channels, classes) for stage in stages)
+    """FLOPs of all stages' networks per image; all passes of guidance count."""
+    return sum(2 * guides.multiply_adds(stage, channels, classes) for stage in stages)
 
 
 def draw_samples(relays: Iterable[tuple[str, Config, Path]], count: int) -> Image.Image:

@@ -15,6 +15,7 @@ from rdm_jax import config as configs
 from rdm_jax.cli.run_flags import ONE_PROCESS, check_flags, check_paths, needs_run
 from rdm_jax.config import Config, changes, validate
 from rdm_jax.config.load import load_config
+from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.evaluator import Evaluator, generates, needs_data
 from rdm_jax.evaluation.report import write_report
@@ -27,6 +28,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.sampling import guides
 from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.pipeline import RelayPipeline
@@ -182,7 +184,9 @@ class Job:
 
     def train(self, sets: dict[int, Split], evaluator: Evaluator | None) -> None:
         """Trains the stages one after the other."""
-        validate.check_classes(self.config, sets[self.trained[0]].all.class_names, self.trained)
+        names = sets[self.trained[0]].all.class_names
+        validate.check_classes(self.config, names, self.trained)
+        self.check_guides(Classes(names))
         if distributed.is_primary():
             self.workdir.write_config(self.config)
         for number in self.trained:
@@ -192,6 +196,11 @@ class Job:
             trainer.run(self.stop, StageProbe(self.config, number, held_out or images, evaluator))
             if distributed.in_any_process(bool(self.stop.requested)):
                 raise self.stop.interruption
+
+    def check_guides(self, classes: Classes | None = None) -> None:
+        """Refuses guides that cannot guide the stages to train, whose previews need them."""
+        for number in self.trained:
+            guides.check(self.config.stage(number), self.config.data.channels, classes)
 
     def pipeline(self) -> RelayPipeline:
         """Loads the stages' checkpoints."""
@@ -213,6 +222,7 @@ def _work(job: Job) -> None:
             low = LowImages(job.config) if job.config.sampling.low else None
             check_settings(job.config, low.stage + 1 if low else 1, job.workdir.path)
         job.workdir.check_named_checkpoints(job.config, job.trained)
+        job.check_guides()
     modes = {
         "all": _all,
         "prepare": _prepare,

@@ -90,8 +90,9 @@ def test_jit_reference_sampler(path, dtype, scan):
         float(linear.sigma(jnp.asarray(time))) if time else math.inf for time in (high, low)
     )
     interval = (low_sigma, high_sigma)
-    transform = guidance.ClassifierFree(meta["cfg"], ClassLabels(int(meta["classes"])), interval)
-    guided, condition = transform(toy_denoiser(meta)), one_hot(case, meta, dtype)
+    null = ClassLabels(int(meta["classes"])).null
+    guided = guidance.ClassifierFree(meta["cfg"], interval).transform(toy_denoiser(meta), null)
+    condition = one_hot(case, meta, dtype)
 
     def denoise(x, sigma):
         return guided(x, sigma, condition)

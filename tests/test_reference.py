@@ -161,8 +161,8 @@ def toy_denoiser(meta, case, dtype):
     if "labels" not in case:
         return toy
     labels = jnp.asarray(case["labels"], dtype)
-    transform = guidance.ClassifierFree(meta.get("cfg_scale", 1.0), ClassLabels(labels.shape[1]))
-    guided = transform(toy)
+    transform = guidance.ClassifierFree(meta.get("cfg_scale", 1.0))
+    guided = transform.transform(toy, ClassLabels(labels.shape[1]).null)
     return lambda x, sigma: guided(x, sigma, labels)
 
 

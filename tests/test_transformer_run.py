@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from rdm_jax.diffusion.guidance import ClassifierFree
 from rdm_jax.diffusion.linear_path import LinearHeun, LinearProcess
 from rdm_jax.diffusion.preconditioning import XPreconditioning
 from rdm_jax.models.transformer import JiT
@@ -26,8 +27,7 @@ def test_linear_path_hands_over_to_a_relay_of_transformers(tmp_path, caplog):
         precondition=XPreconditioning(),
         process=LinearProcess(),
         sampler=LinearHeun(steps=4),
-        guidance=2.0,
-        guidance_interval=(0.0, 9.0),
+        guidance=ClassifierFree(2.0, (0.0, 9.0)),
     )
     network = dataclasses.replace(NETWORK, head_blocks=1, stem_blocks=1, pixel_channels=8)
     config = config.with_stage(2, network=network)

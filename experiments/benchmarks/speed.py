@@ -26,15 +26,16 @@ variant that is run alone has its own.
 
 Sampling: a batch goes through the stage alone. "NFE" is that of the whole sampler; --nfe times a
 shorter noise schedule with at least that NFE, and images per second then follow from "ms per
-evaluation", which has both passes of guidance. "Own share" is the share of time that the same
-sampler takes with a network that returns its input: noise, updates, preconditioning, guidance.
+evaluation", which has all passes of guidance, a guide's too. "Own share" is the share of time that
+the same sampler takes with networks that return their input: noise, updates, preconditioning,
+guidance.
 """
 
 import dataclasses
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,13 @@ from rdm_jax import config as configs
 from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import define_config
 from rdm_jax.config import validate
+from rdm_jax.data.classes import Classes
 from rdm_jax.models import transformer, unet
 from rdm_jax.models.functional import Network
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
+from rdm_jax.sampling import guides
 from rdm_jax.sampling.stage_sampler import StageSampler
 from rdm_jax.training.program import PROGRAMS
 
@@ -184,12 +187,23 @@ def short(stage: configs.Stage, least: int) -> configs.Stage:
 
 
 def sampler(
-    config: configs.Config, number: int, stage: configs.Stage, network: Network, classes: int
+    config: configs.Config,
+    number: int,
+    stage: configs.Stage,
+    network: Network,
+    classes: int,
+    guided_by: Sequence[guides.Guide] = (),
 ) -> Callable[[Any], Any]:
     """params -> a batch of samples."""
     size, channels, mesh = config.sampling.batch_size, config.data.channels, sharding.local_mesh()
     run = StageSampler(
-        stage, network, number=number, channels=channels, classes=classes, run_seed=0
+        stage,
+        network,
+        number=number,
+        channels=channels,
+        classes=classes,
+        run_seed=0,
+        guides=guided_by,
     )
     low_resolution = (side // stage.factor for side in stage.resolution)
     low = np.zeros((size, *low_resolution, channels), np.float32)
@@ -198,6 +212,14 @@ def sampler(
         (low if stage.factor > 1 else None, labels, seeds), mesh
     )
     return lambda params: run(params, low, labels, seeds)
+
+
+def idle(stage: configs.Stage, network: Network) -> Network:
+    """A network that takes no time; it uses none of the parameters."""
+    outputs = stage.precondition.outputs
+    return network._replace(
+        apply=lambda params, x, *labels: jnp.tile(x, (1, 1, 1, outputs)), dtypes={}
+    )
 
 
 def sampling_row(
@@ -213,18 +235,20 @@ def sampling_row(
     whole, channels = config.stage(number), config.data.channels
     stage, network = short(whole, least), whole.build(channels, classes)
     size = config.sampling.batch_size
-    outputs = whole.precondition.outputs
-    idle = network._replace(apply=lambda params, x, *labels: jnp.tile(x, (1, 1, 1, outputs)))
+    # Random parameters know no names of classes.
+    names = Classes(tuple(map(str, range(classes))), by_number=True)
+    guided_by = guides.load(whole, channels, names)
     params = timing.parameters(network)
-    sample, without = (sampler(config, number, stage, each, classes) for each in (network, idle))
+    idle_guides = [g._replace(network=idle(g.stage, g.network), params={}) for g in guided_by]
+    sample = sampler(config, number, stage, network, classes, guided_by)
+    without = sampler(config, number, stage, idle(whole, network), classes, idle_guides)
     began = time.perf_counter()
     jax.block_until_ready(sample(params))
     first = time.perf_counter() - began
     times = timing.medians({"sample": lambda: sample(params), "own": lambda: without({})}, seconds)
     _profiled(lambda: sample(params), profile, f"sampling_stage{number}_{variant}")
     each, count = times["sample"] / stage.nfe, whole.nfe
-    passes = 1 if whole.guidance == 1 else 2
-    flops = passes * size * timing.forward_flops(whole, channels, classes)
+    flops = 2 * size * guides.multiply_adds(whole, channels, classes) / count
     rate = flops / each / len(jax.local_devices())
     cells = [
         f"{count}",

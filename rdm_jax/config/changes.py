@@ -21,7 +21,6 @@ FREE = (
     "data.worker_timeout",
     "stage.checkpoint",
     "stage.guidance",
-    "stage.guidance_interval",
     "stage.sampler",
     "stage.network.remat",
     "stage.training.accumulate",

@@ -10,6 +10,7 @@ import operator
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from rdm_jax.runtime.errors import InputError
@@ -33,13 +34,24 @@ def to_plain(value: Any) -> Any:
         if hint is float:
             plain[name] = float(part)
         if choices(hint):
-            plain[name] = {"kind": kind_of(type(part)), **plain[name]}
+            plain[name] = _with_kind(part)
+        elif choices(item_type(hint)):
+            plain[name] = tuple(map(_with_kind, part))
     return plain
+
+
+def _with_kind(value: Any) -> dict[str, Any]:
+    return {"kind": kind_of(type(value)), **to_plain(value)}
 
 
 def choices(hint: Any) -> tuple[type, ...]:
     """The dataclasses of a union; () for any other type."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+
+
+def item_type(hint: Any) -> Any:
+    """The type of the items of `tuple[item, ...]`; None for any other type."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
 
 
 def kind_of(cls: type) -> str:
@@ -50,9 +62,23 @@ def kind_of(cls: type) -> str:
     return re.sub("(process|preconditioning)$", "", cls.__name__.lower())
 
 
-def kinds(*classes: type, default: Any) -> Any:
-    """A dataclass field that holds an instance of one of these dataclasses, by their `kind`."""
-    return dataclasses.field(default=default, metadata={"kinds": list(classes)})
+def kinds(
+    *classes: type,
+    default: Any,
+    listed: type | None = None,
+    shorthand: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A dataclass field that holds an instance of one of these dataclasses, by their `kind`.
+
+    Args:
+      classes: the dataclasses.
+      default: of the field.
+      listed: the protocol of the items if the field holds a tuple of any number of them.
+      shorthand: from a short form of a value, as users write it, to the full one; any other value
+        stays as it is.
+    """
+    metadata = {"kinds": list(classes), "listed": listed, "shorthand": shorthand}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def add_kind(owner: type, field: str, cls: type) -> None:
@@ -72,7 +98,7 @@ def add_kind(owner: type, field: str, cls: type) -> None:
     earlier = next((each for each in known if kind_of(each) == kind_of(cls)), None)
     if earlier and (earlier.__module__, earlier.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{owner.__name__}.{field} already has the kind {kind_of(cls)!r}")
-    protocol = typing.get_type_hints(owner)[field]
+    protocol = fields[field].metadata["listed"] or typing.get_type_hints(owner)[field]
     missing = [name for name in vars(protocol) if name[0] != "_" and not hasattr(cls, name)]
     if missing:
         raise ValueError(f"{cls.__name__} has no {', '.join(missing)}, as {protocol.__name__} does")
@@ -80,14 +106,17 @@ def add_kind(owner: type, field: str, cls: type) -> None:
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields, by their names; of `kinds` fields the union."""
+    """The types of a dataclass's fields, by their names; of `kinds` fields the union, or a tuple of
+    it."""
     hints = typing.get_type_hints(cls)
     types_by_name = {}
     for field in dataclasses.fields(cls):
         union = field.metadata.get("kinds")
-        types_by_name[field.name] = (
-            functools.reduce(operator.or_, union) if union else hints[field.name]
-        )
+        hint: Any = hints[field.name]
+        if union:
+            either: Any = functools.reduce(operator.or_, union)
+            hint = tuple[either, ...] if field.metadata["listed"] else either
+        types_by_name[field.name] = hint
     return types_by_name
 
 
@@ -105,7 +134,9 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
         return _dataclass_from_plain(hint, value, path)
     if typing.get_origin(hint) is tuple:
         items = value if isinstance(value, tuple | list) else (value,)
-        item = typing.get_args(hint)[0]
+        item = item_type(hint)
+        if choices(item):
+            items = [_with_defaults(choices(item), v) for v in items]
         return tuple(from_plain(item, v, f"{path}[{i}]") for i, v in enumerate(items))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -115,6 +146,14 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
         example = f", such as {str(value)!r}" if hint is str else ""
         raise InputError(f"{path}={value!r} is not {TYPES[hint]}", f"Use {TYPES[hint]}{example}.")
     return value
+
+
+def _with_defaults(classes: tuple[type, ...], value: Any) -> Any:
+    """An item of a list, which no section has complete, with the defaults of missing fields."""
+    cls = next(
+        (c for c in classes if isinstance(value, dict) and value.get("kind") == kind_of(c)), None
+    )
+    return value if cls is None else {**to_plain(cls()), **value}
 
 
 def _union_from_plain(kinds: dict[str, type], value: Any, path: str) -> Any:
@@ -152,4 +191,7 @@ def _dataclass_from_plain(cls: Any, value: Any, path: str) -> Any:
         raise InputError(
             f"{path} has no field {missing[0]!r}", "Add the field, as in configs/default.py."
         )
+    for field in dataclasses.fields(cls):
+        if shorthand := field.metadata.get("shorthand"):
+            value = {**value, field.name: shorthand(value[field.name])}
     return cls(**{name: from_plain(hints[name], v, f"{path}.{name}") for name, v in value.items()})

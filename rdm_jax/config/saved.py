@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rdm_jax.config import Config, Stage, choices, kind_of, stage_number, to_dict, to_plain
-from rdm_jax.config.codec import field_types
+from rdm_jax.config.codec import field_types, item_type
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import parse_json
 
@@ -80,6 +80,8 @@ def completed(cls: Any, value: Any, version: int = 1) -> Any:
 
     Removed fields stay, for `config.parse` to refuse.
     """
+    if isinstance(value, list | tuple) and choices(item_type(cls)):
+        return [completed(item_type(cls), item, version) for item in value]
     if not isinstance(value, dict):
         return value
     if kinds := {kind_of(each): each for each in choices(cls)}:
@@ -96,14 +98,13 @@ def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
     Those that belong to a saved field and are younger than it get their defaults.
     """
-    hints = field_types(Stage)
-    if "guidance" in settings:
-        settings = {"guidance_interval": []} | settings
+    hints, settings = field_types(Stage), _with_list_of_guidance(settings)
     return {name: completed(hints.get(name), value) for name, value in settings.items()}
 
 
 def _completed_fields(cls: Any, value: dict[str, Any], version: int) -> dict[str, Any]:
     hints = field_types(cls)
+    value = _with_list_of_guidance(value) if cls is Stage else value
     named = {RENAMED_FIELDS.get((cls.__name__, name), name): part for name, part in value.items()}
     for name, default in json.loads(json.dumps(to_plain(cls()))).items():
         if name not in named:
@@ -112,3 +113,18 @@ def _completed_fields(cls: Any, value: dict[str, Any], version: int) -> dict[str
             default = {} if dataclasses.is_dataclass(hints[name]) else default
             named[name] = meant if version < since else default
     return {name: completed(hints.get(name), part, version) for name, part in named.items()}
+
+
+def _with_list_of_guidance(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage's fields with `guidance` as a list of kinds.
+
+    It was the weight of classifier-free guidance, with the field `guidance_interval` beside it.
+    """
+    weight, interval = stage.get("guidance"), stage.get("guidance_interval", [])
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        # Without a weight there was no guidance, whatever the interval.
+        unused = ("guidance_interval",) if weight is None else ()
+        return {name: value for name, value in stage.items() if name not in unused}
+    entry = {"kind": "classifierfree", "weight": float(weight), "interval": list(interval)}
+    others = {name: value for name, value in stage.items() if name != "guidance_interval"}
+    return others | {"guidance": [] if weight == 1 else [entry]}

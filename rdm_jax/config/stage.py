@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from rdm_jax.config.codec import add_kind, kinds
+from rdm_jax.diffusion import guidance as guidances
 from rdm_jax.diffusion import linear_path, preconditioning, processes, samplers
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Process, Sampler
@@ -101,9 +102,8 @@ class Stage:
 
     Attributes:
       resolution: height and width of its images.
-      guidance: weight of classifier-free guidance in sampling; 1 for none.
-      guidance_interval: the noise levels between which guidance applies, the lower first, both
-        exclusive (arXiv 2404.07724); () for all.
+      guidance: in sampling: a list of kinds, the first applied first. A number instead of the list
+        is the weight of classifier-free guidance at all noise levels; 1 for none.
       checkpoint: to sample from: 'newest', 'best', a step's number, or the path of a checkpoint
         (folder of a step).
       source: of images for this stage alone, prepared at its own resolution beside the others'
@@ -139,11 +139,20 @@ class Stage:
         linear_path.LinearHeun,
         default=samplers.Heun(),
     )
-    guidance: float = at_least(0, default=1.0)
-    guidance_interval: tuple[float, ...] = ()
+    # A tuple of `Guidance` once it is set; numbers are accepted, too.
+    guidance: Any = kinds(
+        guidances.ClassifierFree,
+        guidances.Autoguidance,
+        default=(),
+        listed=guidances.Guidance,
+        shorthand=guidances.as_list,
+    )
     checkpoint: str = "newest"
     source: str = ""
     condition: Condition = kinds(ClassLabels, Nothing, default=ClassLabels())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", guidances.as_list(self.guidance))
 
     @property
     def number(self) -> int:
@@ -181,13 +190,13 @@ class Stage:
 
     @property
     def nfe(self) -> int:
-        """Network function evaluations per sample, the two passes of guidance counted as one."""
+        """Network function evaluations per sample; all passes of one with guidance count as one."""
         return self.sampler.nfe(self.process)
 
     @property
-    def passes(self) -> int:
-        """Passes of the network per sample: `nfe`, and both passes of guidance."""
-        return self.nfe * (1 if self.guidance == 1 else 2)
+    def passes(self) -> tuple[int, ...]:
+        """Passes per sample: of the stage's network, then of each guide of `guidance`."""
+        return tuple(self.nfe * each for each in guidances.passes(self.guidance))
 
     def condition_for(self, classes: int) -> Condition:
         """The condition for data of so many classes (0: none). Raises InputError if unusable."""
@@ -230,7 +239,7 @@ def extend(field: str, cls: type) -> None:
     config with that kind is read.
 
     Args:
-      field: 'network', 'precondition', 'process', 'sampler' or 'condition'.
+      field: 'network', 'precondition', 'process', 'sampler', 'guidance' or 'condition'.
       cls: a frozen dataclass with the methods of the field's protocol, whose fields have defaults.
 
     Raises:

@@ -13,6 +13,7 @@ from rdm_jax.config.schema import Config
 from rdm_jax.config.stage import Stage
 from rdm_jax.data import augment, images, records, sources
 from rdm_jax.data.classes import LABEL_RULES, Classes, parse_labels
+from rdm_jax.diffusion import guidance
 from rdm_jax.runtime import jax_settings, sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.fields import check_bounds
@@ -64,9 +65,9 @@ def check_classes(
             raise InputError(f"{path}.{error.problem}", error.fix) from error
         has_null = stage.number not in trained or stage.training.label_dropout > 0
         require(
-            stage.guidance == 1 or (conditioned and has_null),
+            (conditioned and has_null) or not any(each.needs_null for each in stage.guidance),
             f"{path}.guidance",
-            stage.guidance,
+            guidance.shown(stage.guidance),
             "Use 1.0 for a stage without a condition or with training.label_dropout=0.",
         )
 
@@ -126,7 +127,8 @@ def _check_stage(stage: Stage, path: str) -> None:
     stage.network.check(f"{path}.network")
     _check_process(stage, path)
     _check_path(stage, path)
-    _check_guidance(stage, path)
+    for i, entry in enumerate(stage.guidance):
+        entry.check(f"{path}.guidance[{i}]")
     _check_resolution(stage, path)
     _check_training(stage, path)
     _check_sampler(stage, path)
@@ -180,16 +182,6 @@ def _check_path(stage: Stage, path: str) -> None:
         f"{path}.precondition.path.noise_scale",
         getattr(known, "noise_scale", None),
         f"Use {getattr(trained, 'noise_scale', None)} (process.path.noise_scale).",
-    )
-
-
-def _check_guidance(stage: Stage, path: str) -> None:
-    interval = stage.guidance_interval
-    require(
-        not interval or (len(interval) == 2 and 0 <= interval[0] < interval[1]),
-        f"{path}.guidance_interval",
-        interval,
-        "Use two noise levels, the lower first, such as (0.3, 5.0), or () for all.",
     )
 
 

@@ -35,6 +35,11 @@ class StageProbe:
         self._images = images
         self._evaluator = evaluator
         self.evaluates = evaluator is not None
+        stage = config.stage(number)
+        samples = stage.training.preview_every or self.evaluates
+        if samples and any(entry.guide for entry in stage.guidance):
+            # All processes load guides together; previews are process 0's alone.
+            _ = self._sampler
 
     @functools.cached_property
     def _sampler(self) -> StagePreview:

@@ -15,6 +15,7 @@ from rdm_jax.plan.tpu_compile import compiled_stage, topology
 from rdm_jax.render.tables import GIB, in_gib, markdown, short
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.sampling import guides
 
 ENOUGH = 8  # images per chip at a time; a remedy should leave room for them
 FILLED = 0.9  # share of the memory that an estimate may take
@@ -73,7 +74,7 @@ def plan(
     parts, total = [_heading(config, where)], 0.0
     for number in range(1, len(config.stages) + 1) if stage is None else [stage]:
         cost = training_cost(config, number, where.count, classes)
-        parts.append(_section(config, number, cost, where))
+        parts.append(_section(config, number, cost, where, classes))
         parts.append(_verdict(config, number, cost, where, classes))
         if devices is not None:
             parts.append(compiled_stage(config, number, classes, devices, where.chip))
@@ -145,17 +146,18 @@ def _heading(config: Config, where: _Target) -> str:
     return "\n".join(lines)
 
 
-def _section(config: Config, number: int, cost: TrainingCost, where: _Target) -> str:
+def _section(config: Config, number: int, cost: TrainingCost, where: _Target, classes: int) -> str:
     """The table of a stage."""
     stage = config.stage(number)
     training, network = stage.training, stage.network
+    sampled = guides.multiply_adds(stage, config.data.channels, classes, cost.multiply_adds)
     rows = [
         ["parameters", f"{short(cost.parameters)}"],
         ["multiply-adds, forward, per image", f"{short(cost.multiply_adds)}"],
         [f"FLOPs per step (2 x 3 x {training.batch_size} images)", f"{short(cost.flops)}"],
         [
             f"FLOPs per sampled image ({_evaluations(stage)})",
-            short(2.0 * stage.passes * cost.multiply_adds),
+            short(2.0 * sampled),
         ],
     ]
     if network.remat == "block":
@@ -172,7 +174,13 @@ def _section(config: Config, number: int, cost: TrainingCost, where: _Target) ->
 
 
 def _evaluations(stage: Stage) -> str:
-    return f"NFE {stage.nfe}" + ("" if stage.guidance == 1 else ", two passes each for guidance")
+    own, *others = (count // stage.nfe for count in stage.passes)
+    words = [f"NFE {stage.nfe}"]
+    if own > 1:
+        words.append(f"{'two' if own == 2 else own} passes each for guidance")
+    if others:
+        words.append(f"{sum(others)} of guides")
+    return ", ".join(words)
 
 
 def _memory_rows(cost: TrainingCost, chip: Chip | None) -> list[list[str]]:

@@ -104,3 +104,6 @@ def check_bounds(value: Any, path: str, *, skip: Collection[str] = ()) -> None:
             raise InputError(f"{path}.{name}={part!r} cannot be used", f"Use {bounds}.")
         if dataclasses.is_dataclass(part):
             check_bounds(part, f"{path}.{name}")
+        for i, item in enumerate(part if isinstance(part, tuple) else ()):
+            if dataclasses.is_dataclass(item):
+                check_bounds(item, f"{path}.{name}[{i}]")

@@ -218,7 +218,12 @@ def _only_checkpoints_advanced(
     stages = relay.config.stages[relay.first - 1 :]
     pairs = zip(stages, before["checkpoints"], ours["checkpoints"], strict=True)
     return all(
-        old == new or (stage.checkpoint in ("newest", "best") and "folder" not in old)
+        old == new
+        or (
+            stage.checkpoint in ("newest", "best")
+            and "folder" not in old
+            and old.get("guides") == new.get("guides")
+        )
         for stage, old, new in pairs
     )
 

@@ -109,4 +109,10 @@ def _differences(old: Any, new: Any, field: str) -> list[str]:
             for key in sorted(old.keys() | new.keys())
             for difference in _differences(old.get(key), new.get(key), f"{field}.{key}")
         ]
+    if field.endswith(".guidance") and old and new and len(old) == len(new):
+        return [
+            difference
+            for i, (was, now) in enumerate(zip(old, new, strict=True))
+            for difference in _differences(was, now, f"{field}[{i}]")
+        ]
     return [] if old == new else [f"{field.removeprefix('.')} was {old!r:.60} and is {new!r:.60}"]

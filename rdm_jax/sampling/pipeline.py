@@ -14,10 +14,12 @@ from rdm_jax.config import Config, to_dict, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.data.postprocess import postprocess
+from rdm_jax.diffusion import guidance
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
+from rdm_jax.sampling import guides
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
@@ -93,6 +95,7 @@ class RelayPipeline:
         abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
         params = sharding.on_this_process(checkpoints.restore_ema(step, abstract)[0], self.mesh)
         checkpoints.close()
+        loaded_guides = guides.load(stage, channels, of_checkpoint(about))
         sampler = StageSampler(
             stage,
             network,
@@ -100,6 +103,7 @@ class RelayPipeline:
             channels=channels,
             classes=classes,
             run_seed=self.config.seed,
+            guides=loaded_guides,
         )
         self._stages.append((sampler, params))
         loaded = {
@@ -108,6 +112,8 @@ class RelayPipeline:
         }
         if "/" in stage.checkpoint:  # of another run
             loaded["folder"] = str(folder.resolve())
+        if loaded_guides:
+            loaded["guides"] = [guide.checkpoint for guide in loaded_guides]
         self.checkpoints.append(loaded)
         return of_checkpoint(about)
 
@@ -222,12 +228,14 @@ def _check_guidance(config: Config, number: int, path: Path, about: dict[str, An
 
     Nothing is known about imported weights, so these are accepted.
     """
-    guidance = config.stage(number).guidance
+    entries = config.stage(number).guidance
     dropout = about["stage"]["training"]["label_dropout"]
-    if guidance != 1 and not dropout and "imported" not in about:
+    needed = any(entry.needs_null for entry in entries)
+    if needed and not dropout and "imported" not in about:
         raise InputError(
-            f"config.stage{number}.guidance={guidance} cannot be used: checkpoint {path} was "
-            f"trained with training.label_dropout={dropout}, that is, never without labels",
+            f"config.stage{number}.guidance={guidance.shown(entries)} cannot be used: checkpoint "
+            f"{path} was trained with training.label_dropout={dropout}, that is, never without "
+            "labels",
             "Use 1.0.",
         )
 

@@ -13,6 +13,7 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.render import pictures
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
+from rdm_jax.sampling import guides
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches, stage_settings
 
@@ -36,6 +37,7 @@ class StagePreview:
     def __init__(self, config: Config, number: int, real: ImageSet):
         self._config, self._stage, self._real = config, config.stage(number), real
         channels, classes = real.image_shape[-1], len(real.class_names)
+        loaded = guides.load(self._stage, channels, Classes(real.class_names))
         self._sampler = StageSampler(
             self._stage,
             self._stage.build(channels, classes),
@@ -43,12 +45,15 @@ class StagePreview:
             channels=channels,
             classes=classes,
             run_seed=config.seed,
+            guides=loaded,
         )
         conditioned = self._stage.condition_for(classes).spec is not None
         self._classes = Classes(real.class_names) if conditioned else Classes()
         self._order = np.random.default_rng(0).permutation(len(real))
         self._mesh = sharding.local_mesh()
         self.about = {"seed": config.seed, "stage": stage_settings(config, number)}
+        if loaded:
+            self.about["guides"] = [guide.checkpoint for guide in loaded]
         if number == 1:
             self.about["labels"] = config.sampling.labels
         else:

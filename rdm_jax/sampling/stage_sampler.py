@@ -1,7 +1,7 @@
 """Sampling of one stage: parameters, labels and seeds in, images out."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from rdm_jax.config import Config, Stage, to_dict
 from rdm_jax.diffusion import preconditioning
-from rdm_jax.diffusion.guidance import ClassifierFree
-from rdm_jax.diffusion.protocols import Denoiser, Levels, Noise
+from rdm_jax.diffusion.guidance import guided
+from rdm_jax.diffusion.protocols import ConditionalDenoiser, Denoiser, Levels, Noise
 from rdm_jax.diffusion.walks import scanned_walk, walk
+from rdm_jax.models.conditions import Condition
 from rdm_jax.models.functional import Network
 from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import random_streams, sharding
 from rdm_jax.runtime.random_streams import RandomStream
+from rdm_jax.sampling.guides import Guide
 
 AnyArray = Array | np.ndarray
 # Fields of a stage that its images depend on, besides the checkpoint.
@@ -25,7 +27,6 @@ SETTINGS = (
     "process",
     "sampler",
     "guidance",
-    "guidance_interval",
     "network",
     "precondition",
 )
@@ -45,6 +46,14 @@ def stage_settings(config: Config, number: int) -> dict[str, Any]:
     return {field: values[field] for field in SETTINGS}
 
 
+class _Part(NamedTuple):
+    """What makes a conditional denoiser of parameters: of the stage itself, or of a guide."""
+
+    network: Network
+    precondition: preconditioning.Preconditioning
+    condition: Condition
+
+
 class StageSampler:
     """Samples a stage, compiled.
 
@@ -54,6 +63,7 @@ class StageSampler:
       number: the stage's number from 1; part of the images' randomness.
       channels, classes: of the images; 0 classes for none.
       run_seed: the config's seed.
+      guides: of `stage.guidance` (`guides.load`).
     """
 
     def __init__(
@@ -65,12 +75,16 @@ class StageSampler:
         channels: int,
         classes: int,
         run_seed: int,
+        guides: Sequence[Guide] = (),
     ):
-        self._stage, self._network = stage, network
+        self._stage = stage
         self._shape = (*stage.resolution, channels)
-        self._condition = stage.condition_for(classes)
-        interval = stage.guidance_interval or ClassifierFree.interval
-        self._guidance = ClassifierFree(stage.guidance, self._condition, interval)
+        built = [(stage, network, classes), *((g.stage, g.network, g.classes) for g in guides)]
+        self._parts = tuple(
+            _Part(network, each.precondition, each.condition_for(count))
+            for each, network, count in built
+        )
+        self._guides = tuple(guide.params for guide in guides)
         self._levels = stage_levels(stage)
         self._root = random_streams.stream_key(run_seed, number - 1, RandomStream.SAMPLE)
         self._start = jax.jit(self._start)
@@ -98,6 +112,7 @@ class StageSampler:
           The images, float32 in [-1, 1]; and for each whether all its values were finite before
           they were clipped.
         """
+        params = (params, *self._guides)  # an argument of what is compiled, as any other
         # XLA runs convolutions inside of a loop several times slower on CPU.
         if jax.default_backend() == "cpu":
             return self._walked(params, low, labels, seeds)
@@ -105,7 +120,8 @@ class StageSampler:
 
     def _scanned(self, params, low, labels, seeds):
         # Cast once, not in every evaluation.
-        params = jax.tree.map(lambda leaf, d: leaf.astype(d), params, self._network.dtypes)
+        dtypes = tuple(part.network.dtypes for part in self._parts)
+        params = jax.tree.map(lambda leaf, d: leaf.astype(d), params, dtypes)
         noise, sampler = self._noise(seeds), self._stage.sampler
 
         def step(denoise, x, i, level, to):
@@ -155,25 +171,41 @@ class StageSampler:
         return lambda k: jax.vmap(lambda key: draw(key, k))(keys)
 
     def _denoiser(
-        self, params: Any, low: Array | None, labels: Int[Array, " b"], noise: Noise
+        self,
+        params: tuple[Any, ...],
+        low: Array | None,
+        labels: Int[Array, " b"],
+        noise: Noise,
     ) -> Denoiser:
-        """The guided denoiser, with everything but the state and its noise level bound."""
-        stage = self._stage
-        conditioning = stage.sampler.conditioning(stage.process, low, noise)
-        condition = self._condition.from_labels(labels)
+        """The guided denoiser, with everything but the state and its noise level bound.
 
-        def conditional(x, sigma, condition):
-            def network(x, c_noise):
-                if conditioning is not None:  # guidance may have each image twice
-                    repeated = jnp.repeat(conditioning, len(x) // len(conditioning), axis=0)
-                    x = jnp.concatenate([x, repeated], -1)
-                with compiling_for(sharding.local_mesh()):
-                    return self._network.apply(params, x, c_noise, condition)
+        Guidance sees one condition, a tuple with that of the stage's network and of each guide.
+        """
+        conditioning = self._stage.sampler.conditioning(self._stage.process, low, noise)
+        conditions = tuple(part.condition.from_labels(labels) for part in self._parts)
 
-            return preconditioning.denoiser(network, stage.precondition)(x, sigma)
+        def conditional(index: int) -> ConditionalDenoiser:
+            part = self._parts[index]
 
-        guided: Callable[..., Array] = self._guidance(conditional)
-        return lambda x, sigma: guided(x, sigma, condition)
+            def denoise(x, sigma, conditions):
+                def network(x, c_noise):
+                    if conditioning is not None:  # guidance may have each image twice
+                        repeated = jnp.repeat(conditioning, len(x) // len(conditioning), axis=0)
+                        x = jnp.concatenate([x, repeated], -1)
+                    with compiling_for(sharding.local_mesh()):
+                        return part.network.apply(params[index], x, c_noise, conditions[index])
+
+                return preconditioning.denoiser(network, part.precondition)(x, sigma)
+
+            return denoise
+
+        own, *others = map(conditional, range(len(self._parts)))
+        denoise: Callable[..., Array] = guided(self._stage.guidance, own, self._null, others)
+        return lambda x, sigma: denoise(x, sigma, conditions)
+
+    def _null(self, conditions: tuple[Any, ...]) -> tuple[Any, ...]:
+        parts = zip(self._parts, conditions, strict=True)
+        return tuple(part.condition.null(condition) for part, condition in parts)
 
 
 def in_batches(seeds: Int[np.ndarray, " n"], size: int) -> list[Int[np.ndarray, " b"]]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from rdm_jax.data.classes import table
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.diffusion import guidance
 from rdm_jax.render import pictures
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
@@ -189,11 +190,11 @@ def _log_work(
     for number, loaded in enumerate(relay.checkpoints, relay.first):
         stage = relay.config.stage(number)
         log.info(
-            "samples: stage%d from step %d, NFE %d per image, guidance %g",
+            "samples: stage%d from step %d, NFE %d per image, guidance %s",
             number,
             loaded["step"],
             stage.nfe,
-            stage.guidance,
+            guidance.text(stage.guidance),
         )
         if number > 1:
             log.info("samples: stage%d %s", number, stage.sampler.handover(stage.process))

@@ -10,6 +10,7 @@ from rdm_jax import main
 from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import WholeNumber
 from rdm_jax.config import parse
+from rdm_jax.diffusion.guidance import Autoguidance, ClassifierFree
 from tests.support.paths import ROOT
 
 DIGITS = f"--config={ROOT}/configs/digits.py"
@@ -89,6 +90,31 @@ def test_command_refuses_in_one_line(monkeypatch, capsys):
             command(lambda: pytest.fail("the work has begun"), config=f"{ROOT}/configs/digits.py")
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(says, line) and line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1.5", (ClassifierFree(1.5),)),
+        ("1", ()),
+        (
+            '[{"kind": "classifierfree", "weight": 1.5, "interval": [0.2, 3]}]',
+            (ClassifierFree(1.5, (0.2, 3.0)),),
+        ),
+        (
+            '[{"kind": "autoguidance", "weight": 1.4, "checkpoint": "runs/small/stage1"}, 2]',
+            (Autoguidance(1.4, "runs/small/stage1"), ClassifierFree(2.0)),
+        ),
+    ],
+)
+def test_guidance_is_a_number_or_a_list(monkeypatch, tmp_path, text, expected):
+    words = ["main", DIGITS, f"--workdir={tmp_path}", f"--config.stage1.guidance={text}"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(main.modes, "run", lambda values, *_, **__: found.append(parse(values)))
+    found = []
+    with flagsaver.flagsaver():
+        assert main.main() == 0
+    assert found[0].stages[0].guidance == expected
 
 
 def test_overrides_reach_the_config(monkeypatch, tmp_path):

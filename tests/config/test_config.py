@@ -313,8 +313,11 @@ def test_process_without_a_sampler_is_refused_with_a_remedy():
 
 @pytest.mark.parametrize("interval", [(5.0, 0.3), (1.0, 1.0), (-1.0, 2.0), (1.0,)])
 def test_guidance_interval_is_refused(interval):
-    config = load_config("digits", stage1={"guidance_interval": interval})
-    with pytest.raises(InputError, match=r"config\.stage1\.guidance_interval=.* Use two noise"):
+    entry = {"kind": "classifierfree", "weight": 2, "interval": interval}
+    config = load_config("digits", stage1={"guidance": [1.5, entry]})
+    with pytest.raises(
+        InputError, match=r"config\.stage1\.guidance\[1\]\.interval=.* Use two noise"
+    ):
         validate.check_config(config)
 
 

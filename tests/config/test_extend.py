@@ -13,6 +13,7 @@ from flax import nnx
 from rdm_jax.config import Config, Stage, extend, parse, to_dict, validate
 from rdm_jax.config.codec import choices, field_types
 from rdm_jax.config.load import load_config
+from rdm_jax.diffusion.guidance import ClassifierFree
 from rdm_jax.diffusion.processes import FromNoise
 from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.models.backbone import Shapes
@@ -117,6 +118,23 @@ class BinaryCode:
         return jax.tree.map(lambda n, c: jnp.where(dropped[:, None], n, c), null, condition)
 
 
+@dataclasses.dataclass(frozen=True)
+class Brighter:
+    """Guidance that adds a number to every denoised image."""
+
+    by: float = at_least(0, default=0.5)
+    guide: typing.ClassVar[str] = ""
+    passes: typing.ClassVar[int] = 1
+    needs_null: typing.ClassVar[bool] = False
+
+    def check(self, path: str) -> None:
+        if self.by == 13:
+            raise InputError(f"{path}.by=13.0 is unlucky", "Use 12.")
+
+    def transform(self, conditional, null, guide):
+        return lambda x, sigma, condition: conditional(x, sigma, condition) + self.by
+
+
 KINDS = {"network": Pixelwise, "process": FlatProcess, "sampler": Euler, "condition": BinaryCode}
 
 
@@ -219,6 +237,34 @@ def test_extended_bounds_and_checks_apply(extended):
     assert str(bounds_of(Pixelwise)["width"]) == "1 or more"
 
 
+def test_extended_guidance_is_one_of_a_list(extended):
+    kinds = Stage.__dataclass_fields__["guidance"].metadata["kinds"]
+    extend("guidance", Brighter)
+    try:
+        stage = stage_of(guidance=(Brighter(0.25), ClassifierFree(2.0)))
+        config = Config(stages=(stage,))
+        saved = to_dict(config)
+        assert [entry["kind"] for entry in saved["stage1"]["guidance"]] == [
+            "brighter",
+            "classifierfree",
+        ]
+        assert parse(saved) == config and stage.passes == (8,)
+        validate.check_config(config)
+        network, params = trained(stage)
+        # Classifier-free guidance keeps what both passes have in common.
+        plain = sampled(stage_of(guidance=2.0), network, params, [0, 3])
+        brighter = sampled(stage, network, params, [0, 3])
+        assert np.mean(brighter - plain) > 0.1
+        for by, says in (
+            (-1.0, r"guidance\[0\]\.by=-1.0.*0 or more"),
+            (13.0, "by=13.0 is unlucky"),
+        ):
+            with pytest.raises(InputError, match=says):
+                validate.check_config(Config(stages=(stage_of(guidance=Brighter(by)),)))
+    finally:
+        kinds.remove(Brighter)
+
+
 def test_unknown_kind_is_refused_with_known_kinds():
     values = to_dict(Config())
     values["stage1"]["sampler"] = {"kind": "euler", "steps": 4}
@@ -234,7 +280,8 @@ def test_extend_refuses_invalid_kinds(extended):
     other.__module__ = "another"
     for field, cls, says in (
         ("sampler", other, "already has the kind 'euler'"),
-        ("guidance", Euler, "cannot be extended"),
+        ("checkpoint", Euler, "cannot be extended"),
+        ("guidance", Euler, "Euler has no guide, passes, .*, as Guidance does"),
         ("sampler", int, "cannot be extended"),
         ("sampler", Pixelwise, "Pixelwise has no walks, levels, .*, as Sampler does"),
     ):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from rdm_jax.config import Config, Data, Stage, Training, changes, parse, saved, to_dict
+from rdm_jax.diffusion.guidance import Autoguidance, ClassifierFree
 from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.runtime.errors import InputError
 
@@ -94,6 +95,35 @@ def test_renamed_fields_and_kinds(tmp_path, monkeypatch):
     assert config.stages[0].training.batch_size == 512 and isinstance(
         config.stages[1].process, RelayProcess
     )
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ({"guidance": 1.0, "guidance_interval": []}, ()),
+        ({"guidance": 1.0, "guidance_interval": [0.3, 5.0]}, ()),
+        ({"guidance": 2, "guidance_interval": []}, (ClassifierFree(2.0),)),
+        ({"guidance": 2.5, "guidance_interval": [0.3, 5]}, (ClassifierFree(2.5, (0.3, 5.0)),)),
+        ({"guidance": 2.5}, (ClassifierFree(2.5),)),
+        ({"guidance_interval": [0.3, 5.0]}, ()),
+        (
+            {"guidance": [{"kind": "autoguidance", "checkpoint": "a/1"}]},
+            (Autoguidance(1.0, "a/1"),),
+        ),
+        ({"guidance": [1, 1.5, {"kind": "classifierfree"}]}, None),
+    ],
+)
+def test_guidance_of_earlier_configs_is_a_list(tmp_path, was, now):
+    now = (ClassifierFree(1.5), ClassifierFree()) if now is None else now
+    values = json.loads(json.dumps(to_dict(Config())))
+    del values["stage1"]["guidance"]
+    config = read(tmp_path, {**values, "stage1": values["stage1"] | was})
+    assert config == Config().with_stage(1, guidance=now)
+    saved_now = json.loads(json.dumps(to_dict(config)["stage1"]["guidance"]))
+    if not isinstance(was.get("guidance"), list):
+        assert saved.completed_settings(was).get("guidance", []) == saved_now
+    with pytest.raises(InputError, match="guidance_interval=.* is not a field"):
+        read(tmp_path, {"stage1": {"guidance": [], "guidance_interval": [0.3, 5.0]}})
 
 
 def test_version_newer_or_invalid_is_refused(tmp_path):

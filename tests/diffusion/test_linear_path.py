@@ -1,6 +1,5 @@
 """The linear path on Gaussian targets, and beside the other processes."""
 
-import dataclasses
 import math
 
 import chex
@@ -142,18 +141,26 @@ def test_guidance_in_an_interval(sigma, weight):
         return x * (1 + condition[:, 1, None, None, None])
 
     x = jnp.ones((3, 2, 2, 1))
-    transform = ClassifierFree(3.0, ClassLabels(2), (0.5, 2.0))
-    out = transform(conditional)(x, jnp.asarray(sigma), labels)
+    denoise = ClassifierFree(3.0, (0.5, 2.0)).transform(conditional, ClassLabels(2).null)
+    out = denoise(x, jnp.asarray(sigma), labels)
     np.testing.assert_allclose(out[:, 0, 0, 0], [1, 1 + weight, 1 + weight], rtol=1e-6)
 
 
 def test_guidance_interval_is_per_image():
     labels = ClassLabels(1).from_labels(jnp.zeros(2, jnp.int32))
-    transform = ClassifierFree(3.0, ClassLabels(1), (0.0, 2.0))
-    out = transform(lambda x, s, c: x * c[:, 0, None, None, None])(
-        jnp.ones((2, 1, 1, 1)), jnp.asarray([1.0, 5.0]), labels
+    denoise = ClassifierFree(3.0, (0.0, 2.0)).transform(
+        lambda x, s, c: x * c[:, 0, None, None, None], ClassLabels(1).null
     )
+    out = denoise(jnp.ones((2, 1, 1, 1)), jnp.asarray([1.0, 5.0]), labels)
     np.testing.assert_allclose(out.ravel(), [3, 1])
-    assert dataclasses.replace(transform, interval=(0.0, math.inf)) == ClassifierFree(
-        3.0, ClassLabels(1)
-    )
+
+
+def test_guidance_interval_of_all_levels_is_none():
+    labels, x = ClassLabels(1).from_labels(jnp.zeros(2, jnp.int32)), jnp.ones((2, 1, 1, 1))
+    out = [
+        ClassifierFree(3.0, interval).transform(
+            lambda x, s, c: x * c[:, 0, None, None, None], ClassLabels(1).null
+        )(x, jnp.asarray([1.0, 5.0]), labels)
+        for interval in ((), (0.0, math.inf))
+    ]
+    np.testing.assert_array_equal(*out)

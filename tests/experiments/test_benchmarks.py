@@ -1,12 +1,16 @@
+import json
 import math
 import re
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.benchmarks import cpu, timing
-from rdm_jax.config import parse
+from rdm_jax.checkpoints import store
+from rdm_jax.config import parse, to_dict
 from tests.support.commands import python
 from tests.support.configs import get_config
 from tests.support.paths import ROOT
@@ -79,6 +83,24 @@ def test_speed():
     assert {row["utilisation"] for row in (*training, *sampling)} == {
         "-"
     }  # no peak is known of a CPU
+
+
+@pytest.mark.second
+def test_speed_of_a_guided_stage(tmp_path):
+    config = parse(get_config("nowhere"))
+    zeros = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), config.stage(1).build(3, 2).abstract
+    )
+    checkpoints = store.Checkpoints(tmp_path / "stage1/checkpoints")
+    about = {"stage": to_dict(config)["stage1"], "classes": ["a", "b"], "seed": 0}
+    checkpoints.save_ema(1, zeros, about)
+    checkpoints.close()
+    auto = {"kind": "autoguidance", "weight": 1.5, "checkpoint": f"{tmp_path}/stage1"}
+    guidance = f"--config.stage1.guidance={json.dumps([auto, 2])}"
+    (rows,) = tables("speed", "--stage=1", "--classes=2", "--batch=8", "--notraining", guidance)
+    assert [row["NFE"] for row in rows] == ["5"]
+    milliseconds, rate, share = numbers(rows, "ms per evaluation", "images/s", "own share")
+    assert rate == pytest.approx(8 / (5 * milliseconds / 1e3), rel=0.02) and 0 < share < 100
 
 
 @pytest.mark.second

@@ -16,6 +16,7 @@ from experiments.transformers.variants import variants as transformers
 from rdm_jax.config import Config, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.sources import open_source
+from rdm_jax.diffusion.guidance import as_list
 from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess, RelayProcess
 from rdm_jax.evaluation import inception_weights
 from rdm_jax.render.tables import cell
@@ -119,7 +120,7 @@ def test_with_nfe_refuses_impossible_numbers():
 def test_sampling_flops():
     config = config_of("configs/digits.py")
     first, second = (stage.multiply_adds(1, 10) for stage in config.stages)
-    assert config.stages[0].guidance == 2 and config.stages[1].guidance == 1
+    assert config.stages[0].guidance == as_list(2) and config.stages[1].guidance == as_list(1)
     assert common.sampling_flops(config.stages, 1, 10) == 2 * (2 * 23 * first + 5 * second)
 
 
