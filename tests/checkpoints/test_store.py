@@ -15,7 +15,7 @@ import optax
 import pytest
 from absl import logging as absl_logging
 
-from rdm_jax.checkpoints import folders, store
+from rdm_jax.checkpoints import folders, space, store
 from rdm_jax.checkpoints.checksums import CHECKSUMS, LATER
 from rdm_jax.models.functional import functional
 from rdm_jax.runtime import sharding
@@ -313,15 +313,15 @@ def test_check_space_refuses_too_few_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: SimpleNamespace(free=need if path == tmp_path else 0)
     )
-    store.check_space(tmp_path, abstract(), copies)
+    space.check_space(tmp_path, abstract(), copies)
     for too_many in (copies + 1, 10**12):
         with pytest.raises(
             InputError, match=f"GiB free, and {too_many} checkpoints take .*keep_newest"
         ):
-            store.check_space(tmp_path, abstract(), too_many)
+            space.check_space(tmp_path, abstract(), too_many)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
     with pytest.raises(InputError, match="GiB free"):
-        store.check_space(tmp_path, abstract(), copies)
+        space.check_space(tmp_path, abstract(), copies)
 
 
 def test_about_round_trips_as_json(tmp_path):
