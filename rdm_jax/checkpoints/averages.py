@@ -52,10 +52,12 @@ class Chosen:
     Attributes:
       parts: add up to the parameters.
       about: of the checkpoint.
+      missed: share of the profile that a reconstruction misses (`profiles.Fit`).
     """
 
     parts: tuple[Part, ...]
     about: dict[str, Any]
+    missed: float = 0.0
 
     @property
     def snapshots(self) -> list[int]:
@@ -73,6 +75,12 @@ class Chosen:
         trees = self._trees(abstract)
         if len(self.parts) == 1:
             return next(trees)
+        log.info(
+            "average: reconstructed from %d averages of %d steps, %.2g %% of the profile missing",
+            len(self.parts),
+            len(self.snapshots),
+            100 * self.missed,
+        )
         total = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float64), abstract)
         for part, tree in zip(self.parts, trees, strict=True):
             for sum_, leaf in zip(jax.tree.leaves(total), jax.tree.leaves(tree), strict=True):
@@ -126,13 +134,11 @@ def choose(stage: Stage, directory: Path, step: int) -> Chosen:
     for part, width in zip(own, kept.values(), strict=True):
         if width == stage.width:
             return Chosen((part,), about)
-    return Chosen(_reconstructed(stage.width, own, about, field), about)
+    return _reconstructed(stage.width, own, about, field)
 
 
-def _reconstructed(
-    width: float, own: list[Part], about: dict[str, Any], field: str
-) -> tuple[Part, ...]:
-    """The parts that add up to the average of a width at the time of a checkpoint.
+def _reconstructed(width: float, own: list[Part], about: dict[str, Any], field: str) -> Chosen:
+    """The parameters that are the average of a width at the time of a checkpoint.
 
     Args:
       width: of the wanted average.
@@ -158,14 +164,7 @@ def _reconstructed(
         for part, weight in zip(parts, fit.weights, strict=True)
         if abs(weight) > NEGLIGIBLE
     ]
-    log.info(
-        "%s: from %d averages of %d steps, %.2g %% of the profile missing",
-        field.removeprefix("config."),
-        len(used),
-        len({part.step for part in used}),
-        100 * fit.missed,
-    )
-    return tuple(used)
+    return Chosen(tuple(used), about, fit.missed)
 
 
 def check_planned(stage: Stage) -> None:

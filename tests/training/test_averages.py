@@ -77,7 +77,7 @@ def test_reconstruction_equals_the_average_tracked_directly(trained):
     about = folders.read_about(directory / str(STEPS))
     about["stage"]["training"]["averages"] = list(KEPT)
     own = [averages.Part(directory, STEPS, "averages", name) for name in average_names(KEPT)]
-    chosen = averages.Chosen(averages._reconstructed(TRACKED, own, about, "average"), about)
+    chosen = averages._reconstructed(TRACKED, own, about, "average")
     assert len(chosen.snapshots) > 12 and chosen.snapshots[-1] == STEPS
     network = config().stage(1).build(3, 2)
     abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.local_mesh()))
