@@ -152,7 +152,8 @@ def test_flags_exist(path):
     of_main = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(main)} | {"config"}
     assert {"mode", "workdir", "target"} <= of_main
     for line in commands(path.read_text()):
-        for module, rest in re.findall(r"-m (rdm_jax\.main|experiments(?:\.\w+)+)([^`|]*)", line):
+        scripts = r"-m (rdm_jax\.main|experiments\.\w+\.\w+|experiments\.\w+(?=\s))([^`|]*)"
+        for module, rest in re.findall(scripts, line):
             known = of_main if module == "rdm_jax.main" else defined_flags(module) | {"config"}
             for name, _ in FLAG.findall(rest):
                 assert name in known, f"{module} has no flag --{name}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from rdm_jax.checkpoints import folders, profiles, store
 from rdm_jax.config import Stage
+from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 
@@ -62,7 +63,11 @@ class Chosen:
     @property
     def snapshots(self) -> list[int]:
         """The steps whose averages add up to this one; none if it was kept itself."""
-        return sorted({part.step for part in self.parts}) if len(self.parts) > 1 else []
+        return [] if self._is_kept else sorted({part.step for part in self.parts})
+
+    @property
+    def _is_kept(self) -> bool:
+        return [part.weight for part in self.parts] == [1.0]
 
     def read(self, abstract: Any) -> Any:
         """Reads the parameters, with the shapes, dtypes and shardings of `abstract`.
@@ -73,7 +78,7 @@ class Chosen:
           InputError: a checkpoint or a snapshot is damaged, or of another network.
         """
         trees = self._trees(abstract)
-        if len(self.parts) == 1:
+        if self._is_kept:
             return next(trees)
         log.info(
             "average: reconstructed from %d averages of %d steps, %.2g %% of the profile missing",
@@ -104,6 +109,8 @@ def _placed(value: np.ndarray, like: Any) -> jax.Array:
 
 def choose(stage: Stage, directory: Path, step: int) -> Chosen:
     """The parameters of a checkpoint that the stage's `average` means. No array is read.
+
+    All processes must call it together.
 
     Args:
       stage: of the config.
@@ -154,6 +161,7 @@ def _reconstructed(width: float, own: list[Part], about: dict[str, Any], field: 
         if seen < time:
             parts += [Part(snapshots, int(folder.name), part.item, part.name) for part in own]
             times += [seen] * len(own)
+    distributed.check_same(f"the list of snapshots in {snapshots}", str(times))
     widths = about["stage"]["training"]["averages"]
     kept = widths * (len(parts) // len(widths))
     fit = profiles.fit(times, kept, time, width)

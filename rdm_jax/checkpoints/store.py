@@ -184,6 +184,12 @@ class Checkpoints:
             args = ocp.args.Composite(averages=item, about=ocp.args.JsonSave(about))
             self._save(step, args, about)
 
+    def delete_after(self, step: int) -> None:
+        """Deletes what is newer than a step. All processes must call it together."""
+        for newer in [other for other in self.steps() if other > step]:
+            self._manager.delete(newer)
+        self._empty_bin()
+
     def can_resume(self, step: int) -> bool:
         """Whether the checkpoint holds a training state, not only EMA parameters."""
         return is_whole(self.directory / str(step))

@@ -147,8 +147,7 @@ class Trainer:
     ) -> None:
         # Start, and what the newest checkpoint was still to be followed by.
         point = self._start(checkpoints)
-        if snapshots.is_due(self._before, point.step):
-            snapshots.save(point.state, self._about_at(point))
+        snapshots.resume(self._before, point.state, self._about_at(point))
         self._finish_evaluation(point, probe)
         if point.step >= self._last_step:
             images = self._count.images_at(point.step)

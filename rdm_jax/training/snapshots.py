@@ -12,9 +12,8 @@ from rdm_jax.training.step import TrainState
 class Snapshots:
     """The snapshots of one stage; a training without averages has none.
 
-    A resumed run has the snapshots of one that was not interrupted: those before a checkpoint are
-    on disk before it is saved, that of the checkpoint's own step is made up for at the start, and
-    those after it are found again, bit for bit.
+    A resumed run ends with the snapshots of one that was not interrupted, bit for bit: those before
+    a checkpoint are on disk before it is saved, and `resume` attends to the others.
 
     Args:
       checkpoints: folder of the stage's checkpoints.
@@ -42,6 +41,23 @@ class Snapshots:
             return 0
         every, end = self._training.snapshot_every, count.steps_for(self._training.images)
         return count.images_at(end) // every - count.images_at(step) // every + 1
+
+    def resume(self, count: Count, state: TrainState, about: dict[str, Any]) -> None:
+        """Prepares for a training from a state on.
+
+        Deletes the snapshots of lost work, which is done again and may be another training's; saves
+        that of the state, if it is due and the run ended before it was saved.
+
+        Args:
+          count: of the images until then.
+          state: to begin with.
+          about: of the snapshot, as in checkpoints.
+        """
+        if self._store is not None:
+            step = int(state.step)
+            self._store.delete_after(step)
+            if self.is_due(count, step):
+                self.save(state, about)
 
     def save(self, state: TrainState, about: dict[str, Any]) -> None:
         """Starts to save the averages, unless that is done. Raises OSError as checkpoints do."""

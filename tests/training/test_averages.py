@@ -1,5 +1,6 @@
 """Averages of several lengths: tracked, saved, resumed, and reconstructed after the training."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -127,11 +128,16 @@ def test_snapshots_survive_an_interruption(trained, tmp_path, monkeypatch, last)
 
 @pytest.mark.second
 def test_snapshots_survive_lost_work(trained, tmp_path):
-    """As after SIGKILL: a snapshot is newer than the checkpoint that training resumes from."""
+    """As after SIGKILL: snapshots are newer than the checkpoint that training resumes from. They are
+    made again, and one that has no place there does not stay."""
     short = config(images=160, checkpoint_every=80, keep_newest=9)
     train(tmp_path, short)
     (tmp_path / "stage1/checkpoints/20").rename(tmp_path / "lost")
-    assert steps(tmp_path) == [10] and max(snapshots(tmp_path)) == 20
+    folder = tmp_path / "stage1/snapshots"
+    shutil.copytree(folder / "20", folder / "23")
+    shutil.rmtree(folder / "14")
+    shutil.copytree(folder / "12", folder / "14")
+    assert steps(tmp_path) == [10] and max(snapshots(tmp_path)) == 23
     train(tmp_path, config())
     assert_same_snapshots(tmp_path, trained)
 
