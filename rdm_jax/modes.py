@@ -12,8 +12,9 @@ import jax
 from ml_collections import ConfigDict
 
 from rdm_jax import config as configs
+from rdm_jax.checkpoints import averages
 from rdm_jax.cli.run_flags import ONE_PROCESS, check_flags, check_paths, needs_run
-from rdm_jax.config import Config, changes, validate
+from rdm_jax.config import Config, Stage, changes, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
@@ -218,9 +219,13 @@ def _work(job: Job) -> None:
         job.workdir.path,
     )
     with distributed.raise_together():  # refusals, before anything takes long
-        if job.mode in ("all", "sample"):
+        generating = job.mode == "evaluate" and generates(job.config)
+        if job.mode in ("all", "sample") or generating:
             low = LowImages(job.config) if job.config.sampling.low else None
-            check_settings(job.config, low.stage + 1 if low else 1, job.workdir.path)
+            first = low.stage + 1 if low else 1
+            if not generating:
+                check_settings(job.config, first, job.workdir.path)
+            _check_averages(job, job.config.stages[first - 1 :])
         job.workdir.check_named_checkpoints(job.config, job.trained)
         job.check_guides()
     modes = {
@@ -231,6 +236,15 @@ def _work(job: Job) -> None:
         "evaluate": _evaluate,
     }
     modes[job.mode](job)
+
+
+def _check_averages(job: Job, stages: Sequence[Stage]) -> None:
+    """Refuses averages to sample with that there are not, or that training will not leave."""
+    if job.mode != "all":
+        return job.workdir.check_averages(stages)
+    for stage in stages:
+        if "/" not in stage.checkpoint:
+            averages.check_planned(stage)
 
 
 def _all(job: Job) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rdm_jax.checkpoints import folders
-from rdm_jax.config import Config, changes, parse, saved, to_dict
+from rdm_jax.checkpoints import averages, folders
+from rdm_jax.config import Config, Stage, changes, parse, saved, to_dict
 from rdm_jax.runtime import distributed, locks
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
@@ -164,6 +164,21 @@ class Workdir:
             start = stage.training.start_from
             if start and starts:
                 folders.find(start, Path(), f"config.{stage.name}.training.start_from")
+
+    def check_averages(self, stages: Sequence[Stage]) -> None:
+        """Refuses averages that the checkpoints of these stages do not have.
+
+        All processes must call it together.
+
+        Raises:
+          InputError: names the field, and what there is.
+        """
+        for stage in stages:
+            if stage.average != "ema":
+                field = f"config.{stage.name}.checkpoint"
+                averages.choose(
+                    stage, *folders.find(stage.checkpoint, self.checkpoints(stage.number), field)
+                )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -140,7 +140,8 @@ def test_settings_exist(path):
 
 def defined_flags(module: str) -> set[str]:
     """The flags of a script, as its source defines them."""
-    source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    path = ROOT / module.replace(".", "/")
+    source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     return set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source))
 
 
@@ -151,7 +152,8 @@ def test_flags_exist(path):
     of_main = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(main)} | {"config"}
     assert {"mode", "workdir", "target"} <= of_main
     for line in commands(path.read_text()):
-        for module, rest in re.findall(r"-m (rdm_jax\.main|experiments\.\w+\.\w+)([^`|]*)", line):
+        scripts = r"-m (rdm_jax\.main|experiments\.\w+\.\w+|experiments\.\w+(?=\s))([^`|]*)"
+        for module, rest in re.findall(scripts, line):
             known = of_main if module == "rdm_jax.main" else defined_flags(module) | {"config"}
             for name, _ in FLAG.findall(rest):
                 assert name in known, f"{module} has no flag --{name}"

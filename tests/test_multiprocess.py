@@ -39,6 +39,9 @@ FLAGS += (
     "--config.evaluation.batch_size=8",
     "--config.sampling.batch_size=4",
     "--config.sampling.seeds=0-19",
+    "--config.stage1.training.averages=(0.05, 0.1)",
+    "--config.stage1.training.snapshot_every=16",
+    "--config.stage1.average=0.08",  # reconstructed from the snapshots
 )
 
 
@@ -75,10 +78,10 @@ def classified(tmp_path_factory):
 
 def check_same_parameters(one: Path, other: Path, *stages: str):
     """Up to the order of sums over devices."""
-    for stage in stages:
-        ours, theirs = (
-            read_arrays(workdir / stage / "checkpoints/20/ema") for workdir in (one, other)
-        )
+    items = [f"{stage}/checkpoints/20/ema" for stage in stages]
+    items += ["stage1/checkpoints/20/averages", "stage1/snapshots/8/averages"]
+    for item in items:
+        ours, theirs = (read_arrays(workdir / item) for workdir in (one, other))
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-6, err_msg=name)

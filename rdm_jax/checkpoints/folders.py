@@ -91,8 +91,9 @@ def set_damaged_aside(directory: Path) -> int | None:
             sound.append(folder)
     for folder, found in damaged.items():
         if not sound:
+            fix = RETRAIN if (folder / "ema").exists() else "Move it away."  # a snapshot
             raise InputError(
-                f"checkpoint {folder} is damaged ({found}), and there is no other", RETRAIN
+                f"checkpoint {folder} is damaged ({found}), and there is no other", fix
             )
         aside = directory.with_name(f"{directory.name}_damaged") / f"{folder.name}-{time.time_ns()}"
         aside.parent.mkdir(exist_ok=True)

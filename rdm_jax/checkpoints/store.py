@@ -39,7 +39,7 @@ ocp = lazy_import("orbax.checkpoint")
 
 SECONDS_TO_APPEAR = 120  # that a network file system may take to show a new folder to other hosts
 
-# A training state: a dataclass of arrays with `step`, `ema` and a method `replace`.
+# A training state: a dataclass of arrays with `step`, `ema`, `averages` and a method `replace`.
 State = TypeVar("State", bound=Any)
 
 
@@ -47,8 +47,9 @@ class Checkpoints:
     """The checkpoints of one stage, one folder per step.
 
     Items of a step: 'train' (parameters, optimizer's moments, counters), 'ema' (the EMA
-    parameters, all that sampling reads) and 'about' (JSON: the stage's config, classes, validation
-    loss and the images it was measured on, and the data iterator's state).
+    parameters, all that sampling reads by default), 'averages' (further ones by name, if there are
+    any) and 'about' (JSON: the stage's config, classes, validation loss and the images it was
+    measured on, and the data iterator's state).
 
     Args:
       directory: of the stage's checkpoints. Unless `read_only`, damaged ones are moved out of it if
@@ -103,6 +104,7 @@ class Checkpoints:
         handlers = {
             "train": ocp.PyTreeCheckpointHandler(),
             "ema": ocp.PyTreeCheckpointHandler(),
+            "averages": ocp.PyTreeCheckpointHandler(),
             "about": ocp.JsonCheckpointHandler(),
         }
         try:  # it reads the metrics of all checkpoints
@@ -160,13 +162,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        train = {k: v for k, v in vars(state).items() if k != "ema"}
-        args = ocp.args.Composite(
-            train=trees.save_args(train),
-            ema=trees.save_args(state.ema),
-            about=ocp.args.JsonSave(about),
-        )
-        self._save(step, args, about)
+        items = {name: trees.save_args(item) for name, item in trees.items(state).items()}
+        self._save(step, ocp.args.Composite(**items, about=ocp.args.JsonSave(about)), about)
 
     def save_ema(self, step: int, ema: Any, about: dict[str, Any]) -> None:
         """Saves EMA parameters only, to sample and to start from, and waits for the disk.
@@ -178,6 +175,20 @@ class Checkpoints:
         args = ocp.args.Composite(ema=trees.save_args(ema), about=ocp.args.JsonSave(about))
         self._save(step, args, about)
         self.wait()
+
+    def save_averages(self, step: int, averages: dict[str, Any], about: dict[str, Any]) -> None:
+        """Starts to save averages only, as `save` does; unless the step has been saved."""
+        self.wait()
+        if step not in self._manager.all_steps():
+            item = trees.save_args(averages)
+            args = ocp.args.Composite(averages=item, about=ocp.args.JsonSave(about))
+            self._save(step, args, about)
+
+    def delete_after(self, step: int) -> None:
+        """Deletes what is newer than a step. All processes must call it together."""
+        for newer in [other for other in self.steps() if other > step]:
+            self._manager.delete(newer)
+        self._empty_bin()
 
     def can_resume(self, step: int) -> bool:
         """Whether the checkpoint holds a training state, not only EMA parameters."""
@@ -202,16 +213,26 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint is damaged or of another network.
         """
-        train = {k: v for k, v in vars(abstract).items() if k != "ema"}
-        args = {"train": trees.restore_args(train), "ema": trees.restore_args(abstract.ema)}
-        restored = self._read(step, args, {"ema": abstract.ema, "train": train})
-        state = abstract.replace(**restored.train, ema=restored.ema)
-        return state, self._about(step, restored)
+        items = trees.items(abstract)
+        args = {name: trees.restore_args(item) for name, item in items.items()}
+        restored = self._read(step, args, items)
+        others = {name: restored[name] for name in items if name != "train"}
+        return abstract.replace(**restored.train, **others), self._about(step, restored)
 
     def restore_ema(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """Restores EMA parameters only, and 'about'. Raises InputError like `restore`."""
         restored = self._read(step, {"ema": trees.restore_args(abstract)}, {"ema": abstract})
         return restored.ema, self._about(step, restored)
+
+    def restore_part(self, step: int, item: str, name: str, abstract: Any) -> Any:
+        """Restores one of the trees of an item, such as 'params' of 'train', and nothing else.
+
+        Raises:
+          InputError: the checkpoint is damaged or of another network.
+        """
+        part = {name: abstract}
+        args = {item: trees.restore_args(part, part=True)}
+        return self._read(step, args, {item: part}, part=True)[item][name]
 
     def about(self, step: int) -> dict[str, Any]:
         """Returns 'about' of a checkpoint. Raises InputError if it is damaged."""
@@ -285,12 +306,15 @@ class Checkpoints:
         if lost:
             raise lost from error
 
-    def _read(self, step: int, args: dict[str, Any], expected: dict[str, Any]) -> Any:
+    def _read(
+        self, step: int, args: dict[str, Any], expected: dict[str, Any], *, part: bool = False
+    ) -> Any:
         with self._readable(step):
             self._check_sound(step)
             for item, abstract in expected.items():
+                saved = trees.unwrapped(self._manager.item_metadata(step)[item])
                 trees.check_same_shapes(
-                    trees.unwrapped(self._manager.item_metadata(step)[item]),
+                    {name: saved[name] for name in abstract if name in saved} if part else saved,
                     abstract,
                     # EMA parameters are restored as float32, in whatever dtype they were imported.
                     dtypes=item == "train",
@@ -369,15 +393,3 @@ def with_sharding(abstract: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
     )
-
-
-def check_space(directory: Path, abstract: Any, copies: int) -> None:
-    """Raises InputError unless so many checkpoints of a state fit onto the disk."""
-    need = copies * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-    free = shutil.disk_usage(directory).free
-    if free < need:
-        raise InputError(
-            f"{directory} has {free / 2**30:.3g} GiB free, and {copies} checkpoints take "
-            f"{need / 2**30:.3g} GiB",
-            "Use another workdir, or reduce training.keep_newest and keep_best.",
-        )

@@ -14,15 +14,28 @@ ocp = lazy_import("orbax.checkpoint")
 FILE_BYTES = 16 * 2**20
 
 
+def items(state: Any) -> dict[str, Any]:
+    """The items that a training state is saved as."""
+    train = {k: v for k, v in vars(state).items() if k not in ("ema", "averages")}
+    found = {"ema": state.ema, "train": train}
+    return found | {"averages": state.averages} if state.averages else found
+
+
 def save_args(tree: Any) -> Any:
     """Returns the `PyTreeSave` arguments of a tree."""
     return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_BYTES)
 
 
-def restore_args(abstract: Any) -> Any:
-    """Returns the `PyTreeRestore` arguments of a tree of shapes, dtypes and shardings."""
+def restore_args(abstract: Any, *, part: bool = False) -> Any:
+    """Returns the `PyTreeRestore` arguments of a tree of shapes, dtypes and shardings.
+
+    Args:
+      part: read only the leaves that `abstract` has.
+    """
     return ocp.args.PyTreeRestore(
-        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
+        abstract,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        partial_restore=part,
     )
 
 

@@ -19,6 +19,7 @@ FREE = (
     "data.max_left_out",
     "data.workers",
     "data.worker_timeout",
+    "stage.average",
     "stage.checkpoint",
     "stage.guidance",
     "stage.sampler",
@@ -34,13 +35,15 @@ FREE = (
     "stage.training.max_failed_saves",
     "stage.training.max_skipped",
     "stage.training.preview_every",
+    "stage.training.snapshot_every",
     "stage.training.start_from",
     "stage.training.validation",
 )
 # A run continues with changes of these if `--allow_changes` names them; any other change makes it a
 # different network or process.
 ALLOWED = ("data", "stage.source", "stage.training", "stage.network.dropout", "stage.network.dtype")
-NEVER = ("data.channels",)
+# An average begins with the training.
+NEVER = ("data.channels", "stage.training.averages")
 
 
 class Change(NamedTuple):

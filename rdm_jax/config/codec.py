@@ -15,6 +15,7 @@ from typing import Any
 
 from rdm_jax.runtime.errors import InputError
 
+TEXT_OR_NUMBER = str | float  # a text in configs, where a number may stand for its text
 TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 
 
@@ -33,6 +34,8 @@ def to_plain(value: Any) -> Any:
         plain[name] = to_plain(part)
         if hint is float:
             plain[name] = float(part)
+        if hint == TEXT_OR_NUMBER:
+            plain[name] = str(part)
         if choices(hint):
             plain[name] = _with_kind(part)
         elif choices(item_type(hint)):
@@ -46,7 +49,9 @@ def _with_kind(value: Any) -> dict[str, Any]:
 
 def choices(hint: Any) -> tuple[type, ...]:
     """The dataclasses of a union; () for any other type."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+    if hint == TEXT_OR_NUMBER or not isinstance(hint, types.UnionType):
+        return ()
+    return typing.get_args(hint)
 
 
 def item_type(hint: Any) -> Any:
@@ -138,6 +143,8 @@ def from_plain(hint: Any, value: Any, path: str) -> Any:
         if choices(item):
             items = [_with_defaults(choices(item), v) for v in items]
         return tuple(from_plain(item, v, f"{path}[{i}]") for i, v in enumerate(items))
+    if hint == TEXT_OR_NUMBER:
+        hint, value = str, str(value) if type(value) in (int, float) else value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():  # 1e3 in JSON

@@ -18,7 +18,22 @@ from rdm_jax.models.conditions import ClassLabels, Condition, Nothing
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
 from rdm_jax.models.transformer import JiT
-from rdm_jax.runtime.fields import at_least, below, one_of, positive
+from rdm_jax.runtime.fields import Bounds, at_least, below, bounded, one_of, positive
+
+# Relative widths of averages of the parameters. Above 12^(-1/2) the power function would fall.
+NARROWEST, WIDEST = 0.001, 0.28
+
+
+def _are_widths(values: tuple[float, ...]) -> bool:
+    inside = all(NARROWEST <= value <= WIDEST for value in values)
+    return inside and list(values) == sorted(set(values))
+
+
+def _is_average(value: str | float) -> bool:
+    try:
+        return value in ("ema", "raw") or NARROWEST <= float(value) <= WIDEST
+    except ValueError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +54,12 @@ class Training:
       clip_norm: gradients of a larger norm are scaled down to it; 0 for none.
       ema_halflife, ema_rampup: half-life of the EMA of the parameters, and its bound as a share of
         the images seen (0: none).
+      averages: relative widths of further averages of the parameters, such as (0.05, 0.1): each
+        weighs the images seen with a power function whose standard deviation is that share of the
+        training so far (EDM2, arXiv 2312.02696). Each takes the memory of the parameters once more.
+      snapshot_every: save the averages every so many images, and at the end, so that other widths
+        can be reconstructed after the training. Snapshots stay: each takes the disk space of the
+        parameters once per average.
       label_dropout: probability of training an image on the null condition; guidance needs it.
       flip: mirror half of all images, left and right; `augment` does so by itself.
       augment: probability of each of EDM's geometric augmentations; above 0, network.augment_labels
@@ -75,6 +96,10 @@ class Training:
     clip_norm: float = at_least(0, default=0.0)
     ema_halflife: float = positive(default=500_000.0)
     ema_rampup: float = at_least(0, default=0.05)
+    averages: tuple[float, ...] = bounded(
+        Bounds(f"widths from {NARROWEST:g} to {WIDEST:g}, the smallest first", _are_widths), ()
+    )
+    snapshot_every: int = at_least(1, default=100_000)
     label_dropout: float = below(1, default=0.1)
     flip: bool = False
     augment: float = below(1, default=0.0)
@@ -106,6 +131,9 @@ class Stage:
         is the weight of classifier-free guidance at all noise levels; 1 for none.
       checkpoint: to sample from: 'newest', 'best', a step's number, or the path of a checkpoint
         (folder of a step).
+      average: of the parameters, to sample with: 'ema' (`training.ema_halflife`), 'raw' (the
+        parameters themselves), or a relative width, one of `training.averages` or another that
+        their snapshots reconstruct.
       source: of images for this stage alone, prepared at its own resolution beside the others'
         (`data.directory` and _stage1); '' for the means of the last stage's, so that the stages fit
         together.
@@ -148,6 +176,9 @@ class Stage:
         shorthand=guidances.as_list,
     )
     checkpoint: str = "newest"
+    average: str | float = bounded(
+        Bounds(f"'ema', 'raw' or a width from {NARROWEST:g} to {WIDEST:g}", _is_average), "ema"
+    )
     source: str = ""
     condition: Condition = kinds(ClassLabels, Nothing, default=ClassLabels())
 
@@ -197,6 +228,11 @@ class Stage:
     def passes(self) -> tuple[int, ...]:
         """Passes per sample: of the stage's network, then of each guide of `guidance`."""
         return tuple(self.nfe * each for each in guidances.passes(self.guidance))
+
+    @property
+    def width(self) -> float | None:
+        """The relative width of the average to sample with; None for 'ema' and 'raw'."""
+        return None if self.average in ("ema", "raw") else float(self.average)
 
     def condition_for(self, classes: int) -> Condition:
         """The condition for data of so many classes (0: none). Raises InputError if unusable."""

@@ -1,4 +1,4 @@
-"""Import of published weights into a run, and export of EMA parameters in the published format."""
+"""Import of published weights into a run, and export of parameters in the published format."""
 
 import dataclasses
 import errno
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rdm_jax.checkpoints import folders, store
+from rdm_jax.checkpoints import averages, folders, store
 from rdm_jax.config import Config, to_dict
 from rdm_jax.config.saved import VERSION
 from rdm_jax.interop import formats
@@ -288,32 +288,33 @@ def _strings(keys: tuple) -> tuple[str, ...]:
 
 
 def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None:
-    """Writes a stage's EMA parameters as safetensors: float32, named and laid out as the original.
+    """Writes a stage's parameters as safetensors: float32, named and laid out as the original.
+
+    They are the average that the stage's config chooses, the EMA by default.
 
     Constants that the original stores (resampling filters, positions) are written as well, so that
     a strict `load_state_dict` accepts the file; its metadata has the class and the settings to
     construct the network with.
 
     Raises:
-      InputError: there is no such checkpoint, or the published code has no such network.
+      InputError: there is no such checkpoint or average, or the published code has no such network.
       OSError: the file cannot be written.
     """
     stage, published = config.stage(number), _format(config, number)
     folder, step = folders.find(
         stage.checkpoint, Workdir(workdir).checkpoints(number), f"config.stage{number}.checkpoint"
     )
-    checkpoints = store.Checkpoints(folder, read_only=True)
-    classes = len(checkpoints.about(step)["classes"])
+    chosen = averages.choose(stage, folder, step)
+    classes = len(chosen.about["classes"])
     try:
         class_name, settings = published.settings_of(config.data.channels, classes)
     except InputError as error:
         raise InputError(f"config.stage{number}.{error.problem}", error.fix) from error
     abstract = stage.build(config.data.channels, classes).abstract
     replicated = sharding.replicated(sharding.local_mesh())
-    ema, _ = checkpoints.restore_ema(step, store.with_sharding(abstract, replicated))
-    checkpoints.close()
+    params = chosen.read(store.with_sharding(abstract, replicated))
     names, tensors = _names(published, abstract), published.buffers()
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(ema)[0]:
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         name = names[_strings(keys)]
         tensors[name] = np.ascontiguousarray(published.to_theirs(name, np.asarray(leaf)))
     metadata = {"class_name": class_name, "settings": json.dumps(settings)}
@@ -322,4 +323,11 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
             safetensors_numpy.save_file(tensors, partial, metadata=metadata)
         except safetensors.SafetensorError as error:  # also raised for a full disk
             raise OSError(errno.EIO, reason(error), str(path)) from error
-    log.info("export: %d tensors of stage%d, step %d -> %s", len(tensors), number, step, path)
+    log.info(
+        "export: %d tensors of stage%d, step %d, average %s -> %s",
+        len(tensors),
+        number,
+        step,
+        stage.average,
+        path,
+    )

@@ -215,7 +215,8 @@ def _state(stage: Stage, channels: int, classes: int) -> TrainState:
     """The training state, abstract."""
     optimizer = build_optimizer(stage.training, Count(stage.training.batch_size))
     return jax.eval_shape(
-        lambda params: init_state(params, optimizer), stage.build(channels, classes).abstract
+        lambda params: init_state(params, optimizer, stage.training.averages),
+        stage.build(channels, classes).abstract,
     )
 
 

@@ -162,7 +162,7 @@ def _section(config: Config, number: int, cost: TrainingCost, where: _Target, cl
     ]
     if network.remat == "block":
         rows.append(["... with rematerialised blocks (x 4/3)", f"{short(cost.flops * 4 / 3)}"])
-    rows += _memory_rows(cost, where.chip) + _exchange_rows(cost)
+    rows += _memory_rows(stage, cost, where.chip) + _exchange_rows(cost)
     if where.chip:
         rows += _time_rows(config, number, cost, where)
     size = " x ".join(map(str, stage.resolution))
@@ -183,15 +183,28 @@ def _evaluations(stage: Stage) -> str:
     return ", ".join(words)
 
 
-def _memory_rows(cost: TrainingCost, chip: Chip | None) -> list[list[str]]:
+def _memory_rows(stage: Stage, cost: TrainingCost, chip: Chip | None) -> list[list[str]]:
     available = f" of {chip.gib:g}" if chip else ""
+    averages = len(stage.training.averages)
+    further = f", {averages} further averages" if averages else ""
     return [
-        ["memory per chip: parameters, EMA, optimizer", in_gib(cost.state)],
+        [f"memory per chip: parameters, EMA{further}, optimizer", in_gib(cost.state)],
         ["... gradients", in_gib(cost.gradients)],
         ["... parameters gathered and cast for the pass", in_gib(cost.copies)],
         [f"... activations, {cost.images} images at a time (estimate)", in_gib(cost.activations)],
         ["... in total", f"{cost.memory / GIB:.2f}{available} GiB"],
+        *_snapshot_rows(stage, cost),
     ]
+
+
+def _snapshot_rows(stage: Stage, cost: TrainingCost) -> list[list[str]]:
+    """The disk space of the averages' snapshots, in float32."""
+    training = stage.training
+    if not training.averages:
+        return []
+    count = -(-training.steps * training.batch_size // training.snapshot_every)
+    size = 4 * cost.parameters * len(training.averages)
+    return [[f"disk: {count} snapshots of averages, {in_gib(size)} each", in_gib(count * size)]]
 
 
 def _exchange_rows(cost: TrainingCost) -> list[list[str]]:

@@ -26,8 +26,8 @@ def settings(config: Config, first: int) -> dict[str, Any]:
       first: number of the first stage that runs.
     """
     stages = {
-        f"stage{number}": stage_settings(config, number)
-        for number in range(first, len(config.stages) + 1)
+        stage.name: stage_settings(config, stage.number) | {"average": stage.width or stage.average}
+        for stage in config.stages[first - 1 :]
     }
     sampling = {k: v for k, v in to_dict(config)["sampling"].items() if k not in NOT_IN_IMAGES}
     sampling["seeds"] = one_spelling(sampling["seeds"])
@@ -96,7 +96,10 @@ def as_written_now(old: dict[str, Any]) -> dict[str, Any]:
             # was named.
             old["sampling"]["seeds"] = seeds if repetition(seeds, "seeds") else one_spelling(seeds)
     if "stages" in old:
-        old["stages"] = {name: completed_settings(stage) for name, stage in old["stages"].items()}
+        old["stages"] = {
+            name: {"average": "ema"} | completed_settings(stage)
+            for name, stage in old["stages"].items()
+        }
     if "stage" in old:  # an evaluation during training
         old["stage"] = completed_settings(old["stage"])
     return json.loads(json.dumps(old))

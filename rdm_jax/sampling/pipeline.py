@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
-from rdm_jax.checkpoints import folders, store
+from rdm_jax.checkpoints import averages, folders, store
 from rdm_jax.config import Config, to_dict, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
@@ -41,10 +41,10 @@ class Begun(NamedTuple):
 
 
 class RelayPipeline:
-    """The stages to run with their EMA parameters, ready to sample. It needs no data.
+    """The stages to run with their parameters, ready to sample. It needs no data.
 
     Args:
-      config: of the run; each stage's `checkpoint` selects what is loaded.
+      config: of the run; each stage's `checkpoint` and `average` select what is loaded.
       workdir: of the run.
 
     Attributes:
@@ -85,16 +85,15 @@ class RelayPipeline:
             Workdir(workdir).checkpoints(number),
             f"config.stage{number}.checkpoint",
         )
-        checkpoints = store.Checkpoints(folder, read_only=True)
-        about = checkpoints.about(step)
+        chosen = averages.choose(stage, folder, step)
+        about = chosen.about
         _check_same_stage(self.config, number, folder / str(step), about)
         _check_guidance(self.config, number, folder / str(step), about)
         classes = len(about["classes"])
         network = stage.build(channels, classes)
         # All processes restore together, replicated over all devices; then each takes its own copy.
         abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
-        params = sharding.on_this_process(checkpoints.restore_ema(step, abstract)[0], self.mesh)
-        checkpoints.close()
+        params = sharding.on_this_process(chosen.read(abstract), self.mesh)
         loaded_guides = guides.load(stage, channels, of_checkpoint(about))
         sampler = StageSampler(
             stage,
@@ -110,6 +109,8 @@ class RelayPipeline:
             "step": step,
             **{k: about[k] for k in ("validation_loss", "imported", "started_from") if k in about},
         }
+        if chosen.snapshots:
+            loaded["snapshots"] = chosen.snapshots
         if "/" in stage.checkpoint:  # of another run
             loaded["folder"] = str(folder.resolve())
         if loaded_guides:

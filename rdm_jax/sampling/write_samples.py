@@ -190,9 +190,10 @@ def _log_work(
     for number, loaded in enumerate(relay.checkpoints, relay.first):
         stage = relay.config.stage(number)
         log.info(
-            "samples: stage%d from step %d, NFE %d per image, guidance %s",
+            "samples: stage%d from step %d, average %s, NFE %d per image, guidance %s",
             number,
             loaded["step"],
+            stage.average,
             stage.nfe,
             guidance.text(stage.guidance),
         )

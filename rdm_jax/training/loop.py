@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from rdm_jax.checkpoints import store
+from rdm_jax.checkpoints import space, store
 from rdm_jax.config import Config, to_dict
 from rdm_jax.config.saved import VERSION
 from rdm_jax.data.image_sets import ImageSet, as_sums
@@ -29,6 +29,8 @@ from rdm_jax.training.count import Count
 from rdm_jax.training.metric_buffer import Clock, MetricBuffer
 from rdm_jax.training.probe import Probe
 from rdm_jax.training.program import PROGRAMS, Program
+from rdm_jax.training.session import Due, Session
+from rdm_jax.training.snapshots import Snapshots
 from rdm_jax.training.start import Progress, Starter
 from rdm_jax.training.step import TrainState
 from rdm_jax.training.validation import Validation
@@ -39,26 +41,6 @@ BATCHES_AHEAD = 2
 # that one of them has received a signal.
 SAVE = 1
 STOP = 2
-
-
-class Due(NamedTuple):
-    """What is scheduled after a step."""
-
-    preview: bool
-    evaluation: bool
-    checkpoint: bool
-
-
-class Session(NamedTuple):
-    """What accompanies the steps of one call of `Trainer.run`."""
-
-    checkpoints: store.Checkpoints
-    stop: StopOnSignal
-    probe: Probe | None
-    writer: metric_writer.MetricWriter | metric_writer.NoWriter
-    buffer: MetricBuffer
-    clock: Clock
-    curves: metric_writer.Curves
 
 
 class Trainer:
@@ -145,19 +127,27 @@ class Trainer:
             keep_best=self.training.keep_best,
             max_failed_saves=self.training.max_failed_saves,
         )
-        wait = True
+        snapshots, wait = Snapshots(checkpoints.directory, self.training), True
         try:
-            self._run(checkpoints, stop, probe)
+            self._run(checkpoints, snapshots, stop, probe)
         except Interrupted as interruption:
             wait = not interruption.at_once
             raise
         finally:
-            if wait:
-                checkpoints.close()  # after the current save, also if something else failed
+            if wait:  # for the current saves, also if something else failed
+                with contextlib.closing(snapshots):
+                    checkpoints.close()
 
-    def _run(self, checkpoints: store.Checkpoints, stop: StopOnSignal, probe: Probe | None) -> None:
-        # Start.
+    def _run(
+        self,
+        checkpoints: store.Checkpoints,
+        snapshots: Snapshots,
+        stop: StopOnSignal,
+        probe: Probe | None,
+    ) -> None:
+        # Start, and what the newest checkpoint was still to be followed by.
         point = self._start(checkpoints)
+        snapshots.resume(self._before, point.state, self._about_at(point))
         self._finish_evaluation(point, probe)
         if point.step >= self._last_step:
             images = self._count.images_at(point.step)
@@ -166,7 +156,8 @@ class Trainer:
 
         # What may fail or take long comes before the first step.
         copies = self.training.keep_newest + self.training.keep_best + 1 - len(checkpoints.steps())
-        store.check_space(self.directory, self.abstract, copies)
+        more = snapshots.to_come(self._count, point.step)
+        space.check_space(self.directory, self.abstract, copies, more)
         self._compile()
         iterator = self._iterator(point.data)
         clock = Clock(60 * self.training.checkpoint_minutes)
@@ -174,7 +165,7 @@ class Trainer:
         bar = self._bar(point.step)
         curves = metric_writer.Curves(self.directory)
         buffer = MetricBuffer(self.training, self._count, writer, bar)
-        session = Session(checkpoints, stop, probe, writer, buffer, clock, curves)
+        session = Session(checkpoints, snapshots, stop, probe, writer, buffer, clock, curves)
 
         # Steps, and what comes between them.
         batches = self._batches(iterator)
@@ -185,7 +176,7 @@ class Trainer:
                 running, metrics = self._program(running, batch)
                 step += 1
                 buffer.add(step, metrics | self._request(session))
-                due = self._due(step, probe)
+                due = self._due(step, session)
                 if not any(due) and not self._requested(session) and not buffer.diverged:
                     continue
                 with buffer.paused():
@@ -200,7 +191,7 @@ class Trainer:
         log.info("%s: trained, %s, %d steps skipped", self.name, buffer.rates(), skipped)
 
     def _pause(self, session: Session, point: Progress, due: Due) -> None:
-        """Saves a checkpoint, then draws and evaluates what is due.
+        """Saves a snapshot, a checkpoint unless that is all, then draws and evaluates what is due.
 
         All processes come here after the same step, and the metrics of all steps are known.
         """
@@ -208,6 +199,13 @@ class Trainer:
         if self._requested(session) == STOP:
             self._save(session, point, loss=None)
             raise session.stop.interruption
+
+        if due.snapshot:
+            session.snapshots.save(point.state, self._about_at(point))
+        if not any(due._replace(snapshot=False)) and not (
+            self._requested(session) or session.buffer.diverged
+        ):
+            return
 
         # The checkpoint. A signal during the validation skips what would follow.
         self._save(session, point, loss=self._validate(session, point))
@@ -300,11 +298,13 @@ class Trainer:
     def _last_step(self) -> int:
         return self._count.steps_for(self.training.images)
 
-    def _due(self, step: int, probe: Probe | None) -> Due:
+    def _due(self, step: int, session: Session) -> Due:
+        probe = session.probe
         return Due(
             preview=probe is not None and self._is_due(step, self.training.preview_every),
             evaluation=self._is_due(step, self._evaluate_every(probe)),
             checkpoint=self._is_due(step, self.training.checkpoint_every),
+            snapshot=session.snapshots.is_due(self._count, step),
         )
 
     def _is_due(self, step: int, every: int) -> bool:
@@ -337,8 +337,12 @@ class Trainer:
         return SAVE if session.clock.is_over() else 0
 
     def _save(self, session: Session, point: Progress, loss: float | None) -> None:
-        about = {**self._about, "data": point.data, "validation_loss": loss}
+        session.snapshots.wait()  # a resumed run has those before its checkpoint
+        about = {**self._about_at(point), "data": point.data, "validation_loss": loss}
         session.checkpoints.save(point.state, about)
+
+    def _about_at(self, point: Progress) -> dict[str, Any]:
+        return {**self._about, "images_seen": self._count.images_at(point.step)}
 
     def _validate(self, session: Session, point: Progress) -> float | None:
         """Measures and writes the validation loss; None if not finite, or if a signal came."""
@@ -372,18 +376,9 @@ class Trainer:
         """Resumes the evaluation of the newest checkpoint if it was interrupted."""
         every = self._evaluate_every(probe)
         due = every and (self._before.is_due(point.step, every) or point.step == self._last_step)
-        if point.step and due and not self._is_evaluated(point.step):
+        if point.step and due and not metric_writer.is_evaluated(self.directory, point.step):
             with contextlib.closing(self._writer(point.step)) as writer:
                 self._evaluate(probe, point, writer)
-
-    def _is_evaluated(self, step: int) -> bool:
-        """Whether an evaluation of that step was written, as process 0 sees it."""
-        found = False
-        if distributed.is_primary():
-            lines = metric_writer.read(self.directory / "metrics.jsonl")
-            names = [name for line in lines if line["step"] == step for name in line]
-            found = any(name.startswith("evaluation/") for name in names)
-        return bool(distributed.from_primary(found))
 
     def _writer(self, step: int) -> metric_writer.MetricWriter | metric_writer.NoWriter:
         if distributed.is_primary():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rdm_jax.render.curves import draw_losses
+from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.files import atomic_write, log_write_errors, parse_json
 from rdm_jax.runtime.lazy import is_available, lazy_import
@@ -152,6 +153,15 @@ def _parsed(path: Path) -> list[dict[str, Any] | None]:
             line = None
         lines.append(line if isinstance(line, dict) and isinstance(line.get("step"), int) else None)
     return lines
+
+
+def is_evaluated(directory: Path, step: int) -> bool:
+    """Whether a stage has an evaluation of a step, as process 0 sees it. All must call it."""
+    found = False
+    if distributed.is_primary():
+        lines = [line for line in read(directory / "metrics.jsonl") if line["step"] == step]
+        found = any(name.startswith("evaluation/") for line in lines for name in line)
+    return bool(distributed.from_primary(found))
 
 
 class Curves:

@@ -79,7 +79,8 @@ class Program(ABC):
         self.objective = build_objective(stage, image_shape, classes, cell)
         self._optimizer = build_optimizer(stage.training, count)
         shapes = jax.eval_shape(
-            lambda params: init_state(params, self._optimizer), self.objective.network.abstract
+            lambda params: init_state(params, self._optimizer, stage.training.averages),
+            self.objective.network.abstract,
         )
         self.abstract: TrainState = sharding.by_rules(shapes, mesh)
         self._step = make_step(
@@ -90,6 +91,7 @@ class Program(ABC):
             accumulate=stage.training.accumulate,
             ema_halflife=stage.training.ema_halflife,
             ema_rampup=stage.training.ema_rampup,
+            averages=stage.training.averages,
             fetch=sharding.fetcher(self.abstract.params, self.objective.network.dtypes),
             axis_name=self.AXIS,
         )
@@ -101,7 +103,8 @@ class Program(ABC):
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
         def init(key):
-            return init_state(self.objective.network.init(key), self._optimizer)
+            params = self.objective.network.init(key)
+            return init_state(params, self._optimizer, self._training.averages)
 
         return jax.jit(
             init, out_shardings=sharding.shardings(self.abstract), compiler_options=options

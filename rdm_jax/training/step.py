@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
+from rdm_jax.checkpoints.profiles import average_names, exponent
 from rdm_jax.data.augment import Augmentation, mirror
 from rdm_jax.diffusion import preconditioning, processes
 from rdm_jax.diffusion.pixels import Pixels
@@ -88,6 +89,8 @@ class TrainState:
       params, ema: the network's parameters and their exponential moving average.
       opt_state: optax's.
       skipped, skipped_in_a_row: int32 numbers of steps whose loss or gradient was not finite.
+      averages: further averages of the parameters, of the widths of `training.averages`, by the
+        names that `average_names` gives them.
     """
 
     step: Any
@@ -96,13 +99,28 @@ class TrainState:
     opt_state: Any
     skipped: Any
     skipped_in_a_row: Any
+    averages: Any = flax.struct.field(default_factory=dict)
 
 
-def init_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. Under `jit` with `out_shardings` it is created sharded."""
+def init_state(
+    params: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    averages: Sequence[float] = (),
+) -> TrainState:
+    """The state before the first step. Under `jit` with `out_shardings` it is created sharded.
+
+    Args:
+      params: of the network.
+      optimizer: of the parameters.
+      averages: widths of the further averages.
+    """
+
+    def copy():  # of its own, so that the state can be donated
+        return jax.tree.map(jnp.array, params)
+
     zero = jnp.zeros((), jnp.int32)
-    ema = jax.tree.map(jnp.array, params)  # a copy of its own, so that the state can be donated
-    return TrainState(zero, params, ema, optimizer.init(params), zero, zero)
+    further = {name: copy() for name in average_names(averages)}
+    return TrainState(zero, params, copy(), optimizer.init(params), zero, zero, further)
 
 
 def ema_weight(
@@ -127,6 +145,21 @@ def ema_weight(
     return -jnp.expm1(-math.log(2) * batch_size / jnp.maximum(halflife, 1e-8))
 
 
+def power_weight(images: Float[Array, ""], *, batch_size: int, width: float) -> Float[Array, ""]:
+    """Weight of the new parameters in a step of the average of a relative width.
+
+    w = 1 - (1 - batch_size / images)^(gamma + 1), float32; 1 in the first step (EDM2, arXiv
+    2312.02696, section 3.1). The average is then exactly that of the power function over parameters
+    that stay as they are between two steps.
+
+    Args:
+      images: seen after the step.
+      batch_size: images per step.
+      width: relative, as in `profiles.exponent`.
+    """
+    return -jnp.expm1((exponent(width) + 1) * jnp.log1p(-batch_size / images))
+
+
 def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -136,6 +169,7 @@ def make_step(
     accumulate: int,
     ema_halflife: float,
     ema_rampup: float,
+    averages: Sequence[float] = (),
     fetch: Callable[[Any], Any] = lambda params: params,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
@@ -144,7 +178,7 @@ def make_step(
     `batch` holds 'image' (b, h, w, c) as the records have it, 'label' (b,) int32 and 'position'
     (b,) int32, each image's index in the global batch, from which its randomness follows. If the
     loss or a gradient is not finite, parameters, moments and EMA stay as they are, and the step is
-    counted as skipped.
+    counted as skipped; to the further averages it is a step to the same parameters.
 
     Args:
       objective: what is trained.
@@ -154,6 +188,7 @@ def make_step(
       accumulate: number of equal parts of a batch, whose gradients are averaged one after the
         other.
       ema_halflife, ema_rampup: as in `ema_weight`.
+      averages: widths of the further averages.
       fetch: all-gathers sharded parameters.
       axis_name: under `pmap`, the axis over whose devices gradients are averaged; None under `jit`,
         where arrays are global.
@@ -187,13 +222,23 @@ def make_step(
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+        params = keep(params, state.params)
+        further = {
+            name: optax.incremental_update(
+                params,
+                state.averages[name],
+                power_weight(images + count.batch_size, batch_size=count.batch_size, width=width),
+            )
+            for name, width in average_names(averages).items()
+        }
         new_state = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
+            params=params,
             ema=keep(ema, state.ema),
             opt_state=keep(opt_state, state.opt_state),
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+            averages=further,
         )
         metrics = {
             "loss": loss,

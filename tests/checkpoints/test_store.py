@@ -15,7 +15,7 @@ import optax
 import pytest
 from absl import logging as absl_logging
 
-from rdm_jax.checkpoints import folders, store
+from rdm_jax.checkpoints import folders, space, store
 from rdm_jax.checkpoints.checksums import CHECKSUMS, LATER
 from rdm_jax.models.functional import functional
 from rdm_jax.runtime import sharding
@@ -306,6 +306,48 @@ def test_close_refuses_a_directory_replaced_during_the_last_save(tmp_path, monke
         checkpoints.close()
 
 
+def test_check_space_counts_snapshots(tmp_path, monkeypatch):
+    """Each has the averages alone."""
+    state = make_state(1)
+    state = state.replace(averages={"average0": state.ema})
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for part in (state, state.ema)]
+    need = 2 * sizes[0] + 5 * sizes[1]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need))
+    space.check_space(tmp_path, state, 2, 5)
+    with pytest.raises(InputError, match="2 checkpoints and 6 snapshots .*snapshot_every"):
+        space.check_space(tmp_path, state, 2, 6)
+
+
+def test_restore_part_reads_one_tree(tmp_path):
+    """Of several averages, and of a training state."""
+    state = make_state(1)
+    trees = {f"average{n}": jax.tree.map(lambda x, n=n: x + n, state.ema) for n in (1, 2)}
+    checkpoints = store.Checkpoints(tmp_path)
+    checkpoints.save(state.replace(averages=trees), about(0.5))
+    checkpoints.wait()
+    found = checkpoints.restore_part(1, "averages", "average2", abstract().ema)
+    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(trees["average2"]))
+    found = checkpoints.restore_part(1, "train", "params", abstract().params)
+    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(state.params))
+    with pytest.raises(InputError, match="another network"):
+        checkpoints.restore_part(1, "averages", "average1", abstract(classes=4).ema)
+    checkpoints.close()
+
+
+def test_save_averages_keeps_what_there_is(tmp_path):
+    """All of them, and the first of two for the same step."""
+    first, second = make_state(1).ema, make_state(2).ema
+    snapshots = store.Checkpoints(tmp_path)
+    for step, tree in ((1, first), (2, first), (2, second), (3, second)):
+        snapshots.save_averages(step, {"average0": tree}, about(None))
+    snapshots.close()
+    snapshots = store.Checkpoints(tmp_path)
+    assert snapshots.steps() == [1, 2, 3]
+    found = snapshots.restore_part(2, "averages", "average0", abstract().ema)
+    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(first))
+    snapshots.close()
+
+
 def test_check_space_refuses_too_few_bytes(tmp_path, monkeypatch):
     """The exact size of all copies is enough; one byte less is not."""
     copies, state = 3, make_state(1)
@@ -313,15 +355,15 @@ def test_check_space_refuses_too_few_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: SimpleNamespace(free=need if path == tmp_path else 0)
     )
-    store.check_space(tmp_path, abstract(), copies)
+    space.check_space(tmp_path, abstract(), copies)
     for too_many in (copies + 1, 10**12):
         with pytest.raises(
             InputError, match=f"GiB free, and {too_many} checkpoints take .*keep_newest"
         ):
-            store.check_space(tmp_path, abstract(), too_many)
+            space.check_space(tmp_path, abstract(), too_many)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=need - 1))
     with pytest.raises(InputError, match="GiB free"):
-        store.check_space(tmp_path, abstract(), copies)
+        space.check_space(tmp_path, abstract(), copies)
 
 
 def test_about_round_trips_as_json(tmp_path):

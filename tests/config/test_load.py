@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rdm_jax.config import Config, parse, to_dict
+from rdm_jax.config import Config, parse, to_dict, validate
 from rdm_jax.config.load import load, load_config, packaged
 from rdm_jax.config.validate import check_config
 from rdm_jax.diffusion.processes import CascadeProcess
@@ -56,6 +56,35 @@ def test_a_number_for_a_part_is_refused_with_the_kinds():
 def test_a_number_for_a_text_is_refused_with_the_text():
     with pytest.raises(InputError, match=r"labels=3 is not a text\. Use a text, such as '3'\."):
         load_config("digits", sampling={"labels": 3})
+
+
+def test_a_number_may_stand_for_its_text_where_a_width_does(tmp_path):
+    """In a config it is always a text, so that the command line can replace one by another."""
+    found = load_config("digits", stage1={"average": 0.10}, stage2={"average": "raw"})
+    assert [stage.average for stage in found.stages] == ["0.1", "raw"]
+    assert [stage.width for stage in found.stages] == [0.1, None]
+    direct = found.with_stage(1, average=0.1)
+    assert direct.stage(1).width == 0.1
+    assert direct.to_config_dict().stage1.average == "0.1"
+    assert parse(direct.to_config_dict()) == found
+    with pytest.raises(InputError, match="stage1.average=True is not a text"):
+        load_config("digits", stage1={"average": True})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("averages", (0.1, 0.05)),
+        ("averages", (0.05, 0.05)),
+        ("averages", (0.0,)),
+        ("averages", (0.1, 0.3)),
+        ("snapshot_every", 0),
+    ],
+)
+def test_averages_out_of_bounds_are_refused(field, value):
+    config = load_config("digits", stage1={"training": {field: value}})
+    with pytest.raises(InputError, match=rf"config.stage1.training.{field}=.* Use [\dw].*\."):
+        validate.check_config(config)
 
 
 def test_load_with_warnings_as_errors(tmp_path):

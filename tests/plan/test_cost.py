@@ -119,7 +119,7 @@ def test_multiply_adds_of_published_networks(network, side, giga):
 
 @pytest.mark.second
 def test_state_bytes_match_the_devices():
-    values = cut(config(), 1, 8)
+    values = cut(config(averages=(0.05, 0.1)), 1, 8)
     needs, state = training_cost(values, 2, 8, CLASSES), program(values).init(jax.random.key(0))
     first = jax.devices()[0]
     there = [
@@ -133,6 +133,14 @@ def test_state_bytes_match_the_devices():
     assert training_cost(cut(config(), 2, 4), 2, 8, CLASSES).state == shard_bytes(
         program(cut(config(), 2, 4)).abstract
     )
+
+
+def test_averages_take_the_memory_of_the_parameters_each():
+    usual, more = (
+        training_cost(config(averages=widths), 2, 8, CLASSES) for widths in ((), (0.05, 0.1))
+    )
+    assert more.state - usual.state == 2 * 4 * usual.parameters
+    assert more.memory - usual.memory == 2 * 4 * usual.parameters
 
 
 def test_sharded_kernels_need_copies():

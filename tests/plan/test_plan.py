@@ -45,6 +45,19 @@ def test_hours_scale_with_chips_and_utilisation():
     assert total == pytest.approx(sum(usual), rel=0.01)
 
 
+def test_plan_shows_averages_and_their_snapshots():
+    """160 images in batches of 16, with a snapshot every 48 and at the end."""
+    shown = show("v5e-8", config(averages=(0.05, 0.1), snapshot_every=48))
+    assert "parameters, EMA, 2 further averages, optimizer" in shown
+    each, whole = re.search(
+        r"disk: 4 snapshots of averages, ([\d.]+) MiB each *\| ([\d.]+) MiB", shown
+    ).groups()
+    assert float(whole) == pytest.approx(4 * float(each), rel=0.01)
+    parameters = training_cost(config(), 1, 8, CLASSES).parameters
+    assert float(each) == pytest.approx(2 * 4 * parameters / 2**20, rel=0.01)
+    assert "averages" not in show("v5e-8")
+
+
 # Chips and targets
 
 

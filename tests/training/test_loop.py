@@ -24,6 +24,7 @@ from rdm_jax.training.loop import Trainer
 from rdm_jax.training.optimizer import build_optimizer
 from rdm_jax.training.validation import Validation
 from tests.support.configs import tiny_config
+from tests.support.image_sets import image_set
 
 QUIET = {
     "images": 80,
@@ -33,19 +34,6 @@ QUIET = {
     "keep_newest": 9,
     "log_every": 8,
 }
-
-
-class Items(list):
-    def identity(self) -> str:
-        raise AssertionError("a set in memory is identified by its pixels")
-
-
-def image_set(seed: int = 0, count: int = 24) -> ImageSet:
-    random = np.random.default_rng(seed)
-    items = Items((random.integers(0, 256, (4, 4, 3), np.uint8), i % 2) for i in range(count))
-    images = ImageSet(items, (4, 4, 3), ("a", "b"))
-    images.cache("decoding")
-    return images
 
 
 class Previews:

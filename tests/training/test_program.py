@@ -59,6 +59,7 @@ def program(
         learning_rate=1e-3,
         warmup=16,
         ema_halflife=64.0,
+        averages=(0.1,),
         epsilon=1e-3,
     )
     stage = Stage(
@@ -158,13 +159,14 @@ def test_training_is_independent_of_other_programs(how):
 
 
 def check_trained(how, size):
-    """Losses, parameters and EMA match those on one device."""
+    """Losses, parameters, EMA and averages match those on one device."""
     state, metrics = trained(compiled(**how, size=size), size=size)
     wanted, wanted_metrics = on_one_device(size)
     assert int(state.step) == 5 and int(state.skipped) == 0
     chex.assert_trees_all_close(metrics, wanted_metrics, rtol=1e-5)
     assert difference(state.params, wanted.params) < 1e-5
     assert difference(state.ema, wanted.ema) < 1e-5
+    assert difference(state.averages, wanted.averages) < 1e-5
 
 
 def test_training_changes_parameters(size):
@@ -179,7 +181,9 @@ def test_state_is_sharded_by_rules(size):
         "two levels": ("encoder1_0", (3, 3, 8, 4)),
     }[size]
     for tree in (state, made.init(jax.random.key(0))):
-        for params in (tree.params, tree.ema, tree.opt_state[0].mu, tree.opt_state[0].nu):
+        moments = tree.opt_state[0]
+        averages = tree.averages.values()
+        for params in (tree.params, tree.ema, *averages, moments.mu, moments.nu):
             kernel, bias = (
                 params[block]["conv0"]["kernel"],
                 params[block]["conv0"]["bias"],

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from rdm_jax.checkpoints.profiles import exponent
 from rdm_jax.diffusion import preconditioning, processes
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.models.adm import ADM
@@ -21,7 +22,7 @@ from rdm_jax.training.count import Count
 from rdm_jax.training.step import Objective, ema_weight, init_state, make_step
 from tests.support.small_networks import shapes
 
-BATCH, CLASSES = 16, 3
+BATCH, CLASSES, WIDTH = 16, 3, 0.1
 OPTIMIZER = optax.adam(3e-3)
 
 
@@ -76,9 +77,12 @@ def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = Fal
         "accumulate": accumulate,
         "ema_halflife": 100.0,
         "ema_rampup": 0.05,
+        "averages": (WIDTH,),
     }
     step = make_step(goal, OPTIMIZER, jax.random.key(1), **kwargs)
-    state = jax.jit(lambda key: init_state(goal.network.init(key), OPTIMIZER))(jax.random.key(0))
+    state = jax.jit(lambda key: init_state(goal.network.init(key), OPTIMIZER, (WIDTH,)))(
+        jax.random.key(0)
+    )
 
     # The last convolutions start at zero; a nudge lets gradients reach all parameters from the
     # first step.
@@ -88,7 +92,7 @@ def step_and_state(accumulate: int = 1, dropout: float = 0.0, shared: bool = Fal
     params = jax.device_put(jax.tree.map(nudge, state.params))
     out = sharding.replicated(sharding.local_mesh()) if shared else None
     return jax.jit(chex.assert_max_traces(step, n=1), out_shardings=out), state.replace(
-        params=params, ema=params
+        params=params, ema=params, averages={"average0": params}
     )
 
 
@@ -175,12 +179,17 @@ def test_step_on_eight_devices_matches_one():
 def test_step_skips_non_finite_gradients():
     step, state = step_and_state()
     state, _ = step(state, batch())
+    state = state.replace(averages={"average0": jax.tree.map(jnp.zeros_like, state.ema)})
     after, metrics = step(state, poisoned(batch(1)))
     assert not np.isfinite(metrics["loss"])
     chex.assert_trees_all_equal(
         (after.params, after.ema, after.opt_state), (state.params, state.ema, state.opt_state)
     )
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
+    # To an average it is a step to the same parameters: half of the images seen.
+    kept = 0.5 ** (exponent(WIDTH) + 1)
+    expected = jax.tree.map(lambda new: (1 - kept) * new, state.params)
+    chex.assert_trees_all_close(after.averages["average0"], expected, atol=1e-6)
     good, _ = step(after, batch(2))
     assert (int(good.skipped), int(good.skipped_in_a_row)) == (1, 0)
     assert bool(jnp.any(good.params["stem"]["kernel"] != after.params["stem"]["kernel"]))
@@ -263,6 +272,17 @@ def test_ema_update_matches_formula():
         lambda old, new: decay * old + (1 - decay) * new, before.ema, after.params
     )
     chex.assert_trees_all_close(after.ema, expected, atol=1e-6)
+
+
+def test_average_starts_at_parameters_and_follows_the_power_function():
+    step, state = step_and_state()
+    zeros = {"average0": jax.tree.map(jnp.zeros_like, state.ema)}
+    after, _ = step(state.replace(averages=zeros), batch())
+    chex.assert_trees_all_close(after.averages["average0"], after.params, rtol=0, atol=2**-24)
+    later, _ = step(state.replace(step=jnp.int32(9), averages=zeros), batch())  # the tenth
+    weight = 1 - 0.9 ** (exponent(WIDTH) + 1)
+    expected = jax.tree.map(lambda new: weight * new, later.params)
+    chex.assert_trees_all_close(later.averages["average0"], expected, atol=1e-6)
 
 
 def test_pixels_encode_scales_and_pools():
