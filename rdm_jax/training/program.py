@@ -18,7 +18,6 @@ from rdm_jax.training.count import Count
 from rdm_jax.training.optimizer import build_optimizer
 from rdm_jax.training.step import Objective, TrainState, init_state, make_step
 
-
 # Else the gradients of sharded kernels are computed piece by piece, to send one while the next is
 # computed; of convolutions a piece has so few channels that it takes five times as long.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
