@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from rdm_jax.config.codec import add_kind, kinds
-from rdm_jax.diffusion import linear_path, preconditioning, processes, samplers
+from rdm_jax.diffusion import coupling, jump, linear_path, preconditioning, processes, samplers
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Process, Sampler
 from rdm_jax.models.adm import ADM
@@ -14,7 +14,7 @@ from rdm_jax.models.conditions import ClassLabels, Condition, Nothing
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
 from rdm_jax.models.transformer import JiT
-from rdm_jax.runtime.fields import at_least, below, one_of, positive
+from rdm_jax.runtime.fields import at_least, below, between, one_of, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Training:
       ema_halflife, ema_rampup: half-life of the EMA of the parameters, and its bound as a share of
         the images seen (0: none).
       label_dropout: probability of training an image on the null condition; guidance needs it.
+      dct_quality: measure the error in the 8 x 8 DCT, weighted as JPEG of this quality, 1 to 100,
+        divides it (DeCo, arXiv 2511.19365): less at high frequencies and, of RGB, in the colours. 0
+        measures it in pixels.
       flip: mirror half of all images, left and right; `augment` does so by itself.
       augment: probability of each of EDM's geometric augmentations; above 0, network.augment_labels
         must be 9. It works on images at twice their size and reflected on every side, 36 times
@@ -72,6 +75,7 @@ class Training:
     ema_halflife: float = positive(default=500_000.0)
     ema_rampup: float = at_least(0, default=0.05)
     label_dropout: float = below(1, default=0.1)
+    dct_quality: int = between(0, 100, default=0)
     flip: bool = False
     augment: float = below(1, default=0.0)
     start_from: str = ""
@@ -126,6 +130,7 @@ class Stage:
         processes.RelayProcess,
         processes.CascadeProcess,
         linear_path.LinearProcess,
+        coupling.CouplingProcess,
         default=processes.GaussianProcess(),
     )
     training: Training = Training()
@@ -134,6 +139,8 @@ class Stage:
         samplers.RelayHeun,
         samplers.CascadeHeun,
         linear_path.LinearHeun,
+        jump.JumpHeun,
+        coupling.CouplingHeun,
         default=samplers.Heun(),
     )
     guidance: float = at_least(0, default=1.0)
