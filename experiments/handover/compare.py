@@ -11,9 +11,8 @@ from experiments.relay_vs_cascade.variants import points
 from rdm_jax import config as configs
 from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import define_config
-from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
-from rdm_jax.runtime.ranges import parse_list, parse_numbers
+from rdm_jax.runtime.ranges import parse_numbers
 
 _CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/handover", "Of all runs; the same command resumes.")
@@ -23,26 +22,16 @@ _USUAL = flags.DEFINE_integer("usual", 19, "The NFE while something else is vari
 _METHODS = flags.DEFINE_string("methods", "all", "Names besides 'relay', or 'all'.")
 
 
-def chosen(config: configs.Config) -> dict[str, methods.Variant]:
-    """The methods that the command line names, the relay first. Raises InputError."""
-    found, names = variants(config), parse_list(_METHODS.value, "--methods")
-    names = list(found) if names == ["all"] else ["relay", *names]
-    for name in names:
-        if name not in found:
-            raise InputError(f"--methods={name} is not known", f"Use {', '.join(found)}.")
-    return {name: found[name] for name in found if name in names}
-
-
 def compare() -> None:
     """Trains, measures, and prints the tables."""
     root, usual = local_path(_WORKDIR.value, "--workdir"), _USUAL.value
     config = configs.parse(_CONFIG.value)
     seeds, counts = parse_numbers(_SEEDS.value, "--seeds"), parse_numbers(_NFE.value, "--nfe")
     common.check_relay(config)
-    methods.check(chosen(config), {*counts, usual})
+    methods.check(common.named(variants(config), _METHODS.value, "--methods"), {*counts, usual})
     base, held_out, floor = common.prepared(config, root)
     methods.compare(
-        chosen(base),
+        common.named(variants(base), _METHODS.value, "--methods"),
         root,
         seeds,
         counts,

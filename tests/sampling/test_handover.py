@@ -133,10 +133,11 @@ def test_pipeline_hands_over_an_unfinished_state(run):
     small, images = RelayPipeline(*run).sample(SEEDS.astype(int))
     first, *args = make("stopped")
     stopped = first.sample(*args)
-    np.testing.assert_array_equal(Pixels().decode(stopped.images), small)
+    # Another program, for several devices, may round to the next grey level.
+    np.testing.assert_allclose(small.astype(int), Pixels().decode(stopped.images), atol=1)
     second, params, *_ = make("jump")
     made = second.sample(params, stopped.handed_over, LABELS, SEEDS, unfinished=True)
-    np.testing.assert_array_equal(Pixels().decode(made.images), images)
+    np.testing.assert_allclose(images.astype(int), Pixels().decode(made.images), atol=1)
 
 
 def test_pipeline_jumps_from_small_images(run, tmp_path):
@@ -149,7 +150,7 @@ def test_pipeline_jumps_from_small_images(run, tmp_path):
     second, params, *_ = make("jump")
     low = Pixels().encode(jnp.asarray(small))
     expected = second(params, low, made.labels(SEEDS.astype(int)), SEEDS)[0]
-    np.testing.assert_array_equal(Pixels().decode(expected), images)
+    np.testing.assert_allclose(images.astype(int), Pixels().decode(expected), atol=1)
 
 
 @pytest.mark.parametrize("number", [1, 2])
