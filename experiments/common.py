@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,7 @@ from rdm_jax.render.tables import cell
 from rdm_jax.runtime.compile_cache import keep_compiled
 from rdm_jax.runtime.console import quiet_libraries, show_log
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.ranges import parse_list
 from rdm_jax.sampling import guides
 from rdm_jax.stage_datasets import open_sets
 from rdm_jax.workdir import Workdir
@@ -44,6 +46,21 @@ def check_relay(config: Config) -> None:
             f"--config={kinds} is not a relay of two stages",
             "Use a config of two stages, the second a relay.",
         )
+
+
+def named(found: dict[str, Any], text: str, flag: str) -> dict[str, Any]:
+    """What the names in a flag select, in its own order; the first always, and for 'all' all.
+
+    Raises:
+      InputError: a name is not known.
+    """
+    names = parse_list(text, flag)
+    names = tuple(found) if names == ("all",) else names
+    for name in names:
+        if name not in found:
+            raise InputError(f"{flag}={name} is not known", f"Use {', '.join(found)}.")
+    first = next(iter(found))
+    return {name: part for name, part in found.items() if name in {first, *names}}
 
 
 def with_evaluation(config: Config, **fields) -> Config:

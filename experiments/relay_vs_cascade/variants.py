@@ -3,13 +3,13 @@
 import dataclasses
 
 from experiments import common
+from experiments.methods import Variant
 from rdm_jax.config import Config, Training
 from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun
 
 TITLES = {"relay": "relay", "cascade": "classic cascade", "single": "one stage"}
 ETAS = (0.0, 0.1, 0.2, 0.3)  # of all samplers
-ORDERS = {1: "Euler", 2: "Heun"}
 SIGMAS = (80.0, 20.0, 10.0, 5.0, 2.5)  # first levels of methods that start from noise; EDM's is 80
 AUGMENTS = (0.0, 0.05, 0.1, 0.2, 0.4)  # noise levels of the cascade's small image in sampling
 POINTS = 3  # checkpoints of the relay at which the methods are compared
@@ -43,6 +43,19 @@ def variants(config: Config) -> dict[str, Config]:
         "relay": config,
         "cascade": config.with_stage(2, process=cascade, sampler=CascadeHeun(**begin)),
         "single": alone.with_stage(1, training={"images": images}),
+    }
+
+
+def tuned_variants(config: Config) -> dict[str, Variant]:
+    """The same with what is tuned of each."""
+    found, etas = variants(config), {"eta": ETAS}
+    from_noise = [{"sigma_max": sigma} for sigma in SIGMAS]
+    settings = {"relay": etas, "cascade": {"augment": AUGMENTS} | etas, "single": etas}
+    return {
+        name: Variant(
+            TITLES[name], found[name], settings[name], ({},) if name == "relay" else from_noise
+        )
+        for name in found
     }
 
 

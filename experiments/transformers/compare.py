@@ -33,10 +33,9 @@ from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import markdown
 from rdm_jax.runtime import sharding
-from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.random_streams import root_key
-from rdm_jax.runtime.ranges import parse_list, parse_numbers
+from rdm_jax.runtime.ranges import parse_numbers
 
 _CONFIG = define_config("Of a relay of two stages; configs/digits.py if it is not given.")
 _WORKDIR = flags.DEFINE_string(
@@ -141,13 +140,10 @@ def loss_by_time(relay: Relay, held_out: ImageSet, count: int = 256) -> list[flo
 
 def chosen(config: Config) -> dict[str, Config]:
     """The relays that the command line names, the U-Nets first. Raises InputError."""
-    found, names = variants(config), parse_list(_VARIANTS.value, "--variants")
-    names = list(found) if names == ["all"] else names
-    for name in names:
-        if name not in found:
-            raise InputError(f"--variants={name} is not known", f"Use {', '.join(found)}.")
-        validate.check_config(found[name])
-    return {name: found[name] for name in ["unet", *names] if name in {"unet", *names}}
+    found = common.named(variants(config), _VARIANTS.value, "--variants")
+    for relay in found.values():
+        validate.check_config(relay)
+    return found
 
 
 def row(same: list[Relay], held_out: ImageSet) -> tuple[list[str], list[str]]:

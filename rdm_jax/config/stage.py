@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from rdm_jax.config.codec import add_kind, kinds
+from rdm_jax.diffusion import coupling, jump, linear_path, preconditioning, processes, samplers
 from rdm_jax.diffusion import guidance as guidances
-from rdm_jax.diffusion import linear_path, preconditioning, processes, samplers
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Process, Sampler
 from rdm_jax.models.adm import ADM
@@ -18,7 +18,7 @@ from rdm_jax.models.conditions import ClassLabels, Condition, Nothing
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
 from rdm_jax.models.transformer import JiT
-from rdm_jax.runtime.fields import Bounds, at_least, below, bounded, one_of, positive
+from rdm_jax.runtime.fields import Bounds, at_least, below, between, bounded, one_of, positive
 
 # Relative widths of averages of the parameters. Above 12^(-1/2) the power function would fall.
 NARROWEST, WIDEST = 0.001, 0.28
@@ -61,6 +61,9 @@ class Training:
         can be reconstructed after the training. Snapshots stay: each takes the disk space of the
         parameters once per average.
       label_dropout: probability of training an image on the null condition; guidance needs it.
+      dct_quality: measure the error in the 8 x 8 DCT, weighted as JPEG of this quality, 1 to 100,
+        divides it (DeCo, arXiv 2511.19365): less at high frequencies and, of RGB, in the colours. 0
+        measures it in pixels.
       flip: mirror half of all images, left and right; `augment` does so by itself.
       augment: probability of each of EDM's geometric augmentations; above 0, network.augment_labels
         must be 9. It works on images at twice their size and reflected on every side, 36 times
@@ -101,6 +104,7 @@ class Training:
     )
     snapshot_every: int = at_least(1, default=100_000)
     label_dropout: float = below(1, default=0.1)
+    dct_quality: int = between(0, 100, default=0)
     flip: bool = False
     augment: float = below(1, default=0.0)
     start_from: str = ""
@@ -157,6 +161,7 @@ class Stage:
         processes.RelayProcess,
         processes.CascadeProcess,
         linear_path.LinearProcess,
+        coupling.CouplingProcess,
         default=processes.GaussianProcess(),
     )
     training: Training = Training()
@@ -165,6 +170,8 @@ class Stage:
         samplers.RelayHeun,
         samplers.CascadeHeun,
         linear_path.LinearHeun,
+        jump.JumpHeun,
+        coupling.CouplingHeun,
         default=samplers.Heun(),
     )
     # A tuple of `Guidance` once it is set; numbers are accepted, too.

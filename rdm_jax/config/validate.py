@@ -4,7 +4,10 @@ Every refusal is an InputError that names field, value and remedy. Bounds of sin
 declared at the fields (`runtime.fields`); `validate_evaluation` has the rules of `evaluation`.
 """
 
+import math
 from collections.abc import Collection
+
+import jax.numpy as jnp
 
 from rdm_jax.config import validate_evaluation
 from rdm_jax.config.codec import choices, field_types, kind_of
@@ -14,6 +17,8 @@ from rdm_jax.config.stage import Stage
 from rdm_jax.data import augment, images, records, sources
 from rdm_jax.data.classes import LABEL_RULES, Classes, parse_labels
 from rdm_jax.diffusion import guidance
+from rdm_jax.diffusion.dct_error import BLOCK
+from rdm_jax.diffusion.protocols import Joins
 from rdm_jax.runtime import jax_settings, sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.fields import check_bounds
@@ -36,6 +41,7 @@ def check_config(config: Config, *, evaluates: bool = True) -> None:
         raise InputError("the config has no stages", "Give Config(stages=...) one or more.")
     for stage in config.stages:
         _check_stage(stage, f"config.{stage.name}")
+        _check_dct(config, stage, f"config.{stage.name}")
     _check_chain(config)
     check_bounds(config, "config", skip=("evaluation",))
     _check_sampling(config)
@@ -208,6 +214,23 @@ def _check_training(stage: Stage, path: str) -> None:
     )
 
 
+def _check_dct(config: Config, stage: Stage, path: str) -> None:
+    """The error in the DCT needs whole blocks, of grey or RGB images."""
+    quality, channels = stage.training.dct_quality, config.data.channels
+    problem = (
+        f"of {channels} channels"
+        if channels not in (1, 3)
+        else f"of {stage.resolution}, which are not whole blocks of {BLOCK} x {BLOCK} pixels"
+    )
+    whole = channels in (1, 3) and all(side % BLOCK == 0 for side in stage.resolution)
+    require(
+        whole or not quality,
+        f"{path}.training.dct_quality",
+        quality,
+        f"Use 0 for images {problem}.",
+    )
+
+
 def _check_sampler(stage: Stage, path: str) -> None:
     fitting = [kind_of(cls) for cls in _kinds("sampler") if cls().walks(stage.process)]
     require(
@@ -243,6 +266,29 @@ def _check_chain(config: Config) -> None:
             stage.resolution,
             f"Use {fits} ({before.name}'s {before.resolution} times process.patch={stage.factor}).",
         )
+    for stage, after in zip(config.stages, (*config.stages[1:], None), strict=True):
+        if stage.sampler.stop:
+            _check_stop(stage, after)
+
+
+def _check_stop(stage: Stage, after: Stage | None) -> None:
+    """A stage that stops must stop where the next one joins."""
+    field, stop = f"config.{stage.name}.sampler.stop", stage.sampler.stop
+    joins, fix = 0.0, "Use 0: no stage follows."
+    if after is not None:
+        fix = f"Use 0, or a sampler of {after.name} that joins, such as 'jumpheun'."
+        if isinstance(after.sampler, Joins):
+            joins = after.sampler.joins_at(after.process)
+            fix = f"Use 0, or {joins:.6g}, where {after.name} joins (sampler.sigma_max / p)."
+    require(math.isclose(stop, joins, rel_tol=1e-5), field, stop, fix)
+    known = float(stage.precondition.round(jnp.asarray([stop], jnp.float32))[0])
+    require(
+        math.isclose(stop, known, rel_tol=1e-5),
+        field,
+        stop,
+        f"Use {known:.8g}, the nearest level that the network knows, and for the next stage's "
+        "sampler.sigma_max that times its process.patch.",
+    )
 
 
 def _check_sampling(config: Config) -> None:

@@ -6,6 +6,7 @@ preconditionings combine with it.
 
 import dataclasses
 import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ class LinearProcess(FromNoise):
         """Noise level at the time sigmoid(p_mean + p_std level)."""
         return self.path.noise_scale * jnp.exp(-(self.p_mean + self.p_std * level))
 
-    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+    def published_weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
         """That of velocities."""
         return self.path.velocity_weight(sigma, self.t_eps)
 
@@ -66,31 +67,32 @@ class LinearHeun:
     steps: int = at_least(2, default=50)
     t_eps: float = inside(0, 1, default=0.05)
     order: int = one_of(1, 2, default=2)
+    stop: ClassVar[float] = 0.0
 
     def walks(self, process: Process) -> bool:
         """The linear path."""
         return isinstance(process, LinearProcess)
 
-    def levels(self, process: LinearProcess) -> Levels:
+    def levels(self, process: Any) -> Levels:
         """The beginnings of the N steps."""
         time = jnp.linspace(0.0, 1.0, self.steps + 1)[:-1].at[0].set(1e-20)
         return Levels(process.path.sigma(time), time=time)
 
-    def nfe(self, process: LinearProcess) -> int:
+    def nfe(self, process: Process) -> int:
         """2 N - 1 at second order, N at first."""
         return nfe_of(self.steps, self.order)
 
     def conditioning(
-        self, process: LinearProcess, low: Float[Array, "b h w c"] | None, noise: Noise
+        self, process: Process, low: Float[Array, "b h w c"] | None, noise: Noise
     ) -> Array | None:
         """None: no conditioning."""
         return None
 
-    def handover(self, process: LinearProcess) -> str:
+    def handover(self, process: Process) -> str:
         """The stage before is not used."""
         return "starts from pure noise"
 
-    def check(self, path: str, process: LinearProcess, precondition: Precondition) -> None:
+    def check(self, path: str, process: Process, precondition: Precondition) -> None:
         """The network must know all noise levels. Raises InputError."""
         least, most = precondition.range
         if least > 0 or most < math.inf:

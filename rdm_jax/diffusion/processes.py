@@ -6,6 +6,7 @@ can pass any draws. `protocols.Process` is the interface.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -15,12 +16,24 @@ from jaxtyping import Array, Float, Key
 
 from rdm_jax.diffusion import blurring, schedules
 from rdm_jax.diffusion.protocols import Noised, Process
-from rdm_jax.runtime.fields import at_least, below, one_of, positive
+from rdm_jax.runtime.fields import at_least, below, between, one_of, positive
 
 
 def edm_weight(sigma: Float[Array, "*b"], sigma_data: float) -> Float[Array, "*b"]:
     """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2, EDM's weight (arXiv 2206.00364, table 1)."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def sigmoid_weight(sigma: Float[Array, "*b"], bias: float) -> Float[Array, "*b"]:
+    """1 / (sigma^2 + exp(-bias)), a sigmoid in log SNR (SiD2, arXiv 2410.19324; 2303.00848).
+
+    These papers weight the squared error of the noise by sigmoid(bias - l) at the log SNR
+    l = -2 log sigma. The noise is (x - D) / sigma, so its squared error is that of D times exp(l),
+    and exp(l) sigmoid(bias - l) = 1 / (exp(-l) + exp(-bias)).
+
+    They also integrate over l evenly. Here the expectation stays that over a process's own levels.
+    """
+    return 1 / (sigma**2 + math.exp(-bias))
 
 
 class Unconditioned:
@@ -47,8 +60,19 @@ class Unconditioned:
 
 @dataclasses.dataclass(frozen=True)
 class FromNoise(Unconditioned):
-    """Processes that end in pure white noise: x + sigma noise. They differ in `sigma`, `weight`."""
+    """Processes that end in pure white noise: x + sigma noise.
 
+    They differ in `sigma` and `published_weight`.
+
+    Attributes:
+      weighting: of the squared error: as 'published', or a 'sigmoid' in log SNR
+        (`sigmoid_weight`).
+      weight_bias: of the sigmoid; a larger one emphasises details.
+    """
+
+    _: dataclasses.KW_ONLY
+    weighting: str = one_of("published", "sigmoid", default="published")
+    weight_bias: float = between(-50, 50, default=0.0)
     blurs: ClassVar[bool] = False
 
     @property
@@ -60,9 +84,15 @@ class FromNoise(Unconditioned):
         """The noise level of a draw of `draw_level`."""
         raise NotImplementedError
 
+    def published_weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+        """The published weight of the squared error at a noise level."""
+        raise NotImplementedError
+
     def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
         """The weight of the squared error at a noise level."""
-        raise NotImplementedError
+        if self.weighting == "sigmoid":
+            return sigmoid_weight(sigma, self.weight_bias)
+        return self.published_weight(sigma)
 
     def blurred(self, x: Float[Array, "b h w c"], t: Float[Array, " b"]) -> Float[Array, "b h w c"]:
         """The images themselves: nothing is blurred."""
@@ -110,7 +140,7 @@ class GaussianProcess(FromNoise):
         """exp(p_mean + p_std level)."""
         return jnp.exp(self.p_mean + self.p_std * level)
 
-    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+    def published_weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
         """EDM's weight."""
         return edm_weight(sigma, self.sigma_data)
 
@@ -187,7 +217,7 @@ class VPProcess(FromNoise):
         # float32, which shows at small times, where the weight of the loss is largest.
         return jnp.sqrt(jnp.exp(self.schedule.beta_d * t**2 / 2 + self.schedule.beta_min * t) - 1)
 
-    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+    def published_weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
         """1 / sigma^2."""
         return 1 / sigma**2
 
@@ -211,7 +241,7 @@ class VEProcess(FromNoise):
         """sigma_min (sigma_max / sigma_min)^level."""
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** level
 
-    def weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+    def published_weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
         """1 / sigma^2."""
         return 1 / sigma**2
 
@@ -234,10 +264,11 @@ class RelayProcess(Unconditioned):
       sigma_floor: times are clipped from below near that of this noise level.
       exact_floor: clip exactly there; the released code multiplies the bound by the clock's length
         once more.
-      weighting: of the squared error: 'edm' with `sigma_data`, as published; or 'velocity', that of
-        the linear path with noise scale 1.
+      weighting: of the squared error: 'edm' with `sigma_data`, as published; 'velocity', that of
+        the linear path with noise scale 1; or 'sigmoid' in log SNR (`sigmoid_weight`).
       sigma_data: of EDM's weight.
       max_weight: largest weight.
+      weight_bias: of the sigmoid; a larger one emphasises details.
     """
 
     patch: int = at_least(2, default=4)
@@ -248,9 +279,10 @@ class RelayProcess(Unconditioned):
     min_scale: float = 1e-3
     sigma_floor: float = positive(default=0.0075)
     exact_floor: bool = False
-    weighting: str = one_of("edm", "velocity", default="edm")
+    weighting: str = one_of("edm", "velocity", "sigmoid", default="edm")
     sigma_data: float = positive(default=0.5)
     max_weight: float = 1e5
+    weight_bias: float = between(-50, 50, default=0.0)
     blurs: ClassVar[bool] = True
 
     @property
@@ -311,6 +343,8 @@ class RelayProcess(Unconditioned):
         """The weight of the squared error at a noise level."""
         if self.weighting == "velocity":
             weight = schedules.Path().velocity_weight(sigma, 0.0)
+        elif self.weighting == "sigmoid":
+            weight = sigmoid_weight(sigma, self.weight_bias)
         else:
             weight = edm_weight(sigma, self.sigma_data)
         return jnp.minimum(weight, self.max_weight)

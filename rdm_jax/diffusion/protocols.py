@@ -108,7 +108,10 @@ class Precondition(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """A sampler: steps from the highest to the lowest of its noise levels."""
+    """A sampler: steps from the highest to the lowest of its noise levels.
+
+    One that continues from an unfinished stage also has `Joins`.
+    """
 
     def walks(self, process: Any) -> bool:
         """Whether the sampler can be used with this process."""
@@ -153,9 +156,26 @@ class Sampler(Protocol):
     def handover(self, process: Any) -> str:
         """How the stage continues from the images of the one before, for the log."""
 
+    @property
+    def stop(self) -> float:
+        """Noise level at which it stops and hands over its state x + stop n; 0: it finishes."""
+
     def check(self, path: str, process: Any, precondition: Precondition) -> None:
         """Checks what concerns several fields, or the process and the preconditioning.
 
         Raises:
           InputError: names the field by `path`, that of the sampler.
         """
+
+
+@runtime_checkable
+class Joins(Protocol):
+    """The part of a sampler that continues from the state of a stage that has stopped before."""
+
+    def joins_at(self, process: Any) -> float:
+        """The noise level of the small state that it continues from."""
+
+    def join(
+        self, low: Float[Array, "b h w c"], level: Levels, noise: Noise
+    ) -> Float[Array, "b h2 w2 c"]:
+        """The state at the first level, from that small state, whose noise is white."""

@@ -11,7 +11,7 @@ keys.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,29 +29,35 @@ def nfe_of(levels: int, order: int) -> int:
     return levels if order == 1 else 2 * levels - 1
 
 
+def lowest(sampler: Any) -> float:
+    """The last noise level of a sampler: where it stops, or `sigma_min`."""
+    return sampler.stop or sampler.sigma_min
+
+
 def check_levels(
     sampler: Any, path: str, precondition: Precondition, *, highest: bool = True
 ) -> None:
     """Checks a sampler's sigma_min and sigma_max against what the network knows.
 
     Args:
-      sampler: has `sigma_min` and `sigma_max`.
+      sampler: has `sigma_min`, `sigma_max` and `stop`.
       path: of the sampler in the config.
       precondition: of the network.
       highest: whether sigma_max itself is used.
 
     Raises:
-      InputError: sigma_min is not below sigma_max, or a level is outside of the network's range.
+      InputError: the last level is not below sigma_max, or one is outside of the network's range.
     """
     least, most = precondition.range
-    if sampler.sigma_min >= sampler.sigma_max:
+    field, last = "stop" if sampler.stop else "sigma_min", lowest(sampler)
+    if last >= sampler.sigma_max:
         raise InputError(
-            f"{path}.sigma_min={sampler.sigma_min} is not below sigma_max={sampler.sigma_max}",
+            f"{path}.{field}={last} is not below sigma_max={sampler.sigma_max}",
             "Use a number above 0 and below sigma_max.",
         )
-    if sampler.sigma_min < least:
+    if last < least:
         raise InputError(
-            f"{path}.sigma_min={sampler.sigma_min} is below the preconditioning's smallest level",
+            f"{path}.{field}={last} is below the preconditioning's smallest level",
             f"Use {least:.4g} or more.",
         )
     if highest and sampler.sigma_max > most:
@@ -73,6 +79,9 @@ class Heun:
       eta: share of fresh noise in each step, in [0, 1], as in DDIM ("sde_scale" of the released
         CelebA-HQ sampler); 0 adds none.
       order: 2 for Heun, 1 for Euler's method (half the NFE).
+      stop: noise level at which the stage stops and hands its unfinished state to the next one, a
+        jump (`jump.JumpHeun`); the N levels then end there instead of at `sigma_min`. What is shown
+        of this stage is the denoised state, for which the last evaluation is spent. 0: finish.
     """
 
     steps: int = at_least(2, default=18)
@@ -85,6 +94,7 @@ class Heun:
     churn_noise: float = at_least(0, default=1.0)
     eta: float = between(0, 1, default=0.0)
     order: int = one_of(1, 2, default=2)
+    stop: float = at_least(0, default=0.0)
 
     def walks(self, process: Process) -> bool:
         """Processes that start from noise alone."""
@@ -94,7 +104,7 @@ class Heun:
         """The N levels, whatever the process is."""
         return Levels(
             schedules.edm_levels(
-                self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
+                self.steps, sigma_min=lowest(self), sigma_max=self.sigma_max, rho=self.rho
             )
         )
 
@@ -211,101 +221,21 @@ class CascadeHeun(Heun):
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class RelayHeun:
-    """The relay's sampler (arXiv 2309.03350): from an enlarged image, patch by patch in DCT space.
+class RelaySteps:
+    """The steps of samplers of the relay's process, patch by patch in DCT space.
 
-    Attributes:
-      steps: nominal number of levels; only those below `truncation_sigma` are used.
-      sigma_min, sigma_max, rho: of the noise schedule.
-      truncation_sigma: the relay starts at the highest level below it.
-      truncation_time: the clock's length in sampling; 0 for that of the training.
-      eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
-      order: 2 for Heun, 1 for the plain update (half the NFE).
-      corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which
-        for eta = 0 is of second order in the patch means and of first where the blur changes; or
-        'images', the denoised ones, of second order in both.
-      exact_start: treat the first state as what it is: patch means without any detail. If False, as
-        published, it is treated as blurred like the process at this level; the detail that this
-        blur keeps is missing from then on. With `exact_start`, order 1 and the corrector 'images'
-        restore that detail, 'slopes' only part of it.
+    Classes have `eta`, `order` and `corrector` (`RelayHeun`).
     """
 
-    steps: int = at_least(2, default=18)
-    sigma_min: float = positive(default=0.008)
-    sigma_max: float = positive(default=80.0)
-    rho: float = positive(default=7.0)
-    truncation_sigma: float = 0.9
-    truncation_time: float = at_least(0, default=0.0)
-    eta: float = between(0, 1, default=0.2)
-    order: int = one_of(1, 2, default=2)
-    corrector: str = one_of("slopes", "images", default="slopes")
-    exact_start: bool = False
-
-    def walks(self, process: Process) -> bool:
-        """The relay's process."""
-        return isinstance(process, RelayProcess)
-
-    def levels(self, process: RelayProcess) -> Levels:
-        """The levels below `truncation_sigma`, with the blur of the state at each.
-
-        It is the process's blur; with `exact_start` the first level has nothing but patch means.
-        """
-        sigma = schedules.edm_levels(
-            self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
-        )
-        sigma = schedules.truncate(sigma, self.truncation_sigma)
-        clock = process.clock
-        if self.truncation_time:
-            clock = dataclasses.replace(clock, length=self.truncation_time)
-        blur = process.blur_weights(clock.time(sigma))
-        if self.exact_start:
-            blur = blur.at[0].set(0.0).at[0, 0, 0].set(1.0)  # the patch mean alone
-        return Levels(sigma, blur)
-
-    def nfe(self, process: RelayProcess) -> int:
-        """2 n - 1 at second order, n at first, for the n levels below `truncation_sigma`."""
-        return nfe_of(len(self.levels(process).sigma), self.order)
+    eta: float
+    order: int
+    corrector: str
 
     def conditioning(
         self, process: RelayProcess, low: Float[Array, "b h w c"] | None, noise: Noise
     ) -> Array | None:
         """None: the small image is in the state."""
         return None
-
-    def joined_level(self, process: RelayProcess) -> Levels:
-        """The level at which the relay starts, with the blur of the process there."""
-        published = dataclasses.replace(self, exact_start=False)
-        return jax.tree.map(lambda a: a[0], published.levels(process))
-
-    def handover(self, process: RelayProcess) -> str:
-        """The level, and how much detail is left there; the paper assumes none."""
-        first = self.joined_level(process)
-        end = process.blur_weights(jnp.ones(1))[0]
-        assert first.blur is not None
-        text = (
-            f"starts at sigma {first.sigma:.4g}, where {first.blur[0, 1]:.1%} of a patch's lowest "
-            f"frequency is left ({end[0, 1]:.1%} where its training ends)"
-        )
-        compensated = self.exact_start and (self.order == 1 or self.corrector == "images")
-        return f"{text}, which the first step restores" if compensated else text
-
-    def check(self, path: str, process: RelayProcess, precondition: Precondition) -> None:
-        """At least two levels must be left, in the network's range. Raises InputError."""
-        check_levels(self, path, precondition, highest=False)
-        count = len(self.levels(process).sigma)
-        if count < 2:
-            raise InputError(
-                f"{path}.steps={self.steps} leaves {count} levels below truncation_sigma",
-                "Use more steps.",
-            )
-
-    def start(
-        self, low: Float[Array, "b h w c"] | None, level: Levels, noise: Noise
-    ) -> Float[Array, "b h2 w2 c"]:
-        """The state at the first level: the small image with constant patches, plus noise."""
-        assert low is not None and level.blur is not None
-        return blurring.enlarge(low, factor=level.blur.shape[-1]) + level.sigma * noise(0)
 
     def step(
         self,
@@ -347,6 +277,98 @@ class RelayHeun:
         one_patch = functools.partial(relay_update, level=level, to=to, eta=self.eta)
         moved = blurring.over_patches(one_patch, level.blur.shape[-1])((x, image))
         return moved + self.eta * to.sigma * noise if self.eta else moved
+
+
+@dataclasses.dataclass(frozen=True)
+class RelayHeun(RelaySteps):
+    """The relay's sampler (arXiv 2309.03350): from an enlarged image, patch by patch in DCT space.
+
+    Attributes:
+      steps: nominal number of levels; only those below `truncation_sigma` are used.
+      sigma_min, sigma_max, rho: of the noise schedule.
+      truncation_sigma: the relay starts at the highest level below it.
+      truncation_time: the clock's length in sampling; 0 for that of the training.
+      eta: share of fresh noise in each step, in [0, 1]; 0 is the deterministic sampler.
+      order: 2 for Heun, 1 for the plain update (half the NFE).
+      corrector: what Heun's method averages over a step's two ends: 'slopes', as published, which
+        for eta = 0 is of second order in the patch means and of first where the blur changes; or
+        'images', the denoised ones, of second order in both.
+      exact_start: treat the first state as what it is: patch means without any detail. If False, as
+        published, it is treated as blurred like the process at this level; the detail that this
+        blur keeps is missing from then on. With `exact_start`, order 1 and the corrector 'images'
+        restore that detail, 'slopes' only part of it.
+    """
+
+    steps: int = at_least(2, default=18)
+    sigma_min: float = positive(default=0.008)
+    sigma_max: float = positive(default=80.0)
+    rho: float = positive(default=7.0)
+    truncation_sigma: float = 0.9
+    truncation_time: float = at_least(0, default=0.0)
+    eta: float = between(0, 1, default=0.2)
+    order: int = one_of(1, 2, default=2)
+    corrector: str = one_of("slopes", "images", default="slopes")
+    exact_start: bool = False
+    stop: ClassVar[float] = 0.0
+
+    def walks(self, process: Process) -> bool:
+        """The relay's process."""
+        return isinstance(process, RelayProcess)
+
+    def levels(self, process: RelayProcess) -> Levels:
+        """The levels below `truncation_sigma`, with the blur of the state at each.
+
+        It is the process's blur; with `exact_start` the first level has nothing but patch means.
+        """
+        sigma = schedules.edm_levels(
+            self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho
+        )
+        sigma = schedules.truncate(sigma, self.truncation_sigma)
+        clock = process.clock
+        if self.truncation_time:
+            clock = dataclasses.replace(clock, length=self.truncation_time)
+        blur = process.blur_weights(clock.time(sigma))
+        if self.exact_start:
+            blur = blur.at[0].set(0.0).at[0, 0, 0].set(1.0)  # the patch mean alone
+        return Levels(sigma, blur)
+
+    def nfe(self, process: RelayProcess) -> int:
+        """2 n - 1 at second order, n at first, for the n levels below `truncation_sigma`."""
+        return nfe_of(len(self.levels(process).sigma), self.order)
+
+    def joined_level(self, process: RelayProcess) -> Levels:
+        """The level at which the relay starts, with the blur of the process there."""
+        published = dataclasses.replace(self, exact_start=False)
+        return jax.tree.map(lambda a: a[0], published.levels(process))
+
+    def handover(self, process: RelayProcess) -> str:
+        """The level, and how much detail is left there; the paper assumes none."""
+        first = self.joined_level(process)
+        end = process.blur_weights(jnp.ones(1))[0]
+        assert first.blur is not None
+        text = (
+            f"starts at sigma {first.sigma:.4g}, where {first.blur[0, 1]:.1%} of a patch's lowest "
+            f"frequency is left ({end[0, 1]:.1%} where its training ends)"
+        )
+        compensated = self.exact_start and (self.order == 1 or self.corrector == "images")
+        return f"{text}, which the first step restores" if compensated else text
+
+    def check(self, path: str, process: RelayProcess, precondition: Precondition) -> None:
+        """At least two levels must be left, in the network's range. Raises InputError."""
+        check_levels(self, path, precondition, highest=False)
+        count = len(self.levels(process).sigma)
+        if count < 2:
+            raise InputError(
+                f"{path}.steps={self.steps} leaves {count} levels below truncation_sigma",
+                "Use more steps.",
+            )
+
+    def start(
+        self, low: Float[Array, "b h w c"] | None, level: Levels, noise: Noise
+    ) -> Float[Array, "b h2 w2 c"]:
+        """The state at the first level: the small image with constant patches, plus noise."""
+        assert low is not None and level.blur is not None
+        return blurring.enlarge(low, factor=level.blur.shape[-1]) + level.sigma * noise(0)
 
 
 def relay_update(

@@ -9,7 +9,7 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Float
 
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.fields import inside, positive
+from rdm_jax.runtime.fields import below, inside, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,15 @@ class Clock:
         ("prob_length").
       blur_sigma_max: blur level at t = 1, in pixels.
       p_mean, p_std: mean and standard deviation of log sigma.
+      blur_from: time below which nothing is blurred; 0 as published. Above it, a stage can hand
+        over its state to a jump (`jump.JumpHeun`).
     """
 
     length: float = inside(0, 1, default=0.93)
     blur_sigma_max: float = 3.0
     p_mean: float = -1.2
     p_std: float = positive(default=1.2)
+    blur_from: float = below(1, default=0.0)
 
     def sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
         """Noise level at time t: exp(p_mean + p_std Phi^-1(t L))."""
@@ -37,7 +40,12 @@ class Clock:
         return ndtr((jnp.log(sigma) - self.p_mean) / self.p_std) / self.length
 
     def blur_sigma(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """Blur level at time t, in pixels: blur_sigma_max sin^2(pi t / 2)."""
+        """Blur level at time t, in pixels: blur_sigma_max sin^2(pi t / 2).
+
+        With `blur_from` b the share max(t - b, 0) / (1 - b) of the time after it replaces t.
+        """
+        if self.blur_from:
+            t = jnp.maximum(t - self.blur_from, 0) / (1 - self.blur_from)
         return self.blur_sigma_max * jnp.sin(jnp.pi * t / 2) ** 2
 
 

@@ -174,13 +174,14 @@ class RelayPipeline:
             (padded.astype(np.uint32), self.labels(padded)), self.mesh
         )
         stages, low, finite = [], None, jnp.ones(len(padded), bool)
+        unfinished = False
         if self.low:
             stages.append(sharding.put_batch(self.low.images(padded), self.mesh))
             low = _encoded(stages[0])
         for sampler, params in self._stages:
-            low, is_finite = sampler(params, low, labels, device_seeds)
-            stages.append(_decoded(low))
-            finite = finite & is_finite
+            made = sampler.sample(params, low, labels, device_seeds, unfinished=unfinished)
+            stages.append(_decoded(made.images))
+            low, unfinished, finite = made.handed_over, sampler.stops, finite & made.finite
         for array in (*stages, finite):
             array.copy_to_host_async()
         return stages, finite

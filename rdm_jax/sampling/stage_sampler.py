@@ -54,6 +54,21 @@ class _Part(NamedTuple):
     condition: Condition
 
 
+class Sampled(NamedTuple):
+    """What a stage makes.
+
+    Attributes:
+      images: float32 in [-1, 1]; of a stage that stops, its denoised state.
+      finite: whether all values of an image were finite before they were clipped.
+      handed_over: what the next stage continues from: the images, or the state at the level where
+        the stage stops, which is not clipped.
+    """
+
+    images: Float[Array, "b h w c"]
+    finite: Bool[Array, " b"]
+    handed_over: Float[Array, "b h w c"]
+
+
 class StageSampler:
     """Samples a stage, compiled.
 
@@ -87,11 +102,11 @@ class StageSampler:
         self._guides = tuple(guide.params for guide in guides)
         self._levels = stage_levels(stage)
         self._root = random_streams.stream_key(run_seed, number - 1, RandomStream.SAMPLE)
-        self._start = jax.jit(self._start)
+        self._start = jax.jit(self._start, static_argnums=2)
         self._step = jax.jit(self._step)
         self._finish = jax.jit(self._finish)
         self._clipped = jax.jit(self._clipped)
-        self._scanned = jax.jit(self._scanned)
+        self._scanned = jax.jit(self._scanned, static_argnums=4)
 
     def __call__(
         self,
@@ -112,13 +127,35 @@ class StageSampler:
           The images, float32 in [-1, 1]; and for each whether all its values were finite before
           they were clipped.
         """
+        made = self.sample(params, low, labels, seeds)
+        return made.images, made.finite
+
+    @property
+    def stops(self) -> bool:
+        """Whether what it hands over is a state with noise."""
+        return self._stage.sampler.stop > 0
+
+    def sample(
+        self,
+        params: Any,
+        low: Float[AnyArray, "b h2 w2 c"] | None,
+        labels: Int[AnyArray, " b"],
+        seeds: UInt32[AnyArray, " b"],
+        *,
+        unfinished: bool = False,
+    ) -> Sampled:
+        """The same, with what the next stage continues from.
+
+        Args:
+          params, low, labels, seeds: as in a call.
+          unfinished: whether `low` is the state of a stage that has stopped.
+        """
         params = (params, *self._guides)  # an argument of what is compiled, as any other
         # XLA runs convolutions inside of a loop several times slower on CPU.
-        if jax.default_backend() == "cpu":
-            return self._walked(params, low, labels, seeds)
-        return self._scanned(params, low, labels, seeds)
+        how = self._walked if jax.default_backend() == "cpu" else self._scanned
+        return how(params, low, labels, seeds, unfinished)
 
-    def _scanned(self, params, low, labels, seeds):
+    def _scanned(self, params, low, labels, seeds, unfinished):
         # Cast once, not in every evaluation.
         dtypes = tuple(part.network.dtypes for part in self._parts)
         params = jax.tree.map(lambda leaf, d: leaf.astype(d), params, dtypes)
@@ -130,23 +167,39 @@ class StageSampler:
         def finish(denoise, x, i, level):
             return sampler.finish(denoise, x, i, level, noise)
 
-        denoise = self._denoiser(params, low, labels, noise)
-        x = scanned_walk(step, finish, denoise, self._start(low, seeds), self._levels)
-        return self._clipped(x)
+        def stay(denoise, x, i, level):
+            return x
 
-    def _walked(self, params, low, labels, seeds):
+        denoise, start = (
+            self._denoiser(params, low, labels, noise),
+            self._start(low, seeds, unfinished),
+        )
+        if not self.stops:
+            return self._clipped(scanned_walk(step, finish, denoise, start, self._levels))
+        state = scanned_walk(step, stay, denoise, start, self._levels)
+        last = jax.tree.map(lambda a: a[-1], self._levels)
+        i = jnp.int32(len(self._levels.sigma) - 1)
+        return self._clipped(finish(denoise, state, i, last), state)
+
+    def _walked(self, params, low, labels, seeds, unfinished):
         def step(x, i, level, to):
             return self._step(params, low, labels, seeds, x, i, level, to)
 
         def finish(x, i, level):
             return self._finish(params, low, labels, seeds, x, i, level)
 
-        x = walk(step, finish, self._start(low, seeds), self._levels)
-        return self._clipped(x)
+        states = []  # at the last level, before the stage finishes
 
-    def _start(self, low, seeds):
-        first = jax.tree.map(lambda a: a[0], self._levels)
-        return self._stage.sampler.start(low, first, self._noise(seeds))
+        def kept(x, i, level):
+            states.append(x)
+            return finish(x, i, level)
+
+        x = walk(step, kept, self._start(low, seeds, unfinished), self._levels)
+        return self._clipped(x, *states) if self.stops else self._clipped(x)
+
+    def _start(self, low, seeds, unfinished):
+        first, sampler = jax.tree.map(lambda a: a[0], self._levels), self._stage.sampler
+        return (sampler.join if unfinished else sampler.start)(low, first, self._noise(seeds))
 
     def _step(self, params, low, labels, seeds, x, i, level, to):
         noise = self._noise(seeds)
@@ -158,8 +211,9 @@ class StageSampler:
         denoise = self._denoiser(params, low, labels, noise)
         return self._stage.sampler.finish(denoise, x, i, level, noise)
 
-    def _clipped(self, x):
-        return self._stage.representation.clip(x), jnp.isfinite(x).all((1, 2, 3))
+    def _clipped(self, x, state=None):
+        images, finite = self._stage.representation.clip(x), jnp.isfinite(x).all((1, 2, 3))
+        return Sampled(images, finite, images if state is None else state)
 
     def _noise(self, seeds: UInt32[Array, " b"]) -> Noise:
         """noise(k): the k-th unit noise of each seed's image."""

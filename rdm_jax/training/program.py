@@ -41,6 +41,7 @@ def build_objective(
         augmentation=Augmentation(training.augment) if training.augment else None,
         flip=training.flip,
         representation=dataclasses.replace(stage.representation, cell=cell),
+        dct_quality=training.dct_quality,
     )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from rdm_jax.checkpoints.profiles import average_names, exponent
 from rdm_jax.data.augment import Augmentation, mirror
-from rdm_jax.diffusion import preconditioning, processes
+from rdm_jax.diffusion import dct_error, preconditioning, processes
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Process
 from rdm_jax.models.conditions import Condition
@@ -33,6 +33,7 @@ class Objective:
       augmentation: of the images, with a label that the network is conditioned on; None for none.
       flip: mirror half of all images, without a label; not together with an augmentation.
       representation: how records hold images.
+      dct_quality: of the error's weights in the DCT; 0 for the error in pixels.
     """
 
     network: Network
@@ -44,6 +45,7 @@ class Objective:
     augmentation: Augmentation | None = None
     flip: bool = False
     representation: Pixels = Pixels()
+    dct_quality: int = 0
 
     def loss(
         self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], *, dropout: bool
@@ -77,6 +79,8 @@ class Objective:
 
         denoise = preconditioning.denoiser(network, self.precondition)
         error = denoise(noised.images, noised.sigma) - images
+        if self.dct_quality:
+            return noised.weight * dct_error.squared(error, quality=self.dct_quality)
         return noised.weight * jnp.mean(error**2, (1, 2, 3))
 
 

@@ -12,7 +12,12 @@ from rdm_jax.config import Config, Parallel, Stage, parse, to_dict, validate
 from rdm_jax.config.load import load as from_file
 from rdm_jax.config.load import load_config, packaged
 from rdm_jax.diffusion import schedules
-from rdm_jax.diffusion.preconditioning import XPreconditioning
+from rdm_jax.diffusion.jump import JumpHeun
+from rdm_jax.diffusion.preconditioning import (
+    EDMPreconditioning,
+    IDDPMPreconditioning,
+    XPreconditioning,
+)
 from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess, RelayProcess
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun, RelayHeun
 from rdm_jax.models.adm import ADM
@@ -253,6 +258,63 @@ def test_check_config_refuses_cascade(fields, says):
         validate.check_config(
             Config(stages=(first, dataclasses.replace(second, **{**usual, **fields})))
         )
+
+
+def jumping(**changes) -> Config:
+    """Two stages, the first of which stops where the second joins."""
+    clock = schedules.Clock(blur_sigma_max=4.5)
+    relay = RelayProcess(clock=clock, block_scale=0.0)
+    parts = {
+        "first": Heun(stop=0.4),
+        "second": JumpHeun(sigma_max=1.6),
+        "precondition": EDMPreconditioning(),
+        "process": relay,
+    } | changes
+    config = Config().with_stage(1, sampler=parts["first"], precondition=parts["precondition"])
+    return config.with_stage(2, process=parts["process"], sampler=parts["second"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"first": Heun(stop=0.5)}, "stage1.sampler.stop=0.5 .*Use 0, or 0.4, where stage2 joins"),
+        (
+            {"second": RelayHeun()},
+            "stage1.sampler.stop=0.4 .* a sampler of stage2 that joins, such as 'jumpheun'",
+        ),
+        ({"second": JumpHeun(sigma_max=1.6, stop=0.1)}, "stage2.sampler.stop=0.1 .*blurred"),
+        (
+            {"precondition": IDDPMPreconditioning(), "first": Heun(sigma_max=50.0, stop=0.4)},
+            "stage1.sampler.stop=0.4 .*nearest level that the network knows",
+        ),
+        ({"process": RelayProcess()}, "stage2.process.block_scale=0.15 .*the noise .*is white"),
+        ({"first": Heun(stop=90.0)}, "stage1.sampler.stop=90.0 is not below sigma_max=80.0"),
+    ],
+)
+def test_check_config_refuses_jumps(changes, says):
+    validate.check_config(jumping())
+    validate.check_config(jumping(first=Heun()))  # finished images can be continued too
+    with pytest.raises(InputError, match=says):
+        validate.check_config(jumping(**changes))
+
+
+def test_last_stage_may_not_stop():
+    with pytest.raises(InputError, match="stage1.sampler.stop=0.4 .*no stage follows"):
+        validate.check_config(Config(stages=(Stage(sampler=Heun(stop=0.4)),)))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "channels", "says"), [((64, 60), 3, "whole blocks"), ((64, 64), 2, "2 channels")]
+)
+def test_dct_error_needs_blocks_of_grey_or_rgb(resolution, channels, says):
+    def config(resolution, channels):
+        training = dataclasses.replace(Stage().training, dct_quality=85)
+        stage = Stage(resolution, ADM(32, (1, 2), attention_levels=()), training=training)
+        return Config(stages=(stage,), data=dataclasses.replace(Config().data, channels=channels))
+
+    validate.check_config(config((64, 64), 3))
+    with pytest.raises(InputError, match=f"stage1.training.dct_quality=85 .*Use 0 .*{says}"):
+        validate.check_config(config(resolution, channels))
 
 
 def test_parse_names_unknown_and_missing_fields():

@@ -10,6 +10,7 @@ import scipy.fft
 import scipy.stats
 
 from rdm_jax.diffusion import blurring, preconditioning, processes, schedules
+from rdm_jax.diffusion.coupling import CouplingProcess
 from tests.support.arrays import images
 
 # Bounds are 5 standard errors: a right process fails a single comparison in 2 million seeds,
@@ -288,6 +289,7 @@ PROCESSES = (
     processes.VEProcess(),
     processes.RelayProcess(patch=3),
     processes.CascadeProcess(patch=3),
+    CouplingProcess(patch=3),
 )
 every_process = pytest.mark.parametrize(
     "process", PROCESSES, ids=lambda process: type(process).__name__

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ from PIL import Image
 
 from experiments import common
 from experiments.ablations.variants import GROUPS, unguided
-from experiments.relay_vs_cascade.variants import ORDERS, points, variants
+from experiments.methods import ORDERS
+from experiments.relay_vs_cascade.variants import points, variants
 from experiments.transformers.variants import variants as transformers
-from rdm_jax.config import Config, validate
-from rdm_jax.config.load import load_config
+from rdm_jax.config import validate
 from rdm_jax.data.sources import open_source
 from rdm_jax.diffusion.guidance import as_list
 from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess, RelayProcess
@@ -24,8 +23,7 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.training.count import Count
 from tests.support import inception_file
 from tests.support.commands import python
-from tests.support.configs import write_images
-from tests.support.paths import ROOT
+from tests.support.experiments import config_of, run, smallest, tables
 
 CHAINS = {
     "8-16-32": (2, 2),
@@ -34,10 +32,6 @@ CHAINS = {
     "emoji-16-64-256": (4, 4),
     "emoji-16-64-256-tiny": (4, 4),
 }
-
-
-def config_of(path: str, *arguments: str) -> Config:
-    return load_config(":".join([str(ROOT / path), *arguments]))
 
 
 def test_variants_compare_methods_on_equal_terms():
@@ -185,12 +179,6 @@ def test_chain_is_valid(chain):
             )
 
 
-def run(*arguments: str) -> str:
-    done = python(*arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.second
 @pytest.mark.parametrize(
     ("experiment", "argument", "said"),
@@ -198,6 +186,8 @@ def run(*arguments: str) -> str:
         ("relay_vs_cascade.compare", "--config.data.held_out=0", "config.data.held_out=0 "),
         ("relay_vs_cascade.compare", "--nfe=5,8", "NFE 8 "),
         ("transformers.compare", "--variants=unit", "--variants=unit "),
+        ("handover.compare", "--methods=jumps", "--methods=jumps "),
+        ("handover.compare", "--nfe=5,8", "NFE 8 "),
         ("ablations.sweep", "--groups=clocks", "--groups='clocks' "),
         (
             "ablations.sweep",
@@ -212,14 +202,6 @@ def test_experiments_refuse_before_any_work(experiment, argument, said, tmp_path
         done.stderr
     )
     assert not (tmp_path / "runs").exists()
-
-
-def tables(printed: str) -> dict[str, list[list[str]]]:
-    found = re.findall(r"^(.+)\n\n((?:\|.*\|\n)+)", printed, re.MULTILINE)
-    return {
-        title: [[cell.strip() for cell in line[1:-1].split("|")] for line in body.splitlines()]
-        for title, body in found
-    }
 
 
 @pytest.mark.second
@@ -261,32 +243,6 @@ from rdm_jax.evaluation import inception_weights
 inception_weights.load.__defaults__ = ({digest!r},)
 runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 """
-
-
-def smallest(folder: Path, labelled: bool = True) -> list[str]:
-    """Arguments for a whole experiment at the smallest size: one seed, a few steps, four images."""
-    write_images(folder / "images", count=16)
-    if not labelled:
-        for path in (folder / "images").glob("*/*.png"):
-            path.rename(folder / "images" / path.name)
-        (folder / "images" / "a").rmdir()
-        (folder / "images" / "b").rmdir()
-    arguments = [
-        f"--config=tests/support/configs.py:{folder / 'images'}",
-        f"--workdir={folder / 'runs'}",
-        "--seeds=0",
-    ]
-    arguments += [
-        "--config.data.held_out=4",
-        "--config.evaluation.features=classifier",
-        "--config.evaluation.seeds=0-3",
-    ]
-    for number in (1, 2):
-        arguments += [
-            f"--config.stage{number}.training.{field}"
-            for field in ("images=40", "checkpoint_every=8", "validation=4")
-        ]
-    return arguments
 
 
 @pytest.mark.long

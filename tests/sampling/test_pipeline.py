@@ -233,15 +233,25 @@ def test_stage_sampler_reports_infinite_images(kind):
     assert np.all(finite)
 
 
-def infinite(sample, *which):
+class Infinite:
     """The same sampler, whose images of these numbers were not finite."""
-    return lambda *args: (sample(*args)[0], ~jnp.isin(jnp.arange(BATCH), jnp.asarray(which)))
+
+    stops = False
+
+    def __init__(self, sampler, *which):
+        self._sampler, self._finite = sampler, ~jnp.isin(jnp.arange(BATCH), jnp.asarray(which))
+
+    def sample(self, *args, **options):
+        return self._sampler.sample(*args, **options)._replace(finite=self._finite)
+
+    def __call__(self, *args):
+        return self._sampler(*args)[0], self._finite
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_pipeline_refuses_infinite_images(stage):
     made = LoadedRelay()
-    made._stages[stage] = (infinite(made._stages[stage][0], 2), made._stages[stage][1])
+    made._stages[stage] = (Infinite(made._stages[stage][0], 2), made._stages[stage][1])
     with pytest.raises(InputError, match="not finite numbers"):
         made.sample(np.arange(11))
 
@@ -265,7 +275,7 @@ def test_stage_preview_samples_any_number_of_seeds(source, number):
         (0, *images.shape[1:]),
         (0,),
     ]
-    alone._sampler = infinite(sample, 1)
+    alone._sampler = Infinite(sample, 1)
     black = alone.sample(params, seeds)[0]
     np.testing.assert_array_equal(np.flatnonzero((black == 0).all((1, 2, 3))), [1, 9, 17])
     np.testing.assert_array_equal(np.delete(black, [1, 9, 17], 0), np.delete(images, [1, 9, 17], 0))

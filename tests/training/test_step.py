@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from rdm_jax.checkpoints.profiles import exponent
-from rdm_jax.diffusion import preconditioning, processes
+from rdm_jax.diffusion import dct_error, preconditioning, processes
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.conditions import ClassLabels
@@ -134,6 +134,23 @@ def test_cascade_learns_from_conditioning():
     loss = jax.jit(lambda scale: goal.loss({"scale": scale}, data, keys, dropout=False).mean())
     right = 1 / preconditioning.EDMPreconditioning()(jnp.exp(jnp.full(1, 4.0))).c_out[0]
     assert loss(right) < 0.01 * loss(0.0)
+
+
+def test_loss_in_the_dct_has_the_weight_of_the_level():
+    """Of a network that answers 0, so that the error is known."""
+    goal = objective(process=processes.GaussianProcess())
+    goal = dataclasses.replace(
+        goal, network=Network(None, lambda params, x, *_: jnp.zeros_like(x), None, None)
+    )
+    data, keys = jax.device_put(batch()), jax.random.split(jax.random.key(0), BATCH)
+    in_dct = dataclasses.replace(goal, dct_quality=85).loss({}, data, keys, dropout=False)
+    images = Pixels().encode(data["image"])
+    process_keys = jax.vmap(lambda key: jax.random.split(key, 4)[0])(keys)
+    noised, _ = processes.diffuse(goal.process, images, process_keys)
+    c_skip = goal.precondition(noised.sigma).c_skip[:, None, None, None]
+    expected = noised.weight * dct_error.squared(c_skip * noised.images - images, quality=85)
+    np.testing.assert_allclose(in_dct, expected, rtol=1e-4)
+    assert np.abs(in_dct / goal.loss({}, data, keys, dropout=False) - 1).max() > 0.1
 
 
 @pytest.mark.second
