@@ -13,12 +13,15 @@ of the time by kind of work, and the costliest operation.
 
 Every distinct block of the networks is a row, with how many times the network has it. A U-Net's has
 channels in and out, the side of its image, heads of attention, "up" or "down" where it resamples; a
-transformer's has channels, tokens of the image (and of the class), heads. What stands before and
+transformer's has channels, tokens of the image (and of the class), heads. "sampler step" is one
+step of the stage's sampler without the network: its noise and its arithmetic, for each evaluation
+of the network the forward pass alone comes on top. What stands before and
 after a network's blocks is part of whole steps alone: `--mode plan --compile`. Images may lie
 in memory as the compiler likes, as they do between the blocks of a network. A block takes half a
 minute to two to compile.
 """
 
+import functools
 import re
 import time
 from typing import Any
@@ -33,6 +36,7 @@ from experiments.benchmarks import timing, tpu_blocks
 from rdm_jax import config as configs
 from rdm_jax.cli.command import command
 from rdm_jax.cli.config_flag import define_config
+from rdm_jax.diffusion import preconditioning
 from rdm_jax.models import target
 from rdm_jax.models.functional import multiply_adds
 from rdm_jax.plan import modelled_time
@@ -40,6 +44,7 @@ from rdm_jax.plan.chips import Chip
 from rdm_jax.plan.tpu_compile import one_chip
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.random_streams import root_key
+from rdm_jax.sampling.stage_sampler import stage_levels
 
 _CONFIG = define_config("Whose networks' blocks; configs/imagenet.py if it is not given.")
 _CHIP = flags.DEFINE_string("chip", "v5e", "A TPU: v4, v5e, v5p or v6e.")
@@ -60,6 +65,7 @@ COLUMNS = (
     "costliest",
     "compile",
 )
+STEP = "sampler step"
 SHOWN = 0.03  # share of the time from which a kind of work is shown
 
 
@@ -99,6 +105,39 @@ def compiled(
         )
 
 
+def compiled_step(
+    stage: configs.Stage, channels: int, batch: int, device: Any
+) -> jax.stages.Compiled:
+    """A step of the stage's sampler with a network that takes no time, compiled for a device."""
+    process, sampler, shape = stage.process, stage.sampler, (*stage.resolution, channels)
+    key = jax.eval_shape(lambda: jax.random.key_data(root_key(0)))
+    levels = stage_levels(stage)
+    first = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), levels)
+
+    def network(x, c_noise):
+        return jnp.tile(x, stage.precondition.outputs)
+
+    def step(keys, x, i, level, to):
+        def noise(k):
+            draw = functools.partial(process.draw_noise, shape=shape)
+            return jax.vmap(lambda key: draw(jax.random.fold_in(key, k)))(
+                jax.random.wrap_key_data(keys)
+            )
+
+        denoise = preconditioning.denoiser(network, stage.precondition)
+        return sampler.step(denoise, x, i, level, to, noise)
+
+    arguments = (
+        jax.ShapeDtypeStruct((batch, *key.shape), key.dtype),
+        jax.ShapeDtypeStruct((batch, *shape), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        first,
+        first,
+    )
+    fixed = sharding.replicated(sharding.make_mesh(devices=[device]))
+    return jax.jit(step, in_shardings=fixed, out_shardings=fixed).lower(*arguments).compile()
+
+
 def flops(block: tpu_blocks.Block, batch: int) -> int:
     """FLOPs forward and backward, counted as in a float32 network without fused kernels."""
     graph, state = nnx.split(nnx.eval_shape(lambda: block.build(jnp.dtype("float32"))))
@@ -117,18 +156,24 @@ def row(
     began = time.monotonic()
     text = compiled(block, batch, dtype, device).as_text()
     found = modelled_time.operations(text, chip)
+    rate = flops(block, batch) / modelled_time.seconds(found, chip)
+    return cells_of(found, f"{rate / chip.peak(dtype.name):.2g}", began, chip), found
+
+
+def cells_of(
+    found: list[modelled_time.Operation], utilisation: str, began: float, chip: Chip
+) -> list[str]:
+    """The cells of a program's operations, whose compilation has `began` at that time."""
+    compiling = f"{time.monotonic() - began:.0f} s"
     seconds = modelled_time.seconds(found, chip)
     shares = ", ".join(
         f"{kind} {share:.0%}"
         for kind, share in modelled_time.by_kind(found).items()
         if share >= SHOWN
     )
-    share = flops(block, batch) / seconds / chip.peak(dtype.name)
-    compiling = f"{time.monotonic() - began:.0f} s"
     worst = found[0]
     costliest = f"{worst.line or worst.name} {worst.cycles / chip.clock / seconds:.0%}"
-    cells = [timing.milliseconds(seconds), f"{share:.2g}", shares, costliest, compiling]
-    return cells, found
+    return [timing.milliseconds(seconds), utilisation, shares, costliest, compiling]
 
 
 def print_stage(stage: configs.Stage, channels: int, batch: int, device: Any, chip: Chip) -> None:
@@ -143,9 +188,16 @@ def print_stage(stage: configs.Stage, channels: int, batch: int, device: Any, ch
         work += count * flops(block, batch)
         for worst in found[: _TOP.value]:
             print(f"    {worst.cycles / chip.clock * 1e3:.3f} ms", worst)
-    share = f"{work / total / chip.peak(dtype.name):.2g}" if total else "-"
-    together = [f"{stage.number}", "all of these", "", f"{batch}", timing.milliseconds(total)]
-    timing.print_row([*together, share, "", "", ""])
+    if re.search(_ONLY.value, STEP):
+        began = time.monotonic()
+        text = compiled_step(stage, channels, batch, device).as_text()
+        cells = cells_of(modelled_time.operations(text, chip), "-", began, chip)
+        steps = len(stage_levels(stage).sigma) - 1
+        timing.print_row([f"{stage.number}", STEP, f"{steps}", f"{batch}", *cells])
+    if total:
+        share = f"{work / total / chip.peak(dtype.name):.2g}"
+        together = [f"{stage.number}", "all of these", "", f"{batch}", timing.milliseconds(total)]
+        timing.print_row([*together, share, "", "", ""])
 
 
 def main() -> None:
