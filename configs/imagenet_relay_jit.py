@@ -7,7 +7,8 @@
 `configs/imagenet.py` explains how to get the data. Stage 1 is JiT-B/4 (arXiv 2511.13720), which
 generates 64x64 along the linear path; stage 2 continues from its images with the published relay's
 blur and block noise. Its network has JiT-B's width and depth on patches of 16 pixels, and a head on
-pixels: the relay works at low noise, where large patches alone are weak (DeCo, arXiv 2511.19365).
+pixels, in cells of 4x4 of them: the relay works at low noise, where large patches alone are weak
+(DeCo, arXiv 2511.19365).
 Widths are multiples of 128, which fill the matrix units of TPUs and GPUs.
 
 Nobody has trained this yet.
@@ -47,7 +48,9 @@ def get_config() -> ConfigDict:
             ),
             Stage(
                 resolution=(256, 256),
-                network=dataclasses.replace(NETWORK, patch=16, head_blocks=3, pixel_channels=32),
+                network=dataclasses.replace(
+                    NETWORK, patch=16, head_blocks=3, pixel_fold=4, pixel_channels=128
+                ),
                 precondition=XPreconditioning(),
                 process=RelayProcess(
                     patch=4,

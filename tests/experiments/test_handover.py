@@ -50,6 +50,7 @@ def test_handover(tmp_path):
         assert (tmp_path / "runs" / picture).stat().st_size > 1000
 
 
+@pytest.mark.second
 def test_compare_without_training(tmp_path, monkeypatch, capsys):
     """Every method is tuned, measured with the best settings, and in all tables."""
     seen = {}

@@ -90,6 +90,7 @@ def value_of(relay: RelayPipeline) -> float:
     return values.pop()
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
@@ -113,6 +114,7 @@ def test_load_reads_the_average(trained, given, wanted):
         assert relay.checkpoints[0]["snapshots"][-1] == STEPS
 
 
+@pytest.mark.second
 def test_load_reads_the_average_of_an_earlier_step(trained):
     """Snapshots after the checkpoint do not matter."""
     relay = loaded(trained, average="0.07", checkpoint="8")
@@ -120,6 +122,7 @@ def test_load_reads_the_average_of_an_earlier_step(trained):
     assert relay.checkpoints[0]["snapshots"] == [4, 8]
 
 
+@pytest.mark.second
 def test_samples_name_the_average(trained):
     """Equal averages have equal records; those of earlier versions are of the EMA."""
     records = {
@@ -142,6 +145,7 @@ def test_samples_name_the_average(trained):
     assert same_settings(old, records["ema"]) and not same_settings(old, records["raw"])
 
 
+@pytest.mark.second
 def test_samples_of_another_average_are_refused(trained, tmp_path):
     relay = loaded(trained)
     folder = tmp_path / "samples"
@@ -171,6 +175,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(("number", "changes", "says"), REFUSED, ids=str)
 def test_modes_refuse_an_average_that_there_is_not(trained, number, changes, says, monkeypatch):
     """Before anything is read from the data or compiled."""
@@ -187,6 +192,7 @@ def test_modes_refuse_an_average_that_there_is_not(trained, number, changes, say
     assert contents(trained).keys() - before.keys() <= {".lock"}
 
 
+@pytest.mark.second
 def test_workdir_refuses_averages_that_were_not_kept(tmp_path):
     """As of a training before there were any."""
     config = tiny_config("images")
@@ -196,6 +202,7 @@ def test_workdir_refuses_averages_that_were_not_kept(tmp_path):
     Workdir(tmp_path).check_averages([config.with_stage(1, average="raw").stage(1)])
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     ("training", "width", "says"),
     [
@@ -216,6 +223,7 @@ def test_all_refuses_an_average_before_training(tmp_path, training, width, says,
     assert not (tmp_path / "run/stage1").exists()
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(("given", "wanted"), [("raw", PATH[STEPS]), (0.05, average(STEPS, 0.05))])
 def test_export_writes_the_average(trained, tmp_path, given, wanted):
     config = load_config(str(trained), stage1={"average": given})

@@ -71,6 +71,7 @@ def make(case):
     return sampler, parameters(stage), LOW if number > 1 else None, LABELS, SEEDS
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("case", CASES)
 def test_stage_sampler_scan_equals_loop(case, monkeypatch):
     loop, *args = make(case)
@@ -84,12 +85,12 @@ def test_stage_sampler_scan_equals_loop(case, monkeypatch):
 
 def test_stopped_stage_hands_over_its_state():
     """Not clipped, at its noise level; its image is the denoised state."""
-    sampler, *args = make("stopped")
-    made, (images, finite) = sampler.sample(*args), sampler(*args)
+    sampler, params, *args = make("stopped")
+    made, (images, finite) = sampler.sample(params, *args), sampler(params, *args)
     np.testing.assert_array_equal(made.images, images)
     assert np.all(finite) and sampler.stops and np.abs(made.handed_over).max() > 1
     level = jax.tree.map(lambda a: a[-1], sampler._levels)
-    again = sampler._finish(*args, made.handed_over, jnp.int32(2), level)
+    again = sampler._finish((params,), *args, made.handed_over, jnp.int32(2), level)
     np.testing.assert_allclose(jnp.clip(again, -1, 1), images, atol=1e-5)
     finished = make("coupling")[0].sample(*make("coupling")[1:])
     np.testing.assert_array_equal(finished.handed_over, finished.images)
@@ -129,6 +130,7 @@ def run(tmp_path_factory):
     return config, folder
 
 
+@pytest.mark.second
 def test_pipeline_hands_over_an_unfinished_state(run):
     small, images = RelayPipeline(*run).sample(SEEDS.astype(int))
     first, *args = make("stopped")
@@ -140,6 +142,7 @@ def test_pipeline_hands_over_an_unfinished_state(run):
     np.testing.assert_allclose(images.astype(int), Pixels().decode(made.images), atol=1)
 
 
+@pytest.mark.second
 def test_pipeline_jumps_from_small_images(run, tmp_path):
     """Finished ones, in a folder."""
     config, workdir = run
@@ -153,6 +156,7 @@ def test_pipeline_jumps_from_small_images(run, tmp_path):
     np.testing.assert_allclose(images.astype(int), Pixels().decode(expected), atol=1)
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("number", [1, 2])
 def test_preview_of_a_jump(number, tmp_path):
     """Stage 1 shows its denoised state; stage 2 begins with the means of real images."""

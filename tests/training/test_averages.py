@@ -72,6 +72,7 @@ def test_power_weight_gives_the_power_function(width):
     assert average == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.second
 def test_reconstruction_equals_the_average_tracked_directly(trained):
     """The third width from the snapshots of the other two, on a network's own training."""
     directory = trained / "stage1/checkpoints"
@@ -104,6 +105,7 @@ def _distance(some, others) -> float:
 
 
 @pytest.mark.second
+@pytest.mark.second
 @pytest.mark.parametrize("last", [13, 14])
 def test_snapshots_survive_an_interruption(trained, tmp_path, monkeypatch, last):
     """Bit for bit, whether the run ends between two snapshots or at one (step 14)."""
@@ -126,6 +128,7 @@ def test_snapshots_survive_an_interruption(trained, tmp_path, monkeypatch, last)
     assert_same_snapshots(tmp_path, trained)
 
 
+@pytest.mark.second
 @pytest.mark.second
 def test_snapshots_survive_lost_work(trained, tmp_path):
     """As after SIGKILL: snapshots are newer than the checkpoint that training resumes from. They are
@@ -151,11 +154,13 @@ def assert_same_snapshots(workdir: Path, other: Path) -> None:
     assert_equal(*map(read_arrays, last))
 
 
+@pytest.mark.second
 def test_retention_of_checkpoints_keeps_snapshots(trained):
     """A snapshot makes no checkpoint."""
     assert steps(trained) == [STEPS] and len(snapshots(trained)) == STEPS // 2
 
 
+@pytest.mark.second
 def test_widths_cannot_change_within_a_run(trained):
     before = snapshots(trained).keys()
     with pytest.raises(InputError, match=r"training.averages was .* Use another workdir\."):
@@ -163,6 +168,7 @@ def test_widths_cannot_change_within_a_run(trained):
     assert snapshots(trained).keys() == before
 
 
+@pytest.mark.second
 def test_run_without_averages_has_no_snapshots(tmp_path):
     train(tmp_path, config(images=16, averages=()))
     assert {path.name for path in (tmp_path / "stage1/checkpoints/2").iterdir()} >= {"ema", "train"}
