@@ -36,5 +36,5 @@ def test_linear_path_hands_over_to_a_relay_of_transformers(tmp_path, caplog):
         images, small = made["images"], made["stage1"]
     assert images.shape[1:] == (8, 8, 3) and small.shape[1:] == (4, 4, 3)
     assert len(np.unique(images)) > 10 and len(np.unique(small)) > 10
-    assert "stage1 from step 20, NFE 7 per image, guidance 2" in caplog.text
+    assert "stage1 from step 20, average ema, NFE 7 per image, guidance 2" in caplog.text
     assert "starts at sigma" in caplog.text

@@ -65,7 +65,11 @@ class Validation:
             "image": array(self._objective.representation.dtype, *self._images.image_shape),
             "label": array(jnp.int32),
         }
-        loss = jax.jit(self._loss, out_shardings=sharding.replicated(self._mesh))
+        fetch = sharding.fetcher(abstract_ema, self._objective.network.dtypes)
+        loss = jax.jit(
+            lambda ema, *part: self._loss(fetch(ema), *part),
+            out_shardings=sharding.replicated(self._mesh),
+        )
         self._compiled = loss.lower(abstract_ema, batch, array(jnp.int32)).compile()
 
     def loss(self, ema: Any, stop: StopOnSignal) -> float | None:

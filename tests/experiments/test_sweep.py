@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.second
+@pytest.mark.long
 def test_sweep_measures_every_cell_once(trained):
     done = sweep(trained, "--features=classifier", *ARGUMENTS)
     assert done.returncode == 0, done.stderr

@@ -124,7 +124,7 @@ def test_pipeline_guided_by_its_own_checkpoint_is_unguided(folders):
     assert np.abs(images.astype(int) - expected).max() <= 1 and expected.std() > 10
     sampler, params = by_itself._stages[0]
     labels, seeds = jnp.asarray([0, 1]), jnp.arange(2, dtype=jnp.uint32)
-    scanned, _ = sampler._scanned((params, *sampler._guides), None, labels, seeds)
+    scanned, _ = sampler._scanned((params, *sampler._guides), None, labels, seeds, False)[:2]
     walked, _ = sampler(params, None, labels, seeds)  # on CPU one step after the other
     np.testing.assert_allclose(scanned, walked, atol=2e-3)
     other = guided(Autoguidance(2.0, str(folders / "other/stage1")))

@@ -104,9 +104,9 @@ def _distance(some, others) -> float:
     return _norm(a.astype(np.float64) - b for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.second
-@pytest.mark.second
-@pytest.mark.parametrize("last", [13, 14])
+@pytest.mark.parametrize(
+    "last", [pytest.param(13, marks=pytest.mark.second), pytest.param(14, marks=pytest.mark.long)]
+)
 def test_snapshots_survive_an_interruption(trained, tmp_path, monkeypatch, last):
     """Bit for bit, whether the run ends between two snapshots or at one (step 14)."""
     values, stop, taken = config(), StopOnSignal(), []
@@ -128,8 +128,7 @@ def test_snapshots_survive_an_interruption(trained, tmp_path, monkeypatch, last)
     assert_same_snapshots(tmp_path, trained)
 
 
-@pytest.mark.second
-@pytest.mark.second
+@pytest.mark.long
 def test_snapshots_survive_lost_work(trained, tmp_path):
     """As after SIGKILL: snapshots are newer than the checkpoint that training resumes from. They are
     made again, and one that has no place there does not stay."""

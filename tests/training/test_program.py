@@ -138,8 +138,8 @@ LONG = (
     ],
     ids=str,
 )
-def test_training_is_independent_of_mesh(how, size):
-    check_trained(how, size)
+def test_training_is_independent_of_mesh(how):
+    check_trained(how, "two levels")
 
 
 @pytest.mark.second

@@ -146,7 +146,7 @@ def numbers(lines):
     return [line[name] for line in lines for name in names if name in line]
 
 
-@pytest.mark.second
+@pytest.mark.long
 def test_run_is_the_same_with_sums_without_and_half_way(tmp_path, caplog, monkeypatch):
     """Losses and the last checkpoint's identities; sums come at half the run.
 
