@@ -32,6 +32,7 @@ from tests.support.cpu_seconds import recorded
 
 # Tests compile much and compute little: optimizing machine code would take most of their time.
 XLA_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+XLA_FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]  # pytest's workers use all cores already
 if jax.__version_info__ < (0, 11):  # later ones do not know the flag
     # Fusion emitters take a third of the time of compiling.
     XLA_FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
