@@ -71,10 +71,8 @@ def fit(times: Sequence[float], widths: Sequence[float], time: float, width: flo
     at = np.asarray(times, np.float64)
     kept = np.asarray([exponent(each) for each in widths], np.float64)
     goal, gamma = np.asarray([time], np.float64), np.asarray([exponent(width)], np.float64)
-    products, wanted = (
-        inner_products(at, kept, at, kept),
-        inner_products(at, kept, goal, gamma)[:, 0],
-    )
+    products = inner_products(at, kept, at, kept)
+    wanted = inner_products(at, kept, goal, gamma)[:, 0]
     # In units of the norms, so that narrow and wide profiles count alike.
     norms = np.sqrt(np.diag(products))
     columns = np.stack([wanted, np.ones_like(wanted)], 1) / norms[:, None]

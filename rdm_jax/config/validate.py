@@ -217,17 +217,19 @@ def _check_training(stage: Stage, path: str) -> None:
 def _check_dct(config: Config, stage: Stage, path: str) -> None:
     """The error in the DCT needs whole blocks, of grey or RGB images."""
     quality, channels = stage.training.dct_quality, config.data.channels
-    problem = (
-        f"of {channels} channels"
-        if channels not in (1, 3)
-        else f"of {stage.resolution}, which are not whole blocks of {BLOCK} x {BLOCK} pixels"
-    )
-    whole = channels in (1, 3) and all(side % BLOCK == 0 for side in stage.resolution)
+    field, whole = f"{path}.training.dct_quality", all(s % BLOCK == 0 for s in stage.resolution)
     require(
-        whole or not quality,
-        f"{path}.training.dct_quality",
+        not quality or channels in (1, 3),
+        field,
         quality,
-        f"Use 0 for images {problem}.",
+        f"Use 0 for images of {channels} channels.",
+    )
+    require(
+        not quality or whole,
+        field,
+        quality,
+        f"Use 0 for images of {stage.resolution}, which are not whole blocks of {BLOCK} x {BLOCK} "
+        "pixels.",
     )
 
 

@@ -108,14 +108,8 @@ class Evaluator:
             for spec in measured_sets(config)
             if not is_generated(spec)
         }
-        self._open_space = lambda: (
-            space
-            or distributed.primary_first(
-                lambda: open_space(config, self._sets, workdir, stop.check)
-            )
-        )
+        self._given_space, self._workdir, self._stop = space, workdir, stop
         self._compared_with: dict[str, Statistics] = {}
-        self._stop = stop
         own = of_classifier and space is None and not config.evaluation.weights
         later = own and not of_files(config)
         if later:  # what the run trains itself it trains when it measures, after the first steps
@@ -124,7 +118,9 @@ class Evaluator:
 
     @functools.cached_property
     def _space(self) -> FeatureSpace:
-        return self._open_space()
+        return self._given_space or distributed.primary_first(
+            lambda: open_space(self._config, self._sets, self._workdir, self._stop.check)
+        )
 
     @functools.cached_property
     def _gatherer(self) -> Gatherer:

@@ -3,6 +3,7 @@
 A guide's stage is that in its checkpoint's record, whatever the config of the run says.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,13 +95,9 @@ def load(stage: Stage, channels: int, classes: Classes) -> list[Guide]:
         _check_same_channels(record, channels)
         network, step = record.network(channels), int(record.folder.name)
         everywhere = sharding.replicated(sharding.make_mesh())
-        checkpoints = store.Checkpoints(record.folder.parent, read_only=True)
-        try:
-            ema, _ = checkpoints.restore_ema(
-                step, store.with_sharding(network.abstract, everywhere)
-            )
-        finally:
-            checkpoints.close()
+        abstract = store.with_sharding(network.abstract, everywhere)
+        with _checkpoints(record) as checkpoints:
+            ema, _ = checkpoints.restore_ema(step, abstract)
         params = sharding.on_this_process(ema, sharding.local_mesh())
         source = {"step": step, "folder": str(record.folder.parent.resolve())}
         guides.append(Guide(record.stage, len(record.classes), network, params, source))
@@ -159,6 +156,10 @@ def _read(checkpoint: str, field: str) -> Record:
         of_checkpoint(about),
         imported or about["stage"]["training"]["label_dropout"] > 0,
     )
+
+
+def _checkpoints(record: Record) -> contextlib.closing[store.Checkpoints]:
+    return contextlib.closing(store.Checkpoints(record.folder.parent, read_only=True))
 
 
 def _check_same_images(stage: Stage, record: Record) -> None:
@@ -227,11 +228,8 @@ def _check_same_classes(record: Record, classes: Classes) -> None:
 
 
 def _check_same_channels(record: Record, channels: int) -> None:
-    checkpoints = store.Checkpoints(record.folder.parent, read_only=True)
-    try:
+    with _checkpoints(record) as checkpoints:
         saved = _shapes(checkpoints.abstract_ema(int(record.folder.name)))
-    finally:
-        checkpoints.close()
     theirs = [n for n in (channels, 1, 3) if _shapes(record.network(n).abstract) == saved]
     if theirs and theirs[0] != channels:
         raise InputError(

@@ -170,10 +170,8 @@ class StageSampler:
         def stay(denoise, x, i, level):
             return x
 
-        denoise, start = (
-            self._denoiser(params, low, labels, noise),
-            self._start(low, seeds, unfinished),
-        )
+        denoise = self._denoiser(params, low, labels, noise)
+        start = self._start(low, seeds, unfinished)
         if not self.stops:
             return self._clipped(scanned_walk(step, finish, denoise, start, self._levels))
         state = scanned_walk(step, stay, denoise, start, self._levels)
