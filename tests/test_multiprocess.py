@@ -249,8 +249,9 @@ def test_join_waits_for_processes_and_names_the_missing():
         },
         {"TPU_WORKER_HOSTNAMES": "localhost"},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # in an allocation, but not in a step of it
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "TPU_WORKER_HOSTNAMES": "localhost"},
     ],
-    ids=["slurm", "open-mpi", "tpu", "allocation"],
+    ids=["slurm", "open-mpi", "tpu", "allocation", "allocation without TPUs"],
 )
 def test_join_leaves_one_process_of_a_cluster_alone(monkeypatch, surroundings):
     asked = []

@@ -100,10 +100,11 @@ def _is_alone() -> bool:
     """
     if "JAX_COORDINATOR_ADDRESS" in os.environ or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ:
         return False
-    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # has one host on Colab, for example
-    # Open MPI's variable first, as in JAX.
+    # Open MPI first, then SLURM, then TPUs, as in JAX: a variable that names one TPU host may come
+    # from a process that found no TPU (`quiet_libtpu`) and started this one.
     tasks = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
-    return tasks == "1" or bool(tpu_hosts and "," not in tpu_hosts)
+    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # has one host on Colab, for example
+    return tasks == "1" if tasks else bool(tpu_hosts and "," not in tpu_hosts)
 
 
 def is_primary() -> bool:
