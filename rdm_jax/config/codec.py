@@ -113,7 +113,7 @@ def add_kind(owner: type, field: str, cls: type) -> None:
 def field_types(cls: type) -> dict[str, Any]:
     """The types of a dataclass's fields, by their names; of `kinds` fields the union, or a tuple of
     it."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     types_by_name = {}
     for field in dataclasses.fields(cls):
         union = field.metadata.get("kinds")
@@ -123,6 +123,10 @@ def field_types(cls: type) -> dict[str, Any]:
             hint = tuple[either, ...] if field.metadata["listed"] else either
         types_by_name[field.name] = hint
     return types_by_name
+
+
+# A config is read many times, and evaluating annotations takes most of the time.
+_hints = functools.cache(typing.get_type_hints)
 
 
 def from_plain(hint: Any, value: Any, path: str) -> Any:

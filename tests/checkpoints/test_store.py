@@ -58,7 +58,7 @@ def save(folder, losses: dict[int, float | None], **kwargs):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.second), 8])
 def test_restore_on_any_number_of_devices(tmp_path, devices):
     save(tmp_path, {5: 0.5})
     state, known = store.Checkpoints(tmp_path).restore(5, abstract(devices=devices))
@@ -241,7 +241,7 @@ def test_store_sets_damaged_checkpoints_aside(tmp_path, caplog):
     assert (folder / "2").is_dir()
 
 
-@pytest.mark.parametrize("allowed", [0, 2])
+@pytest.mark.parametrize("allowed", [0, pytest.param(2, marks=pytest.mark.second)])
 def test_save_tolerates_configured_failures(tmp_path, monkeypatch, allowed):
     """A failed save leaves nothing behind; the last save must succeed."""
     folder = tmp_path / "checkpoints"

@@ -71,8 +71,10 @@ print(json.dumps([jax.local_device_count(), os.environ.get("XLA_FLAGS", "")]))
     ("variables", "devices"),
     [
         ({}, 2),
-        ({"JAX_NUM_CPU_DEVICES": "1"}, 1),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3),
+        pytest.param({"JAX_NUM_CPU_DEVICES": "1"}, 1, marks=pytest.mark.second),
+        pytest.param(
+            {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3, marks=pytest.mark.second
+        ),
     ],
 )
 def test_a_process_gets_its_devices(variables, devices):

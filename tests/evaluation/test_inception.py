@@ -125,6 +125,7 @@ def refuse(path, *words, sha256=""):
         assert word in message, message
 
 
+@pytest.mark.second
 def test_load_and_apply(tmp_path):
     """The whole network: a file as the published one is, read and used on grey images of another
     size."""

@@ -36,6 +36,7 @@ def training_means(config):
     return np.rint(images.mean((2, 4), dtype=np.float64)).astype(np.uint8)
 
 
+@pytest.mark.second
 def test_native_stage_is_measured_at_its_own_size(source, relay, tmp_path):
     config = config_of(
         source,

@@ -12,6 +12,7 @@ from experiments.relay_vs_cascade.variants import points
 from tests.support.experiments import config_of, run, smallest, tables
 
 
+@pytest.mark.second
 @pytest.mark.parametrize("config", ["digits", "imagenet"])
 def test_handovers_compare_methods_on_equal_terms(config):
     """Of the same networks, images and first stage; `check` holds that each of them can work."""

@@ -61,7 +61,7 @@ def test_sweep_measures_every_cell_once(trained):
     assert {name: found[name].stat().st_mtime_ns for name in times} == times
 
 
-@pytest.mark.second
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -143,6 +143,7 @@ def test_cascade_is_conditioned_on_its_own_image():
     assert (np.abs(one[4:] - other[4:]).max((1, 2, 3)) > 1e-3).all()
 
 
+@pytest.mark.second
 def test_noise_depends_on_run_seed_and_stage():
     stage, network, params = stage_and_params("gaussian")
     stage = dataclasses.replace(stage, guidance=1.0)
@@ -256,7 +257,7 @@ def test_pipeline_refuses_infinite_images(stage):
         made.sample(np.arange(11))
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.second)])
 def test_stage_preview_samples_any_number_of_seeds(source, number):
     kind, alone = (
         ("gaussian", "relay")[number - 1],

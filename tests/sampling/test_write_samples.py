@@ -74,7 +74,7 @@ def test_seeds_may_be_spelt_differently(tmp_path, before, after):
     assert sample(tmp_path, seeds=after) == [] and contents(tmp_path / "samples") == kept
 
 
-@pytest.mark.parametrize("spelt", ["0-5,5-9", "0,1-9"])
+@pytest.mark.parametrize("spelt", ["0-5,5-9", pytest.param("0,1-9", marks=pytest.mark.second)])
 def test_samples_json_of_earlier_spelling_is_known(tmp_path, spelt):
     sample(tmp_path, seeds="0-9")
     known = made_with(tmp_path / "samples")
@@ -249,7 +249,7 @@ def test_sampling_killed_while_writing_resumes(tmp_path, files, monkeypatch):
         assert len(names) == len(after)
 
 
-@pytest.mark.parametrize("files", ["npz", "png"])
+@pytest.mark.parametrize("files", ["npz", pytest.param("png", marks=pytest.mark.second)])
 def test_grid_that_is_missing_is_drawn_again(tmp_path, files):
     folder = tmp_path / "samples"
     sample(tmp_path, files=files, seeds="0-39")

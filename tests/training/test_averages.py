@@ -72,7 +72,7 @@ def test_power_weight_gives_the_power_function(width):
     assert average == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.second
+@pytest.mark.long
 def test_reconstruction_equals_the_average_tracked_directly(trained):
     """The third width from the snapshots of the other two, on a network's own training."""
     directory = trained / "stage1/checkpoints"
@@ -104,9 +104,8 @@ def _distance(some, others) -> float:
     return _norm(a.astype(np.float64) - b for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize(
-    "last", [pytest.param(13, marks=pytest.mark.second), pytest.param(14, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("last", [13, 14])
 def test_snapshots_survive_an_interruption(trained, tmp_path, monkeypatch, last):
     """Bit for bit, whether the run ends between two snapshots or at one (step 14)."""
     values, stop, taken = config(), StopOnSignal(), []
