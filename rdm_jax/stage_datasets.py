@@ -9,7 +9,9 @@ from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
+from rdm_jax.data.text_table import Embedding
 from rdm_jax.data.write_sums import add_sums
+from rdm_jax.data.write_text import add_text
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.workdir import Workdir
@@ -164,21 +166,27 @@ def _open(
             source,
         )
     written = _cells(config, range(1, len(config.stages) + 1)).get(number, [])
+    embedding = Embedding(data.text_encoder, data.text_tokens) if data.captions != "none" else None
     if source.startswith("prepared:"):
         place = source.removeprefix("prepared:")
         _check_shape(open_prepared(place), spec, f"{field}={source!r}")
         if verify:
-            _try_to_add_sums(place, written, check_stop)
-        return open_prepared(place, cache_bytes=cache_bytes, cells=cells)
+            _try_to_add(place, lambda path: add_sums(path, written, check_stop))
+        if embedding:
+            _try_to_add(place, lambda path: add_text(path, embedding, check_stop))
+        return open_prepared(place, cache_bytes=cache_bytes, cells=cells, embedding=embedding)
     listing = {
         "skin_tones": data.skin_tones if source.startswith("emoji:") else "",
         "classes": data.classes,
+        "captions": data.captions,
         "apart_from": apart_from,
         "skip_bad": skip_bad,
         "max_left_out": data.max_left_out,
     }
     if not data.directory:
-        return open_direct(source, spec, cache_bytes=cache_bytes, cells=cells, **listing)
+        return open_direct(
+            source, spec, cache_bytes=cache_bytes, cells=cells, embedding=embedding, **listing
+        )
     directory = prepare(
         source,
         f"{Path(data.directory)}_stage{number}" if stage.source else data.directory,
@@ -190,13 +198,15 @@ def _open(
         check_stop=check_stop,
         **listing,
     )
-    return open_prepared(directory, cache_bytes=cache_bytes, cells=cells)
+    if embedding:
+        add_text(directory, embedding, check_stop)
+    return open_prepared(directory, cache_bytes=cache_bytes, cells=cells, embedding=embedding)
 
 
-def _try_to_add_sums(place: str, cells: list[int], check_stop: Callable[[], None]) -> None:
-    """Adds sums to a set that is prepared elsewhere; one that cannot be written stays as it is."""
+def _try_to_add(place: str, add: Callable[[Path], None]) -> None:
+    """Adds to a set that is prepared elsewhere; one that cannot be written stays as it is."""
     try:
-        add_sums(Path(place).expanduser().resolve(), cells, check_stop)
+        add(Path(place).expanduser().resolve())
     except OSError as error:
         log.warning("data: %s stays as it is, as it cannot be written (%s)", place, error)
 

@@ -12,6 +12,7 @@ LINES = 400
 # A room imports from itself and from rooms before it, not from those beside or behind it.
 ORDER = [
     {"runtime"},
+    {"text"},
     {"diffusion", "models", "data"},
     {"config"},
     {"checkpoints", "render"},

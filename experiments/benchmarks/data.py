@@ -29,12 +29,12 @@ from rdm_jax import config as configs
 from rdm_jax.cli.command import command
 from rdm_jax.config.load import load_config
 from rdm_jax.data.cell_sums import folder_of
-from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
+from rdm_jax.data.image_sets import ImageSet, open_prepared
 from rdm_jax.data.images import ImageSpec, encode, fit
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import ENCODINGS, Encoding
-from rdm_jax.data.sources import cores, open_source
+from rdm_jax.data.sources import DecodedSource, cores, open_source
 from rdm_jax.data.write_sums import add_sums
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError

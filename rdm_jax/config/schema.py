@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from rdm_jax.config.codec import to_plain
 from rdm_jax.config.stage import Stage
-from rdm_jax.data import class_rules, postprocess
+from rdm_jax.data import captions, class_rules, postprocess
 from rdm_jax.diffusion import processes, samplers
 from rdm_jax.runtime.fields import at_least, between, one_of, positive
 
@@ -42,6 +42,13 @@ class Data:
       classes: of folder:, zip: and tar: 'auto' (dataset.json; else the folders at the top; else
         none), 'top', 'leaf' (the folders that the images lie in), 'prefix' (what is before the
         number in the names of files); 'none', for all sources.
+      captions: 'none'; 'auto' (metadata if there are any, else .txt files beside the images; of
+        emoji their names, of tfds: a text feature), 'metadata' (metadata.jsonl or metadata.csv with
+        file_name and text, or "captions" in dataset.json), 'txt', or 'names' (the words of file
+        names).
+      text_encoder: of captions and prompts: 'minilm' (all-MiniLM-L6-v2, which a package has), or
+        't5:PATH' (a folder with a T5 encoder: config.json, safetensors, tokenizer.json).
+      text_tokens: the most tokens of a caption or prompt.
       max_left_out: share of files that --skip_bad may leave out; 1 allows all of them, and whole
         classes.
       held_out: number of images, evenly from the set, that no stage is trained on. The validation
@@ -62,6 +69,9 @@ class Data:
     quality: int = 95
     skin_tones: str = ""
     classes: str = one_of(*class_rules.RULES, default="auto")
+    captions: str = one_of(*captions.RULES, default="none")
+    text_encoder: str = "minilm"
+    text_tokens: int = between(1, 512, default=32)
     max_left_out: float = between(0, 1, default=0.1)
     held_out: int = at_least(0, default=0)
     cache_gib: float = at_least(0, default=1.0)

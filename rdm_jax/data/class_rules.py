@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from rdm_jax.data.listing import NO_TEXT
+from rdm_jax.data.listing import NO_TEXT, is_meant_as_image
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 
@@ -246,3 +246,23 @@ def _log_prefixes(images: Sequence[str], spec: str) -> None:
             len(counts),
             ", ".join(map(repr, sorted(counts)[:3])),
         )
+
+
+def lost_classes(images: Sequence[str], skipped: Iterable[str], rule: str) -> tuple[str, ...]:
+    """The classes of folders that are empty or contain unusable images only."""
+    if rule in ("none", "prefix"):
+        return ()
+    left_out = [
+        name for name in skipped if "/" in name and (name.endswith("/") or is_meant_as_image(name))
+    ]
+    outer = ""
+    if rule != "leaf":
+        outer = wrapper({name.rpartition("/")[0] for name in (*images, *left_out)})
+    part = -2 if rule == "leaf" else 0
+
+    def classes_of(names: Iterable[str]) -> set[str]:
+        below = (name[len(outer) :].removeprefix("/") for name in names)
+        return {path.split("/")[part] for path in below if "/" in path}
+
+    found = classes_of(images)
+    return tuple(sorted(classes_of(left_out) - found - {"", ".."})) if found else ()

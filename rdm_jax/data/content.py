@@ -14,9 +14,10 @@ from jaxtyping import UInt8
 _RANGE = 2**256
 
 
-def image_hash(name: str, label: int, pixels: UInt8[np.ndarray, "h w c"]) -> str:
-    """The hash of an image, in hexadecimal; `label` is -1 without classes."""
-    digest = hashlib.sha256(json.dumps([name, label]).encode() + b"\n")
+def image_hash(name: str, label: int, pixels: UInt8[np.ndarray, "h w c"], caption: str = "") -> str:
+    """The hash of an image, in hexadecimal; `label` is -1 without classes, `caption` '' without."""
+    about = [name, label, caption] if caption else [name, label]
+    digest = hashlib.sha256(json.dumps(about).encode() + b"\n")
     digest.update(np.ascontiguousarray(pixels))
     return digest.hexdigest()
 

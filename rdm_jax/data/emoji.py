@@ -5,10 +5,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import BadImage, InputError
+from rdm_jax.runtime.lazy import lazy_import
 
 if TYPE_CHECKING:
     from rdm_jax.data.sources import Source
+
+emoji = lazy_import("emoji", "text")
 
 RULES = ("mark", "drop")  # of `config.data.skin_tones`
 SKIN_TONES = ("none", "light", "medium-light", "medium", "medium-dark", "dark")
@@ -22,6 +25,32 @@ def check_folder(folder: Path) -> None:
     """Raises InputError if there is no such folder."""
     if not folder.is_dir():
         raise InputError(f"the folder {folder} of emoji does not exist", GET)
+
+
+def described(source: "Source") -> "Source":
+    """The source with each emoji's name in CLDR as its caption: 'thumbs up', 'red apple'.
+
+    Emoji without a name are left out.
+    """
+    names = {name: _description(name) for name in source.names}
+    kept = source.part([i for i, name in enumerate(source.names) if names[name]])
+    unknown = BadImage("is an emoji without a name", "Install a newer emoji package.")
+    skipped = {name: unknown for name, caption in names.items() if not caption}
+    return dataclasses.replace(
+        kept,
+        captions=[names[name] for name in kept.names],
+        skipped={**source.skipped, **skipped},
+    )
+
+
+def _description(name: str) -> str:
+    """The name of an emoji by its code points; '' for an unknown one."""
+    points = [int(point, 16) for point in re.split("[-_]", name.partition(".")[0])]
+    text = "".join(map(chr, points))
+    for known in (text, f"{text}\ufe0f", text.replace("\ufe0f", "")):
+        if known in emoji.EMOJI_DATA:
+            return emoji.EMOJI_DATA[known]["en"].strip(":").replace("_", " ")
+    return ""
 
 
 def by_skin_tone(source: "Source", folder: Path, rule: str) -> "Source":

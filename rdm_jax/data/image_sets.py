@@ -14,13 +14,14 @@ from rdm_jax.data.cell_sums import SumReader, cells_in, dtype_of, fix_of, folder
 from rdm_jax.data.content import image_hash, set_hash, total
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.left_out import check_left_out, reasons
-from rdm_jax.data.manifest import DAMAGED, MANIFEST, check_sizes, read_manifest
-from rdm_jax.data.records import RecordReader
-from rdm_jax.data.sources import check_apart, cores, open_source
+from rdm_jax.data.records import RecordReader, check_complete
+from rdm_jax.data.sources import DecodedSource, check_apart, cores, open_source
+from rdm_jax.data.text_table import Embedding, TextTable, embedded, open_table
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.lazy import import_library
+from rdm_jax.text.encoders import open_encoder
 
 Batch = dict[str, np.ndarray]
 
@@ -38,6 +39,7 @@ class ImageSet(Sequence):
 
     Attributes:
       image_shape, class_names, cell: as given.
+      text: the captions of the whole set, which `add_text` adds; None without.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ImageSet(Sequence):
         self.image_shape = image_shape
         self.class_names = class_names
         self.cell = cell
+        self.text: TextTable | None = None
         self._items = items
         self._content = content
         self._names = names
@@ -83,19 +86,34 @@ class ImageSet(Sequence):
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Several images in this order: {'image': uint8 (b, h, w, c), 'label': int32 (b,)}.
 
-        Sums of cells are of their own dtype.
+        Sums of cells are of their own dtype. With captions also 'text' and 'text_length'
+        (`TextTable.batch`).
         """
         if self._chosen is not None:
             indices = self._chosen[np.asarray(indices)]
+        text = self.text.batch(np.asarray(indices)) if self.text else {}
         if self._cached:
-            return {key: values[indices] for key, values in self._cached.items()}
+            return {key: values[indices] for key, values in self._cached.items()} | text
         batch = {
             "image": np.empty((len(indices), *self.image_shape), dtype_of(self.cell)),
             "label": np.empty(len(indices), np.int32),
         }
         for place, index in enumerate(indices):
             batch["image"][place], batch["label"][place] = self._items[int(index)]
-        return batch
+        return batch | text
+
+    def captions(self) -> list[str]:
+        """One caption per image. Raises ValueError for a set without."""
+        if self.text is None:
+            raise ValueError("the set has no captions")
+        chosen = np.arange(len(self)) if self._chosen is None else self._chosen
+        return self.text.captions_of(chosen)
+
+    def add_text(self, text: TextTable) -> None:
+        """Adds captions, one per image; batches then have them, those of sums too."""
+        self.text = text
+        for sums in self._sums.values():
+            sums.text = text
 
     def split(self, held_out: int) -> tuple["ImageSet", "ImageSet | None"]:
         """The set without `held_out` of its images, and these (None for 0); nothing is copied.
@@ -120,6 +138,7 @@ class ImageSet(Sequence):
     def _part(self, chosen: np.ndarray) -> "ImageSet":
         part = ImageSet(self._items, self.image_shape, self.class_names, cell=self.cell)
         part._cached = self._cached
+        part.text = self.text
         part._sums = {cell: sums._part(chosen) for cell, sums in self._sums.items()}
         part._chosen = chosen if self._chosen is None else self._chosen[chosen]
         part._whole = self._whole or self
@@ -138,6 +157,7 @@ class ImageSet(Sequence):
         h, w, c = self.image_shape
         shape = (h // cell, w // cell, c)
         sums = ImageSet((), shape, self.class_names, self.identity, cell=cell)
+        sums.text = self.text
         sums._cached = self._cached | {"image": sums_of(self._cached["image"], cell)}
         return sums
 
@@ -152,7 +172,9 @@ class ImageSet(Sequence):
             return f"{self._whole.identity} {chosen[:16]}"
         if self._content or not (self._cached and len(self._names)):
             return self._content or self.fingerprint
-        hashes = map(image_hash, self._names, self._cached["label"].tolist(), self._cached["image"])
+        captions = self.captions() if self.text else [""] * len(self)
+        labels, images = self._cached["label"].tolist(), self._cached["image"]
+        hashes = map(image_hash, self._names, labels, images, captions)
         return set_hash(total(hashes), self.image_shape, self.class_names)
 
     @functools.cached_property
@@ -228,7 +250,11 @@ def as_sums(cell: int, *sets: ImageSet) -> list[ImageSet]:
 
 
 def open_prepared(
-    directory: str | os.PathLike, *, cache_bytes: int = 0, cells: Sequence[int] = ()
+    directory: str | os.PathLike,
+    *,
+    cache_bytes: int = 0,
+    cells: Sequence[int] = (),
+    embedding: Embedding | None = None,
 ) -> ImageSet:
     """Opens a prepared data set, made by `prepare` or by tensorflow-datasets as array_record.
 
@@ -238,9 +264,11 @@ def open_prepared(
       cache_bytes: the set is decoded into memory, once, if its pixels take at most this.
       cells: sides of the cells whose sums `ImageSet.of_cells` is to give: made of images in memory,
         or read from records if these exist.
+      embedding: of the captions that batches are to have; None for none.
 
     Raises:
-      InputError: there is no data set, it is damaged, or its images are not uint8 of one size.
+      InputError: there is no data set or no such captions, it is damaged, or its images are
+        not uint8 of one size.
     """
     directory = local_path(directory, "directory").resolve()
     if not (directory / "dataset_info.json").is_file():
@@ -256,7 +284,7 @@ def open_prepared(
         raise InputError(
             f"the prepared data in {directory} is damaged ({error})", "Prepare it again."
         ) from error
-    _check_complete(directory, reader)
+    check_complete(directory, reader)
     if len(shape) != 3 or None in shape or dtype != np.uint8:
         raise InputError(
             f"the images in {directory} have shape {shape}, {dtype}",
@@ -272,6 +300,8 @@ def open_prepared(
         if not sums.is_cached and sums.nbytes <= cache_bytes:
             sums.cache(f"reading the sums of {directory.name}")
         images.add_sums(sums)
+    if embedding:
+        images.add_text(open_table(directory, embedding, reader.content(), len(reader)))
     return images
 
 
@@ -291,20 +321,6 @@ def _open_sums(directory: Path, images: ImageSet, cell: int) -> ImageSet | None:
     return ImageSet(reader, reader.image_shape, images.class_names, reader.of, cell=cell)
 
 
-def _check_complete(directory: Path, reader: RecordReader) -> None:
-    """Checks counts, classes and sizes; does not read records, which have checksums."""
-    if reader.declared != len(reader):
-        raise InputError(
-            f"{directory} holds {len(reader)} of {reader.declared} records", "Prepare it again."
-        )
-    if not (directory / MANIFEST).is_file():
-        return  # not made by `prepare`
-    manifest = read_manifest(directory)
-    if list(manifest["classes"]) != list(reader.class_names):
-        raise InputError(f"{directory} has other classes than its manifest", DAMAGED)
-    check_sizes(directory, manifest["shards"], DAMAGED)
-
-
 def open_direct(
     spec: str,
     form: ImageSpec,
@@ -312,27 +328,32 @@ def open_direct(
     cache_bytes: int,
     skin_tones: str = "",
     classes: str = "auto",
+    captions: str = "none",
     skip_bad: bool = False,
     max_left_out: float = 0.1,
     apart_from: Sequence[Path] = (),
     cells: Sequence[int] = (),
+    embedding: Embedding | None = None,
 ) -> ImageSet:
     """Decodes a small source into memory; nothing is written.
 
     Args:
-      spec, skin_tones, classes: as for `sources.open_source`.
+      spec, skin_tones, classes, captions: as for `sources.open_source`.
       form: size and channels of every image.
       cache_bytes: the most memory that the pixels may take.
       skip_bad: leave out images that cannot be used, with a line in the log, instead of raising.
       max_left_out, apart_from: as for `prepare.prepare`.
       cells: as for `open_prepared`.
+      embedding: of the captions, if there are any.
 
     Raises:
       InputError: a setting or an image cannot be used, too many cannot, or the set is too large.
     """
     form.check()
     check_apart(spec, apart_from)
-    source = open_source(spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad)
+    source = open_source(
+        spec, skin_tones=skin_tones, classes=classes, captions=captions, skip_bad=skip_bad
+    )
     skipped = reasons(source.skipped)
     check_left_out(skipped, len(source), source.lost, max_left_out, spec)
     shape = (form.height, form.width, form.channels)
@@ -356,24 +377,10 @@ def open_direct(
         left = set(images.batch(np.arange(len(images)))["label"].tolist())
         lost = {source.class_names[label] for label in {*source.labels} - left}
         check_left_out(skipped, len(images), {*lost, *source.lost}, max_left_out, spec)
+    if source.captions and embedding:
+        known = dict(zip(source.names, source.captions, strict=True))
+        encoder = open_encoder(embedding.encoder, embedding.tokens)
+        images.add_text(embedded([known[name] for name in images._names], encoder))
     for cell in cells:
         images.add_sums(images.sums(cell))
     return images
-
-
-class DecodedSource(Sequence):
-    """The images of a source, each decoded when it is read."""
-
-    def __init__(self, source, form: ImageSpec):
-        self._source, self._form = source, form
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self._source.read(index, self._form), self._source.label(index)
-
-    def identity(self) -> str:
-        """Changes when an image does: the names and stamps of all images, and the form."""
-        stamps = [(name, self._source.reader.stamp(name)) for name in self._source.names]
-        return repr([*stamps, self._form])

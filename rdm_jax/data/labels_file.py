@@ -99,9 +99,10 @@ def _parse(content: bytes) -> tuple[list[tuple[str, _Label]], tuple[str, ...]]:
     """The names with their labels; and the names of the classes, () if the file has none."""
     try:
         found = parse_json(content)
-        if not isinstance(found, dict) or not {"labels", "class_names"} & found.keys():
+        if not isinstance(found, dict) or not {"labels", "class_names", "captions"} & found.keys():
             found = {"labels": found or "nothing"}
-        pairs, class_names = found["labels"], found.get("class_names") or []
+        pairs = found.get("labels") if "captions" in found else found["labels"]
+        class_names = found.get("class_names") or []
         if not isinstance(pairs, list | dict | type(None)):
             raise ValueError("labels is not a list")
         are_names = isinstance(class_names, list) and all(

@@ -60,6 +60,7 @@ def prepare(
     encoding: Encoding = DEFAULT_ENCODING,
     skin_tones: str = "",
     classes: str = "auto",
+    captions: str = "none",
     skip_bad: bool = False,
     max_left_out: float = 0.1,
     verify: bool = False,
@@ -75,8 +76,8 @@ def prepare(
     Only one process of a run calls this; the others wait for it.
 
     Args:
-      spec, skin_tones, classes: as for `sources.open_source`; the spec is compared with that of an
-        earlier run by `sources.same_source`.
+      spec, skin_tones, classes, captions: as for `sources.open_source`; the spec is compared with
+        that of an earlier run by `sources.same_source`.
       directory: the data set to make, for `tfds.builder_from_directory` and
         `image_sets.open_prepared`.
       form, encoding: size and channels of every image, and how pixels are stored.
@@ -101,7 +102,7 @@ def prepare(
     """
     form.check()
     encoding.check()
-    settings = _settings(spec, form, encoding, skin_tones, classes)
+    settings = _settings(spec, form, encoding, skin_tones, classes, captions)
     directory = local_path(directory, "directory").resolve()
     for library in ("array_record", "tensorflow_datasets"):  # before a long listing is made
         import_library(library, "data")
@@ -126,7 +127,11 @@ def prepare(
             prepared = _is_prepared(directory, settings)
             if update or not prepared:
                 source = open_source(
-                    spec, skin_tones=skin_tones, classes=classes, skip_bad=skip_bad
+                    spec,
+                    skin_tones=skin_tones,
+                    classes=classes,
+                    captions=captions,
+                    skip_bad=skip_bad,
                 )
                 record = record_of(source)
             if not prepared or (
@@ -165,7 +170,7 @@ def _verify(directory: Path) -> None:
 
 
 def _settings(
-    spec: str, form: ImageSpec, encoding: Encoding, skin_tones: str, classes: str
+    spec: str, form: ImageSpec, encoding: Encoding, skin_tones: str, classes: str, captions: str
 ) -> dict[str, Any]:
     """The settings that decide the content of a set, as JSON holds them."""
     quality = {"quality": encoding.quality} if encoding.kind == "jpeg" else {}
@@ -177,6 +182,8 @@ def _settings(
         "skin_tones": skin_tones,
         "classes": classes,
     }
+    if captions != "none":
+        settings["captions"] = captions
     return json.loads(json.dumps(settings))
 
 

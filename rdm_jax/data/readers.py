@@ -255,6 +255,10 @@ class Tfds(Reader):
         """A record's class index."""
         return int(self._record(name)["label"])
 
+    def text(self, name: str, feature: str) -> str:
+        """A record's text."""
+        return self._record(name)[feature].decode()
+
 
 @functools.lru_cache(maxsize=4)
 def _open_records(directory: Path, split: str):

@@ -12,7 +12,7 @@ import numpy as np
 
 from rdm_jax.data.content import image_hash, total
 from rdm_jax.data.images import ImageSpec, encode, open_image, to_uint8
-from rdm_jax.data.manifest import MANIFEST, identity
+from rdm_jax.data.manifest import DAMAGED, MANIFEST, check_sizes, identity, read_manifest
 from rdm_jax.data.shards import Shard, versions
 from rdm_jax.data.sources import Source
 from rdm_jax.data.tfds_directory import open_directory
@@ -71,7 +71,8 @@ class ImageShard(Shard):
 
     @property
     def features(self) -> Any:
-        """The `tfds.features.FeaturesDict` of a record: image, name and, with classes, label."""
+        """The `tfds.features.FeaturesDict` of a record: image, name, and label and caption if
+        there are any."""
         shape = (self.form.height, self.form.width, self.form.channels)
         if self.encoding.kind == "raw":
             image = tfds.features.Tensor(
@@ -80,8 +81,10 @@ class ImageShard(Shard):
         else:
             image = tfds.features.Image(shape=shape, encoding_format=self.encoding.kind)
         names = self.source.class_names
-        label = {"label": tfds.features.ClassLabel(names=names)} if names else {}
-        return tfds.features.FeaturesDict({"image": image, "name": tfds.features.Text(), **label})
+        others = {"label": tfds.features.ClassLabel(names=names)} if names else {}
+        if self.source.captions:
+            others["caption"] = tfds.features.Text()
+        return tfds.features.FeaturesDict({"image": image, "name": tfds.features.Text(), **others})
 
     def empty(self) -> dict[str, Any]:
         """The statistics of a file without records.
@@ -112,6 +115,7 @@ class ImageShard(Shard):
             list(self.source.labels),
             stamps,
         ]
+        everything += [list(self.source.captions)] if self.source.captions else []
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def examples(self, seen: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
@@ -121,7 +125,7 @@ class ImageShard(Shard):
         for index, name in enumerate(self.source.names):
             try:
                 decoded = self.source.decode(index, form.channels, form.background)
-                label = self.source.label(index)
+                label, caption = self.source.label(index), self.source.caption(index)
                 pixels = self.source.fit(index, decoded, form)
             except BadImage as error:
                 if not self.skip_bad:
@@ -132,12 +136,14 @@ class ImageShard(Shard):
             seen["enlarged"] += decoded.shape[0] < form.height or decoded.shape[1] < form.width
             if self.source.class_names:
                 seen["of_class"][label] += 1
-            seen["content"] = total((seen["content"], image_hash(name, label, pixels)))
+            seen["content"] = total((seen["content"], image_hash(name, label, pixels, caption)))
             example = {"image": pixels, "name": name}
             if self.encoding.kind != "raw":
                 example["image"] = encode(pixels, self.encoding.kind, self.encoding.quality)
             if self.source.class_names:
                 example["label"] = label
+            if self.source.captions:
+                example["caption"] = caption
             # Not by features.serialize_example, whose bytes differ from process to process.
             record = serializer.get_tf_example(features.encode_example(example))
             yield index, record.SerializeToString(deterministic=True)
@@ -193,6 +199,19 @@ class RecordReader(Sequence):
                 names.append(self._record(index)["name"].decode())
         return names
 
+    def captions(self) -> list[str]:
+        """The captions of all images. Raises InputError if there are none, or one is damaged."""
+        if "caption" not in dict(self.features):
+            raise InputError(
+                f"the prepared data in {self.directory} has no captions",
+                "Prepare it with config.data.captions.",
+            )
+        captions = []
+        for index in range(len(self)):
+            with self._undamaged(index):
+                captions.append(self._record(index)["caption"].decode())
+        return captions
+
     def content(self) -> str:
         """Changes when an image does, and not when the set is copied.
 
@@ -240,3 +259,17 @@ class RecordReader(Sequence):
                 f"record {index} of {self.directory} is damaged ({error})",
                 "Delete the directory and prepare it again.",
             ) from error
+
+
+def check_complete(directory: Path, reader: RecordReader) -> None:
+    """Checks counts, classes and sizes; does not read records, which have checksums."""
+    if reader.declared != len(reader):
+        raise InputError(
+            f"{directory} holds {len(reader)} of {reader.declared} records", "Prepare it again."
+        )
+    if not (directory / MANIFEST).is_file():
+        return  # not made by `prepare`
+    manifest = read_manifest(directory)
+    if list(manifest["classes"]) != list(reader.class_names):
+        raise InputError(f"{directory} has other classes than its manifest", DAMAGED)
+    check_sizes(directory, manifest["shards"], DAMAGED)

@@ -27,7 +27,8 @@ class Record(NamedTuple):
 def record_of(source: Source) -> Record:
     """The record of a source; make it before images are read, so that later changes are noticed."""
     stamps = [
-        hashlib.sha256(source.reader.stamp(name).encode()).digest()[:8] for name in source.names
+        hashlib.sha256(f"{source.reader.stamp(name)}{source.caption(i)}".encode()).digest()[:8]
+        for i, name in enumerate(source.names)
     ]
     labels = source.labels if len(source.labels) else [-1] * len(source)
     return Record(

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from rdm_jax.data import archives, emoji, readers
-from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, wrapper
+from rdm_jax.data import captions as captions_
+from rdm_jax.data import emoji, readers
+from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, lost_classes, wrapper
+from rdm_jax.data.file_reader import containing_archive, no_such_folder, reader_of
 from rdm_jax.data.images import ImageSpec, fit, to_uint8
 from rdm_jax.data.labels_file import by_labels_file
 from rdm_jax.data.left_out import by_reason, reasons
-from rdm_jax.data.listing import LABELS_FILE, Listing, folders_of, is_meant_as_image, sort_out
+from rdm_jax.data.listing import LABELS_FILE, Listing, sort_out
 from rdm_jax.data.tfds_download import prepared_by_tfds
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
@@ -40,6 +41,7 @@ class Source:
       class_names: the classes; empty without classes.
       labels: one class index per image; empty without classes, or if only the reader knows them.
       skipped: what is left out of the listing, and why.
+      captions: one caption per image; empty without captions.
       single_folder: the one that contains all images, if it is not a class; else ''.
       lost: classes without a usable image; they are not in `class_names`.
     """
@@ -48,6 +50,7 @@ class Source:
     reader: readers.Reader
     class_names: tuple[str, ...] = ()
     labels: Sequence[int] = ()
+    captions: Sequence[str] = ()
     skipped: Mapping[str, BadImage] = dataclasses.field(default_factory=dict)
     single_folder: str = ""
     lost: tuple[str, ...] = ()
@@ -59,7 +62,12 @@ class Source:
         """Only the images with these indices, in this order."""
         names = [self.names[i] for i in indices]
         labels = [self.labels[i] for i in indices] if self.labels else ()
-        return dataclasses.replace(self, names=names, labels=labels, skipped={})
+        captions = [self.captions[i] for i in indices] if self.captions else ()
+        return dataclasses.replace(self, names=names, labels=labels, captions=captions, skipped={})
+
+    def caption(self, index: int) -> str:
+        """An image's caption; '' without captions."""
+        return self.captions[index] if self.captions else ""
 
     def among(self, class_names: Collection[str]) -> "Source":
         """The source, with its single folder as the class if that is the name of one of these."""
@@ -120,7 +128,12 @@ class Source:
 
 
 def open_source(
-    spec: str, *, skin_tones: str = "", classes: str = "auto", skip_bad: bool = False
+    spec: str,
+    *,
+    skin_tones: str = "",
+    classes: str = "auto",
+    captions: str = "none",
+    skip_bad: bool = False,
 ) -> Source:
     """Lists a set of images.
 
@@ -138,6 +151,10 @@ def open_source(
       classes: one of class_rules.RULES: 'auto' (dataset.json, else the top folders, else none), the
         folders at the 'top', those that contain the images ('leaf'), what precedes the number in
         file names ('prefix'), or 'none'.
+      captions: one of captions.RULES: 'none', 'metadata' (metadata.jsonl or metadata.csv with the
+        columns file_name and text, or "captions" in dataset.json), 'txt' (of the same name beside
+        an image), 'names' (the words of file names), or 'auto' (the first of these three that there
+        is, except for names; of emoji their descriptions, of tfds: the feature caption or text).
       skip_bad: leave out what cannot be an image of the set, and list it in `skipped`, instead of
         raising.
 
@@ -156,6 +173,11 @@ def open_source(
             f"classes={classes!r} is not supported for the source {spec!r}",
             f"Use {' or '.join(map(repr, rules))}.",
         )
+    if captions not in (rules := _caption_rules(kind)):
+        raise InputError(
+            f"captions={captions!r} is not supported for the source {spec!r}",
+            f"Use {' or '.join(map(repr, rules))}.",
+        )
     if spec == "digits":
         reader = readers.Digits()
         source = Source(
@@ -165,9 +187,9 @@ def open_source(
             reader.labels,
         )
     elif kind == "tfds" and path:
-        source = _tfds(*path.split(":", 1))
+        source = _tfds(*path.split(":", 1), captions=captions)
     elif kind in FILE_KINDS and path:
-        source = _files(kind, local_path(path, "source"), skin_tones, classes)
+        source = _files(kind, local_path(path, "source"), skin_tones, classes, captions)
     else:
         raise InputError(
             f"the source {spec!r} is unknown", f"Use {', '.join(SPECS[:-1])} or {SPECS[-1]}."
@@ -180,6 +202,13 @@ def open_source(
     if not len(source):
         raise InputError(f"the source {spec!r} has no usable image", "Use another source.")
     return source
+
+
+def _caption_rules(kind: str) -> tuple[str, ...]:
+    """The values of `captions` for a kind of source."""
+    if kind in FILE_KINDS and kind != "emoji":
+        return captions_.RULES
+    return ("none",) if kind == "digits" else ("none", "auto")
 
 
 def _first_refusal(skipped: Mapping[str, BadImage], spec: str) -> BadImage:
@@ -227,21 +256,28 @@ def same_source(spec: str, other: str) -> bool:
     return Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
 
 
-def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
+def _files(kind: str, path: Path, skin_tones: str, classes: str, captions: str) -> Source:
     if kind == "emoji":
         emoji.check_folder(path)
-    place, inner = _containing_archive(path)
-    reader = _reader(kind, place)
+    place, inner = containing_archive(path)
+    reader = reader_of(kind, place)
     names, unusable = reader.names()
     if inner:
         everything, names = names, [name for name in names if name.startswith(inner)]
         unusable = {name: why for name, why in unusable.items() if name.startswith(inner)}
         if not names and not unusable:
-            raise _no_such_folder(place, inner.rstrip("/"), everything)
+            raise no_such_folder(place, inner.rstrip("/"), everything)
     listing = sort_out(names, reader.head, str(path))
     listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
-        return emoji.by_skin_tone(listed, path, skin_tones)
+        found = emoji.by_skin_tone(listed, path, skin_tones)
+        return found if captions == "none" else emoji.described(found)
+    if captions != "none":
+        spec = f"{kind}:{path}"
+        listed = _captioned(
+            listed, captions_.by_rule(captions, listing.images, names, reader.read, spec)
+        )
+        listing = listing._replace(images=list(listed.names))
     labels_file = _labels_file(listing, path) if classes == "auto" else ""
     if not labels_file:
         if listing.labels_files:
@@ -254,7 +290,7 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
         folders = {name.rpartition("/")[0] for name in listed.names}
         single = folders.pop().rpartition("/")[2] if len(folders) == 1 and classes == "auto" else ""
         listed = dataclasses.replace(
-            listed, lost=_lost(listed.names, listed.skipped, classes), single_folder=single
+            listed, lost=lost_classes(listed.names, listed.skipped, classes), single_folder=single
         )
         return _labelled(listed, by_rule(listing.images, classes, f"{kind}:{path}"))
     try:
@@ -267,50 +303,6 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str) -> Source:
         return _labelled(listed, by_labels_file(content, listing.images, folder, places))
     except InputError as error:
         raise InputError(f"{path}: {error.problem}", error.fix) from error
-
-
-def _containing_archive(path: Path) -> tuple[Path, str]:
-    """The archive that a path leads into, and the folder in it with a slash; else path and ''."""
-    if not os.path.exists(path):
-        for above in path.parents:
-            if os.path.isfile(above):
-                return above, f"{path.relative_to(above).as_posix()}/"
-    return path, ""
-
-
-def _no_such_folder(archive: Path, inner: str, names: Iterable[str]) -> InputError:
-    """The error for a folder that an archive does not have; `names` are those of its files."""
-    folders = sorted({folder for name in names for folder in folders_of(name)})
-    close = [
-        folder for folder in folders if folder.lower() == inner.lower()
-    ] or difflib.get_close_matches(inner, folders, cutoff=0.75)
-    shown = ", ".join(repr(folder) for folder in (close or folders)[:3])
-    fix = "Use the archive itself: its files are in no folder."
-    if shown:
-        fix = f"Use {shown}." if close else f"Use {shown} or another folder in it."
-    return InputError(f"there is no folder {inner!r} with files in {archive}", fix)
-
-
-def _reader(kind: str, path: Path) -> readers.Folder | archives.Archive:
-    """The reader for what exists at a path: a folder, a zip or a tar, whatever `kind` says."""
-    found = kind
-    if os.path.isdir(path):
-        found = "folder"
-    elif os.path.isfile(path) and archives.is_zip(path):
-        found = "zip"
-    elif os.path.isfile(path) and (kind == "tar" or archives.is_tar(path)):
-        found = "tar"
-    elif os.path.isfile(path) and kind == "folder":
-        raise InputError(
-            f"{path} is a file but not a folder, zip or tar", "Give the path of one of these."
-        )
-    if found != kind != "emoji":
-        log.info("data: %s:%s is a %s, and is read as one", kind, path, found)
-    if found == "zip":
-        return archives.Zip(path)
-    if found == "tar":
-        return archives.Tar(path)
-    return readers.Folder(path)
 
 
 def _labels_file(listing: Listing, path: Path) -> str:
@@ -336,24 +328,14 @@ def _labels_file(listing: Listing, path: Path) -> str:
     return ""
 
 
-def _lost(images: Sequence[str], skipped: Iterable[str], rule: str) -> tuple[str, ...]:
-    """The classes of folders that are empty or contain unusable images only."""
-    if rule in ("none", "prefix"):
-        return ()
-    left_out = [
-        name for name in skipped if "/" in name and (name.endswith("/") or is_meant_as_image(name))
-    ]
-    outer = ""
-    if rule != "leaf":
-        outer = wrapper({name.rpartition("/")[0] for name in (*images, *left_out)})
-    part = -2 if rule == "leaf" else 0
-
-    def classes_of(names: Iterable[str]) -> set[str]:
-        below = (name[len(outer) :].removeprefix("/") for name in names)
-        return {path.split("/")[part] for path in below if "/" in path}
-
-    found = classes_of(images)
-    return tuple(sorted(classes_of(left_out) - found - {"", ".."})) if found else ()
+def _captioned(source: Source, found: captions_.Captioned) -> Source:
+    """The images of a listing that have a caption, with it."""
+    kept = source.part([i for i, name in enumerate(source.names) if name in found.captions])
+    return dataclasses.replace(
+        kept,
+        captions=[found.captions[name] for name in kept.names],
+        skipped={**source.skipped, **found.skipped},
+    )
 
 
 def _labelled(source: Source, found: Labelled) -> Source:
@@ -369,7 +351,7 @@ def _labelled(source: Source, found: Labelled) -> Source:
     )
 
 
-def _tfds(name: str, split: str = "train") -> Source:
+def _tfds(name: str, split: str = "train", captions: str = "none") -> Source:
     reader = readers.Tfds(prepared_by_tfds(name), split)
     features = reader.features
     if not isinstance(features.get("image"), tfds.features.Image):
@@ -379,9 +361,39 @@ def _tfds(name: str, split: str = "train") -> Source:
         )
     label = features.get("label")
     class_names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
-    return Source([f"{i:08d}" for i in range(len(reader))], reader, class_names)
+    source = Source([f"{i:08d}" for i in range(len(reader))], reader, class_names)
+    if captions == "none":
+        return source
+    column = next(
+        (c for c in captions_.COLUMNS if isinstance(features.get(c), tfds.features.Text)), None
+    )
+    if column is None:
+        raise InputError(
+            f"the data set {name!r} has no text feature {' or '.join(captions_.COLUMNS)}",
+            "Use config.data.captions='none'.",
+        )
+    found = {name: captions_.plain(reader.text(name, column)) for name in source.names}
+    return _captioned(source, captions_.usable(source.names, found, {}, f"in {column!r}"))
 
 
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class DecodedSource(Sequence):
+    """The images of a source, each decoded when it is read."""
+
+    def __init__(self, source: Source, form: ImageSpec):
+        self._source, self._form = source, form
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self._source.read(index, self._form), self._source.label(index)
+
+    def identity(self) -> str:
+        """Changes when an image does: the names and stamps of all images, and the form."""
+        stamps = [(name, self._source.reader.stamp(name)) for name in self._source.names]
+        return repr([*stamps, self._form])

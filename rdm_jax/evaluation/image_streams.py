@@ -11,9 +11,9 @@ from jaxtyping import Int
 from rdm_jax.config import Config
 from rdm_jax.config.schema import LEAST
 from rdm_jax.data.classes import Classes, matched
-from rdm_jax.data.image_sets import DecodedSource, ImageSet, open_prepared
+from rdm_jax.data.image_sets import ImageSet, open_prepared
 from rdm_jax.data.images import ImageSpec
-from rdm_jax.data.sources import Source, cores, open_source
+from rdm_jax.data.sources import DecodedSource, Source, cores, open_source
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.npz import Npz
 

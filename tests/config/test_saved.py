@@ -1,8 +1,8 @@
 """Configs of earlier versions: completed, renamed, or refused; and which fields may change within a
 run."""
 
-import dataclasses
 import copy
+import dataclasses
 import json
 
 import pytest

@@ -1,0 +1,213 @@
+"""Captions of prepared images and their embeddings, each distinct caption stored once.
+
+They lie in a folder beside the images: `tokens.bin` has the valid tokens of all distinct captions
+one after the other, float16 of `width`, little-endian; `text.npz` the captions, where each begins,
+and which one each image has; the manifest says which encoder made them, of which images.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float16, Int
+
+from rdm_jax.data.manifest import MANIFEST, check_sizes
+from rdm_jax.runtime.console import progress
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import atomic_write, parse_json, sha256
+from rdm_jax.text.encoders import TextEncoder
+
+VERSION = 1
+TOKENS, TEXT = "tokens.bin", "text.npz"
+DTYPE = np.dtype("<f2")
+FIELDS = {"encoder": str, "weights_hash": str, "tokens": int, "width": int, "of": str}
+CHUNK = 256  # captions that are embedded at a time
+
+
+class Embedding(NamedTuple):
+    """How captions are to be embedded.
+
+    Attributes:
+      encoder: as the config names it (`data.text_encoder`).
+      tokens: the most tokens of a caption.
+    """
+
+    encoder: str
+    tokens: int
+
+
+class TextSpec(NamedTuple):
+    """How captions are embedded.
+
+    Attributes:
+      encoder: its name.
+      weights_hash: sha256 of its weights.
+      tokens: the most tokens of a caption.
+      width: values of a token.
+    """
+
+    encoder: str
+    weights_hash: str
+    tokens: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+    """Captions by image, with their embeddings.
+
+    Attributes:
+      spec: how they are embedded.
+      captions: the distinct ones.
+      offsets: where the tokens of each begin, and the end of the last.
+      of_image: the caption of each image.
+      values: all tokens; an array, or the file that holds them.
+    """
+
+    spec: TextSpec
+    captions: tuple[str, ...]
+    offsets: Int[np.ndarray, " m1"]
+    of_image: Int[np.ndarray, " n"]
+    values: np.ndarray | Path
+
+    def batch(self, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+        """{'text': float16 (b, tokens, width), zeros behind the end; 'text_length': int32 (b,)}."""
+        chosen, values = self.of_image[indices], self._values
+        lengths = (self.offsets[chosen + 1] - self.offsets[chosen]).astype(np.int32)
+        text = np.zeros((len(chosen), self.spec.tokens, self.spec.width), np.float16)
+        for row, first, length in zip(text, self.offsets[chosen], lengths, strict=True):
+            row[:length] = values[first : first + length]
+        return {"text": text, "text_length": lengths}
+
+    def captions_of(self, indices: Int[np.ndarray, " b"]) -> list[str]:
+        """The captions of images."""
+        return [self.captions[i] for i in self.of_image[indices]]
+
+    @property
+    def _values(self) -> Float16[np.ndarray, "k width"]:
+        if isinstance(self.values, Path):  # mapped, not read; not kept, so that it can be pickled
+            return np.memmap(self.values, DTYPE, "r", shape=(self.offsets[-1], self.spec.width))
+        return self.values
+
+
+def folder_of(directory: Path, embedding: Embedding) -> Path:
+    """Where the text of a prepared set is."""
+    encoder = re.sub(r"[^A-Za-z0-9.]+", "-", embedding.encoder)
+    return directory / f"text_{encoder}_{embedding.tokens}"
+
+
+def embedded(
+    captions: Sequence[str], encoder: TextEncoder, check_stop: Callable[[], None] = lambda: None
+) -> TextTable:
+    """The table of these captions, one per image, each distinct one embedded once.
+
+    Raises:
+      InputError: a caption is empty or too long.
+    """
+    distinct = tuple(dict.fromkeys(captions))
+    numbers = {caption: number for number, caption in enumerate(distinct)}
+    of_image = np.array([numbers[caption] for caption in captions], np.int32)
+    values, lengths = [], []
+    with progress(len(distinct), f"embedding captions by {encoder.name}") as bar:
+        for first in range(0, len(distinct), CHUNK):
+            part = encoder(distinct[first : first + CHUNK])
+            for tokens, length in zip(np.asarray(part.tokens), part.lengths, strict=True):
+                values.append(tokens[:length].astype(np.float16))
+                lengths.append(int(length))
+            bar.update(len(part.lengths))
+            check_stop()
+    spec = TextSpec(encoder.name, encoder.weights_hash, encoder.tokens, encoder.width)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return TextTable(spec, distinct, offsets, of_image, np.concatenate(values))
+
+
+def write(table: TextTable, folder: Path, content: str) -> None:
+    """Writes a table of the images of that content into a new folder."""
+    assert isinstance(table.values, np.ndarray)
+    table.values.astype(DTYPE).tofile(folder / TOKENS)
+    captions = np.frombuffer("\n".join(table.captions).encode(), np.uint8)
+    np.savez_compressed(
+        folder / TEXT, captions=captions, offsets=table.offsets, of_image=table.of_image
+    )
+    files = [folder / TOKENS, folder / TEXT]
+    manifest = {
+        "version": VERSION,
+        **table.spec._asdict(),
+        "of": content,
+        "captions": len(table.captions),
+        "shards": [
+            {
+                "file": path.name,
+                "records": len(table.captions),
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+            }
+            for path in files
+        ],
+    }
+    with atomic_write(folder / MANIFEST) as partial:
+        partial.write_text(json.dumps(manifest, indent=1))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a table. Raises InputError if it is missing or damaged."""
+    try:
+        manifest = parse_json((folder / MANIFEST).read_text())
+        if manifest["version"] != VERSION:
+            raise ValueError(f"version is {manifest['version']!r:.40}, not {VERSION}")
+        for field, kind in FIELDS.items():
+            if type(manifest[field]) is not kind:
+                raise ValueError(f"{field} is not a {kind.__name__}")
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} has no usable manifest ({error})", fix_of(folder)) from error
+
+
+def fix_of(folder: Path) -> str:
+    """What to do about a damaged table: it is made of the records beside it."""
+    return f"Delete {folder} and run --mode=prepare."
+
+
+def open_table(directory: Path, embedding: Embedding, content: str, count: int) -> TextTable:
+    """The table of a prepared set.
+
+    Args:
+      directory: of the set.
+      embedding: how its captions are embedded.
+      content: of its images (`RecordReader.content`).
+      count: of its images.
+
+    Raises:
+      InputError: there is none, it is of other images, or it is damaged.
+    """
+    folder = folder_of(directory, embedding)
+    if not folder.is_dir():
+        raise InputError(
+            f"the prepared data in {directory} has no captions embedded by {embedding.encoder!r} "
+            f"with {embedding.tokens} tokens",
+            "Run --mode=prepare with config.data.captions, and a data.directory that can be "
+            "written.",
+        )
+    manifest = read_manifest(folder)
+    if manifest["of"] != content:
+        raise InputError(f"{folder} has the captions of other images", fix_of(folder))
+    check_sizes(folder, manifest["shards"], fix_of(folder))
+    try:
+        with np.load(folder / TEXT, allow_pickle=False) as file:
+            captions = tuple(file["captions"].tobytes().decode().split("\n"))
+            offsets, of_image = file["offsets"].astype(np.int64), file["of_image"].astype(np.int32)
+        if len(of_image) != count or len(offsets) != len(captions) + 1:
+            raise ValueError("it is of other images")
+        if of_image.min() < 0 or of_image.max() >= len(captions):
+            raise ValueError("an image has a caption that is not there")
+        stored = (folder / TOKENS).stat().st_size
+        if offsets[-1] * manifest["width"] * DTYPE.itemsize != stored or np.diff(offsets).min() < 1:
+            raise ValueError("its tokens are not those of its captions")
+    except Exception as error:  # numpy, zipfile and zlib each raise their own errors
+        raise InputError(f"{folder} is damaged ({error})", fix_of(folder)) from error
+    spec = TextSpec(*(manifest[field] for field in TextSpec._fields))
+    return TextTable(spec, captions, offsets, of_image, folder / TOKENS)

@@ -1,0 +1,204 @@
+"""Captions: found beside images, in metadata or names; prepared with their embeddings."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from rdm_jax.data import image_sets, write_text
+from rdm_jax.data.image_sets import open_direct, open_prepared
+from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.prepare import prepare
+from rdm_jax.data.sources import open_source
+from rdm_jax.data.text_table import Embedding, folder_of
+from rdm_jax.data.write_text import add_text
+from rdm_jax.runtime.errors import InputError
+from tests.support.configs import write_images
+from tests.support.text import FakeEncoder
+
+FORM = ImageSpec(8, 12)
+FAKE = Embedding("fake", 8)
+CAPTIONS = {"a": "a red apple", "b": "a  sleeping\ncat", "c": "a red apple"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images, a.png to c.png."""
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, name in enumerate(CAPTIONS):
+        Image.new("RGB", (12, 8), (80 * number, 0, 0)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture
+def encoder(monkeypatch):
+    fake = FakeEncoder()
+    for module in (image_sets, write_text):
+        monkeypatch.setattr(module, "open_encoder", lambda spec, tokens: fake)
+    return fake
+
+
+def in_texts(folder):
+    for name, caption in CAPTIONS.items():
+        (folder / f"{name}.txt").write_text(caption)
+
+
+def in_jsonl(folder):
+    rows = [{"file_name": f"{name}.png", "text": text} for name, text in CAPTIONS.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def in_csv(folder):
+    rows = [f'{name}.png,"{text}",1' for name, text in CAPTIONS.items()]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,caption,score", *rows]))
+
+
+def in_dataset_json(folder):
+    captions = [[f"{name}.png", text] for name, text in CAPTIONS.items()]
+    (folder / "dataset.json").write_text(json.dumps({"captions": captions}))
+
+
+@pytest.mark.parametrize("write", [in_texts, in_jsonl, in_csv, in_dataset_json])
+def test_captions_are_found(folder, write):
+    write(folder)
+    source = open_source(f"folder:{folder}", captions="auto")
+    assert list(source.captions) == ["a red apple", "a sleeping cat", "a red apple"]
+    assert source.class_names == () and not open_source(f"folder:{folder}").captions
+
+
+def test_captions_are_the_words_of_names(tmp_path):
+    write_images(tmp_path / "images")
+    (tmp_path / "images/Class-0").mkdir(exist_ok=True)
+    source = open_source(f"folder:{tmp_path / 'images'}", captions="names", skip_bad=True)
+    assert len(source.captions) == len(source.names) and all(source.captions)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda f: (f / "b.txt").write_text("  \n"), "'b.png' .* has an empty caption"),
+        (lambda f: (f / "b.txt").write_bytes(b"caf\xe9"), r"'b.png' .* not UTF-8 \(b.txt\)"),
+        (lambda f: (f / "b.txt").unlink(), "'b.png' .* has no caption in a .txt"),
+        (lambda f: (f / "x.txt").write_text("x"), "'x.txt' .* is a caption without an image"),
+        (lambda f: (f / "b.txt").write_text("x" * 70_000), "has 70,000 bytes"),
+    ],
+    ids=["empty", "encoding", "missing", "no image", "long"],
+)
+def test_bad_captions_are_refused_by_name(folder, break_it, says):
+    in_texts(folder)
+    break_it(folder)
+    with pytest.raises(InputError, match=says):
+        open_source(f"folder:{folder}", captions="txt")
+    kept = open_source(f"folder:{folder}", captions="txt", skip_bad=True)
+    assert len(kept) == len(kept.captions) >= 2 and kept.skipped
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("file_name\na.png\n", "no column text or caption"),
+        ("name,text\na.png,x\n", "cannot be read"),
+        ("file_name,text\na.png,x\na.png,y\n", "two captions for 'a.png'"),
+        ("file_name,text\nz.png,x\n", "'z.png' .* is listed in metadata.csv but missing"),
+        (b"file_name,text\na.png,\xff\n", "cannot be read"),
+    ],
+)
+def test_bad_metadata_is_refused(folder, content, says):
+    data = content if isinstance(content, bytes) else content.encode()
+    (folder / "metadata.csv").write_bytes(data)
+    with pytest.raises(InputError, match=says):
+        open_source(f"folder:{folder}", captions="metadata")
+
+
+def test_captions_that_are_not_there_are_refused(folder):
+    for rule in ("auto", "txt", "metadata"):
+        with pytest.raises(InputError, match=f"captions='{rule}', but .* has no captions"):
+            open_source(f"folder:{folder}", captions=rule)
+    with pytest.raises(
+        InputError, match="captions='auto' is not supported for the source 'digits'"
+    ):
+        open_source("digits", captions="auto")
+
+
+def test_prepared_captions_are_embedded_once(folder, tmp_path, encoder):
+    in_jsonl(folder)
+    directory = prepare(f"folder:{folder}", tmp_path / "data", FORM, captions="auto", cells=[2])
+    plain = open_prepared(directory)
+    assert plain.text is None and plain.batch([0]).keys() == {"image", "label"}
+    with pytest.raises(InputError, match="no captions embedded by 'fake' with 8 tokens"):
+        open_prepared(directory, embedding=FAKE)
+    for _ in range(2):
+        add_text(directory, FAKE, lambda: None)
+    assert encoder.calls == [["a red apple", "a sleeping cat"]]
+
+    images = open_prepared(directory, embedding=FAKE, cells=[2])
+    assert images.captions() == ["a red apple", "a sleeping cat", "a red apple"]
+    wanted = encoder(images.captions())
+    for found in (images, images.of_cells(2), pickle.loads(pickle.dumps(images))):
+        batch = found.batch([2, 1])
+        np.testing.assert_array_equal(batch["text"], wanted.tokens[[2, 1]])
+        assert batch["text"].dtype == np.float16 and batch["text_length"].tolist() == [3, 3]
+    learnt, held_out = images.split(1)
+    assert learnt.captions() + held_out.captions() != [] and len(held_out.captions()) == 1
+    np.testing.assert_array_equal(held_out[0]["text"], encoder(held_out.captions()).tokens[0])
+    assert images.text.spec == ("fake", "0" * 64, 8, 6)
+
+
+def test_captions_are_part_of_the_content(folder, tmp_path, encoder):
+    in_jsonl(folder)
+    spec, form = f"folder:{folder}", FORM
+    one = open_prepared(prepare(spec, tmp_path / "one", form, captions="auto")).identity
+    without = open_prepared(prepare(spec, tmp_path / "two", form)).identity
+    direct = open_direct(spec, form, cache_bytes=2**20, captions="auto", embedding=FAKE)
+    assert one != without and direct.identity == one
+    text = (folder / "metadata.jsonl").read_text().replace("sleeping", "running")
+    (folder / "metadata.jsonl").write_text(text)
+    prepare(spec, tmp_path / "one", form, captions="auto", update=True)
+    assert open_prepared(tmp_path / "one").identity not in (one, without)
+    add_text(tmp_path / "one", FAKE, lambda: None)
+    found = open_prepared(tmp_path / "one", embedding=FAKE)
+    assert found.captions()[1] == "a running cat"
+
+
+@pytest.mark.parametrize("file", ["tokens.bin", "text.npz", "manifest.json"])
+def test_damaged_embeddings_are_refused(folder, tmp_path, encoder, file):
+    in_jsonl(folder)
+    directory = prepare(f"folder:{folder}", tmp_path / "data", FORM, captions="auto")
+    add_text(directory, FAKE, lambda: None)
+    path = folder_of(directory, FAKE) / file
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match="Delete .* and run --mode=prepare"):
+        open_prepared(directory, embedding=FAKE)
+
+
+def test_caption_of_too_many_tokens_is_refused(folder, tmp_path, encoder):
+    (folder / "a.txt").write_text("one two three four five six seven eight nine")
+    for name in "bc":
+        (folder / f"{name}.txt").write_text("short")
+    directory = prepare(f"folder:{folder}", tmp_path / "data", FORM, captions="txt")
+    with pytest.raises(InputError, match="'one two .* nine' has 9 tokens"):
+        add_text(directory, FAKE, lambda: None)
+
+
+def test_emoji_have_their_names(tmp_path):
+    pytest.importorskip("emoji")
+    from PIL import Image
+
+    for name in ("1f34e", "1f44d-1f3fd", "2764-fe0f", "1f9d1-200d-1f680", "10ffff"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    source = open_source(f"emoji:{tmp_path}", skin_tones="mark", captions="auto", skip_bad=True)
+    found = {
+        name.partition(".")[0]: text
+        for name, text in zip(source.names, source.captions, strict=True)
+    }
+    assert found == {
+        "1f34e": "red apple",
+        "1f44d-1f3fd": "thumbs up medium skin tone",
+        "2764-fe0f": "red heart",
+        "1f9d1-200d-1f680": "astronaut",
+    }
+    assert "without a name" in source.skipped["10ffff.png"].reason
