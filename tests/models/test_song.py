@@ -199,7 +199,8 @@ def test_embedding_matches_numpy(config):
     def embedding(params, *labels):
         module = nnx.eval_shape(lambda: config.build(shapes(CHANNELS, CLASSES), rngs=nnx.Rngs(0)))
         nnx.update(module, params)
-        return module._embedding(*labels)
+        noise, label, augment = labels
+        return module._embedding(noise, label, None, augment)
 
     out = jax.jit(embedding)(params, noise, label, augment)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
