@@ -267,7 +267,7 @@ def test_residual_encoder_adds_downsampled_image():
         module = nnx.eval_shape(lambda: config.build(shapes(CHANNELS, 0), rngs=nnx.Rngs(0)))
         nnx.update(module, params)
         emb = jnp.ones((2, 16))
-        outputs = module._encode(x, emb, None)
+        outputs = module._encode(x, emb, None, None)
         return outputs, [
             getattr(module, name)(h, emb) for name, h in zip(module.encoder, outputs, strict=False)
         ]
