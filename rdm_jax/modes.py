@@ -187,6 +187,8 @@ class Job:
         """Trains the stages one after the other."""
         names = sets[self.trained[0]].all.class_names
         validate.check_classes(self.config, names, self.trained)
+        texts = {number: getattr(sets[number].all, "text", None) for number in self.trained}
+        validate.check_captions(self.config, texts)
         self.check_guides(Classes(names))
         if distributed.is_primary():
             self.workdir.write_config(self.config)

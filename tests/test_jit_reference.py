@@ -164,7 +164,7 @@ def test_jit_reference_network(path):
 
     params = jax.tree.map_with_path(ours, network.abstract)
     labels = jnp.asarray(case["labels"])
-    labels = condition.from_labels(jnp.where(labels == classes, -1, labels))
+    labels = condition.encode({"label": jnp.where(labels == classes, -1, labels)})
     x, time, target = (jnp.asarray(case[k]) for k in ("x", "t", "target"))
 
     def loss(params):

@@ -14,7 +14,7 @@ from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Process, Sampler
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.backbone import Backbone, Shapes
-from rdm_jax.models.conditions import ClassLabels, Condition, Nothing
+from rdm_jax.models.conditions import ClassLabels, Condition, Nothing, Text
 from rdm_jax.models.functional import Network, functional
 from rdm_jax.models.song import Song
 from rdm_jax.models.transformer import JiT
@@ -60,7 +60,8 @@ class Training:
       snapshot_every: save the averages every so many images, and at the end, so that other widths
         can be reconstructed after the training. Snapshots stay: each takes the disk space of the
         parameters once per average.
-      label_dropout: probability of training an image on the null condition; guidance needs it.
+      label_dropout: probability of training an image on the null condition, without caption and
+        class; guidance needs it.
       dct_quality: measure the error in the 8 x 8 DCT, weighted as JPEG of this quality, 1 to 100,
         divides it (DeCo, arXiv 2511.19365): less at high frequencies and, of RGB, in the colours. 0
         measures it in pixels.
@@ -141,7 +142,8 @@ class Stage:
       source: of images for this stage alone, prepared at its own resolution beside the others'
         (`data.directory` and _stage1); '' for the means of the last stage's, so that the stages fit
         together.
-      condition: what the network is conditioned on: the data's classes, if it has some, or nothing.
+      condition: what the network is conditioned on: the data's classes, if it has some, nothing, or
+        captions, with classes or without.
     """
 
     resolution: tuple[int, ...] = (64, 64)
@@ -187,7 +189,7 @@ class Stage:
         Bounds(f"'ema', 'raw' or a width from {NARROWEST:g} to {WIDEST:g}", _is_average), "ema"
     )
     source: str = ""
-    condition: Condition = kinds(ClassLabels, Nothing, default=ClassLabels())
+    condition: Condition = kinds(ClassLabels, Nothing, Text, default=ClassLabels())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance", guidances.as_list(self.guidance))

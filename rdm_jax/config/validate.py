@@ -5,7 +5,8 @@ declared at the fields (`runtime.fields`); `validate_evaluation` has the rules o
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -76,6 +77,34 @@ def check_classes(
             guidance.shown(stage.guidance),
             "Use 1.0 for a stage without a condition or with training.label_dropout=0.",
         )
+
+
+def check_captions(config: Config, texts: Mapping[int, Any]) -> None:
+    """Refuses captions other than those that a stage is conditioned on. Raises InputError.
+
+    Args:
+      config: of the run.
+      texts: of the images of the stages that are trained, by number: `ImageSet.text`, None for
+        images without captions.
+    """
+    for number, text in texts.items():
+        condition, path = config.stage(number).condition, f"config.stage{number}.condition"
+        if "text" not in condition.inputs:
+            continue
+        if text is None:
+            raise InputError(
+                f"{path}.kind={kind_of(type(condition))!r}, but the images have no captions",
+                "Set config.data.captions, or use another condition.",
+            )
+        known = dict(zip(("tokens", "width"), condition.inputs["text"].shape, strict=True))
+        for field, size in known.items():
+            given = getattr(text, field)
+            require(
+                size == given,
+                f"{path}.{field}",
+                size,
+                f"Use {given}, as the captions of the images have ({text.encoder}).",
+            )
 
 
 def check_devices(

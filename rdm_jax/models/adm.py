@@ -7,7 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rdm_jax.models import layers
-from rdm_jax.models.backbone import Shapes, vector_size
+from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.captions import Caption, sizes_of
 from rdm_jax.models.initializers import FanIn
 from rdm_jax.models.unet import UNet, UNetNetwork
 from rdm_jax.runtime.errors import InputError
@@ -36,7 +37,7 @@ class ADM(UNet):
     head_channels: int = at_least(1, default=64)
 
     def build(self, shapes: Shapes, *, rngs: nnx.Rngs) -> "ADMNetwork":
-        """The network; its condition is a vector per image, such as one-hot classes, or none."""
+        """The network; its condition is none, a vector per image, such as a class, or `Text`."""
         return ADMNetwork(self, shapes, rngs=rngs)
 
     def check(self, path: str) -> None:
@@ -63,15 +64,17 @@ class ADMNetwork(UNetNetwork):
 
     def __init__(self, config: ADM, shapes: Shapes, *, rngs: nnx.Rngs):
         emb, labels = config.emb_mult * config.channels, config.augment_labels
-        conditions = vector_size(shapes.condition)
+        sizes = sizes_of(shapes.condition)
         self.map_layer0 = layers.linear(config.channels, emb, init=DEFAULT, rngs=rngs)
         self.map_layer1 = layers.linear(emb, emb, init=DEFAULT, rngs=rngs)
-        self.map_label = _unit_linear(conditions, emb, rngs) if conditions else None
+        self.map_label = _unit_linear(sizes.classes, emb, 1.0, rngs) if sizes.classes else None
         self.map_augment = (
             layers.linear(labels, config.channels, init=ZERO, use_bias=False, rngs=rngs)
             if labels
             else None
         )
+        if sizes.tokens:
+            self.map_text = _unit_linear(sizes.width, emb, sizes.width**-0.5, rngs)
         super().__init__(config, STYLE, shapes, config.channels * config.channel_mult[0], rngs=rngs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
@@ -81,24 +84,27 @@ class ADMNetwork(UNetNetwork):
     def _embedding(
         self,
         noise_label: Float[Array, " b"],
-        condition: Float[Array, "b k"] | None,
+        classes: Float[Array, "b k"] | None,
+        caption: Caption | None,
         augment_label: Float[Array, "b a"] | None,
     ) -> Float[Array, "b e"]:
         emb = layers.positional_embedding(noise_label, self.config.channels)
         if self.map_augment is not None and augment_label is not None:
             emb = emb + self.map_augment(augment_label)
         emb = self.map_layer1(nnx.silu(self.map_layer0(emb)))
-        if self.map_label is not None and condition is not None:
-            emb = emb + self.map_label(condition)
+        if self.map_label is not None and classes is not None:
+            emb = emb + self.map_label(classes)
+        if caption is not None:
+            emb = emb + self.map_text(caption.vector)
         return nnx.silu(emb)
 
 
-def _unit_linear(c_in: int, c_out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """An embedding of one-hot vectors of unit variance, in float32."""
+def _unit_linear(c_in: int, c_out: int, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
+    """An embedding of unit variance in float32, of vectors of norm 1 / deviation."""
     return nnx.Linear(
         c_in,
         c_out,
-        kernel_init=nnx.initializers.normal(1.0),
+        kernel_init=nnx.initializers.normal(deviation),
         use_bias=False,
         dtype=jnp.dtype("float32"),
         rngs=rngs,

@@ -1,22 +1,36 @@
 """Attention by the fastest implementation that the target has."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rdm_jax.models import target, tpu_attention
 from rdm_jax.models.tpu_attention_kernels import HeadGroups
 
 
+class Context(NamedTuple):
+    """Tokens to attend to, of each image the first `lengths`, at least one."""
+
+    tokens: Float[Array, "b n c"]
+    lengths: Int[Array, " b"]
+
+
 def attend(
-    q: Float[Array, "b n k d"], k: Float[Array, "b n k d"], v: Float[Array, "b n k d"]
+    q: Float[Array, "b n k d"],
+    k: Float[Array, "b m k d"],
+    v: Float[Array, "b m k d"],
+    lengths: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b n k d"]:
     """softmax(q k^T / sqrt(d)) v for each head, softmax in float32.
 
     cuDNN's fused kernel where it applies, else XLA's.
+
+    Args:
+      q, k, v: queries, keys and values.
+      lengths: int32, at least 1: of each image's keys the first so many count; None for all.
     """
     fused = (
         _knows_fused_attention()
@@ -24,7 +38,9 @@ def attend(
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
     )
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if fused else "xla")
+    return jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn" if fused else "xla"
+    )
 
 
 def kernel_on_tpu(dtype: Any, pixels: int, heads: HeadGroups) -> bool:

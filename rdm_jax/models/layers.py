@@ -16,7 +16,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key, UInt32
 
 from rdm_jax.models import convolution, resampling
-from rdm_jax.models.attention import attend, attend_on_tpu, contiguous, kernel_on_tpu
+from rdm_jax.models.attention import (
+    Context,
+    attend,
+    attend_on_tpu,
+    contiguous,
+    kernel_on_tpu,
+)
 from rdm_jax.models.initializers import FanIn, Xavier
 from rdm_jax.models.tpu_attention_kernels import HeadGroups
 
@@ -248,6 +254,38 @@ class Attention(nnx.Module):
         return named(self.proj(named(attend(q, k, v)).reshape(b, h, w, c)))
 
 
+class CrossAttention(nnx.Module):
+    """Attention of all pixels to other tokens, of `width`; returns the residual."""
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        width: int,
+        style: Style,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.heads = heads
+        self.norm = group_norm(channels, epsilon=style.epsilon, dtype=dtype, rngs=rngs)
+        self.q = conv(channels, channels, 1, init=style.init_qkv, dtype=dtype, rngs=rngs)
+        self.kv = conv(width, 2 * channels, 1, init=style.init_qkv, dtype=dtype, rngs=rngs)
+        self.proj = conv(channels, channels, 1, init=style.init_last, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"], context: Context) -> Float[Array, "b h w c"]:
+        """Attends over each image's tokens."""
+        b, h, w, c = x.shape
+        q = named(self.q(self.norm(x))).reshape(b, h * w, self.heads, -1)
+        keys_values = named(self.kv(context.tokens[:, :, None]))
+        k, v = (
+            a.reshape(b, -1, self.heads, c // self.heads)
+            for a in jnp.split(keys_values, 2, axis=-1)
+        )
+        attended = named(attend(q, k, v, context.lengths))
+        return named(self.proj(attended.reshape(b, h, w, c)))
+
+
 class Block(nnx.Module):
     """A residual block: resampling, two convolutions modulated by the embedding, and attention.
 
@@ -255,6 +293,7 @@ class Block(nnx.Module):
       emb_channels: width of the embedding.
       style: of the family of networks.
       heads: attention heads; 0 for none.
+      context: width of the tokens that a block with heads attends to besides; 0 for none.
       resample: 'down', 'up' or None.
       dropout: rate, between the convolutions, active when keys are given to the call.
     """
@@ -267,6 +306,7 @@ class Block(nnx.Module):
         style: Style,
         *,
         heads: int = 0,
+        context: int = 0,
         resample: str | None = None,
         dropout: float = 0.0,
         dtype: jnp.dtype,
@@ -285,14 +325,20 @@ class Block(nnx.Module):
         projected = c_in != c_out or (style.project_resampled and resample is not None)
         self.skip = conv(c_in, c_out, 1, init=style.init, **kwargs) if projected else None
         self.attention = Attention(c_out, heads, style, **kwargs) if heads else None
+        attends = heads and context
+        self.cross = CrossAttention(c_out, heads, context, style, **kwargs) if attends else None
 
     def __call__(
         self,
         x: Float[Array, "b h w c"],
         emb: Float[Array, "b e"],
         keys: Key[Array, " b"] | None = None,
+        context: Context | None = None,
     ) -> Float[Array, "b h2 w2 c2"]:
-        """Runs the block on x with each image's embedding; keys, one per image, enable dropout."""
+        """Runs the block on x with each image's embedding; keys, one per image, enable dropout.
+
+        A block with a `context` attends to that.
+        """
         resample = functools.partial(resampling.RESAMPLE[self.resample], taps=self.style.filter)
         h = nnx.silu(self.norm0(x))
         if self.resample == "up" and self.style.filter == (1, 1):
@@ -302,7 +348,12 @@ class Block(nnx.Module):
         h = named(self.conv1(dropout(nnx.silu(self._modulated(h, emb)), self.dropout, keys)))
         x = resample(x)
         h = (h + (x if self.skip is None else named(self.skip(x)))) * self.style.skip_scale
-        return h if self.attention is None else (h + self.attention(h)) * self.style.skip_scale
+        if self.attention is None:
+            return h
+        total = h + self.attention(h)
+        if self.cross is not None and context is not None:
+            total = total + self.cross(h, context)
+        return total * self.style.skip_scale
 
     def _modulated(
         self, h: Float[Array, "b h w c"], emb: Float[Array, "b e"]

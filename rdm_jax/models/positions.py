@@ -39,18 +39,21 @@ class Rotary(NamedTuple):
     sin: np.ndarray
 
     @classmethod
-    def of(cls, height: int, width: int, channels: int, *, before: int = 0) -> "Rotary":
-        """For a grid of tokens, row by row, after `before` tokens that do not turn.
+    def of(
+        cls, height: int, width: int, channels: int, *, before: int = 0, after: int = 0
+    ) -> "Rotary":
+        """For a grid of tokens, row by row, between others that do not turn.
 
         Args:
           height, width: of the grid.
           channels: of a head, a multiple of 4.
-          before: tokens without a position.
+          before, after: numbers of tokens without a position.
         """
         frequencies = 10000.0 ** -(np.arange(channels // 4) / (channels / 4))
         angles = [axis.reshape(-1, 1) * frequencies for axis in np.mgrid[:height, :width]]
         angle = np.concatenate(angles, axis=1)
-        angle = np.concatenate([np.zeros((before, channels // 2)), angle])
+        without = [np.zeros((count, channels // 2)) for count in (before, after)]
+        angle = np.concatenate([without[0], angle, without[1]])
         return cls(np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32))
 
     def neighbours(self) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from rdm_jax.models import layers, resampling
-from rdm_jax.models.backbone import Shapes, vector_size
+from rdm_jax.models.attention import Context
+from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.captions import Caption, sizes_of
 from rdm_jax.models.initializers import Xavier
 from rdm_jax.models.unet import UNet, UNetNetwork
 from rdm_jax.runtime.errors import InputError
@@ -47,7 +49,7 @@ class Song(UNet):
         return (*super().widths, self.channels)
 
     def build(self, shapes: Shapes, *, rngs: nnx.Rngs) -> "SongNetwork":
-        """The network; its condition is a vector per image, such as one-hot classes, or none."""
+        """The network; its condition is none, a vector per image, such as a class, or `Text`."""
         return SongNetwork(self, shapes, rngs=rngs)
 
     def check(self, path: str) -> None:
@@ -68,7 +70,8 @@ class SongNetwork(UNetNetwork):
 
     def __init__(self, config: Song, shapes: Shapes, *, rngs: nnx.Rngs):
         emb, width = config.emb_mult * config.channels, config.noise_mult * config.channels
-        conditions, labels = vector_size(shapes.condition), config.augment_labels
+        sizes, labels = sizes_of(shapes.condition), config.augment_labels
+        conditions = sizes.classes
         self.frequencies = (
             nnx.Param(16 * jax.random.normal(rngs.params(), (width // 2,)))
             if config.embedding == "fourier"
@@ -77,6 +80,10 @@ class SongNetwork(UNetNetwork):
         self.map_label = (
             layers.linear(conditions, width, init=DEFAULT, rngs=rngs) if conditions else None
         )
+        if sizes.tokens:
+            self.map_text = layers.linear(
+                sizes.width, width, init=DEFAULT, use_bias=False, rngs=rngs
+            )
         self.map_augment = (
             layers.linear(labels, width, init=DEFAULT, use_bias=False, rngs=rngs)
             if labels
@@ -114,7 +121,8 @@ class SongNetwork(UNetNetwork):
     def _embedding(
         self,
         noise_label: Float[Array, " b"],
-        condition: Float[Array, "b k"] | None,
+        classes: Float[Array, "b k"] | None,
+        caption: Caption | None,
         augment_label: Float[Array, "b a"] | None,
     ) -> Float[Array, "b e"]:
         if self.frequencies is None:
@@ -126,21 +134,27 @@ class SongNetwork(UNetNetwork):
                 noise_label, 2 * jnp.pi * jax.lax.stop_gradient(self.frequencies[...])
             )
         emb = jnp.concatenate(jnp.split(emb, 2, axis=1)[::-1], axis=1)  # sin before cos
-        if self.map_label is not None and condition is not None:
-            emb = emb + self.map_label(condition * condition.shape[-1] ** 0.5)
+        if self.map_label is not None and classes is not None:
+            emb = emb + self.map_label(classes * classes.shape[-1] ** 0.5)
         elif self.map_label is not None:
             assert self.map_label.bias is not None
             emb = emb + self.map_label.bias[...]  # the embedding of the null condition
+        if caption is not None:
+            emb = emb + self.map_text(caption.vector)
         if self.map_augment is not None and augment_label is not None:
             emb = emb + self.map_augment(augment_label)
         return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
 
     def _encode(
-        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], keys: Key[Array, " b"] | None
+        self,
+        x: Float[Array, "b h w c"],
+        emb: Float[Array, "b e"],
+        keys: Key[Array, " b"] | None,
+        context: Context | None,
     ) -> list[Array]:
         outputs, residual = [self.stem(x)], x
         for name in self.encoder:
-            h = self._run(name, outputs[-1], emb, keys)
+            h = self._run(name, outputs[-1], emb, keys, context)
             if self.config.residual and name.startswith("down"):
                 conv = getattr(self, name.replace("down", "residual"))
                 h = residual = (

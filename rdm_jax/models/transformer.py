@@ -6,15 +6,17 @@ With `stem_blocks=0` and `head_blocks=0` it is the published network.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
-from rdm_jax.models import layers, resampling, transformer_layers
-from rdm_jax.models.backbone import Shapes, vector_size
+from rdm_jax.models import layers, pixel_blocks, resampling, transformer_layers
+from rdm_jax.models.attention import Context
+from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.captions import Caption, CaptionContext, parts_of, sizes_of
 from rdm_jax.models.positions import Rotary, sine_cosine
 from rdm_jax.models.transformer_layers import dense
 from rdm_jax.runtime.errors import InputError
@@ -43,6 +45,8 @@ class JiT:
       bottleneck: width between the patch's values and the token.
       class_tokens, class_tokens_from: copies of the class's embedding that stand before the
         image's tokens from this block (counted from 0) on.
+      text: of a caption, which blocks see from that block on, too: 'context' puts its tokens among
+        the image's; in 'cross' the image's tokens attend to them, between attention and SwiGLU.
       mlp_ratio: width of SwiGLU's hidden layer is 2/3 of this in units of `hidden`.
       multiple: that width is rounded up to a multiple of this. 1 is published; 128 fills the matrix
         units of TPUs and GPUs.
@@ -73,6 +77,7 @@ class JiT:
     bottleneck: int = at_least(1, default=128)
     class_tokens: int = at_least(0, default=32)
     class_tokens_from: int = at_least(0, default=4)
+    text: str = one_of("context", "cross", default="context")
     mlp_ratio: float = at_least(1, default=4.0)
     multiple: int = at_least(1, default=1)
     dropout: float = below(1, default=0.0)
@@ -110,15 +115,21 @@ class JiT:
                 f"{path}.pixel_fold={self.pixel_fold} does not divide {path}.patch={self.patch}",
                 "Use 1, or another divisor of the patch.",
             )
-        if self.class_tokens and self.class_tokens_from >= self.depth:
+        if self.class_tokens:
+            self._check_first_block(path, ", or class_tokens=0")
+
+    def _check_first_block(self, path: str, otherwise: str = "") -> None:
+        if self.class_tokens_from >= self.depth:
             raise InputError(
                 f"{path}.class_tokens_from={self.class_tokens_from} is not one of "
                 f"{path}.depth={self.depth} blocks",
-                f"Use 0 to {self.depth - 1}, or class_tokens=0.",
+                f"Use 0 to {self.depth - 1}{otherwise}.",
             )
 
     def build(self, shapes: Shapes, *, rngs: nnx.Rngs) -> "JiTNetwork":
-        """The network for such images."""
+        """The network for such images. Raises InputError if no block would see captions."""
+        if sizes_of(shapes.condition).tokens:
+            self._check_first_block("network")
         return JiTNetwork(self, shapes, rngs=rngs)
 
 
@@ -137,14 +148,15 @@ class JiTNetwork(nnx.Module):
         self.time0 = wide(FREQUENCIES, hidden, init=in_time)
         self.time1 = wide(hidden, hidden, init=in_time)
         # The last row is the null class.
-        rows = vector_size(shapes.condition) + 1
+        self.sizes = sizes_of(shapes.condition)
+        rows = self.sizes.classes + 1
         self.class_table = nnx.Param(in_class(rngs.params(), (rows, hidden)))
         self.augment = (
             wide(labels, hidden, init=nnx.initializers.zeros, use_bias=False) if labels else None
         )
         in_pixel, out_pixel = shapes.channels_in * cell, shapes.channels_out * cell
         if config.stem_blocks or config.head_blocks:
-            self.pixels = transformer_layers.Pixels(
+            self.pixels = pixel_blocks.Pixels(
                 in_pixel,
                 out_pixel,
                 channels=config.pixel_channels,
@@ -162,9 +174,14 @@ class JiTNetwork(nnx.Module):
                 out_pixel = config.pixel_channels
         self.embed0 = tokens(in_pixel * patch, config.bottleneck, use_bias=False)
         self.embed1 = tokens(config.bottleneck, hidden)
-        if config.class_tokens:
-            shape = (config.class_tokens, hidden)
+        # Without classes their tokens would be constants; a network without captions has them, as
+        # published.
+        has_classes = self.sizes.classes or not self.sizes.tokens
+        self.class_tokens = config.class_tokens if has_classes else 0
+        if self.class_tokens:
+            shape = (self.class_tokens, hidden)
             self.class_positions = nnx.Param(SMALL(rngs.params(), shape))
+        cross = bool(self.sizes.tokens) and config.text == "cross"
         for i in range(config.depth):
             in_middle = config.depth // 4 <= i < config.depth // 4 * 3
             block = transformer_layers.Block(
@@ -173,6 +190,7 @@ class JiTNetwork(nnx.Module):
                 config.mlp_width,
                 dropout=config.dropout if in_middle else 0.0,
                 gate=gate,
+                cross=cross and i >= config.class_tokens_from,
                 dtype=self.dtype,
                 rngs=rngs,
             )
@@ -182,14 +200,19 @@ class JiTNetwork(nnx.Module):
         # A head on pixels has a last layer of zeros of its own.
         last = None if config.head_blocks else nnx.initializers.zeros
         self.out = tokens(hidden, out_pixel * patch, init=last)
+        if self.sizes.tokens:
+            width = self.sizes.width
+            self.text_vector = wide(width, hidden, init=in_time, use_bias=False)
+            self.text = CaptionContext(width, hidden, dtype=self.dtype, rngs=rngs)
 
     def _embeddings(
         self,
         time: Float[Array, " b"],
         condition: Float[Array, "b k"] | None,
+        caption: Caption | None,
         augment_label: Float[Array, "b a"] | None,
     ) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
-        """Of the class; of class, time and augmentation together."""
+        """Of the class; of class, caption, time and augmentation together."""
         table = self.class_table[...]
         classes = jnp.broadcast_to(table[-1], (len(time), table.shape[1]))
         if condition is not None:  # an all-zero condition is the null class
@@ -197,6 +220,8 @@ class JiTNetwork(nnx.Module):
             classes = jnp.concatenate([condition, null], axis=1) @ table
         embedded = layers.positional_embedding(time, FREQUENCIES)
         total = self.time1(nnx.silu(self.time0(embedded))) + classes
+        if caption is not None:
+            total = total + self.text_vector(caption.vector)
         if self.augment is not None and augment_label is not None:
             total = total + self.augment(augment_label)
         return classes, total
@@ -208,40 +233,59 @@ class JiTNetwork(nnx.Module):
         emb: Float[Array, "b e"],
         rotary: Rotary,
         keys: Key[Array, " b"] | None,
+        lengths: Int[Array, " b"] | None,
+        context: Context | None,
     ) -> Float[Array, "b n c"]:
         block = getattr(self, f"block{number}")
 
-        def run(x: Array, emb: Array, keys: Array | None) -> Array:
-            return block(x, emb, rotary, transformer_layers.folded(keys, number))
+        def run(x: Array, emb: Array, keys: Any, lengths: Any, context: Any) -> Array:
+            keys = transformer_layers.folded(keys, number)
+            return block(x, emb, rotary, keys, lengths, context)
 
-        return REMAT[self.config.remat](run)(x, emb, keys)
+        return REMAT[self.config.remat](run)(x, emb, keys, lengths, context)
 
     def _tokens(
         self,
         patches: Float[Array, "b h w k"],
         classes: Float[Array, "b c"],
         emb: Float[Array, "b e"],
+        caption: Caption | None,
         keys: Key[Array, " b"] | None,
     ) -> Float[Array, "b h w c"]:
-        """Runs the blocks on the patches' values."""
-        config = self.config
+        """Runs the blocks on the patches' values.
+
+        Tokens are the class's, the image's, then the caption's, of which some may be padding.
+        """
+        config, before = self.config, self.class_tokens
         b, h, w, _ = patches.shape
         x = self.embed1(self.embed0(patches.reshape(b, h * w, -1)))
         x = x + sine_cosine(h, w, config.hidden).astype(x.dtype)
         rotary = Rotary.of(h, w, config.hidden // config.heads)
+        context = None if caption is None else self.text(caption)
+        first, lengths, attended = 0, None, None
         for i in range(config.depth):
-            if config.class_tokens and i == config.class_tokens_from:
-                tokens = classes[:, None] + self.class_positions[...]
-                x = jnp.concatenate([tokens.astype(x.dtype), x], axis=1)
-                rotary = Rotary.of(h, w, config.hidden // config.heads, before=config.class_tokens)
-            x = self._run(i, x, emb, rotary, keys)
-        return x[:, x.shape[1] - h * w :].reshape(b, h, w, -1)
+            if i == config.class_tokens_from and (before or context is not None):
+                if before:
+                    tokens = classes[:, None] + self.class_positions[...]
+                    x = jnp.concatenate([tokens.astype(x.dtype), x], axis=1)
+                    first = before
+                after = 0
+                if context is not None and config.text == "context":
+                    lengths = x.shape[1] + context.lengths
+                    x = jnp.concatenate([x, context.tokens], axis=1)
+                    after = context.tokens.shape[1]
+                else:
+                    attended = context
+                width = config.hidden // config.heads
+                rotary = Rotary.of(h, w, width, before=before, after=after)
+            x = self._run(i, x, emb, rotary, keys, lengths, attended)
+        return x[:, first : first + h * w].reshape(b, h, w, -1)
 
     def __call__(
         self,
         x: Float[Array, "b h w c"],
         noise_label: Float[Array, " b"],
-        condition: Float[Array, "b k"] | None = None,
+        condition: Any = None,
         augment_label: Float[Array, "b a"] | None = None,
         dropout_keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c2"]:
@@ -250,7 +294,8 @@ class JiTNetwork(nnx.Module):
         Args:
           x: preconditioned images, followed by the channels of the conditioning.
           noise_label: c_noise.
-          condition: a one-hot vector per image; all zero (or None) is the null class.
+          condition: a one-hot vector per image, or the tree of `conditions.Text`; all zero (or
+            None) is the null condition.
           augment_label: None is the label of an image that was not augmented.
           dropout_keys: one key per image, for training; None switches dropout off.
 
@@ -258,14 +303,16 @@ class JiTNetwork(nnx.Module):
           float32 of x's height and width, with `Shapes.channels_out` channels.
         """
         config = self.config
-        classes, emb = self._embeddings(noise_label, condition, augment_label)
+        condition, caption = parts_of(condition, self.sizes, len(x))
+        classes, emb = self._embeddings(noise_label, condition, caption, augment_label)
         emb = nnx.silu(emb)
         fold, patch = config.pixel_fold, config.patch // config.pixel_fold
         x = resampling.space_to_depth(x.astype(self.dtype), fold)
         has_pixels = bool(config.stem_blocks or config.head_blocks)
         pixels = self.pixels.before(x, emb) if has_pixels else x
         patches = pixels if config.stem_blocks else x
-        h = self._tokens(resampling.space_to_depth(patches, patch), classes, emb, dropout_keys)
+        patches = resampling.space_to_depth(patches, patch)
+        h = self._tokens(patches, classes, emb, caption, dropout_keys)
         shift, scale = jnp.split(self.out_modulation(emb), 2, axis=-1)
         h = self.out(self.out_norm(h, scale, shift))
         if config.head_blocks:

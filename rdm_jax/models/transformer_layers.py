@@ -1,4 +1,4 @@
-"""Layers of the transformer: blocks of tokens, and blocks of pixels before and after them.
+"""Layers of the transformer's blocks of tokens.
 
 Tokens are (b, n, c). Parameters, modulation, normalisation and softmax are float32, tokens `dtype`.
 """
@@ -10,10 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from rdm_jax.models import layers
-from rdm_jax.models.attention import attend, attend_positioned_on_tpu, kernel_on_tpu
+from rdm_jax.models.attention import (
+    Context,
+    attend,
+    attend_positioned_on_tpu,
+    kernel_on_tpu,
+)
 from rdm_jax.models.initializers import Xavier
 from rdm_jax.models.positions import Rotary, halves
 from rdm_jax.models.tpu_attention_kernels import HeadGroups
@@ -156,16 +161,21 @@ class Attention(nnx.Module):
         self.proj = dense(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b n c"], rotary: Rotary, keys: Key[Array, " b"] | None
+        self,
+        x: Float[Array, "b n c"],
+        rotary: Rotary,
+        keys: Key[Array, " b"] | None,
+        lengths: Int[Array, " b"] | None = None,
     ) -> Float[Array, "b n c"]:
-        """Attends over all tokens of each image."""
+        """Attends over all tokens of each image, or over its first ones, so many as `lengths`."""
         groups = HeadGroups(self.heads, x.shape[2] // self.heads)
-        if kernel_on_tpu(self.qkv.dtype, x.shape[1], groups):
+        # The kernel attends over all tokens.
+        if lengths is None and kernel_on_tpu(self.qkv.dtype, x.shape[1], groups):
             return dropout(self._on_tpu(x, rotary, groups), self.dropout, keys)
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in self._projected(x))
         q = self._positioned(q, self.q_norm, rotary)
         k = self._positioned(k, self.k_norm, rotary)
-        out = self.proj(attend(q, k, v).reshape(x.shape))
+        out = self.proj(attend(q, k, v, lengths).reshape(x.shape))
         return dropout(out, self.dropout, keys)
 
     def _on_tpu(
@@ -202,6 +212,35 @@ class Attention(nnx.Module):
         return rotary(unit_rms(x) * halves(norm.scale[...])).astype(norm.dtype)
 
 
+class CrossAttention(nnx.Module):
+    """Attention of tokens to those of a caption, with norms of queries and keys.
+
+    Args:
+      gate: 0 for a last layer of zeros, so that captions join in slowly; 1 for a random one.
+    """
+
+    def __init__(self, channels: int, heads: int, *, gate: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.heads = heads
+        self.norm = RMSNorm(channels, **kwargs)
+        self.q_norm = RMSNorm(channels // heads, **kwargs)
+        self.k_norm = RMSNorm(channels // heads, **kwargs)
+        self.q = dense(channels, channels, **kwargs)
+        self.kv = dense(channels, 2 * channels, **kwargs)
+        self.proj = dense(channels, channels, init=None if gate else ZERO, **kwargs)
+
+    def __call__(self, x: Float[Array, "b n c"], context: Context) -> Float[Array, "b n c"]:
+        """The residual of x, for the caption's tokens of the same width."""
+
+        def by_head(a: Array) -> Array:
+            return a.reshape(*a.shape[:2], self.heads, -1)
+
+        q = self.q_norm(by_head(self.q(self.norm(x))))
+        k, v = map(by_head, jnp.split(self.kv(context.tokens), 2, axis=-1))
+        attended = attend(q, self.k_norm(k), v, context.lengths)
+        return self.proj(attended.reshape(x.shape))
+
+
 class SwiGLU(nnx.Module):
     """w3(silu(a) b), [a, b] = w12(x) (arXiv 2002.05202)."""
 
@@ -232,6 +271,7 @@ class Block(nnx.Module):
 
     Args:
       gate: first value of the gates; 0 in adaLN-zero.
+      cross: whether it attends to a caption in between.
     """
 
     def __init__(
@@ -242,6 +282,7 @@ class Block(nnx.Module):
         *,
         dropout: float,
         gate: float = 0.0,
+        cross: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -254,6 +295,7 @@ class Block(nnx.Module):
         self.modulation = dense(
             channels, 6 * channels, init=ZERO, bias=open_gates(2, gate), dtype=wide, rngs=rngs
         )
+        self.cross = CrossAttention(channels, heads, gate=gate, **kwargs) if cross else None
 
     def __call__(
         self,
@@ -261,11 +303,24 @@ class Block(nnx.Module):
         emb: Float[Array, "b c"],
         rotary: Rotary,
         keys: Key[Array, " b"] | None = None,
+        lengths: Int[Array, " b"] | None = None,
+        context: Context | None = None,
     ) -> Float[Array, "b n c"]:
-        """Runs the block; keys, one per image, enable dropout."""
+        """Runs the block.
+
+        Args:
+          x: tokens.
+          emb: modulates them.
+          rotary: their positions.
+          keys: one per image; they enable dropout.
+          lengths: numbers of each image's tokens, its first ones, if they are not all of x.
+          context: what a block with `cross` attends to.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(self.modulation(emb), 6, axis=-1)
-        attended = self.attention(self.norm1(x, scale1, shift1), rotary, folded(keys, 0))
+        attended = self.attention(self.norm1(x, scale1, shift1), rotary, folded(keys, 0), lengths)
         x = gated(x, gate1, attended)
+        if self.cross is not None and context is not None:
+            x = x + self.cross(x, context)
         return gated(x, gate2, self.mlp(self.norm2(x, scale2, shift2), folded(keys, 1)))
 
 
@@ -275,96 +330,3 @@ def gated(
     """x + gate branch, in float32, rounded to x's dtype."""
     total = x.astype(jnp.float32) + per_token(gate, x) * branch.astype(jnp.float32)
     return total.astype(x.dtype)
-
-
-class PixelBlock(nnx.Module):
-    """Two layers on pixels, normalised, modulated and gated (adaLN-zero)."""
-
-    def __init__(
-        self,
-        channels: int,
-        conditions: int,
-        kernel: int,
-        *,
-        gate: float = 0.0,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        kwargs: dict[str, Any] = {"init": Xavier(), "dtype": dtype, "rngs": rngs}
-        self.norm = RMSNorm(channels, dtype=dtype, rngs=rngs)
-        self.modulation = dense(
-            conditions, 3 * channels, init=ZERO, bias=open_gates(1, gate), dtype=dtype, rngs=rngs
-        )
-        self.layer0 = layers.conv(channels, 2 * channels, kernel, **kwargs)
-        self.layer1 = layers.conv(2 * channels, channels, kernel, **kwargs)
-
-    def __call__(
-        self, x: Float[Array, "b h w c"], condition: Float[Array, "b *n k"]
-    ) -> Float[Array, "b h w c"]:
-        """Runs the block; the condition is of each image, or of each pixel."""
-        shift, scale, gate = jnp.split(self.modulation(condition), 3, axis=-1)
-        return gated(x, gate, self.layer1(nnx.silu(self.layer0(self.norm(x, scale, shift)))))
-
-
-class Pixels(nnx.Module):
-    """What works on pixels: a stem before the transformer, and a head after it.
-
-    Args:
-      c_in, c_out: channels of the network's input and output.
-      channels: of the features of a pixel.
-      conditions: width of the embedding.
-      stem_blocks, head_blocks: numbers of blocks.
-      head_kernel: of the head's blocks; the stem's is 3.
-      gate: first value of all blocks' gates.
-    """
-
-    def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        *,
-        channels: int,
-        conditions: int,
-        stem_blocks: int,
-        head_blocks: int,
-        head_kernel: int,
-        gate: float = 0.0,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        kwargs: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.stem_blocks, self.head_blocks = stem_blocks, head_blocks
-        kernel = 3 if stem_blocks else head_kernel
-        self.first = layers.conv(c_in, channels, kernel, init=Xavier(), **kwargs)
-        for i in range(stem_blocks):
-            setattr(self, f"stem{i}", PixelBlock(channels, conditions, 3, gate=gate, **kwargs))
-        for i in range(head_blocks):
-            block = PixelBlock(channels, channels, head_kernel, gate=gate, **kwargs)
-            setattr(self, f"head{i}", block)
-        self.norm = RMSNorm(channels, **kwargs)
-        self.last = layers.conv(channels, c_out, head_kernel, init=Xavier(0.0), **kwargs)
-
-    def before(
-        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"]
-    ) -> Float[Array, "b h w k"]:
-        """The pixels' features, of the stem."""
-        x = self.first(x)
-        for i in range(self.stem_blocks):
-            x = getattr(self, f"stem{i}")(x, emb)
-        return x
-
-    def after(
-        self, x: Float[Array, "b h w k"], tokens: Float[Array, "b h w k"] | None = None
-    ) -> Float[Array, "b h w c"]:
-        """The image, float32, from the pixels' features.
-
-        Args:
-          x: the output of `before`.
-          tokens: what the transformer adds to each pixel's features; they also modulate the head.
-        """
-        if tokens is not None:
-            condition = nnx.silu(tokens)
-            x = x + tokens
-            for i in range(self.head_blocks):
-                x = getattr(self, f"head{i}")(x, condition)
-        return self.last(self.norm(x), wide=True)

@@ -11,7 +11,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from rdm_jax.models import layers, resampling
+from rdm_jax.models.attention import Context
 from rdm_jax.models.backbone import Shapes
+from rdm_jax.models.captions import Caption, CaptionContext, parts_of, sizes_of
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.fields import all_positive, at_least, below, one_of
 
@@ -36,7 +38,7 @@ class UNet:
       channel_mult: width of each level in units of `channels`; each level has half the resolution
         of the one before.
       blocks: residual blocks per level.
-      attention_levels: levels (0 is the finest) whose blocks attend.
+      attention_levels: levels (0 is the finest) whose blocks attend, to captions as well.
       emb_mult: width of the embedding in units of `channels`.
       augment_labels: values of the augmentation label that the network is conditioned on; 0 for
         none, 9 for EDM's augmentation.
@@ -113,11 +115,14 @@ class UNetNetwork(nnx.Module):
         folded_in = shapes.channels_in * config.patch**2
         folded_out = shapes.channels_out * config.patch**2
         width = config.channels * config.channel_mult[0]
+        self.sizes = sizes_of(shapes.condition)
         self.stem = layers.conv(folded_in, stem, 3, init=style.init, **kwargs)
         self._add_encoder(folded_in, stem, kwargs)
         self._add_decoder(kwargs)
         self.out_norm = layers.group_norm(width, epsilon=style.epsilon, **kwargs)
         self.out_conv = layers.conv(width, folded_out, 3, init=style.init_last, **kwargs)
+        if self.sizes.tokens:
+            self.text = CaptionContext(self.sizes.width, 0, **kwargs)
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         """Heads of the block's attention, 0 for none; in 'encoder', 'middle' or 'decoder'."""
@@ -135,7 +140,15 @@ class UNetNetwork(nnx.Module):
     ) -> str:
         emb, dropout = self.config.emb_mult * self.config.channels, self.config.dropout
         block = layers.Block(
-            c_in, c_out, emb, self.style, heads=heads, resample=resample, dropout=dropout, **kwargs
+            c_in,
+            c_out,
+            emb,
+            self.style,
+            heads=heads,
+            context=self.sizes.width,
+            resample=resample,
+            dropout=dropout,
+            **kwargs,
         )
         setattr(self, name, block)
         return name
@@ -187,7 +200,8 @@ class UNetNetwork(nnx.Module):
     def _embedding(
         self,
         noise_label: Float[Array, " b"],
-        condition: Float[Array, "b k"] | None,
+        classes: Float[Array, "b k"] | None,
+        caption: Caption | None,
         augment_label: Float[Array, "b a"] | None,
     ) -> Float[Array, "b e"]:
         raise NotImplementedError
@@ -198,33 +212,39 @@ class UNetNetwork(nnx.Module):
         x: Float[Array, "b h w c"],
         emb: Float[Array, "b e"],
         keys: Key[Array, " b"] | None,
+        context: Context | None,
         skip: Float[Array, "b h w c3"] | None = None,
     ) -> Float[Array, "b h2 w2 c2"]:
         """The output of a block for x, with the channels of a skip connection appended."""
         block, number = getattr(self, name), (*self.encoder, *self.decoder).index(name)
 
-        def run(x: Array, emb: Array, keys: Array | None, skip: Array | None) -> Array:
+        def run(x: Array, emb: Array, keys: Any, context: Any, skip: Any) -> Array:
             keys = None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
             # Concatenated in here, so that rematerialisation keeps the two parts, which are kept
             # anyway, and not their copy.
-            return block(x if skip is None else jnp.concatenate([x, skip], axis=-1), emb, keys)
+            x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
+            return block(x, emb, keys, context)
 
-        return REMAT[self.config.remat](run)(x, emb, keys, skip)
+        return REMAT[self.config.remat](run)(x, emb, keys, context, skip)
 
     def _encode(
-        self, x: Float[Array, "b h w c"], emb: Float[Array, "b e"], keys: Key[Array, " b"] | None
+        self,
+        x: Float[Array, "b h w c"],
+        emb: Float[Array, "b e"],
+        keys: Key[Array, " b"] | None,
+        context: Context | None,
     ) -> list[Array]:
         """The outputs of the stem and of all blocks of the encoder."""
         outputs = [self.stem(x)]
         for name in self.encoder:
-            outputs.append(self._run(name, outputs[-1], emb, keys))
+            outputs.append(self._run(name, outputs[-1], emb, keys, context))
         return outputs
 
     def __call__(
         self,
         x: Float[Array, "b h w c"],
         noise_label: Float[Array, " b"],
-        condition: Float[Array, "b k"] | None = None,
+        condition: Any = None,
         augment_label: Float[Array, "b a"] | None = None,
         dropout_keys: Key[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c2"]:
@@ -233,19 +253,22 @@ class UNetNetwork(nnx.Module):
         Args:
           x: preconditioned images, followed by the channels of the conditioning.
           noise_label: c_noise.
-          condition: a vector per image; all zero (or None) is the null condition.
+          condition: a vector per image, or the tree of `conditions.Text`; all zero (or None) is
+            the null condition.
           augment_label: None is the label of an image that was not augmented.
           dropout_keys: one key per image, for training; None switches dropout off.
 
         Returns:
           float32 of x's height and width, with `Shapes.channels_out` channels.
         """
-        emb = self._embedding(noise_label, condition, augment_label)
-        skips = self._encode(resampling.space_to_depth(x, self.config.patch), emb, dropout_keys)
+        classes, caption = parts_of(condition, self.sizes, len(x))
+        emb = self._embedding(noise_label, classes, caption, augment_label)
+        context = None if caption is None else self.text(caption)
+        x = resampling.space_to_depth(x, self.config.patch)
+        skips = self._encode(x, emb, dropout_keys, context)
         h = skips[-1]
         for name in self.decoder:
-            h = self._run(
-                name, h, emb, dropout_keys, skips.pop() if name.startswith("decoder") else None
-            )
+            skip = skips.pop() if name.startswith("decoder") else None
+            h = self._run(name, h, emb, dropout_keys, context, skip)
         h = self.out_conv(nnx.silu(self.out_norm(h)), wide=True)
         return resampling.depth_to_space(h, self.config.patch)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from rdm_jax.config import Config, Stage
@@ -245,10 +244,9 @@ def _activations(stage: Stage, image_shape: tuple[int, int, int], cell: int, cla
 
     # Parameters as they are in the pass: their copies are not residuals.
     params = jax.tree.map(cast, objective.network.abstract, objective.network.dtypes)
-    batch = {
-        "image": jax.ShapeDtypeStruct((1, *image_shape), objective.representation.dtype),
-        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
-    }
+    batch = jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), objective.inputs(image_shape)
+    )
     keys = jax.eval_shape(lambda: jax.random.split(root_key(0), 1))
     block = block_bytes(loss, params, batch, keys) if stage.network.remat == "block" else 0
     return residual_bytes(loss, params, batch, keys) + block

@@ -70,6 +70,15 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batched(mesh), x), batch)
 
 
+def batch_of(one: Any, size: int, mesh: Mesh) -> Any:
+    """Returns the abstract batch of `size` images, sharded, of the shapes and dtypes of one."""
+
+    def batch(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=batched(mesh))
+
+    return jax.tree.map(batch, one)
+
+
 def unsharded(shape: tuple[int, ...], size: int) -> PartitionSpec:
     """Replicates the array on every device."""
     return PartitionSpec()

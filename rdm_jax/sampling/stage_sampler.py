@@ -234,7 +234,7 @@ class StageSampler:
         Guidance sees one condition, a tuple with that of the stage's network and of each guide.
         """
         conditioning = self._stage.sampler.conditioning(self._stage.process, low, noise)
-        conditions = tuple(part.condition.from_labels(labels) for part in self._parts)
+        conditions = tuple(part.condition.encode({"label": labels}) for part in self._parts)
 
         def conditional(index: int) -> ConditionalDenoiser:
             part = self._parts[index]

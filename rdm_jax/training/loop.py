@@ -16,6 +16,7 @@ from jaxtyping import Array, Key
 from rdm_jax.checkpoints import space, store
 from rdm_jax.config import Config, to_dict
 from rdm_jax.config.saved import VERSION
+from rdm_jax.config.validate import check_captions
 from rdm_jax.data.image_sets import ImageSet, as_sums
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.runtime import distributed, random_streams, sharding
@@ -76,6 +77,7 @@ class Trainer:
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
         self._number, self._seed = number, config.seed
+        check_captions(config, {number: getattr(source, "text", None)})
         self._mode = config.parallel.mode
         self._workers = config.data.workers
         self._worker_timeout = config.data.worker_timeout
@@ -100,6 +102,8 @@ class Trainer:
             "classes": list(source.class_names),
             "seed": config.seed,
         }
+        if "text" in self.objective.condition.inputs:
+            self._about["text"] = source.text._asdict()
 
     def run(self, stop: StopOnSignal, probe: Probe | None = None) -> None:
         """Trains to the configured number of images, resuming from the newest checkpoint.
@@ -290,7 +294,8 @@ class Trainer:
         ahead: collections.deque = collections.deque()
         while True:
             while len(ahead) <= BATCHES_AHEAD:
-                batch = self._program.put(next(iterator) | {"position": position})
+                batch = next(iterator) | {"position": position}
+                batch = self._program.put({name: batch[name] for name in self._program.inputs})
                 ahead.append((batch, iterator.get_state()))
             yield ahead.popleft()
 

@@ -59,6 +59,7 @@ class Program(ABC):
 
     Attributes:
       objective: of the training.
+      inputs: shapes and dtypes of what it reads of a batch, for one image.
       abstract: the state's shapes and shardings, as in checkpoints.
     """
 
@@ -74,9 +75,11 @@ class Program(ABC):
         count: Count | None = None,
         cell: int = 1,
     ):
-        self.mesh, self._image_shape, self._training = mesh, image_shape, stage.training
+        self.mesh, self._training = mesh, stage.training
         count = count or Count(stage.training.batch_size)
         self.objective = build_objective(stage, image_shape, classes, cell)
+        position = {"position": jax.ShapeDtypeStruct((), jnp.int32)}
+        self.inputs = self.objective.inputs(image_shape) | position
         self._optimizer = build_optimizer(stage.training, count)
         shapes = jax.eval_shape(
             lambda params: init_state(params, self._optimizer, stage.training.averages),
@@ -138,16 +141,7 @@ class Jitted(Program):
 
     def lower(self) -> jax.stages.Lowered:
         """The step, lowered for compilation; needs no devices."""
-        batched, size = sharding.batched(self.mesh), self._training.batch_size
-
-        def array(dtype, *shape):
-            return jax.ShapeDtypeStruct((size, *shape), dtype, sharding=batched)
-
-        batch = {
-            "image": array(self.objective.representation.dtype, *self._image_shape),
-            "label": array(jnp.int32),
-            "position": array(jnp.int32),
-        }
+        batch = sharding.batch_of(self.inputs, self._training.batch_size, self.mesh)
         out = (sharding.shardings(self.abstract), sharding.replicated(self.mesh))
         on_tpu = self.mesh.devices.flat[0].platform == "tpu"
         step = jax.jit(

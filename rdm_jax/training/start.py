@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from rdm_jax.config.changes import check_allowed
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError
 from rdm_jax.training.count import Count
 from rdm_jax.training.program import Program
 from rdm_jax.training.step import TrainState
@@ -105,6 +107,7 @@ class Starter:
 
     def _resume(self, checkpoints: store.Checkpoints, step: int) -> Start:
         training, about = self.stage.training, checkpoints.about(step)
+        self._check_text(about, checkpoints.directory / str(step))
         before = Count(about["stage"]["training"]["batch_size"], **about.get("count", {}))
         count = before.changed(training.batch_size, step)
 
@@ -146,6 +149,7 @@ class Starter:
           The state, and its history.
         """
         theirs, about = source.abstract_ema(step), source.about(step)
+        self._check_text(about, source.directory / str(step))
         wanted = dict(self.program.abstract.ema)
         names = self.stage.network.condition_parameters
         embedding = {name: theirs[name] for name in names if name in theirs}
@@ -177,6 +181,17 @@ class Starter:
         log.info("%s: starting with the parameters in %s", self.name, path)
         state = state.replace(params=jax.tree.map(jnp.copy, ema), ema=ema)
         return state, {"started_from": started_from}
+
+    def _check_text(self, about: dict[str, Any], checkpoint: Path) -> None:
+        """Refuses a checkpoint that knows the captions of another encoder."""
+        theirs, ours = (each.get("text") or {} for each in (about, self.about))
+        fields = ("weights_hash", "tokens", "width")
+        if theirs and any(theirs.get(field) != ours.get(field) for field in fields):
+            raise InputError(
+                f"{self.name} is trained with captions of {ours or 'no encoder'}, and checkpoint "
+                f"{checkpoint} knows those of {theirs}",
+                "Use images whose captions that encoder has embedded, or another checkpoint.",
+            )
 
     def _same_classes(self, theirs: Any, ours: Any, about: dict[str, Any]) -> bool:
         """Whether another training's class embedding has our shapes and our classes in order."""

@@ -29,7 +29,7 @@ class Objective:
     Attributes:
       pool: the stage sees the means of pool x pool values of the records.
       condition: what the network is conditioned on.
-      label_dropout: probability of the null condition, per image.
+      label_dropout: probability of the null condition, per image: of caption and class together.
       augmentation: of the images, with a label that the network is conditioned on; None for none.
       flip: mirror half of all images, without a label; not together with an augmentation.
       representation: how records hold images.
@@ -47,6 +47,14 @@ class Objective:
     representation: Pixels = Pixels()
     dct_quality: int = 0
 
+    def inputs(self, image_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the loss reads of a batch: shapes and dtypes for one image (h, w, c)."""
+        return {
+            "image": jax.ShapeDtypeStruct(image_shape, self.representation.dtype),
+            "label": jax.ShapeDtypeStruct((), jnp.int32),
+            **self.condition.inputs,
+        }
+
     def loss(
         self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], *, dropout: bool
     ) -> Float[Array, " b"]:
@@ -54,7 +62,8 @@ class Objective:
 
         Args:
           params: of the network.
-          batch: 'image' (b, h, w, c) as the records have it, 'label' (b,) int32.
+          batch: 'image' (b, h, w, c) as the records have it, 'label' (b,) int32, and what the
+            condition reads besides (`Condition.inputs`).
           keys: one per image; all of an image's randomness follows from its own.
           dropout: whether the network's dropout is on.
         """
@@ -179,8 +188,8 @@ def make_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
-    `batch` holds 'image' (b, h, w, c) as the records have it, 'label' (b,) int32 and 'position'
-    (b,) int32, each image's index in the global batch, from which its randomness follows. If the
+    `batch` holds what the objective reads (`Objective.inputs`), and 'position' (b,) int32, each
+    image's index in the global batch, from which its randomness follows. If the
     loss or a gradient is not finite, parameters, moments and EMA stay as they are, and the step is
     counted as skipped; to the further averages it is a step to the same parameters.
 

@@ -40,6 +40,7 @@ class Validation:
     ):
         self._objective = dataclasses.replace(objective, augmentation=None, flip=False)
         self._images = images
+        self._inputs = self._objective.inputs(images.image_shape)
         self._key = key
         self._mesh = mesh
         self._label_dropout = training.label_dropout
@@ -56,21 +57,14 @@ class Validation:
 
     def compile(self, abstract_ema: Any) -> None:
         """Compiles the loss for parameters of these shapes and shardings."""
-        sharded = sharding.batched(self._mesh)
-
-        def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((self._size, *shape), dtype, sharding=sharded)
-
-        batch = {
-            "image": array(self._objective.representation.dtype, *self._images.image_shape),
-            "label": array(jnp.int32),
-        }
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        batch, indices = sharding.batch_of((self._inputs, index), self._size, self._mesh)
         fetch = sharding.fetcher(abstract_ema, self._objective.network.dtypes)
         loss = jax.jit(
             lambda ema, *part: self._loss(fetch(ema), *part),
             out_shardings=sharding.replicated(self._mesh),
         )
-        self._compiled = loss.lower(abstract_ema, batch, array(jnp.int32)).compile()
+        self._compiled = loss.lower(abstract_ema, batch, indices).compile()
 
     def loss(self, ema: Any, stop: StopOnSignal) -> float | None:
         """Returns the mean over all images; None in all processes if a signal comes before."""
@@ -87,6 +81,7 @@ class Validation:
             index = np.arange(first, first + self._size, dtype=np.int32)
             local = index.reshape(jax.process_count(), -1)[jax.process_index()]
             batch = self._images.batch(self._indices[local])
+            batch = {name: batch[name] for name in self._inputs}
             yield sharding.put_batch((batch, local), self._mesh)
 
     def _loss(self, params: Any, batch: dict[str, jax.Array], index: jax.Array) -> jax.Array:

@@ -102,10 +102,12 @@ class BinaryCode:
     def spec(self):
         return {"code": jax.ShapeDtypeStruct((self.bits,), jnp.float32)}
 
-    def encode(self, batch):
-        return self.from_labels(batch["label"])
+    @property
+    def inputs(self):
+        return {}
 
-    def from_labels(self, labels):
+    def encode(self, batch):
+        labels = batch["label"]
         bits = (labels[:, None] >> jnp.arange(self.bits)) % 2
         return {"code": jnp.where(labels[:, None] < 0, 0.5, bits.astype(jnp.float32))}
 

@@ -135,7 +135,7 @@ def test_linear_sampler_refuses_limited_levels():
 )
 def test_guidance_in_an_interval(sigma, weight):
     """Bounds, up to rounding, are outside."""
-    labels = ClassLabels(2).from_labels(jnp.asarray([0, 1, 1]))
+    labels = ClassLabels(2).encode({"label": jnp.asarray([0, 1, 1])})
 
     def conditional(x, sigma, condition):
         return x * (1 + condition[:, 1, None, None, None])
@@ -147,7 +147,7 @@ def test_guidance_in_an_interval(sigma, weight):
 
 
 def test_guidance_interval_is_per_image():
-    labels = ClassLabels(1).from_labels(jnp.zeros(2, jnp.int32))
+    labels = ClassLabels(1).encode({"label": jnp.zeros(2, jnp.int32)})
     denoise = ClassifierFree(3.0, (0.0, 2.0)).transform(
         lambda x, s, c: x * c[:, 0, None, None, None], ClassLabels(1).null
     )
@@ -156,7 +156,7 @@ def test_guidance_interval_is_per_image():
 
 
 def test_guidance_interval_of_all_levels_is_none():
-    labels, x = ClassLabels(1).from_labels(jnp.zeros(2, jnp.int32)), jnp.ones((2, 1, 1, 1))
+    labels, x = ClassLabels(1).encode({"label": jnp.zeros(2, jnp.int32)}), jnp.ones((2, 1, 1, 1))
     out = [
         ClassifierFree(3.0, interval).transform(
             lambda x, s, c: x * c[:, 0, None, None, None], ClassLabels(1).null

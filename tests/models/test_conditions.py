@@ -17,14 +17,13 @@ def test_class_labels_are_one_hot_with_zero_null():
     condition = ClassLabels().bound(3)
     assert condition == ClassLabels(3) and condition.spec.shape == (3,)
     expected = jnp.asarray([[0.0, 0, 1], [1, 0, 0], [0, 0, 0]])
-    chex.assert_trees_all_equal(condition.from_labels(jnp.asarray([2, 0, -1])), expected)
     chex.assert_trees_all_equal(condition.encode({"label": jnp.asarray([2, 0, -1])}), expected)
     chex.assert_trees_all_equal(condition.null(expected), jnp.zeros((3, 3)))
 
 
 def test_drop_uses_key_per_image():
     condition, keys = ClassLabels(3), jax.random.split(jax.random.key(0), 2000)
-    labels = condition.from_labels(jnp.arange(2000) % 3)
+    labels = condition.encode({"label": jnp.arange(2000) % 3})
     dropped = condition.drop(labels, keys, 0.25)
     gone = dropped.sum(-1) == 0
     assert abs(float(gone.mean()) - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5  # standard errors
@@ -36,8 +35,11 @@ def test_drop_uses_key_per_image():
 def test_nothing_has_no_arrays():
     condition, labels = Nothing().bound(7), jnp.arange(3)
     keys = jax.random.split(jax.random.key(0), 3)
-    trees = (condition.spec, condition.encode({"label": labels}), condition.from_labels(labels))
-    assert trees == (None, None, None)
+    assert (condition.spec, condition.encode({"label": labels}), condition.inputs) == (
+        None,
+        None,
+        {},
+    )
     assert condition.null(None) is None and condition.drop(None, keys, 0.5) is None
 
 

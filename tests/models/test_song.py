@@ -199,7 +199,8 @@ def test_embedding_matches_numpy(config):
     def embedding(params, *labels):
         module = nnx.eval_shape(lambda: config.build(shapes(CHANNELS, CLASSES), rngs=nnx.Rngs(0)))
         nnx.update(module, params)
-        return module._embedding(*labels)
+        noise, label, augment = labels
+        return module._embedding(noise, label, None, augment)
 
     out = jax.jit(embedding)(params, noise, label, augment)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
@@ -266,7 +267,7 @@ def test_residual_encoder_adds_downsampled_image():
         module = nnx.eval_shape(lambda: config.build(shapes(CHANNELS, 0), rngs=nnx.Rngs(0)))
         nnx.update(module, params)
         emb = jnp.ones((2, 16))
-        outputs = module._encode(x, emb, None)
+        outputs = module._encode(x, emb, None, None)
         return outputs, [
             getattr(module, name)(h, emb) for name, h in zip(module.encoder, outputs, strict=False)
         ]

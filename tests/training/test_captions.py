@@ -1,0 +1,142 @@
+"""Training on captions: what a stage learns from them, what its checkpoints say, refusals."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rdm_jax.checkpoints import folders, store
+from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.diffusion import preconditioning
+from rdm_jax.models.conditions import Nothing, Text
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.training.loop import Trainer
+from tests.support.captions import TOKENS, WIDTH, TextSpec, captioned_set, text_batch
+from tests.support.configs import tiny_config
+
+NETWORK = {"attention_levels": (0,), "head_channels": 8}
+SETTINGS = {
+    "images": 3200,
+    "batch_size": 16,
+    "learning_rate": 5e-3,
+    "ema_halflife": 100.0,
+    "checkpoint_every": 3200,
+    "preview_every": 0,
+    "validation": 16,
+    "label_dropout": 0.25,
+}
+CONDITION = Text(tokens=TOKENS, width=WIDTH)
+
+
+def config(condition=CONDITION, **training):
+    values = tiny_config("nowhere", **SETTINGS | training)
+    return values.with_stage(1, condition=condition, network=NETWORK)
+
+
+def train(directory, values, images):
+    trainer = Trainer(values, 1, images, directory)
+    trainer.run(StopOnSignal())
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("captions") / "stage1"
+    return train(directory, config(), captioned_set())
+
+
+def newest(directory):
+    checkpoints = directory / "checkpoints"
+    return checkpoints / str(max(int(each.name) for each in folders.step_folders(checkpoints)))
+
+
+def denoised(trainer, condition):
+    """The mean of what the network denoises from nearly pure noise, the same for all images."""
+    path = newest(trainer.directory)
+    with contextlib.closing(store.Checkpoints(path.parent, read_only=True)) as checkpoints:
+        params, _ = checkpoints.restore_ema(int(path.name), trainer.abstract.ema)
+    objective, images = trainer.objective, condition["mask"].shape[0]
+
+    def network(x, c_noise):
+        return objective.network.apply(params, x, c_noise, condition)
+
+    denoise = preconditioning.denoiser(network, objective.precondition)
+    sigma = 20.0
+    x = sigma * jax.random.normal(jax.random.key(0), (1, 4, 4, 3)).repeat(images, 0)
+    return np.asarray(denoise(x, jnp.full(images, sigma)).mean((1, 2, 3)))
+
+
+def test_training_learns_what_captions_say(trained):
+    black, white = denoised(trained, CONDITION.encode(text_batch([2, 3])))
+    assert black < -0.8 and white > 0.8
+
+
+def test_checkpoints_say_which_captions_they_know(trained):
+    text = folders.read_about(newest(trained.directory))["text"]
+    assert text == TextSpec()._asdict()
+
+
+def test_captions_are_not_read_by_a_stage_without_them(tmp_path):
+    """Its batches and checkpoints are those of images without captions."""
+    trainer = train(tmp_path / "stage1", config(Nothing(), images=32), captioned_set())
+    assert trainer._program.inputs.keys() == {"image", "label", "position"}
+    assert "text" not in folders.read_about(newest(trainer.directory))
+
+
+def test_training_with_classes_and_captions(tmp_path):
+    both = dataclasses.replace(CONDITION, classes=True)
+    trainer = train(tmp_path / "stage1", config(both, images=32), captioned_set())
+    assert trainer.objective.condition.spec["vector"].shape == (WIDTH + 2,)
+    assert "map_label" in trainer.abstract.params
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "stage1.condition.kind='text', but the images have no captions"),
+        (TextSpec(width=384), r"stage1\.condition\.width=12 cannot be used.* Use 384, .*\(words\)"),
+        (TextSpec(tokens=8), r"stage1\.condition\.tokens=5 cannot be used.* Use 8, .*\(words\)"),
+    ],
+)
+def test_training_refuses_other_captions(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        Trainer(config(), 1, captioned_set(text), tmp_path)
+
+
+def test_training_refuses_images_without_captions(tmp_path):
+    items = [(np.zeros((4, 4, 3), np.uint8), -1)] * 4
+    with pytest.raises(InputError, match="but the images have no captions"):
+        Trainer(config(), 1, ImageSet(items, (4, 4, 3), ()), tmp_path)
+
+
+def test_resume_refuses_captions_of_another_encoder(trained):
+    other = captioned_set(TextSpec(encoder="letters", weights_hash="4567"))
+    with pytest.raises(InputError, match="stage1 is trained with captions of .*'letters'.*'words'"):
+        train(trained.directory, config(images=6400), other)
+
+
+def test_start_from_refuses_captions_of_another_encoder(trained, tmp_path):
+    other = captioned_set(TextSpec(weights_hash="4567"))
+    start_from = str(newest(trained.directory))
+    with pytest.raises(InputError, match="stage1 is trained with captions of .*'4567'.*'0123'"):
+        train(tmp_path / "stage1", config(start_from=start_from), other)
+
+
+def test_start_from_takes_over_what_is_known_of_captions(trained, tmp_path):
+    values = config(start_from=str(newest(trained.directory)), images=16, learning_rate=1e-8)
+    trainer = train(tmp_path / "stage1", values, captioned_set())
+    black, white = denoised(trainer, CONDITION.encode(text_batch([2, 3])))
+    assert black < -0.8 and white > 0.8
+
+
+def test_multiply_adds_of_captions():
+    """Of the tokens' keys and values, the queries, both products and the last layer; the vector."""
+    stage, channels, pixels, keys = config().stage(1), 8, 16, TOKENS + 1
+    without = dataclasses.replace(stage, condition=Nothing()).multiply_adds(3, 0)
+    block = 2 * pixels * channels**2 + 2 * keys * WIDTH * channels + 2 * pixels * keys * channels
+    attending = 4  # one block of the encoder, the first in the middle, two of the decoder
+    assert stage.multiply_adds(3, 0) - without == attending * block + WIDTH * 4 * channels
