@@ -30,9 +30,11 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import guides
+from rdm_jax.sampling.captions import Captions, captions_of, text_of
 from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.pipeline import RelayPipeline
+from rdm_jax.sampling.prompts import check_prompts, takes_text
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.stage_datasets import open_sets, set_for_pictures
 from rdm_jax.training.loop import Trainer
@@ -185,13 +187,15 @@ class Job:
 
     def train(self, sets: dict[int, Split], evaluator: Evaluator | None) -> None:
         """Trains the stages one after the other."""
-        names = sets[self.trained[0]].all.class_names
+        first = sets[self.trained[0]]
+        names = first.all.class_names
         validate.check_classes(self.config, names, self.trained)
         texts = {number: getattr(sets[number].all, "text", None) for number in self.trained}
         validate.check_captions(self.config, texts)
-        self.check_guides(Classes(names))
+        self.check_guides(Classes(names), text_of(first.all))
         if distributed.is_primary():
             self.workdir.write_config(self.config)
+            self.write_captions(sets)
         for number in self.trained:
             images, held_out = sets[number].training, sets[number].held_out
             directory = self.workdir.stage(number)
@@ -200,10 +204,20 @@ class Job:
             if distributed.in_any_process(bool(self.stop.requested)):
                 raise self.stop.interruption
 
-    def check_guides(self, classes: Classes | None = None) -> None:
+    def write_captions(self, sets: dict[int, Split]) -> None:
+        """Keeps captions that a stage is trained on in the workdir, to sample with."""
+        numbers = [number for number in self.trained if takes_text(self.config.stage(number))]
+        if numbers:
+            images, held_out = sets[numbers[-1]].training, sets[numbers[-1]].held_out
+            unseen = captions_of(held_out) if held_out else None
+            Captions.of(captions_of(images) or (), unseen or ()).write(self.workdir.captions)
+
+    def check_guides(
+        self, classes: Classes | None = None, text: dict[str, Any] | None = None
+    ) -> None:
         """Refuses guides that cannot guide the stages to train, whose previews need them."""
         for number in self.trained:
-            guides.check(self.config.stage(number), self.config.data.channels, classes)
+            guides.check(self.config.stage(number), self.config.data.channels, classes, text)
 
     def pipeline(self) -> RelayPipeline:
         """Loads the stages' checkpoints."""
@@ -227,6 +241,7 @@ def _work(job: Job) -> None:
             first = low.stage + 1 if low else 1
             if not generating:
                 check_settings(job.config, first, job.workdir.path)
+            check_prompts(job.config)
             _check_averages(job, job.config.stages[first - 1 :])
         job.workdir.check_named_checkpoints(job.config, job.trained)
         job.check_guides()

@@ -30,6 +30,7 @@ class Workdir:
     Attributes:
       path: of the folder.
       config_file: the config that the run was trained with, as JSON.
+      captions: that the run was trained with, and held-out ones.
       contact_sheet: images of the training sets.
       report: folder of the report on evaluations.
       classifier: the network of the classifier's features, if this run has trained one.
@@ -38,6 +39,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.config_file = self.path / "config.json"
+        self.captions = self.path / "captions.json"
         self.contact_sheet = self.path / "contact_sheet.png"
         self.report = self.path / "report"
         self.classifier = self.path / "classifier.safetensors"

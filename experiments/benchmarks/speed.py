@@ -207,11 +207,9 @@ def sampler(
     )
     low_resolution = (side // stage.factor for side in stage.resolution)
     low = np.zeros((size, *low_resolution, channels), np.float32)
-    seeds, labels = np.arange(size, dtype=np.uint32), np.zeros(size, np.int32)
-    low, labels, seeds = sharding.put_batch(
-        (low if stage.factor > 1 else None, labels, seeds), mesh
-    )
-    return lambda params: run(params, low, labels, seeds)
+    seeds, given = np.arange(size, dtype=np.uint32), {"label": np.zeros(size, np.int32)}
+    low, given, seeds = sharding.put_batch((low if stage.factor > 1 else None, given, seeds), mesh)
+    return lambda params: run(params, low, given, seeds)
 
 
 def idle(stage: configs.Stage, network: Network) -> Network:

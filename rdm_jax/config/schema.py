@@ -90,6 +90,10 @@ class Sampling:
         of each, as for the published FID of 1.87), 'random' (uniform, from the seed alone), or a
         list of classes taken in turn, by name ('cat, dog', or as JSON '["crane, bird"]') or, unless
         a class is named by a number, by index ('3', '0,2-5').
+      prompts: of networks that know text: 'a red apple; a sleeping cat', a JSON list, or the path
+        of a .txt file in UTF-8 with one per line. The image of seed s has prompt s mod n. '' for
+        captions of the training, and 'held_out' for captions of held-out images alone, each in a
+        random order.
       low: 'folder:PATH', 'zip:PATH' or 'tar:PATH' of small images of the size of a stage's. The
         relay continues from them, image s mod n for seed s, with its class, matched by name, if
         labels are balanced; the stages up to that one are skipped. '' to start with stage 1.
@@ -104,6 +108,7 @@ class Sampling:
     name: str = "samples"
     seeds: str = "0-63"
     labels: str = "balanced"
+    prompts: str = ""
     low: str = ""
     postprocess: str = one_of(*postprocess.PRESETS, default="none")
     batch_size: int = at_least(1, default=16)

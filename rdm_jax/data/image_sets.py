@@ -16,7 +16,7 @@ from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.left_out import check_left_out, reasons
 from rdm_jax.data.records import RecordReader, check_complete
 from rdm_jax.data.sources import DecodedSource, check_apart, cores, open_source
-from rdm_jax.data.text_table import Embedding, TextTable, embedded, open_table
+from rdm_jax.data.text_table import Embedding, TextSpec, TextTable, embedded, open_table
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
@@ -39,7 +39,7 @@ class ImageSet(Sequence):
 
     Attributes:
       image_shape, class_names, cell: as given.
-      text: the captions of the whole set, which `add_text` adds; None without.
+      text: how its captions are embedded, which `add_text` adds; None without captions.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class ImageSet(Sequence):
         self.image_shape = image_shape
         self.class_names = class_names
         self.cell = cell
-        self.text: TextTable | None = None
+        self.text: TextSpec | None = None
+        self._texts: TextTable | None = None
         self._items = items
         self._content = content
         self._names = names
@@ -91,7 +92,7 @@ class ImageSet(Sequence):
         """
         if self._chosen is not None:
             indices = self._chosen[np.asarray(indices)]
-        text = self.text.batch(np.asarray(indices)) if self.text else {}
+        text = self._texts.batch(np.asarray(indices)) if self._texts else {}
         if self._cached:
             return {key: values[indices] for key, values in self._cached.items()} | text
         batch = {
@@ -102,18 +103,18 @@ class ImageSet(Sequence):
             batch["image"][place], batch["label"][place] = self._items[int(index)]
         return batch | text
 
-    def captions(self) -> list[str]:
-        """One caption per image. Raises ValueError for a set without."""
-        if self.text is None:
+    def caption(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """The captions of images. Raises ValueError for a set without."""
+        if self._texts is None:
             raise ValueError("the set has no captions")
-        chosen = np.arange(len(self)) if self._chosen is None else self._chosen
-        return self.text.captions_of(chosen)
+        chosen = np.asarray(indices) if self._chosen is None else self._chosen[np.asarray(indices)]
+        return self._texts.captions_of(chosen)
 
-    def add_text(self, text: TextTable) -> None:
+    def add_text(self, texts: TextTable | None) -> None:
         """Adds captions, one per image; batches then have them, those of sums too."""
-        self.text = text
+        self.text, self._texts = (texts.spec if texts else None), texts
         for sums in self._sums.values():
-            sums.text = text
+            sums.add_text(texts)
 
     def split(self, held_out: int) -> tuple["ImageSet", "ImageSet | None"]:
         """The set without `held_out` of its images, and these (None for 0); nothing is copied.
@@ -138,7 +139,7 @@ class ImageSet(Sequence):
     def _part(self, chosen: np.ndarray) -> "ImageSet":
         part = ImageSet(self._items, self.image_shape, self.class_names, cell=self.cell)
         part._cached = self._cached
-        part.text = self.text
+        part.text, part._texts = self.text, self._texts
         part._sums = {cell: sums._part(chosen) for cell, sums in self._sums.items()}
         part._chosen = chosen if self._chosen is None else self._chosen[chosen]
         part._whole = self._whole or self
@@ -157,7 +158,7 @@ class ImageSet(Sequence):
         h, w, c = self.image_shape
         shape = (h // cell, w // cell, c)
         sums = ImageSet((), shape, self.class_names, self.identity, cell=cell)
-        sums.text = self.text
+        sums.add_text(self._texts)
         sums._cached = self._cached | {"image": sums_of(self._cached["image"], cell)}
         return sums
 
@@ -172,7 +173,7 @@ class ImageSet(Sequence):
             return f"{self._whole.identity} {chosen[:16]}"
         if self._content or not (self._cached and len(self._names)):
             return self._content or self.fingerprint
-        captions = self.captions() if self.text else [""] * len(self)
+        captions = self.caption(np.arange(len(self))) if self._texts else [""] * len(self)
         labels, images = self._cached["label"].tolist(), self._cached["image"]
         hashes = map(image_hash, self._names, labels, images, captions)
         return set_hash(total(hashes), self.image_shape, self.class_names)

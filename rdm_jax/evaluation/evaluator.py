@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from rdm_jax.config import Config
 from rdm_jax.config.validate_evaluation import is_generated, measured_sets
@@ -28,7 +29,8 @@ from rdm_jax.evaluation.result_files import (
     read_result,
     same_made_with,
 )
-from rdm_jax.evaluation.statistics import Statistics, compare
+from rdm_jax.evaluation.retrieval import retrieval
+from rdm_jax.evaluation.statistics import Statistics, compare, kept_indices
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import result_table
@@ -209,18 +211,30 @@ class Evaluator:
         results = {}
         for stream in streams:
             for name, gathered in self._gatherer.gather(stream, folder).items():
-                reference = self._reference(name if name in self._references else "")
-                metrics, notes = compare(reference, gathered.statistics(stream.about), self._space)
+                kind = name if name in self._references else ""
+                statistics = gathered.statistics(stream.about)
+                metrics, notes = compare(self._reference(kind), statistics, self._space)
+                captions = stream.captions(gathered.kept)
+                found, more = self._retrieval(kind, statistics.features, captions)
                 results[name] = {
                     "images": gathered.count,
-                    "metrics": metrics,
-                    "notes": [*notes, *stream.notes],
+                    "metrics": metrics | found,
+                    "notes": [*notes, *more, *stream.notes],
                 }
-                shown = np.stack([gathered.pictures[n] for n in sorted(gathered.pictures)])
                 if distributed.is_primary():
                     path = folder / picture_names(results)[name]
-                    pictures.save_picture(pictures.plain_grid(shown, columns=10), path)
+                    pictures.save_picture(_grid(gathered.pictures, stream), path)
         return results
+
+    def _retrieval(
+        self, kind: str, features: np.ndarray, captions: list[str] | None
+    ) -> tuple[dict[str, float], list[str]]:
+        """The retrieval by caption of images with these features, if the reference has captions."""
+        stream, reference = self._references[kind].stream, self._reference(kind)
+        if captions is None or stream is None or reference.features is None:
+            return {}, []
+        theirs = stream.captions(kept_indices(stream.count, self._config.evaluation.kept))
+        return retrieval(reference.features, theirs, features, captions) if theirs else ({}, [])
 
     def _reference(self, name: str) -> Statistics:
         """The statistics of a reference, read or gathered once."""
@@ -253,6 +267,13 @@ class Evaluator:
             save_statistics(path, statistics, self._space)
             self._gatherer.partial_path(stream, self._folder).unlink()
         return statistics
+
+
+def _grid(shown: dict[int, np.ndarray], stream: ImageStream) -> Image.Image:
+    """A picture of a stream's images, by their indices."""
+    indices = np.asarray(sorted(shown))
+    images = np.stack([shown[i] for i in indices.tolist()])
+    return pictures.plain_grid(images, columns=10, captions=stream.texts_below(indices))
 
 
 def generates(config: Config) -> bool:

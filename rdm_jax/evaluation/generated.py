@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from rdm_jax.config import Config
 from rdm_jax.config.validate_evaluation import evaluated_seeds
@@ -70,7 +71,17 @@ class RelayStream(ImageStream):
             "set": ", ".join(names),
             **describe(dataclasses.replace(config, sampling=sampling), relay),
         }
+        if relay.text:
+            prompts = relay.prompts(self._seeds)
+            unseen = sum(relay.are_held_out(prompts))
+            self.notes = (f"{unseen} of {len(prompts)} images have held-out prompts",)
         self._saved_in = saved
+
+    def captions(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:  # noqa: D102
+        return self._relay.prompts(self._seeds[indices]) if self._relay.text else None
+
+    def texts_below(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:  # noqa: D102
+        return self._relay.captions_below(self._seeds[indices])
 
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         seeds = self._seeds[first : first + count]
@@ -144,6 +155,9 @@ class StageStream(ImageStream):
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         images, labels = self._alone.sample(self._params, self._seeds[first : first + count])
         return {self.names[0]: enlarged(images, self._height)}, labels
+
+    def captions(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:  # noqa: D102
+        return self._alone.captions(self._seeds[indices])
 
 
 def enlarged(images: np.ndarray, height: int) -> np.ndarray:

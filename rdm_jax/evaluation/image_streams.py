@@ -16,6 +16,7 @@ from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.sources import DecodedSource, Source, cores, open_source
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.npz import Npz
+from rdm_jax.sampling.captions import captions_of
 
 SHOWN = 50  # images in a picture of a set
 CLASS_NAMES = "class_names"  # the array of an .npz with the names of its labels' classes
@@ -48,6 +49,14 @@ class ImageStream(ABC):
           uint8 (b, h, w, c) of each set by name, and int32 (b,) labels (-1 for none).
         """
 
+    def captions(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:
+        """The captions of images, '' for none; None if the images have no captions."""
+        return None
+
+    def texts_below(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:
+        """What is drawn below images in a picture of a set; None for nothing."""
+        return self.captions(indices)
+
     def shown(self) -> Int[np.ndarray, " n"]:
         """Indices of the images in the picture of a set."""
         return np.arange(min(SHOWN, self.count))
@@ -79,6 +88,9 @@ class SetStream(ImageStream):
         images = np.concatenate([batch["image"] for batch in batches])
         labels = np.concatenate([batch["label"] for batch in batches])
         return {self.names[0]: images}, self._labels[labels]
+
+    def captions(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:  # noqa: D102
+        return captions_of(self._images, self._order[indices])
 
 
 class NpzStream(ImageStream):

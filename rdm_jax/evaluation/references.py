@@ -101,7 +101,8 @@ class _Means(Sequence):
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[UInt8[np.ndarray, "h w c"], int]:
-        image, label = self._images[index].values()
+        item = self._images[index]
+        image, label = item["image"], item["label"]
         h, w, c = image.shape
         cells = image.reshape(h // self._pool, self._pool, w // self._pool, self._pool, c)
         return np.rint(cells.mean((1, 3))).astype(np.uint8), int(label)

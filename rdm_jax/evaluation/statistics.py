@@ -53,6 +53,7 @@ class StatisticsAccumulator:
       shown: indices of the images to keep for a picture.
 
     Attributes:
+      kept: indices of the images whose features are kept.
       done: number of images so far.
       pictures: the images to show so far, by index.
     """
@@ -62,7 +63,7 @@ class StatisticsAccumulator:
     ):
         self.count, self.done = count, 0
         self._name, self._space = name, space
-        self._kept = np.sort(np.random.default_rng(0).permutation(count)[:kept])
+        self.kept = kept_indices(count, kept)
         self._shown, self.pictures = set(shown.tolist()), {}
         self._features: list[np.ndarray] = []
         self._sums: dict[str, moments.Moments] = {}
@@ -93,7 +94,7 @@ class StatisticsAccumulator:
         self._add_moments(outputs, count)
         numbers = np.arange(self.done, self.done + count)
         features = np.asarray(outputs["features"])[:count]
-        self._features.append(features[np.isin(numbers, self._kept)])
+        self._features.append(features[np.isin(numbers, self.kept)])
         self._energy += float(np.asarray(outputs[ENERGY], np.float64)[:count].sum())
         if self._score:
             logits = np.asarray(outputs["logits"])[:count]
@@ -190,6 +191,11 @@ class StatisticsAccumulator:
                     for part in moments.Moments._fields
                 }
                 self._sums[name] = moments.Moments(**parts)
+
+
+def kept_indices(count: int, kept: int) -> Int[np.ndarray, " k"]:
+    """Which of `count` images keep their features, if at most `kept` do: the same at all times."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:kept])
 
 
 def compare(

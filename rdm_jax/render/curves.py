@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rdm_jax.render.tables import METRICS
+from rdm_jax.render.tables import BESIDE, METRICS
 from rdm_jax.runtime.files import atomic_write
 from rdm_jax.runtime.lazy import lazy_import
 
@@ -46,7 +46,7 @@ def draw_metrics(curves: dict[str, dict[int, dict[str, float]]], path: Path) -> 
     measured = {
         name for points in curves.values() for metrics in points.values() for name in metrics
     }
-    shown = [name for name in METRICS if name in measured and name != "kid_standard_error"]
+    shown = [name for name in METRICS if name in measured and name not in BESIDE]
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     figure = matplotlib_figure.Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")

@@ -1,5 +1,7 @@
 """Pictures: grids of samples, and the stages of the relay beside the nearest real images."""
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +9,11 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.render.captions import LINE, draw_lines, wrapped
 from rdm_jax.runtime.files import atomic_write
 
 MARGIN, HEADER, LABEL, CAPTION = 4, 16, 72, 132  # pixels
+WITH_CAPTION = 128  # pixels of an image with a caption below it, at least
 
 
 def _rgb(image: UInt8[np.ndarray, "h w c"], height: int, width: int) -> Image.Image:
@@ -24,23 +28,44 @@ def save_picture(picture: Image.Image, path: Path) -> None:
         picture.save(partial, format="PNG")
 
 
-def _cell_size(height: int, width: int) -> tuple[int, int]:
-    """The size at which an image is drawn: small ones are enlarged by an integer, to about 96."""
-    times = max(1, 96 // max(height, width))
+def _cell_size(height: int, width: int, *, captions: bool = False) -> tuple[int, int]:
+    """The size at which an image is drawn: small ones are enlarged by an integer, to about 96.
+
+    With captions, to at least `WITH_CAPTION`.
+    """
+    longest = max(height, width)
+    times = -(-WITH_CAPTION // longest) if captions else max(1, 96 // longest)
     return height * times, width * times
 
 
-def plain_grid(images: UInt8[np.ndarray, "b h w c"], columns: int) -> Image.Image:
-    """Draws images in reading order."""
-    height, width = _cell_size(*images.shape[1:3])
-    rows = -(-len(images) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (width + MARGIN) + MARGIN, rows * (height + MARGIN) + MARGIN), "white"
-    )
-    for i, image in enumerate(images):
-        place = (MARGIN + i % columns * (width + MARGIN), MARGIN + i // columns * (height + MARGIN))
-        sheet.paste(_rgb(image, height, width), place)
+def plain_grid(
+    images: UInt8[np.ndarray, "b h w c"], columns: int, captions: Sequence[str] | None = None
+) -> Image.Image:
+    """Draws images in reading order, with the caption of each below it."""
+    height, width = _cell_size(*images.shape[1:3], captions=captions is not None)
+    lines = [wrapped(text, width) for text in captions or [""] * len(images)]
+    places = [range(first, len(images))[:columns] for first in range(0, len(images), columns)]
+    tops = _tops(MARGIN, height, [[lines[i] for i in row] for row in places])
+    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, tops[-1]), "white")
+    drawing = ImageDraw.Draw(sheet)
+    for top, row in zip(tops, places, strict=False):
+        for column, i in enumerate(row):
+            left = MARGIN + column * (width + MARGIN)
+            sheet.paste(_rgb(images[i], height, width), (left, top))
+            draw_lines(drawing, lines[i], left, top + height)
     return sheet
+
+
+def _tops(first: int, height: int, lines: list[list[list[str]]]) -> list[int]:
+    """Where each row of images of this height begins, and where the last one ends.
+
+    Args:
+      first: where the first row begins.
+      height: of the images.
+      lines: below each image of each row.
+    """
+    below = [LINE * max(map(len, row), default=0) for row in lines]
+    return list(itertools.accumulate((height + each + MARGIN for each in below), initial=first))
 
 
 def labelled_rows(
@@ -65,6 +90,7 @@ def relay_grid(
     stages: list[UInt8[np.ndarray, "b _h _w c"]],
     nearest: UInt8[np.ndarray, "b _h _w c"] | None,
     rows: list[tuple[str, list[int]]],
+    captions: Sequence[str] | None = None,
 ) -> Image.Image:
     """Draws the relay at work, image by image.
 
@@ -75,28 +101,29 @@ def relay_grid(
       stages: the images of each stage, the final ones last.
       nearest: the nearest real image of each final one; None to leave that column out.
       rows: the name of each row and the indices of its images.
+      captions: drawn below each final image and what belongs to it; then no names are drawn.
     """
-    height, width = _cell_size(*stages[-1].shape[1:3])
-    captions = [text for i in range(1, len(stages)) for text in (f"stage {i}", "enlarged")]
-    captions.append("final")
+    height, width = _cell_size(*stages[-1].shape[1:3], captions=captions is not None)
+    titles = [text for i in range(1, len(stages)) for text in (f"stage {i}", "enlarged")]
+    titles.append("final")
     if nearest is not None:
-        captions.append("nearest real")
-    group = len(captions) * (width + MARGIN) + 3 * MARGIN
-    size = (
-        LABEL + group * max(len(numbers) for _, numbers in rows),
-        HEADER + len(rows) * (height + MARGIN),
-    )
-    sheet = Image.new("RGB", size, "white")
+        titles.append("nearest real")
+    group, indent = len(titles) * (width + MARGIN) + 3 * MARGIN, MARGIN if captions else LABEL
+    lines = [wrapped(text, group - 4 * MARGIN) for text in captions or [""] * len(stages[-1])]
+    tops = _tops(HEADER, height, [[lines[number] for number in numbers] for _, numbers in rows])
+    columns = max(len(numbers) for _, numbers in rows)
+    sheet = Image.new("RGB", (indent + group * columns, tops[-1]), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (name, numbers) in enumerate(rows):
-        top = HEADER + row * (height + MARGIN)
-        draw.text((MARGIN, top + height // 2 - 6), name[:11], fill="black")
+    for top, (name, numbers) in zip(tops, rows, strict=False):
+        if not captions:
+            draw.text((MARGIN, top + height // 2 - 6), name[:11], fill="black")
         for column, number in enumerate(numbers):
+            draw_lines(draw, lines[number], indent + column * group, top + height)
             for place, tile in enumerate(_tiles(stages, nearest, number, height, width)):
-                left = LABEL + column * group + place * (width + MARGIN)
+                left = indent + column * group + place * (width + MARGIN)
                 sheet.paste(tile, (left, top))
-                if row == 0:
-                    draw.text((left, 2), captions[place], fill="black")
+                if top == HEADER:
+                    draw.text((left, 2), titles[place], fill="black")
     return sheet
 
 

@@ -18,7 +18,13 @@ METRICS = {
     "kid": 5,
     "kid_standard_error": 5,
     "high_frequency_ratio": 3,
+    "retrieval_1": 3,
+    "retrieval_1_chance": 3,
+    "retrieval_5": 3,
+    "retrieval_5_chance": 3,
 }
+# What another metric is compared with, and no curve of its own shows.
+BESIDE = ("kid_standard_error", "retrieval_1_chance", "retrieval_5_chance")
 # Metrics that a config may have from a paper.
 PUBLISHED = ("fid", "sfid", "inception_score", "precision", "recall")
 

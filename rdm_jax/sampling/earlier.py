@@ -140,7 +140,7 @@ def read_npz_index(path: Path, relay: RelayPipeline) -> tuple[np.ndarray, np.nda
       Seeds, int64 (n,); labels (n,); whether it has arrays that sampling does not write. None if
       the file is damaged or incomplete.
     """
-    names = {*relay.earlier, "images", "labels", "seeds"}
+    names = {*relay.earlier, "images", "labels", "seeds", *(("prompts",) if relay.text else ())}
     try:
         with Npz(path) as file:
             seeds, labels = file.read("seeds").astype(np.int64), file.read("labels")

@@ -5,6 +5,7 @@ A guide's stage is that in its checkpoint's record, whatever the config of the r
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.models.functional import Network
 from rdm_jax.runtime import distributed, sharding
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.sampling.prompts import OF_TOKENS, uses_classes
 
 
 class Guide(NamedTuple):
@@ -47,6 +49,7 @@ class Record:
       stage: of the guide.
       classes: that it knows.
       has_null: whether it may have been trained without labels; of imported weights it is unknown.
+      text: what the checkpoint says of the text that it knows; None if it knows none.
     """
 
     field: str
@@ -54,6 +57,7 @@ class Record:
     stage: Stage
     classes: Classes
     has_null: bool
+    text: dict[str, Any] | None
 
     def network(self, channels: int) -> Network:
         """Its network for images of so many channels."""
@@ -78,13 +82,16 @@ def records(stage: Stage) -> list[Record]:
     return found
 
 
-def load(stage: Stage, channels: int, classes: Classes) -> list[Guide]:
+def load(
+    stage: Stage, channels: int, classes: Classes, text: Mapping[str, Any] | None = None
+) -> list[Guide]:
     """The guides of a stage, with their EMA parameters. All processes must call it together.
 
     Args:
       stage: that is guided.
       channels: of its images.
       classes: that its network knows.
+      text: that its network knows, as in a checkpoint's `about`; None for none.
 
     Raises:
       InputError: as `records` and `check` do, or a checkpoint is damaged.
@@ -92,6 +99,7 @@ def load(stage: Stage, channels: int, classes: Classes) -> list[Guide]:
     guides = []
     for record in records(stage):
         _check_same_classes(record, classes)
+        _check_same_text(record, text)
         _check_same_channels(record, channels)
         network, step = record.network(channels), int(record.folder.name)
         everywhere = sharding.replicated(sharding.make_mesh())
@@ -104,13 +112,19 @@ def load(stage: Stage, channels: int, classes: Classes) -> list[Guide]:
     return guides
 
 
-def check(stage: Stage, channels: int, classes: Classes | None = None) -> None:
+def check(
+    stage: Stage,
+    channels: int,
+    classes: Classes | None = None,
+    text: Mapping[str, Any] | None = None,
+) -> None:
     """Refuses guides that cannot guide a stage; reads no parameters. All processes must call it.
 
     Args:
       stage: that is guided.
       channels: of its images.
-      classes: that its network knows; None if they are not known yet.
+      classes: that its network knows; None if they and its text are not known yet.
+      text: as for `load`.
 
     Raises:
       InputError: names the field, the guide's checkpoint and what differs.
@@ -119,6 +133,7 @@ def check(stage: Stage, channels: int, classes: Classes | None = None) -> None:
         _check_same_channels(record, channels)
         if classes is not None:
             _check_same_classes(record, classes)
+            _check_same_text(record, text)
 
 
 def multiply_adds(stage: Stage, channels: int, classes: int, one_pass: int | None = None) -> int:
@@ -155,6 +170,7 @@ def _read(checkpoint: str, field: str) -> Record:
         from_plain(Stage, about["stage"], f"checkpoint {folder}: stage"),
         of_checkpoint(about),
         imported or about["stage"]["training"]["label_dropout"] > 0,
+        about.get("text"),
     )
 
 
@@ -218,12 +234,22 @@ def _check_levels(stage: Stage, index: int, record: Record) -> None:
 
 
 def _check_same_classes(record: Record, classes: Classes) -> None:
-    if record.stage.condition_for(len(record.classes)).spec is None:
-        return  # an unconditional guide
+    if not uses_classes(record.stage.condition_for(len(record.classes))):
+        return
     if matched(record.classes, classes) != tuple(range(len(classes))):
         raise InputError(
             f"{record.field}: the guide knows the classes {record.classes}, the stage {classes}",
             "Use a guide of the same classes in the same order.",
+        )
+
+
+def _check_same_text(record: Record, text: Mapping[str, Any] | None) -> None:
+    """The guide gets the embeddings of the stage's prompts."""
+    if record.text and (not text or any(record.text[key] != text[key] for key in OF_TOKENS)):
+        raise InputError(
+            f"{record.field}: the guide knows text of {dict(record.text)}, the stage "
+            f"{f'of {dict(text)}' if text else 'none'}",
+            "Use a guide of the same encoder.",
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,12 @@ def describe(config: Config, relay: RelayPipeline) -> dict[str, Any]:
         about["low_images"] = relay.low.digest(
             np.asarray(parse_numbers(config.sampling.seeds, "config.sampling.seeds"))
         )
+    if relay.text:
+        texts = json.dumps(relay.listed_prompts).encode()
+        about["prompts"] = {
+            "count": len(relay.listed_prompts),
+            "sha256": hashlib.sha256(texts).hexdigest(),
+        }
     return json.loads(json.dumps(about))
 
 

@@ -1,6 +1,8 @@
 """The relay pipeline: the stages of a run, sampled one after the other."""
 
+import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +22,10 @@ from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.sampling import guides
+from rdm_jax.sampling.captions import Captions, mark, read_captions
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
+from rdm_jax.sampling.prompts import FIELD, Prompts, choose, no_text, takes_text, uses_classes
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
 from rdm_jax.workdir import Workdir
 
@@ -54,11 +58,18 @@ class RelayPipeline:
       classes: the classes that the networks know, from their checkpoints; none if no stage is
         conditioned on them.
       checkpoints: what was loaded, as JSON.
+      text: what the checkpoints say of the text that the networks know, as JSON: 'encoder',
+        'weights_hash', 'tokens' and 'width'; None if no stage is conditioned on text.
+      captions: of the run; None if its workdir has none.
 
     Raises:
-      InputError: a checkpoint is missing, damaged or of another network, or the small images cannot
-        be used.
+      InputError: a checkpoint is missing, damaged or of another network, the small images cannot be
+        used, there are prompts for networks that know no text, or the encoder of text is another
+        one.
     """
+
+    text: dict[str, Any] | None = None
+    captions: Captions | None = None
 
     def __init__(self, config: Config, workdir: Path):
         self.config, self.mesh = config, sharding.local_mesh()
@@ -68,17 +79,21 @@ class RelayPipeline:
             f"stage{n}" for n in range(self.low.stage if self.low else 1, len(config.stages))
         )
         self.checkpoints, self._stages = [], []
-        known = [
+        abouts = [
             self._load(number, workdir) for number in range(self.first, len(config.stages) + 1)
         ]
-        common = _common_classes(config, known, self.first)
+        common = _common_classes(config, [of_checkpoint(about) for about in abouts], self.first)
         conditions = [stage.condition_for(len(common)) for stage in config.stages[self.first - 1 :]]
-        labelled = self.low or any(condition.spec is not None for condition in conditions)
+        labelled = self.low or any(map(uses_classes, conditions))
         self.classes = common if labelled else Classes()
         validate.check_classes(config, self.classes.names)
+        self.text = _common_text(config, abouts, self.first)
+        if self.text:
+            self.captions = read_captions(Workdir(workdir).captions)
+            self._prompts = Prompts(config, self.text)
 
-    def _load(self, number: int, workdir: Path) -> Classes:
-        """Loads a stage's checkpoint and returns the classes that it knows."""
+    def _load(self, number: int, workdir: Path) -> dict[str, Any]:
+        """Loads a stage's checkpoint and returns what it says about itself."""
         stage, channels = self.config.stage(number), self.config.data.channels
         folder, step = folders.find(
             stage.checkpoint,
@@ -94,7 +109,7 @@ class RelayPipeline:
         # All processes restore together, replicated over all devices; then each takes its own copy.
         abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
         params = sharding.on_this_process(chosen.read(abstract), self.mesh)
-        loaded_guides = guides.load(stage, channels, of_checkpoint(about))
+        loaded_guides = guides.load(stage, channels, of_checkpoint(about), about.get("text"))
         sampler = StageSampler(
             stage,
             network,
@@ -116,7 +131,7 @@ class RelayPipeline:
         if loaded_guides:
             loaded["guides"] = [guide.checkpoint for guide in loaded_guides]
         self.checkpoints.append(loaded)
-        return of_checkpoint(about)
+        return about
 
     def labels(self, seeds: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
         """The classes of seeds, int32 (b,); -1 without classes.
@@ -130,7 +145,41 @@ class RelayPipeline:
                 return of_images
         return labels_of(seeds, rule, self.classes, run_seed=self.config.seed)
 
-    def sample(self, seeds: Int[np.ndarray, " n"]) -> list[np.ndarray]:
+    @functools.cached_property
+    def listed_prompts(self) -> tuple[str, ...]:
+        """The prompts of `sampling.prompts`, or captions of the run; () if no stage takes text.
+
+        Raises:
+          InputError: there are none.
+        """
+        return choose(self.config, self.captions) if self.text else ()
+
+    def prompts(self, seeds: Int[np.ndarray, " b"]) -> list[str]:
+        """The prompt of each seed: prompt s mod n for seed s; '' if no stage takes text."""
+        listed = self.listed_prompts or ("",)
+        return [listed[int(seed) % len(listed)] for seed in seeds]
+
+    def are_held_out(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether each prompt is certainly no caption of the training (`Captions`)."""
+        return self.captions.are_held_out(prompts) if self.captions else [False] * len(prompts)
+
+    def captions_below(self, seeds: Int[np.ndarray, " b"]) -> list[str] | None:
+        """What is drawn below the image of each seed: its prompt, its class, whether held out.
+
+        None if no stage takes text.
+        """
+        if not self.text:
+            return None
+        prompts, labels = self.prompts(seeds), self.labels(seeds)
+        texts = [mark(*pair) for pair in zip(prompts, self.are_held_out(prompts), strict=True)]
+        if not len(self.classes):
+            return texts
+        names = [self.classes.names[label] for label in labels]
+        return [f"{text} ({name})" for text, name in zip(texts, names, strict=True)]
+
+    def sample(
+        self, seeds: Int[np.ndarray, " n"], prompts: str | Sequence[str] | None = None
+    ) -> list[np.ndarray]:
         """Samples any number of seeds, in their order.
 
         Batches have `sampling.batch_size` images; a short one is padded, so that nothing is
@@ -138,16 +187,20 @@ class RelayPipeline:
 
         Args:
           seeds: (n,).
+          prompts: of the images in their order, taken in turn, or one of all; None for those that
+            the seeds have (`prompts`).
 
         Returns:
           The images of the `earlier` stages and of the last one, each uint8 (n, h, w, c).
 
         Raises:
-          InputError: an image has values that are not finite.
+          InputError: an image has values that are not finite, a prompt cannot be encoded, or no
+            stage takes text.
         """
-        made, begun = [], self.begin(seeds[:0])
-        for batch in in_batches(seeds, self.config.sampling.batch_size):
-            following = self.begin(batch)  # before waiting for the previous batch
+        texts, size = self._texts(seeds, prompts), self.config.sampling.batch_size
+        made, begun = [], self._begin(seeds[:0], [])
+        for batch, some in zip(in_batches(seeds, size), in_batches(texts, size), strict=True):
+            following = self._begin(batch, some)  # before waiting for the previous batch
             made.append(self.finish(begun))
             begun = following
         return [np.concatenate(stage) for stage in zip(*made, self.finish(begun), strict=True)]
@@ -158,28 +211,47 @@ class RelayPipeline:
         More seeds than a batch start several batches, whose images stay on the devices until
         `finish`.
         """
+        return self._begin(seeds, self.prompts(seeds))
+
+    def _begin(self, seeds: Int[np.ndarray, " n"], texts: list[str]) -> Begun:
+        size = self.config.sampling.batch_size
         batches = [
-            self._begin_batch(batch) for batch in in_batches(seeds, self.config.sampling.batch_size)
+            self._begin_batch(batch, some)
+            for batch, some in zip(in_batches(seeds, size), in_batches(texts, size), strict=True)
         ]
         stages = [
             [stages[number] for stages, _ in batches] for number in range(len(self.earlier) + 1)
         ]
         return Begun(stages, [finite for _, finite in batches], len(seeds))
 
+    def _texts(
+        self, seeds: Int[np.ndarray, " n"], prompts: str | Sequence[str] | None
+    ) -> list[str]:
+        """The prompt of each image."""
+        if prompts is None:
+            return self.prompts(seeds)
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not self.text:
+            raise no_text(f"prompts={prompts!r:.60}")
+        if not listed and len(seeds):
+            raise InputError(f"prompts={prompts!r} has no prompts", "Give one or more.")
+        return [listed[i % len(listed)] for i in range(len(seeds))]
+
     def _begin_batch(
-        self, seeds: Int[np.ndarray, " b"]
+        self, seeds: Int[np.ndarray, " b"], texts: Sequence[str]
     ) -> tuple[list[UInt8[Array, "b2 h w c"]], Bool[Array, " b2"]]:
         padded = np.resize(seeds, self.config.sampling.batch_size)
-        device_seeds, labels = sharding.put_batch(
-            (padded.astype(np.uint32), self.labels(padded)), self.mesh
-        )
+        given = {"label": self.labels(padded)}
+        if self.text:
+            given |= self._prompts.given([texts[i % len(texts)] for i in range(len(padded))])
+        device_seeds, given = sharding.put_batch((padded.astype(np.uint32), given), self.mesh)
         stages, low, finite = [], None, jnp.ones(len(padded), bool)
         unfinished = False
         if self.low:
             stages.append(sharding.put_batch(self.low.images(padded), self.mesh))
             low = _encoded(stages[0])
         for sampler, params in self._stages:
-            made = sampler.sample(params, low, labels, device_seeds, unfinished=unfinished)
+            made = sampler.sample(params, low, given, device_seeds, unfinished=unfinished)
             stages.append(_decoded(made.images))
             low, unfinished, finite = made.handed_over, sampler.stops, finite & made.finite
         for array in (*stages, finite):
@@ -221,6 +293,39 @@ def _common_classes(config: Config, known: list[Classes], first: int) -> Classes
             raise InputError(
                 f"{field} knows the classes {classes}, other stages {common}",
                 "Use checkpoints of the same classes in the same order.",
+            )
+    return common
+
+
+def _common_text(
+    config: Config, abouts: Sequence[dict[str, Any]], first: int
+) -> dict[str, Any] | None:
+    """What the checkpoints say of their text; None if no stage takes text.
+
+    Raises:
+      InputError: a checkpoint does not say, they differ, or there are prompts and no stage takes
+        text.
+    """
+    found = {}
+    for number, about in enumerate(abouts, first):
+        if takes_text(config.stage(number)):
+            field = f"config.stage{number}.checkpoint={config.stage(number).checkpoint!r}"
+            if not about.get("text"):
+                raise InputError(
+                    f"{field} does not name the encoder of its text",
+                    "Use a checkpoint that was trained with captions.",
+                )
+            found[field] = about["text"]
+    if not found:
+        if config.sampling.prompts:
+            raise no_text(f"{FIELD}={config.sampling.prompts!r:.60}")
+        return None
+    common = next(iter(found.values()))
+    for field, text in found.items():
+        if text != common:
+            raise InputError(
+                f"{field} knows text of {text}, another stage of {common}",
+                "Use checkpoints of the same encoder.",
             )
     return common
 

@@ -8,7 +8,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,15 +247,17 @@ def write_labels(
     labels: Int[np.ndarray, " n"],
     names: tuple[str, ...],
     folder: Path,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Writes EDM's dataset.json: class indices by file name.
 
-    It also has the names of the classes, which EDM's tools ignore.
+    It also has the names of the classes, and the prompts by file name, which EDM's tools ignore.
     """
     listed = sorted((png_name(seed), int(label)) for seed, label in zip(seeds, labels, strict=True))
-    text = json.dumps(
-        {"labels": listed, "class_names": names} if names else {"labels": None}
-    ).encode()
+    values = {"labels": listed, "class_names": names} if names else {"labels": None}
+    if prompts:
+        values["captions"] = sorted(zip(map(png_name, seeds), prompts, strict=True))
+    text = json.dumps(values).encode()
     if not (folder / LABELS).is_file() or (folder / LABELS).read_bytes() != text:
         with atomic_write(folder / LABELS) as partial:
             partial.write_bytes(text)

@@ -14,21 +14,26 @@ from rdm_jax.render import pictures
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
 from rdm_jax.sampling import guides
+from rdm_jax.sampling.captions import captions_of, text_of
 from rdm_jax.sampling.labels import labels_of
+from rdm_jax.sampling.prompts import takes_text, uses_classes
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches, stage_settings
+
+GIVEN = ("label", "text", "text_length")  # of a batch, what images are conditioned on
 
 
 class StagePreview:
     """Samples one stage with any parameters.
 
     A relay stage starts from the means of real images, with their classes, so that its samples do
-    not depend on the stages before it.
+    not depend on the stages before it. A stage that is conditioned on text gets the captions and
+    classes of real images.
 
     Args:
       config: of the run.
       number: of the stage, from 1.
-      real: images that a relay stage starts from, held-out ones if possible; seed s starts from the
-        s-th of them in a fixed random order.
+      real: images that a relay stage starts from, and whose captions a stage is given, held-out
+        ones if possible; seed s has the s-th of them in a fixed random order.
 
     Attributes:
       about: JSON: everything that the images depend on except for parameters and seeds.
@@ -37,7 +42,8 @@ class StagePreview:
     def __init__(self, config: Config, number: int, real: ImageSet):
         self._config, self._stage, self._real = config, config.stage(number), real
         channels, classes = real.image_shape[-1], len(real.class_names)
-        loaded = guides.load(self._stage, channels, Classes(real.class_names))
+        text = text_of(real)
+        loaded = guides.load(self._stage, channels, Classes(real.class_names), text)
         self._sampler = StageSampler(
             self._stage,
             self._stage.build(channels, classes),
@@ -47,14 +53,15 @@ class StagePreview:
             run_seed=config.seed,
             guides=loaded,
         )
-        conditioned = self._stage.condition_for(classes).spec is not None
+        conditioned = uses_classes(self._stage.condition_for(classes))
         self._classes = Classes(real.class_names) if conditioned else Classes()
+        self._has_text = takes_text(self._stage)
         self._order = np.random.default_rng(0).permutation(len(real))
         self._mesh = sharding.local_mesh()
         self.about = {"seed": config.seed, "stage": stage_settings(config, number)}
         if loaded:
             self.about["guides"] = [guide.checkpoint for guide in loaded]
-        if number == 1:
+        if number == 1 and not self._has_text:
             self.about["labels"] = config.sampling.labels
         else:
             self.about["begins with"] = real.fingerprint
@@ -75,30 +82,42 @@ class StagePreview:
         images, labels = zip(*made, strict=True)
         return np.concatenate(images), np.concatenate(labels)
 
+    def captions(self, seeds: Int[np.ndarray, " n"]) -> list[str] | None:
+        """The captions of the images of seeds; None if the stage is not conditioned on text."""
+        return captions_of(self._real, self._of(seeds)) if self._has_text else None
+
+    def _of(self, seeds: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The number of the real image that each seed has."""
+        return self._order[seeds % len(self._order)]
+
     def _batch(
         self, params: Any, seeds: Int[np.ndarray, " b"]
     ) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
         padded = np.resize(seeds, self._config.sampling.batch_size)
         representation, low = self._stage.representation, None
-        if self._stage.number == 1:
-            labels = labels_of(
-                padded, self._config.sampling.labels, self._classes, run_seed=self._config.seed
-            )
+        if self._stage.number == 1 and not self._has_text:
+            given = {
+                "label": labels_of(
+                    padded, self._config.sampling.labels, self._classes, run_seed=self._config.seed
+                )
+            }
         else:
-            batch = self._real.batch(self._order[padded % len(self._order)])
+            batch = self._real.batch(self._of(padded))
+            given = {name: batch[name] for name in GIVEN if name in batch}
+        if self._stage.number > 1:
             before = self._config.stage(self._stage.number - 1)
             pool = self._real.image_shape[0] // before.resolution[0]
             means = representation.encode(jnp.asarray(batch["image"]), pool)
-            labels, low = batch["label"], sharding.put_batch(np.asarray(means), self._mesh)
-        device_seeds, device_labels = sharding.put_batch(
-            (padded.astype(np.uint32), labels), self._mesh
-        )
-        x, finite = self._sampler(params, low, device_labels, device_seeds)
+            low = sharding.put_batch(np.asarray(means), self._mesh)
+        device_seeds, on_devices = sharding.put_batch((padded.astype(np.uint32), given), self._mesh)
+        x, finite = self._sampler(params, low, on_devices, device_seeds)
         decoded = np.asarray(representation.decode(x))
         images = np.where(np.asarray(finite)[:, None, None, None], decoded, decoded.dtype.type(0))
-        return images[: len(seeds)], labels[: len(seeds)]
+        return images[: len(seeds)], given["label"][: len(seeds)]
 
     def preview(self, params: Any, path: Path) -> None:
         """Draws the samples of one batch."""
-        images, _ = self.sample(params, np.arange(self._config.sampling.batch_size))
-        pictures.save_picture(pictures.plain_grid(images, columns=10), path)
+        seeds = np.arange(self._config.sampling.batch_size)
+        images, _ = self.sample(params, seeds)
+        grid = pictures.plain_grid(images, columns=10, captions=self.captions(seeds))
+        pictures.save_picture(grid, path)

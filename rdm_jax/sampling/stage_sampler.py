@@ -1,12 +1,12 @@
-"""Sampling of one stage: parameters, labels and seeds in, images out."""
+"""Sampling of one stage: parameters, what is given and seeds in, images out."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from rdm_jax.config import Config, Stage, to_dict
 from rdm_jax.diffusion import preconditioning
@@ -21,6 +21,8 @@ from rdm_jax.runtime.random_streams import RandomStream
 from rdm_jax.sampling.guides import Guide
 
 AnyArray = Array | np.ndarray
+Batched = TypeVar("Batched", np.ndarray, list[str])
+Given = Mapping[str, AnyArray]  # what images are conditioned on, under the names of a batch
 # Fields of a stage that its images depend on, besides the checkpoint.
 SETTINGS = (
     "resolution",
@@ -112,22 +114,24 @@ class StageSampler:
         self,
         params: Any,
         low: Float[AnyArray, "b h2 w2 c"] | None,
-        labels: Int[AnyArray, " b"],
+        given: Given,
         seeds: UInt32[AnyArray, " b"],
     ) -> tuple[Float[Array, "b h w c"], Bool[Array, " b"]]:
-        """Samples a batch; image i depends on params, low[i], labels[i] and seeds[i] alone.
+        """Samples a batch; image i depends on params, on row i of the rest, and on nothing else.
 
         Args:
           params: of the network.
           low: the images of the stage before; None for stage 1.
-          labels: int32 class indices, -1 for the null condition.
+          given: what `Condition.encode` takes: 'label', int32 (b,) class indices, -1 for the null
+            class; and for prompts 'text', float16 (b, tokens, width), and 'text_length', int32
+            (b,), 0 for the null text.
           seeds: uint32.
 
         Returns:
           The images, float32 in [-1, 1]; and for each whether all its values were finite before
           they were clipped.
         """
-        made = self.sample(params, low, labels, seeds)
+        made = self.sample(params, low, given, seeds)
         return made.images, made.finite
 
     @property
@@ -139,7 +143,7 @@ class StageSampler:
         self,
         params: Any,
         low: Float[AnyArray, "b h2 w2 c"] | None,
-        labels: Int[AnyArray, " b"],
+        given: Given,
         seeds: UInt32[AnyArray, " b"],
         *,
         unfinished: bool = False,
@@ -147,15 +151,15 @@ class StageSampler:
         """The same, with what the next stage continues from.
 
         Args:
-          params, low, labels, seeds: as in a call.
+          params, low, given, seeds: as in a call.
           unfinished: whether `low` is the state of a stage that has stopped.
         """
         params = (params, *self._guides)  # an argument of what is compiled, as any other
         # XLA runs convolutions inside of a loop several times slower on CPU.
         how = self._walked if jax.default_backend() == "cpu" else self._scanned
-        return how(params, low, labels, seeds, unfinished)
+        return how(params, low, given, seeds, unfinished)
 
-    def _scanned(self, params, low, labels, seeds, unfinished):
+    def _scanned(self, params, low, given, seeds, unfinished):
         # Cast once, not in every evaluation.
         dtypes = tuple(part.network.dtypes for part in self._parts)
         params = jax.tree.map(lambda leaf, d: leaf.astype(d), params, dtypes)
@@ -170,7 +174,7 @@ class StageSampler:
         def stay(denoise, x, i, level):
             return x
 
-        denoise = self._denoiser(params, low, labels, noise)
+        denoise = self._denoiser(params, low, given, noise)
         start = self._start(low, seeds, unfinished)
         if not self.stops:
             return self._clipped(scanned_walk(step, finish, denoise, start, self._levels))
@@ -179,12 +183,12 @@ class StageSampler:
         i = jnp.int32(len(self._levels.sigma) - 1)
         return self._clipped(finish(denoise, state, i, last), state)
 
-    def _walked(self, params, low, labels, seeds, unfinished):
+    def _walked(self, params, low, given, seeds, unfinished):
         def step(x, i, level, to):
-            return self._step(params, low, labels, seeds, x, i, level, to)
+            return self._step(params, low, given, seeds, x, i, level, to)
 
         def finish(x, i, level):
-            return self._finish(params, low, labels, seeds, x, i, level)
+            return self._finish(params, low, given, seeds, x, i, level)
 
         states = []  # at the last level, before the stage finishes
 
@@ -199,14 +203,14 @@ class StageSampler:
         first, sampler = jax.tree.map(lambda a: a[0], self._levels), self._stage.sampler
         return (sampler.join if unfinished else sampler.start)(low, first, self._noise(seeds))
 
-    def _step(self, params, low, labels, seeds, x, i, level, to):
+    def _step(self, params, low, given, seeds, x, i, level, to):
         noise = self._noise(seeds)
-        denoise = self._denoiser(params, low, labels, noise)
+        denoise = self._denoiser(params, low, given, noise)
         return self._stage.sampler.step(denoise, x, i, level, to, noise)
 
-    def _finish(self, params, low, labels, seeds, x, i, level):
+    def _finish(self, params, low, given, seeds, x, i, level):
         noise = self._noise(seeds)
-        denoise = self._denoiser(params, low, labels, noise)
+        denoise = self._denoiser(params, low, given, noise)
         return self._stage.sampler.finish(denoise, x, i, level, noise)
 
     def _clipped(self, x, state=None):
@@ -226,7 +230,7 @@ class StageSampler:
         self,
         params: tuple[Any, ...],
         low: Array | None,
-        labels: Int[Array, " b"],
+        given: Given,
         noise: Noise,
     ) -> Denoiser:
         """The guided denoiser, with everything but the state and its noise level bound.
@@ -234,7 +238,7 @@ class StageSampler:
         Guidance sees one condition, a tuple with that of the stage's network and of each guide.
         """
         conditioning = self._stage.sampler.conditioning(self._stage.process, low, noise)
-        conditions = tuple(part.condition.encode({"label": labels}) for part in self._parts)
+        conditions = tuple(part.condition.encode(given) for part in self._parts)
 
         def conditional(index: int) -> ConditionalDenoiser:
             part = self._parts[index]
@@ -260,6 +264,6 @@ class StageSampler:
         return tuple(part.condition.null(condition) for part, condition in parts)
 
 
-def in_batches(seeds: Int[np.ndarray, " n"], size: int) -> list[Int[np.ndarray, " b"]]:
-    """The seeds in order, `size` at a time; the last batch may be shorter."""
-    return [seeds[first : first + size] for first in range(0, len(seeds), size)]
+def in_batches(items: Batched, size: int) -> list[Batched]:
+    """Seeds or their prompts in order, `size` at a time; the last batch may be shorter."""
+    return [items[first : first + size] for first in range(0, len(items), size)]

@@ -48,11 +48,12 @@ def sample_to_files(
 ) -> None:
     """Samples every configured seed that is missing, and writes workdir/<sampling.name>.
 
-    The folder then has samples.npz ('images' uint8 NHWC, 'labels', 'class_names', 'seeds', and
-    'stage1', ... uint8), or a folder `images` of <seed>.png with their labels and class names in
-    EDM's dataset.json; grid.png (grid-2.png, ... for further seeds); and samples.json with all that
-    the images depend on. Until all images exist, finished batches are kept in a folder beside them,
-    so that an interrupted run resumes.
+    The folder then has samples.npz ('images' uint8 NHWC, 'labels', 'class_names', 'seeds',
+    'prompts' of networks that know text, and 'stage1', ... uint8), or a folder `images` of
+    <seed>.png with their labels, class names and prompts in EDM's dataset.json; grid.png
+    (grid-2.png, ... for further seeds); and samples.json with all that the images depend on. Until
+    all images exist, finished batches are kept in a folder beside them, so that an interrupted run
+    resumes.
 
     Existing samples of the same settings stay. Those of earlier checkpoints of this run are moved
     aside.
@@ -165,6 +166,8 @@ def _rows_of_grid(
     if drawn and set(missing.tolist()) <= set(existing.seeds):  # these were drawn before
         return []
     seeds = missing if drawn else np.asarray(asked, np.int64)
+    if relay.text:
+        return _rows_by_prompt(relay, seeds)
     if not len(relay.classes):
         firsts = range(0, min(len(seeds), ROWS * COLUMNS), COLUMNS)
         return [("", seeds[first : first + COLUMNS].tolist()) for first in firsts]
@@ -172,6 +175,17 @@ def _rows_of_grid(
     known = np.unique(labels)
     known = known[np.linspace(0, len(known) - 1, min(ROWS, len(known))).astype(int)]
     return [(relay.classes.names[c], seeds[labels == c][:COLUMNS].tolist()) for c in known]
+
+
+def _rows_by_prompt(relay: RelayPipeline, seeds: np.ndarray) -> list[tuple[str, list[int]]]:
+    """A row per prompt; if there are more prompts than rows, one image of each."""
+    by_prompt: dict[str, list[int]] = {}
+    for seed, prompt in zip(seeds.tolist(), relay.prompts(seeds), strict=True):
+        by_prompt.setdefault(prompt, []).append(seed)
+    if len(by_prompt) <= ROWS:
+        return [("", those[:COLUMNS]) for those in by_prompt.values()]
+    firsts = [those[0] for those in by_prompt.values()][: ROWS * COLUMNS]
+    return [("", firsts[first : first + COLUMNS]) for first in range(0, len(firsts), COLUMNS)]
 
 
 def _log_work(
@@ -187,6 +201,10 @@ def _log_work(
     if len(relay.classes):
         numbers = tuple(np.unique(relay.labels(made)).tolist())
         log.info("samples: classes (index and name) %s", table(relay.classes, numbers))
+    if relay.text:
+        prompts = list(dict.fromkeys(relay.prompts(made)))
+        held_out = sum(relay.are_held_out(prompts))
+        log.info("samples: %d prompts, %d of them held out", len(prompts), held_out)
     for number, loaded in enumerate(relay.checkpoints, relay.first):
         stage = relay.config.stage(number)
         log.info(
@@ -220,7 +238,7 @@ def _write(
     elif len(missing):
         _write_npz(relay, parts, missing, existing)
     if rows:
-        pictures.save_picture(_draw(parts, rows, source), _free_grid(folder))
+        pictures.save_picture(_draw(relay, parts, rows, source), _free_grid(folder))
     _write_made_with(relay, existing.all_seeds(asked), folder)
 
 
@@ -250,6 +268,8 @@ def _write_npz(
     others = {"labels": relay.labels(seeds), "seeds": seeds}
     if len(relay.classes):
         others["class_names"] = np.asarray(relay.classes.names)
+    if relay.text:
+        others["prompts"] = np.asarray(relay.prompts(seeds))
     before = Npz(path) if existing.has_npz else None
     write_npz(parts, made, names, others, path, before=before, kept=kept)
 
@@ -257,7 +277,8 @@ def _write_npz(
 def _write_labels(relay: RelayPipeline, seeds: tuple[int, ...], folder: Path) -> None:
     """Writes the labels file of the PNGs that exist."""
     written = np.asarray([seed for seed in seeds if (folder / png_name(seed)).is_file()], np.int64)
-    write_labels(written, relay.labels(written), relay.classes.names, folder)
+    prompts = relay.prompts(written) if relay.text else ()
+    write_labels(written, relay.labels(written), relay.classes.names, folder, prompts)
 
 
 def _write_made_with(relay: RelayPipeline, seeds: tuple[int, ...], folder: Path) -> None:
@@ -277,11 +298,15 @@ def _digest(made_with: dict[str, Any]) -> str:
 
 
 def _draw(
-    parts: SampleShards, rows: list[tuple[str, list[int]]], source: ImageSet | None
+    relay: RelayPipeline,
+    parts: SampleShards,
+    rows: list[tuple[str, list[int]]],
+    source: ImageSet | None,
 ) -> Image.Image:
     shown = sorted({seed for _, seeds in rows for seed in seeds})
     index = {seed: i for i, seed in enumerate(shown)}
-    images = parts.read(np.asarray(shown, np.int64))
+    seeds = np.asarray(shown, np.int64)
+    images = parts.read(seeds)
     nearest = pictures.nearest_real(images[-1], source)[0] if source else None
     named_rows = [(name, [index[seed] for seed in seeds]) for name, seeds in rows]
-    return pictures.relay_grid(images, nearest, named_rows)
+    return pictures.relay_grid(images, nearest, named_rows, relay.captions_below(seeds))

@@ -187,7 +187,7 @@ def trained(stage: Stage):
 def sampled(stage: Stage, network, params, labels) -> np.ndarray:
     sampler = StageSampler(stage, network, number=1, channels=CHANNELS, classes=CLASSES, run_seed=0)
     seeds = jnp.arange(len(labels), dtype=jnp.uint32)
-    images, finite = sampler(params, None, jnp.asarray(labels, jnp.int32), seeds)
+    images, finite = sampler(params, None, {"label": jnp.asarray(labels, jnp.int32)}, seeds)
     assert bool(finite.all()) and images.shape == (len(labels), *SIZE, CHANNELS)
     return np.asarray(images)
 

@@ -136,16 +136,25 @@ def test_prepared_captions_are_embedded_once(folder, tmp_path, encoder):
     assert encoder.calls == [["a red apple", "a sleeping cat"]]
 
     images = open_prepared(directory, embedding=FAKE, cells=[2])
-    assert images.captions() == ["a red apple", "a sleeping cat", "a red apple"]
-    wanted = encoder(images.captions())
+    assert images.caption(np.arange(len(images))) == [
+        "a red apple",
+        "a sleeping cat",
+        "a red apple",
+    ]
+    wanted = encoder(images.caption(np.arange(len(images))))
     for found in (images, images.of_cells(2), pickle.loads(pickle.dumps(images))):
         batch = found.batch([2, 1])
         np.testing.assert_array_equal(batch["text"], wanted.tokens[[2, 1]])
         assert batch["text"].dtype == np.float16 and batch["text_length"].tolist() == [3, 3]
     learnt, held_out = images.split(1)
-    assert learnt.captions() + held_out.captions() != [] and len(held_out.captions()) == 1
-    np.testing.assert_array_equal(held_out[0]["text"], encoder(held_out.captions()).tokens[0])
-    assert images.text.spec == ("fake", "0" * 64, 8, 6)
+    assert (
+        learnt.caption(np.arange(len(learnt))) + held_out.caption(np.arange(len(held_out))) != []
+        and len(held_out.caption(np.arange(len(held_out)))) == 1
+    )
+    np.testing.assert_array_equal(
+        held_out[0]["text"], encoder(held_out.caption(np.arange(len(held_out)))).tokens[0]
+    )
+    assert images.text == ("fake", "0" * 64, 8, 6)
 
 
 def test_captions_are_part_of_the_content(folder, tmp_path, encoder):
@@ -161,7 +170,7 @@ def test_captions_are_part_of_the_content(folder, tmp_path, encoder):
     assert open_prepared(tmp_path / "one").identity not in (one, without)
     add_text(tmp_path / "one", FAKE, lambda: None)
     found = open_prepared(tmp_path / "one", embedding=FAKE)
-    assert found.captions()[1] == "a running cat"
+    assert found.caption([1])[0] == "a running cat"
 
 
 @pytest.mark.parametrize("file", ["tokens.bin", "text.npz", "manifest.json"])

@@ -95,7 +95,9 @@ def denoised(config: Config, params, x, sigma, loaded=(), labels=LABELS):
     everything = (params, *(guide.params for guide in loaded))
 
     def denoise(params, x):
-        return sampler._denoiser(params, None, labels, lambda k: jnp.zeros(x.shape))(x, sigma)
+        return sampler._denoiser(params, None, {"label": labels}, lambda k: jnp.zeros(x.shape))(
+            x, sigma
+        )
 
     return jax.jit(denoise)(everything, x)
 
@@ -123,9 +125,9 @@ def test_pipeline_guided_by_its_own_checkpoint_is_unguided(folders):
     (images,), (expected,) = by_itself.sample(SEEDS), plain.sample(SEEDS)
     assert np.abs(images.astype(int) - expected).max() <= 1 and expected.std() > 10
     sampler, params = by_itself._stages[0]
-    labels, seeds = jnp.asarray([0, 1]), jnp.arange(2, dtype=jnp.uint32)
-    scanned, _ = sampler._scanned((params, *sampler._guides), None, labels, seeds, False)[:2]
-    walked, _ = sampler(params, None, labels, seeds)  # on CPU one step after the other
+    given, seeds = {"label": jnp.asarray([0, 1])}, jnp.arange(2, dtype=jnp.uint32)
+    scanned, _ = sampler._scanned((params, *sampler._guides), None, given, seeds, False)[:2]
+    walked, _ = sampler(params, None, given, seeds)  # on CPU one step after the other
     np.testing.assert_allclose(scanned, walked, atol=2e-3)
     other = guided(Autoguidance(2.0, str(folders / "other/stage1")))
     (images,) = RelayPipeline(other, folders / "run").sample(SEEDS)

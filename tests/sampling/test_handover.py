@@ -27,7 +27,7 @@ from tests.support.configs import tiny_config, write_images
 
 BATCH = 8
 SEEDS = np.arange(BATCH, dtype=np.uint32)
-LABELS = np.arange(BATCH, dtype=np.int32) % 2
+GIVEN = {"label": np.arange(BATCH, dtype=np.int32) % 2}
 LOW = np.random.default_rng(1).uniform(-1, 1, (BATCH, 4, 4, 3)).astype(np.float32)
 
 
@@ -68,7 +68,7 @@ def make(case):
     sampler = StageSampler(
         stage, stage.build(3, 2), number=number, channels=3, classes=2, run_seed=0
     )
-    return sampler, parameters(stage), LOW if number > 1 else None, LABELS, SEEDS
+    return sampler, parameters(stage), LOW if number > 1 else None, GIVEN, SEEDS
 
 
 @pytest.mark.second
@@ -98,21 +98,21 @@ def test_stopped_stage_hands_over_its_state():
 
 def test_jump_continues_from_state_or_image():
     """An unfinished state has its noise; to a finished image the sampler adds it."""
-    sampler, params, low, labels, seeds = make("jump")
+    sampler, params, low, given, seeds = make("jump")
     first = jax.tree.map(lambda a: a[0], sampler._levels)
     state, added = sampler._start(low, seeds, True), sampler._start(low, seeds, False)
     np.testing.assert_allclose(blurring.mean_pool(state, factor=2), low, atol=1e-6)
     noise = np.asarray(added - blurring.enlarge(low, factor=2))
     assert abs(noise.std() / first.sigma - 1) < 5 / (2 * noise.size) ** 0.5
-    finished = sampler.sample(params, low, labels, seeds).images
-    unfinished = sampler.sample(params, low, labels, seeds, unfinished=True).images
+    finished = sampler.sample(params, low, given, seeds).images
+    unfinished = sampler.sample(params, low, given, seeds, unfinished=True).images
     assert np.abs(finished - unfinished).max() > 0.1
 
 
 def test_coupling_is_conditioned_on_its_own_image():
-    sampler, params, low, labels, seeds = make("coupling")
+    sampler, params, low, given, seeds = make("coupling")
     again = np.concatenate([low[:4], low[4:] + 0.1])
-    one, other = (np.asarray(sampler(params, x, labels, seeds)[0]) for x in (low, again))
+    one, other = (np.asarray(sampler(params, x, given, seeds)[0]) for x in (low, again))
     np.testing.assert_array_equal(one[:4], other[:4])
     assert (np.abs(one[4:] - other[4:]).max((1, 2, 3)) > 1e-3).all()
 
@@ -138,7 +138,7 @@ def test_pipeline_hands_over_an_unfinished_state(run):
     # Another program, for several devices, may round to the next grey level.
     np.testing.assert_allclose(small.astype(int), Pixels().decode(stopped.images), atol=1)
     second, params, *_ = make("jump")
-    made = second.sample(params, stopped.handed_over, LABELS, SEEDS, unfinished=True)
+    made = second.sample(params, stopped.handed_over, GIVEN, SEEDS, unfinished=True)
     np.testing.assert_allclose(images.astype(int), Pixels().decode(made.images), atol=1)
 
 
@@ -151,8 +151,8 @@ def test_pipeline_jumps_from_small_images(run, tmp_path):
     made = RelayPipeline(dataclasses.replace(config, sampling=sampling), workdir)
     small, images = made.sample(SEEDS.astype(int))
     second, params, *_ = make("jump")
-    low = Pixels().encode(jnp.asarray(small))
-    expected = second(params, low, made.labels(SEEDS.astype(int)), SEEDS)[0]
+    low, given = Pixels().encode(jnp.asarray(small)), {"label": made.labels(SEEDS.astype(int))}
+    expected = second(params, low, given, SEEDS)[0]
     np.testing.assert_allclose(images.astype(int), Pixels().decode(expected), atol=1)
 
 

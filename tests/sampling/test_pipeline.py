@@ -74,9 +74,13 @@ def make(kind: str):
         sample,
         params,
         low,
-        jnp.arange(BATCH, dtype=jnp.int32) % 2,
+        {"label": jnp.arange(BATCH, dtype=jnp.int32) % 2},
         jnp.arange(BATCH, dtype=jnp.uint32),
     )
+
+
+def rows(given, chosen):
+    return {name: values[chosen] for name, values in given.items()}
 
 
 def images_of(kind, *args):
@@ -88,13 +92,13 @@ def images_of(kind, *args):
 
 @every_kind
 def test_image_depends_on_its_seed_only(kind):
-    _, params, low, labels, seeds = make(kind)
+    _, params, low, given, seeds = make(kind)
     sample = functools.partial(images_of, kind)
-    whole = sample(params, low, labels, seeds)
+    whole = sample(params, low, given, seeds)
     order = np.array([3, 7, 0, 3, 1, 1, 5, 2])
-    mixed = sample(params, None if low is None else low[order], labels[order], seeds[order])
+    mixed = sample(params, None if low is None else low[order], rows(given, order), seeds[order])
     np.testing.assert_array_equal(mixed, whole[order])  # the same program: equal to the last bit
-    alone = sample(params, None if low is None else low[3:4], labels[3:4], seeds[3:4])
+    alone = sample(params, None if low is None else low[3:4], rows(given, slice(3, 4)), seeds[3:4])
     np.testing.assert_allclose(
         alone[0], whole[3], atol=1e-4
     )  # another program: equal up to the order of float32 sums
@@ -122,21 +126,21 @@ def test_stage_sampler_scan_equals_loop(kind, monkeypatch):
 @every_kind
 def test_stage_sampler_on_several_devices(kind):
     """Each makes its images by itself: nothing is sent from one to another."""
-    sample, params, low, labels, seeds = make(kind)
+    sample, params, low, given, seeds = make(kind)
     mesh = sharding.local_mesh()
-    shared = sharding.put_batch(jax.device_get((low, labels, seeds)), mesh)
+    shared = sharding.put_batch(jax.device_get((low, given, seeds)), mesh)
     spread = jax.device_put(params, sharding.replicated(mesh))
     there, finite = sample(spread, *shared)
     assert len(there.sharding.device_set) == len(finite.sharding.device_set) == 8
-    np.testing.assert_allclose(there, sample(params, low, labels, seeds)[0], atol=1e-4)
+    np.testing.assert_allclose(there, sample(params, low, given, seeds)[0], atol=1e-4)
     assert sharding.collectives(jax.jit(sample).lower(spread, *shared).compile()) == {}
 
 
 def test_cascade_is_conditioned_on_its_own_image():
-    _, params, low, labels, seeds = make("cascade")
+    _, params, low, given, seeds = make("cascade")
     low_again = np.concatenate([low[:4], low[4:] + 0.1])
     one, other = (
-        np.asarray(images_of("cascade", params, images, labels, seeds))
+        np.asarray(images_of("cascade", params, images, given, seeds))
         for images in (low, low_again)
     )
     np.testing.assert_array_equal(one[:4], other[:4])
@@ -146,17 +150,13 @@ def test_cascade_is_conditioned_on_its_own_image():
 @pytest.mark.second
 def test_noise_depends_on_run_seed_and_stage():
     stage, network, params = stage_and_params("gaussian")
-    stage = dataclasses.replace(stage, guidance=1.0)
+    stage, two = dataclasses.replace(stage, guidance=1.0), {"label": jnp.zeros(2, jnp.int32)}
     outputs = []
     for run_seed, number in ((0, 1), (1, 1), (0, 2)):
         sample = stage_sampler.StageSampler(
             stage, network, number=number, channels=3, classes=2, run_seed=run_seed
         )
-        outputs.append(
-            np.asarray(
-                sample(params, None, jnp.zeros(2, jnp.int32), jnp.arange(2, dtype=jnp.uint32))[0]
-            )
-        )
+        outputs.append(np.asarray(sample(params, None, two, jnp.arange(2, dtype=jnp.uint32))[0]))
     assert (
         np.abs(outputs[0] - outputs[1]).max() > 0.1 and np.abs(outputs[0] - outputs[2]).max() > 0.1
     )
@@ -224,13 +224,13 @@ def test_stage_sampler_reports_infinite_images(kind):
     sample = stage_sampler.StageSampler(
         stage, network, number=NUMBER[kind], channels=3, classes=2, run_seed=0
     )
-    _, _, low, labels, seeds = make(kind)
-    images, finite = sample(jnp.float32(jnp.inf), low, labels, seeds)
+    _, _, low, given, seeds = make(kind)
+    images, finite = sample(jnp.float32(jnp.inf), low, given, seeds)
     np.testing.assert_array_equal(finite, np.arange(BATCH) == 0)
     np.testing.assert_array_equal(
         images[1:], np.ones_like(images[1:])
     )  # as an image they would be white
-    _, finite = sample(jnp.float32(0.5), low, labels, seeds)
+    _, finite = sample(jnp.float32(0.5), low, given, seeds)
     assert np.all(finite)
 
 

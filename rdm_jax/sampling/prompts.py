@@ -1,0 +1,170 @@
+"""Prompts: read from the config, a file or a run's captions, and encoded for the networks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rdm_jax.config import Config, Stage
+from rdm_jax.models.conditions import Condition
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import local_path
+from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.sampling.captions import Captions
+
+# Libraries of text are needed by runs with captions alone.
+encoders = lazy_import("rdm_jax.text.encoders", "text")
+FIELD = "config.sampling.prompts"
+HELD_OUT = "held_out"  # the value that means the run's held-out captions
+OF_TOKENS = ("weights_hash", "tokens", "width")  # what embeddings depend on
+KEPT = 4096  # encoded prompts that are kept, as many images may have the same
+
+
+def takes_text(stage: Stage) -> bool:
+    """Whether a stage is conditioned on text."""
+    return "text" in getattr(stage.condition, "inputs", {})
+
+
+def uses_classes(condition: Condition) -> bool:
+    """Whether a condition that is bound to data depends on the classes of images."""
+    return condition.spec is not None and getattr(condition, "classes", True)
+
+
+def parse_prompts(text: str) -> tuple[str, ...]:
+    """The prompts of `sampling.prompts`, stripped; () for '' and 'held_out', which name none.
+
+    Raises:
+      InputError: a prompt is empty, the JSON is not a list of strings, or the file is missing or
+        not UTF-8.
+    """
+    given = text.strip()
+    if given in ("", HELD_OUT):
+        return ()
+    if given.startswith("["):
+        parts, where = _json_list(text), f"{FIELD}={text!r}"
+    elif given.endswith(".txt") and ";" not in given:
+        parts, where = _lines(given), f"the file of {FIELD}={text!r}"
+    else:
+        parts, where = given.split(";"), f"{FIELD}={text!r}"
+    parts = [part.strip() for part in parts]
+    if not all(parts):
+        number = parts.index("") + 1
+        raise InputError(f"{where}: prompt {number} of {len(parts)} is empty", "Give every prompt.")
+    if not parts:
+        raise InputError(f"{where} has no prompts", "Give one or more.")
+    return tuple(parts)
+
+
+def check_prompts(config: Config) -> None:
+    """Refuses prompts that cannot be read, or that no stage of the config takes, early.
+
+    Raises:
+      InputError: names the field.
+    """
+    parse_prompts(config.sampling.prompts)
+    if config.sampling.prompts and not any(map(takes_text, config.stages)):
+        raise no_text(f"{FIELD}={config.sampling.prompts!r:.60}")
+
+
+def no_text(field: str) -> InputError:
+    """The refusal of prompts where no stage takes text."""
+    return InputError(
+        f"{field} is of no use: no stage is conditioned on text",
+        "Use --config.sampling.labels for classes, or a run that was trained with captions.",
+    )
+
+
+def _json_list(text: str) -> list[str]:
+    try:
+        parts = json.loads(text)
+        if all(type(part) is str for part in parts):
+            return parts
+    except (ValueError, RecursionError):
+        pass
+    raise InputError(
+        f"{FIELD}={text!r} is not a JSON list of strings", """Use a list such as '["a", "b"]'."""
+    )
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file, without a last empty one."""
+    try:
+        text = local_path(path, FIELD).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(
+            f"{FIELD}={path!r} cannot be read ({error.strerror})",
+            "Use a text file with a prompt per line.",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{FIELD}={path!r} is not UTF-8 (byte {error.start})", "Save the file as UTF-8."
+        ) from error
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
+def choose(config: Config, captions: Captions | None) -> tuple[str, ...]:
+    """The prompts of a run's samples: those of `sampling.prompts`, or captions of the run.
+
+    Args:
+      config: of the run.
+      captions: of the run; None if its workdir has none.
+
+    Raises:
+      InputError: as `parse_prompts` does, or the run has no such captions.
+    """
+    value = config.sampling.prompts
+    if given := parse_prompts(value):
+        return given
+    held_out = value.strip() == HELD_OUT
+    listed = captions and (captions.held_out if held_out else captions.training)
+    if not listed:
+        raise InputError(
+            f"{FIELD}={value!r} means the {'held-out ' if held_out else ''}captions of the run, "
+            "and its workdir has none",
+            f"Give prompts, such as --{FIELD}='a red apple; a sleeping cat'.",
+        )
+    return listed
+
+
+class Prompts:
+    """Encodes prompts for the networks of a run.
+
+    Args:
+      config: of the run; `data.text_encoder` is opened.
+      about: of the text in the run's checkpoints: 'encoder', 'weights_hash', 'tokens', 'width'.
+
+    Raises:
+      InputError: the encoder cannot be opened, or is another one than that of the training.
+    """
+
+    def __init__(self, config: Config, about: Mapping[str, Any]):
+        field, spec = "config.data.text_encoder", getattr(config.data, "text_encoder", "minilm")
+        encoder = encoders.open_encoder(spec, about["tokens"], field)
+        if encoder.weights_hash != about["weights_hash"]:
+            raise InputError(
+                f"{field}={spec!r} has other weights than the encoder "
+                f"{about['encoder']} of the training",
+                "Use the encoder that the run was trained with.",
+            )
+        self._encoder = encoder
+        self._known: dict[str, tuple[np.ndarray, np.integer]] = {}
+
+    def given(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """'text', float16 (b, tokens, width), and 'text_length', int32 (b,), as in a batch.
+
+        Raises:
+          InputError: a prompt is empty or too long.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            made = self._encoder(new)
+            tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
+            self._known |= dict(zip(new, zip(tokens, lengths, strict=True), strict=True))
+        tokens, lengths = zip(*(self._known[prompt] for prompt in prompts), strict=True)
+        for prompt in list(self._known)[: max(0, len(self._known) - KEPT)]:
+            del self._known[prompt]
+        return {
+            "text": np.stack(tokens).astype(np.float16),
+            "text_length": np.asarray(lengths, np.int32),
+        }

@@ -1,0 +1,94 @@
+"""Retrieval by caption: its values, its chance level, and its place in an evaluation."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rdm_jax.evaluation.evaluator import Evaluator
+from rdm_jax.evaluation.retrieval import retrieval
+from rdm_jax.render.tables import result_table
+from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.sampling.pipeline import RelayPipeline
+from tests.support import texts
+from tests.support.small_evaluation import SPACE
+from tests.support.texts import Captioned, write_run
+
+
+def test_retrieval_by_hand():
+    real = np.asarray([[0.0, 0], [1, 0], [2, 0], [3, 0], [4, 0], [5, 0], [6, 0]], np.float32)
+    named = ["a", "b", "c", "d", "e", "a", ""]
+    made = np.asarray([[0.1, 1], [0.9, 5], [3.2, 0], [6, 0], [9, 9]], np.float32)
+    found, notes = retrieval(real, named, made, ["A", "d", "b", "", "unknown"])
+    # Nearest first: 0 1 2 3 4; 1 0 2 3 4; 3 4 2 5 1.
+    assert found["retrieval_1"] == pytest.approx(1 / 3) and found["retrieval_5"] == 1
+    assert found["retrieval_1_chance"] == pytest.approx((2 / 7 + 1 / 7 + 1 / 7) / 3)
+    two_of_seven = 1 - (5 * 4 * 3 * 2 * 1) / (7 * 6 * 5 * 4 * 3)
+    assert found["retrieval_5_chance"] == pytest.approx((two_of_seven + 5 / 7 + 5 / 7) / 3)
+    assert notes == ["retrieval: 3 of 5 images have a caption of the reference"]
+    assert retrieval(real, named, made, ["x"] * 5) == (
+        {},
+        ["retrieval: 0 of 5 images have a caption of the reference"],
+    )
+
+
+def test_chance_is_what_random_features_reach():
+    random = np.random.default_rng(0)
+    real, made = random.standard_normal((2, 2000, 8)).astype(np.float32)
+    named = [str(i) for i in random.integers(0, 40, 4000)]
+    found, notes = retrieval(real, named[:2000], made, named[2000:])
+    assert notes == []
+    for k in (1, 5):
+        chance = found[f"retrieval_{k}_chance"]
+        assert abs(found[f"retrieval_{k}"] - chance) < 4 * (chance * (1 - chance) / 2000) ** 0.5
+        assert chance == pytest.approx(1 - (1 - 1 / 40) ** k, rel=0.05)
+    assert retrieval(real, named[:2000], real + 1e-4, named[:2000])[0]["retrieval_1"] == 1
+
+
+def captioned(first: int, count: int) -> Captioned:
+    random = np.random.default_rng(first)
+    items = [(random.integers(0, 256, (8, 8, 3), np.uint8), i % 2) for i in range(count)]
+    return Captioned(items, (8, 8, 3), ("a", "b"), [f"image {first + i}" for i in range(count)])
+
+
+def test_evaluation_reports_retrieval(monkeypatch, tmp_path):
+    """Beside the distances, with the chance level, and marked where prompts are held out."""
+    sets = captioned(0, 12), captioned(100, 8)
+    with texts.known(monkeypatch):
+        config = texts.config_of(prompts="image 3; image 7; image 100", seeds="0-8")
+        values = {"features": "classifier", "images": "samples, held_out", "batch_size": 8}
+        evaluation = dataclasses.replace(config.evaluation, **values)
+        data = dataclasses.replace(config.data, held_out=8)
+        config = dataclasses.replace(config, evaluation=evaluation, data=data)
+        known = tuple(f"image {i}" for i in range(12))
+        workdir = write_run(tmp_path, config, training=known, held_out=("image 100",))
+        relay = RelayPipeline(config, workdir)
+        evaluator = Evaluator(config, *sets, workdir, StopOnSignal(), SPACE)
+        samples, held_out = (
+            evaluator.run(relay)["results"][name] for name in ("samples", "held_out")
+        )
+    assert 0 <= samples["metrics"]["retrieval_1"] <= samples["metrics"]["retrieval_5"] <= 1
+    assert samples["metrics"]["retrieval_1_chance"] == pytest.approx(1 / 12)
+    assert samples["metrics"]["retrieval_5_chance"] == pytest.approx(5 / 12)
+    assert "retrieval: 6 of 9 images have a caption of the reference" in samples["notes"]
+    assert "3 of 9 images have held-out prompts" in samples["notes"]
+    assert "retrieval_1" not in held_out["metrics"]
+    assert "retrieval: 0 of 8 images have a caption of the reference" in held_out["notes"]
+    assert "retrieval 1 chance" in result_table({"samples": samples})
+    assert {"samples.png", "held_out.png"} <= {path.name for path in workdir.glob("*/*.png")}
+
+
+def test_retrieval_of_the_reference_itself(monkeypatch, tmp_path):
+    """Real images find themselves."""
+    monkeypatch.setattr("rdm_jax.sampling.captions.MOST", 4)
+    sets = captioned(0, 12), captioned(0, 12)
+    with texts.known(monkeypatch):
+        config = texts.config_of()
+        values = {"features": "classifier", "images": "held_out", "batch_size": 8, "kept": 8}
+        evaluation = dataclasses.replace(config.evaluation, **values)
+        data = dataclasses.replace(config.data, held_out=8)
+        config = dataclasses.replace(config, evaluation=evaluation, data=data)
+        evaluator = Evaluator(config, *sets, tmp_path, StopOnSignal(), SPACE)
+        metrics = evaluator.run(None)["results"]["held_out"]["metrics"]
+    assert metrics["retrieval_1"] == metrics["retrieval_5"] == 1
+    assert metrics["retrieval_1_chance"] == pytest.approx(1 / 8)

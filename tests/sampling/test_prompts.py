@@ -1,0 +1,232 @@
+"""Prompts: read, given to the networks, kept with the samples."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import rdm_jax
+from rdm_jax.data.classes import Classes
+from rdm_jax.modes import run
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.sampling.pipeline import RelayPipeline
+from rdm_jax.sampling.prompts import parse_prompts
+from rdm_jax.sampling.stage_preview import StagePreview
+from rdm_jax.sampling.write_samples import sample_to_files
+from tests.support import texts
+from tests.support.configs import tiny_config
+from tests.support.texts import TEXT, Captioned, config_of, write_run
+
+APPLE, CAT = "a red apple", "a sleeping cat"
+SEEDS = np.arange(11)
+
+
+@pytest.fixture(scope="module")
+def words():
+    with pytest.MonkeyPatch.context() as patch, texts.known(patch) as words:
+        yield words
+
+
+@pytest.fixture(scope="module")
+def workdir(words, tmp_path_factory):
+    captions = {"training": (APPLE, "a dog"), "held_out": (CAT,)}
+    return write_run(tmp_path_factory.mktemp("run"), config_of(), **captions)
+
+
+@pytest.fixture(scope="module")
+def relay(workdir):
+    """Compiled once."""
+    return RelayPipeline(config_of(prompts=f"{APPLE}; {CAT}"), workdir)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("a red apple; a sleeping cat", (APPLE, CAT)),
+        (" a red apple ", (APPLE,)),
+        ('["a red apple", "one; two"]', (APPLE, "one; two")),
+        ("a file.txt; b.txt", ("a file.txt", "b.txt")),
+        ("", ()),
+        ("held_out", ()),
+    ],
+)
+def test_prompts_are_a_list(text, prompts):
+    assert parse_prompts(text) == prompts
+
+
+def test_prompts_are_the_lines_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for written in (b"a red apple\na sleeping cat\n", b"\xef\xbb\xbfa red apple\r\na sleeping cat"):
+        (tmp_path / "prompts.txt").write_bytes(written)
+        assert parse_prompts("prompts.txt") == (APPLE, CAT)
+    (tmp_path / "prompts.txt").write_text("ein Apfel\nзелёное яблоко\n", "utf-8")
+    assert parse_prompts(str(tmp_path / "prompts.txt")) == ("ein Apfel", "зелёное яблоко")
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "says"),
+    [
+        ("a; ; b", None, "prompts='a; ; b': prompt 2 of 3 is empty"),
+        ("a;", None, "prompt 2 of 2 is empty"),
+        ('["a", ""]', None, "prompt 2 of 2 is empty"),
+        ("[]", None, "has no prompts"),
+        ("[1]", None, "is not a JSON list of strings"),
+        ('["a"', None, "is not a JSON list of strings"),
+        ("prompts.txt", None, "prompts='prompts.txt' cannot be read .No such file"),
+        ("prompts.txt", b"", "the file of .*prompt 1 of 1 is empty"),
+        ("prompts.txt", b"a\n\nb\n", "the file of .*prompt 2 of 3 is empty"),
+        ("prompts.txt", b"a\n\xff\n", "is not UTF-8 .byte 2"),
+    ],
+)
+def test_bad_prompts_are_refused(tmp_path, monkeypatch, text, written, says):
+    monkeypatch.chdir(tmp_path)
+    if written is not None:
+        (tmp_path / "prompts.txt").write_bytes(written)
+    with pytest.raises(InputError, match=says):
+        parse_prompts(text)
+
+
+def test_seeds_take_prompts_in_turn(relay):
+    assert relay.prompts(np.asarray([0, 1, 2, 5])) == [APPLE, CAT, APPLE, CAT]
+    assert relay.listed_prompts == (APPLE, CAT) and relay.text == TEXT and not len(relay.classes)
+
+
+def test_image_depends_on_its_prompt_only(relay):
+    """Not on where in a batch, or beside which others."""
+    small, images = relay.sample(SEEDS)
+    assert np.abs(images.astype(int)).std() > 1
+    for other in (relay.sample(SEEDS, prompts=[APPLE, CAT]), relay.finish(relay.begin(SEEDS))):
+        np.testing.assert_array_equal(other[0], small)
+        np.testing.assert_array_equal(other[1], images)
+    swapped = relay.sample(SEEDS, prompts=[CAT, APPLE])
+    same = relay.sample(SEEDS, prompts=CAT)
+    odd = SEEDS % 2 == 1
+    for stage, (mine, other, cats) in enumerate(zip((small, images), swapped, same, strict=True)):
+        np.testing.assert_array_equal(cats[odd], mine[odd])
+        np.testing.assert_array_equal(cats[~odd], other[~odd])
+        assert (np.abs(mine.astype(int) - other).max((1, 2, 3)) > 0).all(), stage
+    np.testing.assert_array_equal(relay.sample(SEEDS[3:4])[1], images[3:4])
+    with pytest.raises(InputError, match=r"prompts=\[\] has no prompts"):
+        relay.sample(SEEDS, prompts=[])
+    with pytest.raises(InputError, match="too long"):
+        relay.sample(SEEDS, prompts=["one two three four five"])
+
+
+def test_prompts_are_encoded_once(relay, words):
+    words.encoded.clear()
+    for _ in range(2):
+        relay.sample(SEEDS, prompts=["some words", "others"])
+    assert words.encoded == ["some words", "others"]
+
+
+def test_without_prompts_seeds_take_captions_of_the_run(workdir, tmp_path):
+    made = RelayPipeline(config_of(), workdir)
+    assert made.prompts(SEEDS[:3]) == [APPLE, "a dog", APPLE]
+    made = RelayPipeline(config_of(prompts="held_out"), workdir)
+    assert made.prompts(SEEDS[:2]) == [CAT, CAT]
+    assert made.are_held_out([CAT, "A  red apple", "a new one"]) == [True, False, True]
+    elsewhere = RelayPipeline(config_of(), write_run(tmp_path, config_of()))
+    assert elsewhere.are_held_out([CAT]) == [False]
+    with pytest.raises(InputError, match="prompts='' means the captions of the run, and its workd"):
+        elsewhere.prompts(SEEDS)
+    assert elsewhere.sample(SEEDS[:2], prompts=CAT)[1].shape == (2, 8, 8, 3)
+
+
+def test_load_and_sample(workdir):
+    """As the documentation shows it."""
+    pipe = rdm_jax.load(workdir)
+    images = pipe.sample(np.arange(2), prompts=[APPLE, CAT])[-1]
+    assert images.shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"weights_hash": "other"}, "has other weights than the encoder words of the training"),
+        (None, "stage1.checkpoint='newest' does not name the encoder of its text"),
+    ],
+)
+def test_another_encoder_is_refused(tmp_path, words, change, says):
+    folder = write_run(tmp_path, config_of(), text=change and TEXT | change)
+    with pytest.raises(InputError, match=says):
+        RelayPipeline(config_of(), folder)
+
+
+def test_prompts_for_networks_that_know_classes_only(tmp_path):
+    config = tiny_config("images")
+    folder = write_run(tmp_path, config, text=None)
+    asked = dataclasses.replace(
+        config, sampling=dataclasses.replace(config.sampling, prompts=APPLE)
+    )
+    says = r"prompts=\[?'a red apple'\]? is of no use: no stage is conditioned on text"
+    with pytest.raises(InputError, match=says):
+        RelayPipeline(asked, folder)
+    with pytest.raises(InputError, match=says):  # before anything is trained
+        run(asked, tmp_path / "new")
+    assert not (tmp_path / "new/stage1").exists()
+    with pytest.raises(InputError, match=says):
+        RelayPipeline(config, folder).sample(SEEDS, prompts=[APPLE])
+
+
+@pytest.mark.parametrize("files", ["npz", "png"])
+def test_files_have_the_prompts(workdir, tmp_path, files):
+    def write(**sampling):
+        values = {"prompts": f"{APPLE}; {CAT}", "files": files} | sampling
+        sample_to_files(RelayPipeline(config_of(**values), workdir), None, tmp_path, StopOnSignal())
+
+    write(seeds="0-2")
+    write(seeds="0-4")
+    folder, wanted = tmp_path / "samples", [APPLE, CAT, APPLE, CAT, APPLE]
+    if files == "npz":
+        with np.load(folder / "samples.npz") as file:
+            assert file["prompts"].tolist() == wanted and file["seeds"].tolist() == [0, 1, 2, 3, 4]
+    else:
+        listed = json.loads((folder / "images/dataset.json").read_text())["captions"]
+        assert listed == [[f"{seed:010d}.png", text] for seed, text in enumerate(wanted)]
+    assert (folder / "grid.png").is_file()
+    before = json.loads((folder / "samples.json").read_text())
+    assert before["prompts"]["count"] == 2 and before["sampling"]["prompts"] == f"{APPLE}; {CAT}"
+    with pytest.raises(InputError, match="has samples of other settings .*prompts"):
+        write(prompts=APPLE)
+    written = tmp_path / "prompts.txt"
+    written.write_text(f"{APPLE}\n")
+    write(prompts=str(written), name="from_file")
+    written.write_text(f"{APPLE}\n{CAT}\n")
+    with pytest.raises(InputError, match=r"prompts.count was 1 and is 2"):
+        write(prompts=str(written), name="from_file")
+
+
+def test_classes_stand_beside_prompts(words, tmp_path):
+    folder = write_run(tmp_path, config_of(classes=True), training=(APPLE,), held_out=())
+    made = RelayPipeline(config_of(classes=True, prompts=f"{APPLE}; {CAT}"), folder)
+    assert made.classes == Classes(("a", "b")) and made.labels(SEEDS[:3]).tolist() == [0, 1, 0]
+    assert made.captions_below(SEEDS[:2]) == [f"{APPLE} (a)", f"{CAT} [held out] (b)"]
+    (_, one), (_, other) = (
+        RelayPipeline(config_of(classes=True, prompts=APPLE, labels=label), folder).sample(
+            SEEDS[:2]
+        )
+        for label in "ab"
+    )
+    assert np.abs(one.astype(int) - other).max() > 0
+
+
+def test_preview_has_captions_of_real_images(words, tmp_path):
+    """Training runs no encoder: their embeddings are in the data."""
+    random = np.random.default_rng(0)
+    items = [(random.integers(0, 256, (8, 8, 3), np.uint8), i % 2) for i in range(6)]
+    named = [f"image {i}" for i in range(6)]
+    real, config = Captioned(items, (8, 8, 3), ("a", "b"), named), config_of()
+    words.encoded.clear()
+    for number in (1, 2):
+        alone = StagePreview(config, number, real)
+        params = alone._sampler._parts[0].network.init(jax.random.key(0))
+        images, labels = alone.sample(params, SEEDS)
+        assert images.shape == (11, 4 * number, 4 * number, 3) and len(labels) == 11
+        captions = alone.captions(SEEDS)
+        assert sorted(captions[:6]) == named and captions[6:] == captions[:5]
+        alone.preview(params, tmp_path / "preview.png")
+        assert alone.about["begins with"] == real.fingerprint and "labels" not in alone.about
+    assert words.encoded == []
