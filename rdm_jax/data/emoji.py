@@ -47,7 +47,8 @@ def _description(name: str) -> str:
     """The name of an emoji by its code points; '' for an unknown one."""
     points = [int(point, 16) for point in re.split("[-_]", name.partition(".")[0])]
     text = "".join(map(chr, points))
-    for known in (text, f"{text}\ufe0f", text.replace("\ufe0f", "")):
+    # Names of files may lack what asks for a coloured emoji, or what ends the tags of a flag.
+    for known in (text, f"{text}\ufe0f", text.replace("\ufe0f", ""), f"{text}\U000e007f"):
         if known in emoji.EMOJI_DATA:
             return emoji.EMOJI_DATA[known]["en"].strip(":").replace("_", " ")
     return ""
