@@ -9,6 +9,7 @@ from rdm_jax.config import Stage, kind_of
 from rdm_jax.interop.jit_names import JiTFormat
 from rdm_jax.interop.pytorch_names import UNetFormat
 from rdm_jax.interop.settings import FIELDS, Described
+from rdm_jax.models.conditions import Text
 from rdm_jax.runtime.errors import InputError
 
 
@@ -69,6 +70,11 @@ FORMATS: tuple[type[Format], ...] = (UNetFormat, JiTFormat)
 
 def format_of(stage: Stage) -> Format:
     """The format of a stage's network. Raises InputError if it has none; names the field."""
+    if isinstance(stage.condition, Text):
+        raise InputError(
+            f"condition.kind={kind_of(Text)!r} has no published format",
+            "Use 'classlabels' or 'nothing'.",
+        )
     for known in FORMATS:
         if isinstance(stage.network, known.networks):
             return known(stage)

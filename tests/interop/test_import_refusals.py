@@ -13,6 +13,7 @@ from rdm_jax.config import Stage
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.interop import formats, import_export, pytorch_names
 from rdm_jax.models.adm import ADM
+from rdm_jax.models.conditions import Text
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from tests.support.published_files import write_pkl, write_pt
@@ -231,6 +232,11 @@ def test_other_families_have_no_format():
     ):
         formats.format_of(stage)
     assert formats.determined(stage) == ("resolution", "network", "precondition")
+
+
+def test_captions_have_no_format():
+    with pytest.raises(InputError, match=r"^condition.kind='text' has no .* 'classlabels' or"):
+        formats.format_of(Stage(condition=Text()))
 
 
 def test_export_names_the_stage(imported, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,25 @@ import numpy as np
 import pytest
 
 from rdm_jax.checkpoints import folders, store
+from rdm_jax.config import Stage, Training
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import preconditioning
 from rdm_jax.models.conditions import Nothing, Text
+from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.training.loop import Trainer
-from tests.support.captions import TOKENS, WIDTH, TextSpec, captioned_set, text_batch
+from rdm_jax.training.program import PROGRAMS
+from tests.support.captions import (
+    NETWORKS,
+    TOKENS,
+    WIDTH,
+    TextSpec,
+    captioned_set,
+    text_batch,
+)
 from tests.support.configs import tiny_config
+from tests.support.small_networks import parameters
 
 NETWORK = {"attention_levels": (0,), "head_channels": 8}
 SETTINGS = {
@@ -140,3 +152,74 @@ def test_multiply_adds_of_captions():
     block = 2 * pixels * channels**2 + 2 * keys * WIDTH * channels + 2 * pixels * keys * channels
     attending = 4  # one block of the encoder, the first in the middle, two of the decoder
     assert stage.multiply_adds(3, 0) - without == attending * block + WIDTH * 4 * channels
+
+
+BATCH = 16
+
+
+def program(name, devices=1, fsdp=1, mode="pjit", **options):
+    """The program of a stage with captions and classes."""
+    network = dataclasses.replace(NETWORKS[name], **options)
+    training = Training(batch_size=BATCH, learning_rate=1e-3, warmup=16, epsilon=1e-3)
+    condition = dataclasses.replace(CONDITION, classes=True)
+    stage = Stage((4, 8), network, training=training, condition=condition)
+    mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
+    made = PROGRAMS[mode](stage, (4, 8, 3), 3, jax.random.key(1), mesh)
+    made.compile()
+    return made
+
+
+@functools.cache
+def first_state(name):
+    """Parameters as after some training, so that captions count from the first step."""
+    made = program(name)
+    state = jax.device_get(made.init(jax.random.key(0)))
+    return state.replace(params=jax.device_get(parameters(made.objective.network)))
+
+
+def stepped(made, name, steps=2):
+    state = jax.device_put(first_state(name), sharding.shardings(made.abstract))
+    state, losses = made.place(state), []
+    for number in range(steps):
+        rng = np.random.default_rng(number)
+        batch = {
+            "image": rng.integers(0, 256, (BATCH, 4, 8, 3), np.uint8),
+            "position": np.arange(BATCH, dtype=np.int32),
+            **text_batch(rng.integers(0, TOKENS + 1, BATCH), rng.integers(0, 3, BATCH)),
+        }
+        state, metrics = made(state, made.put(jax.device_get(batch)))
+        losses.append(float(metrics["loss"]))
+    return jax.device_get(made.whole(state).params), losses
+
+
+@functools.cache
+def on_one_device(name):
+    return stepped(program(name), name)
+
+
+@pytest.mark.second
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("context", {"devices": 8, "fsdp": 4}),
+        ("context", {"devices": 2, "mode": "pmap"}),
+        ("cross", {"devices": 8, "fsdp": 4, "remat": "block"}),
+        ("adm", {"devices": 8, "fsdp": 4}),
+        ("adm", {"devices": 8, "fsdp": 8, "remat": "convolutions"}),
+    ],
+    ids=str,
+)
+def test_training_on_captions_is_independent_of_mesh_and_program(name, how):
+    made = program(name, **how)
+    if "fsdp" in how:
+        of_captions = {
+            path: leaf.sharding.is_fully_replicated
+            for path, leaf in jax.tree_util.tree_leaves_with_path(made.abstract.params)
+            if {"text", "cross"} & {key.key for key in path} and path[-1].key == "kernel"
+        }
+        assert of_captions and not any(of_captions.values())
+    params, losses = stepped(made, name)
+    wanted, wanted_losses = on_one_device(name)
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+    for found, expected in zip(jax.tree.leaves(params), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
