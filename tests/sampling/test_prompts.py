@@ -116,8 +116,20 @@ def test_image_depends_on_its_prompt_only(relay):
     np.testing.assert_array_equal(relay.sample(SEEDS[3:4])[1], images[3:4])
     with pytest.raises(InputError, match=r"prompts=\[\] has no prompts"):
         relay.sample(SEEDS, prompts=[])
-    with pytest.raises(InputError, match="too long"):
-        relay.sample(SEEDS, prompts=["one two three four five"])
+
+
+def test_long_prompts_are_refused(relay, workdir):
+    """At once, if they are the config's."""
+    long = "one two three four five"
+    with pytest.raises(InputError, match=f"{long}' is too long"):
+        relay.sample(SEEDS, prompts=[APPLE, long])
+    with pytest.raises(InputError, match=f"{long}' is too long"):
+        RelayPipeline(config_of(prompts=f"{APPLE}; {long}"), workdir)
+
+
+def test_held_out_prompts_need_held_out_images(words, tmp_path):
+    with pytest.raises(InputError, match="prompts='held_out' means .*config.data.held_out=0"):
+        run(config_of(prompts="held_out"), tmp_path / "run")
 
 
 def test_prompts_are_encoded_once(relay, words):
