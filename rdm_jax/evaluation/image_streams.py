@@ -20,6 +20,7 @@ from rdm_jax.sampling.captions import captions_of
 
 SHOWN = 50  # images in a picture of a set
 CLASS_NAMES = "class_names"  # the array of an .npz with the names of its labels' classes
+PROMPTS = "prompts"  # the array of an .npz with what its images were made from
 NO_CLASSES = Classes()
 Batch = tuple[dict[str, np.ndarray], np.ndarray]
 
@@ -96,8 +97,8 @@ class SetStream(ImageStream):
 class NpzStream(ImageStream):
     """Images in an .npz file.
 
-    They are in `arr_0` (ADM's format), or in `images` with `labels` and the names of their classes
-    in `class_names` (this project's).
+    They are in `arr_0` (ADM's format), or in `images` with `labels`, the names of their classes in
+    `class_names` and their `prompts` (this project's).
 
     Args:
       name: of the set.
@@ -130,11 +131,18 @@ class NpzStream(ImageStream):
         self.names, self.count, self.batch_size = (name,), shape[0], batch_size
         labels = {"images": "labels", "arr_0": "arr_1"}[self._name]
         self._labels = self._read_labels(labels, classes)
+        self._prompts = self._read_prompts()
         self.about = {
             "set": name,
             "images": self.count,
             "sha256 of checksums": self._file.identity(),
         }
+
+    def _read_prompts(self) -> list[str]:
+        """What the images were made from, in this project's files; [] if it is not known."""
+        shape, dtype = self._file.arrays.get(PROMPTS, ((), np.dtype(bool)))
+        known = self._name == "images" and shape == (self.count,) and dtype.kind == "U"
+        return self._file.read(PROMPTS).tolist() if known else []
 
     def _read_labels(self, name: str, classes: Classes) -> np.ndarray:
         if name not in self._file.arrays or not len(classes):
@@ -161,6 +169,9 @@ class NpzStream(ImageStream):
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         images = self._file.rows(self._name, first, count)
         return {self.names[0]: images}, self._labels[first : first + count]
+
+    def captions(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:  # noqa: D102
+        return [self._prompts[i] for i in indices.tolist()] if self._prompts else None
 
 
 def labels_by_name(name: str, theirs: Classes, classes: Classes) -> Int[np.ndarray, " n"]:

@@ -21,11 +21,12 @@ from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
+from rdm_jax.runtime.ranges import parse_numbers
 from rdm_jax.sampling import guides
 from rdm_jax.sampling.captions import Captions, mark, read_captions
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
-from rdm_jax.sampling.prompts import FIELD, Prompts, choose, no_text, takes_text, uses_classes
+from rdm_jax.sampling.prompts import FIELD, KEPT, Prompts, choose, no_text, takes_text, uses_classes
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
 from rdm_jax.workdir import Workdir
 
@@ -91,6 +92,9 @@ class RelayPipeline:
         if self.text:
             self.captions = read_captions(Workdir(workdir).captions)
             self._prompts = Prompts(config, self.text)
+            if config.sampling.prompts:  # refused now, not after hours
+                seeds = parse_numbers(config.sampling.seeds, "config.sampling.seeds")
+                self._prompts.encode(self.prompts(np.asarray(seeds[:KEPT])))
 
     def _load(self, number: int, workdir: Path) -> dict[str, Any]:
         """Loads a stage's checkpoint and returns what it says about itself."""

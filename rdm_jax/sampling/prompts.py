@@ -62,9 +62,15 @@ def check_prompts(config: Config) -> None:
     Raises:
       InputError: names the field.
     """
-    parse_prompts(config.sampling.prompts)
-    if config.sampling.prompts and not any(map(takes_text, config.stages)):
-        raise no_text(f"{FIELD}={config.sampling.prompts!r:.60}")
+    value = config.sampling.prompts
+    parse_prompts(value)
+    if value and not any(map(takes_text, config.stages)):
+        raise no_text(f"{FIELD}={value!r:.60}")
+    if value.strip() == HELD_OUT and not config.data.held_out:
+        raise InputError(
+            f"{FIELD}={value!r} means captions of held-out images, and config.data.held_out=0",
+            "Give other prompts.",
+        )
 
 
 def no_text(field: str) -> InputError:
@@ -150,17 +156,21 @@ class Prompts:
         self._encoder = encoder
         self._known: dict[str, tuple[np.ndarray, np.integer]] = {}
 
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encodes new prompts. Raises InputError for an empty one, or one that is too long."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            made = self._encoder(new)
+            rows = zip(np.asarray(made.tokens), np.asarray(made.lengths), strict=True)
+            self._known |= dict(zip(new, rows, strict=True))
+
     def given(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """'text', float16 (b, tokens, width), and 'text_length', int32 (b,), as in a batch.
 
         Raises:
-          InputError: a prompt is empty or too long.
+          InputError: as `encode` does.
         """
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-        if new:
-            made = self._encoder(new)
-            tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
-            self._known |= dict(zip(new, zip(tokens, lengths, strict=True), strict=True))
+        self.encode(prompts)
         tokens, lengths = zip(*(self._known[prompt] for prompt in prompts), strict=True)
         for prompt in list(self._known)[: max(0, len(self._known) - KEPT)]:
             del self._known[prompt]

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from rdm_jax.evaluation.evaluator import Evaluator
+from rdm_jax.evaluation.generated import StageStream
 from rdm_jax.evaluation.retrieval import retrieval
 from rdm_jax.render.tables import result_table
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling.pipeline import RelayPipeline
+from rdm_jax.sampling.stage_preview import StagePreview
 from tests.support import texts
 from tests.support.small_evaluation import SPACE
 from tests.support.texts import Captioned, write_run
@@ -79,16 +81,33 @@ def test_evaluation_reports_retrieval(monkeypatch, tmp_path):
 
 
 def test_retrieval_of_the_reference_itself(monkeypatch, tmp_path):
-    """Real images find themselves."""
-    monkeypatch.setattr("rdm_jax.sampling.captions.MOST", 4)
+    """Real images find themselves, and so do their copies in a file."""
     sets = captioned(0, 12), captioned(0, 12)
+    file = tmp_path / "made.npz"
+    names = np.asarray([f"image {i}" for i in range(12)])
+    np.savez(file, images=sets[0].batch(range(12))["image"], prompts=names)
     with texts.known(monkeypatch):
         config = texts.config_of()
-        values = {"features": "classifier", "images": "held_out", "batch_size": 8, "kept": 8}
+        values = {"features": "classifier", "images": f"held_out, npz:{file}", "batch_size": 8}
         evaluation = dataclasses.replace(config.evaluation, **values)
         data = dataclasses.replace(config.data, held_out=8)
         config = dataclasses.replace(config, evaluation=evaluation, data=data)
-        evaluator = Evaluator(config, *sets, tmp_path, StopOnSignal(), SPACE)
-        metrics = evaluator.run(None)["results"]["held_out"]["metrics"]
-    assert metrics["retrieval_1"] == metrics["retrieval_5"] == 1
-    assert metrics["retrieval_1_chance"] == pytest.approx(1 / 8)
+        for kept in (12, 8):  # in one order or another, all or some of them
+            few = dataclasses.replace(evaluation, kept=kept, name=f"of_{kept}")
+            changed = dataclasses.replace(config, evaluation=few)
+            evaluator = Evaluator(changed, *sets, tmp_path, StopOnSignal(), SPACE)
+            results = evaluator.run(None)["results"]
+            for name in ("held_out", f"npz:{file}"):
+                metrics = results[name]["metrics"]
+                assert metrics["retrieval_1"] == metrics["retrieval_5"] == 1
+                assert metrics["retrieval_1_chance"] == pytest.approx(1 / kept)
+
+
+def test_evaluation_in_training_has_captions(monkeypatch):
+    """Those of the real images that the stage is given."""
+    with texts.known(monkeypatch):
+        config, real = texts.config_of(), captioned(0, 8)
+        params = {"w": np.zeros(1, np.float32)}
+        stream = StageStream(config, 1, StagePreview(config, 1, real), params, 0)
+        captions = stream.captions(np.arange(stream.count))
+    assert len(captions) == 500 and sorted(captions[:8]) == real.caption(range(8))

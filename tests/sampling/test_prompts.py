@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 
 import rdm_jax
+from rdm_jax import modes
 from rdm_jax.data.classes import Classes
+from rdm_jax.diffusion.guidance import Autoguidance
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
+from rdm_jax.sampling import guides
+from rdm_jax.sampling.captions import Captions, read_captions
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.prompts import parse_prompts
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.write_samples import sample_to_files
+from rdm_jax.workdir import Workdir
 from tests.support import texts
 from tests.support.configs import tiny_config
 from tests.support.texts import TEXT, Captioned, config_of, write_run
@@ -111,8 +116,20 @@ def test_image_depends_on_its_prompt_only(relay):
     np.testing.assert_array_equal(relay.sample(SEEDS[3:4])[1], images[3:4])
     with pytest.raises(InputError, match=r"prompts=\[\] has no prompts"):
         relay.sample(SEEDS, prompts=[])
-    with pytest.raises(InputError, match="too long"):
-        relay.sample(SEEDS, prompts=["one two three four five"])
+
+
+def test_long_prompts_are_refused(relay, workdir):
+    """At once, if they are the config's."""
+    long = "one two three four five"
+    with pytest.raises(InputError, match=f"{long}' is too long"):
+        relay.sample(SEEDS, prompts=[APPLE, long])
+    with pytest.raises(InputError, match=f"{long}' is too long"):
+        RelayPipeline(config_of(prompts=f"{APPLE}; {long}"), workdir)
+
+
+def test_held_out_prompts_need_held_out_images(words, tmp_path):
+    with pytest.raises(InputError, match="prompts='held_out' means .*config.data.held_out=0"):
+        run(config_of(prompts="held_out"), tmp_path / "run")
 
 
 def test_prompts_are_encoded_once(relay, words):
@@ -230,3 +247,43 @@ def test_preview_has_captions_of_real_images(words, tmp_path):
         alone.preview(params, tmp_path / "preview.png")
         assert alone.about["begins with"] == real.fingerprint and "labels" not in alone.about
     assert words.encoded == []
+
+
+def test_guide_gets_the_prompts_too(workdir, tmp_path):
+    """Of the same encoder, whether it knows them or not."""
+    same = config_of(prompts=APPLE).with_stage(
+        1, guidance=(Autoguidance(1.5, f"{tmp_path}/stage1"),)
+    )
+    write_run(tmp_path, config_of())
+    (_, guided), (_, plain) = (
+        RelayPipeline(config, workdir).sample(SEEDS[:2])
+        for config in (same, config_of(prompts=APPLE))
+    )
+    # The guide is the network itself, but for rounding.
+    np.testing.assert_allclose(guided.astype(int), plain, atol=1)
+    write_run(tmp_path / "classes", tiny_config("images"), text=None)
+    by_classes = same.with_stage(1, guidance=(Autoguidance(1.5, f"{tmp_path}/classes/stage1"),))
+    assert np.abs(RelayPipeline(by_classes, workdir).sample(SEEDS[:2])[1] - plain.astype(int)).max()
+    write_run(tmp_path / "other", config_of(), text=TEXT | {"weights_hash": "other"})
+    other = same.with_stage(1, guidance=(Autoguidance(1.5, f"{tmp_path}/other/stage1"),))
+    with pytest.raises(InputError, match="the guide knows text of .*'other'.*, the stage of"):
+        RelayPipeline(other, workdir)
+    with pytest.raises(InputError, match="the guide knows text of .*, the stage none"):
+        guides.check(other.stage(1), 3, Classes(("a", "b")))
+
+
+def test_training_keeps_the_captions(words, tmp_path, monkeypatch):
+    """Once its stages are conditioned on them."""
+    items = [(np.zeros((8, 8, 3), np.uint8), i % 2) for i in range(3)]
+    images = [Captioned(items, (8, 8, 3), ("a", "b"), list(names)) for names in ("abc", "cde")]
+    sets = {number: modes.Split(images[0], *images) for number in (1, 2)}
+    monkeypatch.setattr(modes, "Trainer", None)
+    for config, wanted in (
+        (tiny_config("images"), None),
+        (config_of(), Captions.of("abc", "de")),
+    ):
+        workdir = Workdir(tmp_path)
+        job = modes.Job(config, workdir, "train", None, StopOnSignal(), False, False, ())
+        with pytest.raises(TypeError):  # where training begins
+            job.train(sets, None)
+        assert read_captions(workdir.captions) == wanted
