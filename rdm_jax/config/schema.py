@@ -33,8 +33,8 @@ class Data:
         every start, if it is not larger than `cache_gib`.
       channels: 1 or 3.
       background: colour under transparent pixels, 0 to 255 per channel.
-      crop: 'lanczos' (central crop, then Lanczos), 'adm' (ADM's and EDM's rule for ImageNet) or
-        'none' (sizes are right).
+      crop: 'lanczos' (central crop, then Lanczos), 'adm' (ADM's and EDM's rule for ImageNet), 'pad'
+        (the whole image, in the middle of `background`) or 'none' (sizes are right).
       encoding: 'png', 'jpeg', or 'raw' (fast to decode in training, larger than 'png').
       quality: of 'jpeg', 1 to 100.
       skin_tones: of emoji: 'mark' makes the skin tone the label, 'drop' leaves the variants out; ''

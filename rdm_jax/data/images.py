@@ -37,6 +37,7 @@ CROPS = {
     "lanczos": "the central crop of the ratio asked for, then Lanczos",
     "adm": "halved by a box filter while both sides are at least twice those asked for, "
     "bicubic until one fits, central crop",
+    "pad": "the whole image, by Lanczos, in the middle of the background colour",
     "none": "every image has the size asked for",
 }
 
@@ -200,6 +201,8 @@ def fit(
         )
     if form.crop == "adm":
         return _fit_adm(pixels, form.height, form.width)
+    if form.crop == "pad":
+        return _fit_padded(pixels, form)
     return _fit_lanczos(pixels, form.height, form.width)
 
 
@@ -228,6 +231,19 @@ def _fit_adm(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
             "Set data.crop='lanczos'.",
         )
     return _central(_resize(pixels, rows, columns, Image.Resampling.BICUBIC), height, width)
+
+
+def _fit_padded(pixels: np.ndarray, form: ImageSpec) -> np.ndarray:
+    rows, columns, channels = pixels.shape
+    scale = min(form.height / rows, form.width / columns)
+    height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
+    background = Image.new("RGB", (form.width, form.height), form.background)
+    padded = np.array(background.convert("L" if channels == 1 else "RGB"))
+    padded = padded.reshape(form.height, form.width, channels)
+    top, left = (form.height - height) // 2, (form.width - width) // 2
+    whole = _resize(pixels, height, width, Image.Resampling.LANCZOS)
+    padded[top : top + height, left : left + width] = whole
+    return padded
 
 
 def _central(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -264,6 +264,22 @@ def test_adm_crop_fits_any_size(size):
     )
 
 
+@pytest.mark.parametrize(
+    ("size", "left", "top"), [((8, 4), 2, 0), ((4, 8), 0, 2), ((1, 900), 0, 3), ((3, 3), 0, 0)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_padded_image_is_whole(size, left, top, channels):
+    spec = ImageSpec(8, 8, channels=channels, background=(200, 100, 0), crop="pad")
+    found = images.fit(np.full((*size, channels), 77, np.uint8), spec)
+    inside = found[top : 8 - top, left : 8 - left]
+    outside = np.ones((8, 8), bool)
+    outside[top : 8 - top, left : 8 - left] = False
+    if size == (1, 900):  # less than a row high
+        inside, outside[3], outside[4:] = found[3], False, True
+    assert (inside == 77).all()
+    assert (found[outside] == ([118] if channels == 1 else [200, 100, 0])).all()
+
+
 def test_crop_none_refuses_other_sizes():
     pixels = np.zeros((4, 6, 3), np.uint8)
     assert images.fit(pixels, ImageSpec(4, 6, crop="none")) is pixels
