@@ -43,6 +43,7 @@ def check_config(config: Config, *, evaluates: bool = True) -> None:
     for stage in config.stages:
         _check_stage(stage, f"config.{stage.name}")
         _check_dct(config, stage, f"config.{stage.name}")
+        _check_takes_captions(config, stage, f"config.{stage.name}")
     _check_chain(config)
     check_bounds(config, "config", skip=("evaluation",))
     _check_sampling(config)
@@ -260,6 +261,16 @@ def _check_dct(config: Config, stage: Stage, path: str) -> None:
         f"Use 0 for images of {stage.resolution}, which are not whole blocks of {BLOCK} x {BLOCK} "
         "pixels.",
     )
+
+
+def _check_takes_captions(config: Config, stage: Stage, path: str) -> None:
+    """Builds the network of a stage with captions, without arrays: it says whether it can."""
+    condition = stage.condition
+    if "text" in condition.inputs:
+        try:
+            stage.build(config.data.channels, getattr(condition, "count", 0) or 1)
+        except InputError as error:
+            raise InputError(f"{path}.{error.problem}", error.fix) from error
 
 
 def _check_sampler(stage: Stage, path: str) -> None:

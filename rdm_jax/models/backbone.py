@@ -58,7 +58,7 @@ def vector_size(condition: Any) -> int:
         return 0
     if len(getattr(condition, "shape", ())) != 1:
         raise InputError(
-            f"the network is conditioned on one vector per image, not on {condition}",
+            f"network is conditioned on one vector per image, not on {condition}",
             "Use another network or condition.",
         )
     return condition.shape[0]

@@ -122,7 +122,18 @@ class UNetNetwork(nnx.Module):
         self.out_norm = layers.group_norm(width, epsilon=style.epsilon, **kwargs)
         self.out_conv = layers.conv(width, folded_out, 3, init=style.init_last, **kwargs)
         if self.sizes.tokens:
+            self._check_attends()
             self.text = CaptionContext(self.sizes.width, 0, **kwargs)
+
+    def _check_attends(self) -> None:
+        """Refuses a network that would not see the tokens of captions."""
+        blocks = (getattr(self, name) for name in (*self.encoder, *self.decoder))
+        if all(block.cross is None for block in blocks):
+            raise InputError(
+                f"network.attention_levels={self.config.attention_levels} has no block that "
+                "attends to captions",
+                "Use one level or more, of at least head_channels channels.",
+            )
 
     def _heads(self, half: str, level: int, block: int, channels: int) -> int:
         """Heads of the block's attention, 0 for none; in 'encoder', 'middle' or 'decoder'."""

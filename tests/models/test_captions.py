@@ -169,6 +169,12 @@ def test_transformer_refuses_captions_that_no_block_sees():
         text_network(config)
 
 
+def test_u_net_refuses_captions_that_no_block_sees():
+    config = dataclasses.replace(NETWORKS["adm"], attention_levels=(), head_channels=64)
+    with pytest.raises(InputError, match=r"network\.attention_levels=\(\) has no block that"):
+        text_network(config)
+
+
 def test_text_tree():
     batch = text_batch([2, 0, 5], labels=[1, -1, 2])
     tree = TEXT_AND_CLASSES.encode(batch)

@@ -9,6 +9,7 @@ import pytest
 
 from rdm_jax.config import Parallel
 from rdm_jax.models.adm import ADM
+from rdm_jax.models.conditions import Text
 from rdm_jax.models.functional import functional, multiply_adds
 from rdm_jax.plan.cost import (
     Exchange,
@@ -115,6 +116,22 @@ def test_multiply_adds_of_published_networks(network, side, giga):
 
 
 # Memory
+
+
+def test_cost_of_captions_is_that_of_their_tokens():
+    """No data is needed: the condition has the sizes."""
+    plain = replaced(config(), 1, attention_levels=(0,))
+    costs = {
+        tokens: training_cost(plain.with_stage(1, condition=Text(tokens, width=12)), 1, 8, CLASSES)
+        for tokens in (4, 8)
+    }
+    without = training_cost(plain, 1, 8, CLASSES)
+    few, many = costs[4], costs[8]
+    assert without.parameters < few.parameters == many.parameters
+    assert without.multiply_adds < few.multiply_adds < many.multiply_adds
+    # Of a token and image: float32 keys and values of 8 channels in each of four blocks, at least.
+    least = (many.images * 4) * 4 * (2 * 8) * 4
+    assert many.activations - few.activations >= least
 
 
 @pytest.mark.second

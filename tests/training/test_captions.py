@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from rdm_jax.checkpoints import folders, store
-from rdm_jax.config import Stage, Training
+from rdm_jax.config import Stage, Training, validate
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion import preconditioning
+from rdm_jax.models.adm import ADM
+from rdm_jax.models.backbone import vector_size
 from rdm_jax.models.conditions import Nothing, Text
+from rdm_jax.models.transformer import JiT
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
@@ -123,6 +126,35 @@ def test_training_refuses_images_without_captions(tmp_path):
     items = [(np.zeros((4, 4, 3), np.uint8), -1)] * 4
     with pytest.raises(InputError, match="but the images have no captions"):
         Trainer(config(), 1, ImageSet(items, (4, 4, 3), ()), tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfVectors(ADM):
+    """A network that knows vectors alone."""
+
+    def build(self, shapes, *, rngs):
+        vector_size(shapes.condition)
+        raise AssertionError("it was built")
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (JiT(hidden=32, depth=2, heads=2, class_tokens=0), "class_tokens_from=4 is not one of"),
+        (ADM(32, (1,), 1, ()), r"attention_levels=\(\) has no block that attends to captions"),
+        (OfVectors(), r"is conditioned on one vector per image, not on \{.*tokens"),
+    ],
+    ids=["transformer", "u-net", "other"],
+)
+def test_config_refuses_networks_that_see_no_captions(network, message):
+    """Before the data is prepared."""
+    values = tiny_config("nowhere", **SETTINGS)
+    values = values.with_stage(
+        1, condition=Text(classes=True), network=network, resolution=(16, 16)
+    )
+    values = values.with_stage(2, resolution=(32, 32))
+    with pytest.raises(InputError, match=rf"^config\.stage1\.network.*{message}"):
+        validate.check_config(values, evaluates=False)
 
 
 def test_resume_refuses_captions_of_another_encoder(trained):
