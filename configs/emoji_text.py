@@ -22,7 +22,7 @@ from rdm_jax.models.adm import ADM
 from rdm_jax.models.conditions import Text
 from rdm_jax.runtime.errors import InputError
 
-TOKENS = 24  # of the longest name
+TOKENS = 16  # of the longest name
 JOINS = 1.76  # the noise level at which stage 2 continues; the blur is complete there
 
 
