@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -61,7 +60,7 @@ def by_rule(
             return usable(images, *found, "in the metadata")
     if rule in ("auto", "txt"):
         found = _from_texts(texts, images, read)
-        if found[0]:
+        if found is not None:
             return usable(images, *found, "in a .txt file beside it")
     kinds = {
         "auto": "metadata.jsonl, metadata.csv, dataset.json with 'captions', or .txt files",
@@ -105,20 +104,22 @@ def usable(
 
 def _from_texts(
     texts: Sequence[str], images: Sequence[str], read: Callable[[str, int], bytes]
-) -> tuple[dict[str, str], dict[str, BadImage]]:
-    """Captions from 'x.txt' beside 'x.png'."""
+) -> tuple[dict[str, str], dict[str, BadImage]] | None:
+    """Captions from 'x.txt' or 'x.png.txt' beside 'x.png'; None if no image has such a file."""
     image_of: dict[str, list[str]] = {}
     for name in images:
         image_of.setdefault(posixpath.splitext(name)[0], []).append(name)
+    known, any_found = set(images), False
     found: dict[str, str] = {}
     skipped: dict[str, BadImage] = {}
     for text in texts:
         stem = posixpath.splitext(text)[0]
-        owners = image_of.get(stem) or ([stem] if stem in images else [])
+        owners = image_of.get(stem) or ([stem] if stem in known else [])
         if not owners:
             if not SIDE_NAME.fullmatch(_base(stem).lower()):
                 skipped[text] = BadImage("is a caption without an image", "Remove it.")
             continue
+        any_found = True
         try:
             caption = plain(read(text, FILE_BYTES).decode("utf-8-sig"))
         except UnicodeDecodeError:
@@ -130,7 +131,7 @@ def _from_texts(
             skipped |= dict.fromkeys(owners, bad)
             continue
         found |= dict.fromkeys(owners, caption)
-    return found, skipped if found else {}
+    return (found, skipped) if any_found else None
 
 
 def _from_tables(
@@ -144,7 +145,7 @@ def _from_tables(
         content = read(table, ROW_BYTES * len(images) + 2**20)
         try:
             rows = _rows(_base(table), content.decode("utf-8-sig"))
-        except (ValueError, KeyError, csv.Error) as error:
+        except (ValueError, csv.Error) as error:
             raise InputError(
                 f"{table} cannot be read ({error!s:.200})",
                 f"Write UTF-8 with the columns file_name and {COLUMNS[0]}.",
@@ -166,21 +167,27 @@ def _rows(base: str, content: str) -> list[tuple[str, str]] | None:
         captions = values.get("captions") if isinstance(values, dict) else None
         if captions is None:
             return None
-        pairs = list(captions.items()) if isinstance(captions, dict) else captions
-        return [_pair(*pair) for pair in pairs]
+        if not isinstance(captions, dict | list):
+            raise ValueError("captions is not a list of names and captions")
+        pairs = captions.items() if isinstance(captions, dict) else captions
+        return [_pair(pair) for pair in pairs]
     if base.endswith(".csv"):
-        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(content), strict=True))
-    else:
-        rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+        rows: list[Any] = list(csv.DictReader(io.StringIO(content), strict=True))
+    else:  # not splitlines, which splits captions at U+2028 and others that JSON may contain
+        rows = [parse_json(line) for line in content.split("\n") if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or "file_name" not in row:
+            raise ValueError(f"row {number} has no file_name")
     if not rows:
         return []
-    column = next((name for name in COLUMNS if name in rows[0]), None)
+    column = next((name for name in COLUMNS if any(name in row for row in rows)), None)
     if column is None:
         raise ValueError(f"it has no column {' or '.join(COLUMNS)}")
-    return [_pair(row["file_name"], row.get(column)) for row in rows]
+    return [_pair((row["file_name"], row.get(column))) for row in rows]
 
 
-def _pair(name: Any, caption: Any) -> tuple[str, str]:
-    if not isinstance(name, str) or not isinstance(caption, str | None):
-        raise ValueError(f"{str((name, caption))[:80]} is not a name and a caption")
-    return name, caption or ""
+def _pair(pair: Any) -> tuple[str, str]:
+    match pair:
+        case (str(name), str() | None as caption):
+            return name, caption or ""
+    raise ValueError(f"{str(pair)[:80]} is not a name and a caption")

@@ -33,6 +33,7 @@ from rdm_jax.data.staging import (
     restore_former,
     staging_folder,
 )
+from rdm_jax.data.text_table import verify_tables
 from rdm_jax.data.write_shards import write_shards
 from rdm_jax.data.write_sums import add_sums, write_sums
 from rdm_jax.runtime.console import log
@@ -167,6 +168,7 @@ def _verify(directory: Path) -> None:
     for cell in cells_in(directory):
         folder = folder_of(directory, cell)
         verify_files(folder, cell_sums.read_manifest(folder)["shards"], fix_of(folder))
+    verify_tables(directory)
 
 
 def _settings(

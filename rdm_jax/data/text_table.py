@@ -6,8 +6,8 @@ and which one each image has; the manifest says which encoder made them, of whic
 """
 
 import dataclasses
+import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float16, Int
 
-from rdm_jax.data.manifest import MANIFEST, check_sizes
+from rdm_jax.data.manifest import MANIFEST, check_sizes, verify_files
 from rdm_jax.runtime.console import progress
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, parse_json, sha256
@@ -96,8 +96,15 @@ class TextTable:
 
 def folder_of(directory: Path, embedding: Embedding) -> Path:
     """Where the text of a prepared set is."""
-    encoder = re.sub(r"[^A-Za-z0-9.]+", "-", embedding.encoder)
-    return directory / f"text_{encoder}_{embedding.tokens}"
+    kind, _, path = embedding.encoder.partition(":")
+    place = f"_{hashlib.sha256(path.encode()).hexdigest()[:8]}" if path else ""
+    return directory / f"text_{kind}{place}_{embedding.tokens}"
+
+
+def verify_tables(directory: Path) -> None:
+    """Raises InputError for a file of any table of a set that differs from its hash."""
+    for folder in sorted(path for path in directory.glob("text_*") if path.is_dir()):
+        verify_files(folder, read_manifest(folder)["shards"], fix_of(folder))
 
 
 def embedded(
@@ -207,6 +214,8 @@ def open_table(directory: Path, embedding: Embedding, content: str, count: int) 
         stored = (folder / TOKENS).stat().st_size
         if offsets[-1] * manifest["width"] * DTYPE.itemsize != stored or np.diff(offsets).min() < 1:
             raise ValueError("its tokens are not those of its captions")
+        if offsets[0] != 0 or np.diff(offsets).max() > manifest["tokens"]:
+            raise ValueError("a caption has more tokens than fit")
     except Exception as error:  # numpy, zipfile and zlib each raise their own errors
         raise InputError(f"{folder} is damaged ({error})", fix_of(folder)) from error
     spec = TextSpec(*(manifest[field] for field in TextSpec._fields))

