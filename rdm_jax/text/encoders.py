@@ -121,7 +121,7 @@ class NetworkEncoder:
             padded[row, : len(each)], mask[row, : len(each)] = each, True
         tokens = np.asarray(self._apply(self._params, padded, mask))
         with np.errstate(over="ignore"):  # an infinite token is refused
-            return tokens[: len(ids)].astype(np.float16)
+            return np.where(mask[..., None], tokens, 0)[: len(ids)].astype(np.float16)
 
     def _ids(self, text: str) -> list[int]:
         """The token ids of a text."""
