@@ -6,7 +6,7 @@ With `stem_blocks=0` and `head_blocks=0` it is the published network.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +133,14 @@ class JiT:
         return JiTNetwork(self, shapes, rngs=rngs)
 
 
+class _Others(NamedTuple):
+    """What a block gets besides tokens and embedding; see `transformer_layers.Block`."""
+
+    rotary: Rotary
+    lengths: Int[Array, " b"] | None = None
+    context: Context | None = None
+
+
 class JiTNetwork(nnx.Module):
     """F(x, c_noise, condition, augmentation label); published: c_noise is the time in [0, 1]."""
 
@@ -231,18 +239,16 @@ class JiTNetwork(nnx.Module):
         number: int,
         x: Float[Array, "b n c"],
         emb: Float[Array, "b e"],
-        rotary: Rotary,
+        others: _Others,
         keys: Key[Array, " b"] | None,
-        lengths: Int[Array, " b"] | None,
-        context: Context | None,
     ) -> Float[Array, "b n c"]:
         block = getattr(self, f"block{number}")
 
         def run(x: Array, emb: Array, keys: Any, lengths: Any, context: Any) -> Array:
             keys = transformer_layers.folded(keys, number)
-            return block(x, emb, rotary, keys, lengths, context)
+            return block(x, emb, others.rotary, keys, lengths, context)
 
-        return REMAT[self.config.remat](run)(x, emb, keys, lengths, context)
+        return REMAT[self.config.remat](run)(x, emb, keys, others.lengths, others.context)
 
     def _tokens(
         self,
@@ -256,30 +262,37 @@ class JiTNetwork(nnx.Module):
 
         Tokens are the class's, the image's, then the caption's, of which some may be padding.
         """
-        config, before = self.config, self.class_tokens
+        config, first = self.config, 0
         b, h, w, _ = patches.shape
         x = self.embed1(self.embed0(patches.reshape(b, h * w, -1)))
         x = x + sine_cosine(h, w, config.hidden).astype(x.dtype)
-        rotary = Rotary.of(h, w, config.hidden // config.heads)
-        context = None if caption is None else self.text(caption)
-        first, lengths, attended = 0, None, None
+        others = _Others(Rotary.of(h, w, config.hidden // config.heads))
         for i in range(config.depth):
-            if i == config.class_tokens_from and (before or context is not None):
-                if before:
-                    tokens = classes[:, None] + self.class_positions[...]
-                    x = jnp.concatenate([tokens.astype(x.dtype), x], axis=1)
-                    first = before
-                after = 0
-                if context is not None and config.text == "context":
-                    lengths = x.shape[1] + context.lengths
-                    x = jnp.concatenate([x, context.tokens], axis=1)
-                    after = context.tokens.shape[1]
-                else:
-                    attended = context
-                width = config.hidden // config.heads
-                rotary = Rotary.of(h, w, width, before=before, after=after)
-            x = self._run(i, x, emb, rotary, keys, lengths, attended)
+            if i == config.class_tokens_from:
+                x, others = self._joined(x, (h, w), classes, caption)
+                first = self.class_tokens
+            x = self._run(i, x, emb, others, keys)
         return x[:, first : first + h * w].reshape(b, h, w, -1)
+
+    def _joined(
+        self,
+        x: Float[Array, "b n c"],
+        grid: tuple[int, int],
+        classes: Float[Array, "b c"],
+        caption: Caption | None,
+    ) -> tuple[Float[Array, "b m c"], _Others]:
+        """The image's tokens, a grid row by row, with those of class and caption."""
+        before, after, lengths = self.class_tokens, 0, None
+        context = None if caption is None else self.text(caption)
+        if before:
+            tokens = classes[:, None] + self.class_positions[...]
+            x = jnp.concatenate([tokens.astype(x.dtype), x], axis=1)
+        if context is not None and self.config.text == "context":
+            after, lengths = context.tokens.shape[1], x.shape[1] + context.lengths
+            x, context = jnp.concatenate([x, context.tokens], axis=1), None
+        width = self.config.hidden // self.config.heads
+        rotary = Rotary.of(*grid, width, before=before, after=after)
+        return x, _Others(rotary, lengths, context)
 
     def __call__(
         self,
