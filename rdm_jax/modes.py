@@ -241,7 +241,7 @@ def _work(job: Job) -> None:
             first = low.stage + 1 if low else 1
             if not generating:
                 check_settings(job.config, first, job.workdir.path)
-            check_prompts(job.config)
+            check_prompts(job.config, encode=job.mode == "all")
             _check_averages(job, job.config.stages[first - 1 :])
         job.workdir.check_named_checkpoints(job.config, job.trained)
         job.check_guides()

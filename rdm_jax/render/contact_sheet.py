@@ -39,10 +39,7 @@ def draw(config: Config, sets: Mapping[int, ImageSet], path: Path, *, again: boo
         for row in _rows(number, config.stage(number), images)
     ]
     shown = sets[len(config.stages)]
-    labels, names = shown.batch(_evenly(shown, COLUMNS))["label"], shown.class_names
-    pictures.save_picture(
-        pictures.labelled_rows(rows, [names[label] if names else "" for label in labels]), path
-    )
+    pictures.save_picture(pictures.labelled_rows(rows, _named(shown)), path)
     log.info("data: the stages' images and their blurred versions -> %s", path)
 
 
@@ -86,6 +83,14 @@ def _seen(stage: Stage, images: ImageSet, indices: np.ndarray) -> jax.Array:
     """Images as the stage sees them: pooled to its resolution, in [-1, 1]."""
     pool = images.image_shape[0] // stage.resolution[0]
     return stage.representation.encode(jnp.asarray(images.batch(indices)["image"]), pool)
+
+
+def _named(images: ImageSet) -> list[str]:
+    """The caption of each image that is shown, or else its class."""
+    indices, names = _evenly(images, COLUMNS), images.class_names
+    if images.text:
+        return images.caption(indices)
+    return [names[label] if names else "" for label in images.batch(indices)["label"]]
 
 
 def _rows(number: int, stage: Stage, images: ImageSet) -> Iterator[tuple[str, np.ndarray]]:

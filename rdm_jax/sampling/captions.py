@@ -102,8 +102,7 @@ def captions_of(images: ImageSet, indices: Int[np.ndarray, " n"] | None = None) 
 
 def text_of(images: ImageSet) -> dict[str, Any] | None:
     """What a checkpoint says of the text that it was trained with; None without captions."""
-    spec = getattr(images, "text", None)
-    return spec and spec._asdict()
+    return images.text and images.text._asdict()
 
 
 def plain(caption: str) -> str:

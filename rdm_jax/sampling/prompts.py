@@ -10,12 +10,10 @@ from rdm_jax.config import Config, Stage
 from rdm_jax.models.conditions import Condition
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
-from rdm_jax.runtime.lazy import lazy_import
 from rdm_jax.sampling.captions import Captions
+from rdm_jax.text.encoders import TextEncoder, open_encoder
 
-# Libraries of text are needed by runs with captions alone.
-encoders = lazy_import("rdm_jax.text.encoders", "text")
-FIELD = "config.sampling.prompts"
+FIELD, ENCODER = "config.sampling.prompts", "config.data.text_encoder"
 HELD_OUT = "held_out"  # the value that means the run's held-out captions
 OF_TOKENS = ("weights_hash", "tokens", "width")  # what embeddings depend on
 KEPT = 4096  # encoded prompts that are kept, as many images may have the same
@@ -23,7 +21,7 @@ KEPT = 4096  # encoded prompts that are kept, as many images may have the same
 
 def takes_text(stage: Stage) -> bool:
     """Whether a stage is conditioned on text."""
-    return "text" in getattr(stage.condition, "inputs", {})
+    return "text" in stage.condition.inputs
 
 
 def uses_classes(condition: Condition) -> bool:
@@ -56,14 +54,18 @@ def parse_prompts(text: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def check_prompts(config: Config) -> None:
+def check_prompts(config: Config, *, encode: bool) -> None:
     """Refuses prompts that cannot be read, or that no stage of the config takes, early.
 
+    Args:
+      config: of the run.
+      encode: whether to refuse those that are too long, too: sampling itself comes much later.
+
     Raises:
-      InputError: names the field.
+      InputError: names the field, or the prompt.
     """
     value = config.sampling.prompts
-    parse_prompts(value)
+    prompts = parse_prompts(value)
     if value and not any(map(takes_text, config.stages)):
         raise no_text(f"{FIELD}={value!r:.60}")
     if value.strip() == HELD_OUT and not config.data.held_out:
@@ -71,6 +73,9 @@ def check_prompts(config: Config) -> None:
             f"{FIELD}={value!r} means captions of held-out images, and config.data.held_out=0",
             "Give other prompts.",
         )
+    if prompts and encode:
+        encoder = open_encoder(config.data.text_encoder, config.data.text_tokens, ENCODER)
+        encoder(prompts[:KEPT])
 
 
 def no_text(field: str) -> InputError:
@@ -145,11 +150,11 @@ class Prompts:
     """
 
     def __init__(self, config: Config, about: Mapping[str, Any]):
-        field, spec = "config.data.text_encoder", getattr(config.data, "text_encoder", "minilm")
-        encoder = encoders.open_encoder(spec, about["tokens"], field)
+        spec = config.data.text_encoder
+        encoder: TextEncoder = open_encoder(spec, about["tokens"], ENCODER)
         if encoder.weights_hash != about["weights_hash"]:
             raise InputError(
-                f"{field}={spec!r} has other weights than the encoder "
+                f"{ENCODER}={spec!r} has other weights than the encoder "
                 f"{about['encoder']} of the training",
                 "Use the encoder that the run was trained with.",
             )

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.evaluation.evaluator import Evaluator
 from rdm_jax.evaluation.generated import StageStream
 from rdm_jax.evaluation.retrieval import retrieval
@@ -14,7 +15,7 @@ from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.stage_preview import StagePreview
 from tests.support import texts
 from tests.support.small_evaluation import SPACE
-from tests.support.texts import Captioned, write_run
+from tests.support.texts import captioned, write_run
 
 
 def test_retrieval_by_hand():
@@ -47,28 +48,24 @@ def test_chance_is_what_random_features_reach():
     assert retrieval(real, named[:2000], real + 1e-4, named[:2000])[0]["retrieval_1"] == 1
 
 
-def captioned(first: int, count: int) -> Captioned:
-    random = np.random.default_rng(first)
-    items = [(random.integers(0, 256, (8, 8, 3), np.uint8), i % 2) for i in range(count)]
-    return Captioned(items, (8, 8, 3), ("a", "b"), [f"image {first + i}" for i in range(count)])
+def numbered(first: int, count: int) -> ImageSet:
+    return captioned([f"image {first + i}" for i in range(count)])
 
 
 def test_evaluation_reports_retrieval(monkeypatch, tmp_path):
     """Beside the distances, with the chance level, and marked where prompts are held out."""
-    sets = captioned(0, 12), captioned(100, 8)
-    with texts.known(monkeypatch):
-        config = texts.config_of(prompts="image 3; image 7; image 100", seeds="0-8")
-        values = {"features": "classifier", "images": "samples, held_out", "batch_size": 8}
-        evaluation = dataclasses.replace(config.evaluation, **values)
-        data = dataclasses.replace(config.data, held_out=8)
-        config = dataclasses.replace(config, evaluation=evaluation, data=data)
-        known = tuple(f"image {i}" for i in range(12))
-        workdir = write_run(tmp_path, config, training=known, held_out=("image 100",))
-        relay = RelayPipeline(config, workdir)
-        evaluator = Evaluator(config, *sets, workdir, StopOnSignal(), SPACE)
-        samples, held_out = (
-            evaluator.run(relay)["results"][name] for name in ("samples", "held_out")
-        )
+    sets = numbered(0, 12), numbered(100, 8)
+    texts.open_fake(monkeypatch)
+    config = texts.config_of(prompts="image 3; image 7; image 100", seeds="0-8")
+    values = {"features": "classifier", "images": "samples, held_out", "batch_size": 8}
+    evaluation = dataclasses.replace(config.evaluation, **values)
+    data = dataclasses.replace(config.data, held_out=8)
+    config = dataclasses.replace(config, evaluation=evaluation, data=data)
+    known = tuple(f"image {i}" for i in range(12))
+    workdir = write_run(tmp_path, config, training=known, held_out=("image 100",))
+    relay = RelayPipeline(config, workdir)
+    evaluator = Evaluator(config, *sets, workdir, StopOnSignal(), SPACE)
+    samples, held_out = (evaluator.run(relay)["results"][name] for name in ("samples", "held_out"))
     assert 0 <= samples["metrics"]["retrieval_1"] <= samples["metrics"]["retrieval_5"] <= 1
     assert samples["metrics"]["retrieval_1_chance"] == pytest.approx(1 / 12)
     assert samples["metrics"]["retrieval_5_chance"] == pytest.approx(5 / 12)
@@ -80,34 +77,32 @@ def test_evaluation_reports_retrieval(monkeypatch, tmp_path):
     assert {"samples.png", "held_out.png"} <= {path.name for path in workdir.glob("*/*.png")}
 
 
-def test_retrieval_of_the_reference_itself(monkeypatch, tmp_path):
+def test_retrieval_of_the_reference_itself(tmp_path):
     """Real images find themselves, and so do their copies in a file."""
-    sets = captioned(0, 12), captioned(0, 12)
+    sets = numbered(0, 12), numbered(0, 12)
     file = tmp_path / "made.npz"
     names = np.asarray([f"image {i}" for i in range(12)])
     np.savez(file, images=sets[0].batch(range(12))["image"], prompts=names)
-    with texts.known(monkeypatch):
-        config = texts.config_of()
-        values = {"features": "classifier", "images": f"held_out, npz:{file}", "batch_size": 8}
-        evaluation = dataclasses.replace(config.evaluation, **values)
-        data = dataclasses.replace(config.data, held_out=8)
-        config = dataclasses.replace(config, evaluation=evaluation, data=data)
-        for kept in (12, 8):  # in one order or another, all or some of them
-            few = dataclasses.replace(evaluation, kept=kept, name=f"of_{kept}")
-            changed = dataclasses.replace(config, evaluation=few)
-            evaluator = Evaluator(changed, *sets, tmp_path, StopOnSignal(), SPACE)
-            results = evaluator.run(None)["results"]
-            for name in ("held_out", f"npz:{file}"):
-                metrics = results[name]["metrics"]
-                assert metrics["retrieval_1"] == metrics["retrieval_5"] == 1
-                assert metrics["retrieval_1_chance"] == pytest.approx(1 / kept)
+    config = texts.config_of()
+    values = {"features": "classifier", "images": f"held_out, npz:{file}", "batch_size": 8}
+    evaluation = dataclasses.replace(config.evaluation, **values)
+    data = dataclasses.replace(config.data, held_out=8)
+    config = dataclasses.replace(config, evaluation=evaluation, data=data)
+    for kept in (12, 8):  # in one order or another, all or some of them
+        few = dataclasses.replace(evaluation, kept=kept, name=f"of_{kept}")
+        changed = dataclasses.replace(config, evaluation=few)
+        evaluator = Evaluator(changed, *sets, tmp_path, StopOnSignal(), SPACE)
+        results = evaluator.run(None)["results"]
+        for name in ("held_out", f"npz:{file}"):
+            metrics = results[name]["metrics"]
+            assert metrics["retrieval_1"] == metrics["retrieval_5"] == 1
+            assert metrics["retrieval_1_chance"] == pytest.approx(1 / kept)
 
 
-def test_evaluation_in_training_has_captions(monkeypatch):
+def test_evaluation_in_training_has_captions():
     """Those of the real images that the stage is given."""
-    with texts.known(monkeypatch):
-        config, real = texts.config_of(), captioned(0, 8)
-        params = {"w": np.zeros(1, np.float32)}
-        stream = StageStream(config, 1, StagePreview(config, 1, real), params, 0)
-        captions = stream.captions(np.arange(stream.count))
+    config, real = texts.config_of(), numbered(0, 8)
+    params = {"w": np.zeros(1, np.float32)}
+    stream = StageStream(config, 1, StagePreview(config, 1, real), params, 0)
+    captions = stream.captions(np.arange(stream.count))
     assert len(captions) == 500 and sorted(captions[:8]) == real.caption(range(8))

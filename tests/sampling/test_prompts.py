@@ -9,6 +9,7 @@ import pytest
 
 import rdm_jax
 from rdm_jax import modes
+from rdm_jax.data import image_sets
 from rdm_jax.data.classes import Classes
 from rdm_jax.diffusion.guidance import Autoguidance
 from rdm_jax.modes import run
@@ -22,21 +23,21 @@ from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.workdir import Workdir
 from tests.support import texts
-from tests.support.configs import tiny_config
-from tests.support.texts import TEXT, Captioned, config_of, write_run
+from tests.support.configs import tiny_config, write_images
+from tests.support.texts import ENCODER, TEXT, captioned, config_of, write_run
 
 APPLE, CAT = "a red apple", "a sleeping cat"
 SEEDS = np.arange(11)
 
 
 @pytest.fixture(scope="module")
-def words():
-    with pytest.MonkeyPatch.context() as patch, texts.known(patch) as words:
-        yield words
+def encoder():
+    with pytest.MonkeyPatch.context() as patch:
+        yield texts.open_fake(patch)
 
 
 @pytest.fixture(scope="module")
-def workdir(words, tmp_path_factory):
+def workdir(encoder, tmp_path_factory):
     captions = {"training": (APPLE, "a dog"), "held_out": (CAT,)}
     return write_run(tmp_path_factory.mktemp("run"), config_of(), **captions)
 
@@ -121,22 +122,28 @@ def test_image_depends_on_its_prompt_only(relay):
 def test_long_prompts_are_refused(relay, workdir):
     """At once, if they are the config's."""
     long = "one two three four five"
-    with pytest.raises(InputError, match=f"{long}' is too long"):
+    with pytest.raises(InputError, match=f"{long}' has 5 tokens"):
         relay.sample(SEEDS, prompts=[APPLE, long])
-    with pytest.raises(InputError, match=f"{long}' is too long"):
+    with pytest.raises(InputError, match=f"{long}' has 5 tokens"):
         RelayPipeline(config_of(prompts=f"{APPLE}; {long}"), workdir)
 
 
-def test_held_out_prompts_need_held_out_images(words, tmp_path):
+def test_long_prompts_are_refused_before_training(encoder, tmp_path):
+    with pytest.raises(InputError, match="one two three four five' has 5 tokens"):
+        run(config_of(prompts="one two three four five"), tmp_path / "run")
+    assert not (tmp_path / "run/stage1").exists()
+
+
+def test_held_out_prompts_need_held_out_images(tmp_path):
     with pytest.raises(InputError, match="prompts='held_out' means .*config.data.held_out=0"):
         run(config_of(prompts="held_out"), tmp_path / "run")
 
 
-def test_prompts_are_encoded_once(relay, words):
-    words.encoded.clear()
+def test_prompts_are_encoded_once(relay, encoder):
+    encoder.calls.clear()
     for _ in range(2):
         relay.sample(SEEDS, prompts=["some words", "others"])
-    assert words.encoded == ["some words", "others"]
+    assert encoder.calls == [["some words", "others"]]
 
 
 def test_without_prompts_seeds_take_captions_of_the_run(workdir, tmp_path):
@@ -162,11 +169,11 @@ def test_load_and_sample(workdir):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"weights_hash": "other"}, "has other weights than the encoder words of the training"),
+        ({"weights_hash": "other"}, "has other weights than the encoder fake of the training"),
         (None, "stage1.checkpoint='newest' does not name the encoder of its text"),
     ],
 )
-def test_another_encoder_is_refused(tmp_path, words, change, says):
+def test_another_encoder_is_refused(tmp_path, encoder, change, says):
     folder = write_run(tmp_path, config_of(), text=change and TEXT | change)
     with pytest.raises(InputError, match=says):
         RelayPipeline(config_of(), folder)
@@ -188,7 +195,7 @@ def test_prompts_for_networks_that_know_classes_only(tmp_path):
         RelayPipeline(config, folder).sample(SEEDS, prompts=[APPLE])
 
 
-@pytest.mark.parametrize("files", ["npz", "png"])
+@pytest.mark.parametrize("files", ["npz", pytest.param("png", marks=pytest.mark.second)])
 def test_files_have_the_prompts(workdir, tmp_path, files):
     def write(**sampling):
         values = {"prompts": f"{APPLE}; {CAT}", "files": files} | sampling
@@ -216,7 +223,8 @@ def test_files_have_the_prompts(workdir, tmp_path, files):
         write(prompts=str(written), name="from_file")
 
 
-def test_classes_stand_beside_prompts(words, tmp_path):
+@pytest.mark.second
+def test_classes_stand_beside_prompts(encoder, tmp_path):
     folder = write_run(tmp_path, config_of(classes=True), training=(APPLE,), held_out=())
     made = RelayPipeline(config_of(classes=True, prompts=f"{APPLE}; {CAT}"), folder)
     assert made.classes == Classes(("a", "b")) and made.labels(SEEDS[:3]).tolist() == [0, 1, 0]
@@ -230,13 +238,11 @@ def test_classes_stand_beside_prompts(words, tmp_path):
     assert np.abs(one.astype(int) - other).max() > 0
 
 
-def test_preview_has_captions_of_real_images(words, tmp_path):
+def test_preview_has_captions_of_real_images(encoder, tmp_path):
     """Training runs no encoder: their embeddings are in the data."""
-    random = np.random.default_rng(0)
-    items = [(random.integers(0, 256, (8, 8, 3), np.uint8), i % 2) for i in range(6)]
     named = [f"image {i}" for i in range(6)]
-    real, config = Captioned(items, (8, 8, 3), ("a", "b"), named), config_of()
-    words.encoded.clear()
+    real, config = captioned(named), config_of()
+    encoder.calls.clear()
     for number in (1, 2):
         alone = StagePreview(config, number, real)
         params = alone._sampler._parts[0].network.init(jax.random.key(0))
@@ -246,9 +252,10 @@ def test_preview_has_captions_of_real_images(words, tmp_path):
         assert sorted(captions[:6]) == named and captions[6:] == captions[:5]
         alone.preview(params, tmp_path / "preview.png")
         assert alone.about["begins with"] == real.fingerprint and "labels" not in alone.about
-    assert words.encoded == []
+    assert encoder.calls == []
 
 
+@pytest.mark.second
 def test_guide_gets_the_prompts_too(workdir, tmp_path):
     """Of the same encoder, whether it knows them or not."""
     same = config_of(prompts=APPLE).with_stage(
@@ -272,10 +279,9 @@ def test_guide_gets_the_prompts_too(workdir, tmp_path):
         guides.check(other.stage(1), 3, Classes(("a", "b")))
 
 
-def test_training_keeps_the_captions(words, tmp_path, monkeypatch):
+def test_training_keeps_the_captions(tmp_path, monkeypatch):
     """Once its stages are conditioned on them."""
-    items = [(np.zeros((8, 8, 3), np.uint8), i % 2) for i in range(3)]
-    images = [Captioned(items, (8, 8, 3), ("a", "b"), list(names)) for names in ("abc", "cde")]
+    images = [captioned(names) for names in ("abc", "cde")]
     sets = {number: modes.Split(images[0], *images) for number in (1, 2)}
     monkeypatch.setattr(modes, "Trainer", None)
     for config, wanted in (
@@ -287,3 +293,29 @@ def test_training_keeps_the_captions(words, tmp_path, monkeypatch):
         with pytest.raises(TypeError):  # where training begins
             job.train(sets, None)
         assert read_captions(workdir.captions) == wanted
+
+
+@pytest.mark.second
+def test_captioned_folder_is_trained_and_sampled(encoder, tmp_path, monkeypatch):
+    """From .txt files beside the images to samples of prompts, and of captions without any."""
+    monkeypatch.setattr(image_sets, "open_encoder", lambda spec, tokens: ENCODER)
+    write_images(tmp_path / "images", count=12)
+    for number, path in enumerate(sorted((tmp_path / "images").glob("*/*.png"))):
+        path.with_suffix(".txt").write_text(f"image {number}")
+    config = config_of(prompts=f"{APPLE}; image 3", seeds="0-3")
+    data = {"directory": "", "captions": "txt", "text_tokens": 4, "held_out": 4}
+    source = f"folder:{tmp_path / 'images'}"
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, source=source, **data)
+    )
+    workdir = tmp_path / "run"
+    run(config, workdir)
+    kept = read_captions(Workdir(workdir).captions)
+    assert kept.complete and len(kept.training) == 8 and len(kept.held_out) == 4
+    with np.load(workdir / "samples/samples.npz") as file:
+        assert file["prompts"].tolist() == [APPLE, "image 3"] * 2
+    for prompts, taken in (("", kept.training), ("held_out", kept.held_out)):
+        sampling = dataclasses.replace(config.sampling, prompts=prompts, name=f"of_{prompts}")
+        run(dataclasses.replace(config, sampling=sampling), workdir, mode="sample")
+        with np.load(workdir / f"of_{prompts}/samples.npz") as file:
+            assert file["prompts"].tolist() == list(taken[:4])
