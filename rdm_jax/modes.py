@@ -190,7 +190,7 @@ class Job:
         first = sets[self.trained[0]]
         names = first.all.class_names
         validate.check_classes(self.config, names, self.trained)
-        texts = {number: getattr(sets[number].all, "text", None) for number in self.trained}
+        texts = {number: sets[number].all.text for number in self.trained}
         validate.check_captions(self.config, texts)
         self.check_guides(Classes(names), text_of(first.all))
         if distributed.is_primary():
