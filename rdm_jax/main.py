@@ -50,12 +50,17 @@ _CONFIG = define_config(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
 _MODE = flags.DEFINE_enum("mode", "all", (*MODES, "plan"), "What to do.")
 _STAGE = _define_integer(
-    "stage", None, "With --mode=train, import, export or plan: a stage, from 1.", lower_bound=1
+    "stage",
+    None,
+    "With --mode=train, import, export or plan: a stage, from 1; import and export without it take "
+    "a whole relay.",
+    lower_bound=1,
 )
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "With --mode=import: a .pkl, .pt, .pth or safetensors; with export: file to write.",
+    "With --mode=import: a .pkl, .pt, .pth or safetensors; with export: file to write; without "
+    "--stage the folder of a whole relay.",
 )
 _WEIGHTS_KEY = flags.DEFINE_string(
     "weights_key",

@@ -23,6 +23,7 @@ from rdm_jax.evaluation.report import write_report
 from rdm_jax.evaluation.stage_probe import StageProbe
 from rdm_jax.interop.import_export import export_stage
 from rdm_jax.interop.import_stage import import_stage
+from rdm_jax.interop.share import export_relay, import_relay
 from rdm_jax.render import contact_sheet
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
@@ -64,7 +65,9 @@ def run(
       workdir: folder of the run; created unless the mode needs an existing run.
       mode: one of `cli.run_flags.MODES`.
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
-      weights: the file to import (.pkl, .pt, .pth, safetensors) or to export to (safetensors).
+        None to import or export a whole relay, in a folder to share.
+      weights: the file to import (.pkl, .pt, .pth, safetensors) or to export to (safetensors); of a
+        whole relay, the folder.
       weights_key: with mode 'import', the network in the file; None for 'ema', or 'model_ema1' in
         JiT's.
       skip_bad: prepare without the images that cannot be used, and list them in the manifest,
@@ -98,6 +101,8 @@ def run(
     if mode == "report":
         return write_report(folder.path, reported)
     if mode == "import":
+        if stage is None:
+            return import_relay(weights_file, folder)
         return import_stage(config, stage, weights_file, folder, weights_key)
 
     evaluates = mode in ("all", "evaluate") or (
@@ -113,6 +118,8 @@ def run(
             folder.check_same_config(
                 config, trains=mode in ("all", "train"), allow_changes=allow_changes
             )
+        if mode == "export" and stage is None:
+            return export_relay(config, folder, weights_file)
         if mode == "export":
             return export_stage(config, stage, folder.path, weights_file)
         _work(Job(config, folder, mode, stage, stop, skip_bad, update, tuple(allow_changes)))

@@ -29,19 +29,21 @@ def check_flags(
             f"--stage={stage} does not go with --mode={mode}",
             "Use it with --mode=train, import or export.",
         )
-    if (stage is None and one_stage) or (stage is not None and not 0 < stage <= len(config.stages)):
+    if stage is not None and not 0 < stage <= len(config.stages):
         raise InputError(
             f"--stage={stage} with --mode={mode} is not a stage of the config", f"Use {numbers}."
         )
     if one_stage != bool(weights):
         raise InputError(
             f"--weights={weights} does not go with --mode={mode}",
-            "Pass the path of a file." if one_stage else "Use it with --mode=import or export.",
+            "Pass the path of a file, or without --stage of a folder."
+            if one_stage
+            else "Use it with --mode=import or export.",
         )
-    if weights_key is not None and mode != "import":
+    if weights_key is not None and (mode != "import" or stage is None):
         raise InputError(
             f"--weights_key={weights_key} does not go with --mode={mode}",
-            "Use it with --mode=import.",
+            "Use it with --mode=import and --stage.",
         )
     if update and mode != "prepare":
         raise InputError(f"--update does not go with --mode={mode}", "Use it with --mode=prepare.")

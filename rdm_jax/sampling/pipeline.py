@@ -1,7 +1,6 @@
 """The relay pipeline: the stages of a run, sampled one after the other."""
 
 import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +12,12 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 from rdm_jax.checkpoints import averages, folders, store
 from rdm_jax.config import Config, to_dict, validate
-from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.data.postprocess import postprocess
 from rdm_jax.diffusion import guidance
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.ranges import parse_numbers
 from rdm_jax.sampling import guides
 from rdm_jax.sampling.captions import Captions, mark, read_captions
@@ -29,6 +26,9 @@ from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.prompts import FIELD, KEPT, Prompts, choose, no_text, takes_text, uses_classes
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
 from rdm_jax.workdir import Workdir
+
+# What a checkpoint says of where its parameters come from.
+ORIGINS = ("validation_loss", "imported", "shared", "started_from")
 
 
 class Begun(NamedTuple):
@@ -126,7 +126,7 @@ class RelayPipeline:
         self._stages.append((sampler, params))
         loaded = {
             "step": step,
-            **{k: about[k] for k in ("validation_loss", "imported", "started_from") if k in about},
+            **{k: about[k] for k in ORIGINS if k in about},
         }
         if chosen.snapshots:
             loaded["snapshots"] = chosen.snapshots
@@ -364,22 +364,3 @@ def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, 
                     f"another network ({was!r})",
                     f"Use {was!r}.",
                 )
-
-
-def load(workdir: str | os.PathLike, **overrides: Any) -> RelayPipeline:
-    """The trained stages of a run.
-
-    Args:
-      workdir: of the run.
-      overrides: other values of its config, as for `load_config`:
-        `load("runs/digits", sampling={"labels": "3"}, stage1={"guidance": 1.5})`.
-
-    Raises:
-      InputError: there is no run, or as `load_config` and `RelayPipeline` do.
-    """
-    folder = local_path(workdir, "workdir")
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"workdir={os.fspath(workdir)!r} has no config.json", "Use the folder of a trained run."
-        )
-    return RelayPipeline(load_config(str(folder), **overrides), folder)

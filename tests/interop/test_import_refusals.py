@@ -128,7 +128,10 @@ def test_import_overwrites_nothing(imported):
     ("flags", "message"),
     [
         ({"mode": "import", "stage": 1}, "--weights=None does not go with --mode=import"),
-        ({"mode": "import", "weights": "x.pkl"}, "--stage=None with --mode=import"),
+        (
+            {"mode": "import", "weights": "x.pkl"},
+            "x.pkl is not a shared relay: it has no relay.json",
+        ),
         ({"mode": "export", "stage": 3, "weights": "x"}, "--stage=3"),
         ({"mode": "train", "weights": "x.pkl"}, "--weights=x.pkl does not go with --mode=train"),
         ({"mode": "import", "stage": 1, "weights": "no/such.pkl"}, "no/such.pkl"),

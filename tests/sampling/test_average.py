@@ -16,8 +16,9 @@ from rdm_jax.config.load import load_config
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling import earlier
+from rdm_jax.sampling.load import load
 from rdm_jax.sampling.made_with import describe, differences, same_settings
-from rdm_jax.sampling.pipeline import RelayPipeline, load
+from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.training.step import init_state
 from rdm_jax.workdir import Workdir
 from tests.support.configs import tiny_config, write_images

@@ -22,6 +22,7 @@ from rdm_jax.models.conditions import Nothing
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling import pipeline, stage_sampler
+from rdm_jax.sampling.load import load
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.workdir import Workdir
 from tests.support.configs import tiny_config, write_images
@@ -380,10 +381,10 @@ def test_load_takes_a_run_in_the_home_folder(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     Workdir(tmp_path / "run").write_config(tiny_config("images"))
     with pytest.raises(InputError, match=f"no checkpoint in {tmp_path}/run/stage1/checkpoints"):
-        pipeline.load("~/run")
+        load("~/run")
 
 
 def test_load_refuses_what_is_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="workdir='digits' has no config.json"):
-        pipeline.load("digits")  # a packaged config
+        load("digits")  # a packaged config
