@@ -23,7 +23,10 @@ from tests.support.captions import (
 )
 from tests.support.small_networks import parameters
 
-EACH = pytest.mark.parametrize("name", NETWORKS)
+SECOND = pytest.mark.second
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[SECOND] * (name == "song")) for name in NETWORKS]
+)
 
 
 def run(name, params, x, time, condition, **options):

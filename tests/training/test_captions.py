@@ -95,6 +95,7 @@ def test_checkpoints_say_which_captions_they_know(trained):
     assert text == TextSpec()._asdict()
 
 
+@pytest.mark.second
 def test_captions_are_not_read_by_a_stage_without_them(tmp_path):
     """Its batches and checkpoints are those of images without captions."""
     trainer = train(tmp_path / "stage1", config(Nothing(), images=32), captioned_set())
@@ -102,6 +103,7 @@ def test_captions_are_not_read_by_a_stage_without_them(tmp_path):
     assert "text" not in folders.read_about(newest(trainer.directory))
 
 
+@pytest.mark.second
 def test_training_with_classes_and_captions(tmp_path):
     both = dataclasses.replace(CONDITION, classes=True)
     trainer = train(tmp_path / "stage1", config(both, images=32), captioned_set())
@@ -170,6 +172,7 @@ def test_start_from_refuses_captions_of_another_encoder(trained, tmp_path):
         train(tmp_path / "stage1", config(start_from=start_from), other)
 
 
+@pytest.mark.second
 def test_start_from_takes_over_what_is_known_of_captions(trained, tmp_path):
     values = config(start_from=str(newest(trained.directory)), images=16, learning_rate=1e-8)
     trainer = train(tmp_path / "stage1", values, captioned_set())
