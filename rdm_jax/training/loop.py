@@ -77,7 +77,7 @@ class Trainer:
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
         self._number, self._seed = number, config.seed
-        check_captions(config, {number: getattr(source, "text", None)})
+        check_captions(config, {number: source.text})
         self._mode = config.parallel.mode
         self._workers = config.data.workers
         self._worker_timeout = config.data.worker_timeout
