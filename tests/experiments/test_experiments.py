@@ -54,6 +54,7 @@ def test_variants_compare_methods_on_equal_terms():
     assert counts[1] - counts[0] == stem and counts[2] == counts[0]
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(
     ("config", "of_relay"), [("digits", [200, 400, 600]), ("emoji", [10416, 20832, 31250])]
 )

@@ -77,6 +77,7 @@ def test_imported_relay_has_the_parameters_to_bfloat16(workdir, relay, tmp_path)
         run(config_of(), tmp_path / "mine", mode="import", weights=str(relay))
 
 
+@pytest.mark.second
 def test_shared_relay_samples_as_the_imported_one(relay, tmp_path):
     loaded = rdm_jax.load(relay)
     assert loaded.captions.training == ("a red disc",)

@@ -88,6 +88,7 @@ def test_stem_is_as_wide_as_level_0():
     assert abstract["map_layer0"]["kernel"].shape == (4, 16)
 
 
+@pytest.mark.second
 def test_output_is_zero_at_initialisation(init, smallest):
     apply, _ = smallest
     params = init(jax.random.key(0))

@@ -274,7 +274,7 @@ def test_attention_implementation_by_device(device, dtype, width, wanted, monkey
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
-        lambda q, k, v, implementation: used.append(implementation) or q,
+        lambda q, k, v, implementation, **_: used.append(implementation) or q,
     )
     q = jnp.zeros((1, 4, 1, width), dtype)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])

@@ -59,6 +59,7 @@ def test_kernel_is_plain_attention_with_its_gradients(heads, pixels):
     chex.assert_trees_all_close(both(in_kernel), both(plain), atol=2e-5)
 
 
+@pytest.mark.second
 def test_kernel_in_bfloat16_is_as_exact_as_plain_attention():
     heads = HeadGroups(2, 64)
     x, cotangent = values((1, 256, 384), 0), values((1, 256, 128), 1)

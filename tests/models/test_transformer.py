@@ -69,7 +69,11 @@ def test_transformer_parameters_as_published(size, patch, count):
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, WITH_PIXELS, WITH_PIXELS | {"pixel_fold": 2}],
+    [
+        {},
+        pytest.param(WITH_PIXELS, marks=SECOND),
+        WITH_PIXELS | {"pixel_fold": 2},
+    ],
     ids=["tokens", "pixels", "cells"],
 )
 def test_transformer_of_any_grid_sees_all_pixels_of_its_image_alone(height, width, options):

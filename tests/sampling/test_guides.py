@@ -102,7 +102,9 @@ def denoised(config: Config, params, x, sigma, loaded=(), labels=LABELS):
     return jax.jit(denoise)(everything, x)
 
 
-@pytest.mark.parametrize("named", ["stage1", "stage1/checkpoints/7"])
+@pytest.mark.parametrize(
+    "named", [pytest.param("stage1", marks=pytest.mark.second), "stage1/checkpoints/7"]
+)
 def test_guide_of_another_family_follows_the_formula(folders, named):
     path, x = str(folders / "other" / named), jax.random.normal(jax.random.key(0), (4, 4, 4, 3))
     config = guided(Autoguidance(1.5, path, (0.1, 2.0)))

@@ -83,6 +83,7 @@ def test_stage_sampler_scan_equals_loop(case, monkeypatch):
     assert np.all(looped.finite)
 
 
+@pytest.mark.second
 def test_stopped_stage_hands_over_its_state():
     """Not clipped, at its noise level; its image is the denoised state."""
     sampler, params, *args = make("stopped")

@@ -137,6 +137,7 @@ def test_stage_sampler_on_several_devices(kind):
     assert sharding.collectives(jax.jit(sample).lower(spread, *shared).compile()) == {}
 
 
+@pytest.mark.second
 def test_cascade_is_conditioned_on_its_own_image():
     _, params, low, given, seeds = make("cascade")
     low_again = np.concatenate([low[:4], low[4:] + 0.1])

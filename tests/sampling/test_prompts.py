@@ -195,7 +195,8 @@ def test_prompts_for_networks_that_know_classes_only(tmp_path):
         RelayPipeline(config, folder).sample(SEEDS, prompts=[APPLE])
 
 
-@pytest.mark.parametrize("files", ["npz", pytest.param("png", marks=pytest.mark.second)])
+@pytest.mark.second
+@pytest.mark.parametrize("files", ["npz", "png"])
 def test_files_have_the_prompts(workdir, tmp_path, files):
     def write(**sampling):
         values = {"prompts": f"{APPLE}; {CAT}", "files": files} | sampling
@@ -238,6 +239,7 @@ def test_classes_stand_beside_prompts(encoder, tmp_path):
     assert np.abs(one.astype(int) - other).max() > 0
 
 
+@pytest.mark.second
 def test_preview_has_captions_of_real_images(encoder, tmp_path):
     """Training runs no encoder: their embeddings are in the data."""
     named = [f"image {i}" for i in range(6)]

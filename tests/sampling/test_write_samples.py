@@ -227,7 +227,7 @@ def test_samples_of_other_classes_are_refused(tmp_path, files):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("files", ["npz", "png"])
+@pytest.mark.parametrize("files", ["npz", pytest.param("png", marks=pytest.mark.second)])
 def test_sampling_killed_while_writing_resumes(tmp_path, files, monkeypatch):
     def killed(*_, **__):
         raise SystemError("killed")

@@ -85,11 +85,13 @@ def denoised(trainer, condition):
     return np.asarray(denoise(x, jnp.full(images, sigma)).mean((1, 2, 3)))
 
 
+@pytest.mark.second
 def test_training_learns_what_captions_say(trained):
     black, white = denoised(trained, CONDITION.encode(text_batch([2, 3])))
     assert black < -0.8 and white > 0.8
 
 
+@pytest.mark.second
 def test_checkpoints_say_which_captions_they_know(trained):
     text = folders.read_about(newest(trained.directory))["text"]
     assert text == TextSpec()._asdict()
@@ -159,12 +161,14 @@ def test_config_refuses_networks_that_see_no_captions(network, message):
         validate.check_config(values, evaluates=False)
 
 
+@pytest.mark.second
 def test_resume_refuses_captions_of_another_encoder(trained):
     other = captioned_set(TextSpec(encoder="letters", weights_hash="4567"))
     with pytest.raises(InputError, match="stage1 is trained with captions of .*'letters'.*'words'"):
         train(trained.directory, config(images=6400), other)
 
 
+@pytest.mark.second
 def test_start_from_refuses_captions_of_another_encoder(trained, tmp_path):
     other = captioned_set(TextSpec(weights_hash="4567"))
     start_from = str(newest(trained.directory))
@@ -172,6 +176,7 @@ def test_start_from_refuses_captions_of_another_encoder(trained, tmp_path):
         train(tmp_path / "stage1", config(start_from=start_from), other)
 
 
+@pytest.mark.second
 @pytest.mark.second
 def test_start_from_takes_over_what_is_known_of_captions(trained, tmp_path):
     values = config(start_from=str(newest(trained.directory)), images=16, learning_rate=1e-8)

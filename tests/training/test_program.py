@@ -169,6 +169,7 @@ def check_trained(how, size):
     assert difference(state.averages, wanted.averages) < 1e-5
 
 
+@pytest.mark.second
 def test_training_changes_parameters(size):
     assert difference(on_one_device(size)[0].params, before(size).params) > 1e-2
 
@@ -233,7 +234,7 @@ def test_collectives_are_gradients_only():
 @pytest.mark.parametrize(
     "how",
     [
-        {"devices": 8, "fsdp": 4},
+        pytest.param({"devices": 8, "fsdp": 4}, marks=pytest.mark.second),
         pytest.param({"devices": 8, "fsdp": 4, "size": "two levels"}, marks=pytest.mark.second),
         pytest.param(
             {"devices": 8, "fsdp": 8, "remat": "convolutions", "size": "two levels"},

@@ -166,7 +166,8 @@ def test_accumulate_uses_all_devices():
     chex.assert_trees_all_close(compiled(*shared)[1], whole, rtol=2e-5)
 
 
-@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.second)])
+@pytest.mark.second
+@pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulate_matches_whole_batch(accumulate):
     step, state = step_and_state()
     in_parts, _ = step_and_state(accumulate)
