@@ -110,6 +110,13 @@ class ImageSet(Sequence):
         chosen = np.asarray(indices) if self._chosen is None else self._chosen[np.asarray(indices)]
         return self._texts.captions_of(chosen)
 
+    def labels(self) -> np.ndarray:
+        """The class of every image, int32 (n,), -1 for none; no image is decoded."""
+        chosen = np.arange(len(self)) if self._chosen is None else self._chosen
+        if self._cached:
+            return self._cached["label"][chosen]
+        return np.asarray([self._items.label(int(index)) for index in chosen], np.int32)
+
     def add_text(self, texts: TextTable | None) -> None:
         """Adds captions, one per image; batches then have them, those of sums too."""
         self.text, self._texts = (texts.spec if texts else None), texts

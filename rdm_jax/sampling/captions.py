@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +13,40 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, parse_json
 
+Pair = tuple[str, str]  # a caption, and the name of a class
 VERSION = 1
 MOST = 4096  # captions of each kind that are kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Captions:
-    """Captions of a run, each once and in a fixed random order.
+    """Captions of a run in a fixed random order, each once with each class of its images.
 
     Attributes:
       training: of images that the run was trained on.
       held_out: of held-out images, without those of images that the run was trained on.
       complete: whether `training` has every caption that the run was trained on.
+      training_classes, held_out_classes: the name of the class beside each caption; () if there
+        are no classes, or an earlier version wrote the captions.
     """
 
     training: tuple[str, ...]
     held_out: tuple[str, ...] = ()
     complete: bool = True
+    training_classes: tuple[str, ...] = ()
+    held_out_classes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, training: Iterable[str], held_out: Iterable[str] = ()) -> "Captions":
+    def of(cls, training: Iterable[Pair], held_out: Iterable[Pair] = ()) -> "Captions":
         """The captions of training and held-out images, at most `MOST` of each kind.
 
-        Images without a caption have ''.
+        Images without a caption have '', and so have those without a class.
         """
-        seen = {caption for caption in training if caption}
-        known = {plain(caption) for caption in seen}
-        unseen = {caption for caption in held_out if caption and plain(caption) not in known}
-        return cls(_some(seen), _some(unseen), complete=len(seen) <= MOST)
+        seen = {pair for pair in training if pair[0]}
+        known = {plain(caption) for caption, _ in seen}
+        unseen = {pair for pair in held_out if pair[0] and plain(pair[0]) not in known}
+        (learnt, classes), (others, their_classes) = _some(seen), _some(unseen)
+        return cls(learnt, others, len(seen) <= MOST, classes, their_classes)
 
     def are_held_out(self, prompts: Iterable[str]) -> list[bool]:
         """Whether the run was certainly not trained on each prompt as a caption.
@@ -71,11 +77,15 @@ def read_captions(path: Path) -> Captions | None:
         return None
     try:
         values = parse_json(path.read_bytes())
-        parts = [values[name] for name in ("training", "held_out")]
-        texts = all(type(text) is str for part in parts for text in part)
+        parts = {name: tuple(values[name]) for name in ("training", "held_out")}
+        classes = {f"{name}_classes": tuple(values.get(f"{name}_classes", ())) for name in parts}
+        texts = all(type(text) is str for part in (parts | classes).values() for text in part)
         if values["version"] != VERSION or not texts or type(values["complete"]) is not bool:
             raise ValueError("it has other fields")
-        return Captions(*map(tuple, parts), complete=values["complete"])
+        for name, part in parts.items():
+            if len(classes[f"{name}_classes"]) not in (0, len(part)):
+                raise ValueError(f"it has {len(part)} captions and other classes")
+        return Captions(**parts, **classes, complete=values["complete"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} cannot be read as the captions of a run ({error})",
@@ -110,7 +120,19 @@ def plain(caption: str) -> str:
     return " ".join(caption.casefold().split())
 
 
-def _some(captions: set[str]) -> tuple[str, ...]:
-    ordered: Sequence[str] = sorted(captions)
+def pairs_of(images: ImageSet) -> list[Pair]:
+    """The caption of each image of a set, and the name of its class; '' where there is none."""
+    captions = captions_of(images) or []
+    if not images.class_names:
+        return [(caption, "") for caption in captions]
+    names = (*images.class_names, "")  # an image without a class has the label -1
+    labels = images.labels().tolist()
+    return [(caption, names[label]) for caption, label in zip(captions, labels, strict=True)]
+
+
+def _some(pairs: set[Pair]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    ordered = sorted(pairs)
     chosen = np.random.default_rng(0).permutation(len(ordered))[:MOST]
-    return tuple(ordered[i] for i in chosen)
+    some = [ordered[i] for i in chosen]
+    classes = tuple(name for _, name in some)
+    return tuple(caption for caption, _ in some), classes if any(classes) else ()

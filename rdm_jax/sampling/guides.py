@@ -18,7 +18,7 @@ from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.models.functional import Network
 from rdm_jax.runtime import distributed, sharding
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling.prompts import OF_TOKENS, uses_classes
+from rdm_jax.sampling.prompts import OF_TOKENS, takes_text, uses_classes
 
 
 class Guide(NamedTuple):
@@ -134,6 +134,25 @@ def check(
         if classes is not None:
             _check_same_classes(record, classes)
             _check_same_text(record, text)
+
+
+def depends_on_classes(stage: Stage, classes: int) -> bool:
+    """Whether a stage's images depend on their class: by its condition, or beside text a guide's.
+
+    Without text, an unconditional stage and its guides are sampled without classes.
+
+    Args:
+      stage: that is sampled.
+      classes: that its network knows; 0 for none.
+
+    Raises:
+      InputError: as `records` does.
+    """
+    conditions = [stage.condition_for(classes)]
+    if takes_text(stage):
+        guided_by = records(stage)
+        conditions += [each.stage.condition_for(len(each.classes)) for each in guided_by]
+    return any(map(uses_classes, conditions))
 
 
 def multiply_adds(stage: Stage, channels: int, classes: int, one_pass: int | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,18 @@ FIELD, ENCODER = "config.sampling.prompts", "config.data.text_encoder"
 HELD_OUT = "held_out"  # the value that means the run's held-out captions
 OF_TOKENS = ("weights_hash", "tokens", "width")  # what embeddings depend on
 KEPT = 4096  # encoded prompts that are kept, as many images may have the same
+
+
+class Listed(NamedTuple):
+    """Prompts that seeds take in turn.
+
+    Attributes:
+      texts: the prompts.
+      classes: the name of the class that belongs to each, '' for none; () if none is known.
+    """
+
+    texts: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
 
 def takes_text(stage: Stage) -> bool:
@@ -73,9 +85,26 @@ def check_prompts(config: Config, *, encode: bool) -> None:
             f"{FIELD}={value!r} means captions of held-out images, and config.data.held_out=0",
             "Give other prompts.",
         )
+    if any(takes_text(stage) and uses_classes(stage.condition) for stage in config.stages):
+        check_labels(config)
     if prompts and encode:
         encoder = open_encoder(config.data.text_encoder, config.data.text_tokens, ENCODER)
         encoder(prompts[:KEPT])
+
+
+def check_labels(config: Config) -> None:
+    """Refuses prompts of the config that would have no class, where images depend on both."""
+    value, sampling = config.sampling.prompts, config.sampling
+    if parse_prompts(value) and sampling.labels == "balanced" and not sampling.low:
+        raise no_classes(f"{FIELD}={value!r:.60}")
+
+
+def no_classes(field: str) -> InputError:
+    """The refusal of prompts without classes: no network is trained with text and no class."""
+    return InputError(
+        f"{field} has no classes, on which the images depend, too",
+        "Set --config.sampling.labels to classes, or to 'random'.",
+    )
 
 
 def no_text(field: str) -> InputError:
@@ -114,28 +143,33 @@ def _lines(path: str) -> list[str]:
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
-def choose(config: Config, captions: Captions | None) -> tuple[str, ...]:
+def choose(config: Config, captions: Captions | None, *, classes: bool) -> Listed:
     """The prompts of a run's samples: those of `sampling.prompts`, or captions of the run.
 
     Args:
       config: of the run.
       captions: of the run; None if its workdir has none.
+      classes: whether a caption is listed once with each of its classes, instead of once.
 
     Raises:
       InputError: as `parse_prompts` does, or the run has no such captions.
     """
     value = config.sampling.prompts
     if given := parse_prompts(value):
-        return given
+        return Listed(given)
     held_out = value.strip() == HELD_OUT
-    listed = captions and (captions.held_out if held_out else captions.training)
-    if not listed:
+    listed = Listed(())
+    if captions and held_out:
+        listed = Listed(captions.held_out, captions.held_out_classes)
+    elif captions:
+        listed = Listed(captions.training, captions.training_classes)
+    if not listed.texts:
         raise InputError(
             f"{FIELD}={value!r} means the {'held-out ' if held_out else ''}captions of the run, "
             "and its workdir has none",
             f"Give prompts, such as --{FIELD}='a red apple; a sleeping cat'.",
         )
-    return listed
+    return listed if classes else Listed(tuple(dict.fromkeys(listed.texts)))
 
 
 class Prompts:

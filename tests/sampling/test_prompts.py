@@ -97,7 +97,7 @@ def test_bad_prompts_are_refused(tmp_path, monkeypatch, text, written, says):
 
 def test_seeds_take_prompts_in_turn(relay):
     assert relay.prompts(np.asarray([0, 1, 2, 5])) == [APPLE, CAT, APPLE, CAT]
-    assert relay.listed_prompts == (APPLE, CAT) and relay.text == TEXT and not len(relay.classes)
+    assert relay.listed.texts == (APPLE, CAT) and relay.text == TEXT and not len(relay.classes)
 
 
 def test_image_depends_on_its_prompt_only(relay):
@@ -223,21 +223,6 @@ def test_files_have_the_prompts(workdir, tmp_path, files):
         write(prompts=str(written), name="from_file")
 
 
-@pytest.mark.second
-def test_classes_stand_beside_prompts(encoder, tmp_path):
-    folder = write_run(tmp_path, config_of(classes=True), training=(APPLE,), held_out=())
-    made = RelayPipeline(config_of(classes=True, prompts=f"{APPLE}; {CAT}"), folder)
-    assert made.classes == Classes(("a", "b")) and made.labels(SEEDS[:3]).tolist() == [0, 1, 0]
-    assert made.captions_below(SEEDS[:2]) == [f"{APPLE} (a)", f"{CAT} [held out] (b)"]
-    (_, one), (_, other) = (
-        RelayPipeline(config_of(classes=True, prompts=APPLE, labels=label), folder).sample(
-            SEEDS[:2]
-        )
-        for label in "ab"
-    )
-    assert np.abs(one.astype(int) - other).max() > 0
-
-
 def test_preview_has_captions_of_real_images(encoder, tmp_path):
     """Training runs no encoder: their embeddings are in the data."""
     named = [f"image {i}" for i in range(6)]
@@ -268,9 +253,6 @@ def test_guide_gets_the_prompts_too(workdir, tmp_path):
     )
     # The guide is the network itself, but for rounding.
     np.testing.assert_allclose(guided.astype(int), plain, atol=1)
-    write_run(tmp_path / "classes", tiny_config("images"), text=None)
-    by_classes = same.with_stage(1, guidance=(Autoguidance(1.5, f"{tmp_path}/classes/stage1"),))
-    assert np.abs(RelayPipeline(by_classes, workdir).sample(SEEDS[:2])[1] - plain.astype(int)).max()
     write_run(tmp_path / "other", config_of(), text=TEXT | {"weights_hash": "other"})
     other = same.with_stage(1, guidance=(Autoguidance(1.5, f"{tmp_path}/other/stage1"),))
     with pytest.raises(InputError, match="the guide knows text of .*'other'.*, the stage of"):
@@ -286,7 +268,7 @@ def test_training_keeps_the_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(modes, "Trainer", None)
     for config, wanted in (
         (tiny_config("images"), None),
-        (config_of(), Captions.of("abc", "de")),
+        (config_of(), Captions.of(["aa", "bb", "ca"], ["db", "ea"])),
     ):
         workdir = Workdir(tmp_path)
         job = modes.Job(config, workdir, "train", None, StopOnSignal(), False, False, ())
