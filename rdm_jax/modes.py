@@ -18,6 +18,7 @@ from rdm_jax.config import Config, Stage, changes, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.data.text_table import TextSpec
 from rdm_jax.evaluation.evaluator import Evaluator, generates, needs_data
 from rdm_jax.evaluation.report import write_report
 from rdm_jax.evaluation.stage_probe import StageProbe
@@ -31,7 +32,7 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import guides
-from rdm_jax.sampling.captions import Captions, pairs_of, text_of
+from rdm_jax.sampling.captions import Captions, pairs_of
 from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.pipeline import RelayPipeline
@@ -199,7 +200,7 @@ class Job:
         validate.check_classes(self.config, names, self.trained)
         texts = {number: sets[number].all.text for number in self.trained}
         validate.check_captions(self.config, texts)
-        self.check_guides(Classes(names), text_of(first.all))
+        self.check_guides(Classes(names), first.all.text)
         if self.mode == "all" and any(
             guides.depends_on_classes(stage, len(names)) for stage in self.config.stages
         ):
@@ -223,9 +224,7 @@ class Job:
             unseen = pairs_of(held_out) if held_out else ()
             Captions.of(pairs_of(images), unseen).write(self.workdir.captions)
 
-    def check_guides(
-        self, classes: Classes | None = None, text: dict[str, Any] | None = None
-    ) -> None:
+    def check_guides(self, classes: Classes | None = None, text: TextSpec | None = None) -> None:
         """Refuses guides that cannot guide the stages to train, whose previews need them."""
         for number in self.trained:
             guides.check(self.config.stage(number), self.config.data.channels, classes, text)

@@ -4,10 +4,8 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.runtime.errors import InputError
@@ -98,23 +96,6 @@ def mark(caption: str, held_out: bool) -> str:
     return f"{caption} [held out]" if held_out else caption
 
 
-def captions_of(images: ImageSet, indices: Int[np.ndarray, " n"] | None = None) -> list[str] | None:
-    """The captions of images of a set, '' for none; None if the set has no captions.
-
-    Args:
-      images: the set.
-      indices: of the images; None for all.
-    """
-    if text_of(images) is None:
-        return None
-    return list(images.caption(np.arange(len(images)) if indices is None else indices))
-
-
-def text_of(images: ImageSet) -> dict[str, Any] | None:
-    """What a checkpoint says of the text that it was trained with; None without captions."""
-    return images.text and images.text._asdict()
-
-
 def plain(caption: str) -> str:
     """A caption to compare: case and spaces do not matter."""
     return " ".join(caption.casefold().split())
@@ -122,7 +103,7 @@ def plain(caption: str) -> str:
 
 def pairs_of(images: ImageSet) -> list[Pair]:
     """The caption of each image of a set, and the name of its class; '' where there is none."""
-    captions = captions_of(images) or []
+    captions = images.caption() or []
     if not images.class_names:
         return [(caption, "") for caption in captions]
     names = (*images.class_names, "")  # an image without a class has the label -1

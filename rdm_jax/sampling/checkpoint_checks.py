@@ -6,6 +6,7 @@ from typing import Any
 
 from rdm_jax.config import Config, to_dict
 from rdm_jax.data.classes import Classes, matched
+from rdm_jax.data.text_table import TextSpec, same_text, spec_of
 from rdm_jax.diffusion import guidance
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling.prompts import FIELD, no_text, takes_text
@@ -28,10 +29,8 @@ def common_classes(config: Config, known: list[Classes], first: int) -> Classes:
     return common
 
 
-def common_text(
-    config: Config, abouts: Sequence[dict[str, Any]], first: int
-) -> dict[str, Any] | None:
-    """What the checkpoints say of their text; None if no stage takes text.
+def common_text(config: Config, abouts: Sequence[dict[str, Any]], first: int) -> TextSpec | None:
+    """How the captions of all stages are embedded; None if no stage takes text.
 
     Raises:
       InputError: a checkpoint does not say, they differ, or there are prompts and no stage takes
@@ -41,19 +40,20 @@ def common_text(
     for number, about in enumerate(abouts, first):
         if takes_text(config.stage(number)):
             field = f"config.stage{number}.checkpoint={config.stage(number).checkpoint!r}"
-            if not about.get("text"):
+            text = spec_of(about)
+            if text is None:
                 raise InputError(
                     f"{field} does not name the encoder of its text",
                     "Use a checkpoint that was trained with captions.",
                 )
-            found[field] = about["text"]
+            found[field] = text
     if not found:
         if config.sampling.prompts:
             raise no_text(f"{FIELD}={config.sampling.prompts!r:.60}")
         return None
     common = next(iter(found.values()))
     for field, text in found.items():
-        if text != common:
+        if not same_text(text, common):
             raise InputError(
                 f"{field} knows text of {text}, another stage of {common}",
                 "Use checkpoints of the same encoder.",

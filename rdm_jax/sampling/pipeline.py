@@ -14,6 +14,7 @@ from rdm_jax.checkpoints import averages, folders, store
 from rdm_jax.config import Config, validate
 from rdm_jax.data.classes import Classes, of_checkpoint
 from rdm_jax.data.postprocess import postprocess
+from rdm_jax.data.text_table import TextSpec, spec_of
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
@@ -73,8 +74,8 @@ class RelayPipeline:
       classes: the classes that the networks know, from their checkpoints; none if no image depends
         on them.
       checkpoints: what was loaded, as JSON.
-      text: what the checkpoints say of the text that the networks know, as JSON: 'encoder',
-        'weights_hash', 'tokens' and 'width'; None if no stage is conditioned on text.
+      text: how the captions that the networks know are embedded; None if no stage is conditioned
+        on text.
       captions: of the run; None if its workdir has none.
 
     Raises:
@@ -83,7 +84,7 @@ class RelayPipeline:
         them, or the encoder of text is another one.
     """
 
-    text: dict[str, Any] | None = None
+    text: TextSpec | None = None
     captions: Captions | None = None
 
     def __init__(self, config: Config, workdir: Path):
@@ -131,7 +132,7 @@ class RelayPipeline:
         # All processes restore together, replicated over all devices; then each takes its own copy.
         abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
         params = sharding.on_this_process(chosen.read(abstract), self.mesh)
-        loaded_guides = guides.load(stage, channels, of_checkpoint(about), about.get("text"))
+        loaded_guides = guides.load(stage, channels, of_checkpoint(about), spec_of(about))
         sampler = StageSampler(
             stage,
             network,

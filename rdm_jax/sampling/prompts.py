@@ -1,12 +1,13 @@
 """Prompts: read from the config, a file or a run's captions, and encoded for the networks."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rdm_jax.config import Config, Stage
+from rdm_jax.data.text_table import TextSpec, same_text
 from rdm_jax.models.conditions import Condition
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
@@ -15,7 +16,6 @@ from rdm_jax.text.encoders import TextEncoder, open_encoder
 
 FIELD, ENCODER = "config.sampling.prompts", "config.data.text_encoder"
 HELD_OUT = "held_out"  # the value that means the run's held-out captions
-OF_TOKENS = ("weights_hash", "tokens", "width")  # what embeddings depend on
 KEPT = 4096  # encoded prompts that are kept, as many images may have the same
 
 
@@ -37,8 +37,8 @@ def takes_text(stage: Stage) -> bool:
 
 
 def uses_classes(condition: Condition) -> bool:
-    """Whether a condition that is bound to data depends on the classes of images."""
-    return condition.spec is not None and getattr(condition, "classes", True)
+    """Whether a condition depends on the classes of images."""
+    return "label" in condition.inputs
 
 
 def parse_prompts(text: str) -> tuple[str, ...]:
@@ -177,19 +177,19 @@ class Prompts:
 
     Args:
       config: of the run; `data.text_encoder` is opened.
-      about: of the text in the run's checkpoints: 'encoder', 'weights_hash', 'tokens', 'width'.
+      text: how the captions of the run's training are embedded.
 
     Raises:
       InputError: the encoder cannot be opened, or is another one than that of the training.
     """
 
-    def __init__(self, config: Config, about: Mapping[str, Any]):
-        spec = config.data.text_encoder
-        encoder: TextEncoder = open_encoder(spec, about["tokens"], ENCODER)
-        if encoder.weights_hash != about["weights_hash"]:
+    def __init__(self, config: Config, text: TextSpec):
+        name = config.data.text_encoder
+        encoder: TextEncoder = open_encoder(name, text.tokens, ENCODER)
+        found = TextSpec(encoder.name, encoder.weights_hash, encoder.tokens, encoder.width)
+        if not same_text(found, text):
             raise InputError(
-                f"{ENCODER}={spec!r} has other weights than the encoder "
-                f"{about['encoder']} of the training",
+                f"{ENCODER}={name!r} is {found}, and the run was trained with {text}",
                 "Use the encoder that the run was trained with.",
             )
         self._encoder = encoder
