@@ -86,6 +86,7 @@ class RelayPipeline:
 
     text: TextSpec | None = None
     captions: Captions | None = None
+    _listed_are_encoded = False
 
     def __init__(self, config: Config, workdir: Path):
         self.config, self.mesh = config, sharding.local_mesh()
@@ -111,9 +112,20 @@ class RelayPipeline:
             self.captions = read_captions(self._captions_file)
             self._prompts = Prompts(config, self.text)
             if config.sampling.prompts:  # refused now, not after hours
-                seeds = parse_numbers(config.sampling.seeds, "config.sampling.seeds")
-                self._prompts.encode(self.prompts(np.asarray(seeds[:KEPT])))
-                self.labels(np.asarray(seeds[:1]))
+                self.labels(np.zeros(1, np.int64))
+                self._encode_listed()
+
+    def _encode_listed(self) -> None:
+        """Encodes the prompts of the config's seeds, and frees the encoder's memory for sampling.
+
+        Of more than `KEPT` prompts the rest is encoded batch by batch, and the encoder stays.
+        """
+        seeds = parse_numbers(self.config.sampling.seeds, "config.sampling.seeds")
+        wanted = list(dict.fromkeys(self.prompts(np.asarray(seeds))))
+        self._prompts.encode(wanted[:KEPT])
+        if len(wanted) <= KEPT:
+            self._prompts.release()
+        self._listed_are_encoded = True
 
     def _load(self, number: int, workdir: Path) -> dict[str, Any]:
         """Loads a stage's checkpoint and returns what it says about itself."""
@@ -268,7 +280,7 @@ class RelayPipeline:
         More seeds than a batch start several batches, whose images stay on the devices until
         `finish`.
         """
-        return self._begin(seeds, self.prompts(seeds))
+        return self._begin(seeds, self._own_texts(seeds))
 
     def _begin(self, seeds: Int[np.ndarray, " n"], texts: list[str]) -> Begun:
         size = self.config.sampling.batch_size
@@ -286,7 +298,7 @@ class RelayPipeline:
     ) -> list[str]:
         """The prompt of each image."""
         if prompts is None:
-            return self.prompts(seeds)
+            return self._own_texts(seeds)
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not self.text:
             raise no_text(f"prompts={prompts!r:.60}")
@@ -295,6 +307,12 @@ class RelayPipeline:
         if self._classes_of_captions:
             raise no_classes(f"prompts={prompts!r:.60}")
         return [listed[i % len(listed)] for i in range(len(seeds))]
+
+    def _own_texts(self, seeds: Int[np.ndarray, " n"]) -> list[str]:
+        """The prompt of each seed; at their first use those of the config's seeds are encoded."""
+        if self.text and not self._listed_are_encoded:
+            self._encode_listed()
+        return self.prompts(seeds)
 
     def _begin_batch(
         self, seeds: Int[np.ndarray, " b"], texts: Sequence[str]

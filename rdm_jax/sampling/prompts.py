@@ -175,6 +175,9 @@ def choose(config: Config, captions: Captions | None, *, classes: bool) -> Liste
 class Prompts:
     """Encodes prompts for the networks of a run.
 
+    The encoder is in memory, that of the accelerator included, until `release`, and again once
+    other prompts are encoded.
+
     Args:
       config: of the run; `data.text_encoder` is opened.
       text: how the captions of the run's training are embedded.
@@ -184,24 +187,33 @@ class Prompts:
     """
 
     def __init__(self, config: Config, text: TextSpec):
-        name = config.data.text_encoder
-        encoder: TextEncoder = open_encoder(name, text.tokens, ENCODER)
+        self._name, self._text = config.data.text_encoder, text
+        self._encoder: TextEncoder | None = self._opened()
+        self._known: dict[str, np.ndarray] = {}  # the valid tokens of each
+
+    def _opened(self) -> TextEncoder:
+        encoder = open_encoder(self._name, self._text.tokens, ENCODER)
         found = TextSpec(encoder.name, encoder.weights_hash, encoder.tokens, encoder.width)
-        if not same_text(found, text):
+        if not same_text(found, self._text):
             raise InputError(
-                f"{ENCODER}={name!r} is {found}, and the run was trained with {text}",
+                f"{ENCODER}={self._name!r} is {found}, and the run was trained with {self._text}",
                 "Use the encoder that the run was trained with.",
             )
-        self._encoder = encoder
-        self._known: dict[str, tuple[np.ndarray, np.integer]] = {}
+        return encoder
 
     def encode(self, prompts: Sequence[str]) -> None:
         """Encodes new prompts. Raises InputError for an empty one, or one that is too long."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-        if new:
-            made = self._encoder(new)
-            rows = zip(np.asarray(made.tokens), np.asarray(made.lengths), strict=True)
-            self._known |= dict(zip(new, rows, strict=True))
+        if not new:
+            return
+        self._encoder = self._encoder or self._opened()
+        made = self._encoder(new)
+        for prompt, tokens, length in zip(new, made.tokens, made.lengths, strict=True):
+            self._known[prompt] = np.array(tokens[:length], np.float16)
+
+    def release(self) -> None:
+        """Frees the memory of the encoder; what is encoded stays."""
+        self._encoder = None
 
     def given(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """'text', float16 (b, tokens, width), and 'text_length', int32 (b,), as in a batch.
@@ -210,10 +222,10 @@ class Prompts:
           InputError: as `encode` does.
         """
         self.encode(prompts)
-        tokens, lengths = zip(*(self._known[prompt] for prompt in prompts), strict=True)
+        found = [self._known[prompt] for prompt in prompts]
+        text = np.zeros((len(found), self._text.tokens, self._text.width), np.float16)
+        for row, tokens in zip(text, found, strict=True):
+            row[: len(tokens)] = tokens
         for prompt in list(self._known)[: max(0, len(self._known) - KEPT)]:
             del self._known[prompt]
-        return {
-            "text": np.stack(tokens).astype(np.float16),
-            "text_length": np.asarray(lengths, np.int32),
-        }
+        return {"text": text, "text_length": np.asarray(list(map(len, found)), np.int32)}

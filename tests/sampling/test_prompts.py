@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from rdm_jax.diffusion.guidance import Autoguidance
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.sampling import guides
+from rdm_jax.sampling import guides, pipeline, prompts
 from rdm_jax.sampling.captions import Captions, read_captions
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.prompts import parse_prompts
@@ -25,6 +26,7 @@ from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.workdir import Workdir
 from tests.support import texts
 from tests.support.configs import tiny_config, write_images
+from tests.support.text import FakeEncoder
 from tests.support.texts import ENCODER, TEXT, captioned, config_of, write_run
 
 APPLE, CAT = "a red apple", "a sleeping cat"
@@ -149,6 +151,34 @@ def test_prompts_are_encoded_once(relay, encoder):
     for _ in range(2):
         relay.sample(SEEDS, prompts=["some words", "others"])
     assert encoder.calls == [["some words", "others"]]
+
+
+def test_encoder_is_freed_while_sampling(workdir, monkeypatch):
+    """Once the prompts of the config's seeds are encoded; others open it again."""
+    opened = []
+
+    def open_another(spec, tokens, field):
+        encoder = FakeEncoder(tokens=4, width=6)
+        opened.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(prompts, "open_encoder", open_another)
+    listed = RelayPipeline(config_of(prompts=f"{APPLE}; {CAT}"), workdir)
+    assert [encoder() for encoder in opened] == [None]
+    *_, images = listed.sample(SEEDS)
+    assert len(opened) == 1
+    *_, others = listed.sample(SEEDS, prompts=["some words", CAT])
+    assert len(opened) == 2 and opened[1]() is not None
+    np.testing.assert_array_equal(others[1::2], images[1::2])
+    own = RelayPipeline(config_of(), workdir)
+    assert opened[2]() is not None  # nothing is fixed before images are asked for
+    own.sample(SEEDS[:1])
+    assert len(opened) == 3 and opened[2]() is None
+    monkeypatch.setattr(pipeline, "KEPT", 1)
+    many = RelayPipeline(config_of(prompts=f"{APPLE}; {CAT}"), workdir)
+    assert opened[3]() is not None and len(many._prompts._known) == 1
+    np.testing.assert_array_equal(many.sample(SEEDS)[-1], images)
+    assert len(opened) == 4
 
 
 def test_without_prompts_seeds_take_captions_of_the_run(workdir, tmp_path):
@@ -301,8 +331,8 @@ def test_captioned_folder_is_trained_and_sampled(encoder, tmp_path, monkeypatch)
     assert kept.complete and len(kept.training) == 8 and len(kept.held_out) == 4
     with np.load(workdir / "samples/samples.npz") as file:
         assert file["prompts"].tolist() == [APPLE, "image 3"] * 2
-    for prompts, taken in (("", kept.training), ("held_out", kept.held_out)):
-        sampling = dataclasses.replace(config.sampling, prompts=prompts, name=f"of_{prompts}")
+    for asked, taken in (("", kept.training), ("held_out", kept.held_out)):
+        sampling = dataclasses.replace(config.sampling, prompts=asked, name=f"of_{asked}")
         run(dataclasses.replace(config, sampling=sampling), workdir, mode="sample")
-        with np.load(workdir / f"of_{prompts}/samples.npz") as file:
+        with np.load(workdir / f"of_{asked}/samples.npz") as file:
             assert file["prompts"].tolist() == list(taken[:4])
