@@ -1,6 +1,7 @@
 """The captions that a run was trained with, kept in its workdir, to sample with."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,7 @@ from rdm_jax.runtime.files import atomic_write, parse_json
 
 Pair = tuple[str, str]  # a caption, and the name of a class
 VERSION = 1
-MOST = 4096  # captions of each kind that are kept
+MOST = 2**16  # captions of each kind that are kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,17 @@ class Captions:
         Case and spaces do not matter. Where `training` is not complete, these are the prompts among
         `held_out`; else all that are not among `training`.
         """
-        unseen, seen = (set(map(plain, part)) for part in (self.held_out, self.training))
+        unseen, seen = self._folded
         return [
             plain(prompt) in unseen or (self.complete and plain(prompt) not in seen)
             for prompt in prompts
         ]
+
+    @functools.cached_property
+    def _folded(self) -> tuple[frozenset[str], frozenset[str]]:
+        """`held_out` and `training`, to look prompts up."""
+        unseen, seen = (frozenset(map(plain, part)) for part in (self.held_out, self.training))
+        return unseen, seen
 
     def write(self, path: Path) -> None:
         """Writes them as JSON, atomically."""

@@ -45,6 +45,13 @@ def test_captions_of_an_earlier_version_are_read(tmp_path):
     assert read_captions(tmp_path / "captions.json") == Captions(("a cat", "ü"), ("a dog",))
 
 
+def test_captions_of_an_evaluation_are_kept():
+    """Those of 50,000 images, on which distances are measured."""
+    kept = of(f"image {i}" for i in range(50_000))
+    assert kept.complete and len(set(kept.training)) == 50_000
+    assert kept.training[:9] != tuple(f"image {i}" for i in range(9))
+
+
 def test_held_out_is_said_of_what_is_known(monkeypatch):
     """Of more captions than are kept, others may have been trained on."""
     asked = ["A cat", "a dog", "a bird"]
