@@ -30,6 +30,7 @@ from tests.support.captions import (
     captioned_set,
     text_batch,
 )
+from tests.support.checkpoints import assert_equal, state, steps
 from tests.support.configs import tiny_config
 from tests.support.small_networks import parameters
 
@@ -93,6 +94,19 @@ def test_training_learns_what_captions_say(trained):
 def test_checkpoints_say_which_captions_they_know(trained):
     text = folders.read_about(newest(trained.directory))["text"]
     assert text == TextSpec()._asdict()
+
+
+@pytest.mark.second
+def test_resumed_training_on_captions_has_the_same_bits(tmp_path):
+    """Half way, a run goes on with the captions that it would have had."""
+    whole, half = config(images=128), config(images=64)
+    train(tmp_path / "whole/stage1", whole, captioned_set())
+    train(tmp_path / "parts/stage1", half, captioned_set())
+    assert steps(tmp_path / "parts") == [4]
+    train(tmp_path / "parts/stage1", whole, captioned_set())
+    once, twice = (state(tmp_path / name, step=8) for name in ("whole", "parts"))
+    assert_equal(once, twice)
+    assert any("'text'" in name for name in once)
 
 
 @pytest.mark.second
