@@ -180,7 +180,7 @@ def test_unconditional_guide(tmp_path):
     loaded, own = guides.load(config.stage(1), 3, AB), params_of(alone(), seed=1)
     x, sigma = jax.random.normal(jax.random.key(0), (4, 4, 4, 3)), jnp.asarray(0.7)
     known = denoised(alone(), own, x, sigma)
-    unknown = denoised(alone(), own, x, sigma, labels=-jnp.ones_like(LABELS))
+    unknown = denoised(alone(), own, x, sigma, given={"label": -jnp.ones_like(LABELS)})
     other = denoised(guide, loaded[0].params, x, sigma)
     out = denoised(config, own, x, sigma, loaded)
     expected = 2 * (1.5 * known - 0.5 * other) - (1.5 * unknown - 0.5 * other)
