@@ -32,11 +32,11 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import guides
-from rdm_jax.sampling.captions import Captions, pairs_of
 from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.prompts import check_labels, check_prompts, takes_text
+from rdm_jax.sampling.run_captions import Captions, pairs_of
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.stage_datasets import open_sets, set_for_pictures
 from rdm_jax.training.loop import Trainer

@@ -20,7 +20,6 @@ from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.ranges import parse_numbers
 from rdm_jax.sampling import guides
-from rdm_jax.sampling.captions import Captions, mark, read_captions
 from rdm_jax.sampling.checkpoint_checks import (
     check_guidance,
     check_same_stage,
@@ -39,6 +38,7 @@ from rdm_jax.sampling.prompts import (
     no_text,
     parse_prompts,
 )
+from rdm_jax.sampling.run_captions import Captions, mark, read_captions
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
 from rdm_jax.workdir import Workdir
 

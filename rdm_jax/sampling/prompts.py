@@ -11,7 +11,7 @@ from rdm_jax.data.text_table import TextSpec, same_text
 from rdm_jax.models.conditions import Condition
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
-from rdm_jax.sampling.captions import Captions
+from rdm_jax.sampling.run_captions import Captions
 from rdm_jax.text.encoders import TextEncoder, open_encoder
 
 FIELD, ENCODER = "config.sampling.prompts", "config.data.text_encoder"

@@ -13,8 +13,8 @@ from rdm_jax.config.saved import read_saved
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.workdir import Workdir
+from tests.support.captioned_runs import config_of, open_fake, write_run
 from tests.support.checkpoints import read_arrays
-from tests.support.texts import config_of, open_fake, write_run
 
 SEEDS = np.arange(3)
 

@@ -10,7 +10,8 @@ import pytest
 
 from rdm_jax.models.conditions import ClassLabels, Text
 from rdm_jax.runtime.errors import InputError
-from tests.support.captions import (
+from tests.support.small_networks import parameters
+from tests.support.text_networks import (
     CLASSES,
     NETWORKS,
     TEXT,
@@ -21,7 +22,6 @@ from tests.support.captions import (
     text_batch,
     text_network,
 )
-from tests.support.small_networks import parameters
 
 SECOND = pytest.mark.second
 EACH = pytest.mark.parametrize(

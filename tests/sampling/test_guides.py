@@ -28,7 +28,7 @@ from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.stage_sampler import StageSampler
 from tests.support.configs import tiny_config, write_images
-from tests.support.text import FakeEncoder
+from tests.support.fake_encoder import FakeEncoder
 
 AB = Classes(("a", "b"))
 SEEDS, LABELS = np.arange(4), jnp.asarray([0, 1, 0, -1])

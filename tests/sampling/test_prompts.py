@@ -18,16 +18,16 @@ from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import guides, pipeline, prompts
-from rdm_jax.sampling.captions import Captions, read_captions
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.prompts import parse_prompts
+from rdm_jax.sampling.run_captions import Captions, read_captions
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.workdir import Workdir
-from tests.support import texts
+from tests.support import captioned_runs
+from tests.support.captioned_runs import ENCODER, TEXT, captioned, config_of, write_run
 from tests.support.configs import tiny_config, write_images
-from tests.support.text import FakeEncoder
-from tests.support.texts import ENCODER, TEXT, captioned, config_of, write_run
+from tests.support.fake_encoder import FakeEncoder
 
 APPLE, CAT = "a red apple", "a sleeping cat"
 SEEDS = np.arange(11)
@@ -36,7 +36,7 @@ SEEDS = np.arange(11)
 @pytest.fixture(scope="module")
 def encoder():
     with pytest.MonkeyPatch.context() as patch:
-        yield texts.open_fake(patch)
+        yield captioned_runs.open_fake(patch)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling.made_with import describe
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.workdir import Workdir
-from tests.support import texts
+from tests.support import captioned_runs
+from tests.support.captioned_runs import captioned, config_of, write_run
 from tests.support.configs import tiny_config
-from tests.support.texts import captioned, config_of, write_run
 
 APPLE, CAT = "a red apple", "a sleeping cat"
 GIVEN = f"{APPLE}; {CAT}"
@@ -36,7 +36,7 @@ def both(**sampling):
 @pytest.fixture(scope="module")
 def encoder():
     with pytest.MonkeyPatch.context() as patch:
-        yield texts.open_fake(patch)
+        yield captioned_runs.open_fake(patch)
 
 
 @pytest.fixture(scope="module")

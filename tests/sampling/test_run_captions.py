@@ -5,9 +5,9 @@ import json
 import pytest
 
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling import captions
-from rdm_jax.sampling.captions import Captions, pairs_of, read_captions
-from tests.support import texts
+from rdm_jax.sampling import run_captions
+from rdm_jax.sampling.run_captions import Captions, pairs_of, read_captions
+from tests.support import captioned_runs
 
 
 def of(training, held_out=()):
@@ -27,7 +27,9 @@ def test_captions_are_kept_once_and_mixed(tmp_path):
 
 
 def test_captions_are_kept_with_each_of_their_classes(tmp_path):
-    images = texts.captioned(["a cat", "a dog", "a cat", "a cat", "a bird"])  # of a, b, a, b, a
+    images = captioned_runs.captioned(
+        ["a cat", "a dog", "a cat", "a cat", "a bird"]
+    )  # of a, b, a, b, a
     kept = Captions.of(pairs_of(images), [("a  Cat", "b"), ("a cow", "b")])
     pairs = zip(kept.training, kept.training_classes, strict=True)
     assert sorted(pairs) == [("a bird", "a"), ("a cat", "a"), ("a cat", "b"), ("a dog", "b")]
@@ -56,7 +58,7 @@ def test_held_out_is_said_of_what_is_known(monkeypatch):
     """Of more captions than are kept, others may have been trained on."""
     asked = ["A cat", "a dog", "a bird"]
     assert of(["a cat"], ["a dog"]).are_held_out(asked) == [False, True, True]
-    monkeypatch.setattr(captions, "MOST", 1)
+    monkeypatch.setattr(run_captions, "MOST", 1)
     some = of(["a cat", "a bird"], ["a dog"])
     assert not some.complete and len(some.training) == 1
     assert some.are_held_out(asked) == [False, True, False]

@@ -42,8 +42,8 @@ class Captions:
         Images without a caption have '', and so have those without a class.
         """
         seen = {pair for pair in training if pair[0]}
-        known = {plain(caption) for caption, _ in seen}
-        unseen = {pair for pair in held_out if pair[0] and plain(pair[0]) not in known}
+        known = {folded(caption) for caption, _ in seen}
+        unseen = {pair for pair in held_out if pair[0] and folded(pair[0]) not in known}
         (learnt, classes), (others, their_classes) = _some(seen), _some(unseen)
         return cls(learnt, others, len(seen) <= MOST, classes, their_classes)
 
@@ -55,14 +55,14 @@ class Captions:
         """
         unseen, seen = self._folded
         return [
-            plain(prompt) in unseen or (self.complete and plain(prompt) not in seen)
+            folded(prompt) in unseen or (self.complete and folded(prompt) not in seen)
             for prompt in prompts
         ]
 
     @functools.cached_property
     def _folded(self) -> tuple[frozenset[str], frozenset[str]]:
         """`held_out` and `training`, to look prompts up."""
-        unseen, seen = (frozenset(map(plain, part)) for part in (self.held_out, self.training))
+        unseen, seen = (frozenset(map(folded, part)) for part in (self.held_out, self.training))
         return unseen, seen
 
     def write(self, path: Path) -> None:
@@ -103,7 +103,7 @@ def mark(caption: str, held_out: bool) -> str:
     return f"{caption} [held out]" if held_out else caption
 
 
-def plain(caption: str) -> str:
+def folded(caption: str) -> str:
     """A caption to compare: case and spaces do not matter."""
     return " ".join(caption.casefold().split())
 
