@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,20 +83,25 @@ def read_captions(path: Path) -> Captions | None:
         return None
     try:
         values = parse_json(path.read_bytes())
-        parts = {name: tuple(values[name]) for name in ("training", "held_out")}
-        classes = {f"{name}_classes": tuple(values.get(f"{name}_classes", ())) for name in parts}
-        texts = all(type(text) is str for part in (parts | classes).values() for text in part)
-        if values["version"] != VERSION or not texts or type(values["complete"]) is not bool:
+        if values["version"] != VERSION or type(values["complete"]) is not bool:
             raise ValueError("it has other fields")
-        for name, part in parts.items():
-            if len(classes[f"{name}_classes"]) not in (0, len(part)):
-                raise ValueError(f"it has {len(part)} captions and other classes")
-        return Captions(**parts, **classes, complete=values["complete"])
+        found = {name: _texts(values[name]) for name in ("training", "held_out")}
+        for name, captions in tuple(found.items()):
+            classes = found[f"{name}_classes"] = _texts(values.get(f"{name}_classes", []))
+            if len(classes) not in (0, len(captions)):
+                raise ValueError(f"{name} has {len(captions)} captions of {len(classes)} classes")
+        return Captions(**found, complete=values["complete"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} cannot be read as the captions of a run ({error})",
             "Delete it, and give --config.sampling.prompts.",
         ) from error
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if type(values) is not list or not all(type(value) is str for value in values):
+        raise ValueError("it has captions or classes that are not text")
+    return tuple(values)
 
 
 def mark(caption: str, held_out: bool) -> str:

@@ -303,7 +303,7 @@ def test_training_keeps_the_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(modes, "Trainer", None)
     for config, wanted in (
         (tiny_config("images"), None),
-        (config_of(), Captions.of(["aa", "bb", "ca"], ["db", "ea"])),
+        (config_of(), Captions.of([("a", "a"), ("b", "b"), ("c", "a")], [("d", "b"), ("e", "a")])),
     ):
         workdir = Workdir(tmp_path)
         job = modes.Job(config, workdir, "train", None, StopOnSignal(), False, False, ())

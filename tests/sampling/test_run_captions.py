@@ -71,6 +71,7 @@ def test_held_out_is_said_of_what_is_known(monkeypatch):
         "[]",
         '{"version": 2, "training": [], "held_out": [], "complete": true}',
         '{"version": 1, "training": [1], "held_out": [], "complete": true}',
+        '{"version": 1, "training": "ab", "held_out": [], "complete": true}',
         '{"version": 1, "training": [], "complete": true}',
         '{"version": 1, "training": [], "held_out": [], "complete": 1}',
         '{"version": 1, "training": ["a"], "held_out": [], "complete": true, '
