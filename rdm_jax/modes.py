@@ -18,6 +18,7 @@ from rdm_jax.config import Config, Stage, changes, validate
 from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.data.text_table import TextSpec
 from rdm_jax.evaluation.evaluator import Evaluator, generates, needs_data
 from rdm_jax.evaluation.report import write_report
 from rdm_jax.evaluation.stage_probe import StageProbe
@@ -31,11 +32,11 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling import guides
-from rdm_jax.sampling.captions import Captions, captions_of, text_of
 from rdm_jax.sampling.earlier import check_settings
 from rdm_jax.sampling.low_images import LowImages
 from rdm_jax.sampling.pipeline import RelayPipeline
-from rdm_jax.sampling.prompts import check_prompts, takes_text
+from rdm_jax.sampling.prompts import check_labels, check_prompts, takes_text
+from rdm_jax.sampling.run_captions import Captions, pairs_of
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.stage_datasets import open_sets, set_for_pictures
 from rdm_jax.training.loop import Trainer
@@ -199,7 +200,11 @@ class Job:
         validate.check_classes(self.config, names, self.trained)
         texts = {number: sets[number].all.text for number in self.trained}
         validate.check_captions(self.config, texts)
-        self.check_guides(Classes(names), text_of(first.all))
+        self.check_guides(Classes(names), first.all.text)
+        if self.mode == "all" and any(
+            guides.depends_on_classes(stage, len(names)) for stage in self.config.stages
+        ):
+            check_labels(self.config)
         if distributed.is_primary():
             self.workdir.write_config(self.config)
             self.write_captions(sets)
@@ -216,12 +221,10 @@ class Job:
         numbers = [number for number in self.trained if takes_text(self.config.stage(number))]
         if numbers:
             images, held_out = sets[numbers[-1]].training, sets[numbers[-1]].held_out
-            unseen = captions_of(held_out) if held_out else None
-            Captions.of(captions_of(images) or (), unseen or ()).write(self.workdir.captions)
+            unseen = pairs_of(held_out) if held_out else ()
+            Captions.of(pairs_of(images), unseen).write(self.workdir.captions)
 
-    def check_guides(
-        self, classes: Classes | None = None, text: dict[str, Any] | None = None
-    ) -> None:
+    def check_guides(self, classes: Classes | None = None, text: TextSpec | None = None) -> None:
         """Refuses guides that cannot guide the stages to train, whose previews need them."""
         for number in self.trained:
             guides.check(self.config.stage(number), self.config.data.channels, classes, text)

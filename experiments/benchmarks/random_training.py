@@ -38,7 +38,12 @@ class Training:
         label = random.integers(0, max(1, classes), here, np.int32)
         dtype = self._program.objective.representation.dtype
         image = random.integers(0, 255 * cell**2, (here, *shape), dtype, endpoint=True)
-        self._batch = self._program.put({"image": image, "label": label, "position": position})
+        batch = {
+            name: np.zeros((here, *one.shape), one.dtype)
+            for name, one in self._program.inputs.items()
+        }
+        batch |= {"image": image, "label": label, "position": position}
+        self._batch = self._program.put(batch)
         self._pending: collections.deque = collections.deque()
         jax.block_until_ready((self._state, self._batch))
         began = time.perf_counter()

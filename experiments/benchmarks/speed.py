@@ -207,7 +207,10 @@ def sampler(
     )
     low_resolution = (side // stage.factor for side in stage.resolution)
     low = np.zeros((size, *low_resolution, channels), np.float32)
-    seeds, given = np.arange(size, dtype=np.uint32), {"label": np.zeros(size, np.int32)}
+    seeds = np.arange(size, dtype=np.uint32)
+    given = {"label": np.zeros(size, np.int32)}
+    for name, one in stage.condition_for(classes).inputs.items():
+        given[name] = np.zeros((size, *one.shape), one.dtype)
     low, given, seeds = sharding.put_batch((low if stage.factor > 1 else None, given, seeds), mesh)
     return lambda params: run(params, low, given, seeds)
 

@@ -119,8 +119,8 @@ def loss_by_time(relay: Relay, held_out: ImageSet, count: int = 256) -> list[flo
     checkpoints.close()
     batch = held_out.batch(np.linspace(0, len(held_out) - 1, count).astype(int))
     images = stage.representation.encode(jnp.asarray(batch["image"]), 1)
-    labels = jnp.asarray(batch["label"])
-    condition = stage.condition_for(len(held_out.class_names)).encode({"label": labels})
+    known = stage.condition_for(len(held_out.class_names))
+    condition = known.encode({name: jnp.asarray(batch[name]) for name in known.inputs})
     keys = jax.random.split(root_key(0), len(images))
     noise = jax.vmap(lambda key: stage.process.draw_noise(key, images.shape[1:]))(keys)
 

@@ -89,7 +89,8 @@ class Sampling:
       labels: 'balanced' (the image of seed s has class s mod the number of classes: equal numbers
         of each, as for the published FID of 1.87), 'random' (uniform, from the seed alone), or a
         list of classes taken in turn, by name ('cat, dog', or as JSON '["crane, bird"]') or, unless
-        a class is named by a number, by index ('3', '0,2-5').
+        a class is named by a number, by index ('3', '0,2-5'). Captions of the run have their own
+        class if labels are balanced; other prompts then need a list or 'random'.
       prompts: of networks that know text: 'a red apple; a sleeping cat', a JSON list, or the path
         of a .txt file in UTF-8 with one per line. The image of seed s has prompt s mod n. '' for
         captions of the training, and 'held_out' for captions of held-out images alone, each in a

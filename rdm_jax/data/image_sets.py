@@ -103,12 +103,19 @@ class ImageSet(Sequence):
             batch["image"][place], batch["label"][place] = self._items[int(index)]
         return batch | text
 
-    def caption(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """The captions of images. Raises ValueError for a set without."""
+    def caption(self, indices: Sequence[int] | np.ndarray | None = None) -> list[str] | None:
+        """The captions of images, or of all; '' for none. None for a set without captions."""
         if self._texts is None:
-            raise ValueError("the set has no captions")
-        chosen = np.asarray(indices) if self._chosen is None else self._chosen[np.asarray(indices)]
-        return self._texts.captions_of(chosen)
+            return None
+        chosen = np.arange(len(self)) if indices is None else np.asarray(indices)
+        return self._texts.captions_of(chosen if self._chosen is None else self._chosen[chosen])
+
+    def labels(self) -> np.ndarray:
+        """The class of every image, int32 (n,), -1 for none; no image is decoded."""
+        chosen = np.arange(len(self)) if self._chosen is None else self._chosen
+        if self._cached:
+            return self._cached["label"][chosen]
+        return np.asarray([self._items.label(int(index)) for index in chosen], np.int32)
 
     def add_text(self, texts: TextTable | None) -> None:
         """Adds captions, one per image; batches then have them, those of sums too."""
@@ -173,7 +180,7 @@ class ImageSet(Sequence):
             return f"{self._whole.identity} {chosen[:16]}"
         if self._content or not (self._cached and len(self._names)):
             return self._content or self.fingerprint
-        captions = self.caption(np.arange(len(self))) if self._texts else [""] * len(self)
+        captions = self.caption() or [""] * len(self)
         labels, images = self._cached["label"].tolist(), self._cached["image"]
         hashes = map(image_hash, self._names, labels, images, captions)
         return set_hash(total(hashes), self.image_shape, self.class_names)

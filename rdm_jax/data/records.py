@@ -212,6 +212,13 @@ class RecordReader(Sequence):
                 captions.append(self._record(index)["caption"].decode())
         return captions
 
+    def label(self, index: int) -> int:
+        """The class of an image, -1 for none. Raises InputError if its record is damaged."""
+        if not self.class_names:
+            return -1
+        with self._undamaged(index):
+            return int(self._record(index)["label"])
+
     def content(self) -> str:
         """Changes when an image does, and not when the set is copied.
 

@@ -8,7 +8,7 @@ and which one each image has; the manifest says which encoder made them, of whic
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,23 @@ class TextSpec(NamedTuple):
     weights_hash: str
     tokens: int
     width: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.encoder} ({self.tokens} tokens of {self.width}, weights "
+            f"{self.weights_hash[:12]})"
+        )
+
+
+def spec_of(about: Mapping[str, Any]) -> TextSpec | None:
+    """How the captions of a checkpoint's network are embedded, by its metadata; None for none."""
+    text = about.get("text")
+    return TextSpec(*(text[field] for field in TextSpec._fields)) if text else None
+
+
+def same_text(one: TextSpec | None, other: TextSpec | None) -> bool:
+    """Whether captions have the same embeddings; what the encoder is called does not matter."""
+    return (one and one[1:]) == (other and other[1:])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.sources import DecodedSource, Source, cores, open_source
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.npz import Npz
-from rdm_jax.sampling.captions import captions_of
 
 SHOWN = 50  # images in a picture of a set
 CLASS_NAMES = "class_names"  # the array of an .npz with the names of its labels' classes
@@ -91,7 +90,7 @@ class SetStream(ImageStream):
         return {self.names[0]: images}, self._labels[labels]
 
     def captions(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:  # noqa: D102
-        return captions_of(self._images, self._order[indices])
+        return self._images.caption(self._order[indices])
 
 
 class NpzStream(ImageStream):

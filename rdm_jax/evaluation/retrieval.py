@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rdm_jax.sampling.captions import plain
+from rdm_jax.sampling.run_captions import folded
 
 AMONG = (1, 5)  # nearest real images that are looked at
 TILE = 1024  # images whose distances to all real ones are in memory at a time
@@ -36,8 +36,8 @@ def retrieval(
       value for real images in a random order, 'retrieval_1_chance' and so on; and notes. Without
       images that count there are notes alone.
     """
-    theirs = np.asarray(list(map(plain, real_captions)), object)
-    ours = np.asarray(list(map(plain, captions)), object)
+    theirs = np.asarray(list(map(folded, real_captions)), object)
+    ours = np.asarray(list(map(folded, captions)), object)
     matching = collections.Counter(theirs.tolist())
     del matching[""]  # no caption
     counts = [matching[caption] for caption in ours]

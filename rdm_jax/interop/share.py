@@ -73,9 +73,10 @@ def _card(config: Config, stages: list[shared.SharedStage], name: str) -> str:
     text = stages[-1].about.get("text")
     prompts = ', prompts=["a red apple"] * 4' if text else ""
     knows = f"Captions, embedded by {text['encoder']}. " if text else ""
-    classes = stages[-1].about["classes"]
+    classes, labels = stages[-1].about["classes"], ""
     if "label" in config.stages[-1].condition_for(len(classes)).inputs:
         knows += f"{len(classes)} classes. "
+        labels = ', sampling={"labels": "random"}' if text else ""  # prompts have none themselves
     return f"""# {name}
 
 A relay of diffusion models (arXiv 2309.03350), made by rdm_jax. {knows.strip()}
@@ -89,7 +90,7 @@ Trained on `{config.data.source}`; the licence of these images applies to what i
 ```python
 import rdm_jax
 
-images = rdm_jax.load("{name}").sample(range(4){prompts})[-1]  # uint8 (4, h, w, c)
+images = rdm_jax.load("{name}"{labels}).sample(range(4){prompts})[-1]  # uint8 (4, h, w, c)
 ```
 """
 

@@ -26,14 +26,16 @@ def attend(
 ) -> Float[Array, "b n k d"]:
     """softmax(q k^T / sqrt(d)) v for each head, softmax in float32.
 
-    cuDNN's fused kernel where it applies, else XLA's.
+    cuDNN's fused kernel where it applies, else XLA's. With lengths XLA's: cuDNN's mask has not been
+    compared with it on a GPU.
 
     Args:
       q, k, v: queries, keys and values.
       lengths: int32, at least 1: of each image's keys the first so many count; None for all.
     """
     fused = (
-        _knows_fused_attention()
+        lengths is None
+        and _knows_fused_attention()
         and q.dtype != jnp.float32
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128

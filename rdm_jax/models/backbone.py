@@ -58,7 +58,8 @@ def vector_size(condition: Any) -> int:
         return 0
     if len(getattr(condition, "shape", ())) != 1:
         raise InputError(
-            f"network is conditioned on one vector per image, not on {condition}",
+            f"network.kind takes a condition of one vector per image, and condition.kind gives "
+            f"{condition}",
             "Use another network or condition.",
         )
     return condition.shape[0]

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Key
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.fields import at_least
 
+LABEL = jax.ShapeDtypeStruct((), jnp.int32)
+
 
 @runtime_checkable
 class Condition(Protocol):
@@ -28,10 +30,10 @@ class Condition(Protocol):
 
     @property
     def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What it reads of a batch besides 'label': shapes and dtypes for one image."""
+        """What it reads of a batch: shapes and dtypes for one image. 'label' means classes."""
 
     def encode(self, batch: dict[str, Array]) -> Any:
-        """The tree of a batch: 'label' int32 (b,), -1 for the null class, and `inputs`."""
+        """The tree of a batch, which has `inputs`; of 'label', -1 is the null class."""
 
     def null(self, condition: Any) -> Any:
         """The null condition, of the shapes of `condition`."""
@@ -89,8 +91,8 @@ class ClassLabels:
 
     @property
     def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Nothing but the labels."""
-        return {}
+        """'label' int32, -1 for the null class."""
+        return {"label": LABEL}
 
     def encode(self, batch: dict[str, Array]) -> Float[Array, "b classes"]:
         """One-hot of 'label'; -1 gives the all-zero null condition."""
@@ -151,25 +153,25 @@ class Text:
 
     @property
     def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """'text' float16 (tokens, width), and 'text_length' int32, 0 for the null caption."""
-        return {
+        """'text' float16 (tokens, width), and 'text_length' int32, 0 for the null caption; with
+        `classes` also 'label'."""
+        text = {
             "text": jax.ShapeDtypeStruct((self.tokens, self.width), jnp.float16),
             "text_length": jax.ShapeDtypeStruct((), jnp.int32),
         }
+        return {"label": LABEL, **text} if self.classes else text
 
     def encode(self, batch: dict[str, Array]) -> dict[str, Array]:
-        """The tree of captions and classes; a batch without 'text' has the null caption."""
-        labels = batch["label"]
-        if "text" in batch:
-            text, lengths = batch["text"].astype(jnp.float32), batch["text_length"]
-        else:
-            text, lengths = jnp.zeros((len(labels), self.tokens, self.width)), 0 * labels
-        mask = (jnp.arange(self.tokens) < lengths[:, None]).astype(jnp.float32)
-        text = text * mask[:, :, None]
+        """The tree of captions and classes. Raises KeyError for a batch without captions."""
+        mask = jnp.arange(self.tokens) < batch["text_length"][:, None]
+        mask = mask.astype(jnp.float32)
+        text = batch["text"].astype(jnp.float32) * mask[:, :, None]
         total = text.sum(1)
         norm = jnp.sqrt((total**2).sum(1, keepdims=True))
         pooled = total * (self.width**0.5 / jnp.maximum(norm, 1e-12))
-        vector = jnp.concatenate([pooled, jax.nn.one_hot(labels, self.count)], axis=1)
+        if not self.classes:
+            return {"tokens": text, "mask": mask, "vector": pooled}
+        vector = jnp.concatenate([pooled, jax.nn.one_hot(batch["label"], self.count)], axis=1)
         return {"tokens": text, "mask": mask, "vector": vector}
 
     def null(self, condition: dict[str, Array]) -> dict[str, Array]:

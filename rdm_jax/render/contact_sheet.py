@@ -88,8 +88,9 @@ def _seen(stage: Stage, images: ImageSet, indices: np.ndarray) -> jax.Array:
 def _named(images: ImageSet) -> list[str]:
     """The caption of each image that is shown, or else its class."""
     indices, names = _evenly(images, COLUMNS), images.class_names
-    if images.text:
-        return images.caption(indices)
+    captions = images.caption(indices)
+    if captions is not None:
+        return captions
     return [names[label] if names else "" for label in images.batch(indices)["label"]]
 
 

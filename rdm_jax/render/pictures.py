@@ -9,7 +9,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
 from rdm_jax.data.image_sets import ImageSet
-from rdm_jax.render.captions import LINE, draw_lines, wrapped
+from rdm_jax.render.text_lines import LINE, draw_lines, wrapped
 from rdm_jax.runtime.files import atomic_write
 
 MARGIN, HEADER, LABEL, CAPTION = 4, 16, 72, 132  # pixels

@@ -5,7 +5,6 @@ A guide's stage is that in its checkpoint's record, whatever the config of the r
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +14,11 @@ from rdm_jax.checkpoints import folders, store
 from rdm_jax.config import Stage, kind_of, to_plain
 from rdm_jax.config.codec import from_plain
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
+from rdm_jax.data.text_table import TextSpec, same_text, spec_of
 from rdm_jax.models.functional import Network
 from rdm_jax.runtime import distributed, sharding
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling.prompts import OF_TOKENS, uses_classes
+from rdm_jax.sampling.prompts import takes_text, uses_classes
 
 
 class Guide(NamedTuple):
@@ -49,7 +49,7 @@ class Record:
       stage: of the guide.
       classes: that it knows.
       has_null: whether it may have been trained without labels; of imported weights it is unknown.
-      text: what the checkpoint says of the text that it knows; None if it knows none.
+      text: how the captions that it knows are embedded; None if it knows none.
     """
 
     field: str
@@ -57,7 +57,7 @@ class Record:
     stage: Stage
     classes: Classes
     has_null: bool
-    text: dict[str, Any] | None
+    text: TextSpec | None
 
     def network(self, channels: int) -> Network:
         """Its network for images of so many channels."""
@@ -83,7 +83,7 @@ def records(stage: Stage) -> list[Record]:
 
 
 def load(
-    stage: Stage, channels: int, classes: Classes, text: Mapping[str, Any] | None = None
+    stage: Stage, channels: int, classes: Classes, text: TextSpec | None = None
 ) -> list[Guide]:
     """The guides of a stage, with their EMA parameters. All processes must call it together.
 
@@ -91,7 +91,7 @@ def load(
       stage: that is guided.
       channels: of its images.
       classes: that its network knows.
-      text: that its network knows, as in a checkpoint's `about`; None for none.
+      text: how the captions that its network knows are embedded; None for none.
 
     Raises:
       InputError: as `records` and `check` do, or a checkpoint is damaged.
@@ -116,7 +116,7 @@ def check(
     stage: Stage,
     channels: int,
     classes: Classes | None = None,
-    text: Mapping[str, Any] | None = None,
+    text: TextSpec | None = None,
 ) -> None:
     """Refuses guides that cannot guide a stage; reads no parameters. All processes must call it.
 
@@ -134,6 +134,25 @@ def check(
         if classes is not None:
             _check_same_classes(record, classes)
             _check_same_text(record, text)
+
+
+def depends_on_classes(stage: Stage, classes: int) -> bool:
+    """Whether a stage's images depend on their class: by its condition, or beside text a guide's.
+
+    Without text, an unconditional stage and its guides are sampled without classes.
+
+    Args:
+      stage: that is sampled.
+      classes: that its network knows; 0 for none.
+
+    Raises:
+      InputError: as `records` does.
+    """
+    conditions = [stage.condition_for(classes)]
+    if takes_text(stage):
+        guided_by = records(stage)
+        conditions += [each.stage.condition_for(len(each.classes)) for each in guided_by]
+    return any(map(uses_classes, conditions))
 
 
 def multiply_adds(stage: Stage, channels: int, classes: int, one_pass: int | None = None) -> int:
@@ -170,7 +189,7 @@ def _read(checkpoint: str, field: str) -> Record:
         from_plain(Stage, about["stage"], f"checkpoint {folder}: stage"),
         of_checkpoint(about),
         imported or about["stage"]["training"]["label_dropout"] > 0,
-        about.get("text"),
+        spec_of(about),
     )
 
 
@@ -243,12 +262,12 @@ def _check_same_classes(record: Record, classes: Classes) -> None:
         )
 
 
-def _check_same_text(record: Record, text: Mapping[str, Any] | None) -> None:
+def _check_same_text(record: Record, text: TextSpec | None) -> None:
     """The guide gets the embeddings of the stage's prompts."""
-    if record.text and (not text or any(record.text[key] != text[key] for key in OF_TOKENS)):
+    if record.text and not same_text(record.text, text):
         raise InputError(
-            f"{record.field}: the guide knows text of {dict(record.text)}, the stage "
-            f"{f'of {dict(text)}' if text else 'none'}",
+            f"{record.field}: the guide knows text of {record.text}, the stage "
+            f"{f'of {text}' if text else 'none'}",
             "Use a guide of the same encoder.",
         )
 

@@ -43,9 +43,10 @@ def describe(config: Config, relay: RelayPipeline) -> dict[str, Any]:
             np.asarray(parse_numbers(config.sampling.seeds, "config.sampling.seeds"))
         )
     if relay.text:
-        texts = json.dumps(relay.listed_prompts).encode()
+        listed = relay.listed
+        texts = json.dumps(listed if listed.classes else listed.texts).encode()
         about["prompts"] = {
-            "count": len(relay.listed_prompts),
+            "count": len(listed.texts),
             "sha256": hashlib.sha256(texts).hexdigest(),
         }
     return json.loads(json.dumps(about))

@@ -11,19 +11,34 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
 from rdm_jax.checkpoints import averages, folders, store
-from rdm_jax.config import Config, to_dict, validate
-from rdm_jax.data.classes import Classes, matched, of_checkpoint
+from rdm_jax.config import Config, validate
+from rdm_jax.data.classes import Classes, of_checkpoint
 from rdm_jax.data.postprocess import postprocess
-from rdm_jax.diffusion import guidance
+from rdm_jax.data.text_table import TextSpec, spec_of
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.ranges import parse_numbers
 from rdm_jax.sampling import guides
-from rdm_jax.sampling.captions import Captions, mark, read_captions
+from rdm_jax.sampling.checkpoint_checks import (
+    check_guidance,
+    check_same_stage,
+    common_classes,
+    common_text,
+)
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.low_images import LowImages
-from rdm_jax.sampling.prompts import FIELD, KEPT, Prompts, choose, no_text, takes_text, uses_classes
+from rdm_jax.sampling.prompts import (
+    FIELD,
+    KEPT,
+    Listed,
+    Prompts,
+    choose,
+    no_classes,
+    no_text,
+    parse_prompts,
+)
+from rdm_jax.sampling.run_captions import Captions, mark, read_captions
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
 from rdm_jax.workdir import Workdir
 
@@ -56,21 +71,22 @@ class RelayPipeline:
       low: the small images to continue from; None if sampling begins with stage 1.
       first: number of the first stage that runs.
       earlier: names of the stages before the last whose images are sampled or given: 'stage1', ...
-      classes: the classes that the networks know, from their checkpoints; none if no stage is
-        conditioned on them.
+      classes: the classes that the networks know, from their checkpoints; none if no image depends
+        on them.
       checkpoints: what was loaded, as JSON.
-      text: what the checkpoints say of the text that the networks know, as JSON: 'encoder',
-        'weights_hash', 'tokens' and 'width'; None if no stage is conditioned on text.
+      text: how the captions that the networks know are embedded; None if no stage is conditioned
+        on text.
       captions: of the run; None if its workdir has none.
 
     Raises:
       InputError: a checkpoint is missing, damaged or of another network, the small images cannot be
-        used, there are prompts for networks that know no text, or the encoder of text is another
-        one.
+        used, there are prompts for networks that know no text or without the classes that belong to
+        them, or the encoder of text is another one.
     """
 
-    text: dict[str, Any] | None = None
+    text: TextSpec | None = None
     captions: Captions | None = None
+    _listed_are_encoded = False
 
     def __init__(self, config: Config, workdir: Path):
         self.config, self.mesh = config, sharding.local_mesh()
@@ -83,18 +99,33 @@ class RelayPipeline:
         abouts = [
             self._load(number, workdir) for number in range(self.first, len(config.stages) + 1)
         ]
-        common = _common_classes(config, [of_checkpoint(about) for about in abouts], self.first)
-        conditions = [stage.condition_for(len(common)) for stage in config.stages[self.first - 1 :]]
-        labelled = self.low or any(map(uses_classes, conditions))
+        common = common_classes(config, [of_checkpoint(about) for about in abouts], self.first)
+        labelled = self.low or any(
+            guides.depends_on_classes(stage, len(common))
+            for stage in config.stages[self.first - 1 :]
+        )
         self.classes = common if labelled else Classes()
         validate.check_classes(config, self.classes.names)
-        self.text = _common_text(config, abouts, self.first)
+        self.text = common_text(config, abouts, self.first)
         if self.text:
-            self.captions = read_captions(Workdir(workdir).captions)
+            self._captions_file = Workdir(workdir).captions
+            self.captions = read_captions(self._captions_file)
             self._prompts = Prompts(config, self.text)
             if config.sampling.prompts:  # refused now, not after hours
-                seeds = parse_numbers(config.sampling.seeds, "config.sampling.seeds")
-                self._prompts.encode(self.prompts(np.asarray(seeds[:KEPT])))
+                self.labels(np.zeros(1, np.int64))
+                self._encode_listed()
+
+    def _encode_listed(self) -> None:
+        """Encodes the prompts of the config's seeds, and frees the encoder's memory for sampling.
+
+        Of more than `KEPT` prompts the rest is encoded batch by batch, and the encoder stays.
+        """
+        seeds = parse_numbers(self.config.sampling.seeds, "config.sampling.seeds")
+        wanted = list(dict.fromkeys(self.prompts(np.asarray(seeds))))
+        self._prompts.encode(wanted[:KEPT])
+        if len(wanted) <= KEPT:
+            self._prompts.release()
+        self._listed_are_encoded = True
 
     def _load(self, number: int, workdir: Path) -> dict[str, Any]:
         """Loads a stage's checkpoint and returns what it says about itself."""
@@ -106,14 +137,14 @@ class RelayPipeline:
         )
         chosen = averages.choose(stage, folder, step)
         about = chosen.about
-        _check_same_stage(self.config, number, folder / str(step), about)
-        _check_guidance(self.config, number, folder / str(step), about)
+        check_same_stage(self.config, number, folder / str(step), about)
+        check_guidance(self.config, number, folder / str(step), about)
         classes = len(about["classes"])
         network = stage.build(channels, classes)
         # All processes restore together, replicated over all devices; then each takes its own copy.
         abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
         params = sharding.on_this_process(chosen.read(abstract), self.mesh)
-        loaded_guides = guides.load(stage, channels, of_checkpoint(about), about.get("text"))
+        loaded_guides = guides.load(stage, channels, of_checkpoint(about), spec_of(about))
         sampler = StageSampler(
             stage,
             network,
@@ -140,28 +171,64 @@ class RelayPipeline:
     def labels(self, seeds: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
         """The classes of seeds, int32 (b,); -1 without classes.
 
-        They are those of the small images, or follow the rule of `sampling.labels`.
+        They follow the rule of `sampling.labels`; if that is 'balanced', they are those of the
+        small images or else of the captions, where these have classes.
+
+        Raises:
+          InputError: the classes of prompts are not known, or the networks do not know them.
         """
         rule = self.config.sampling.labels
         if self.low and len(self.classes) and rule == "balanced":
             of_images = self.low.labels(seeds, self.classes)
             if of_images is not None:
                 return of_images
+        if self._classes_of_captions:
+            return self._listed_labels[seeds % len(self._listed_labels)]
         return labels_of(seeds, rule, self.classes, run_seed=self.config.seed)
 
     @functools.cached_property
-    def listed_prompts(self) -> tuple[str, ...]:
-        """The prompts of `sampling.prompts`, or captions of the run; () if no stage takes text.
+    def _classes_of_captions(self) -> bool:
+        """Whether images have the classes of their captions: others were never trained together."""
+        if not self.text or not len(self.classes) or self.config.sampling.labels != "balanced":
+            return False
+        no_seeds = np.zeros(0, np.int64)
+        return not self.low or self.low.labels(no_seeds, self.classes) is None
+
+    @functools.cached_property
+    def _listed_labels(self) -> Int[np.ndarray, " n"]:
+        """The class of each listed prompt."""
+        if parse_prompts(self.config.sampling.prompts):
+            raise no_classes(f"{FIELD}={self.config.sampling.prompts!r:.60}")
+        numbers = {"": -1} | {name: number for number, name in enumerate(self.classes.names)}
+        names = self.listed.classes
+        if not names:
+            raise InputError(
+                f"{self._captions_file} does not have the classes of its captions",
+                "Run --mode=train again, which adds them, or set --config.sampling.labels.",
+            )
+        if unknown := set(names) - numbers.keys():
+            raise InputError(
+                f"{self._captions_file} has captions of the class {min(unknown)!r}, and the "
+                f"networks know {self.classes}",
+                "Set --config.sampling.labels.",
+            )
+        return np.asarray([numbers[name] for name in names], np.int32)
+
+    @functools.cached_property
+    def listed(self) -> Listed:
+        """The prompts of `sampling.prompts`, or captions of the run; none if no stage takes text.
 
         Raises:
           InputError: there are none.
         """
-        return choose(self.config, self.captions) if self.text else ()
+        if not self.text:
+            return Listed(())
+        return choose(self.config, self.captions, classes=self._classes_of_captions)
 
     def prompts(self, seeds: Int[np.ndarray, " b"]) -> list[str]:
         """The prompt of each seed: prompt s mod n for seed s; '' if no stage takes text."""
-        listed = self.listed_prompts or ("",)
-        return [listed[int(seed) % len(listed)] for seed in seeds]
+        texts = self.listed.texts or ("",)
+        return [texts[int(seed) % len(texts)] for seed in seeds]
 
     def are_held_out(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt is certainly no caption of the training (`Captions`)."""
@@ -176,10 +243,8 @@ class RelayPipeline:
             return None
         prompts, labels = self.prompts(seeds), self.labels(seeds)
         texts = [mark(*pair) for pair in zip(prompts, self.are_held_out(prompts), strict=True)]
-        if not len(self.classes):
-            return texts
-        names = [self.classes.names[label] for label in labels]
-        return [f"{text} ({name})" for text, name in zip(texts, names, strict=True)]
+        names = [f" ({name})" for name in self.classes.names] + [""]  # last, for the label -1
+        return [text + names[label] for text, label in zip(texts, labels, strict=True)]
 
     def sample(
         self, seeds: Int[np.ndarray, " n"], prompts: str | Sequence[str] | None = None
@@ -198,8 +263,8 @@ class RelayPipeline:
           The images of the `earlier` stages and of the last one, each uint8 (n, h, w, c).
 
         Raises:
-          InputError: an image has values that are not finite, a prompt cannot be encoded, or no
-            stage takes text.
+          InputError: an image has values that are not finite, a prompt cannot be encoded or has no
+            class, or no stage takes text.
         """
         texts, size = self._texts(seeds, prompts), self.config.sampling.batch_size
         made, begun = [], self._begin(seeds[:0], [])
@@ -215,7 +280,7 @@ class RelayPipeline:
         More seeds than a batch start several batches, whose images stay on the devices until
         `finish`.
         """
-        return self._begin(seeds, self.prompts(seeds))
+        return self._begin(seeds, self._own_texts(seeds))
 
     def _begin(self, seeds: Int[np.ndarray, " n"], texts: list[str]) -> Begun:
         size = self.config.sampling.batch_size
@@ -233,13 +298,21 @@ class RelayPipeline:
     ) -> list[str]:
         """The prompt of each image."""
         if prompts is None:
-            return self.prompts(seeds)
+            return self._own_texts(seeds)
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         if not self.text:
             raise no_text(f"prompts={prompts!r:.60}")
         if not listed and len(seeds):
             raise InputError(f"prompts={prompts!r} has no prompts", "Give one or more.")
+        if self._classes_of_captions:
+            raise no_classes(f"prompts={prompts!r:.60}")
         return [listed[i % len(listed)] for i in range(len(seeds))]
+
+    def _own_texts(self, seeds: Int[np.ndarray, " n"]) -> list[str]:
+        """The prompt of each seed; at their first use those of the config's seeds are encoded."""
+        if self.text and not self._listed_are_encoded:
+            self._encode_listed()
+        return self.prompts(seeds)
 
     def _begin_batch(
         self, seeds: Int[np.ndarray, " b"], texts: Sequence[str]
@@ -282,85 +355,3 @@ class RelayPipeline:
 
 _encoded = jax.jit(Pixels().encode)
 _decoded = jax.jit(Pixels().decode)
-
-
-def _common_classes(config: Config, known: list[Classes], first: int) -> Classes:
-    """The classes that all stages know.
-
-    A stage that knows them by number alone takes another stage's names. All stages get the same
-    indices, so their classes must agree in number and order.
-    """
-    common = next((classes for classes in known if not classes.by_number), known[0])
-    for number, classes in enumerate(known, first):
-        if matched(classes, common) != tuple(range(len(common))):
-            field = f"config.stage{number}.checkpoint={config.stage(number).checkpoint!r}"
-            raise InputError(
-                f"{field} knows the classes {classes}, other stages {common}",
-                "Use checkpoints of the same classes in the same order.",
-            )
-    return common
-
-
-def _common_text(
-    config: Config, abouts: Sequence[dict[str, Any]], first: int
-) -> dict[str, Any] | None:
-    """What the checkpoints say of their text; None if no stage takes text.
-
-    Raises:
-      InputError: a checkpoint does not say, they differ, or there are prompts and no stage takes
-        text.
-    """
-    found = {}
-    for number, about in enumerate(abouts, first):
-        if takes_text(config.stage(number)):
-            field = f"config.stage{number}.checkpoint={config.stage(number).checkpoint!r}"
-            if not about.get("text"):
-                raise InputError(
-                    f"{field} does not name the encoder of its text",
-                    "Use a checkpoint that was trained with captions.",
-                )
-            found[field] = about["text"]
-    if not found:
-        if config.sampling.prompts:
-            raise no_text(f"{FIELD}={config.sampling.prompts!r:.60}")
-        return None
-    common = next(iter(found.values()))
-    for field, text in found.items():
-        if text != common:
-            raise InputError(
-                f"{field} knows text of {text}, another stage of {common}",
-                "Use checkpoints of the same encoder.",
-            )
-    return common
-
-
-def _check_guidance(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
-    """Refuses guidance of a network that was never trained without labels.
-
-    Nothing is known about imported weights, so these are accepted.
-    """
-    entries = config.stage(number).guidance
-    dropout = about["stage"]["training"]["label_dropout"]
-    needed = any(entry.needs_null for entry in entries)
-    if needed and not dropout and "imported" not in about:
-        raise InputError(
-            f"config.stage{number}.guidance={guidance.shown(entries)} cannot be used: checkpoint "
-            f"{path} was trained with training.label_dropout={dropout}, that is, never without "
-            "labels",
-            "Use 1.0.",
-        )
-
-
-def _check_same_stage(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
-    """Refuses a checkpoint that computes something else, though its arrays may have the shapes."""
-    ours = to_dict(config)[f"stage{number}"]
-    for part in ("network", "precondition", "process", "condition"):
-        fields = ours[part].keys() | about["stage"][part].keys()
-        for field in sorted(fields, key=lambda field: (field != "kind", field)):
-            was, now = about["stage"][part].get(field), ours[part].get(field)
-            if was != now and field not in ("dropout", "dtype", "remat"):
-                raise InputError(
-                    f"config.stage{number}.{part}.{field}={now!r}, but checkpoint {path} is of "
-                    f"another network ({was!r})",
-                    f"Use {was!r}.",
-                )

@@ -1,22 +1,34 @@
 """Prompts: read from the config, a file or a run's captions, and encoded for the networks."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rdm_jax.config import Config, Stage
+from rdm_jax.data.text_table import TextSpec, same_text
 from rdm_jax.models.conditions import Condition
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
-from rdm_jax.sampling.captions import Captions
+from rdm_jax.sampling.run_captions import Captions
 from rdm_jax.text.encoders import TextEncoder, open_encoder
 
 FIELD, ENCODER = "config.sampling.prompts", "config.data.text_encoder"
 HELD_OUT = "held_out"  # the value that means the run's held-out captions
-OF_TOKENS = ("weights_hash", "tokens", "width")  # what embeddings depend on
 KEPT = 4096  # encoded prompts that are kept, as many images may have the same
+
+
+class Listed(NamedTuple):
+    """Prompts that seeds take in turn.
+
+    Attributes:
+      texts: the prompts.
+      classes: the name of the class that belongs to each, '' for none; () if none is known.
+    """
+
+    texts: tuple[str, ...]
+    classes: tuple[str, ...] = ()
 
 
 def takes_text(stage: Stage) -> bool:
@@ -25,8 +37,8 @@ def takes_text(stage: Stage) -> bool:
 
 
 def uses_classes(condition: Condition) -> bool:
-    """Whether a condition that is bound to data depends on the classes of images."""
-    return condition.spec is not None and getattr(condition, "classes", True)
+    """Whether a condition depends on the classes of images."""
+    return "label" in condition.inputs
 
 
 def parse_prompts(text: str) -> tuple[str, ...]:
@@ -73,9 +85,26 @@ def check_prompts(config: Config, *, encode: bool) -> None:
             f"{FIELD}={value!r} means captions of held-out images, and config.data.held_out=0",
             "Give other prompts.",
         )
+    if any(takes_text(stage) and uses_classes(stage.condition) for stage in config.stages):
+        check_labels(config)
     if prompts and encode:
         encoder = open_encoder(config.data.text_encoder, config.data.text_tokens, ENCODER)
         encoder(prompts[:KEPT])
+
+
+def check_labels(config: Config) -> None:
+    """Refuses prompts of the config that would have no class, where images depend on both."""
+    value, sampling = config.sampling.prompts, config.sampling
+    if parse_prompts(value) and sampling.labels == "balanced" and not sampling.low:
+        raise no_classes(f"{FIELD}={value!r:.60}")
+
+
+def no_classes(field: str) -> InputError:
+    """The refusal of prompts without classes: no network is trained with text and no class."""
+    return InputError(
+        f"{field} has no classes, on which the images depend, too",
+        "Set --config.sampling.labels to classes, or to 'random'.",
+    )
 
 
 def no_text(field: str) -> InputError:
@@ -114,60 +143,77 @@ def _lines(path: str) -> list[str]:
     return text.replace("\r\n", "\n").removesuffix("\n").split("\n")
 
 
-def choose(config: Config, captions: Captions | None) -> tuple[str, ...]:
+def choose(config: Config, captions: Captions | None, *, classes: bool) -> Listed:
     """The prompts of a run's samples: those of `sampling.prompts`, or captions of the run.
 
     Args:
       config: of the run.
       captions: of the run; None if its workdir has none.
+      classes: whether a caption is listed once with each of its classes, instead of once.
 
     Raises:
       InputError: as `parse_prompts` does, or the run has no such captions.
     """
     value = config.sampling.prompts
     if given := parse_prompts(value):
-        return given
+        return Listed(given)
     held_out = value.strip() == HELD_OUT
-    listed = captions and (captions.held_out if held_out else captions.training)
-    if not listed:
+    listed = Listed(())
+    if captions and held_out:
+        listed = Listed(captions.held_out, captions.held_out_classes)
+    elif captions:
+        listed = Listed(captions.training, captions.training_classes)
+    if not listed.texts:
         raise InputError(
             f"{FIELD}={value!r} means the {'held-out ' if held_out else ''}captions of the run, "
             "and its workdir has none",
             f"Give prompts, such as --{FIELD}='a red apple; a sleeping cat'.",
         )
-    return listed
+    return listed if classes else Listed(tuple(dict.fromkeys(listed.texts)))
 
 
 class Prompts:
     """Encodes prompts for the networks of a run.
 
+    The encoder is in memory, that of the accelerator included, until `release`, and again once
+    other prompts are encoded.
+
     Args:
       config: of the run; `data.text_encoder` is opened.
-      about: of the text in the run's checkpoints: 'encoder', 'weights_hash', 'tokens', 'width'.
+      text: how the captions of the run's training are embedded.
 
     Raises:
       InputError: the encoder cannot be opened, or is another one than that of the training.
     """
 
-    def __init__(self, config: Config, about: Mapping[str, Any]):
-        spec = config.data.text_encoder
-        encoder: TextEncoder = open_encoder(spec, about["tokens"], ENCODER)
-        if encoder.weights_hash != about["weights_hash"]:
+    def __init__(self, config: Config, text: TextSpec):
+        self._name, self._text = config.data.text_encoder, text
+        self._encoder: TextEncoder | None = self._opened()
+        self._known: dict[str, np.ndarray] = {}  # the valid tokens of each
+
+    def _opened(self) -> TextEncoder:
+        encoder = open_encoder(self._name, self._text.tokens, ENCODER)
+        found = TextSpec(encoder.name, encoder.weights_hash, encoder.tokens, encoder.width)
+        if not same_text(found, self._text):
             raise InputError(
-                f"{ENCODER}={spec!r} has other weights than the encoder "
-                f"{about['encoder']} of the training",
+                f"{ENCODER}={self._name!r} is {found}, and the run was trained with {self._text}",
                 "Use the encoder that the run was trained with.",
             )
-        self._encoder = encoder
-        self._known: dict[str, tuple[np.ndarray, np.integer]] = {}
+        return encoder
 
     def encode(self, prompts: Sequence[str]) -> None:
         """Encodes new prompts. Raises InputError for an empty one, or one that is too long."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-        if new:
-            made = self._encoder(new)
-            rows = zip(np.asarray(made.tokens), np.asarray(made.lengths), strict=True)
-            self._known |= dict(zip(new, rows, strict=True))
+        if not new:
+            return
+        self._encoder = self._encoder or self._opened()
+        made = self._encoder(new)
+        for prompt, tokens, length in zip(new, made.tokens, made.lengths, strict=True):
+            self._known[prompt] = np.array(tokens[:length], np.float16)
+
+    def release(self) -> None:
+        """Frees the memory of the encoder; what is encoded stays."""
+        self._encoder = None
 
     def given(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """'text', float16 (b, tokens, width), and 'text_length', int32 (b,), as in a batch.
@@ -176,10 +222,10 @@ class Prompts:
           InputError: as `encode` does.
         """
         self.encode(prompts)
-        tokens, lengths = zip(*(self._known[prompt] for prompt in prompts), strict=True)
+        found = [self._known[prompt] for prompt in prompts]
+        text = np.zeros((len(found), self._text.tokens, self._text.width), np.float16)
+        for row, tokens in zip(text, found, strict=True):
+            row[: len(tokens)] = tokens
         for prompt in list(self._known)[: max(0, len(self._known) - KEPT)]:
             del self._known[prompt]
-        return {
-            "text": np.stack(tokens).astype(np.float16),
-            "text_length": np.asarray(lengths, np.int32),
-        }
+        return {"text": text, "text_length": np.asarray(list(map(len, found)), np.int32)}

@@ -14,7 +14,6 @@ from rdm_jax.render import pictures
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
 from rdm_jax.sampling import guides
-from rdm_jax.sampling.captions import captions_of, text_of
 from rdm_jax.sampling.labels import labels_of
 from rdm_jax.sampling.prompts import takes_text, uses_classes
 from rdm_jax.sampling.stage_sampler import StageSampler, in_batches, stage_settings
@@ -42,8 +41,7 @@ class StagePreview:
     def __init__(self, config: Config, number: int, real: ImageSet):
         self._config, self._stage, self._real = config, config.stage(number), real
         channels, classes = real.image_shape[-1], len(real.class_names)
-        text = text_of(real)
-        loaded = guides.load(self._stage, channels, Classes(real.class_names), text)
+        loaded = guides.load(self._stage, channels, Classes(real.class_names), real.text)
         self._sampler = StageSampler(
             self._stage,
             self._stage.build(channels, classes),
@@ -84,7 +82,7 @@ class StagePreview:
 
     def captions(self, seeds: Int[np.ndarray, " n"]) -> list[str] | None:
         """The captions of the images of seeds; None if the stage is not conditioned on text."""
-        return captions_of(self._real, self._of(seeds)) if self._has_text else None
+        return self._real.caption(self._of(seeds)) if self._has_text else None
 
     def _of(self, seeds: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """The number of the real image that each seed has."""

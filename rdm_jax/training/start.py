@@ -14,6 +14,7 @@ from rdm_jax.checkpoints import folders, store
 from rdm_jax.config import Stage
 from rdm_jax.config.changes import check_allowed
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
+from rdm_jax.data.text_table import same_text, spec_of
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
@@ -184,9 +185,8 @@ class Starter:
 
     def _check_text(self, about: dict[str, Any], checkpoint: Path) -> None:
         """Refuses a checkpoint that knows the captions of another encoder."""
-        theirs, ours = (each.get("text") or {} for each in (about, self.about))
-        fields = ("weights_hash", "tokens", "width")
-        if theirs and any(theirs.get(field) != ours.get(field) for field in fields):
+        theirs, ours = spec_of(about), spec_of(self.about)
+        if theirs and not same_text(theirs, ours):
             raise InputError(
                 f"{self.name} is trained with captions of {ours or 'no encoder'}, and checkpoint "
                 f"{checkpoint} knows those of {theirs}",

@@ -104,7 +104,7 @@ class BinaryCode:
 
     @property
     def inputs(self):
-        return {}
+        return {"label": jax.ShapeDtypeStruct((), jnp.int32)}
 
     def encode(self, batch):
         labels = batch["label"]

@@ -15,7 +15,7 @@ from rdm_jax.data.text_table import Embedding, folder_of
 from rdm_jax.data.write_text import add_text
 from rdm_jax.runtime.errors import InputError
 from tests.support.configs import write_images
-from tests.support.text import FakeEncoder
+from tests.support.fake_encoder import FakeEncoder
 
 FORM = ImageSpec(8, 12)
 FAKE = Embedding("fake", 8)

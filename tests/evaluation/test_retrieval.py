@@ -13,9 +13,9 @@ from rdm_jax.render.tables import result_table
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.stage_preview import StagePreview
-from tests.support import texts
+from tests.support import captioned_runs
+from tests.support.captioned_runs import captioned, write_run
 from tests.support.small_evaluation import SPACE
-from tests.support.texts import captioned, write_run
 
 
 def test_retrieval_by_hand():
@@ -55,8 +55,8 @@ def numbered(first: int, count: int) -> ImageSet:
 def test_evaluation_reports_retrieval(monkeypatch, tmp_path):
     """Beside the distances, with the chance level, and marked where prompts are held out."""
     sets = numbered(0, 12), numbered(100, 8)
-    texts.open_fake(monkeypatch)
-    config = texts.config_of(prompts="image 3; image 7; image 100", seeds="0-8")
+    captioned_runs.open_fake(monkeypatch)
+    config = captioned_runs.config_of(prompts="image 3; image 7; image 100", seeds="0-8")
     values = {"features": "classifier", "images": "samples, held_out", "batch_size": 8}
     evaluation = dataclasses.replace(config.evaluation, **values)
     data = dataclasses.replace(config.data, held_out=8)
@@ -83,7 +83,7 @@ def test_retrieval_of_the_reference_itself(tmp_path):
     file = tmp_path / "made.npz"
     names = np.asarray([f"image {i}" for i in range(12)])
     np.savez(file, images=sets[0].batch(range(12))["image"], prompts=names)
-    config = texts.config_of()
+    config = captioned_runs.config_of()
     values = {"features": "classifier", "images": f"held_out, npz:{file}", "batch_size": 8}
     evaluation = dataclasses.replace(config.evaluation, **values)
     data = dataclasses.replace(config.data, held_out=8)
@@ -101,7 +101,7 @@ def test_retrieval_of_the_reference_itself(tmp_path):
 
 def test_evaluation_in_training_has_captions():
     """Those of the real images that the stage is given."""
-    config, real = texts.config_of(), numbered(0, 8)
+    config, real = captioned_runs.config_of(), numbered(0, 8)
     params = {"w": np.zeros(1, np.float32)}
     stream = StageStream(config, 1, StagePreview(config, 1, real), params, 0)
     captions = stream.captions(np.arange(stream.count))

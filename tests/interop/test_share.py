@@ -13,8 +13,8 @@ from rdm_jax.config.saved import read_saved
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.workdir import Workdir
+from tests.support.captioned_runs import config_of, open_fake, write_run
 from tests.support.checkpoints import read_arrays
-from tests.support.texts import config_of, open_fake, write_run
 
 SEEDS = np.arange(3)
 
@@ -61,6 +61,18 @@ def test_export_without_a_stage_writes_the_whole_relay(relay):
     )
     with pytest.raises(InputError, match=r"relay exists\. Use a new folder"):
         run(config_of(), relay.with_name("run"), mode="export", weights=str(relay))
+
+
+@pytest.mark.second
+def test_card_asks_for_classes_beside_prompts(tmp_path):
+    """Its example is refused without, where the networks know both."""
+    workdir = write_run(tmp_path / "run", config_of(classes=True))
+    run(config_of(classes=True), workdir, mode="export", weights=str(tmp_path / "both"))
+    card = (tmp_path / "both/README.md").read_text()
+    assert "embedded by fake. 2 classes.\n" in card
+    assert """load("both", sampling={"labels": "random"}).sample(range(4), prompts=["a""" in card
+    loaded = rdm_jax.load(tmp_path / "both", sampling={"labels": "random"})
+    assert loaded.sample(SEEDS, prompts="a red disc")[-1].shape == (3, 8, 8, 3)
 
 
 def test_imported_relay_has_the_parameters_to_bfloat16(workdir, relay, tmp_path):

@@ -274,7 +274,7 @@ def test_attention_implementation_by_device(device, dtype, width, wanted, monkey
     monkeypatch.setattr(
         jax.nn,
         "dot_product_attention",
-        lambda q, k, v, implementation, **_: used.append(implementation) or q,
+        lambda q, k, v, key_value_seq_lengths, implementation: used.append(implementation) or q,
     )
     q = jnp.zeros((1, 4, 1, width), dtype)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
@@ -285,7 +285,8 @@ def test_attention_implementation_by_device(device, dtype, width, wanted, monkey
         mesh = Mesh(np.array([[device]], object), sharding.AXES)
         with target.compiling_for(mesh):
             attention.attend(q, q, q)
-    assert used == [wanted] * 3
+            attention.attend(q, q, q, jnp.ones(1, jnp.int32))
+    assert used == [wanted, wanted, "xla", wanted, "xla"]  # lengths are masked by XLA
 
 
 @pytest.mark.parametrize("resample", ["up", "down"])

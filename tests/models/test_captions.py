@@ -10,7 +10,8 @@ import pytest
 
 from rdm_jax.models.conditions import ClassLabels, Text
 from rdm_jax.runtime.errors import InputError
-from tests.support.captions import (
+from tests.support.small_networks import parameters
+from tests.support.text_networks import (
     CLASSES,
     NETWORKS,
     TEXT,
@@ -21,7 +22,6 @@ from tests.support.captions import (
     text_batch,
     text_network,
 )
-from tests.support.small_networks import parameters
 
 SECOND = pytest.mark.second
 EACH = pytest.mark.parametrize(
@@ -196,10 +196,11 @@ def test_text_tree():
     np.testing.assert_array_equal(tree["vector"][:, WIDTH:], [[0, 1, 0], [0, 0, 0], [0, 0, 1]])
 
 
-def test_text_without_captions_is_null():
-    labels = {"label": jnp.asarray([-1, -1])}
+def test_text_of_no_length_is_null():
     null = TEXT_AND_CLASSES.null(TEXT_AND_CLASSES.encode(text_batch([2, 1], labels=[0, 1])))
-    chex.assert_trees_all_equal(TEXT_AND_CLASSES.encode(labels), null)
+    chex.assert_trees_all_equal(TEXT_AND_CLASSES.encode(text_batch([0, 0], labels=[-1, -1])), null)
+    with pytest.raises(KeyError, match="text"):  # but a batch without captions is a mistake
+        TEXT_AND_CLASSES.encode({"label": jnp.asarray([-1, -1])})
 
 
 def test_text_drops_caption_and_class_together():
@@ -226,5 +227,7 @@ def test_text_bound_follows_the_data():
 
 def test_text_inputs_are_what_it_encodes():
     batch = text_batch([TOKENS])
-    for name, one in TEXT.inputs.items():
+    assert TEXT.inputs.keys() | {"label"} == TEXT_AND_CLASSES.inputs.keys() == batch.keys()
+    for name, one in TEXT_AND_CLASSES.inputs.items():
         assert batch[name].shape == (1, *one.shape) and batch[name].dtype == one.dtype
+    TEXT.encode({name: batch[name] for name in TEXT.inputs})

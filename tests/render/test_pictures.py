@@ -8,7 +8,7 @@ from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.render import pictures
-from rdm_jax.render.captions import LINE, SIZE, wrapped
+from rdm_jax.render.text_lines import LINE, SIZE, wrapped
 from tests.support.configs import write_images
 
 

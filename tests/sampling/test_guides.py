@@ -16,7 +16,7 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion.guidance import Autoguidance, ClassifierFree
 from rdm_jax.diffusion.linear_path import LinearProcess
 from rdm_jax.diffusion.preconditioning import VEPreconditioning, XPreconditioning
-from rdm_jax.models.conditions import Nothing
+from rdm_jax.models.conditions import Nothing, Text
 from rdm_jax.models.transformer import JiT
 from rdm_jax.modes import run
 from rdm_jax.plan.plan import plan
@@ -28,6 +28,7 @@ from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.stage_sampler import StageSampler
 from tests.support.configs import tiny_config, write_images
+from tests.support.fake_encoder import FakeEncoder
 
 AB = Classes(("a", "b"))
 SEEDS, LABELS = np.arange(4), jnp.asarray([0, 1, 0, -1])
@@ -81,8 +82,8 @@ def folders(tmp_path_factory):
     return root
 
 
-def denoised(config: Config, params, x, sigma, loaded=(), labels=LABELS):
-    """What a stage's denoiser returns for some images."""
+def denoised(config: Config, params, x, sigma, loaded=(), given=None):
+    """What a stage's denoiser returns for some images, conditioned on `LABELS` or `given`."""
     sampler = StageSampler(
         config.stage(1),
         config.stage(1).build(3, 2),
@@ -94,10 +95,10 @@ def denoised(config: Config, params, x, sigma, loaded=(), labels=LABELS):
     )
     everything = (params, *(guide.params for guide in loaded))
 
+    given = given or {"label": LABELS}
+
     def denoise(params, x):
-        return sampler._denoiser(params, None, {"label": labels}, lambda k: jnp.zeros(x.shape))(
-            x, sigma
-        )
+        return sampler._denoiser(params, None, given, lambda k: jnp.zeros(x.shape))(x, sigma)
 
     return jax.jit(denoise)(everything, x)
 
@@ -117,6 +118,27 @@ def test_guide_of_another_family_follows_the_formula(folders, named):
         assert np.abs(main - other).max() > 0.1
         out = denoised(config, own, x, jnp.asarray(sigma), loaded)
         np.testing.assert_allclose(out, weight * main - (weight - 1) * other, atol=2e-5)
+
+
+@pytest.mark.parametrize("classes", [False, True], ids=["text", "text and classes"])
+def test_classifier_free_guidance_leads_away_from_the_null_caption(classes):
+    """Caption and class are dropped together; a null caption is not guided."""
+    config = alone().with_stage(1, condition=Text(tokens=4, width=6, classes=classes))
+    params, sigma = params_of(config), jnp.asarray(0.7)
+    x = jax.random.normal(jax.random.key(0), (4, 4, 4, 3))
+    text = FakeEncoder(tokens=4, width=6)(["a red apple", "a cat", "a b c d", "dogs"])
+    mask = np.asarray([1, 1, 1, 0])
+    given = {
+        "label": jnp.asarray([0, 1, 0, -1]),
+        "text": jnp.asarray(text.tokens),
+        "text_length": jnp.asarray(text.lengths * mask),
+    }
+    nothing = given | {"label": jnp.full(4, -1), "text_length": jnp.zeros(4, jnp.int32)}
+    guided_by_text = guided(ClassifierFree(1.5), config=config)
+    plain, null = (denoised(config, params, x, sigma, given=each) for each in (given, nothing))
+    assert (np.abs(plain - null).max((1, 2, 3)) > 0.01).tolist() == [True, True, True, False]
+    out = denoised(guided_by_text, params, x, sigma, given=given)
+    np.testing.assert_allclose(out, 1.5 * plain - 0.5 * null, atol=2e-5)
 
 
 @pytest.mark.second
@@ -160,7 +182,7 @@ def test_unconditional_guide(tmp_path):
     loaded, own = guides.load(config.stage(1), 3, AB), params_of(alone(), seed=1)
     x, sigma = jax.random.normal(jax.random.key(0), (4, 4, 4, 3)), jnp.asarray(0.7)
     known = denoised(alone(), own, x, sigma)
-    unknown = denoised(alone(), own, x, sigma, labels=-jnp.ones_like(LABELS))
+    unknown = denoised(alone(), own, x, sigma, given={"label": -jnp.ones_like(LABELS)})
     other = denoised(guide, loaded[0].params, x, sigma)
     out = denoised(config, own, x, sigma, loaded)
     expected = 2 * (1.5 * known - 0.5 * other) - (1.5 * unknown - 0.5 * other)

@@ -21,7 +21,7 @@ from rdm_jax.diffusion.samplers import CascadeHeun
 from rdm_jax.models.conditions import Nothing
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling import pipeline, stage_sampler
+from rdm_jax.sampling import checkpoint_checks, pipeline, stage_sampler
 from rdm_jax.sampling.load import load
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.workdir import Workdir
@@ -308,9 +308,9 @@ def test_common_classes(known, common):
             InputError,
             match="stage2.checkpoint='newest' knows the classes|stage1.checkpoint='newest' knows",
         ):
-            pipeline._common_classes(config, known, 1)
+            checkpoint_checks.common_classes(config, known, 1)
     else:
-        assert pipeline._common_classes(config, known, 1) == common
+        assert checkpoint_checks.common_classes(config, known, 1) == common
 
 
 def test_to_uint8_inverts_the_scaling_of_training():
@@ -341,7 +341,7 @@ def test_guidance_needs_label_dropout(tmp_path):
         InputError, match="there is no checkpoint in .*stage2"
     ):  # the first stage is fine
         pipeline.RelayPipeline(config, tmp_path)
-    pipeline._check_guidance(guided, 1, tmp_path, {**about, "imported": {}})
+    checkpoint_checks.check_guidance(guided, 1, tmp_path, {**about, "imported": {}})
 
 
 def test_pipeline_refuses_another_condition(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -11,20 +12,22 @@ import rdm_jax
 from rdm_jax import modes
 from rdm_jax.data import image_sets
 from rdm_jax.data.classes import Classes
+from rdm_jax.data.text_table import TextSpec
 from rdm_jax.diffusion.guidance import Autoguidance
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.sampling import guides
-from rdm_jax.sampling.captions import Captions, read_captions
+from rdm_jax.sampling import guides, pipeline, prompts
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.prompts import parse_prompts
+from rdm_jax.sampling.run_captions import Captions, read_captions
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.workdir import Workdir
-from tests.support import texts
+from tests.support import captioned_runs
+from tests.support.captioned_runs import ENCODER, TEXT, captioned, config_of, write_run
 from tests.support.configs import tiny_config, write_images
-from tests.support.texts import ENCODER, TEXT, captioned, config_of, write_run
+from tests.support.fake_encoder import FakeEncoder
 
 APPLE, CAT = "a red apple", "a sleeping cat"
 SEEDS = np.arange(11)
@@ -33,7 +36,7 @@ SEEDS = np.arange(11)
 @pytest.fixture(scope="module")
 def encoder():
     with pytest.MonkeyPatch.context() as patch:
-        yield texts.open_fake(patch)
+        yield captioned_runs.open_fake(patch)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,11 @@ def test_bad_prompts_are_refused(tmp_path, monkeypatch, text, written, says):
 
 def test_seeds_take_prompts_in_turn(relay):
     assert relay.prompts(np.asarray([0, 1, 2, 5])) == [APPLE, CAT, APPLE, CAT]
-    assert relay.listed_prompts == (APPLE, CAT) and relay.text == TEXT and not len(relay.classes)
+    assert (
+        relay.listed.texts == (APPLE, CAT)
+        and relay.text == TextSpec(**TEXT)
+        and not len(relay.classes)
+    )
 
 
 def test_image_depends_on_its_prompt_only(relay):
@@ -146,6 +153,34 @@ def test_prompts_are_encoded_once(relay, encoder):
     assert encoder.calls == [["some words", "others"]]
 
 
+def test_encoder_is_freed_while_sampling(workdir, monkeypatch):
+    """Once the prompts of the config's seeds are encoded; others open it again."""
+    opened = []
+
+    def open_another(spec, tokens, field):
+        encoder = FakeEncoder(tokens=4, width=6)
+        opened.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(prompts, "open_encoder", open_another)
+    listed = RelayPipeline(config_of(prompts=f"{APPLE}; {CAT}"), workdir)
+    assert [encoder() for encoder in opened] == [None]
+    *_, images = listed.sample(SEEDS)
+    assert len(opened) == 1
+    *_, others = listed.sample(SEEDS, prompts=["some words", CAT])
+    assert len(opened) == 2 and opened[1]() is not None
+    np.testing.assert_array_equal(others[1::2], images[1::2])
+    own = RelayPipeline(config_of(), workdir)
+    assert opened[2]() is not None  # nothing is fixed before images are asked for
+    own.sample(SEEDS[:1])
+    assert len(opened) == 3 and opened[2]() is None
+    monkeypatch.setattr(pipeline, "KEPT", 1)
+    many = RelayPipeline(config_of(prompts=f"{APPLE}; {CAT}"), workdir)
+    assert opened[3]() is not None and len(many._prompts._known) == 1
+    np.testing.assert_array_equal(many.sample(SEEDS)[-1], images)
+    assert len(opened) == 4
+
+
 def test_without_prompts_seeds_take_captions_of_the_run(workdir, tmp_path):
     made = RelayPipeline(config_of(), workdir)
     assert made.prompts(SEEDS[:3]) == [APPLE, "a dog", APPLE]
@@ -169,7 +204,7 @@ def test_load_and_sample(workdir):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"weights_hash": "other"}, "has other weights than the encoder fake of the training"),
+        ({"weights_hash": "other"}, r"is fake .*weights 0{12}., .* with fake .*weights other"),
         (None, "stage1.checkpoint='newest' does not name the encoder of its text"),
     ],
 )
@@ -225,21 +260,6 @@ def test_files_have_the_prompts(workdir, tmp_path, files):
 
 
 @pytest.mark.second
-def test_classes_stand_beside_prompts(encoder, tmp_path):
-    folder = write_run(tmp_path, config_of(classes=True), training=(APPLE,), held_out=())
-    made = RelayPipeline(config_of(classes=True, prompts=f"{APPLE}; {CAT}"), folder)
-    assert made.classes == Classes(("a", "b")) and made.labels(SEEDS[:3]).tolist() == [0, 1, 0]
-    assert made.captions_below(SEEDS[:2]) == [f"{APPLE} (a)", f"{CAT} [held out] (b)"]
-    (_, one), (_, other) = (
-        RelayPipeline(config_of(classes=True, prompts=APPLE, labels=label), folder).sample(
-            SEEDS[:2]
-        )
-        for label in "ab"
-    )
-    assert np.abs(one.astype(int) - other).max() > 0
-
-
-@pytest.mark.second
 def test_preview_has_captions_of_real_images(encoder, tmp_path):
     """Training runs no encoder: their embeddings are in the data."""
     named = [f"image {i}" for i in range(6)]
@@ -270,12 +290,9 @@ def test_guide_gets_the_prompts_too(workdir, tmp_path):
     )
     # The guide is the network itself, but for rounding.
     np.testing.assert_allclose(guided.astype(int), plain, atol=1)
-    write_run(tmp_path / "classes", tiny_config("images"), text=None)
-    by_classes = same.with_stage(1, guidance=(Autoguidance(1.5, f"{tmp_path}/classes/stage1"),))
-    assert np.abs(RelayPipeline(by_classes, workdir).sample(SEEDS[:2])[1] - plain.astype(int)).max()
     write_run(tmp_path / "other", config_of(), text=TEXT | {"weights_hash": "other"})
     other = same.with_stage(1, guidance=(Autoguidance(1.5, f"{tmp_path}/other/stage1"),))
-    with pytest.raises(InputError, match="the guide knows text of .*'other'.*, the stage of"):
+    with pytest.raises(InputError, match="the guide knows text of .*weights other.*, the stage of"):
         RelayPipeline(other, workdir)
     with pytest.raises(InputError, match="the guide knows text of .*, the stage none"):
         guides.check(other.stage(1), 3, Classes(("a", "b")))
@@ -288,7 +305,7 @@ def test_training_keeps_the_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(modes, "Trainer", None)
     for config, wanted in (
         (tiny_config("images"), None),
-        (config_of(), Captions.of("abc", "de")),
+        (config_of(), Captions.of([("a", "a"), ("b", "b"), ("c", "a")], [("d", "b"), ("e", "a")])),
     ):
         workdir = Workdir(tmp_path)
         job = modes.Job(config, workdir, "train", None, StopOnSignal(), False, False, ())
@@ -316,8 +333,8 @@ def test_captioned_folder_is_trained_and_sampled(encoder, tmp_path, monkeypatch)
     assert kept.complete and len(kept.training) == 8 and len(kept.held_out) == 4
     with np.load(workdir / "samples/samples.npz") as file:
         assert file["prompts"].tolist() == [APPLE, "image 3"] * 2
-    for prompts, taken in (("", kept.training), ("held_out", kept.held_out)):
-        sampling = dataclasses.replace(config.sampling, prompts=prompts, name=f"of_{prompts}")
+    for asked, taken in (("", kept.training), ("held_out", kept.held_out)):
+        sampling = dataclasses.replace(config.sampling, prompts=asked, name=f"of_{asked}")
         run(dataclasses.replace(config, sampling=sampling), workdir, mode="sample")
-        with np.load(workdir / f"of_{prompts}/samples.npz") as file:
+        with np.load(workdir / f"of_{asked}/samples.npz") as file:
             assert file["prompts"].tolist() == list(taken[:4])

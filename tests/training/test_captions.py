@@ -22,16 +22,12 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.training.loop import Trainer
 from rdm_jax.training.program import PROGRAMS
-from tests.support.captions import (
-    NETWORKS,
-    TOKENS,
-    WIDTH,
-    TextSpec,
-    captioned_set,
-    text_batch,
-)
+from tests.support.captioned_runs import captioned
+from tests.support.checkpoints import assert_equal, state, steps
 from tests.support.configs import tiny_config
+from tests.support.fake_encoder import FakeEncoder
 from tests.support.small_networks import parameters
+from tests.support.text_networks import NETWORKS, TOKENS, WIDTH, text_batch
 
 NETWORK = {"attention_levels": (0,), "head_channels": 8}
 SETTINGS = {
@@ -45,6 +41,22 @@ SETTINGS = {
     "label_dropout": 0.25,
 }
 CONDITION = Text(tokens=TOKENS, width=WIDTH)
+ENCODER = FakeEncoder(TOKENS, WIDTH, name="words", weights_hash="0123")
+CAPTIONS = ("pitch black", "white as snow")
+
+
+def captioned_set(**encoder) -> ImageSet:
+    """Flat images of 4x4 pixels: black ones with one caption, white ones with the other."""
+    pixels = np.zeros((24, 4, 4, 3), np.uint8)
+    pixels[1::2] = 255
+    return captioned(CAPTIONS * 12, dataclasses.replace(ENCODER, **encoder), pixels)
+
+
+def both_captions():
+    """The condition of a batch of two, with one caption each."""
+    made = ENCODER(CAPTIONS)
+    given = {"text": jnp.asarray(made.tokens), "text_length": jnp.asarray(made.lengths)}
+    return CONDITION.encode(given)
 
 
 def config(condition=CONDITION, **training):
@@ -87,14 +99,28 @@ def denoised(trainer, condition):
 
 @pytest.mark.second
 def test_training_learns_what_captions_say(trained):
-    black, white = denoised(trained, CONDITION.encode(text_batch([2, 3])))
+    black, white = denoised(trained, both_captions())
     assert black < -0.8 and white > 0.8
 
 
 @pytest.mark.second
 def test_checkpoints_say_which_captions_they_know(trained):
     text = folders.read_about(newest(trained.directory))["text"]
-    assert text == TextSpec()._asdict()
+    wanted = {"encoder": "words", "weights_hash": "0123", "tokens": TOKENS, "width": WIDTH}
+    assert text == wanted
+
+
+@pytest.mark.second
+def test_resumed_training_on_captions_has_the_same_bits(tmp_path):
+    """Half way, a run goes on with the captions that it would have had."""
+    whole, half = config(images=128), config(images=64)
+    train(tmp_path / "whole/stage1", whole, captioned_set())
+    train(tmp_path / "parts/stage1", half, captioned_set())
+    assert steps(tmp_path / "parts") == [4]
+    train(tmp_path / "parts/stage1", whole, captioned_set())
+    once, twice = (state(tmp_path / name, step=8) for name in ("whole", "parts"))
+    assert_equal(once, twice)
+    assert any("'text'" in name for name in once)
 
 
 @pytest.mark.second
@@ -114,21 +140,20 @@ def test_training_with_classes_and_captions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("encoder", "message"),
     [
-        (None, "stage1.condition.kind='text', but the images have no captions"),
-        (TextSpec(width=384), r"stage1\.condition\.width=12 cannot be used.* Use 384, .*\(words\)"),
-        (TextSpec(tokens=8), r"stage1\.condition\.tokens=5 cannot be used.* Use 8, .*\(words\)"),
+        ({"width": 384}, r"stage1\.condition\.width=12 cannot be used.* Use 384, .*\(words\)"),
+        ({"tokens": 8}, r"stage1\.condition\.tokens=5 cannot be used.* Use 8, .*\(words\)"),
     ],
 )
-def test_training_refuses_other_captions(tmp_path, text, message):
+def test_training_refuses_other_captions(tmp_path, encoder, message):
     with pytest.raises(InputError, match=message):
-        Trainer(config(), 1, captioned_set(text), tmp_path)
+        Trainer(config(), 1, captioned_set(**encoder), tmp_path)
 
 
 def test_training_refuses_images_without_captions(tmp_path):
     items = [(np.zeros((4, 4, 3), np.uint8), -1)] * 4
-    with pytest.raises(InputError, match="but the images have no captions"):
+    with pytest.raises(InputError, match="condition.kind='text', but the images have no captions"):
         Trainer(config(), 1, ImageSet(items, (4, 4, 3), ()), tmp_path)
 
 
@@ -146,7 +171,7 @@ class OfVectors(ADM):
     [
         (JiT(hidden=32, depth=2, heads=2, class_tokens=0), "class_tokens_from=4 is not one of"),
         (ADM(32, (1,), 1, ()), r"attention_levels=\(\) has no block that attends to captions"),
-        (OfVectors(), r"is conditioned on one vector per image, not on \{.*tokens"),
+        (OfVectors(), r"takes a condition of one vector per image, .* gives \{.*tokens"),
     ],
     ids=["transformer", "u-net", "other"],
 )
@@ -163,16 +188,18 @@ def test_config_refuses_networks_that_see_no_captions(network, message):
 
 @pytest.mark.second
 def test_resume_refuses_captions_of_another_encoder(trained):
-    other = captioned_set(TextSpec(encoder="letters", weights_hash="4567"))
-    with pytest.raises(InputError, match="stage1 is trained with captions of .*'letters'.*'words'"):
+    other = captioned_set(name="letters", weights_hash="4567")
+    with pytest.raises(
+        InputError, match="stage1 is trained with captions of letters .* knows those of words "
+    ):
         train(trained.directory, config(images=6400), other)
 
 
 @pytest.mark.second
 def test_start_from_refuses_captions_of_another_encoder(trained, tmp_path):
-    other = captioned_set(TextSpec(weights_hash="4567"))
+    other = captioned_set(weights_hash="4567")
     start_from = str(newest(trained.directory))
-    with pytest.raises(InputError, match="stage1 is trained with captions of .*'4567'.*'0123'"):
+    with pytest.raises(InputError, match="stage1 is trained with captions of words .*4567.*0123"):
         train(tmp_path / "stage1", config(start_from=start_from), other)
 
 
@@ -181,7 +208,7 @@ def test_start_from_refuses_captions_of_another_encoder(trained, tmp_path):
 def test_start_from_takes_over_what_is_known_of_captions(trained, tmp_path):
     values = config(start_from=str(newest(trained.directory)), images=16, learning_rate=1e-8)
     trainer = train(tmp_path / "stage1", values, captioned_set())
-    black, white = denoised(trainer, CONDITION.encode(text_batch([2, 3])))
+    black, white = denoised(trainer, both_captions())
     assert black < -0.8 and white > 0.8
 
 

@@ -1,11 +1,8 @@
-"""Conditions with captions, small networks that take them, and small sets that have them."""
-
-from typing import NamedTuple
+"""Conditions with captions, small networks that take them, and batches of them."""
 
 import jax.numpy as jnp
 import numpy as np
 
-from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.models.adm import ADM
 from rdm_jax.models.backbone import Shapes
 from rdm_jax.models.conditions import Text
@@ -50,34 +47,3 @@ def images(batch, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((batch, 4, 8, CHANNELS))
     return jnp.asarray(x, jnp.float32), jnp.asarray(rng.standard_normal(batch), jnp.float32)
-
-
-class TextSpec(NamedTuple):
-    """What an image set says of its captions."""
-
-    encoder: str = "words"
-    weights_hash: str = "0123"
-    tokens: int = TOKENS
-    width: int = WIDTH
-
-
-class CaptionedSet(ImageSet):
-    """Flat images of 4x4 pixels: black ones with one caption, white ones with another."""
-
-    def batch(self, indices):
-        """As that of the package."""
-        batch, kinds = super().batch(indices), np.asarray(indices) % 2
-        text = text_batch([2, 3])
-        return batch | {name: np.asarray(text[name])[kinds] for name in ("text", "text_length")}
-
-
-SPEC = TextSpec()
-
-
-def captioned_set(text=SPEC, count=24) -> CaptionedSet:
-    """Such a set in memory, of two classes that say nothing about the images."""
-    items = [(np.full((4, 4, 3), 255 * (i % 2), np.uint8), i // 2 % 2) for i in range(count)]
-    images = CaptionedSet(items, (4, 4, 3), ("a", "b"))
-    images.cache("decoding")
-    images.text = text
-    return images

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from rdm_jax.checkpoints import store
 from rdm_jax.config import Config, to_dict
@@ -14,10 +15,10 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.data.text_table import embedded
 from rdm_jax.models.conditions import Text
 from rdm_jax.sampling import prompts
-from rdm_jax.sampling.captions import Captions
+from rdm_jax.sampling.run_captions import Captions
 from rdm_jax.workdir import Workdir
 from tests.support.configs import tiny_config
-from tests.support.text import FakeEncoder
+from tests.support.fake_encoder import FakeEncoder
 
 ENCODER = FakeEncoder(tokens=4, width=6)
 TEXT = {"encoder": ENCODER.name, "weights_hash": ENCODER.weights_hash, "tokens": 4, "width": 6}
@@ -38,13 +39,19 @@ def config_of(classes: bool = False, **sampling) -> Config:
     return dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **sampling))
 
 
-def captioned(captions: Sequence[str]) -> ImageSet:
-    """Random images of 8 x 8, of two classes, with these captions."""
+def captioned(
+    captions: Sequence[str],
+    encoder: FakeEncoder = ENCODER,
+    pixels: UInt8[np.ndarray, "n h w c"] | None = None,
+) -> ImageSet:
+    """A set in memory with these captions, of two classes in turn; without pixels random 8 x 8."""
     random = np.random.default_rng(len(captions[0]))
-    items = [(random.integers(0, 256, (8, 8, 3), np.uint8), i % 2) for i in range(len(captions))]
-    images = ImageSet(items, (8, 8, 3), ("a", "b"))
+    if pixels is None:
+        pixels = random.integers(0, 256, (len(captions), 8, 8, 3), np.uint8)
+    items = [(image, i % 2) for i, image in enumerate(pixels)]
+    images = ImageSet(items, pixels.shape[1:], ("a", "b"))
     images.cache("reading")
-    images.add_text(embedded(captions, ENCODER))
+    images.add_text(embedded(captions, encoder))
     return images
 
 
