@@ -11,18 +11,21 @@ import pytest
 from experiments.benchmarks import cpu, timing
 from rdm_jax.checkpoints import store
 from rdm_jax.config import parse, to_dict
+from rdm_jax.config.saved import save_config
+from tests.support import captioned_runs
 from tests.support.commands import python
 from tests.support.configs import get_config
 from tests.support.paths import ROOT
 
 
-def tables(script: str, *arguments: str) -> list[list[dict[str, str]]]:
+def tables(
+    script: str, *arguments: str, config: str | Path = "tests/support/configs.py:nowhere"
+) -> list[list[dict[str, str]]]:
     """What a benchmark of the tiny config prints: for every table its rows, cells by their
     heads."""
-    config = "--config=tests/support/configs.py:nowhere"
     module = f"experiments.benchmarks.{script}"
     timed = [] if script == "tpu" else ["--seconds=0.001"]
-    done = python("-m", module, config, *timed, *arguments, devices=2)
+    done = python("-m", module, f"--config={config}", *timed, *arguments, devices=2)
     assert done.returncode == 0, done.stderr
     found = []
     for head, body in re.findall(
@@ -58,6 +61,15 @@ def test_medians_are_the_times_of_a_call():
         "213",
         "21,300",
     ]
+
+
+@pytest.mark.second
+def test_speed_with_captions(tmp_path):
+    """They are null captions, which take as long as any."""
+    asked = ["--stage=1", "--classes=2", "--batch=8", "--nfe=3"]
+    save_config(captioned_runs.config_of(classes=True), tmp_path / "config.json")
+    training, sampling = tables("speed", *asked, config=tmp_path / "config.json")
+    assert min(numbers(training, "images/s") + numbers(sampling, "images/s")) > 0
 
 
 @pytest.mark.long

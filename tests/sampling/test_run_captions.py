@@ -4,10 +4,17 @@ import json
 
 import pytest
 
+from rdm_jax.data import records
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.prepare import prepare
+from rdm_jax.data.text_table import embedded
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling import run_captions
 from rdm_jax.sampling.run_captions import Captions, pairs_of, read_captions
 from tests.support import captioned_runs
+from tests.support.captioned_runs import ENCODER
+from tests.support.configs import write_images
 
 
 def of(training, held_out=()):
@@ -38,6 +45,21 @@ def test_captions_are_kept_with_each_of_their_classes(tmp_path):
     assert read_captions(tmp_path / "captions.json") == kept
     _, held_out = images.split(2)
     assert pairs_of(held_out) == [("a dog", "b"), ("a cat", "b")]
+
+
+def test_classes_of_prepared_images_are_read_without_decoding(tmp_path, monkeypatch):
+    """A set may have more images than can be decoded before each training."""
+    write_images(tmp_path / "images", count=6)
+    prepared = prepare(f"folder:{tmp_path / 'images'}", tmp_path / "set", ImageSpec(8, 8))
+    images, in_memory = open_prepared(prepared), open_prepared(prepared, cache_bytes=2**20)
+    assert not images.is_cached and in_memory.is_cached
+    monkeypatch.setattr(records, "open_image", None)
+    for each in (images, in_memory):
+        each.add_text(embedded([f"image {i}" for i in range(6)], ENCODER))
+        assert each.labels().tolist() == [0, 0, 0, 1, 1, 1]
+    learnt, held_out = images.split(2)
+    assert sorted(pairs_of(learnt) + pairs_of(held_out)) == pairs_of(images) == pairs_of(in_memory)
+    assert pairs_of(images)[2:4] == [("image 2", "a"), ("image 3", "b")]
 
 
 def test_captions_of_an_earlier_version_are_read(tmp_path):

@@ -31,11 +31,11 @@ from tests.support.text_networks import NETWORKS, TOKENS, WIDTH, text_batch
 
 NETWORK = {"attention_levels": (0,), "head_channels": 8}
 SETTINGS = {
-    "images": 3200,
+    "images": 4000,
     "batch_size": 16,
     "learning_rate": 5e-3,
     "ema_halflife": 100.0,
-    "checkpoint_every": 3200,
+    "checkpoint_every": 4000,
     "preview_every": 0,
     "validation": 16,
     "label_dropout": 0.25,
