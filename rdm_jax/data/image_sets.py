@@ -1,6 +1,5 @@
 """Sets of images of one size with random access: prepared records, or a source in memory."""
 
-import concurrent.futures
 import functools
 import hashlib
 import os
@@ -13,11 +12,13 @@ import numpy as np
 from rdm_jax.data.cell_sums import SumReader, cells_in, dtype_of, fix_of, folder_of, sums_of
 from rdm_jax.data.content import image_hash, set_hash, total
 from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.in_memory import decoded
 from rdm_jax.data.left_out import check_left_out, reasons
 from rdm_jax.data.records import RecordReader, check_complete
-from rdm_jax.data.sources import DecodedSource, check_apart, cores, open_source
+from rdm_jax.data.source import DecodedSource
+from rdm_jax.data.sources import check_apart, open_source
 from rdm_jax.data.text_table import Embedding, TextSpec, TextTable, embedded, open_table
-from rdm_jax.runtime.console import log, progress
+from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.lazy import import_library
@@ -211,34 +212,10 @@ class ImageSet(Sequence):
         Raises:
           InputError: an image cannot be used.
         """
-        count = len(self._items)
-        images = np.empty((count, *self.image_shape), dtype_of(self.cell))
-        labels = np.empty(count, np.int32)
-        kept = np.ones(count, bool)
-
-        def decode(index: int) -> None:
-            try:
-                images[index], labels[index] = self._items[index]
-            except BadImage as error:
-                if skip is None:
-                    raise
-                kept[index] = False
-                skip(index, error)
-            bar.update()
-
-        # Pillow and array_record release Python's lock while they decode.
-        with (
-            progress(count, description) as bar,
-            concurrent.futures.ThreadPoolExecutor(cores()) as pool,
-        ):
-            try:
-                for _ in pool.map(decode, range(count)):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        images, labels, kept = decoded(
+            self._items, self.image_shape, dtype_of(self.cell), description, skip
+        )
         if not kept.all():
-            images, labels = images[kept], labels[kept]
             self._names = [name for name, keep in zip(self._names, kept, strict=True) if keep]
         self._cached = {"image": images, "label": labels}
         self._items = ()

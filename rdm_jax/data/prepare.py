@@ -23,8 +23,9 @@ from rdm_jax.data.left_out import by_reason, check_left_out, reasons
 from rdm_jax.data.manifest import DAMAGED, MANIFEST, VERSION, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, ImageShard
 from rdm_jax.data.shards import versions
+from rdm_jax.data.source import Source
 from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
-from rdm_jax.data.sources import Source, check_apart, open_source, same_source
+from rdm_jax.data.sources import check_apart, open_source, same_source
 from rdm_jax.data.staging import (
     PARTS,
     check_place,

@@ -14,7 +14,7 @@ from rdm_jax.data.content import image_hash, total
 from rdm_jax.data.images import ImageSpec, encode, open_image, to_uint8
 from rdm_jax.data.manifest import DAMAGED, MANIFEST, check_sizes, identity, read_manifest
 from rdm_jax.data.shards import Shard, versions
-from rdm_jax.data.sources import Source
+from rdm_jax.data.source import Source
 from rdm_jax.data.tfds_directory import open_directory
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.lazy import lazy_import
