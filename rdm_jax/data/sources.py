@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from rdm_jax.data import captions as captions_
 from rdm_jax.data import emoji, readers
 from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, lost_classes, wrapper
 from rdm_jax.data.file_reader import containing_archive, no_such_folder, reader_of
-from rdm_jax.data.labels_file import by_labels_file
+from rdm_jax.data.labels_file import by_labels_file, has_labels
 from rdm_jax.data.left_out import by_reason, reasons
 from rdm_jax.data.listing import LABELS_FILE, Listing, sort_out
 from rdm_jax.data.source import Source
@@ -174,9 +174,9 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str, captions: str) 
         found = captions_.by_rule(captions, listing.images, names, reader.read, spec)
         listed = listed.captioned(found)
         listing = listing._replace(images=list(listed.names))
-    labels_file = _labels_file(listing, path) if classes == "auto" else ""
-    if not labels_file:
-        if listing.labels_files:
+    labels = _labels(listing, path, reader.read) if classes == "auto" else None
+    if labels is None:
+        if listing.labels_files and classes != "auto":
             log.info(
                 "data: %s of %s is ignored, as data.classes=%r",
                 listing.labels_files[0],
@@ -189,39 +189,48 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str, captions: str) 
             listed, lost=lost_classes(listed.names, listed.skipped, classes), single_folder=single
         )
         return _labelled(listed, by_rule(listing.images, classes, f"{kind}:{path}"))
-    try:
-        content = reader.read(labels_file, LABEL_BYTES * len(listing.images) + 2**20)
-    except BadImage as error:
-        raise InputError(f"{labels_file} of {path} {error.reason}", error.fix) from error
+    folder, content = labels
     places = (os.path.abspath(path), reader.place)
-    folder = labels_file.rpartition("/")[0]
     try:
         return _labelled(listed, by_labels_file(content, listing.images, folder, places))
     except InputError as error:
         raise InputError(f"{path}: {error.problem}", error.fix) from error
 
 
-def _labels_file(listing: Listing, path: Path) -> str:
-    """The labels file of all images: the one nearest to the top; '' if there is none.
+def _labels(
+    listing: Listing, path: Path, read: Callable[[str, int], bytes]
+) -> tuple[str, bytes] | None:
+    """The labels file of all images, the one nearest to the top: its folder and its content.
+
+    Files that only have captions do not count; None if there is no other.
 
     Raises:
-      InputError: there are labels files, but each is of a part of the images only.
+      InputError: there are labels files, but each is of a part of the images only, or one cannot be
+        read.
     """
     outer = wrapper(name.rpartition("/")[0] for name in listing.images)
+    partial = None
     for name in sorted(
         listing.labels_files, key=lambda name: (name.count("/"), not name.endswith(LABELS_FILE))
     ):
+        try:
+            content = read(name, LABEL_BYTES * len(listing.images) + 2**20)
+        except BadImage as error:
+            raise InputError(f"{name} of {path} {error.reason}", error.fix) from error
         folder = name.rpartition("/")[0]
+        if not has_labels(content):
+            continue
         if not folder or f"{outer}/".startswith(f"{folder}/"):
-            return name
-    for name in listing.labels_files:
-        folder = name.rpartition("/")[0]
+            return folder, content
+        partial = partial or name
+    if partial:
+        folder = partial.rpartition("/")[0]
         raise InputError(
-            f"{name} of {path} has labels of the images in {folder!r} only",
+            f"{partial} of {path} has labels of the images in {folder!r} only",
             f"Use folder:{path / folder} for these, or ignore the file with data.classes='top', "
             "'leaf' or 'none'.",
         )
-    return ""
+    return None
 
 
 def _labelled(source: Source, found: Labelled) -> Source:
