@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ class ImageSet(Sequence):
     Attributes:
       image_shape, class_names, cell: as given.
       text: how its captions are embedded, which `add_text` adds; None without captions.
+
+    A pickled set, for processes that read batches, has no captions.
     """
 
     def __init__(
@@ -85,24 +88,24 @@ class ImageSet(Sequence):
             raise IndexError(f"image {index} of {len(self)}")
         return {key: values[0] for key, values in self.batch([index]).items()}
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+    def batch(self, indices: Sequence[int] | np.ndarray, *, text: bool = False) -> Batch:
         """Several images in this order: {'image': uint8 (b, h, w, c), 'label': int32 (b,)}.
 
-        Sums of cells are of their own dtype. With captions also 'text' and 'text_length'
-        (`TextTable.batch`).
+        Sums of cells are of their own dtype. With `text` also 'text' and 'text_length' of the
+        captions, if there are any (`TextTable.batch`).
         """
         if self._chosen is not None:
             indices = self._chosen[np.asarray(indices)]
-        text = self._texts.batch(np.asarray(indices)) if self._texts else {}
+        texts = self._texts.batch(np.asarray(indices)) if text and self._texts else {}
         if self._cached:
-            return {key: values[indices] for key, values in self._cached.items()} | text
+            return {key: values[indices] for key, values in self._cached.items()} | texts
         batch = {
             "image": np.empty((len(indices), *self.image_shape), dtype_of(self.cell)),
             "label": np.empty(len(indices), np.int32),
         }
         for place, index in enumerate(indices):
             batch["image"][place], batch["label"][place] = self._items[int(index)]
-        return batch | text
+        return batch | texts
 
     def caption(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The captions of images. Raises ValueError for a set without."""
@@ -112,7 +115,7 @@ class ImageSet(Sequence):
         return self._texts.captions_of(chosen)
 
     def add_text(self, texts: TextTable | None) -> None:
-        """Adds captions, one per image; batches then have them, those of sums too."""
+        """Adds captions, one per image; batches then can have them, those of sums too."""
         self.text, self._texts = (texts.spec if texts else None), texts
         for sums in self._sums.values():
             sums.add_text(texts)
@@ -181,21 +184,29 @@ class ImageSet(Sequence):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash that identifies the set: of its pixels in memory, else of its files' metadata."""
+        """A hash that identifies the set: of what is in memory, else of its files' metadata."""
         digest = hashlib.sha256(repr((len(self), self.image_shape, self.class_names)).encode())
         if self._cached:
             for first in range(0, len(self), 1024):
                 for values in self.batch(np.arange(first, min(first + 1024, len(self)))).values():
                     digest.update(np.ascontiguousarray(values))
+            if self._texts:
+                digest.update(json.dumps(self.caption(np.arange(len(self)))).encode())
         else:
             digest.update(self._items.identity().encode())
             digest.update(b"" if self._chosen is None else self._chosen.tobytes())
         return digest.hexdigest()
 
+    def image_bytes(self, *, text: bool) -> int:
+        """Bytes per image of a batch, without its label."""
+        pixels = int(np.prod(self.image_shape)) * dtype_of(self.cell).itemsize
+        spec = self.text if text else None
+        return pixels + (np.float16().itemsize * spec.tokens * spec.width if spec else 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all pixels, or of their sums."""
-        return len(self) * int(np.prod(self.image_shape)) * dtype_of(self.cell).itemsize
+        return len(self) * self.image_bytes(text=False)
 
     @property
     def is_cached(self) -> bool:
@@ -242,7 +253,7 @@ def open_prepared(
       cache_bytes: the set is decoded into memory, once, if its pixels take at most this.
       cells: sides of the cells whose sums `ImageSet.of_cells` is to give: made of images in memory,
         or read from records if these exist.
-      embedding: of the captions that batches are to have; None for none.
+      embedding: of the captions that batches can then have; None for none.
 
     Raises:
       InputError: there is no data set or no such captions, it is damaged, or its images are

@@ -64,11 +64,13 @@ class TextSpec(NamedTuple):
 class CaptionedSet(ImageSet):
     """Flat images of 4x4 pixels: black ones with one caption, white ones with another."""
 
-    def batch(self, indices):
+    def batch(self, indices, *, text=False):
         """As that of the package."""
         batch, kinds = super().batch(indices), np.asarray(indices) % 2
-        text = text_batch([2, 3])
-        return batch | {name: np.asarray(text[name])[kinds] for name in ("text", "text_length")}
+        if not text:
+            return batch
+        made = text_batch([2, 3])
+        return batch | {name: np.asarray(made[name])[kinds] for name in ("text", "text_length")}
 
 
 SPEC = TextSpec()
