@@ -5,11 +5,14 @@ import io
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rdm_jax.data.listing import LABELS_FILE, SIDE_NAME
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import parse_json
+
+if TYPE_CHECKING:  # workers that prepare images need no JAX
+    from rdm_jax.text.encoders import TextEncoder
 
 RULES = ("none", "auto", "txt", "metadata", "names")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -106,6 +109,24 @@ def usable(
         elif SURROGATE.search(found[name]):  # as JSON may have; UTF-8 cannot hold it
             skipped[name] = invalid
     return Captioned({n: found[n] for n in images if n not in skipped}, skipped)
+
+
+def unfit(captions: Iterable[str], encoder: "TextEncoder") -> dict[str, BadImage]:
+    """The captions that an encoder does not take, and why: too many tokens, or none."""
+    distinct = list(dict.fromkeys(captions))
+    lengths = encoder.lengths(distinct)
+    found = {}
+    for caption, length in zip(distinct, lengths, strict=True):
+        if length > encoder.tokens:
+            found[caption] = BadImage(
+                f"has a caption of {length} tokens, more than config.data.text_tokens="
+                f"{encoder.tokens}",
+                "Shorten it, or set config.data.text_tokens (the longest caption has "
+                f"{max(lengths)} tokens).",
+            )
+        elif not length:
+            found[caption] = BadImage("has a caption without tokens", "Write one with words.")
+    return found
 
 
 def _from_texts(
