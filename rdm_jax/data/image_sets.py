@@ -23,7 +23,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.lazy import import_library
-from rdm_jax.text.encoders import open_encoder
+from rdm_jax.text.encoders import TextEncoder
 
 Batch = dict[str, np.ndarray]
 
@@ -322,7 +322,7 @@ def open_direct(
     max_left_out: float = 0.1,
     apart_from: Sequence[Path] = (),
     cells: Sequence[int] = (),
-    embedding: Embedding | None = None,
+    encoder: TextEncoder | None = None,
 ) -> ImageSet:
     """Decodes a small source into memory; nothing is written.
 
@@ -333,7 +333,7 @@ def open_direct(
       skip_bad: leave out images that cannot be used, with a line in the log, instead of raising.
       max_left_out, apart_from: as for `prepare.prepare`.
       cells: as for `open_prepared`.
-      embedding: of the captions, if there are any.
+      encoder: of the captions, which batches then can have; None for none.
 
     Raises:
       InputError: a setting or an image cannot be used, too many cannot, or the set is too large.
@@ -341,7 +341,12 @@ def open_direct(
     form.check()
     check_apart(spec, apart_from)
     source = open_source(
-        spec, skin_tones=skin_tones, classes=classes, captions=captions, skip_bad=skip_bad
+        spec,
+        skin_tones=skin_tones,
+        classes=classes,
+        captions=captions,
+        skip_bad=skip_bad,
+        encoder=encoder,
     )
     skipped = reasons(source.skipped)
     check_left_out(skipped, len(source), source.lost, max_left_out, spec)
@@ -366,9 +371,8 @@ def open_direct(
         left = set(images.batch(np.arange(len(images)))["label"].tolist())
         lost = {source.class_names[label] for label in {*source.labels} - left}
         check_left_out(skipped, len(images), {*lost, *source.lost}, max_left_out, spec)
-    if source.captions and embedding:
+    if source.captions and encoder:
         known = dict(zip(source.names, source.captions, strict=True))
-        encoder = open_encoder(embedding.encoder, embedding.tokens)
         images.add_text(embedded([known[name] for name in images._names], encoder))
     for cell in cells:
         images.add_sums(images.sums(cell))

@@ -3,14 +3,18 @@
 import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
-from rdm_jax.data.captions import Captioned
+from rdm_jax.data.captions import Captioned, unfit
 from rdm_jax.data.images import ImageSpec, fit, to_uint8
 from rdm_jax.data.readers import Reader
 from rdm_jax.runtime.errors import BadImage, InputError
+
+if TYPE_CHECKING:  # workers that prepare images need no JAX
+    from rdm_jax.text.encoders import TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,16 @@ class Source:
             captions=[found.captions[name] for name in kept.names],
             skipped={**self.skipped, **found.skipped},
         )
+
+    def embeddable(self, encoder: "TextEncoder | None") -> "Source":
+        """The images whose captions an encoder takes; all of them without an encoder."""
+        bad = unfit(self.captions, encoder) if encoder else {}
+        if not bad:
+            return self
+        named = dict(zip(self.names, self.captions, strict=True))
+        skipped = {name: bad[caption] for name, caption in named.items() if caption in bad}
+        found = {name: caption for name, caption in named.items() if caption not in bad}
+        return self.captioned(Captioned(found, skipped))
 
     def among(self, class_names: Collection[str]) -> "Source":
         """The source, with its single folder as the class if that is the name of one of these."""

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rdm_jax.data import captions as captions_
 from rdm_jax.data import emoji, readers
@@ -18,6 +19,9 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
 
+if TYPE_CHECKING:  # workers that prepare images need no JAX
+    from rdm_jax.text.encoders import TextEncoder
+
 LABEL_BYTES = 4096  # the most per image in a labels file: a path and a number, or a one-hot list
 FILE_KINDS = ("folder", "zip", "tar", "emoji")
 SPECS = ("'digits'", "'folder:PATH'", "'zip:PATH'", "'tar:PATH'", "'tfds:NAME'")
@@ -31,6 +35,7 @@ def open_source(
     classes: str = "auto",
     captions: str = "none",
     skip_bad: bool = False,
+    encoder: "TextEncoder | None" = None,
 ) -> Source:
     """Lists a set of images.
 
@@ -54,6 +59,8 @@ def open_source(
         is, except for names; of emoji their descriptions, of tfds: the feature caption or text).
       skip_bad: leave out what cannot be an image of the set, and list it in `skipped`, instead of
         raising.
+      encoder: that will embed the captions: those that it does not take are unusable. None to
+        take all.
 
     Raises:
       InputError: the source is unknown, missing, empty, or contains something that is not an image.
@@ -84,9 +91,9 @@ def open_source(
             reader.labels,
         )
     elif kind == "tfds" and path:
-        source = by_tfds(*path.split(":", 1), captions=captions)
+        source = by_tfds(*path.split(":", 1), captions=captions).embeddable(encoder)
     elif kind in FILE_KINDS and path:
-        source = _files(kind, local_path(path, "source"), skin_tones, classes, captions)
+        source = _files(kind, local_path(path, "source"), skin_tones, classes, captions, encoder)
     else:
         raise InputError(
             f"the source {spec!r} is unknown", f"Use {', '.join(SPECS[:-1])} or {SPECS[-1]}."
@@ -153,7 +160,14 @@ def same_source(spec: str, other: str) -> bool:
     return Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
 
 
-def _files(kind: str, path: Path, skin_tones: str, classes: str, captions: str) -> Source:
+def _files(
+    kind: str,
+    path: Path,
+    skin_tones: str,
+    classes: str,
+    captions: str,
+    encoder: "TextEncoder | None",
+) -> Source:
     if kind == "emoji":
         emoji.check_folder(path)
     place, inner = containing_archive(path)
@@ -168,11 +182,11 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str, captions: str) 
     listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
         found = emoji.by_skin_tone(listed, path, skin_tones)
-        return found if captions == "none" else emoji.described(found)
+        return found if captions == "none" else emoji.described(found).embeddable(encoder)
     if captions != "none":
         spec = f"{kind}:{path}"
         found = captions_.by_rule(captions, listing.images, names, reader.read, spec)
-        listed = listed.captioned(found)
+        listed = listed.captioned(found).embeddable(encoder)
         listing = listing._replace(images=list(listed.names))
     labels = _labels(listing, path, reader.read) if classes == "auto" else None
     if labels is None:

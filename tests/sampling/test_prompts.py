@@ -9,7 +9,6 @@ import pytest
 
 import rdm_jax
 from rdm_jax import modes
-from rdm_jax.data import image_sets
 from rdm_jax.data.classes import Classes
 from rdm_jax.diffusion.guidance import Autoguidance
 from rdm_jax.modes import run
@@ -21,6 +20,7 @@ from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.prompts import parse_prompts
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.write_samples import sample_to_files
+from rdm_jax.text import encoders
 from rdm_jax.workdir import Workdir
 from tests.support import texts
 from tests.support.configs import tiny_config, write_images
@@ -298,7 +298,7 @@ def test_training_keeps_the_captions(tmp_path, monkeypatch):
 @pytest.mark.second
 def test_captioned_folder_is_trained_and_sampled(encoder, tmp_path, monkeypatch):
     """From .txt files beside the images to samples of prompts, and of captions without any."""
-    monkeypatch.setattr(image_sets, "open_encoder", lambda spec, tokens: ENCODER)
+    monkeypatch.setattr(encoders, "open_encoder", lambda spec, tokens: ENCODER)
     write_images(tmp_path / "images", count=12)
     for number, path in enumerate(sorted((tmp_path / "images").glob("*/*.png"))):
         path.with_suffix(".txt").write_text(f"image {number}")
