@@ -3,17 +3,19 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rdm_jax.config import Config
+from rdm_jax.config import Config, validate, validate_captions
 from rdm_jax.data.classes import Classes, table
 from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
-from rdm_jax.data.text_table import Embedding
+from rdm_jax.data.text_table import Embedding, TextSpec
 from rdm_jax.data.write_sums import add_sums
-from rdm_jax.data.write_text import add_text
+from rdm_jax.data.write_text import add_text, is_embedded
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
+from rdm_jax.text import encoders
+from rdm_jax.text.encoders import TextEncoder
 from rdm_jax.workdir import Workdir
 
 
@@ -25,6 +27,7 @@ def open_sets(
     skip_bad: bool = False,
     verify: bool = False,
     update: bool = False,
+    embeds: bool = True,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[int, ImageSet]:
     """Prepares the images of stages unless that is done, and opens them.
@@ -34,6 +37,7 @@ def open_sets(
         one's set.
       workdir: of the run; sources that overlap with its outputs are refused before they are read.
       skip_bad, verify, update, check_stop: as for `prepare.prepare`.
+      embeds: embed captions that are not yet embedded; otherwise these sets have none.
 
     Returns:
       The set of each stage, by number.
@@ -43,6 +47,10 @@ def open_sets(
     """
     last = len(config.stages)
     own_or_last = {number: _set_number(config, number) for number in numbers}
+    encoder = None
+    if embeds:
+        validate_captions.check_asked(config, own_or_last)
+        encoder = _encoder(config, own_or_last, update)
     opened = _cells(config, own_or_last)
     sets: dict[int, ImageSet] = {}
     for number in sorted(set(own_or_last.values())):
@@ -51,10 +59,12 @@ def open_sets(
                 config,
                 number,
                 opened.get(number, []),
+                encoder,
                 Workdir(workdir).outputs(config) if workdir else [],
                 skip_bad=skip_bad,
                 verify=verify,
                 update=update,
+                embeds=embeds,
                 check_stop=check_stop,
             )
         except BadImage as error:
@@ -77,6 +87,48 @@ def open_sets(
 def _set_number(config: Config, number: int) -> int:
     """Returns the stage whose set a stage is trained on: itself, or the last one."""
     return number if config.stage(number).source else len(config.stages)
+
+
+def _embedding(config: Config) -> Embedding | None:
+    """How captions are to be embedded; None without captions."""
+    data = config.data
+    return Embedding(data.text_encoder, data.text_tokens) if data.captions != "none" else None
+
+
+def _place(config: Config, number: int) -> str:
+    """The folder of a stage's own prepared set; '' if it is read directly."""
+    source, directory = config.data.source, config.data.directory
+    if own := config.stage(number).source:
+        source, directory = own, directory and f"{Path(directory)}_stage{number}"
+    return source.removeprefix("prepared:") if source.startswith("prepared:") else directory
+
+
+def _encoder(config: Config, sets: dict[int, int], update: bool) -> TextEncoder | None:
+    """Opens the encoder of captions, before images are read; None if all are embedded already.
+
+    Args:
+      config: of the run.
+      sets: the stage whose set a stage is trained on, by its number.
+      update: whether sets whose source has changed are prepared again.
+
+    Raises:
+      InputError: there is no such encoder, or a stage is conditioned on tokens of another width.
+    """
+    embedding = _embedding(config)
+    places = {_place(config, number) for number in sets.values()}
+    if embedding is None or not (
+        update or any(not place or not _has_captions(place, embedding) for place in places)
+    ):
+        return None
+    encoder = encoders.open_encoder(embedding.encoder, embedding.tokens)
+    spec = TextSpec(encoder.name, "", encoder.tokens, encoder.width)
+    validate.check_captions(config, dict.fromkeys(sets, spec))
+    return encoder
+
+
+def _has_captions(place: str, embedding: Embedding) -> bool:
+    """Whether a prepared set has embedded captions."""
+    return is_embedded(Path(place).expanduser().resolve(), embedding)
 
 
 def _cell(config: Config, number: int) -> int:
@@ -128,7 +180,7 @@ def set_for_pictures(config: Config) -> ImageSet | None:
     try:
         if directory and (Path(directory).expanduser() / "dataset_info.json").is_file():
             last = len(config.stages)
-            return open_sets(config, [last])[last]
+            return open_sets(config, [last], embeds=False)[last]
         reason = f"there is no prepared data in {directory!r}"
     except InputError as error:
         reason = str(error)
@@ -140,11 +192,13 @@ def _open(
     config: Config,
     number: int,
     cells: list[int],
+    encoder: TextEncoder | None,
     apart_from: list[Path],
     *,
     skip_bad: bool,
     verify: bool,
     update: bool,
+    embeds: bool,
     check_stop: Callable[[], None],
 ) -> ImageSet:
     """Opens the set of one stage, from 1: prepared elsewhere, read directly, or prepared here.
@@ -166,30 +220,30 @@ def _open(
             source,
         )
     written = _cells(config, range(1, len(config.stages) + 1)).get(number, [])
-    embedding = Embedding(data.text_encoder, data.text_tokens) if data.captions != "none" else None
+    embedding, place = _embedding(config), _place(config, number)
+    if embedding and not embeds and not _has_captions(place, embedding):
+        embedding = None
     if source.startswith("prepared:"):
-        place = source.removeprefix("prepared:")
         _check_shape(open_prepared(place), spec, f"{field}={source!r}")
         if verify:
             _try_to_add(place, lambda path: add_sums(path, written, check_stop))
-        if embedding:
+        if embedding and embeds:
             _try_to_add(place, lambda path: add_text(path, embedding, check_stop))
         return open_prepared(place, cache_bytes=cache_bytes, cells=cells, embedding=embedding)
     listing = {
         "skin_tones": data.skin_tones if source.startswith("emoji:") else "",
         "classes": data.classes,
         "captions": data.captions,
+        "encoder": encoder,
         "apart_from": apart_from,
         "skip_bad": skip_bad,
         "max_left_out": data.max_left_out,
     }
-    if not data.directory:
-        return open_direct(
-            source, spec, cache_bytes=cache_bytes, cells=cells, embedding=embedding, **listing
-        )
+    if not place:
+        return open_direct(source, spec, cache_bytes=cache_bytes, cells=cells, **listing)
     directory = prepare(
         source,
-        f"{Path(data.directory)}_stage{number}" if stage.source else data.directory,
+        place,
         spec,
         encoding=Encoding(data.encoding, data.quality),
         verify=verify,
@@ -198,7 +252,7 @@ def _open(
         check_stop=check_stop,
         **listing,
     )
-    if embedding:
+    if embedding and embeds:
         add_text(directory, embedding, check_stop)
     return open_prepared(directory, cache_bytes=cache_bytes, cells=cells, embedding=embedding)
 

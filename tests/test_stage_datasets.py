@@ -13,11 +13,14 @@ from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data.augment import mirror
 from rdm_jax.data.cell_sums import cells_in
 from rdm_jax.data.prepare import prepare
+from rdm_jax.models.conditions import Text
 from rdm_jax.render import contact_sheet
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.stage_datasets import ImageSpec, open_sets, set_for_pictures
+from rdm_jax.text import encoders
 from rdm_jax.training.program import build_objective
 from tests.support.configs import tiny_config, write_images
+from tests.support.text import FakeEncoder
 
 
 @pytest.fixture
@@ -144,6 +147,90 @@ def test_set_for_pictures_needs_no_data(config):
     assert set_for_pictures(config) is None
     open_sets(config, [2])
     assert len(set_for_pictures(config)) == 24
+
+
+@pytest.fixture
+def captions(config, tmp_path, monkeypatch):
+    """A config with captions of images for two stages, and the encoder that embeds them."""
+    for number, path in enumerate(sorted((tmp_path / "images").glob("*/*.png"))):
+        path.with_suffix(".txt").write_text(f"picture {number}")
+    encoder = FakeEncoder(tokens=4, width=6)
+    monkeypatch.setattr(encoders, "open_encoder", lambda spec, tokens: encoder)
+    network = {"attention_levels": (0,), "head_channels": 8}
+    for number in (1, 2):
+        config = change(config, number, condition=Text(tokens=4, width=6), network=network)
+    return change(config, captions="txt", text_tokens=4, cache_gib=0.0), encoder
+
+
+def check_captions_of(images):
+    batch = images.batch([3, 20], text=True)
+    assert images.caption([3, 20]) == ["picture 3", "picture 20"]
+    np.testing.assert_array_equal(batch["text_length"], [2, 2])
+    tokens = FakeEncoder(tokens=4, width=6)(images.caption([3, 20])).tokens
+    np.testing.assert_array_equal(batch["text"], tokens)
+
+
+@pytest.mark.parametrize("place", ["directory", "memory", "prepared"])
+def test_open_sets_embeds_captions(captions, tmp_path, place):
+    config, encoder = captions
+    if place == "memory":
+        config = change(config, directory="", cache_gib=1.0)
+    if place == "prepared":
+        path = prepare(config.data.source, tmp_path / "elsewhere", ImageSpec(8, 8), captions="txt")
+        config = change(config, source=f"prepared:{path}")
+    images = open_sets(config, [1, 2])[1]
+    check_captions_of(images)
+    check_captions_of(images.of_cells(2))
+    assert images.of_cells(2).cell == (1 if place == "prepared" else 2)
+    embedded = len(encoder.calls)
+    check_captions_of(open_sets(config, [1, 2])[2])
+    assert len(encoder.calls) == embedded + (place == "memory")
+
+
+def test_open_sets_of_embedded_captions_needs_no_encoder(captions, monkeypatch):
+    config, _ = captions
+    open_sets(config, [1, 2])
+    monkeypatch.setattr(encoders, "open_encoder", None)
+    check_captions_of(open_sets(config, [1, 2])[2])
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "says"),
+    [
+        (
+            None,
+            {"captions": "none"},
+            r"data\.captions='none' .* config\.stage1\.condition\.kind='te",
+        ),
+        (None, {"text_tokens": 5}, r"stage1\.condition\.tokens=4 .*Use 5 .config.data.text_tokens"),
+        (2, {"condition": Text(tokens=4, width=7)}, r"stage2\.condition\.width=7 .* Use 6,"),
+    ],
+)
+def test_open_sets_refuses_other_captions_before_images_are_read(
+    captions, tmp_path, monkeypatch, stage, fields, says
+):
+    config, _ = captions
+    monkeypatch.setattr("rdm_jax.stage_datasets.prepare", None)
+    with pytest.raises(InputError, match=says):
+        open_sets(change(config, stage, **fields), [1, 2])
+    assert not (tmp_path / "images_prepared").exists()
+
+
+def test_open_sets_refuses_a_missing_encoder_before_images_are_read(config, tmp_path):
+    config = change(config, captions="txt", text_encoder=f"t5:{tmp_path}/t5")
+    with pytest.raises(InputError, match="config.data.text_encoder=t5:.*t5 is not a folder"):
+        open_sets(config, [2])
+    assert not (tmp_path / "images_prepared").exists()
+
+
+def test_set_for_pictures_embeds_nothing(captions, monkeypatch):
+    config, encoder = captions
+    without = change(config, text_encoder="none")
+    open_sets(config, [1, 2])
+    check_captions_of(set_for_pictures(config))
+    monkeypatch.setattr(encoders, "open_encoder", None)
+    images = set_for_pictures(without)
+    assert len(images) == 24 and images.text is None
 
 
 def test_open_sets_resumes_after_a_stop_between_shards(config, tmp_path, monkeypatch):

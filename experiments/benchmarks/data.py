@@ -34,7 +34,8 @@ from rdm_jax.data.images import ImageSpec, encode, fit
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import ENCODINGS, Encoding
-from rdm_jax.data.sources import DecodedSource, cores, open_source
+from rdm_jax.data.source import DecodedSource
+from rdm_jax.data.sources import cores, open_source
 from rdm_jax.data.write_sums import add_sums
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError

@@ -1,7 +1,8 @@
 """Checks of a config before any work: bounds of fields, and what concerns several of them.
 
 Every refusal is an InputError that names field, value and remedy. Bounds of single fields are
-declared at the fields (`runtime.fields`); `validate_evaluation` has the rules of `evaluation`.
+declared at the fields (`runtime.fields`); `validate_evaluation` has the rules of `evaluation`,
+`validate_captions` those of captions.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rdm_jax.config import validate_evaluation
+from rdm_jax.config import validate_captions, validate_evaluation
 from rdm_jax.config.codec import choices, field_types, kind_of
 from rdm_jax.config.rules import IMAGES, check_folder, is_of_kind, require
 from rdm_jax.config.schema import Config
@@ -43,7 +44,7 @@ def check_config(config: Config, *, evaluates: bool = True) -> None:
     for stage in config.stages:
         _check_stage(stage, f"config.{stage.name}")
         _check_dct(config, stage, f"config.{stage.name}")
-        _check_takes_captions(config, stage, f"config.{stage.name}")
+        validate_captions.check_network(config, stage, f"config.{stage.name}")
     _check_chain(config)
     check_bounds(config, "config", skip=("evaluation",))
     _check_sampling(config)
@@ -261,16 +262,6 @@ def _check_dct(config: Config, stage: Stage, path: str) -> None:
         f"Use 0 for images of {stage.resolution}, which are not whole blocks of {BLOCK} x {BLOCK} "
         "pixels.",
     )
-
-
-def _check_takes_captions(config: Config, stage: Stage, path: str) -> None:
-    """Builds the network of a stage with captions, without arrays: it says whether it can."""
-    condition = stage.condition
-    if "text" in condition.inputs:
-        try:
-            stage.build(config.data.channels, getattr(condition, "count", 0) or 1)
-        except InputError as error:
-            raise InputError(f"{path}.{error.problem}", error.fix) from error
 
 
 def _check_sampler(stage: Stage, path: str) -> None:

@@ -5,16 +5,20 @@ import io
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rdm_jax.data.listing import LABELS_FILE, SIDE_NAME
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import parse_json
 
+if TYPE_CHECKING:  # workers that prepare images need no JAX
+    from rdm_jax.text.encoders import TextEncoder
+
 RULES = ("none", "auto", "txt", "metadata", "names")
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("text", "caption", "prompt", "description")
 FILE_BYTES = 2**16  # the most in a caption's own file
+SURROGATE = re.compile("[\ud800-\udfff]")
 ROW_BYTES = 4096  # the most per image in a metadata file
 
 
@@ -92,14 +96,37 @@ def _base(name: str) -> str:
 def usable(
     images: Sequence[str], found: Mapping[str, str], skipped: Mapping[str, BadImage], where: str
 ) -> Captioned:
-    """Sorts out images whose caption is missing or empty."""
+    """Sorts out images whose caption is missing, empty or not valid Unicode."""
     without = BadImage(f"has no caption {where}", "Add one.")
     empty = BadImage(f"has an empty caption {where}", "Write one.")
+    invalid = BadImage(f"has a caption {where} that is not valid Unicode", "Write it again.")
     skipped = dict(skipped)
     for name in images:
-        if name not in skipped and not found.get(name):
+        if name in skipped:
+            continue
+        if not found.get(name):
             skipped[name] = empty if name in found else without
+        elif SURROGATE.search(found[name]):  # as JSON may have; UTF-8 cannot hold it
+            skipped[name] = invalid
     return Captioned({n: found[n] for n in images if n not in skipped}, skipped)
+
+
+def unfit(captions: Iterable[str], encoder: "TextEncoder") -> dict[str, BadImage]:
+    """The captions that an encoder does not take, and why: too many tokens, or none."""
+    distinct = list(dict.fromkeys(captions))
+    lengths = encoder.lengths(distinct)
+    found = {}
+    for caption, length in zip(distinct, lengths, strict=True):
+        if length > encoder.tokens:
+            found[caption] = BadImage(
+                f"has a caption of {length} tokens, more than config.data.text_tokens="
+                f"{encoder.tokens}",
+                "Shorten it, or set config.data.text_tokens (the longest caption has "
+                f"{max(lengths)} tokens).",
+            )
+        elif not length:
+            found[caption] = BadImage("has a caption without tokens", "Write one with words.")
+    return found
 
 
 def _from_texts(
@@ -142,7 +169,10 @@ def _from_tables(
     found: dict[str, str] = {}
     skipped: dict[str, BadImage] = {}
     for table in tables:
-        content = read(table, ROW_BYTES * len(images) + 2**20)
+        try:
+            content = read(table, ROW_BYTES * len(images) + 2**20)
+        except BadImage as error:
+            raise InputError(f"{table} {error.reason}", error.fix) from error
         try:
             rows = _rows(_base(table), content.decode("utf-8-sig"))
         except (ValueError, csv.Error) as error:
@@ -154,6 +184,7 @@ def _from_tables(
         for name, caption in rows or ():
             image = posixpath.normpath(posixpath.join(posixpath.dirname(table), name))
             if image not in known:
+                image = SURROGATE.sub("?", image)
                 skipped[image] = BadImage(f"is listed in {table} but missing", "Add the file.")
             elif found.setdefault(image, plain(caption)) != plain(caption):
                 raise InputError(f"{table} has two captions for {name!r}", "Keep one of them.")

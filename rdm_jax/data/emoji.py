@@ -9,7 +9,7 @@ from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.lazy import lazy_import
 
 if TYPE_CHECKING:
-    from rdm_jax.data.sources import Source
+    from rdm_jax.data.source import Source
 
 emoji = lazy_import("emoji", "text")
 

@@ -1,8 +1,8 @@
 """Sets of images of one size with random access: prepared records, or a source in memory."""
 
-import concurrent.futures
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,15 +13,17 @@ import numpy as np
 from rdm_jax.data.cell_sums import SumReader, cells_in, dtype_of, fix_of, folder_of, sums_of
 from rdm_jax.data.content import image_hash, set_hash, total
 from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.in_memory import decoded
 from rdm_jax.data.left_out import check_left_out, reasons
 from rdm_jax.data.records import RecordReader, check_complete
-from rdm_jax.data.sources import DecodedSource, check_apart, cores, open_source
+from rdm_jax.data.source import DecodedSource
+from rdm_jax.data.sources import check_apart, open_source
 from rdm_jax.data.text_table import Embedding, TextSpec, TextTable, embedded, open_table
-from rdm_jax.runtime.console import log, progress
+from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.lazy import import_library
-from rdm_jax.text.encoders import open_encoder
+from rdm_jax.text.encoders import TextEncoder
 
 Batch = dict[str, np.ndarray]
 
@@ -40,6 +42,8 @@ class ImageSet(Sequence):
     Attributes:
       image_shape, class_names, cell: as given.
       text: how its captions are embedded, which `add_text` adds; None without captions.
+
+    A pickled set, for processes that read batches, has no captions.
     """
 
     def __init__(
@@ -84,24 +88,24 @@ class ImageSet(Sequence):
             raise IndexError(f"image {index} of {len(self)}")
         return {key: values[0] for key, values in self.batch([index]).items()}
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+    def batch(self, indices: Sequence[int] | np.ndarray, *, text: bool = False) -> Batch:
         """Several images in this order: {'image': uint8 (b, h, w, c), 'label': int32 (b,)}.
 
-        Sums of cells are of their own dtype. With captions also 'text' and 'text_length'
-        (`TextTable.batch`).
+        Sums of cells are of their own dtype. With `text` also 'text' and 'text_length' of the
+        captions, if there are any (`TextTable.batch`).
         """
         if self._chosen is not None:
             indices = self._chosen[np.asarray(indices)]
-        text = self._texts.batch(np.asarray(indices)) if self._texts else {}
+        texts = self._texts.batch(np.asarray(indices)) if text and self._texts else {}
         if self._cached:
-            return {key: values[indices] for key, values in self._cached.items()} | text
+            return {key: values[indices] for key, values in self._cached.items()} | texts
         batch = {
             "image": np.empty((len(indices), *self.image_shape), dtype_of(self.cell)),
             "label": np.empty(len(indices), np.int32),
         }
         for place, index in enumerate(indices):
             batch["image"][place], batch["label"][place] = self._items[int(index)]
-        return batch | text
+        return batch | texts
 
     def caption(self, indices: Sequence[int] | np.ndarray | None = None) -> list[str] | None:
         """The captions of images, or of all; '' for none. None for a set without captions."""
@@ -118,7 +122,7 @@ class ImageSet(Sequence):
         return np.asarray([self._items.label(int(index)) for index in chosen], np.int32)
 
     def add_text(self, texts: TextTable | None) -> None:
-        """Adds captions, one per image; batches then have them, those of sums too."""
+        """Adds captions, one per image; batches then can have them, those of sums too."""
         self.text, self._texts = (texts.spec if texts else None), texts
         for sums in self._sums.values():
             sums.add_text(texts)
@@ -187,21 +191,29 @@ class ImageSet(Sequence):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash that identifies the set: of its pixels in memory, else of its files' metadata."""
+        """A hash that identifies the set: of what is in memory, else of its files' metadata."""
         digest = hashlib.sha256(repr((len(self), self.image_shape, self.class_names)).encode())
         if self._cached:
             for first in range(0, len(self), 1024):
                 for values in self.batch(np.arange(first, min(first + 1024, len(self)))).values():
                     digest.update(np.ascontiguousarray(values))
+            if self._texts:
+                digest.update(json.dumps(self.caption(np.arange(len(self)))).encode())
         else:
             digest.update(self._items.identity().encode())
             digest.update(b"" if self._chosen is None else self._chosen.tobytes())
         return digest.hexdigest()
 
+    def image_bytes(self, *, text: bool) -> int:
+        """Bytes per image of a batch, without its label."""
+        pixels = int(np.prod(self.image_shape)) * dtype_of(self.cell).itemsize
+        spec = self.text if text else None
+        return pixels + (np.float16().itemsize * spec.tokens * spec.width if spec else 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all pixels, or of their sums."""
-        return len(self) * int(np.prod(self.image_shape)) * dtype_of(self.cell).itemsize
+        return len(self) * self.image_bytes(text=False)
 
     @property
     def is_cached(self) -> bool:
@@ -218,34 +230,10 @@ class ImageSet(Sequence):
         Raises:
           InputError: an image cannot be used.
         """
-        count = len(self._items)
-        images = np.empty((count, *self.image_shape), dtype_of(self.cell))
-        labels = np.empty(count, np.int32)
-        kept = np.ones(count, bool)
-
-        def decode(index: int) -> None:
-            try:
-                images[index], labels[index] = self._items[index]
-            except BadImage as error:
-                if skip is None:
-                    raise
-                kept[index] = False
-                skip(index, error)
-            bar.update()
-
-        # Pillow and array_record release Python's lock while they decode.
-        with (
-            progress(count, description) as bar,
-            concurrent.futures.ThreadPoolExecutor(cores()) as pool,
-        ):
-            try:
-                for _ in pool.map(decode, range(count)):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        images, labels, kept = decoded(
+            self._items, self.image_shape, dtype_of(self.cell), description, skip
+        )
         if not kept.all():
-            images, labels = images[kept], labels[kept]
             self._names = [name for name, keep in zip(self._names, kept, strict=True) if keep]
         self._cached = {"image": images, "label": labels}
         self._items = ()
@@ -272,7 +260,7 @@ def open_prepared(
       cache_bytes: the set is decoded into memory, once, if its pixels take at most this.
       cells: sides of the cells whose sums `ImageSet.of_cells` is to give: made of images in memory,
         or read from records if these exist.
-      embedding: of the captions that batches are to have; None for none.
+      embedding: of the captions that batches can then have; None for none.
 
     Raises:
       InputError: there is no data set or no such captions, it is damaged, or its images are
@@ -341,7 +329,7 @@ def open_direct(
     max_left_out: float = 0.1,
     apart_from: Sequence[Path] = (),
     cells: Sequence[int] = (),
-    embedding: Embedding | None = None,
+    encoder: TextEncoder | None = None,
 ) -> ImageSet:
     """Decodes a small source into memory; nothing is written.
 
@@ -352,7 +340,7 @@ def open_direct(
       skip_bad: leave out images that cannot be used, with a line in the log, instead of raising.
       max_left_out, apart_from: as for `prepare.prepare`.
       cells: as for `open_prepared`.
-      embedding: of the captions, if there are any.
+      encoder: of the captions, which batches then can have; None for none.
 
     Raises:
       InputError: a setting or an image cannot be used, too many cannot, or the set is too large.
@@ -360,7 +348,12 @@ def open_direct(
     form.check()
     check_apart(spec, apart_from)
     source = open_source(
-        spec, skin_tones=skin_tones, classes=classes, captions=captions, skip_bad=skip_bad
+        spec,
+        skin_tones=skin_tones,
+        classes=classes,
+        captions=captions,
+        skip_bad=skip_bad,
+        encoder=encoder,
     )
     skipped = reasons(source.skipped)
     check_left_out(skipped, len(source), source.lost, max_left_out, spec)
@@ -385,9 +378,8 @@ def open_direct(
         left = set(images.batch(np.arange(len(images)))["label"].tolist())
         lost = {source.class_names[label] for label in {*source.labels} - left}
         check_left_out(skipped, len(images), {*lost, *source.lost}, max_left_out, spec)
-    if source.captions and embedding:
+    if source.captions and encoder:
         known = dict(zip(source.names, source.captions, strict=True))
-        encoder = open_encoder(embedding.encoder, embedding.tokens)
         images.add_text(embedded([known[name] for name in images._names], encoder))
     for cell in cells:
         images.add_sums(images.sums(cell))

@@ -91,6 +91,18 @@ def by_labels_file(
     return Labelled(all_names, numbers, skipped, tuple(sorted(lost)))
 
 
+def has_labels(content: bytes) -> bool:
+    """Whether a labels file is meant to have labels; not if it has nothing but captions."""
+    if b'"captions"' not in content:
+        return True
+    try:
+        found = parse_json(content)
+    except ValueError:
+        return True  # `by_labels_file` says what is wrong
+    captions_alone = isinstance(found, dict) and "captions" in found
+    return not captions_alone or bool({"labels", "class_names"} & found.keys())
+
+
 def _is_negative(label: _Label) -> bool:
     return isinstance(label.value, int) and label.value < 0
 
@@ -99,9 +111,9 @@ def _parse(content: bytes) -> tuple[list[tuple[str, _Label]], tuple[str, ...]]:
     """The names with their labels; and the names of the classes, () if the file has none."""
     try:
         found = parse_json(content)
-        if not isinstance(found, dict) or not {"labels", "class_names", "captions"} & found.keys():
+        if not isinstance(found, dict) or not {"labels", "class_names"} & found.keys():
             found = {"labels": found or "nothing"}
-        pairs = found.get("labels") if "captions" in found else found["labels"]
+        pairs = found["labels"]
         class_names = found.get("class_names") or []
         if not isinstance(pairs, list | dict | type(None)):
             raise ValueError("labels is not a list")

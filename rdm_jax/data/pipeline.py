@@ -43,6 +43,7 @@ def train_iterator(
     worker_timeout: float = 300.0,
     threads: int | None = None,
     first: tuple[int, int] = (0, 0),
+    text: bool = False,
 ) -> "TrainIterator":
     """Endless batches; every epoch has a new order and contains every image once.
 
@@ -62,6 +63,7 @@ def train_iterator(
         they are restarted once and the batch is retried.
       first: a batch, and the position that it begins with: where the batch size last changed.
       threads: without workers, number of threads that read images; None for one per core.
+      text: whether batches have the embedded captions of the images.
 
     Raises:
       InputError: the batch size is not a positive multiple of the number of processes, or the seed
@@ -84,20 +86,19 @@ def train_iterator(
         workers, threads = 0, IN_MEMORY
     else:
         threads = 1 if workers else threads or cores()
-        most = max(1, ELEMENT_BYTES * len(images) // images.nbytes)  # images per element
+        most = max(1, ELEMENT_BYTES // images.image_bytes(text=text))  # images per element
         # Few enough to travel, and enough elements for all threads to have one.
         parts = min(share, max(-(-share // most), -(-threads // PREFETCH)))
     # A worker holds two elements in shared memory; prefetching more would not make them sooner.
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=1 if workers else PREFETCH * parts
     )
-    elements = _Elements(images, batch_size, seed, process_index, process_count, first, parts)
+    elements = _Elements(images, batch_size, seed, process_index, process_count, first, parts, text)
     return TrainIterator(elements, options, workers, worker_timeout)
 
 
 class TrainIterator:
-    """Batches {'image': uint8 (b, h, w, c), 'label': int32 (b,)} of one process; made by
-    `train_iterator`.
+    """Batches of one process as `ImageSet.batch` gives them; made by `train_iterator`.
 
     It keeps a state of its own, as grain's state with workers only fits the same number of workers.
     """
@@ -236,12 +237,14 @@ class _Elements:
         process_count: int,
         first: tuple[int, int],
         parts: int,
+        text: bool,
     ):
         self.parts = parts
         self._images = images
         self._batch_size = batch_size
         self._seed = seed
         self._first = first
+        self._text = text
         share = np.arange(batch_size).reshape(process_count, -1)[process_index]
         self._shares = np.array_split(share, parts)
 
@@ -257,4 +260,4 @@ class _Elements:
             _order(self._seed, epoch, len(self._images))[positions[epochs == epoch]]
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
-        return self._images.batch(np.concatenate(indices))
+        return self._images.batch(np.concatenate(indices), text=self._text)

@@ -23,8 +23,9 @@ from rdm_jax.data.left_out import by_reason, check_left_out, reasons
 from rdm_jax.data.manifest import DAMAGED, MANIFEST, VERSION, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, ImageShard
 from rdm_jax.data.shards import versions
+from rdm_jax.data.source import Source
 from rdm_jax.data.source_record import Record, has_changed, record_of, save_record
-from rdm_jax.data.sources import Source, check_apart, open_source, same_source
+from rdm_jax.data.sources import check_apart, open_source, same_source
 from rdm_jax.data.staging import (
     PARTS,
     check_place,
@@ -40,6 +41,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.lazy import import_library, lazy_import
+from rdm_jax.text.encoders import TextEncoder
 
 tfds = lazy_import("tensorflow_datasets", "data")
 tfds_builder = lazy_import("rdm_jax.data.tfds_builder", "data")
@@ -62,6 +64,7 @@ def prepare(
     skin_tones: str = "",
     classes: str = "auto",
     captions: str = "none",
+    encoder: TextEncoder | None = None,
     skip_bad: bool = False,
     max_left_out: float = 0.1,
     verify: bool = False,
@@ -77,8 +80,8 @@ def prepare(
     Only one process of a run calls this; the others wait for it.
 
     Args:
-      spec, skin_tones, classes, captions: as for `sources.open_source`; the spec is compared with
-        that of an earlier run by `sources.same_source`.
+      spec, skin_tones, classes, captions, encoder: as for `sources.open_source`; the spec is
+        compared with that of an earlier run by `sources.same_source`.
       directory: the data set to make, for `tfds.builder_from_directory` and
         `image_sets.open_prepared`.
       form, encoding: size and channels of every image, and how pixels are stored.
@@ -133,6 +136,7 @@ def prepare(
                     classes=classes,
                     captions=captions,
                     skip_bad=skip_bad,
+                    encoder=encoder,
                 )
                 record = record_of(source)
             if not prepared or (

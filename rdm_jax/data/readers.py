@@ -256,8 +256,8 @@ class Tfds(Reader):
         return int(self._record(name)["label"])
 
     def text(self, name: str, feature: str) -> str:
-        """A record's text."""
-        return self._record(name)[feature].decode()
+        """A record's text, with lone surrogates for what is not UTF-8."""
+        return self._record(name)[feature].decode(errors="surrogateescape")
 
 
 @functools.lru_cache(maxsize=4)

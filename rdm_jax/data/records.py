@@ -4,18 +4,20 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rdm_jax.data.captions import COLUMNS, plain
 from rdm_jax.data.content import image_hash, total
 from rdm_jax.data.images import ImageSpec, encode, open_image, to_uint8
 from rdm_jax.data.manifest import DAMAGED, MANIFEST, check_sizes, identity, read_manifest
 from rdm_jax.data.shards import Shard, versions
-from rdm_jax.data.sources import Source
+from rdm_jax.data.source import Source
 from rdm_jax.data.tfds_directory import open_directory
+from rdm_jax.runtime.console import progress
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.lazy import lazy_import
 
@@ -199,17 +201,38 @@ class RecordReader(Sequence):
                 names.append(self._record(index)["name"].decode())
         return names
 
-    def captions(self) -> list[str]:
-        """The captions of all images. Raises InputError if there are none, or one is damaged."""
-        if "caption" not in dict(self.features):
+    def name(self, index: int) -> str:
+        """What identifies an image in a message: its name, or its index where it has none."""
+        if not isinstance(dict(self.features).get("name"), tfds.features.Text):
+            return f"record {index}"
+        with self._undamaged(index):
+            return f"image {self._record(index)['name'].decode()!r}"
+
+    def captions(self, check_stop: Callable[[], None] = lambda: None) -> list[str]:
+        """The captions of all images, each in one line.
+
+        Args:
+          check_stop: called between records; an exception ends the work.
+
+        Raises:
+          InputError: there are none, one is empty or not UTF-8, or a record is damaged.
+        """
+        features = dict(self.features)
+        known = (n for n in COLUMNS if isinstance(features.get(n), tfds.features.Text))
+        column = next(known, None)
+        if column is None:
             raise InputError(
                 f"the prepared data in {self.directory} has no captions",
                 "Prepare it with config.data.captions.",
             )
         captions = []
-        for index in range(len(self)):
-            with self._undamaged(index):
-                captions.append(self._record(index)["caption"].decode())
+        with progress(len(self), f"reading the captions of {self.directory.name}") as bar:
+            for index in range(len(self)):
+                with self._undamaged(index):
+                    text = self._record(index)[column]
+                captions.append(self._caption(index, text))
+                bar.update()
+                check_stop()
         return captions
 
     def label(self, index: int) -> int:
@@ -219,17 +242,21 @@ class RecordReader(Sequence):
         with self._undamaged(index):
             return int(self._record(index)["label"])
 
-    def content(self) -> str:
-        """Changes when an image does, and not when the set is copied.
+    def _caption(self, index: int, text: bytes) -> str:
+        try:
+            caption, what = plain(text.decode()), "is empty"
+        except UnicodeDecodeError:
+            caption, what = "", "is not UTF-8"
+        if not caption:
+            raise InputError(
+                f"the caption of {self.name(index)} of {self.directory} {what}",
+                "Prepare that data set with captions only.",
+            )
+        return caption
 
-        By the manifest; for sets without, by the sizes of files.
-        """
-        if (self.directory / MANIFEST).is_file():
-            return identity(self.directory)
-        files = sorted(path for path in self.directory.iterdir() if path.is_file())
-        return hashlib.sha256(
-            json.dumps([(path.name, path.stat().st_size) for path in files]).encode()
-        ).hexdigest()
+    def content(self) -> str:
+        """The set's `content_of`."""
+        return content_of(self.directory)
 
     def identity(self) -> str:
         """Changes when a record does.
@@ -266,6 +293,19 @@ class RecordReader(Sequence):
                 f"record {index} of {self.directory} is damaged ({error})",
                 "Delete the directory and prepare it again.",
             ) from error
+
+
+def content_of(directory: Path) -> str:
+    """Changes when an image of a set does, and not when the set is copied.
+
+    By the manifest; for sets without, by the sizes of files. Raises InputError for a damaged one.
+    """
+    if (directory / MANIFEST).is_file():
+        return identity(directory)
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return hashlib.sha256(
+        json.dumps([(path.name, path.stat().st_size) for path in files]).encode()
+    ).hexdigest()
 
 
 def check_complete(directory: Path, reader: RecordReader) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Int, UInt64
 
 from rdm_jax.data.manifest import read_manifest
 from rdm_jax.data.records import RecordReader
-from rdm_jax.data.sources import Source
+from rdm_jax.data.source import Source
 from rdm_jax.runtime.console import log
 
 FILE = "source.npz"

@@ -1,130 +1,31 @@
-"""Sources: a listing of images, complete before any is decoded, then one image at a time."""
+"""Opens sources: a listing of images, complete before any is decoded."""
 
-import contextlib
 import dataclasses
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-
-import numpy as np
-from jaxtyping import UInt8
+from typing import TYPE_CHECKING
 
 from rdm_jax.data import captions as captions_
 from rdm_jax.data import emoji, readers
 from rdm_jax.data.class_rules import RULES, Labelled, by_rule, kept_names, lost_classes, wrapper
 from rdm_jax.data.file_reader import containing_archive, no_such_folder, reader_of
-from rdm_jax.data.images import ImageSpec, fit, to_uint8
-from rdm_jax.data.labels_file import by_labels_file
+from rdm_jax.data.labels_file import by_labels_file, has_labels
 from rdm_jax.data.left_out import by_reason, reasons
 from rdm_jax.data.listing import LABELS_FILE, Listing, sort_out
-from rdm_jax.data.tfds_download import prepared_by_tfds
+from rdm_jax.data.source import Source
+from rdm_jax.data.tfds_source import by_tfds
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.runtime.files import local_path
-from rdm_jax.runtime.lazy import lazy_import
 
-tfds = lazy_import("tensorflow_datasets", "data")
+if TYPE_CHECKING:  # workers that prepare images need no JAX
+    from rdm_jax.text.encoders import TextEncoder
 
 LABEL_BYTES = 4096  # the most per image in a labels file: a path and a number, or a one-hot list
 FILE_KINDS = ("folder", "zip", "tar", "emoji")
 SPECS = ("'digits'", "'folder:PATH'", "'zip:PATH'", "'tar:PATH'", "'tfds:NAME'")
 SPECS += ("'emoji:PATH'", "'prepared:PATH'")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A set of images that are read one by one; can be pickled.
-
-    Attributes:
-      names: one unique name per image (its path below the folder).
-      reader: reads an image by its name.
-      class_names: the classes; empty without classes.
-      labels: one class index per image; empty without classes, or if only the reader knows them.
-      skipped: what is left out of the listing, and why.
-      captions: one caption per image; empty without captions.
-      single_folder: the one that contains all images, if it is not a class; else ''.
-      lost: classes without a usable image; they are not in `class_names`.
-    """
-
-    names: Sequence[str]
-    reader: readers.Reader
-    class_names: tuple[str, ...] = ()
-    labels: Sequence[int] = ()
-    captions: Sequence[str] = ()
-    skipped: Mapping[str, BadImage] = dataclasses.field(default_factory=dict)
-    single_folder: str = ""
-    lost: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def part(self, indices: Sequence[int]) -> "Source":
-        """Only the images with these indices, in this order."""
-        names = [self.names[i] for i in indices]
-        labels = [self.labels[i] for i in indices] if self.labels else ()
-        captions = [self.captions[i] for i in indices] if self.captions else ()
-        return dataclasses.replace(self, names=names, labels=labels, captions=captions, skipped={})
-
-    def caption(self, index: int) -> str:
-        """An image's caption; '' without captions."""
-        return self.captions[index] if self.captions else ""
-
-    def among(self, class_names: Collection[str]) -> "Source":
-        """The source, with its single folder as the class if that is the name of one of these."""
-        if self.class_names or self.single_folder not in class_names:
-            return self
-        return dataclasses.replace(self, class_names=(self.single_folder,), labels=[0] * len(self))
-
-    def label(self, index: int) -> int:
-        """An image's class index; -1 without classes. Raises BadImage if there is no such class."""
-        if not self.class_names:
-            return -1
-        label = self.labels[index] if self.labels else self.reader.label(self.names[index])
-        if not 0 <= label < len(self.class_names):
-            raise BadImage(
-                f"has the class index {label}",
-                f"Use 0 to {len(self.class_names) - 1}.",
-                image=self.names[index],
-            )
-        return label
-
-    def read(
-        self, index: int, form: ImageSpec
-    ) -> UInt8[np.ndarray, "{form.height} {form.width} {form.channels}"]:
-        """Reads one image with the size and channels of `form`. Raises as `decode` and `fit`."""
-        return self.fit(index, self.decode(index, form.channels, form.background), form)
-
-    def decode(
-        self, index: int, channels: int, background: tuple[int, ...]
-    ) -> UInt8[np.ndarray, "h w {channels}"]:
-        """Reads one image at its own size.
-
-        Raises:
-          BadImage: it is damaged, too large, or has no 8-bit conversion; names the image.
-          InputError: it cannot be read, which says nothing about the image.
-        """
-        with self._named(index):
-            try:
-                return to_uint8(self.reader.load(self.names[index]), channels, background)
-            except OSError as error:
-                raise InputError(
-                    f"image {self.names[index]!r} cannot be read ({error})",
-                    "Run the same command again once it can be read.",
-                ) from error
-
-    def fit(
-        self, index: int, pixels: UInt8[np.ndarray, "h w c"], form: ImageSpec
-    ) -> UInt8[np.ndarray, "h2 w2 c"]:
-        """Crops and resizes a decoded image. Raises BadImage if `form.crop` refuses its size."""
-        with self._named(index):
-            return fit(pixels, form)
-
-    @contextlib.contextmanager
-    def _named(self, index: int):
-        try:
-            yield
-        except BadImage as error:
-            raise BadImage(error.reason, error.fix, image=self.names[index]) from error
 
 
 def open_source(
@@ -134,6 +35,7 @@ def open_source(
     classes: str = "auto",
     captions: str = "none",
     skip_bad: bool = False,
+    encoder: "TextEncoder | None" = None,
 ) -> Source:
     """Lists a set of images.
 
@@ -157,6 +59,8 @@ def open_source(
         is, except for names; of emoji their descriptions, of tfds: the feature caption or text).
       skip_bad: leave out what cannot be an image of the set, and list it in `skipped`, instead of
         raising.
+      encoder: that will embed the captions: those that it does not take are unusable. None to
+        take all.
 
     Raises:
       InputError: the source is unknown, missing, empty, or contains something that is not an image.
@@ -187,9 +91,9 @@ def open_source(
             reader.labels,
         )
     elif kind == "tfds" and path:
-        source = _tfds(*path.split(":", 1), captions=captions)
+        source = by_tfds(*path.split(":", 1), captions=captions).embeddable(encoder)
     elif kind in FILE_KINDS and path:
-        source = _files(kind, local_path(path, "source"), skin_tones, classes, captions)
+        source = _files(kind, local_path(path, "source"), skin_tones, classes, captions, encoder)
     else:
         raise InputError(
             f"the source {spec!r} is unknown", f"Use {', '.join(SPECS[:-1])} or {SPECS[-1]}."
@@ -256,7 +160,14 @@ def same_source(spec: str, other: str) -> bool:
     return Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
 
 
-def _files(kind: str, path: Path, skin_tones: str, classes: str, captions: str) -> Source:
+def _files(
+    kind: str,
+    path: Path,
+    skin_tones: str,
+    classes: str,
+    captions: str,
+    encoder: "TextEncoder | None",
+) -> Source:
     if kind == "emoji":
         emoji.check_folder(path)
     place, inner = containing_archive(path)
@@ -271,16 +182,15 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str, captions: str) 
     listed = Source(listing.images, reader, skipped=unusable | listing.unusable)
     if kind == "emoji":
         found = emoji.by_skin_tone(listed, path, skin_tones)
-        return found if captions == "none" else emoji.described(found)
+        return found if captions == "none" else emoji.described(found).embeddable(encoder)
     if captions != "none":
         spec = f"{kind}:{path}"
-        listed = _captioned(
-            listed, captions_.by_rule(captions, listing.images, names, reader.read, spec)
-        )
+        found = captions_.by_rule(captions, listing.images, names, reader.read, spec)
+        listed = listed.captioned(found).embeddable(encoder)
         listing = listing._replace(images=list(listed.names))
-    labels_file = _labels_file(listing, path) if classes == "auto" else ""
-    if not labels_file:
-        if listing.labels_files:
+    labels = _labels(listing, path, reader.read) if classes == "auto" else None
+    if labels is None:
+        if listing.labels_files and classes != "auto":
             log.info(
                 "data: %s of %s is ignored, as data.classes=%r",
                 listing.labels_files[0],
@@ -293,49 +203,48 @@ def _files(kind: str, path: Path, skin_tones: str, classes: str, captions: str) 
             listed, lost=lost_classes(listed.names, listed.skipped, classes), single_folder=single
         )
         return _labelled(listed, by_rule(listing.images, classes, f"{kind}:{path}"))
-    try:
-        content = reader.read(labels_file, LABEL_BYTES * len(listing.images) + 2**20)
-    except BadImage as error:
-        raise InputError(f"{labels_file} of {path} {error.reason}", error.fix) from error
+    folder, content = labels
     places = (os.path.abspath(path), reader.place)
-    folder = labels_file.rpartition("/")[0]
     try:
         return _labelled(listed, by_labels_file(content, listing.images, folder, places))
     except InputError as error:
         raise InputError(f"{path}: {error.problem}", error.fix) from error
 
 
-def _labels_file(listing: Listing, path: Path) -> str:
-    """The labels file of all images: the one nearest to the top; '' if there is none.
+def _labels(
+    listing: Listing, path: Path, read: Callable[[str, int], bytes]
+) -> tuple[str, bytes] | None:
+    """The labels file of all images, the one nearest to the top: its folder and its content.
+
+    Files that only have captions do not count; None if there is no other.
 
     Raises:
-      InputError: there are labels files, but each is of a part of the images only.
+      InputError: there are labels files, but each is of a part of the images only, or one cannot be
+        read.
     """
     outer = wrapper(name.rpartition("/")[0] for name in listing.images)
+    partial = None
     for name in sorted(
         listing.labels_files, key=lambda name: (name.count("/"), not name.endswith(LABELS_FILE))
     ):
+        try:
+            content = read(name, LABEL_BYTES * len(listing.images) + 2**20)
+        except BadImage as error:
+            raise InputError(f"{name} of {path} {error.reason}", error.fix) from error
         folder = name.rpartition("/")[0]
+        if not has_labels(content):
+            continue
         if not folder or f"{outer}/".startswith(f"{folder}/"):
-            return name
-    for name in listing.labels_files:
-        folder = name.rpartition("/")[0]
+            return folder, content
+        partial = partial or name
+    if partial:
+        folder = partial.rpartition("/")[0]
         raise InputError(
-            f"{name} of {path} has labels of the images in {folder!r} only",
+            f"{partial} of {path} has labels of the images in {folder!r} only",
             f"Use folder:{path / folder} for these, or ignore the file with data.classes='top', "
             "'leaf' or 'none'.",
         )
-    return ""
-
-
-def _captioned(source: Source, found: captions_.Captioned) -> Source:
-    """The images of a listing that have a caption, with it."""
-    kept = source.part([i for i, name in enumerate(source.names) if name in found.captions])
-    return dataclasses.replace(
-        kept,
-        captions=[found.captions[name] for name in kept.names],
-        skipped={**source.skipped, **found.skipped},
-    )
+    return None
 
 
 def _labelled(source: Source, found: Labelled) -> Source:
@@ -351,49 +260,6 @@ def _labelled(source: Source, found: Labelled) -> Source:
     )
 
 
-def _tfds(name: str, split: str = "train", captions: str = "none") -> Source:
-    reader = readers.Tfds(prepared_by_tfds(name), split)
-    features = reader.features
-    if not isinstance(features.get("image"), tfds.features.Image):
-        raise InputError(
-            f"the data set {name!r} has no feature 'image' but {', '.join(features)}",
-            "Use a data set of images.",
-        )
-    label = features.get("label")
-    class_names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
-    source = Source([f"{i:08d}" for i in range(len(reader))], reader, class_names)
-    if captions == "none":
-        return source
-    column = next(
-        (c for c in captions_.COLUMNS if isinstance(features.get(c), tfds.features.Text)), None
-    )
-    if column is None:
-        raise InputError(
-            f"the data set {name!r} has no text feature {' or '.join(captions_.COLUMNS)}",
-            "Use config.data.captions='none'.",
-        )
-    found = {name: captions_.plain(reader.text(name, column)) for name in source.names}
-    return _captioned(source, captions_.usable(source.names, found, {}, f"in {column!r}"))
-
-
 def cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class DecodedSource(Sequence):
-    """The images of a source, each decoded when it is read."""
-
-    def __init__(self, source: Source, form: ImageSpec):
-        self._source, self._form = source, form
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self._source.read(index, self._form), self._source.label(index)
-
-    def identity(self) -> str:
-        """Changes when an image does: the names and stamps of all images, and the form."""
-        stamps = [(name, self._source.reader.stamp(name)) for name in self._source.names]
-        return repr([*stamps, self._form])

@@ -90,7 +90,7 @@ def restore_former(directory: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Removes what a killed run left beside a finished set; keeps an unfinished update."""
+    """Removes what a killed run left beside a finished set; keeps what can be resumed."""
     if _hidden(directory).exists() or _former(directory).exists():
         with staging_folder(directory) as staging:
             restore_former(directory)
@@ -106,5 +106,5 @@ def remove_leftovers(directory: Path) -> None:
                     f"{finished:,}",
                     staging,
                 )
-            else:
+            elif not any(staging.glob("text_*")):  # captions are embedded further when needed
                 shutil.rmtree(staging)

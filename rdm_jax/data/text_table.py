@@ -6,9 +6,9 @@ and which one each image has; the manifest says which encoder made them, of whic
 """
 
 import dataclasses
+import functools
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Float16, Int
 from rdm_jax.data.manifest import MANIFEST, check_sizes, verify_files
 from rdm_jax.runtime.console import progress
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.files import atomic_write, parse_json, sha256
+from rdm_jax.runtime.files import parse_json
 from rdm_jax.text.encoders import TextEncoder
 
 VERSION = 1
@@ -83,13 +83,21 @@ class TextTable:
       offsets: where the tokens of each begin, and the end of the last.
       of_image: the caption of each image.
       values: all tokens; an array, or the file that holds them.
+
+    A process maps the file once, so that what replaces it later is not seen. Pickled, for processes
+    that read batches, a table has no captions.
     """
 
     spec: TextSpec
     captions: tuple[str, ...]
     offsets: Int[np.ndarray, " m1"]
     of_image: Int[np.ndarray, " n"]
-    values: np.ndarray | Path
+    values: "np.ndarray | TokenFile"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "captions": ()
+        }
 
     def batch(self, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
         """{'text': float16 (b, tokens, width), zeros behind the end; 'text_length': int32 (b,)}."""
@@ -101,14 +109,45 @@ class TextTable:
         return {"text": text, "text_length": lengths}
 
     def captions_of(self, indices: Int[np.ndarray, " b"]) -> list[str]:
-        """The captions of images."""
+        """The captions of images. Raises IndexError for a table that was pickled."""
         return [self.captions[i] for i in self.of_image[indices]]
 
-    @property
+    @functools.cached_property
     def _values(self) -> Float16[np.ndarray, "k width"]:
-        if isinstance(self.values, Path):  # mapped, not read; not kept, so that it can be pickled
-            return np.memmap(self.values, DTYPE, "r", shape=(self.offsets[-1], self.spec.width))
+        if isinstance(self.values, TokenFile):
+            return self.values.mapped((int(self.offsets[-1]), self.spec.width))
         return self.values
+
+
+class TokenFile(NamedTuple):
+    """A file of tokens.
+
+    Attributes:
+      path: of the file.
+      stamp: inode and time of the last change, of the file that is meant.
+    """
+
+    path: Path
+    stamp: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> "TokenFile":
+        """The file that is there now."""
+        return cls(path, _stamp(path))
+
+    def mapped(self, shape: tuple[int, int]) -> Float16[np.ndarray, "k width"]:
+        """Its values, mapped and not read. Raises InputError for another file of that name."""
+        values = np.memmap(self.path, DTYPE, "r", shape=shape)
+        if _stamp(self.path) != self.stamp:
+            raise InputError(
+                f"{self.path} was written again while it was used", "Run the same command again."
+            )
+        return values
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def folder_of(directory: Path, embedding: Embedding) -> Path:
@@ -127,54 +166,55 @@ def verify_tables(directory: Path) -> None:
 def embedded(
     captions: Sequence[str], encoder: TextEncoder, check_stop: Callable[[], None] = lambda: None
 ) -> TextTable:
-    """The table of these captions, one per image, each distinct one embedded once.
+    """The table of these captions, one per image, each distinct one embedded once, in memory.
 
     Raises:
       InputError: a caption is empty or too long.
     """
-    distinct = tuple(dict.fromkeys(captions))
-    numbers = {caption: number for number, caption in enumerate(distinct)}
-    of_image = np.array([numbers[caption] for caption in captions], np.int32)
-    values, lengths = [], []
-    with progress(len(distinct), f"embedding captions by {encoder.name}") as bar:
-        for first in range(0, len(distinct), CHUNK):
-            part = encoder(distinct[first : first + CHUNK])
-            for tokens, length in zip(np.asarray(part.tokens), part.lengths, strict=True):
-                values.append(tokens[:length].astype(np.float16))
-                lengths.append(int(length))
-            bar.update(len(part.lengths))
-            check_stop()
+    distinct, of_image = numbered(captions)
+    parts, lengths = [], []
+    for tokens, counts in embed(distinct, encoder, check_stop):
+        parts.append(tokens)
+        lengths += counts.tolist()
     spec = TextSpec(encoder.name, encoder.weights_hash, encoder.tokens, encoder.width)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return TextTable(spec, distinct, offsets, of_image, np.concatenate(values))
+    return TextTable(spec, distinct, offsets_of(lengths), of_image, np.concatenate(parts))
 
 
-def write(table: TextTable, folder: Path, content: str) -> None:
-    """Writes a table of the images of that content into a new folder."""
-    assert isinstance(table.values, np.ndarray)
-    table.values.astype(DTYPE).tofile(folder / TOKENS)
-    captions = np.frombuffer("\n".join(table.captions).encode(), np.uint8)
-    np.savez_compressed(
-        folder / TEXT, captions=captions, offsets=table.offsets, of_image=table.of_image
-    )
-    files = [folder / TOKENS, folder / TEXT]
-    manifest = {
-        "version": VERSION,
-        **table.spec._asdict(),
-        "of": content,
-        "captions": len(table.captions),
-        "shards": [
-            {
-                "file": path.name,
-                "records": len(table.captions),
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
-            for path in files
-        ],
-    }
-    with atomic_write(folder / MANIFEST) as partial:
-        partial.write_text(json.dumps(manifest, indent=1))
+def numbered(captions: Sequence[str]) -> tuple[tuple[str, ...], Int[np.ndarray, " n"]]:
+    """The distinct captions, in their order, and the index of each image's one, int32."""
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    return tuple(numbers), np.array([numbers[caption] for caption in captions], np.int32)
+
+
+def offsets_of(lengths: Sequence[int] | np.ndarray) -> Int[np.ndarray, " m1"]:
+    """Where the tokens of each caption begin, and the end of the last, int64."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def embed(
+    captions: Sequence[str],
+    encoder: TextEncoder,
+    check_stop: Callable[[], None] = lambda: None,
+    done: int = 0,
+) -> Iterator[tuple[Float16[np.ndarray, "k width"], Int[np.ndarray, " b"]]]:
+    """Yields the valid tokens and the lengths of some captions at a time.
+
+    Args:
+      captions: to embed.
+      encoder: of the captions.
+      check_stop: called between captions; an exception ends the work.
+      done: how many of them are embedded already.
+
+    Raises:
+      InputError: a caption is empty or too long.
+    """
+    with progress(len(captions), f"embedding captions by {encoder.name}", done) as bar:
+        for first in range(done, len(captions), CHUNK):
+            tokens, lengths = encoder(captions[first : first + CHUNK])
+            valid = np.arange(encoder.tokens) < np.asarray(lengths)[:, None]
+            yield np.asarray(tokens)[valid].astype(DTYPE), np.asarray(lengths, np.int32)
+            bar.update(len(lengths))
+            check_stop()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -236,4 +276,4 @@ def open_table(directory: Path, embedding: Embedding, content: str, count: int) 
     except Exception as error:  # numpy, zipfile and zlib each raise their own errors
         raise InputError(f"{folder} is damaged ({error})", fix_of(folder)) from error
     spec = TextSpec(*(manifest[field] for field in TextSpec._fields))
-    return TextTable(spec, captions, offsets, of_image, folder / TOKENS)
+    return TextTable(spec, captions, offsets, of_image, TokenFile.of(folder / TOKENS))

@@ -13,7 +13,8 @@ from rdm_jax.config.schema import LEAST
 from rdm_jax.data.classes import Classes, matched
 from rdm_jax.data.image_sets import ImageSet, open_prepared
 from rdm_jax.data.images import ImageSpec
-from rdm_jax.data.sources import DecodedSource, Source, cores, open_source
+from rdm_jax.data.source import DecodedSource, Source
+from rdm_jax.data.sources import cores, open_source
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.npz import Npz
 

@@ -100,7 +100,7 @@ class StagePreview:
                 )
             }
         else:
-            batch = self._real.batch(self._of(padded))
+            batch = self._real.batch(self._of(padded), text=self._has_text)
             given = {name: batch[name] for name in GIVEN if name in batch}
         if self._stage.number > 1:
             before = self._config.stage(self._stage.number - 1)

@@ -14,6 +14,7 @@ from rdm_jax.text.network import TextNetwork
 
 FIELD = "config.data.text_encoder"
 BATCH_SIZE = 32  # every batch has this shape, so that a network is compiled once
+TOKENISED = 4096  # texts that are tokenised at a time
 QUOTED = 80  # characters of a text in a message
 
 
@@ -37,13 +38,15 @@ class TextEncoder(Protocol):
       name: the kind of the network, such as 'minilm'.
       width: of a token.
       tokens: the size of the second axis of what is returned.
-      weights_hash: identifies the weights.
+      weights_hash: identifies the weights and all else that the tokens of a text depend on.
     """
 
     name: str
     width: int
     tokens: int
-    weights_hash: str
+
+    @property
+    def weights_hash(self) -> str: ...  # noqa: D102
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """Encodes each text by itself.
@@ -53,9 +56,16 @@ class TextEncoder(Protocol):
         """
         ...
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Numbers of tokens, the special ones included, of texts of any length; 0 for empty ones.
+
+        The texts are valid Unicode. The network's weights are not needed.
+        """
+        ...
+
 
 def open_encoder(spec: str, tokens: int, field: str = FIELD) -> TextEncoder:
-    """Opens a published encoder.
+    """Opens a published encoder. Its weights are read when it first encodes a text.
 
     Args:
       spec: 'minilm', or 't5:PATH' with the folder of a T5 v1.1 or Flan-T5 network.
@@ -91,10 +101,22 @@ class NetworkEncoder:
 
     def __init__(self, network: TextNetwork, tokens: int):
         self.name, self.width, self.tokens = network.name, network.width, tokens
-        self.weights_hash = network.weights_hash
-        self._tokenizer, self._params = network.tokenizer, network.params
+        self._network, self._tokenizer = network, network.tokenizer
         self._apply = jax.jit(network.apply)
         self._special = len(self._tokenizer.encode("").ids)
+
+    @property
+    def weights_hash(self) -> str:
+        """See `TextEncoder`."""
+        return self._network.weights_hash
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """See `TextEncoder`."""
+        lengths: list[int] = []
+        for first in range(0, len(texts), TOKENISED):
+            part = self._tokenizer.encode_batch(list(texts[first : first + TOKENISED]))
+            lengths += [len(each.ids) for each in part]
+        return [length if length > self._special else 0 for length in lengths]
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """See `TextEncoder`. Raises InputError also where the network's tokens are not finite."""
@@ -119,7 +141,7 @@ class NetworkEncoder:
         mask = np.zeros((BATCH_SIZE, self.tokens), bool)
         for row, each in enumerate(ids):
             padded[row, : len(each)], mask[row, : len(each)] = each, True
-        tokens = np.asarray(self._apply(self._params, padded, mask))
+        tokens = np.asarray(self._apply(self._network.params, padded, mask))
         with np.errstate(over="ignore"):  # an infinite token is refused
             return np.where(mask[..., None], tokens, 0)[: len(ids)].astype(np.float16)
 

@@ -3,6 +3,7 @@
 Wang et al., MiniLM (arXiv 2002.10957); Devlin et al., BERT (arXiv 1810.04805).
 """
 
+import functools
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.text.attention import attend
 from rdm_jax.text.network import TextNetwork
-from rdm_jax.text.tensor_files import Read, check_file, open_tensors
+from rdm_jax.text.tensor_files import Read, check_file, digest, open_tensors
 from rdm_jax.text.tokenizer import open_tokenizer
 
 NETWORK = "all-MiniLM-L6-v2"
@@ -58,7 +59,8 @@ def open_network(field: str) -> TextNetwork:
         raise InputError(f"{field}=minilm needs the package {PACKAGE}, which is missing", FIX)
     folder = Path(package.origin).parent / "model"
     for name, wanted in SHA256.items():
-        found = check_file(folder / name, f"a file of {NETWORK}", FIX)
+        check_file(folder / name, f"a file of {NETWORK}", FIX)
+        found = digest(folder / name, FIX)
         if found != wanted:
             raise InputError(
                 f"{folder / name} cannot be used (its SHA-256 begins with {found[:8]}, "
@@ -67,9 +69,15 @@ def open_network(field: str) -> TextNetwork:
             )
     sizes = Sizes()
     tokenizer = open_tokenizer(folder / TOKENIZER, sizes.vocabulary, SEPARATOR, FIX)
-    params = load(folder / WEIGHTS, sizes)
-    longest, digest = sizes.positions, SHA256[WEIGHTS]
-    return TextNetwork("minilm", sizes.width, longest, digest, tokenizer, params, apply)
+    return TextNetwork(
+        name="minilm",
+        width=sizes.width,
+        longest=sizes.positions,
+        tokenizer=tokenizer,
+        load=functools.partial(load, folder / WEIGHTS, sizes),
+        digest=lambda: SHA256[WEIGHTS],  # the tokenizer and the sizes never change
+        apply=apply,
+    )
 
 
 def load(path: Path, sizes: Sizes) -> Params:

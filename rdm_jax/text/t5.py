@@ -14,7 +14,7 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import parse_json
 from rdm_jax.text.network import TextNetwork
 from rdm_jax.text.t5_network import Params, Sizes, apply
-from rdm_jax.text.tensor_files import Read, check_file, open_tensors
+from rdm_jax.text.tensor_files import Read, check_file, digest, open_tensors
 from rdm_jax.text.tokenizer import open_tokenizer
 
 NETWORK = "a T5 v1.1 encoder"
@@ -55,13 +55,24 @@ def open_network(folder: Path, field: str) -> TextNetwork:
     sizes = read_sizes(folder / CONFIG)
     tokenizer = open_tokenizer(folder / TOKENIZER, sizes.vocabulary, sizes.last, FIX)
     paths = weight_files(folder)
-    digests = [check_file(path, f"the weights of {NETWORK}", FIX) for path in paths]
-    digest = digests[0]
-    if len(digests) > 1:
-        digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    params = load(paths, sizes)
-    run = functools.partial(apply, sizes)
-    return TextNetwork("t5", sizes.width, None, digest, tokenizer, params, run)
+    for path in paths:
+        check_file(path, f"the weights of {NETWORK}", FIX)
+    with open_tensors(paths, _shapes(sizes), NETWORK, FIX):
+        pass
+    return TextNetwork(
+        name="t5",
+        width=sizes.width,
+        longest=None,
+        tokenizer=tokenizer,
+        load=functools.partial(load, paths, sizes),
+        digest=functools.partial(_digest, [*paths, folder / TOKENIZER, folder / CONFIG]),
+        apply=functools.partial(apply, sizes),
+    )
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """The SHA-256 of the digits of the files' own, one after the other."""
+    return hashlib.sha256("".join(digest(path, FIX) for path in paths).encode()).hexdigest()
 
 
 def read_sizes(path: Path) -> Sizes:

@@ -18,8 +18,8 @@ FLOATS = ("F32", "F16", "BF16")
 Read = Callable[[str], np.ndarray]
 
 
-def check_file(path: Path, what: str, fix: str) -> str:
-    """The SHA-256 of a file, in hexadecimal digits.
+def check_file(path: Path, what: str, fix: str) -> None:
+    """Refuses a path that is not a file.
 
     Args:
       path: of the file.
@@ -27,12 +27,16 @@ def check_file(path: Path, what: str, fix: str) -> str:
       fix: of errors.
 
     Raises:
-      InputError: it is missing or cannot be read.
+      InputError: it is missing, or not a file.
     """
     if not path.exists():
         raise InputError(f"there is no {path}, {what}", fix)
     if not path.is_file():  # opening a pipe would block
         raise InputError(f"{path}, {what}, is not a file", fix)
+
+
+def digest(path: Path, fix: str) -> str:
+    """The SHA-256 of a file, in hexadecimal digits. Raises InputError if it cannot be read."""
     try:
         return sha256(path)
     except OSError as error:

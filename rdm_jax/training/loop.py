@@ -149,7 +149,6 @@ class Trainer:
         stop: StopOnSignal,
         probe: Probe | None,
     ) -> None:
-        # Start, and what the newest checkpoint was still to be followed by.
         point = self._start(checkpoints)
         snapshots.resume(self._before, point.state, self._about_at(point))
         self._finish_evaluation(point, probe)
@@ -281,6 +280,7 @@ class Trainer:
             first=(self._count.step, self._count.images),
             workers=self._workers,
             worker_timeout=self._worker_timeout,
+            text="text" in self._program.inputs,
         )
         iterator.set_state(state)
         return iterator

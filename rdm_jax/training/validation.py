@@ -80,7 +80,7 @@ class Validation:
         for first in range(0, len(self._indices), self._size):
             index = np.arange(first, first + self._size, dtype=np.int32)
             local = index.reshape(jax.process_count(), -1)[jax.process_index()]
-            batch = self._images.batch(self._indices[local])
+            batch = self._images.batch(self._indices[local], text="text" in self._inputs)
             batch = {name: batch[name] for name in self._inputs}
             yield sharding.put_batch((batch, local), self._mesh)
 

@@ -1,65 +1,45 @@
-"""Captions: found beside images, in metadata or names; prepared with their embeddings."""
+"""Captions: found beside images, in metadata or names; and those that are refused."""
 
 import json
-import pickle
 
-import numpy as np
 import pytest
 
-from rdm_jax.data import image_sets, write_text
+from rdm_jax.data import captions
+from rdm_jax.data import source as source_lib
 from rdm_jax.data.image_sets import open_direct, open_prepared
-from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.sources import open_source
-from rdm_jax.data.text_table import Embedding, folder_of
+from rdm_jax.data.text_table import Embedding
 from rdm_jax.data.write_text import add_text
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.text import encoders
+from tests.support.captioned_files import (
+    CAPTIONS,
+    FORM,
+    LONG,
+    in_csv,
+    in_dataset_json,
+    in_jsonl,
+    in_texts,
+    with_long_captions,
+    write_pictures,
+)
 from tests.support.configs import write_images
 from tests.support.fake_encoder import FakeEncoder
 
-FORM = ImageSpec(8, 12)
 FAKE = Embedding("fake", 8)
-CAPTIONS = {"a": "a red apple", "b": "a  sleeping\ncat", "c": "a red apple"}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three images, a.png to c.png."""
-    from PIL import Image
-
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number, name in enumerate(CAPTIONS):
-        Image.new("RGB", (12, 8), (80 * number, 0, 0)).save(folder / f"{name}.png")
-    return folder
+    return write_pictures(tmp_path / "images")
 
 
 @pytest.fixture
 def encoder(monkeypatch):
     fake = FakeEncoder()
-    for module in (image_sets, write_text):
-        monkeypatch.setattr(module, "open_encoder", lambda spec, tokens: fake)
+    monkeypatch.setattr(encoders, "open_encoder", lambda spec, tokens: fake)
     return fake
-
-
-def in_texts(folder):
-    for name, caption in CAPTIONS.items():
-        (folder / f"{name}.txt").write_text(caption)
-
-
-def in_jsonl(folder):
-    rows = [{"file_name": f"{name}.png", "text": text} for name, text in CAPTIONS.items()]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-def in_csv(folder):
-    rows = [f'{name}.png,"{text}",1' for name, text in CAPTIONS.items()]
-    (folder / "metadata.csv").write_text("\n".join(["file_name,caption,score", *rows]))
-
-
-def in_dataset_json(folder):
-    captions = [[f"{name}.png", text] for name, text in CAPTIONS.items()]
-    (folder / "dataset.json").write_text(json.dumps({"captions": captions}))
 
 
 @pytest.mark.parametrize("write", [in_texts, in_jsonl, in_csv, in_dataset_json])
@@ -130,11 +110,6 @@ def test_metadata_of_another_form_is_refused(folder, name, content, says):
         open_source(f"folder:{folder}", captions="metadata")
 
 
-def test_folders_of_text_are_of_one_encoder_each(tmp_path):
-    specs = ["minilm", "t5:/m/t5-small", "t5:/m/t5_small"]
-    assert len({folder_of(tmp_path, Embedding(spec, 32)) for spec in specs}) == 3
-
-
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -162,45 +137,12 @@ def test_captions_that_are_not_there_are_refused(folder):
         open_source("digits", captions="auto")
 
 
-def test_prepared_captions_are_embedded_once(folder, tmp_path, encoder):
-    in_jsonl(folder)
-    directory = prepare(f"folder:{folder}", tmp_path / "data", FORM, captions="auto", cells=[2])
-    plain = open_prepared(directory)
-    assert plain.text is None and plain.batch([0]).keys() == {"image", "label"}
-    with pytest.raises(InputError, match="no captions embedded by 'fake' with 8 tokens"):
-        open_prepared(directory, embedding=FAKE)
-    for _ in range(2):
-        add_text(directory, FAKE, lambda: None)
-    assert encoder.calls == [["a red apple", "a sleeping cat"]]
-
-    images = open_prepared(directory, embedding=FAKE, cells=[2])
-    assert images.caption(np.arange(len(images))) == [
-        "a red apple",
-        "a sleeping cat",
-        "a red apple",
-    ]
-    wanted = encoder(images.caption(np.arange(len(images))))
-    for found in (images, images.of_cells(2), pickle.loads(pickle.dumps(images))):
-        batch = found.batch([2, 1])
-        np.testing.assert_array_equal(batch["text"], wanted.tokens[[2, 1]])
-        assert batch["text"].dtype == np.float16 and batch["text_length"].tolist() == [3, 3]
-    learnt, held_out = images.split(1)
-    assert (
-        learnt.caption(np.arange(len(learnt))) + held_out.caption(np.arange(len(held_out))) != []
-        and len(held_out.caption(np.arange(len(held_out)))) == 1
-    )
-    np.testing.assert_array_equal(
-        held_out[0]["text"], encoder(held_out.caption(np.arange(len(held_out)))).tokens[0]
-    )
-    assert images.text == ("fake", "0" * 64, 8, 6)
-
-
 def test_captions_are_part_of_the_content(folder, tmp_path, encoder):
     in_jsonl(folder)
     spec, form = f"folder:{folder}", FORM
     one = open_prepared(prepare(spec, tmp_path / "one", form, captions="auto")).identity
     without = open_prepared(prepare(spec, tmp_path / "two", form)).identity
-    direct = open_direct(spec, form, cache_bytes=2**20, captions="auto", embedding=FAKE)
+    direct = open_direct(spec, form, cache_bytes=2**20, captions="auto", encoder=encoder)
     assert one != without and direct.identity == one
     text = (folder / "metadata.jsonl").read_text().replace("sleeping", "running")
     (folder / "metadata.jsonl").write_text(text)
@@ -211,38 +153,72 @@ def test_captions_are_part_of_the_content(folder, tmp_path, encoder):
     assert found.caption([1])[0] == "a running cat"
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "text.npz", "manifest.json"])
-def test_damaged_embeddings_are_refused(folder, tmp_path, encoder, file):
-    in_jsonl(folder)
-    directory = prepare(f"folder:{folder}", tmp_path / "data", FORM, captions="auto")
+def test_captions_of_too_many_tokens_are_refused_before_images_are_read(
+    folder, tmp_path, encoder, monkeypatch
+):
+    spec = with_long_captions(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(source_lib.Source, "decode", None)
+        with pytest.raises(InputError, match=rf"'a.png' of .* {LONG} .1 more like it.") as caught:
+            prepare(spec, tmp_path / "data", FORM, captions="txt", encoder=encoder)
+        assert "the longest caption has 12 tokens" in caught.value.fix
+        with pytest.raises(InputError, match=LONG):
+            open_direct(spec, FORM, cache_bytes=2**20, captions="txt", encoder=encoder)
+    skipping = {"captions": "txt", "encoder": encoder, "skip_bad": True, "max_left_out": 1.0}
+    directory = prepare(spec, tmp_path / "data", FORM, **skipping)
+    direct = open_direct(spec, FORM, cache_bytes=2**20, **skipping)
+    assert direct.caption([0]) == ["word"] and len(direct) == 1
+    skipped = json.loads((directory / "manifest.json").read_text())["skipped"]
+    assert skipped.keys() == {"a.png", "c.png"}
     add_text(directory, FAKE, lambda: None)
-    path = folder_of(directory, FAKE) / file
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(InputError, match="Delete .* and run --mode=prepare"):
-        open_prepared(directory, embedding=FAKE)
+    assert open_prepared(directory, embedding=FAKE).caption([0]) == ["word"]
 
 
-def test_verification_covers_embeddings(folder, tmp_path, encoder):
-    in_jsonl(folder)
+def test_caption_without_tokens_is_refused(folder, encoder, monkeypatch):
+    in_texts(folder)
+    monkeypatch.setattr(FakeEncoder, "lengths", lambda _, texts: [3 * ("cat" in t) for t in texts])
+    with pytest.raises(InputError, match="'a.png' of .* has a caption without tokens"):
+        open_source(f"folder:{folder}", captions="txt", encoder=encoder)
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "dataset.json"])
+def test_caption_that_is_not_unicode_is_refused(folder, tmp_path, table):
+    """JSON may have lone surrogates, in names, too."""
+    {"metadata.jsonl": in_jsonl, "dataset.json": in_dataset_json}[table](folder)
+    path = folder / table
+    path.write_text(path.read_text().replace("sleeping", "\\ud800"))
     spec = f"folder:{folder}"
-    directory = prepare(spec, tmp_path / "data", FORM, captions="auto")
-    add_text(directory, FAKE, lambda: None)
-    prepare(spec, directory, FORM, captions="auto", verify=True)
-    path = folder_of(directory, FAKE) / "tokens.bin"
-    content = bytearray(path.read_bytes())
-    content[5] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="tokens.bin"):
-        prepare(spec, directory, FORM, captions="auto", verify=True)
+    with pytest.raises(InputError, match="'b.png' of .* has a caption .* not valid Unicode"):
+        prepare(spec, tmp_path / "data", FORM, captions="auto")
+    options = {"captions": "auto", "skip_bad": True, "max_left_out": 1.0}
+    assert len(open_prepared(prepare(spec, tmp_path / "data", FORM, **options))) == 2
+    path.write_text(path.read_text().replace("c.png", "\\ud800.png"))
+    source = open_source(spec, captions="auto", skip_bad=True)
+    assert list(source.names) == ["a.png"] and "?.png" in source.skipped
 
 
-def test_caption_of_too_many_tokens_is_refused(folder, tmp_path, encoder):
-    (folder / "a.txt").write_text("one two three four five six seven eight nine")
-    for name in "bc":
-        (folder / f"{name}.txt").write_text("short")
-    directory = prepare(f"folder:{folder}", tmp_path / "data", FORM, captions="txt")
-    with pytest.raises(InputError, match="'one two .* nine' has 9 tokens"):
-        add_text(directory, FAKE, lambda: None)
+def test_metadata_that_is_too_large_is_named(folder, monkeypatch):
+    in_csv(folder)
+    monkeypatch.setattr(captions, "ROW_BYTES", -(2**20) // 3)
+    with pytest.raises(InputError, match="metadata.csv has [0-9]+ bytes"):
+        open_source(f"folder:{folder}", captions="metadata", skip_bad=True)
+
+
+def test_captions_alone_in_dataset_json_leave_the_classes_of_folders(tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder, count=4)
+    names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/*.png"))
+    found = {"captions": [[name, f"picture {name}"] for name in names]}
+    (folder / "dataset.json").write_text(json.dumps(found))
+    for rule in ("none", "auto"):
+        source = open_source(f"folder:{folder}", captions=rule)
+        assert source.class_names == ("a", "b") and list(source.labels) == [0, 0, 1, 1]
+    (folder / "dataset.json").write_text(json.dumps(found | {"labels": None}))
+    assert open_source(f"folder:{folder}").class_names == ()
+    (folder / "dataset.json").unlink()
+    part = {"captions": [["000.png", "x"]]}
+    (folder / "a" / "dataset.json").write_text(json.dumps(part))
+    assert open_source(f"folder:{folder}").class_names == ("a", "b")
 
 
 def test_emoji_have_their_names(tmp_path):

@@ -33,9 +33,9 @@ def read(monkeypatch):
     """The numbers of images that are read at a time."""
     numbers, batch = [], ImageSet.batch
 
-    def noted(self, indices):
+    def noted(self, indices, *, text=False):
         numbers.append(len(indices))
-        return batch(self, indices)
+        return batch(self, indices, text=text)
 
     monkeypatch.setattr(ImageSet, "batch", noted)
     return numbers

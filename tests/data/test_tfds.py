@@ -10,7 +10,9 @@ from PIL import Image
 from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
+from rdm_jax.data.records import RecordReader
 from rdm_jax.data.sources import open_source
+from rdm_jax.data.tfds_download import prepared_by_tfds
 from rdm_jax.runtime.errors import BadImage, InputError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), np.uint8)
@@ -43,6 +45,34 @@ class RelayTestShapes(tfds.core.GeneratorBasedBuilder):
         for i in numbers:
             Image.fromarray(PIXELS[i]).save(self.folder / f"{i}.png")
             yield i, {"image": self.folder / f"{i}.png", "label": -1 if i == 6 else i % 3}
+
+
+class RelayTestCaptions(RelayTestShapes):
+    """Three images of one size with captions."""
+
+    CAPTIONS = ("a  red\napple", "a cat", "a dog")
+    FEATURES = {"text": tfds.features.Text()}
+
+    def _info(self):
+        image = tfds.features.Image(shape=(5, 4, 3))
+        features = tfds.features.FeaturesDict({"image": image, **self.FEATURES})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(range(3))}
+
+    def _generate_examples(self, numbers):
+        for i in numbers:
+            Image.fromarray(PIXELS[i]).save(self.folder / f"{i}.png")
+            found = dict(zip(self.FEATURES, (self.CAPTIONS[i],), strict=True))
+            yield i, {"image": self.folder / f"{i}.png", **found}
+
+
+class RelayTestCaptionClasses(RelayTestCaptions):
+    """Its captions are classes."""
+
+    FEATURES = {"caption": tfds.features.ClassLabel(names=RelayTestCaptions.CAPTIONS[1:])}
+    CAPTIONS = ("a cat", "a dog", "a cat")
 
 
 class RelayTestWords(RelayTestShapes):
@@ -109,6 +139,36 @@ def test_images_without_label_are_refused_or_skipped(tmp_path):
         )
         == 1
     )
+
+
+def test_captions_of_a_prepared_data_set():
+    directory = prepared_by_tfds("relay_test_captions")
+    assert RecordReader(directory).captions() == ["a red apple", "a cat", "a dog"]
+    assert RecordReader(directory).name(1) == "record 1"
+    source = open_source("tfds:relay_test_captions", captions="auto")
+    assert list(source.captions) == ["a red apple", "a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "what"), [(" \n", "empty"), (b"caf\xe9", "UTF-8|valid Unicode")]
+)
+def test_bad_captions_of_a_prepared_data_set_are_refused(monkeypatch, caption, what):
+    monkeypatch.setattr(RelayTestCaptions, "CAPTIONS", ("a", caption, "b"))
+    directory = prepared_by_tfds("relay_test_captions")
+    with pytest.raises(InputError, match=f"the caption of record 1 of .* is .*({what})"):
+        RecordReader(directory).captions()
+    with pytest.raises(BadImage, match=f"'00000001' of .* caption .*({what})|an empty caption"):
+        open_source("tfds:relay_test_captions", captions="auto")
+    kept = open_source("tfds:relay_test_captions", captions="auto", skip_bad=True)
+    assert list(kept.captions) == ["a", "b"]
+
+
+def test_classes_are_no_captions():
+    directory = prepared_by_tfds("relay_test_caption_classes")
+    with pytest.raises(InputError, match="has no captions"):
+        RecordReader(directory).captions()
+    with pytest.raises(InputError, match="has no text feature"):
+        open_source("tfds:relay_test_caption_classes", captions="auto")
 
 
 def test_unknown_data_set_is_refused():

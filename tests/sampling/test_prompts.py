@@ -10,7 +10,6 @@ import pytest
 
 import rdm_jax
 from rdm_jax import modes
-from rdm_jax.data import image_sets
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.text_table import TextSpec
 from rdm_jax.diffusion.guidance import Autoguidance
@@ -23,6 +22,7 @@ from rdm_jax.sampling.prompts import parse_prompts
 from rdm_jax.sampling.run_captions import Captions, read_captions
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.write_samples import sample_to_files
+from rdm_jax.text import encoders
 from rdm_jax.workdir import Workdir
 from tests.support import captioned_runs
 from tests.support.captioned_runs import ENCODER, TEXT, captioned, config_of, write_run
@@ -317,7 +317,7 @@ def test_training_keeps_the_captions(tmp_path, monkeypatch):
 @pytest.mark.second
 def test_captioned_folder_is_trained_and_sampled(encoder, tmp_path, monkeypatch):
     """From .txt files beside the images to samples of prompts, and of captions without any."""
-    monkeypatch.setattr(image_sets, "open_encoder", lambda spec, tokens: ENCODER)
+    monkeypatch.setattr(encoders, "open_encoder", lambda spec, tokens: ENCODER)
     write_images(tmp_path / "images", count=12)
     for number, path in enumerate(sorted((tmp_path / "images").glob("*/*.png"))):
         path.with_suffix(".txt").write_text(f"image {number}")

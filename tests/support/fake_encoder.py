@@ -23,6 +23,10 @@ class FakeEncoder:
     weights_hash: str = "0" * 64
     calls: list[list[str]] = dataclasses.field(default_factory=list)
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Numbers of words."""
+        return [len(text.split()) for text in texts]
+
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """The tokens of each text, and their number."""
         self.calls.append(list(texts))

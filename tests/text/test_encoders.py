@@ -47,6 +47,15 @@ def test_encoding_does_not_depend_on_the_batch(encoder):
     assert len({many.tokens[n].tobytes() for n in range(8)}) == 8
 
 
+def test_lengths_need_no_weights(folder, monkeypatch):
+    """And are those of encoded texts, also of texts that are too long."""
+    monkeypatch.setattr(encoders, "TOKENISED", 3)
+    monkeypatch.setattr(t5, "load", lambda *args: pytest.fail("weights were read"))
+    texts = ["a red apple", "", "cat", " \n", "a red cat on the apple", "cat"]
+    assert open_encoder(f"t5:{folder}", 6).lengths(texts) == [4, 0, 2, 0, 7, 2]
+    assert open_encoder(f"t5:{folder}", 6).lengths([]) == []
+
+
 def test_no_texts_are_encoded(encoder):
     tokens, lengths = encoder([])
     assert tokens.shape == (0, 6, 12) and lengths.shape == (0,)
@@ -71,7 +80,7 @@ def test_tokens_that_are_not_finite_are_refused(folder):
     network = t5.open_network(folder, "")
     params = network.params | {"norm": network.params["norm"] * 1e6}
     with pytest.raises(InputError, match="encoder t5 gives tokens that are not finite .* 'a cat'"):
-        NetworkEncoder(dataclasses.replace(network, params=params), 6)(["a cat"])
+        NetworkEncoder(dataclasses.replace(network, load=lambda: params), 6)(["a cat"])
 
 
 @pytest.mark.parametrize("spec", ["", "minilm:x", "t5", "t5:", "bert"])

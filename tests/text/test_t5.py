@@ -52,13 +52,37 @@ def test_reference_relative_buckets_of_the_published_size(path):
     np.testing.assert_array_equal(found[:, 0][::-1], case["buckets"][:300])
 
 
+def combined_hash(folder, *weights):
+    names = (*weights, "tokenizer.json", "config.json")
+    digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_hash_covers_all_that_tokens_depend_on(folder, name):
+    before = t5.open_network(folder, "").weights_hash
+    assert t5.open_network(folder, "").weights_hash == before
+    path = folder / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\x7f" if name.startswith("model") else content + b"\n")
+    assert t5.open_network(folder, "").weights_hash != before
+
+
+def test_weights_are_read_when_they_are_used(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(t5, "load", lambda *args: read.append(args))
+    monkeypatch.setattr(t5, "digest", lambda path, fix: read.append(path) or "0")
+    network = t5.open_network(folder, "")
+    assert network.width == SIZES.width and not read
+    assert [network.params, network.params] == [None, None] and len(read) == 1
+    assert network.weights_hash and len(read) == 4
+
+
 def test_shards_are_the_whole_file(folder):
     ids, mask = np.arange(12, dtype=np.int32).reshape(2, 6), np.ones((2, 6), bool)
     wanted = outputs(folder, ids, mask)
     whole = folder / "model.safetensors"
-    assert (
-        t5.open_network(folder, "").weights_hash == hashlib.sha256(whole.read_bytes()).hexdigest()
-    )
+    assert t5.open_network(folder, "").weights_hash == combined_hash(folder, whole.name)
     tensors = safetensors.numpy.load_file(whole)
     whole.unlink()
     names = sorted(tensors)
@@ -68,9 +92,7 @@ def test_shards_are_the_whole_file(folder):
     index = {name: file for file, part in shards.items() for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     np.testing.assert_array_equal(outputs(folder, ids, mask), wanted)
-    digests = [hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in sorted(shards)]
-    combined = hashlib.sha256("".join(digests).encode()).hexdigest()
-    assert t5.open_network(folder, "").weights_hash == combined
+    assert t5.open_network(folder, "").weights_hash == combined_hash(folder, *sorted(shards))
     (folder / "a.safetensors").unlink()
     with pytest.raises(InputError, match="there is no .*a.safetensors, the weights of"):
         t5.open_network(folder, "")
