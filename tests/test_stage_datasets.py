@@ -20,7 +20,7 @@ from rdm_jax.stage_datasets import ImageSpec, open_sets, set_for_pictures
 from rdm_jax.text import encoders
 from rdm_jax.training.program import build_objective
 from tests.support.configs import tiny_config, write_images
-from tests.support.text import FakeEncoder
+from tests.support.fake_encoder import FakeEncoder
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import itertools
 import chex
 import numpy as np
 import pytest
-from tests.support.text import FakeEncoder
 
 from rdm_jax.data import pipeline
 from rdm_jax.data.image_sets import open_prepared
@@ -15,6 +14,7 @@ from rdm_jax.data.pipeline import train_iterator
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.text_table import TokenFile, embedded
 from tests.support.configs import write_images
+from tests.support.fake_encoder import FakeEncoder
 
 COUNT = 23
 

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from tests.support.text import FakeEncoder
 
 from rdm_jax.data import text_table
 from rdm_jax.data.image_sets import open_direct, open_prepared
@@ -22,6 +21,7 @@ from tests.support.captioned_files import (
     with_long_captions,
     write_pictures,
 )
+from tests.support.fake_encoder import FakeEncoder
 
 FAKE = Embedding("fake", 8)
 
