@@ -264,18 +264,23 @@ def on_one_device(name):
     return stepped(program(name), name)
 
 
-@pytest.mark.second
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        ("context", {"devices": 8, "fsdp": 4}),
+MESHES = [
+    pytest.param("context", {"devices": 8, "fsdp": 4}, marks=pytest.mark.second),
+    pytest.param(
+        "adm", {"devices": 8, "fsdp": 8, "remat": "convolutions"}, marks=pytest.mark.second
+    ),
+]
+MESHES += [
+    pytest.param(name, how, marks=pytest.mark.long)
+    for name, how in (
         ("context", {"devices": 2, "mode": "pmap"}),
         ("cross", {"devices": 8, "fsdp": 4, "remat": "block"}),
         ("adm", {"devices": 8, "fsdp": 4}),
-        ("adm", {"devices": 8, "fsdp": 8, "remat": "convolutions"}),
-    ],
-    ids=str,
-)
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "how"), MESHES, ids=str)
 def test_training_on_captions_is_independent_of_mesh_and_program(name, how):
     made = program(name, **how)
     if "fsdp" in how:
