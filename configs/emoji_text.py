@@ -8,8 +8,9 @@ prepared. Get the data (15.8 MB, MIT licence; makes package/), then run:
     python -m rdm_jax.main --config configs/emoji_text.py --workdir runs/emoji_text --mode sample \\
         --config.sampling.name=mine --config.sampling.prompts="a red apple; a sleeping cat"
 
-`configs/emoji_text.py:tiny` takes minutes on two cores, and its images are rough. Full size: not
-run yet.
+`configs/emoji_text.py:tiny` takes minutes on two cores, and its images are rough. Full size, two
+cores of an AMD EPYC: about 130 and 90 images/s in training; after 130,000 images per stage (under
+an hour) colours and simple shapes follow the prompt, with grain. Not trained to its end yet.
 """
 
 from rdm_jax.config import Config, Data, Sampling, Stage, Training

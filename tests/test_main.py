@@ -107,7 +107,7 @@ def test_killed_stage_resumes_bit_equal(finished, image_folder, tmp_path):
     assert_equal(state(tmp_path / "run"), state(finished[0]))
 
 
-@pytest.mark.second
+@pytest.mark.long  # the first tier kills one stage
 def test_run_killed_in_each_stage_resumes_bit_equal(finished, image_folder, tmp_path):
     workdir = tmp_path / "killed"
     for stage in ("stage1", "stage2"):
