@@ -67,7 +67,9 @@ def number_of_devices(config: Config, cores: int) -> int:
         return 1  # the run refuses it
     batches = [config.sampling.batch_size, config.evaluation.batch_size]
     batches += [s.training.batch_size // s.training.accumulate for s in config.stages]
-    largest = max(s.build(config.data.channels, 0).num_parameters for s in config.stages)
+    largest = max(
+        s.build(config.data.channels, s.some_classes).num_parameters for s in config.stages
+    )
 
     def suits(count: int) -> bool:
         shared = all(size % count == 0 and size // count >= LEAST_IMAGES for size in batches)

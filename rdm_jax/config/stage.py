@@ -243,6 +243,11 @@ class Stage:
         """The relative width of the average to sample with; None for 'ema' and 'raw'."""
         return None if self.average in ("ema", "raw") else float(self.average)
 
+    @property
+    def some_classes(self) -> int:
+        """A number of classes to build the network with where the data is not open yet."""
+        return getattr(self.condition, "count", 0) or 1
+
     def condition_for(self, classes: int) -> Condition:
         """The condition for data of so many classes (0: none). Raises InputError if unusable."""
         return self.condition.bound(classes)

@@ -46,6 +46,6 @@ def check_network(config: Config, stage: Stage, path: str) -> None:
     condition = stage.condition
     if "text" in condition.inputs:
         try:
-            stage.build(config.data.channels, getattr(condition, "count", 0) or 1)
+            stage.build(config.data.channels, stage.some_classes)
         except InputError as error:
             raise InputError(f"{path}.{error.problem}", error.fix) from error

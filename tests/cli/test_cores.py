@@ -41,6 +41,11 @@ def test_large_networks_get_one_device():
     assert number(configs.parse(load_config("imagenet")), 16) == 1
 
 
+def test_networks_that_need_classes_get_devices():
+    """Their number is known once the data is open."""
+    assert number(configs.parse(load_config("openclipart:tiny")), 2) == 2
+
+
 def test_a_given_mesh_keeps_its_device(digits):
     parallel = configs.Parallel(data=1, fsdp=1)
     assert number(configs.Config(**{**vars(digits), "parallel": parallel}), 2) == 1
