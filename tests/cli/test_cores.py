@@ -12,6 +12,7 @@ from rdm_jax import config as configs
 from rdm_jax import load_config
 from rdm_jax.cli.cores import LEAST_IMAGES, use_cores
 from rdm_jax.cli.cores import number_of_devices as number
+from rdm_jax.models.conditions import Text
 from tests.support.commands import environment
 from tests.support.paths import ROOT
 
@@ -41,9 +42,9 @@ def test_large_networks_get_one_device():
     assert number(configs.parse(load_config("imagenet")), 16) == 1
 
 
-def test_networks_that_need_classes_get_devices():
+def test_networks_that_need_classes_get_devices(digits):
     """Their number is known once the data is open."""
-    assert number(configs.parse(load_config("openclipart:tiny")), 2) == 2
+    assert number(digits.with_stage(1, condition=Text(classes=True)), 2) == 2
 
 
 def test_a_given_mesh_keeps_its_device(digits):
