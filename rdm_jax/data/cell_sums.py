@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from rdm_jax.data.manifest import MANIFEST, check_shard, check_sizes
+from rdm_jax.data.manifest import MANIFEST, check_sizes, read_addition
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.files import parse_json
 from rdm_jax.runtime.lazy import lazy_import
 
 array_record = lazy_import("array_record.python.array_record_data_source", "data")
@@ -70,18 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
       InputError: it is missing or damaged, or a newer version wrote it.
     """
-    try:
-        manifest = parse_json((folder / MANIFEST).read_text())
-        if manifest["version"] != VERSION:
-            raise ValueError(f"version is {manifest['version']!r:.40}, not {VERSION}")
-        for field, kind in FIELDS.items():
-            if type(manifest[field]) is not kind:
-                raise ValueError(f"{field} is not a {kind.__name__}")
-        for shard in manifest["shards"]:
-            check_shard(shard)
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder} has no usable manifest ({error})", fix_of(folder)) from error
+    return read_addition(folder, VERSION, FIELDS, fix_of(folder))
 
 
 def fix_of(folder: Path) -> str:

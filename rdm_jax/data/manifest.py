@@ -95,6 +95,32 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ) from error
 
 
+def read_addition(folder: Path, version: int, fields: dict[str, type], fix: str) -> dict[str, Any]:
+    """The manifest of what lies beside prepared images and is made of them: sums, or captions.
+
+    Args:
+      folder: of the files and their manifest.
+      version: that is read.
+      fields: the kinds of its fields; 'shards' lists the files.
+      fix: what to do if it cannot be used.
+
+    Raises:
+      InputError: it is missing or damaged, or a newer version wrote it.
+    """
+    try:
+        manifest = parse_json((folder / MANIFEST).read_text())
+        if manifest["version"] != version:
+            raise ValueError(f"version is {manifest['version']!r:.40}, not {version}")
+        for field, kind in fields.items():
+            if type(manifest[field]) is not kind:
+                raise ValueError(f"{field} is not a {kind.__name__}")
+        for shard in manifest["shards"]:
+            check_shard(shard)
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} has no usable manifest ({error})", fix) from error
+
+
 def identity(directory: Path) -> str:
     """A hash that identifies the images of a prepared set.
 

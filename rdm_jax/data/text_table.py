@@ -15,16 +15,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float16, Int
 
-from rdm_jax.data.manifest import MANIFEST, check_sizes, verify_files
+from rdm_jax.data.manifest import check_sizes, read_addition, verify_files
 from rdm_jax.runtime.console import progress
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.files import parse_json
 from rdm_jax.text.encoders import TextEncoder
 
 VERSION = 1
 TOKENS, TEXT = "tokens.bin", "text.npz"
 DTYPE = np.dtype("<f2")
-FIELDS = {"encoder": str, "weights_hash": str, "tokens": int, "width": int, "of": str}
+FIELDS = {
+    "encoder": str,
+    "weights_hash": str,
+    "tokens": int,
+    "width": int,
+    "of": str,
+    "shards": list,
+}
 CHUNK = 256  # captions that are embedded at a time
 
 
@@ -219,16 +225,7 @@ def embed(
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a table. Raises InputError if it is missing or damaged."""
-    try:
-        manifest = parse_json((folder / MANIFEST).read_text())
-        if manifest["version"] != VERSION:
-            raise ValueError(f"version is {manifest['version']!r:.40}, not {VERSION}")
-        for field, kind in FIELDS.items():
-            if type(manifest[field]) is not kind:
-                raise ValueError(f"{field} is not a {kind.__name__}")
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder} has no usable manifest ({error})", fix_of(folder)) from error
+    return read_addition(folder, VERSION, FIELDS, fix_of(folder))
 
 
 def fix_of(folder: Path) -> str:

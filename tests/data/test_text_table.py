@@ -204,3 +204,13 @@ def test_fingerprint_is_that_of_captions_and_not_of_tokens(folder, encoder):
     before = fingerprint(6)
     (folder / "b.txt").write_text("a running cat")
     assert fingerprint(6) != before
+
+
+def test_embeddings_whose_manifest_leads_elsewhere_are_refused(folder, tmp_path, encoder):
+    in_jsonl(folder)
+    directory = prepare(f"folder:{folder}", tmp_path / "data", FORM, captions="auto")
+    add_text(directory, FAKE, lambda: None)
+    path = folder_of(directory, FAKE) / "manifest.json"
+    path.write_text(path.read_text().replace('"tokens.bin"', '"../tokens.bin"'))
+    with pytest.raises(InputError, match="'../tokens.bin' is not a file beside it"):
+        open_prepared(directory, embedding=FAKE)
