@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from etils import epath
 
 from rdm_jax.checkpoints import averages, folders
 from rdm_jax.config import Config, Stage, changes, parse, saved, to_dict
@@ -218,50 +217,33 @@ class Workdir:
 
     @contextmanager
     def _locked(self, token: str) -> Iterator[None]:
-        folder = mounts.in_store(self._lock)
-        if not isinstance(folder, Path):
-            with self._locked_in_store(folder):
-                (folder / TOKEN).write_text(token)
-                yield
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.touch()
-        except OSError as error:
-            raise InputError(
-                f"{self} cannot be written ({error.strerror})", "Use another folder."
-            ) from error
+        lock = mounts.in_store(self._lock)
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(locks.locked(self._lock))
+                if isinstance(lock, Path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locks.locked(lock))
+                else:
+                    held.enter_context(bucket_lock.locked(lock))
             except locks.InUse as error:
+                whose = f" ({error})" if str(error) else ""
                 raise InputError(
-                    f"{self} is in use by another run", "Wait until that has ended."
-                ) from error
-            # Written in place: a renamed file would be another lock.
-            with self._lock.open("r+") as lock:
-                lock.truncate(0)
-                lock.write(token)
-                lock.flush()
-                os.fsync(lock.fileno())
-            yield
-
-    @contextmanager
-    def _locked_in_store(self, folder: epath.Path) -> Iterator[None]:
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(bucket_lock.locked(folder))
-            except bucket_lock.InUse as error:
-                raise InputError(
-                    f"{self} is in use by another run ({error})",
-                    "Wait until that has ended. If it has, its lock expires after "
-                    f"{locks.STALE_SECONDS:.0f} s.",
+                    f"{self} is in use by another run{whose}", "Wait until that has ended."
                 ) from error
             except OSError as error:
                 raise InputError(
                     f"{self} cannot be written ({error.strerror})",
-                    "Give this account the role roles/storage.objectAdmin of the bucket.",
+                    "Use another folder." if isinstance(lock, Path) else mounts.ROLES,
                 ) from error
+            if isinstance(lock, Path):
+                # Written in place: a renamed file would be another lock.
+                with lock.open("r+") as file:
+                    file.truncate(0)
+                    file.write(token)
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:
+                (lock / TOKEN).write_text(token)
             yield
 
     def _shows(self, token: str) -> bool:

@@ -23,10 +23,6 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.mounts import files, talking_to
 
 
-class InUse(Exception):
-    """Another run holds the lock; the message says which one, and how to remove its lock."""
-
-
 @contextlib.contextmanager
 def locked(folder: epath.Path) -> Iterator[epath.Path]:
     """A context that one process at a time can enter.
@@ -41,7 +37,7 @@ def locked(folder: epath.Path) -> Iterator[epath.Path]:
       The object that holds the lock, JSON.
 
     Raises:
-      InUse: another process is in the context.
+      locks.InUse: another process is in the context; the message says which, and where its lock is.
       OSError: the bucket cannot be written.
     """
     ours = {
@@ -72,17 +68,17 @@ def _acquire(folder: epath.Path, ours: dict[str, Any]) -> int:
     while numbers and not _has_ended(folder, numbers[-1]):
         newer = _numbers(folder)
         if newer == numbers:
-            raise InUse(_owner(folder, numbers[-1]))
+            raise locks.InUse(_owner(folder, numbers[-1]))
         numbers = newer
     number = numbers[-1] + 1 if numbers else 1
     try:
         files().pipe_file(_key(folder, number), json.dumps(ours).encode(), mode="create")
     except FileExistsError as error:  # a request that is sent again meets its own object
         if _read(folder, number).get("id") != ours["id"]:
-            raise InUse(_owner(folder, number)) from error
+            raise locks.InUse(_owner(folder, number)) from error
     if _numbers(folder)[-1] != number:  # others have taken over and ended since the first look
         (folder / str(number)).unlink()
-        raise InUse(_owner(folder, number + 1))
+        raise locks.InUse(_owner(folder, number + 1))
     for other in numbers:
         with contextlib.suppress(FileNotFoundError):
             (folder / str(other)).unlink()

@@ -22,6 +22,7 @@ from etils import epath
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.runtime.locks import InUse
 
 gcsfs = lazy_import("gcsfs", "gcs")
 
@@ -31,6 +32,10 @@ SCHEME = "gs://"
 IN_STORE = ("checkpoints", "snapshots")
 WRITE_ONLY = ("tensorboard", "previews")
 LOCK = ".lock"
+ROLES = (
+    "Give this account the roles roles/storage.objectAdmin and roles/storage.legacyBucketReader of "
+    "the bucket."
+)
 PARTIAL = ".incomplete"  # the end of the names of files that are being written
 
 
@@ -164,8 +169,7 @@ def mounted(url: str) -> Path:
         except OSError as error:
             raise InputError(
                 f"{error.filename} cannot be read ({error.strerror})",
-                "Create the bucket, or give this account the roles roles/storage.objectAdmin and "
-                "roles/storage.legacyBucketReader of it.",
+                f"Create the bucket. {ROLES}",
             ) from error
         if not _mounts:
             log.addFilter(_named_record)
@@ -241,7 +245,7 @@ def talking_to(url: str) -> Iterator[None]:
     """Raises any library's error about a bucket as an OSError that names the URL."""
     try:
         yield
-    except InputError:  # a library is missing
+    except (InputError, InUse):
         raise
     except Exception as error:  # gcsfs, aiohttp, google-auth and fsspec each raise their own
         kind = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
