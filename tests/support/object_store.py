@@ -9,7 +9,6 @@ import base64
 import contextlib
 import dataclasses
 import datetime
-import email
 import functools
 import hashlib
 import json
@@ -42,7 +41,7 @@ class ObjectStore(ThreadingHTTPServer):
     """The server. `url` is its address; `buckets` its objects by bucket and name.
 
     Attributes:
-      answer: called with the method and the path of each request; returns the status of an error to
+      answer: called with the method and the path of each request, with the name of what is uploaded; returns the status of an error to
         answer with, or 0.
       requests: the methods and paths of all requests.
     """
@@ -137,7 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         self.query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        path = urllib.parse.unquote(url.path)
+        self.name = self._uploaded() if url.path.startswith("/upload") else ""
+        path = urllib.parse.unquote(url.path) + (self.name and f"/{self.name}")
         self.server.requests.append((self.command, path))
         try:
             if status := self.server.answer(self.command, path):
@@ -196,30 +196,34 @@ class _Handler(BaseHTTPRequestHandler):
         # One page holds everything, as none of the tests has more than the thousand of a real one.
         self._json({"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)})
 
+    def _parts(self) -> tuple[dict[str, Any], bytes]:
+        """The two parts of a multipart upload: what is known of the object, and its content."""
+        boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
+        _, about, content, _ = self.body.split(b"--" + boundary)
+        about, content = (
+            re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (about, content)
+        )
+        return json.loads(about), content.removesuffix(b"\n").removesuffix(b"\r")
+
+    def _uploaded(self) -> str:
+        """The name of the object that is uploaded."""
+        if name := self.query.get("name", ""):
+            return name
+        if self.query.get("upload_id"):
+            return self.server.uploads[self.query["upload_id"]]["at"][1]
+        multipart = self.query["uploadType"] == "multipart"
+        return (self._parts()[0] if multipart else json.loads(self.body))["name"]
+
     def _upload(self, bucket: str, condition: str | None) -> None:
-        kind, name = self.query.get("uploadType"), self.query.get("name", "")
+        kind, name = self.query["uploadType"], self.name
         if upload := self.query.get("upload_id"):
             return self._resume(upload)
-        if kind == "media":
-            data = self.body
-        elif kind == "multipart":
-            head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
-            about, content = email.message_from_bytes(head + self.body).get_payload()
-            name = name or json.loads(about.get_payload())["name"]
-            raw = head + self.body  # the parser would change the ends of lines
-            boundary = (
-                b"--" + re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
-            )
-            data = raw.split(boundary)[2].split(
-                b"\r\n\r\n" if b"\r\n\r\n" in raw.split(boundary)[2] else b"\n\n", 1
-            )[1]
-            data = data.removesuffix(b"\n").removesuffix(b"\r")
-        else:
-            name = name or json.loads(self.body)["name"]
-            upload = hashlib.sha1(f"{name}{len(self.server.uploads)}".encode()).hexdigest()
+        if kind == "resumable":
+            upload = f"{len(self.server.uploads)}"
             self.server.uploads[upload] = {"at": (bucket, name, condition), "data": b""}
             where = f"{self.server.url}{self.path}&upload_id={upload}"
             return self._send(b"", 200, {"Location": where, "X-GUploader-UploadID": upload})
+        data = self.body if kind == "media" else self._parts()[1]
         self._json(_about(bucket, name, self.server.put(bucket, name, data, condition)))
 
     def _resume(self, upload: str) -> None:
@@ -320,10 +324,10 @@ def _server_of_this_process() -> ObjectStore:
 @pytest.fixture
 def store() -> Iterator[Bucket]:
     """A bucket of its own for a test; skips it without the extra `gcs`."""
-    pytest.importorskip("gcsfs")
+    server = _server_of_this_process()
+    pytest.importorskip("gcsfs")  # reads the environment
     from rdm_jax.runtime import mounts
 
-    server = _server_of_this_process()
     bucket = Bucket(server, f"bucket-{len(server.buckets)}")
     server.buckets[bucket.name] = {}
     try:
