@@ -117,8 +117,10 @@ def run(
     changes.check_names(allow_changes, config)
     with folder.locked(), StopOnSignal() as stop:
         with distributed.raise_together():
+            if mode in ("all", "train", "evaluate"):
+                mounts.pull(folder.evaluation(config))
             if mode in ("all", "sample", "evaluate"):
-                mounts.pull(folder.samples(config), folder.evaluation(config))
+                mounts.pull(folder.samples(config))
             folder.check_same_config(
                 config, trains=mode in ("all", "train"), allow_changes=allow_changes
             )

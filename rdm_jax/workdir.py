@@ -14,7 +14,7 @@ from rdm_jax.config import Config, Stage, changes, parse, saved, to_dict
 from rdm_jax.runtime import bucket_lock, distributed, locks, mounts
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.files import atomic_write, local_path, nearest
+from rdm_jax.runtime.files import atomic_write, local_path, log_write_errors, nearest
 
 TOKEN = "token"  # of a run, in the folder of its lock in a bucket
 SECONDS_TO_APPEAR = 60  # that a network file system may take to show the lock to other hosts
@@ -212,8 +212,12 @@ class Workdir:
                 mounts.pull()
             try:
                 yield
-            finally:
-                mounts.push()
+            except BaseException as error:
+                if not getattr(error, "at_once", False):
+                    with log_write_errors(self.path):
+                        mounts.push()
+                raise
+            mounts.push()
 
     @contextmanager
     def _locked(self, token: str) -> Iterator[None]:
