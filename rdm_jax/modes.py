@@ -26,7 +26,7 @@ from rdm_jax.interop.import_export import export_stage
 from rdm_jax.interop.import_stage import import_stage
 from rdm_jax.interop.share import export_relay, import_relay
 from rdm_jax.render import contact_sheet
-from rdm_jax.runtime import distributed
+from rdm_jax.runtime import distributed, mounts
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
@@ -100,7 +100,8 @@ def run(
             "Pass --coordinator=none.",
         )
     if mode == "report":
-        return write_report(folder.path, reported)
+        write_report(folder.path, reported)
+        return mounts.push()
     if mode == "import":
         if stage is None:
             return import_relay(weights_file, folder)
@@ -116,6 +117,10 @@ def run(
     changes.check_names(allow_changes, config)
     with folder.locked(), StopOnSignal() as stop:
         with distributed.raise_together():
+            if mode in ("all", "train", "evaluate"):
+                mounts.pull(folder.evaluation(config))
+            if mode in ("all", "sample", "evaluate"):
+                mounts.pull(folder.samples(config))
             folder.check_same_config(
                 config, trains=mode in ("all", "train"), allow_changes=allow_changes
             )
@@ -215,6 +220,7 @@ class Job:
             trainer.run(self.stop, StageProbe(self.config, number, held_out or images, evaluator))
             if distributed.in_any_process(bool(self.stop.requested)):
                 raise self.stop.interruption
+        distributed.wait_for_all("trained")
 
     def write_captions(self, sets: dict[int, Split]) -> None:
         """Keeps captions that a stage is trained on in the workdir, to sample with."""

@@ -11,24 +11,27 @@ import numpy as np
 
 from rdm_jax.checkpoints import averages, folders
 from rdm_jax.config import Config, Stage, changes, parse, saved, to_dict
-from rdm_jax.runtime import distributed, locks
+from rdm_jax.runtime import bucket_lock, distributed, locks, mounts
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.files import atomic_write, local_path, nearest
+from rdm_jax.runtime.files import atomic_write, local_path, log_write_errors, nearest
 
+TOKEN = "token"  # of a run, in the folder of its lock in a bucket
 SECONDS_TO_APPEAR = 60  # that a network file system may take to show the lock to other hosts
 # Of a config, what all stages of a workdir share; the rest is compared stage by stage.
 SHARED = ("seed", "data")
 
 
 class Workdir:
-    """The working directory of a run. Creating the object reads and writes nothing.
+    """The working directory of a run: a local folder, or one of a bucket.
+
+    Creating the object writes nothing, and reads what small files the bucket has.
 
     Args:
-      path: of the folder, which need not exist.
+      path: of the folder, which need not exist; or gs://BUCKET/FOLDER.
 
     Attributes:
-      path: of the folder.
+      path: of the local folder, which may stand for one of a bucket (`mounts`).
       config_file: the config that the run was trained with, as JSON.
       captions: that the run was trained with, and held-out ones.
       contact_sheet: images of the training sets.
@@ -37,7 +40,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path = mounts.mounted(os.fspath(path)) if mounts.is_url(path) else Path(path)
         self.config_file = self.path / "config.json"
         self.captions = self.path / "captions.json"
         self.contact_sheet = self.path / "contact_sheet.png"
@@ -60,10 +63,10 @@ class Workdir:
                 "--workdir='' names no folder",
                 "Pass the path of a folder, '.' for the current one.",
             )
-        workdir = cls(local_path(path, "--workdir"))
-        if workdir.path.exists():
+        workdir = cls(path if mounts.is_url(path) else local_path(path, "--workdir"))
+        if workdir._exists():
             return workdir
-        similar = nearest(workdir.path)
+        similar = None if mounts.is_url(path) else nearest(workdir.path)
         if needed_by:
             fix = "Use the folder of a run, or train first (--mode=train)."
             raise InputError(
@@ -75,15 +78,18 @@ class Workdir:
         return workdir
 
     def __str__(self) -> str:
-        return f"--workdir={str(self.path)!r}"
+        return f"--workdir={str(mounts.in_store(self.path))!r}"
+
+    def _exists(self) -> bool:
+        return mounts.in_store(self.path).exists()
 
     def stage(self, number: int) -> Path:
         """Returns the folder of a stage (from 1)."""
         return self.path / f"stage{number}"
 
-    def checkpoints(self, number: int) -> Path:
-        """Returns the folder of a stage's checkpoints (from 1)."""
-        return self.stage(number) / "checkpoints"
+    def checkpoints(self, number: int) -> mounts.AnyPath:
+        """Returns the folder of a stage's checkpoints (from 1), which a bucket has itself."""
+        return mounts.in_store(self.stage(number) / "checkpoints")
 
     def samples(self, config: Config) -> Path:
         """Returns the folder of the config's samples."""
@@ -186,10 +192,11 @@ class Workdir:
     def locked(self) -> Iterator[None]:
         """Creates the folder and keeps other runs out of it; the lock ends with process 0.
 
-        All processes must enter it together.
+        All processes must enter it together. What is written meanwhile is in the bucket at the end.
 
         Raises:
           InputError: it cannot be written, is in use, or is not the same folder for all processes.
+          OSError: what was written cannot be uploaded.
         """
         token = str(distributed.allgather(np.int32(time.time_ns() % 2**31))[0])
         with contextlib.ExitStack() as held:
@@ -202,36 +209,53 @@ class Workdir:
                         f"{self} is not the same for every process",
                         "Use a folder that all hosts share.",
                     )
-            yield
+                mounts.pull()
+            try:
+                yield
+            except BaseException as error:
+                if not getattr(error, "at_once", False):
+                    with log_write_errors(self.path):
+                        mounts.push()
+                raise
+            mounts.push()
 
     @contextmanager
     def _locked(self, token: str) -> Iterator[None]:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.touch()
-        except OSError as error:
-            raise InputError(
-                f"{self} cannot be written ({error.strerror})", "Use another folder."
-            ) from error
+        lock = mounts.in_store(self._lock)
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(locks.locked(self._lock))
+                if isinstance(lock, Path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locks.locked(lock))
+                else:
+                    held.enter_context(bucket_lock.locked(lock))
             except locks.InUse as error:
+                whose = f" ({error})" if str(error) else ""
                 raise InputError(
-                    f"{self} is in use by another run", "Wait until that has ended."
+                    f"{self} is in use by another run{whose}", "Wait until that has ended."
                 ) from error
-            # Written in place: a renamed file would be another lock.
-            with self._lock.open("r+") as lock:
-                lock.truncate(0)
-                lock.write(token)
-                lock.flush()
-                os.fsync(lock.fileno())
+            except OSError as error:
+                raise InputError(
+                    f"{self} cannot be written ({error.strerror})",
+                    "Use another folder." if isinstance(lock, Path) else mounts.ROLES,
+                ) from error
+            if isinstance(lock, Path):
+                # Written in place: a renamed file would be another lock.
+                with lock.open("r+") as file:
+                    file.truncate(0)
+                    file.write(token)
+                    file.flush()
+                    os.fsync(file.fileno())
+            else:
+                (lock / TOKEN).write_text(token)
             yield
 
     def _shows(self, token: str) -> bool:
         """Whether the lock has this text, which a network file system may show late."""
+        lock = mounts.in_store(self._lock)
+        lock = lock if isinstance(lock, Path) else lock / TOKEN
         for _ in range(SECONDS_TO_APPEAR):
-            if self._lock.is_file() and self._lock.read_text() == token:
+            if lock.exists() and lock.read_text() == token:
                 return True
             time.sleep(1)
         return False

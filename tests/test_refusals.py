@@ -98,7 +98,8 @@ def test_workdir_in_use_is_refused(image_folder, tmp_path, refused):
     ("workdir", "flags", "says"),
     [
         ("", {}, "--workdir='' names no folder"),
-        ("gs://bucket/run", {}, "--workdir='gs://bucket/run' is a URL"),
+        ("s3://bucket/run", {}, "--workdir='s3://bucket/run' is a URL, and s3:// is not supported"),
+        ("gs://bucket", {}, "'gs://bucket' is not a folder of a bucket"),
         ("file:///run", {"mode": "report"}, "--workdir='file:///run' is a URL"),
         (
             "run",
@@ -112,13 +113,13 @@ def test_workdir_in_use_is_refused(image_folder, tmp_path, refused):
         ),
         (
             "run",
-            {"change": {"checkpoint": "gs://b/run/5"}},
-            "config.stage1.checkpoint='gs://b/run/5' is a URL",
+            {"change": {"checkpoint": "s3://b/run/5"}},
+            "config.stage1.checkpoint='s3://b/run/5' is a URL",
         ),
         (
             "run",
-            {"change": {"training.start_from": "gs://b/5"}},
-            "config.stage1.training.start_from='gs://b/5' is a URL",
+            {"change": {"training.start_from": "hdfs://b/5"}},
+            "config.stage1.training.start_from='hdfs://b/5' is a URL",
         ),
     ],
 )

@@ -58,3 +58,14 @@ def test_from_flag_names_a_similar_folder(tmp_path):
         Workdir.from_flag(tmp_path / "digts", needed_by="--mode=sample")
     assert refusal.value.fix == f"Use --workdir={str(tmp_path / 'digits')!r}."
     assert not (tmp_path / "digts").exists()
+
+
+def test_a_folder_of_a_bucket_is_a_workdir(store):
+    workdir = Workdir(store.url("run"))
+    assert str(workdir.checkpoints(2)) == store.url("run/stage2/checkpoints")
+    with pytest.raises(InputError, match="does not exist, and --mode=sample works on an existing"):
+        Workdir.from_flag(store.url("run"), needed_by="--mode=sample")
+    with workdir.locked():
+        workdir.write_config(dataclasses.replace(Config(), seed=3))
+    assert store.names("run/") == ["run/.lock/token", "run/config.json"]
+    assert Workdir.from_flag(store.url("run/"), needed_by="--mode=sample").read_config().seed == 3

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +18,13 @@ from rdm_jax.config import Stage
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.mounts import AnyPath
 
 NEGLIGIBLE = 1e-7  # weights that float32 parameters do not notice
 TRIED = [number / 200 for number in range(1, 57)]  # widths, to say which can be reconstructed
 
 
-def snapshots_of(directory: Path) -> Path:
+def snapshots_of(directory: AnyPath) -> AnyPath:
     """The folder of snapshots that belongs to a folder of checkpoints."""
     return directory.with_name("snapshots")
 
@@ -39,7 +39,7 @@ class Part(NamedTuple):
       weight: in the sum of all parts.
     """
 
-    directory: Path
+    directory: AnyPath
     step: int
     item: str
     name: str
@@ -107,7 +107,7 @@ def _placed(value: np.ndarray, like: Any) -> jax.Array:
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: narrow[index])
 
 
-def choose(stage: Stage, directory: Path, step: int) -> Chosen:
+def choose(stage: Stage, directory: AnyPath, step: int) -> Chosen:
     """The parameters of a checkpoint that the stage's `average` means. No array is read.
 
     All processes must call it together.

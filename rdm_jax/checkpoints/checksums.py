@@ -1,26 +1,29 @@
 """Checksums of a checkpoint's files: Orbax does not notice a changed byte in an array."""
 
 import json
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 from rdm_jax.runtime.files import parse_json, sha256
+from rdm_jax.runtime.mounts import AnyPath, file_sizes
 
 CHECKSUMS = "checksums.json"
 # Orbax writes these last: the time of its commit, and a marker. They hold no training state.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 SMALL = 2**20
+READERS = 8
 
 
-def write_checksums(folder: Path) -> None:
+def write_checksums(folder: AnyPath) -> None:
     """Writes the sizes and SHA-256 of all files under a folder into `checksums.json` there."""
+    sizes = _sizes(folder)
     found = {
-        name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for name, path in _files(folder).items()
+        name: {"bytes": sizes[name], "sha256": digest}
+        for name, digest in _digests(folder, list(sizes)).items()
     }
     (folder / CHECKSUMS).write_text(json.dumps(found, indent=1))
 
 
-def damage(folder: Path, thorough: bool = True) -> str:
+def damage(folder: AnyPath, thorough: bool = True) -> str:
     """Describes the first file under a folder that differs from its checksum; '' if none does.
 
     Args:
@@ -35,20 +38,27 @@ def damage(folder: Path, thorough: bool = True) -> str:
         return f"{CHECKSUMS} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{CHECKSUMS} is damaged: {error}"
-    found = _files(folder)
+    found = _sizes(folder)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
         if name not in expected:
             return f"{name} does not belong to it"
-        size, digest = expected[name]
-        if found[name].stat().st_size != size:
-            return f"{name} has {found[name].stat().st_size:,} bytes instead of {size:,}"
-        if (thorough or size < SMALL) and sha256(found[name]) != digest:
+        if found[name] != expected[name][0]:
+            return f"{name} has {found[name]:,} bytes instead of {expected[name][0]:,}"
+    read = [name for name, (size, _) in sorted(expected.items()) if thorough or size < SMALL]
+    for name, digest in _digests(folder, read).items():
+        if digest != expected[name][1]:
             return f"{name} does not match its checksum"
     return ""
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path for name, path in paths.items() if name not in (*LATER, CHECKSUMS)}
+def _sizes(folder: AnyPath) -> dict[str, int]:
+    return {n: size for n, size in file_sizes(folder).items() if n not in (*LATER, CHECKSUMS)}
+
+
+def _digests(folder: AnyPath, names: list[str]) -> dict[str, str]:
+    """The SHA-256 of these files, several of which are read at a time."""
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = pool.map(lambda name: sha256(folder / name), names)
+        return dict(zip(names, digests, strict=True))

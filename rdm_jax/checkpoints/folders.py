@@ -8,15 +8,17 @@ from typing import Any
 from rdm_jax.checkpoints.checksums import damage
 from rdm_jax.config.changes import Change, incompatible_changes
 from rdm_jax.config.saved import about_now
-from rdm_jax.runtime import distributed
+from rdm_jax.runtime import distributed, mounts
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import parse_json
+from rdm_jax.runtime.mounts import AnyPath
 
 RETRAIN = "Train again in another workdir."
+COMMITTED = "commit_success.txt"  # Orbax writes it into a folder of a bucket at the end
 
 
-def read_about(folder: Path, fix: str = RETRAIN, *, sound: bool = False) -> dict[str, Any]:
+def read_about(folder: AnyPath, fix: str = RETRAIN, *, sound: bool = False) -> dict[str, Any]:
     """Reads a checkpoint's item 'about': everything but its arrays.
 
     Args:
@@ -65,13 +67,25 @@ def rank(about: dict[str, Any]) -> float:
     return math.inf if loss is None else loss
 
 
-def is_whole(folder: Path) -> bool:
+def absolute(folder: AnyPath) -> AnyPath:
+    """Returns the absolute path of a folder."""
+    return folder.resolve() if isinstance(folder, Path) else folder
+
+
+def is_committed(folder: AnyPath) -> bool:
+    """Whether a step's folder is complete: elsewhere than in a bucket it has its name only then."""
+    return isinstance(folder, Path) or (folder / COMMITTED).exists()
+
+
+def is_whole(folder: AnyPath) -> bool:
     """Whether a step's folder holds a training state, not only EMA parameters."""
     return (folder / "train").exists()
 
 
-def set_damaged_aside(directory: Path) -> int | None:
+def set_damaged_aside(directory: AnyPath) -> int | None:
     """Moves damaged checkpoints to `<directory>_damaged` if another one is intact.
+
+    In a bucket, whose objects do not rot, what is damaged was half deleted: it is deleted.
 
     Of the newest intact one all files are read; of those before it, large files are only measured.
 
@@ -81,8 +95,8 @@ def set_damaged_aside(directory: Path) -> int | None:
     Raises:
       InputError: none is intact; nothing was moved.
     """
-    damaged: dict[Path, str] = {}
-    sound: list[Path] = []
+    damaged: dict[AnyPath, str] = {}
+    sound: list[AnyPath] = []
     for folder in _newest_first(step_folders(directory)):
         found = damage(folder, thorough=not sound)
         if found:
@@ -95,30 +109,53 @@ def set_damaged_aside(directory: Path) -> int | None:
             raise InputError(
                 f"checkpoint {folder} is damaged ({found}), and there is no other", fix
             )
-        aside = directory.with_name(f"{directory.name}_damaged") / f"{folder.name}-{time.time_ns()}"
-        aside.parent.mkdir(exist_ok=True)
-        folder.rename(aside)
         log.warning(
-            "checkpoint %s is damaged (%s): moved to %s; the newest is now step %s",
+            "checkpoint %s is damaged (%s): %s; the newest is now step %s",
             folder,
             found,
-            aside,
+            _moved_aside(directory, folder),
             sound[0].name,
         )
     return int(sound[0].name) if sound else None
 
 
-def step_folders(directory: Path) -> list[Path]:
+def _moved_aside(directory: AnyPath, folder: AnyPath) -> str:
+    """Moves or deletes a damaged checkpoint. Returns what was done."""
+    if not isinstance(folder, Path):
+        mounts.remove_folder(folder)
+        return "deleted"
+    aside = directory.with_name(f"{directory.name}_damaged") / f"{folder.name}-{time.time_ns()}"
+    aside.parent.mkdir(exist_ok=True)
+    folder.rename(aside)
+    return f"moved to {aside}"
+
+
+def step_folders(directory: AnyPath) -> list[AnyPath]:
     """Returns the folders of a stage's complete checkpoints, also if it has no directory yet."""
-    return [child for child in directory.glob("*") if child.name.isdecimal()]
+    children = [child for child in directory.glob("*") if child.name.isdecimal()]
+    return [child for child in children if is_committed(child)]
 
 
-def is_trained(directory: Path) -> bool:
+def unfinished(directory: AnyPath, step: int | None = None) -> list[AnyPath]:
+    """Returns the folders of unfinished saves, or those of one step.
+
+    In a bucket a folder has its final name from the start.
+    """
+    if isinstance(directory, Path):
+        # One pattern serves all steps, as Python caches every pattern that it compiles.
+        found = list(directory.glob("*.orbax-checkpoint-tmp*"))
+    else:
+        numbered = [child for child in directory.glob("*") if child.name.isdecimal()]
+        found = [child for child in numbered if not is_committed(child)]
+    return [child for child in found if step is None or child.name.split(".")[0] == str(step)]
+
+
+def is_trained(directory: AnyPath) -> bool:
     """Whether one of a stage's checkpoints holds a training state, not only EMA parameters."""
     return any(map(is_whole, step_folders(directory)))
 
 
-def newest_trained(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_trained(directory: AnyPath) -> tuple[AnyPath, dict[str, Any]] | None:
     """Returns the newest training state without visible damage and its `about`, or None."""
     for folder in _newest_first(step_folders(directory)):
         if is_whole(folder) and not damage(folder, thorough=False):
@@ -126,7 +163,9 @@ def newest_trained(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def find(checkpoint: str, stage_directory: Path, field: str = "checkpoint") -> tuple[Path, int]:
+def find(
+    checkpoint: str, stage_directory: AnyPath, field: str = "checkpoint"
+) -> tuple[AnyPath, int]:
     """Returns the folder of checkpoints and the step that a config's `checkpoint` names.
 
     All processes must call it together: process 0 looks, as others may see a new folder later.
@@ -139,7 +178,7 @@ def find(checkpoint: str, stage_directory: Path, field: str = "checkpoint") -> t
     Raises:
       InputError: there is no such checkpoint.
     """
-    path = Path(checkpoint).expanduser()
+    path = mounts.any_path(checkpoint)
     own = checkpoint in ("newest", "best") or checkpoint.isdecimal()
     step = -1
     with distributed.raise_together():
@@ -148,11 +187,11 @@ def find(checkpoint: str, stage_directory: Path, field: str = "checkpoint") -> t
     return stage_directory if own else path.parent, distributed.from_primary(step)
 
 
-def _newest_first(folders: list[Path]) -> list[Path]:
+def _newest_first(folders: list[AnyPath]) -> list[AnyPath]:
     return sorted(folders, key=lambda folder: int(folder.name), reverse=True)
 
 
-def _step_of(folder: Path, field: str) -> int:
+def _step_of(folder: AnyPath, field: str) -> int:
     """Returns the step whose checkpoint a folder is."""
     if folder.name.isdecimal() and folder.is_dir():
         return int(folder.name)
@@ -162,7 +201,7 @@ def _step_of(folder: Path, field: str) -> int:
     )
 
 
-def _find(checkpoint: str, directory: Path, field: str) -> int:
+def _find(checkpoint: str, directory: AnyPath, field: str) -> int:
     steps = sorted(int(folder.name) for folder in step_folders(directory))
     if not steps:
         raise InputError(

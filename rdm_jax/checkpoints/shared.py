@@ -21,6 +21,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.files import atomic_write, parse_json, sha256
 from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.runtime.mounts import AnyPath
 
 safetensors = lazy_import("safetensors", "weights")
 safetensors_numpy = lazy_import("safetensors.numpy", "weights")
@@ -127,7 +128,7 @@ def read_config(folder: Path) -> Config:
 
 
 def unpack(
-    folder: Path, config: Config, directory_of: Callable[[int], Path], captions: Path
+    folder: Path, config: Config, directory_of: Callable[[int], AnyPath], captions: Path
 ) -> None:
     """Makes a checkpoint of each stage that has none.
 

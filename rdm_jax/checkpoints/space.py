@@ -7,17 +7,20 @@ from typing import Any
 import jax
 
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.mounts import AnyPath
 
 
-def check_space(directory: Path, abstract: Any, copies: int, snapshots: int = 0) -> None:
+def check_space(directory: AnyPath, abstract: Any, copies: int, snapshots: int = 0) -> None:
     """Raises InputError unless so many checkpoints of a state fit onto the disk.
 
     Args:
-      directory: on that disk.
+      directory: on that disk; a bucket has no limit.
       abstract: the state.
       copies: number of checkpoints.
       snapshots: number of snapshots of the state's averages.
     """
+    if not isinstance(directory, Path):
+        return
     need = copies * _bytes(abstract) + snapshots * _bytes(abstract.averages)
     free = shutil.disk_usage(directory).free
     if free >= need:

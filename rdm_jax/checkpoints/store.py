@@ -7,7 +7,6 @@ checksums of its files, or not at all, and is compared with them before it is re
 import errno
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,18 +21,22 @@ from rdm_jax.checkpoints import trees
 from rdm_jax.checkpoints.checksums import damage, write_checksums
 from rdm_jax.checkpoints.folders import (
     RETRAIN,
+    absolute,
     is_whole,
     rank,
     read_about,
     set_damaged_aside,
     step_folders,
+    unfinished,
 )
 from rdm_jax.checkpoints.retention import DELETED, manager_options
 from rdm_jax.config.saved import about_now
-from rdm_jax.runtime import distributed
+from rdm_jax.runtime import distributed, mounts
 from rdm_jax.runtime.console import log, without_warnings_of_absl
 from rdm_jax.runtime.errors import InputError, reason
+from rdm_jax.runtime.files import log_write_errors
 from rdm_jax.runtime.lazy import lazy_import
+from rdm_jax.runtime.mounts import AnyPath
 
 ocp = lazy_import("orbax.checkpoint")
 
@@ -64,7 +67,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Path,
+        directory: AnyPath,
         *,
         keep_newest: int = 1,
         keep_best: int = 0,
@@ -91,7 +94,9 @@ class Checkpoints:
         )
         self._manager = self._open(options)
         # Held open, as a network file system may renumber a folder that the kernel has forgotten.
-        self._descriptor = None if read_only else os.open(directory, os.O_RDONLY)
+        self._descriptor = None  # a bucket has no folders
+        if isinstance(directory, Path) and not read_only:
+            self._descriptor = os.open(directory, os.O_RDONLY)
 
     def _set_damaged_aside(self) -> None:
         with distributed.raise_together():
@@ -110,7 +115,7 @@ class Checkpoints:
         try:  # it reads the metrics of all checkpoints
             with without_warnings_of_absl():  # that nothing is written, if `read_only`
                 return ocp.CheckpointManager(
-                    self.directory.resolve(), options=options, item_handlers=handlers
+                    absolute(self.directory), options=options, item_handlers=handlers
                 )
         except Exception as error:
             problem = f"a checkpoint in {self.directory} cannot be read ({reason(error)})"
@@ -261,33 +266,29 @@ class Checkpoints:
 
         Orbax would silently recreate it, hiding the loss of earlier checkpoints.
         """
-        assert self._descriptor is not None
+        if self._descriptor is None:
+            return
         if not os.path.samestat(os.fstat(self._descriptor), self.directory.stat()):
             raise OSError(
                 errno.ESTALE, "the directory was replaced, and earlier checkpoints are gone"
             )
 
     def _write_checksums(self) -> None:
-        """Adds the checksums to the folder that is being written."""
-        partial = [
-            folder for folder in self._partial() if folder.name.startswith(f"{self._saving}.")
-        ]
-        # On an object store a folder has its final name from the start.
-        write_checksums(partial[0] if partial else self.directory / str(self._saving))
+        """Adds the checksums to the folder that is being written.
 
-    def _partial(self) -> list[Path]:
-        """Returns the folders of unfinished saves.
-
-        One pattern serves all steps, as Python caches every pattern that it compiles.
+        A bucket gets the metrics until then first: those of a resumed run have no gap.
         """
-        return list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        with log_write_errors(self.directory):
+            mounts.push()
+        (partial,) = unfinished(self.directory, self._saving)
+        write_checksums(partial)
 
     def _give_up(self, error: Exception) -> None:
         """Removes and logs a save that failed. Raises OSError if no more may fail."""
         if distributed.is_lost_peer(error):  # not the disk's fault
             raise error
-        for partial in self._partial():
-            shutil.rmtree(partial, ignore_errors=True)
+        for partial in unfinished(self.directory):
+            mounts.remove_folder(partial)
         if self.directory.is_dir():
             self._manager.reload()
         lost = OSError(errno.EIO, reason(error), str(self.directory / str(self._saving)))
@@ -374,7 +375,8 @@ class Checkpoints:
         """Deletes the steps that were not kept."""
         if not distributed.is_primary():
             return
-        shutil.rmtree(self.directory / DELETED, ignore_errors=True)
+        if isinstance(self.directory, Path):
+            mounts.remove_folder(self.directory / DELETED)
 
     def close(self) -> None:
         """Waits and releases the directory. Raises OSError if the last save failed."""

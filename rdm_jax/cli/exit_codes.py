@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from rdm_jax.runtime import distributed
+from rdm_jax.runtime import distributed, mounts
 from rdm_jax.runtime.console import tolerate_closed_streams
 from rdm_jax.runtime.environment import backend_error
 from rdm_jax.runtime.errors import Diverged, InputError, Interrupted, reason
@@ -59,6 +59,6 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
 
 def _failed(message: str, status: int) -> int:
     """Prints an error on one line: names in untrusted files may hold line breaks and the like."""
-    line = "".join(c if c.isprintable() else " " for c in message)
+    line = "".join(c if c.isprintable() else " " for c in mounts.named(message))
     print(f"error: {line}", file=sys.stderr)
     return status

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rdm_jax.config import Config
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
+from rdm_jax.runtime.mounts import is_url
 
 MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "export")
 ONE_PROCESS = ("report", "import", "export")
@@ -50,10 +51,14 @@ def check_flags(
 
 
 def check_paths(config: Config) -> None:
-    """Raises InputError for URLs among the checkpoints that a config names."""
+    """Raises InputError for URLs of other stores among the checkpoints that a config names."""
     for stage in config.stages:
-        local_path(stage.checkpoint, f"config.{stage.name}.checkpoint")
-        local_path(stage.training.start_from, f"config.{stage.name}.training.start_from")
+        for field, path in {
+            "checkpoint": stage.checkpoint,
+            "training.start_from": stage.training.start_from,
+        }.items():
+            if not is_url(path):
+                local_path(path, f"config.{stage.name}.{field}")
 
 
 def needs_run(config: Config, mode: str, evaluations: Sequence[str], *, generates: bool) -> bool:

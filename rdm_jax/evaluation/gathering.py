@@ -13,7 +13,7 @@ from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.high_frequency import high_frequency_energy
 from rdm_jax.evaluation.image_streams import ImageStream
 from rdm_jax.evaluation.statistics import ENERGY, StatisticsAccumulator
-from rdm_jax.runtime import distributed, sharding
+from rdm_jax.runtime import distributed, mounts, sharding
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import atomic_write
@@ -150,6 +150,7 @@ class _SaveTimer:
         began = time.monotonic()
         if distributed.is_primary():
             _save(accumulators, path)
+            mounts.push()
         self._saved = time.monotonic()
         self._pause = max(SAVE_SECONDS, (self._saved - began) / SAVE_SHARE)
 

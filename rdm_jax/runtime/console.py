@@ -88,6 +88,7 @@ def quiet_libraries() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     # Of several failures in one save, asyncio logs all after the first.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager

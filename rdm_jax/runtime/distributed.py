@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rdm_jax.runtime import sharding
+from rdm_jax.runtime import mounts, sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
 from rdm_jax.runtime.waiting import SECONDS_TO_JOIN, waiting
@@ -165,9 +165,19 @@ def allgather(tree: Any) -> Any:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process has called it with the same `what`."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+    """Waits until every process has called it with the same `what`; each sees all files then.
+
+    Raises:
+      InputError: it failed in another process.
+      OSError: a bucket cannot be used.
+    """
+    if jax.process_count() == 1:
+        return mounts.push()
+    with raise_together():
+        mounts.push()
+    multihost_utils.sync_global_devices(what)
+    with raise_together():
+        mounts.pull()
 
 
 @contextlib.contextmanager
@@ -196,7 +206,11 @@ def primary_first(function: Callable[[], Result]) -> Result:
     for turn in (True, False):
         with raise_together():
             if is_primary() == turn:
+                if not turn:
+                    mounts.pull()
                 result = function()
+                if turn:
+                    mounts.push()
     return result
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.mounts import AnyPath
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def local_path(text: str | os.PathLike[str], field: str) -> Path:
-    """Returns the local path that the user gave, with '~' expanded.
+    """Returns the local path that the user gave, with '~' expanded; buckets are refused.
 
     Args:
       field: the flag or config field that holds the path, for the message.
@@ -30,11 +31,15 @@ def local_path(text: str | os.PathLike[str], field: str) -> Path:
       InputError: it is a URL, or '~NAME' names an unknown user. `Path` would turn gs://bucket into
         a local folder 'gs:', and everything written to it would be lost with the machine.
     """
-    scheme, separator, _ = os.fspath(text).partition("://")
+    scheme, separator, rest = os.fspath(text).partition("://")
     if separator:
+        fix = "Use a local path, such as that of a mounted bucket."
+        if scheme == "gs":
+            bucket, _, folder = rest.strip("/").partition("/")
+            command = f"gcsfuse --implicit-dirs {bucket} /mnt/{bucket}"
+            fix = f"Mount it with '{command}', and use /mnt/{bucket}/{folder}."
         raise InputError(
-            f"{field}={os.fspath(text)!r} is a URL, and {scheme}:// is not supported",
-            "Use a local path, such as that of a mounted bucket.",
+            f"{field}={os.fspath(text)!r} is a URL, and {scheme}:// is not supported here", fix
         )
     try:
         return Path(text).expanduser()
@@ -105,7 +110,7 @@ def link_or_copy(path: Path, other: Path) -> None:
 
 
 @contextmanager
-def log_write_errors(path: Path) -> Iterator[None]:
+def log_write_errors(path: AnyPath) -> Iterator[None]:
     """Logs an OSError instead of raising it, for files that training can do without."""
     try:
         yield
@@ -143,7 +148,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
-def sha256(path: Path) -> str:
+def sha256(path: AnyPath) -> str:
     """Returns the SHA-256 of a file's content in hexadecimal; '' if the file does not exist."""
     try:
         with path.open("rb") as file:

@@ -80,7 +80,7 @@ def owner_file(path: Path) -> Iterator[None]:
     Raises:
       InUse, OSError: as `locked`.
     """
-    ours = json.dumps({"host": _host(), "process": os.getpid(), "id": uuid.uuid4().hex})
+    ours = json.dumps({"host": host(), "process": os.getpid(), "id": uuid.uuid4().hex})
     announced = False
     while not _create(path, ours):
         with contextlib.suppress(FileNotFoundError):  # just released
@@ -107,7 +107,7 @@ def owner_file(path: Path) -> Iterator[None]:
                 path.unlink()
 
 
-def _host() -> str:
+def host() -> str:
     """Returns this host's name and process namespace: containers may share their host's name."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
@@ -160,13 +160,14 @@ def _is_stale(path: Path, text: str) -> bool:
         probe.unlink()
     try:
         owner = json.loads(text)
-        has_ended = owner["host"] == _host() and not _is_running(owner["process"])
+        has_ended = owner["host"] == host() and not is_running(owner["process"])
     except (ValueError, KeyError, TypeError):
         has_ended = False  # a damaged file is judged by its age
     return has_ended or age > STALE_SECONDS
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether this host has such a process."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,7 +1,6 @@
 """Whether the checkpoints of a run fit its config and each other."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rdm_jax.config import Config, to_dict
@@ -9,6 +8,7 @@ from rdm_jax.data.classes import Classes, matched
 from rdm_jax.data.text_table import TextSpec, same_text, spec_of
 from rdm_jax.diffusion import guidance
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.mounts import AnyPath
 from rdm_jax.sampling.prompts import FIELD, no_text, takes_text
 
 
@@ -61,7 +61,7 @@ def common_text(config: Config, abouts: Sequence[dict[str, Any]], first: int) ->
     return common
 
 
-def check_guidance(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
+def check_guidance(config: Config, number: int, path: AnyPath, about: dict[str, Any]) -> None:
     """Refuses guidance of a network that was never trained without labels.
 
     Nothing is known about imported weights, so these are accepted.
@@ -78,7 +78,7 @@ def check_guidance(config: Config, number: int, path: Path, about: dict[str, Any
         )
 
 
-def check_same_stage(config: Config, number: int, path: Path, about: dict[str, Any]) -> None:
+def check_same_stage(config: Config, number: int, path: AnyPath, about: dict[str, Any]) -> None:
     """Refuses a checkpoint that computes something else, though its arrays may have the shapes."""
     ours = to_dict(config)[f"stage{number}"]
     for part in ("network", "precondition", "process", "condition"):

@@ -18,6 +18,7 @@ from rdm_jax.data.text_table import TextSpec, same_text, spec_of
 from rdm_jax.models.functional import Network
 from rdm_jax.runtime import distributed, sharding
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.mounts import AnyPath, any_path
 from rdm_jax.sampling.prompts import takes_text, uses_classes
 
 
@@ -53,7 +54,7 @@ class Record:
     """
 
     field: str
-    folder: Path
+    folder: AnyPath
     stage: Stage
     classes: Classes
     has_null: bool
@@ -176,7 +177,7 @@ def multiply_adds(stage: Stage, channels: int, classes: int, one_pass: int | Non
 
 
 def _read(checkpoint: str, field: str) -> Record:
-    given = Path(checkpoint).expanduser()
+    given = any_path(checkpoint)
     newest = distributed.from_primary((given / "checkpoints").is_dir())
     named, inside = ("newest", given / "checkpoints") if newest else (str(given), Path())
     directory, step = folders.find(named, inside, field)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rdm_jax.checkpoints import shared
 from rdm_jax.config.load import load_config
+from rdm_jax.runtime import mounts
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import cache_folder, local_path, sha256
 from rdm_jax.sampling.pipeline import RelayPipeline
@@ -18,14 +19,15 @@ def load(workdir: str | os.PathLike, **overrides: Any) -> RelayPipeline:
     A shared relay is unpacked into the user's cache folder, once.
 
     Args:
-      workdir: of the run, or the folder of a shared relay.
+      workdir: of the run, or the folder of a shared relay; also gs://BUCKET/FOLDER.
       overrides: other values of its config, as for `load_config`:
         `load("runs/digits", sampling={"labels": "3"}, stage1={"guidance": 1.5})`.
 
     Raises:
       InputError: there is no run, or as `load_config` and `RelayPipeline` do.
     """
-    folder = local_path(workdir, "workdir")
+    url = mounts.is_url(workdir)
+    folder = mounts.mounted(os.fspath(workdir)) if url else local_path(workdir, "workdir")
     if shared.is_shared(folder):
         folder = _unpacked(folder)
     if not (folder / "config.json").is_file():

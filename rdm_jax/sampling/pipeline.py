@@ -162,7 +162,7 @@ class RelayPipeline:
         if chosen.snapshots:
             loaded["snapshots"] = chosen.snapshots
         if "/" in stage.checkpoint:  # of another run
-            loaded["folder"] = str(folder.resolve())
+            loaded["folder"] = str(folders.absolute(folder))
         if loaded_guides:
             loaded["guides"] = [guide.checkpoint for guide in loaded_guides]
         self.checkpoints.append(loaded)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from rdm_jax.render import pictures
-from rdm_jax.runtime import distributed
+from rdm_jax.runtime import distributed, mounts
 from rdm_jax.runtime.console import progress
 from rdm_jax.runtime.files import atomic_write, is_whole_npz
 from rdm_jax.runtime.npz import Npz
@@ -169,6 +169,7 @@ def _save(path: Path, seeds: np.ndarray, stages: list[np.ndarray]) -> None:
             seeds=seeds,
             **{_array_name(number): images for number, images in enumerate(stages)},
         )
+    mounts.push()
 
 
 def _array_name(number: int) -> str:

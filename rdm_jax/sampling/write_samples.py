@@ -94,6 +94,7 @@ def sample_to_files(
         if distributed.is_primary():
             _write(relay, parts, missing, rows, source, existing, asked)
             _remove_shards(relay, shards, existing, asked)
+    distributed.wait_for_all("wrote the samples")
     log.info(
         "samples: %d images in %.1f s (compilation included)%s -> %s",
         len(made),

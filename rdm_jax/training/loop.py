@@ -19,7 +19,7 @@ from rdm_jax.config.saved import VERSION
 from rdm_jax.config.validate import check_captions
 from rdm_jax.data.image_sets import ImageSet, as_sums
 from rdm_jax.data.pipeline import TrainIterator, train_iterator
-from rdm_jax.runtime import distributed, random_streams, sharding
+from rdm_jax.runtime import distributed, mounts, random_streams, sharding
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import Diverged, Interrupted
 from rdm_jax.runtime.files import log_write_errors
@@ -126,7 +126,7 @@ class Trainer:
         self._about["images"] = {"count": len(self.source), "identity": self.source.identity}
         self._about["validated_on"] = self._validation.identity
         checkpoints = store.Checkpoints(
-            self.directory / "checkpoints",
+            mounts.in_store(self.directory / "checkpoints"),
             keep_newest=self.training.keep_newest,
             keep_best=self.training.keep_best,
             max_failed_saves=self.training.max_failed_saves,
@@ -160,7 +160,7 @@ class Trainer:
         # What may fail or take long comes before the first step.
         copies = self.training.keep_newest + self.training.keep_best + 1 - len(checkpoints.steps())
         more = snapshots.to_come(self._count, point.step)
-        space.check_space(self.directory, self.abstract, copies, more)
+        space.check_space(checkpoints.directory, self.abstract, copies, more)
         self._compile()
         iterator = self._iterator(point.data)
         clock = Clock(60 * self.training.checkpoint_minutes)

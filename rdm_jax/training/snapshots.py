@@ -1,10 +1,10 @@
 """The snapshots of a stage's averages, which are saved along its training and stay."""
 
-from pathlib import Path
 from typing import Any
 
 from rdm_jax.checkpoints import averages, store
 from rdm_jax.config import Training
+from rdm_jax.runtime.mounts import AnyPath
 from rdm_jax.training.count import Count
 from rdm_jax.training.step import TrainState
 
@@ -20,7 +20,7 @@ class Snapshots:
       training: of the stage.
     """
 
-    def __init__(self, checkpoints: Path, training: Training):
+    def __init__(self, checkpoints: AnyPath, training: Training):
         self._training = training
         self._store = None
         if training.averages:

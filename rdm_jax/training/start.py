@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from rdm_jax.data.text_table import same_text, spec_of
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.mounts import AnyPath
 from rdm_jax.training.count import Count
 from rdm_jax.training.program import Program
 from rdm_jax.training.step import TrainState
@@ -183,7 +183,7 @@ class Starter:
         state = state.replace(params=jax.tree.map(jnp.copy, ema), ema=ema)
         return state, {"started_from": started_from}
 
-    def _check_text(self, about: dict[str, Any], checkpoint: Path) -> None:
+    def _check_text(self, about: dict[str, Any], checkpoint: AnyPath) -> None:
         """Refuses a checkpoint that knows the captions of another encoder."""
         theirs, ours = spec_of(about), spec_of(self.about)
         if theirs and not same_text(theirs, ours):

@@ -47,7 +47,8 @@ def test_log_write_errors_logs_os_errors_only(tmp_path, caplog):
 @pytest.mark.parametrize(
     "path, says",
     [
-        ("gs://bucket/x", "gs:// is not supported"),
+        ("s3://bucket/x", "s3:// is not supported here. Use a local path"),
+        ("gs://bucket/x/y", "gcsfuse --implicit-dirs bucket /mnt/bucket', and use /mnt/bucket/x/y"),
         ("~nosuchuser/x", r"'~nosuchuser/x' cannot be expanded .*Use the absolute path\."),
     ],
 )

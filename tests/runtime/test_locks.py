@@ -56,7 +56,7 @@ def test_locked_excludes_by_owner_file(tmp_path, no_flock):
 
 def owner(path, **fields):
     path.write_text(
-        json.dumps({"host": locks._host(), "process": os.getpid(), "id": "theirs", **fields})
+        json.dumps({"host": locks.host(), "process": os.getpid(), "id": "theirs", **fields})
     )
 
 
