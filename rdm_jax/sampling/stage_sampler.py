@@ -1,7 +1,7 @@
 """Sampling of one stage: parameters, what is given and seeds in, images out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,6 @@ from rdm_jax.runtime.random_streams import RandomStream
 from rdm_jax.sampling.guides import Guide
 
 AnyArray = Array | np.ndarray
-Batched = TypeVar("Batched", np.ndarray, list[str])
 Given = Mapping[str, AnyArray]  # what images are conditioned on, under the names of a batch
 # Fields of a stage that its images depend on, besides the checkpoint.
 SETTINGS = (
@@ -264,6 +263,6 @@ class StageSampler:
         return tuple(part.condition.null(condition) for part, condition in parts)
 
 
-def in_batches(items: Batched, size: int) -> list[Batched]:
-    """Seeds or their prompts in order, `size` at a time; the last batch may be shorter."""
+def in_batches(items: np.ndarray, size: int) -> list[np.ndarray]:
+    """Seeds in order, `size` at a time; the last batch may be shorter."""
     return [items[first : first + size] for first in range(0, len(items), size)]

@@ -16,7 +16,7 @@ from rdm_jax.diffusion.guidance import Autoguidance
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.sampling import guides, pipeline, prompts
+from rdm_jax.sampling import conditions, guides, prompts
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.prompts import parse_prompts
 from rdm_jax.sampling.run_captions import Captions, read_captions
@@ -174,7 +174,7 @@ def test_encoder_is_freed_while_sampling(workdir, monkeypatch):
     assert opened[2]() is not None  # nothing is fixed before images are asked for
     own.sample(SEEDS[:1])
     assert len(opened) == 3 and opened[2]() is None
-    monkeypatch.setattr(pipeline, "KEPT", 1)
+    monkeypatch.setattr(conditions, "KEPT", 1)
     many = RelayPipeline(config_of(prompts=f"{APPLE}; {CAT}"), workdir)
     assert opened[3]() is not None and len(many._prompts._known) == 1
     np.testing.assert_array_equal(many.sample(SEEDS)[-1], images)
