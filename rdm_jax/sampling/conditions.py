@@ -170,6 +170,29 @@ class Conditions:
         names = [f" ({name})" for name in self.classes.names] + [""]  # last, for the label -1
         return [text + names[label] for text, label in zip(texts, labels, strict=True)]
 
+    def given(
+        self,
+        seeds: Seeds,
+        *,
+        labels: Labels | None = None,
+        prompts: str | Sequence[str] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """What images are conditioned on, for `StageFunctions.condition`.
+
+        'label' int32 (n,), -1 without classes; of networks that know text also 'text' float16
+        (n, tokens, width) and 'text_length' int32 (n,).
+
+        Args:
+          seeds, labels, prompts: as `RelayPipeline.sample` takes them.
+
+        Raises:
+          InputError: as `RelayPipeline.sample` does.
+        """
+        return self._given(self._asked(seeds, labels, prompts))
+
+    def _given(self, asked: Asked) -> dict[str, np.ndarray]:
+        return {"label": asked.labels} | (self._prompts.given(asked.texts) if self.text else {})
+
     def _asked(
         self,
         seeds: Seeds,

@@ -27,6 +27,7 @@ from rdm_jax.sampling.checkpoint_checks import (
 from rdm_jax.sampling.conditions import Asked, Conditions, Seeds
 from rdm_jax.sampling.labels import Labels
 from rdm_jax.sampling.low_images import LowImages
+from rdm_jax.sampling.stage_functions import StageFunctions, StageParams
 from rdm_jax.sampling.stage_sampler import StageSampler
 from rdm_jax.workdir import Workdir
 
@@ -54,6 +55,8 @@ class RelayPipeline(Conditions):
     Args:
       config: of the run; each stage's `checkpoint` and `average` select what is loaded.
       workdir: of the run.
+      first: number of the first stage to load, unless `sampling.low` replaces it and more: images
+        of the stage before are then an argument of `sample`.
 
     Attributes:
       low: the small images to continue from; None if sampling begins with stage 1.
@@ -72,12 +75,12 @@ class RelayPipeline(Conditions):
         them, or the encoder of text is another one.
     """
 
-    def __init__(self, config: Config, workdir: Path):
+    def __init__(self, config: Config, workdir: Path, *, first: int = 1):
         self.config, self.mesh = config, sharding.local_mesh()
         self.low = LowImages(config) if config.sampling.low else None
-        self.first = self.low.stage + 1 if self.low else 1
+        self.first = self.low.stage + 1 if self.low else first
         self.earlier = tuple(
-            f"stage{n}" for n in range(self.low.stage if self.low else 1, len(config.stages))
+            f"stage{number}" for number in range(max(self.first - 1, 1), len(config.stages))
         )
         self.checkpoints, self._stages = [], []
         abouts = [
@@ -188,6 +191,12 @@ class RelayPipeline(Conditions):
         return self._begin(self._asked(seeds))
 
     def _begin(self, asked: Asked) -> Begun:
+        if asked.stage + 1 < self.first:
+            height, width = self.config.stage(self.first - 1).resolution
+            raise InputError(
+                f"stage {self.first - 1} is not loaded, and stage {self.first} continues from it",
+                f"Give small, images of {height} x {width}.",
+            )
         batches = [
             self._begin_batch(batch) for batch in asked.batches(self.config.sampling.batch_size)
         ]
@@ -200,10 +209,8 @@ class RelayPipeline(Conditions):
     ) -> tuple[list[UInt8[Array, "b2 h w c"]], Bool[Array, " b2"]]:
         size = self.config.sampling.batch_size
         padded = asked.rows(np.resize(np.arange(len(asked.seeds)), size))
-        given = {"label": padded.labels}
-        if self.text:
-            given |= self._prompts.given(padded.texts)
-        device_seeds, given = sharding.put_batch((padded.seeds.astype(np.uint32), given), self.mesh)
+        given = (padded.seeds.astype(np.uint32), self._given(padded))
+        device_seeds, given = sharding.put_batch(given, self.mesh)
         stages, low, finite = [], None, jnp.ones(size, bool)
         unfinished = False
         if asked.stage:
@@ -222,6 +229,21 @@ class RelayPipeline(Conditions):
         for array in (*stages, finite):
             array.copy_to_host_async()
         return stages, finite
+
+    def stage(self, number: int) -> tuple[StageFunctions, StageParams]:
+        """A stage as pure functions, and its parameters.
+
+        Args:
+          number: of the stage, from 1.
+
+        Raises:
+          InputError: the stage is not loaded.
+        """
+        last = self.first + len(self._stages) - 1
+        if not self.first <= number <= last:
+            raise InputError(f"stage {number} is not loaded", f"Use {self.first} to {last}.")
+        sampler, params = self._stages[number - self.first]
+        return sampler.functions, sampler.with_guides(params)
 
     def finish(self, begun: Begun) -> list[np.ndarray]:
         """Waits for the images and returns them as `sample` does."""

@@ -267,7 +267,7 @@ def test_preview_has_captions_of_real_images(encoder, tmp_path):
     encoder.calls.clear()
     for number in (1, 2):
         alone = StagePreview(config, number, real)
-        params = alone._sampler._parts[0].network.init(jax.random.key(0))
+        params = alone._sampler.functions._parts[0].network.init(jax.random.key(0))
         images, labels = alone.sample(params, SEEDS)
         assert images.shape == (11, 4 * number, 4 * number, 3) and len(labels) == 11
         captions = alone.captions(SEEDS)
