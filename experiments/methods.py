@@ -15,7 +15,7 @@ from rdm_jax.diffusion.protocols import Joins
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import markdown
 from rdm_jax.runtime.files import atomic_write
-from rdm_jax.sampling.stage_sampler import stage_levels
+from rdm_jax.sampling.stage_functions import stage_levels
 
 ORDERS = {1: "Euler", 2: "Heun"}
 SHOWN = 8  # columns of the picture

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rdm_jax.config import Config
     from rdm_jax.config.load import load_config
+    from rdm_jax.loading import load
     from rdm_jax.modes import run
-    from rdm_jax.sampling.load import load
     from rdm_jax.sampling.pipeline import RelayPipeline
 
 __version__ = "0.1.0"
@@ -27,7 +27,7 @@ __all__ = ["Config", "RelayPipeline", "__version__", "load", "load_config", "run
 _MODULES = {
     "Config": "rdm_jax.config",
     "RelayPipeline": "rdm_jax.sampling.pipeline",
-    "load": "rdm_jax.sampling.load",
+    "load": "rdm_jax.loading",
     "load_config": "rdm_jax.config.load",
     "run": "rdm_jax.modes",
 }

@@ -39,6 +39,7 @@ from rdm_jax.sampling.prompts import check_labels, check_prompts, takes_text
 from rdm_jax.sampling.run_captions import Captions, pairs_of
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.stage_datasets import open_sets, set_for_pictures
+from rdm_jax.training import trackers
 from rdm_jax.training.loop import Trainer
 from rdm_jax.workdir import Workdir
 
@@ -260,6 +261,8 @@ def _work(job: Job) -> None:
             check_prompts(job.config, encode=job.mode == "all")
             _check_averages(job, job.config.stages[first - 1 :])
         job.workdir.check_named_checkpoints(job.config, job.trained)
+        if job.trained and distributed.is_primary():
+            trackers.check(job.config)
         job.check_guides()
     modes = {
         "all": _all,

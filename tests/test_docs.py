@@ -26,7 +26,7 @@ from tests.support.paths import ROOT
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 # In the order in which their commands are run: those of later ones need the run of the first.
-GUIDE = ("index", "configuration", "data", "training", "sampling", "evaluation")
+GUIDE = ("index", "configuration", "data", "training", "sampling", "python", "evaluation")
 GUIDE_PAGES = [ROOT / "docs" / f"{name}.md" for name in GUIDE]
 DOCUMENTS = [ROOT / "README.md", *GUIDE_PAGES, *(page for page in PAGES if page not in GUIDE_PAGES)]
 OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]

@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Libraries that take long to import, or that an extra installs.
 LATE = ("array_record", "grain", "matplotlib", "mlxtend", "orbax", "safetensors", "tensorboardX")
-LATE += ("tensorflow_datasets", "tokenizers")
+LATE += ("tensorflow_datasets", "tokenizers", "wandb")
 
 IMPORTS = """
 import json, sys

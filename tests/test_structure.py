@@ -19,7 +19,7 @@ ORDER = [
     {"workdir"},
     {"stage_datasets"},
     {"training", "sampling", "interop"},
-    {"evaluation"},
+    {"loading", "evaluation"},
     {"plan"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

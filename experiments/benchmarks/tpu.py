@@ -44,7 +44,7 @@ from rdm_jax.plan.chips import Chip
 from rdm_jax.plan.tpu_compile import one_chip
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.random_streams import root_key
-from rdm_jax.sampling.stage_sampler import stage_levels
+from rdm_jax.sampling.stage_functions import stage_levels
 
 _CONFIG = define_config("Whose networks' blocks; configs/imagenet.py if it is not given.")
 _CHIP = flags.DEFINE_string("chip", "v5e", "A TPU: v4, v5e, v5p or v6e.")

@@ -14,6 +14,7 @@ FREE = (
     "evaluation",
     "parallel",
     "sampling",
+    "tracker",
     "data.cache_gib",
     "data.directory",
     "data.max_left_out",

@@ -201,6 +201,8 @@ class Config:
     Attributes:
       seed: of everything random, except for the samples, which have their own.
       stages: in the order in which they run; each knows its `number` and `name`.
+      tracker: what metrics and previews of the training are sent to, beside the files: 'wandb' for
+        Weights & Biases, '' for none.
     """
 
     seed: int = between(0, 2**32 - 1, default=0)
@@ -214,6 +216,7 @@ class Config:
     parallel: Parallel = Parallel()
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
+    tracker: str = one_of("", "wandb", default="")
 
     def __post_init__(self) -> None:
         numbered = tuple(stage._numbered(i) for i, stage in enumerate(self.stages, 1))

@@ -1,13 +1,20 @@
-"""The class of each seed's image."""
+"""The class of each image: of its seed, or as the caller asks."""
+
+import json
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from rdm_jax.data.classes import Classes, parse_labels
 from rdm_jax.runtime import random_streams
+from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.random_streams import RandomStream
+
+Label = int | np.integer | str  # the index or the name of a class
+Labels = Label | Sequence[Label] | np.ndarray | Array
 
 
 def labels_of(
@@ -40,3 +47,39 @@ def labels_of(
     else:
         listed = np.asarray(parse_labels(rule, classes, "config.sampling.labels"))
     return listed[seeds % len(listed)].astype(np.int32)
+
+
+def labels_asked(labels: Labels, count: int, classes: Classes) -> Int[np.ndarray, " n"]:
+    """int32 class indices of `count` images.
+
+    Args:
+      labels: a class of all images, or classes that they take in turn.
+      count: of the images.
+      classes: of the network.
+
+    Raises:
+      InputError: there is no such class, or no image depends on classes.
+    """
+    listed = [labels] if isinstance(labels, Label) else list(labels)
+    if not len(classes):
+        raise InputError(
+            f"labels={labels!r:.60} is of no use: no image depends on classes", "Leave it out."
+        )
+    if count and not listed:
+        raise InputError(f"labels={labels!r} has no classes", "Give one or more.")
+    numbers = {label: _index(label, classes) for label in dict.fromkeys(listed)}
+    return np.asarray([numbers[listed[i % len(listed)]] for i in range(count)], np.int32)
+
+
+def _index(label: Label, classes: Classes) -> int:
+    """The index of a class by its name or index."""
+    if isinstance(label, str):
+        found = parse_labels(json.dumps([label]), classes, "labels")
+        if len(found) == 1:
+            return found[0]
+    elif 0 <= label < len(classes):
+        return int(label)
+    raise InputError(
+        f"labels={label!r} is not a class",
+        f"Use an index from 0 to {len(classes) - 1}, or one of the names {classes}.",
+    )

@@ -1,9 +1,10 @@
-"""Small images from a folder, in place of those of the first stages."""
+"""Small images from a folder or the caller, in place of those of the first stages."""
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from rdm_jax.config import Config
 from rdm_jax.data.classes import Classes, matched
@@ -101,3 +102,45 @@ class LowImages:
                 f"Use images of {height} x {width} (height x width).",
             )
         return pixels
+
+
+def small_asked(
+    small: np.ndarray | Array,
+    stages: Mapping[int, tuple[int, ...]],
+    channels: int,
+) -> tuple[int, UInt8[np.ndarray, "m h w c"] | Float[np.ndarray, "m h w c"]]:
+    """The stage whose images are given, and the images.
+
+    Args:
+      small: one image or several, uint8, or float in [-1, 1].
+      stages: the resolutions of the stages whose images may be given, by their numbers.
+      channels: of the images.
+
+    Raises:
+      InputError: they have another dtype, shape or range.
+    """
+    small = np.asarray(small)
+    images = small[None] if small.ndim == 3 else small
+    of_size = {size: number for number, size in stages.items()}
+    known = " or ".join(f"({h}, {w}, {channels})" for h, w in of_size)
+    if images.ndim != 4 or not len(images) or images.shape[-1] != channels:
+        number = None
+    else:
+        number = of_size.get(images.shape[1:3])
+    if number is None:
+        raise InputError(
+            f"small has the shape {small.shape}, which is not that of images of an earlier stage",
+            f"Give an array of the shape (n, h, w, c) with (h, w, c) = {known}."
+            if known
+            else "Leave it out: no loaded stage continues from small images.",
+        )
+    if images.dtype == np.uint8:
+        return number, images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise InputError(f"small has the dtype {images.dtype}", "Give uint8, or float in [-1, 1].")
+    if not np.all(np.abs(images) <= 1):  # NaN, too
+        raise InputError(
+            "small has values that are outside of [-1, 1] or not finite",
+            "Scale and clip it, or give uint8.",
+        )
+    return number, images.astype(np.float32)

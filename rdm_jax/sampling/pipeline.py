@@ -1,7 +1,6 @@
 """The relay pipeline: the stages of a run, sampled one after the other."""
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +13,10 @@ from rdm_jax.checkpoints import averages, folders, store
 from rdm_jax.config import Config, validate
 from rdm_jax.data.classes import Classes, of_checkpoint
 from rdm_jax.data.postprocess import postprocess
-from rdm_jax.data.text_table import TextSpec, spec_of
+from rdm_jax.data.text_table import spec_of
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.runtime.ranges import parse_numbers
 from rdm_jax.sampling import guides
 from rdm_jax.sampling.checkpoint_checks import (
     check_guidance,
@@ -26,20 +24,11 @@ from rdm_jax.sampling.checkpoint_checks import (
     common_classes,
     common_text,
 )
-from rdm_jax.sampling.labels import labels_of
+from rdm_jax.sampling.conditions import Asked, Conditions, Seeds
+from rdm_jax.sampling.labels import Labels
 from rdm_jax.sampling.low_images import LowImages
-from rdm_jax.sampling.prompts import (
-    FIELD,
-    KEPT,
-    Listed,
-    Prompts,
-    choose,
-    no_classes,
-    no_text,
-    parse_prompts,
-)
-from rdm_jax.sampling.run_captions import Captions, mark, read_captions
-from rdm_jax.sampling.stage_sampler import StageSampler, in_batches
+from rdm_jax.sampling.stage_functions import StageFunctions, StageParams
+from rdm_jax.sampling.stage_sampler import StageSampler
 from rdm_jax.workdir import Workdir
 
 # What a checkpoint says of where its parameters come from.
@@ -60,12 +49,14 @@ class Begun(NamedTuple):
     count: int
 
 
-class RelayPipeline:
+class RelayPipeline(Conditions):
     """The stages to run with their parameters, ready to sample. It needs no data.
 
     Args:
       config: of the run; each stage's `checkpoint` and `average` select what is loaded.
       workdir: of the run.
+      first: number of the first stage to load, unless `sampling.low` replaces it and more: images
+        of the stage before are then an argument of `sample`.
 
     Attributes:
       low: the small images to continue from; None if sampling begins with stage 1.
@@ -84,16 +75,12 @@ class RelayPipeline:
         them, or the encoder of text is another one.
     """
 
-    text: TextSpec | None = None
-    captions: Captions | None = None
-    _listed_are_encoded = False
-
-    def __init__(self, config: Config, workdir: Path):
+    def __init__(self, config: Config, workdir: Path, *, first: int = 1):
         self.config, self.mesh = config, sharding.local_mesh()
         self.low = LowImages(config) if config.sampling.low else None
-        self.first = self.low.stage + 1 if self.low else 1
+        self.first = self.low.stage + 1 if self.low else first
         self.earlier = tuple(
-            f"stage{n}" for n in range(self.low.stage if self.low else 1, len(config.stages))
+            f"stage{number}" for number in range(max(self.first - 1, 1), len(config.stages))
         )
         self.checkpoints, self._stages = [], []
         abouts = [
@@ -106,26 +93,8 @@ class RelayPipeline:
         )
         self.classes = common if labelled else Classes()
         validate.check_classes(config, self.classes.names)
-        self.text = common_text(config, abouts, self.first)
-        if self.text:
-            self._captions_file = Workdir(workdir).captions
-            self.captions = read_captions(self._captions_file)
-            self._prompts = Prompts(config, self.text)
-            if config.sampling.prompts:  # refused now, not after hours
-                self.labels(np.zeros(1, np.int64))
-                self._encode_listed()
-
-    def _encode_listed(self) -> None:
-        """Encodes the prompts of the config's seeds, and frees the encoder's memory for sampling.
-
-        Of more than `KEPT` prompts the rest is encoded batch by batch, and the encoder stays.
-        """
-        seeds = parse_numbers(self.config.sampling.seeds, "config.sampling.seeds")
-        wanted = list(dict.fromkeys(self.prompts(np.asarray(seeds))))
-        self._prompts.encode(wanted[:KEPT])
-        if len(wanted) <= KEPT:
-            self._prompts.release()
-        self._listed_are_encoded = True
+        if text := common_text(config, abouts, self.first):
+            self._open_text(text, Workdir(workdir).captions)
 
     def _load(self, number: int, workdir: Path) -> dict[str, Any]:
         """Loads a stage's checkpoint and returns what it says about itself."""
@@ -168,111 +137,50 @@ class RelayPipeline:
         self.checkpoints.append(loaded)
         return about
 
-    def labels(self, seeds: Int[np.ndarray, " b"]) -> Int[np.ndarray, " b"]:
-        """The classes of seeds, int32 (b,); -1 without classes.
-
-        They follow the rule of `sampling.labels`; if that is 'balanced', they are those of the
-        small images or else of the captions, where these have classes.
-
-        Raises:
-          InputError: the classes of prompts are not known, or the networks do not know them.
-        """
-        rule = self.config.sampling.labels
-        if self.low and len(self.classes) and rule == "balanced":
-            of_images = self.low.labels(seeds, self.classes)
-            if of_images is not None:
-                return of_images
-        if self._classes_of_captions:
-            return self._listed_labels[seeds % len(self._listed_labels)]
-        return labels_of(seeds, rule, self.classes, run_seed=self.config.seed)
-
-    @functools.cached_property
-    def _classes_of_captions(self) -> bool:
-        """Whether images have the classes of their captions: others were never trained together."""
-        if not self.text or not len(self.classes) or self.config.sampling.labels != "balanced":
-            return False
-        no_seeds = np.zeros(0, np.int64)
-        return not self.low or self.low.labels(no_seeds, self.classes) is None
-
-    @functools.cached_property
-    def _listed_labels(self) -> Int[np.ndarray, " n"]:
-        """The class of each listed prompt."""
-        if parse_prompts(self.config.sampling.prompts):
-            raise no_classes(f"{FIELD}={self.config.sampling.prompts!r:.60}")
-        numbers = {"": -1} | {name: number for number, name in enumerate(self.classes.names)}
-        names = self.listed.classes
-        if not names:
-            raise InputError(
-                f"{self._captions_file} does not have the classes of its captions",
-                "Run --mode=train again, which adds them, or set --config.sampling.labels.",
-            )
-        if unknown := set(names) - numbers.keys():
-            raise InputError(
-                f"{self._captions_file} has captions of the class {min(unknown)!r}, and the "
-                f"networks know {self.classes}",
-                "Set --config.sampling.labels.",
-            )
-        return np.asarray([numbers[name] for name in names], np.int32)
-
-    @functools.cached_property
-    def listed(self) -> Listed:
-        """The prompts of `sampling.prompts`, or captions of the run; none if no stage takes text.
-
-        Raises:
-          InputError: there are none.
-        """
-        if not self.text:
-            return Listed(())
-        return choose(self.config, self.captions, classes=self._classes_of_captions)
-
-    def prompts(self, seeds: Int[np.ndarray, " b"]) -> list[str]:
-        """The prompt of each seed: prompt s mod n for seed s; '' if no stage takes text."""
-        texts = self.listed.texts or ("",)
-        return [texts[int(seed) % len(texts)] for seed in seeds]
-
-    def are_held_out(self, prompts: Sequence[str]) -> list[bool]:
-        """Whether each prompt is certainly no caption of the training (`Captions`)."""
-        return self.captions.are_held_out(prompts) if self.captions else [False] * len(prompts)
-
-    def captions_below(self, seeds: Int[np.ndarray, " b"]) -> list[str] | None:
-        """What is drawn below the image of each seed: its prompt, its class, whether held out.
-
-        None if no stage takes text.
-        """
-        if not self.text:
-            return None
-        prompts, labels = self.prompts(seeds), self.labels(seeds)
-        texts = [mark(*pair) for pair in zip(prompts, self.are_held_out(prompts), strict=True)]
-        names = [f" ({name})" for name in self.classes.names] + [""]  # last, for the label -1
-        return [text + names[label] for text, label in zip(texts, labels, strict=True)]
-
     def sample(
-        self, seeds: Int[np.ndarray, " n"], prompts: str | Sequence[str] | None = None
+        self,
+        seeds: Seeds,
+        *,
+        labels: Labels | None = None,
+        prompts: str | Sequence[str] | None = None,
+        small: np.ndarray | Array | None = None,
+        progress: Callable[[int], Any] | None = None,
     ) -> list[np.ndarray]:
         """Samples any number of seeds, in their order.
 
         Batches have `sampling.batch_size` images; a short one is padded, so that nothing is
-        compiled again.
+        compiled again. Of labels, prompts and small images one is for all seeds, and several are
+        taken in turn, in the order of the seeds.
 
         Args:
-          seeds: (n,).
-          prompts: of the images in their order, taken in turn, or one of all; None for those that
-            the seeds have (`prompts`).
+          seeds: (n,), 0 to 2^32 - 1.
+          labels: classes, by their indices or names; None for those that the seeds have (`labels`).
+          prompts: None for those that the seeds have (`prompts`).
+          small: images of an earlier stage's resolution to continue from, in place of that stage
+            and those before: uint8, or float in [-1, 1], (h, w, c) or (m, h, w, c).
+          progress: called with the number of images that are finished since the last call, as
+            `tqdm.update` takes it.
 
         Returns:
-          The images of the `earlier` stages and of the last one, each uint8 (n, h, w, c).
+          The images of the `earlier` stages and of the last one, each uint8 (n, h, w, c). With
+          `small` the first of them are these.
 
         Raises:
-          InputError: an image has values that are not finite, a prompt cannot be encoded or has no
-            class, or no stage takes text.
+          InputError: an argument cannot be used, a prompt cannot be encoded or has no class, or an
+            image has values that are not finite.
         """
-        texts, size = self._texts(seeds, prompts), self.config.sampling.batch_size
-        made, begun = [], self._begin(seeds[:0], [])
-        for batch, some in zip(in_batches(seeds, size), in_batches(texts, size), strict=True):
-            following = self._begin(batch, some)  # before waiting for the previous batch
+        asked = self._asked(seeds, labels, prompts, small)
+        made, begun = [], self._begin(asked.rows(np.arange(0)))
+        for batch in asked.batches(self.config.sampling.batch_size):
+            following = self._begin(batch)  # before waiting for the previous batch
             made.append(self.finish(begun))
+            if progress and begun.count:
+                progress(begun.count)
             begun = following
-        return [np.concatenate(stage) for stage in zip(*made, self.finish(begun), strict=True)]
+        made.append(self.finish(begun))
+        if progress and begun.count:
+            progress(begun.count)
+        return [np.concatenate(stage) for stage in zip(*made, strict=True)]
 
     def begin(self, seeds: Int[np.ndarray, " n"]) -> Begun:
         """Dispatches the computation without waiting, so that the devices stay busy.
@@ -280,60 +188,62 @@ class RelayPipeline:
         More seeds than a batch start several batches, whose images stay on the devices until
         `finish`.
         """
-        return self._begin(seeds, self._own_texts(seeds))
+        return self._begin(self._asked(seeds))
 
-    def _begin(self, seeds: Int[np.ndarray, " n"], texts: list[str]) -> Begun:
-        size = self.config.sampling.batch_size
+    def _begin(self, asked: Asked) -> Begun:
+        if asked.stage + 1 < self.first:
+            height, width = self.config.stage(self.first - 1).resolution
+            raise InputError(
+                f"stage {self.first - 1} is not loaded, and stage {self.first} continues from it",
+                f"Give small, images of {height} x {width}.",
+            )
         batches = [
-            self._begin_batch(batch, some)
-            for batch, some in zip(in_batches(seeds, size), in_batches(texts, size), strict=True)
+            self._begin_batch(batch) for batch in asked.batches(self.config.sampling.batch_size)
         ]
-        stages = [
-            [stages[number] for stages, _ in batches] for number in range(len(self.earlier) + 1)
-        ]
-        return Begun(stages, [finite for _, finite in batches], len(seeds))
-
-    def _texts(
-        self, seeds: Int[np.ndarray, " n"], prompts: str | Sequence[str] | None
-    ) -> list[str]:
-        """The prompt of each image."""
-        if prompts is None:
-            return self._own_texts(seeds)
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not self.text:
-            raise no_text(f"prompts={prompts!r:.60}")
-        if not listed and len(seeds):
-            raise InputError(f"prompts={prompts!r} has no prompts", "Give one or more.")
-        if self._classes_of_captions:
-            raise no_classes(f"prompts={prompts!r:.60}")
-        return [listed[i % len(listed)] for i in range(len(seeds))]
-
-    def _own_texts(self, seeds: Int[np.ndarray, " n"]) -> list[str]:
-        """The prompt of each seed; at their first use those of the config's seeds are encoded."""
-        if self.text and not self._listed_are_encoded:
-            self._encode_listed()
-        return self.prompts(seeds)
+        count = len(self.config.stages) - max(asked.stage, 1) + 1
+        stages = [[stages[number] for stages, _ in batches] for number in range(count)]
+        return Begun(stages, [finite for _, finite in batches], len(asked.seeds))
 
     def _begin_batch(
-        self, seeds: Int[np.ndarray, " b"], texts: Sequence[str]
+        self, asked: Asked
     ) -> tuple[list[UInt8[Array, "b2 h w c"]], Bool[Array, " b2"]]:
-        padded = np.resize(seeds, self.config.sampling.batch_size)
-        given = {"label": self.labels(padded)}
-        if self.text:
-            given |= self._prompts.given([texts[i % len(texts)] for i in range(len(padded))])
-        device_seeds, given = sharding.put_batch((padded.astype(np.uint32), given), self.mesh)
-        stages, low, finite = [], None, jnp.ones(len(padded), bool)
+        size = self.config.sampling.batch_size
+        padded = asked.rows(np.resize(np.arange(len(asked.seeds)), size))
+        given = (padded.seeds.astype(np.uint32), self._given(padded))
+        device_seeds, given = sharding.put_batch(given, self.mesh)
+        stages, low, finite = [], None, jnp.ones(size, bool)
         unfinished = False
-        if self.low:
-            stages.append(sharding.put_batch(self.low.images(padded), self.mesh))
-            low = _encoded(stages[0])
-        for sampler, params in self._stages:
+        if asked.stage:
+            images = padded.small
+            if images is None:
+                images = self.low.images(padded.seeds)
+            low = sharding.put_batch(images, self.mesh)
+            low = low if low.dtype == jnp.float32 else _encoded(low)
+            stages.append(_decoded(low))
+        for number, (sampler, params) in enumerate(self._stages, self.first):
+            if number <= asked.stage:
+                continue
             made = sampler.sample(params, low, given, device_seeds, unfinished=unfinished)
             stages.append(_decoded(made.images))
             low, unfinished, finite = made.handed_over, sampler.stops, finite & made.finite
         for array in (*stages, finite):
             array.copy_to_host_async()
         return stages, finite
+
+    def stage(self, number: int) -> tuple[StageFunctions, StageParams]:
+        """A stage as pure functions, and its parameters.
+
+        Args:
+          number: of the stage, from 1.
+
+        Raises:
+          InputError: the stage is not loaded.
+        """
+        last = self.first + len(self._stages) - 1
+        if not self.first <= number <= last:
+            raise InputError(f"stage {number} is not loaded", f"Use {self.first} to {last}.")
+        sampler, params = self._stages[number - self.first]
+        return sampler.functions, sampler.with_guides(params)
 
     def finish(self, begun: Begun) -> list[np.ndarray]:
         """Waits for the images and returns them as `sample` does."""

@@ -103,7 +103,7 @@ def no_classes(field: str) -> InputError:
     """The refusal of prompts without classes: no network is trained with text and no class."""
     return InputError(
         f"{field} has no classes, on which the images depend, too",
-        "Set --config.sampling.labels to classes, or to 'random'.",
+        "Set --config.sampling.labels to classes, or to 'random'; from Python, give labels.",
     )
 
 

@@ -23,7 +23,8 @@ from rdm_jax.runtime.console import progress
 from rdm_jax.runtime.files import atomic_write, is_whole_npz
 from rdm_jax.runtime.npz import Npz
 from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.sampling.pipeline import RelayPipeline, in_batches
+from rdm_jax.sampling.pipeline import RelayPipeline
+from rdm_jax.sampling.stage_sampler import in_batches
 
 WRITERS = min(8, os.cpu_count() or 1)  # threads that compress and write
 WAITING = 2 * WRITERS  # batches that may wait for them before the devices have to

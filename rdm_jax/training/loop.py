@@ -76,7 +76,7 @@ class Trainer:
         self.source, held_out = as_sums(cell, source, held_out or source)
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
-        self._number, self._seed = number, config.seed
+        self._config, self._number, self._seed = config, number, config.seed
         check_captions(config, {number: source.text})
         self._mode = config.parallel.mode
         self._workers = config.data.workers
@@ -224,7 +224,7 @@ class Trainer:
         if diverged:
             raise Diverged(diverged)
         if due.preview:
-            self._preview(session.probe, point)
+            self._preview(session.probe, point, session.writer)
         if due.evaluation:
             session.checkpoints.wait()  # an interrupted evaluation is resumed from this checkpoint
             self._evaluate(session.probe, point, session.writer)
@@ -358,19 +358,15 @@ class Trainer:
         session.writer.write(point.step, images=images, validation_loss=loss)
         return loss if math.isfinite(loss) else None
 
-    def _preview(self, probe: Probe, point: Progress) -> None:
-        params = self._local_ema(point.state)
+    def _preview(self, probe: Probe, point: Progress, writer: metric_writer.Writer) -> None:
+        params, images = self._local_ema(point.state), self._count.images_at(point.step)
         if distributed.is_primary():
-            path = self.directory / "previews" / f"{self._count.images_at(point.step):010d}.png"
+            path = self.directory / "previews" / f"{images:010d}.png"
             with log_write_errors(path):
                 probe.preview(params, path)
+                writer.picture(path, images)
 
-    def _evaluate(
-        self,
-        probe: Probe,
-        point: Progress,
-        writer: metric_writer.MetricWriter | metric_writer.NoWriter,
-    ) -> None:
+    def _evaluate(self, probe: Probe, point: Progress, writer: metric_writer.Writer) -> None:
         images = self._count.images_at(point.step)
         folder = self.directory / "evaluations" / f"{images:010d}"
         metrics = probe.evaluate(self._local_ema(point.state), images, folder)
@@ -385,10 +381,8 @@ class Trainer:
             with contextlib.closing(self._writer(point.step)) as writer:
                 self._evaluate(probe, point, writer)
 
-    def _writer(self, step: int) -> metric_writer.MetricWriter | metric_writer.NoWriter:
-        if distributed.is_primary():
-            return metric_writer.MetricWriter(self.directory, step)
-        return metric_writer.NoWriter()
+    def _writer(self, step: int) -> metric_writer.Writer:
+        return metric_writer.open_writer(self._config, self.directory, step)
 
     def _bar(self, step: int) -> Any:
         """Returns the progress bar in images."""

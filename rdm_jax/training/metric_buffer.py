@@ -32,7 +32,7 @@ class MetricBuffer:
         self,
         training: Training,
         count: Count,
-        writer: metric_writer.MetricWriter | metric_writer.NoWriter,
+        writer: metric_writer.Writer,
         bar: tqdm,
     ):
         self.images = 0

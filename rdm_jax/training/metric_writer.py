@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rdm_jax.config import Config
 from rdm_jax.render.curves import draw_losses
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.files import atomic_write, log_write_errors, parse_json
 from rdm_jax.runtime.lazy import is_available, lazy_import
+from rdm_jax.training.trackers import Tracker, open_tracker
 
 event_file = lazy_import("tensorboardX.event_file_writer", "tensorboard")
 protocol = lazy_import("tensorboardX.proto.event_pb2", "tensorboard")
@@ -30,12 +32,14 @@ class MetricWriter:
     Args:
       directory: of the stage.
       step: the step that training resumes from; lines of an interrupted run beyond it are dropped.
+      tracker: gets the metrics and pictures as well; None for none.
 
     Raises:
       OSError: the directory cannot be written to at the start.
     """
 
-    def __init__(self, directory: Path, step: int):
+    def __init__(self, directory: Path, step: int, tracker: Tracker | None = None):
+        self._tracker = tracker
         self._path = directory / "metrics.jsonl"
         self._waiting = ""
         lines = _parsed(self._path)
@@ -57,6 +61,13 @@ class MetricWriter:
             self._append()
         with log_write_errors(self._events.directory):
             self._events.write(step, finite)
+        if self._tracker:
+            self._tracker.write({"step": step, **finite})
+
+    def picture(self, path: Path, images: int) -> None:
+        """Sends a preview, drawn after so many images, to the tracker."""
+        if self._tracker:
+            self._tracker.picture(path, images)
 
     def _append(self) -> None:
         """Writes all waiting lines or none."""
@@ -76,6 +87,8 @@ class MetricWriter:
             with log_write_errors(self._path):
                 self._append()
         self._events.close()
+        if self._tracker:
+            self._tracker.close()
 
 
 class _Events:
@@ -134,8 +147,26 @@ class NoWriter:
     def write(self, step: int, **values: float | int) -> None:
         """Does nothing."""
 
+    def picture(self, path: Path, images: int) -> None:
+        """Does nothing."""
+
     def close(self) -> None:
         """Does nothing."""
+
+
+Writer = MetricWriter | NoWriter
+
+
+def open_writer(config: Config, directory: Path, step: int) -> Writer:
+    """The writer of a stage's metrics; only that of the first process writes.
+
+    Args:
+      config: of the run.
+      directory, step: as for `MetricWriter`.
+    """
+    if not distributed.is_primary():
+        return NoWriter()
+    return MetricWriter(directory, step, open_tracker(config, directory))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

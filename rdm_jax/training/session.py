@@ -26,7 +26,7 @@ class Session(NamedTuple):
     snapshots: Snapshots
     stop: StopOnSignal
     probe: Probe | None
-    writer: metric_writer.MetricWriter | metric_writer.NoWriter
+    writer: metric_writer.Writer
     buffer: MetricBuffer
     clock: Clock
     curves: metric_writer.Curves

@@ -22,7 +22,7 @@ from rdm_jax.diffusion.processes import CascadeProcess, GaussianProcess, RelayPr
 from rdm_jax.diffusion.samplers import CascadeHeun, Heun, RelayHeun
 from rdm_jax.models.adm import ADM
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling.stage_sampler import stage_levels
+from rdm_jax.sampling.stage_functions import stage_levels
 
 CONFIGS = list(packaged().values())
 

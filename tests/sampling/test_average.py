@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 from rdm_jax.checkpoints import averages, profiles, store
 from rdm_jax.config import Config, parse, to_dict
 from rdm_jax.config.load import load_config
+from rdm_jax.loading import load
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling import earlier
-from rdm_jax.sampling.load import load
 from rdm_jax.sampling.made_with import describe, differences, same_settings
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.training.step import init_state

@@ -93,8 +93,7 @@ def denoised(config: Config, params, x, sigma, loaded=(), given=None):
         run_seed=0,
         guides=loaded,
     )
-    everything = (params, *(guide.params for guide in loaded))
-
+    everything = sampler.with_guides(params)
     given = given or {"label": LABELS}
 
     def denoise(params, x):
@@ -150,7 +149,7 @@ def test_pipeline_guided_by_its_own_checkpoint_is_unguided(folders):
     assert np.abs(images.astype(int) - expected).max() <= 1 and expected.std() > 10
     sampler, params = by_itself._stages[0]
     given, seeds = {"label": jnp.asarray([0, 1])}, jnp.arange(2, dtype=jnp.uint32)
-    scanned, _ = sampler._scanned((params, *sampler._guides), None, given, seeds, False)[:2]
+    scanned, _ = sampler._scanned(sampler.with_guides(params), None, given, seeds, False)[:2]
     walked, _ = sampler(params, None, given, seeds)  # on CPU one step after the other
     np.testing.assert_allclose(scanned, walked, atol=2e-3)
     other = guided(Autoguidance(2.0, str(folders / "other/stage1")))

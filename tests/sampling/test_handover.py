@@ -21,6 +21,7 @@ from rdm_jax.diffusion.processes import RelayProcess
 from rdm_jax.diffusion.samplers import Heun
 from rdm_jax.diffusion.schedules import Clock
 from rdm_jax.sampling.pipeline import RelayPipeline
+from rdm_jax.sampling.stage_functions import StageParams
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.sampling.stage_sampler import StageSampler
 from tests.support.configs import tiny_config, write_images
@@ -90,8 +91,8 @@ def test_stopped_stage_hands_over_its_state():
     made, (images, finite) = sampler.sample(params, *args), sampler(params, *args)
     np.testing.assert_array_equal(made.images, images)
     assert np.all(finite) and sampler.stops and np.abs(made.handed_over).max() > 1
-    level = jax.tree.map(lambda a: a[-1], sampler._levels)
-    again = sampler._finish((params,), *args, made.handed_over, jnp.int32(2), level)
+    level = jax.tree.map(lambda a: a[-1], sampler.functions.levels)
+    again = sampler._finish(StageParams(params), *args, made.handed_over, jnp.int32(2), level)
     np.testing.assert_allclose(jnp.clip(again, -1, 1), images, atol=1e-5)
     finished = make("coupling")[0].sample(*make("coupling")[1:])
     np.testing.assert_array_equal(finished.handed_over, finished.images)
@@ -100,7 +101,7 @@ def test_stopped_stage_hands_over_its_state():
 def test_jump_continues_from_state_or_image():
     """An unfinished state has its noise; to a finished image the sampler adds it."""
     sampler, params, low, given, seeds = make("jump")
-    first = jax.tree.map(lambda a: a[0], sampler._levels)
+    first = jax.tree.map(lambda a: a[0], sampler.functions.levels)
     state, added = sampler._start(low, seeds, True), sampler._start(low, seeds, False)
     np.testing.assert_allclose(blurring.mean_pool(state, factor=2), low, atol=1e-6)
     noise = np.asarray(added - blurring.enlarge(low, factor=2))

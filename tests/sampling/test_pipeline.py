@@ -18,11 +18,11 @@ from rdm_jax.data.prepare import prepare
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.processes import CascadeProcess
 from rdm_jax.diffusion.samplers import CascadeHeun
+from rdm_jax.loading import load
 from rdm_jax.models.conditions import Nothing
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling import checkpoint_checks, pipeline, stage_sampler
-from rdm_jax.sampling.load import load
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.workdir import Workdir
 from tests.support.configs import tiny_config, write_images
@@ -387,5 +387,5 @@ def test_load_takes_a_run_in_the_home_folder(tmp_path, monkeypatch):
 
 def test_load_refuses_what_is_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="workdir='digits' has no config.json"):
+    with pytest.raises(InputError, match="source='digits' has no config.json"):
         load("digits")  # a packaged config

@@ -16,7 +16,7 @@ from rdm_jax.diffusion.guidance import Autoguidance
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.sampling import guides, pipeline, prompts
+from rdm_jax.sampling import conditions, guides, prompts
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.sampling.prompts import parse_prompts
 from rdm_jax.sampling.run_captions import Captions, read_captions
@@ -174,7 +174,7 @@ def test_encoder_is_freed_while_sampling(workdir, monkeypatch):
     assert opened[2]() is not None  # nothing is fixed before images are asked for
     own.sample(SEEDS[:1])
     assert len(opened) == 3 and opened[2]() is None
-    monkeypatch.setattr(pipeline, "KEPT", 1)
+    monkeypatch.setattr(conditions, "KEPT", 1)
     many = RelayPipeline(config_of(prompts=f"{APPLE}; {CAT}"), workdir)
     assert opened[3]() is not None and len(many._prompts._known) == 1
     np.testing.assert_array_equal(many.sample(SEEDS)[-1], images)
@@ -267,7 +267,7 @@ def test_preview_has_captions_of_real_images(encoder, tmp_path):
     encoder.calls.clear()
     for number in (1, 2):
         alone = StagePreview(config, number, real)
-        params = alone._sampler._parts[0].network.init(jax.random.key(0))
+        params = alone._sampler.functions._parts[0].network.init(jax.random.key(0))
         images, labels = alone.sample(params, SEEDS)
         assert images.shape == (11, 4 * number, 4 * number, 3) and len(labels) == 11
         captions = alone.captions(SEEDS)

@@ -78,6 +78,8 @@ def test_prompts_need_classes(workdir):
         RelayPipeline(both(prompts=GIVEN), workdir)
     with pytest.raises(InputError, match=rf"prompts=\['{APPLE}'\] {NO_CLASSES}"):
         RelayPipeline(both(), workdir).sample(SEEDS, prompts=[APPLE])
+    with_classes = RelayPipeline(both(), workdir)._asked(SEEDS, labels="b", prompts=APPLE)
+    assert with_classes.labels.tolist() == [1] * len(SEEDS)
     for labels, wanted in (("b", [1, 1]), ("a, b", [0, 1]), ("random", None)):
         made = RelayPipeline(both(prompts=GIVEN, labels=labels), workdir)
         assert wanted in (None, made.labels(SEEDS[:2]).tolist())

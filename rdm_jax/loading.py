@@ -1,0 +1,122 @@
+"""Trained stages in a line of Python: of a run, a shared relay, or files of published weights."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rdm_jax.checkpoints import shared
+from rdm_jax.config import Config, to_dict
+from rdm_jax.config.load import load_config
+from rdm_jax.interop.import_stage import import_stage
+from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.files import cache_folder, local_path, sha256
+from rdm_jax.sampling.pipeline import RelayPipeline
+from rdm_jax.workdir import Workdir
+
+AnyPath = str | os.PathLike
+
+
+def load(
+    source: AnyPath | Mapping[int, AnyPath],
+    *,
+    config: str | Config | None = None,
+    weights_key: str | None = None,
+    **overrides: Any,
+) -> RelayPipeline:
+    """Trained stages, ready to sample.
+
+    Shared relays and published weights are unpacked into the user's cache folder, once.
+
+    Args:
+      source: the workdir of a run; the folder of a shared relay; or a file of published weights
+        (.pkl, .pt, .pth, safetensors) of stage 1, or several by the numbers of their stages:
+        `{1: "edm.pkl", 2: "rdm.pt"}`. Stages before the first of them are not loaded: images of the
+        stage before are then an argument of `sample`.
+      config: of published weights: a config, or what `load_config` takes. The weights overrule
+        what they determine.
+      weights_key: of published weights, the network in the file; None for 'ema', or 'model_ema1' in
+        JiT's.
+      overrides: other values of the config, as for `load_config`:
+        `load("runs/digits", sampling={"labels": "3"}, stage1={"guidance": 1.5})`.
+
+    Raises:
+      InputError: there is no such run or file, or as `load_config` and `RelayPipeline` do.
+    """
+    if isinstance(source, Mapping) or local_path(source, "source").is_file():
+        files = source if isinstance(source, Mapping) else {1: source}
+        return _load_files(files, config, weights_key, overrides)
+    if config is not None or weights_key is not None:
+        raise InputError(
+            f"config and weights_key do not go with {os.fspath(source)!r}, which is no file of "
+            "published weights",
+            "Leave them out.",
+        )
+    folder = local_path(source, "source")
+    if shared.is_shared(folder):
+        folder = _unpacked(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"source={os.fspath(source)!r} has no config.json", "Use the folder of a trained run."
+        )
+    return RelayPipeline(load_config(str(folder), **overrides), folder)
+
+
+def _load_files(
+    source: Mapping[int, AnyPath],
+    config: str | Config | None,
+    key: str | None,
+    overrides: dict[str, Any],
+) -> RelayPipeline:
+    """The stages of published files."""
+    files = {number: local_path(path, "source") for number, path in sorted(source.items())}
+    for path in files.values():
+        if not path.is_file():
+            raise InputError(f"source={path} is not a file", "Use a file of weights.")
+    if config is None:
+        raise InputError(
+            f"source={dict(source)!r:.200} are weights, without a config",
+            "Pass config='imagenet', or another config that they are of.",
+        )
+    values = load_config(config) if isinstance(config, str) else config
+    first, last = min(files, default=0), max(files, default=0)
+    if first < 1 or list(files) != list(range(first, last + 1)):
+        raise InputError(
+            f"source has weights of the stages {list(files)}",
+            "Give stages from 1 that follow one another.",
+        )
+    if last > len(values.stages):
+        raise InputError(
+            f"source has weights of stage {last}, and the config {len(values.stages)} stage(s)",
+            "Use a config with that stage.",
+        )
+    folder = _imported(files, values, key)
+    whole = load_config(str(folder), **overrides)
+    return RelayPipeline(
+        dataclasses.replace(whole, stages=whole.stages[:last]), folder, first=first
+    )
+
+
+def _imported(files: Mapping[int, Path], config: Config, key: str | None) -> Path:
+    """The workdir in the user's cache that files are imported into."""
+    made_of = [to_dict(config), key, *((number, sha256(path)) for number, path in files.items())]
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    workdir = Workdir(cache_folder() / "imported" / digest[:32])
+    for number, path in files.items():
+        if number not in workdir.stages_with_checkpoints(config):
+            import_stage(config, number, path, workdir, key)
+    return workdir.path
+
+
+def _unpacked(folder: Path) -> Path:
+    """The workdir in the user's cache that a shared relay is unpacked into."""
+    config = shared.read_config(folder)
+    workdir = Workdir(cache_folder() / "shared" / sha256(folder / shared.LIST)[:32])
+    workdir.path.mkdir(parents=True, exist_ok=True)
+    with workdir.locked():
+        shared.unpack(folder, config, workdir.checkpoints, workdir.captions)
+        workdir.write_config(config)
+    return workdir.path
