@@ -8,7 +8,15 @@ from typing import Any
 import jax
 
 from rdm_jax.config.codec import add_kind, kinds
-from rdm_jax.diffusion import coupling, jump, linear_path, preconditioning, processes, samplers
+from rdm_jax.diffusion import (
+    blend,
+    coupling,
+    jump,
+    linear_path,
+    preconditioning,
+    processes,
+    samplers,
+)
 from rdm_jax.diffusion import guidance as guidances
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Process, Sampler
@@ -164,6 +172,7 @@ class Stage:
         processes.CascadeProcess,
         linear_path.LinearProcess,
         coupling.CouplingProcess,
+        blend.BlendProcess,
         default=processes.GaussianProcess(),
     )
     training: Training = Training()
@@ -174,6 +183,7 @@ class Stage:
         linear_path.LinearHeun,
         jump.JumpHeun,
         coupling.CouplingHeun,
+        blend.BlendHeun,
         default=samplers.Heun(),
     )
     # A tuple of `Guidance` once it is set; numbers are accepted, too.

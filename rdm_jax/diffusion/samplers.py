@@ -222,7 +222,7 @@ class CascadeHeun(Heun):
 
 
 class RelaySteps:
-    """The steps of samplers of the relay's process, patch by patch in DCT space.
+    """The steps of samplers of a process that blurs, patch by patch in DCT space.
 
     Classes have `eta`, `order` and `corrector` (`RelayHeun`).
     """
@@ -232,7 +232,7 @@ class RelaySteps:
     corrector: str
 
     def conditioning(
-        self, process: RelayProcess, low: Float[Array, "b h w c"] | None, noise: Noise
+        self, process: Process, low: Float[Array, "b h w c"] | None, noise: Noise
     ) -> Array | None:
         """None: the small image is in the state."""
         return None

@@ -118,13 +118,47 @@ class _CountedKeys(nnx.Rngs):
         return jax.random.fold_in(self.default.key[...], next(self._used))
 
 
-def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+class Parts(NamedTuple):
+    """A module, split into structure and parameters.
+
+    Attributes:
+      init: key -> params, a nested dict of float32 arrays.
+      merge: params -> the module; free inside of `jit`.
+      abstract: the shapes and dtypes of the parameters, a tree of `jax.ShapeDtypeStruct`.
+      dtypes: the dtype that each parameter is computed with, a tree.
+    """
+
+    init: Callable[[Key[Array, ""]], dict[str, Any]]
+    merge: Callable[[Any], Any]
+    abstract: dict[str, Any]
+    dtypes: dict[str, Any]
+
+
+def split(build: Callable[[nnx.Rngs], nnx.Module]) -> Parts:
     """Splits what `build` makes into structure and parameters."""
     module = nnx.eval_shape(lambda: build(_SameKey(0)))
     graph, abstract = nnx.split(module, nnx.Param)
 
     def init(key: Key[Array, ""]) -> dict[str, Any]:
         return nnx.to_pure_dict(nnx.split(build(_CountedKeys(key)), nnx.Param)[1])
+
+    def merge(params: Any) -> Any:
+        state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line writes into it
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+    def dtype_of(path: Any, leaf: Any) -> jnp.dtype:
+        *owners, name = (key.key for key in path)
+        owner: Any = functools.reduce(getattr, owners, module)
+        return jnp.dtype((owner.dtype if name == "kernel" else None) or leaf.dtype)
+
+    leaves = nnx.to_pure_dict(abstract)
+    return Parts(init, merge, leaves, jax.tree.map_with_path(dtype_of, leaves))
+
+
+def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+    """The network that `build` makes, as pure functions."""
+    parts = split(build)
 
     def apply(
         params: Any,
@@ -134,15 +168,7 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         augment_label: Array | None = None,
         dropout_keys: Array | None = None,
     ) -> Array:
-        state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line writes into it
-        nnx.replace_by_pure_dict(state, params)
-        network: Any = nnx.merge(graph, state)
+        network = parts.merge(params)
         return network(x, noise_label, condition, augment_label, dropout_keys)
 
-    def dtype_of(path: Any, leaf: Any) -> jnp.dtype:
-        *owners, name = (key.key for key in path)
-        owner: Any = functools.reduce(getattr, owners, module)
-        return jnp.dtype((owner.dtype if name == "kernel" else None) or leaf.dtype)
-
-    leaves = nnx.to_pure_dict(abstract)
-    return Network(init, apply, leaves, jax.tree.map_with_path(dtype_of, leaves))
+    return Network(parts.init, apply, parts.abstract, parts.dtypes)

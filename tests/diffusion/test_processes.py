@@ -10,6 +10,7 @@ import scipy.fft
 import scipy.stats
 
 from rdm_jax.diffusion import blurring, preconditioning, processes, schedules
+from rdm_jax.diffusion.blend import BlendProcess
 from rdm_jax.diffusion.coupling import CouplingProcess
 from tests.support.arrays import images
 
@@ -290,6 +291,7 @@ PROCESSES = (
     processes.RelayProcess(patch=3),
     processes.CascadeProcess(patch=3),
     CouplingProcess(patch=3),
+    BlendProcess(patch=3),
 )
 every_process = pytest.mark.parametrize(
     "process", PROCESSES, ids=lambda process: type(process).__name__

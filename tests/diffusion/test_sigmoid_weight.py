@@ -6,6 +6,7 @@ import pytest
 import scipy.special
 
 from rdm_jax.diffusion import processes
+from rdm_jax.diffusion.blend import BlendProcess
 from rdm_jax.diffusion.coupling import CouplingProcess
 from rdm_jax.diffusion.linear_path import LinearProcess
 
@@ -32,6 +33,7 @@ def test_sigmoid_weight_is_that_of_the_noise(x64, bias):
         processes.RelayProcess,
         LinearProcess,
         CouplingProcess,
+        BlendProcess,
     ],
 )
 def test_sigmoid_weighting_of_every_process(cls):

@@ -14,6 +14,7 @@ from rdm_jax.data.image_sets import open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.prepare import prepare
 from rdm_jax.diffusion import blurring
+from rdm_jax.diffusion.blend import BlendHeun, BlendProcess
 from rdm_jax.diffusion.coupling import CouplingHeun, CouplingProcess
 from rdm_jax.diffusion.jump import JumpHeun
 from rdm_jax.diffusion.pixels import Pixels
@@ -49,7 +50,16 @@ def coupled() -> Config:
     return config
 
 
+def blended() -> Config:
+    """Stage 2 continues from the small image by CogView3's relay."""
+    parts = {"process": BlendProcess(patch=2), "sampler": BlendHeun(steps=3, eta=0.3)}
+    config = tiny_config("images").with_stage(2, **parts)
+    validate.check_config(config)
+    return config
+
+
 CASES = {"stopped": (jumping, 1), "jump": (jumping, 2), "coupling": (coupled, 2)}
+CASES["blend"] = (blended, 2)
 
 
 def parameters(stage):
