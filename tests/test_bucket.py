@@ -2,6 +2,8 @@
 
 import functools
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,14 @@ from tests.support.commands import STAGE, environment, error_line, run, start, w
 from tests.support.configs import write_images
 from tests.support.object_store import ObjectStore, serving
 
+LOAD = """
+import numpy as np, rdm_jax
+pipe = rdm_jax.load("gs://bucket/run")
+other = "gs://bucket/run/stage1/checkpoints/10"
+assert pipe.checkpoints[0]["step"] == 20 and pipe.sample(np.arange(2))[-1].shape == (2, 8, 12, 3)
+assert rdm_jax.load("gs://bucket/run", stage1={"checkpoint": other}).checkpoints[0]["step"] == 10
+"""
+
 
 @pytest.fixture(scope="module")
 def server():
@@ -28,23 +38,33 @@ def server():
 
 
 class Machine:
-    """A host: its home, its temporary files and its images are its own."""
+    """A host: its home, its temporary files and its prepared images are its own."""
 
-    def __init__(self, folder: Path, server: ObjectStore, devices: int = 1):
-        self.folder, self.images = folder, folder / "images"
-        write_images(self.images, count=32)
+    def __init__(self, folder: Path, images: Path, server: ObjectStore, devices: int = 1):
+        self.folder = folder
         for name in ("home", "tmp"):
             (folder / name).mkdir()
         own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
-        env = environment(devices, **server.environment, **own)
-        self.run = functools.partial(run, self.images, env=env, timeout=1200)
-        self.start = functools.partial(start, self.images, env=env)
+        self.env = env = environment(devices, **server.environment, **own)
+        self._prepared = f"--config.data.directory={folder}/prepared"
+        self._run = functools.partial(run, images, env=env, timeout=1200)
+        self._start = functools.partial(start, images, env=env)
+
+    def run(self, workdir: str | Path, *flags: str, **options) -> tuple[str, str]:
+        return self._run(workdir, self._prepared, *flags, **options)
+
+    def start(self, workdir: str | Path, *flags: str) -> subprocess.Popen:
+        return self._start(workdir, self._prepared, *flags)
+
+    def python(self, script: str) -> None:
+        subprocess.run([sys.executable, "-c", script], env=self.env, check=True, timeout=1200)
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory, server):
+def machine(image_folder, tmp_path_factory, server):
     """Makes machines."""
-    return lambda **options: Machine(tmp_path_factory.mktemp("machine"), server, **options)
+    folder = tmp_path_factory.mktemp
+    return lambda **options: Machine(folder("machine"), image_folder, server, **options)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +163,7 @@ def test_a_run_in_a_bucket_is_sampled_and_evaluated(killed, machine, server, cla
         "run/samples/grid-2.png",
     } <= new
     assert not any("parts" in name or "incomplete" in name or ".gathered" in name for name in new)
+    elsewhere.python(LOAD)
 
 
 @pytest.mark.long
