@@ -254,12 +254,9 @@ def talking_to(url: str) -> Iterator[None]:
 
 def _objects(root: str) -> dict[str, dict[str, Any]]:
     """What the store says of all objects in a folder, by their names in it."""
-    found = files().find(root, detail=True).items()  # has those of folders with longer names too
-    return {
-        path.removeprefix(f"{root}/"): about
-        for path, about in found
-        if path.startswith(f"{root}/") and about["type"] == "file"
-    }
+    found = files().find(root, detail=True).items()
+    # Other programs make empty objects 'FOLDER/' that stand for folders.
+    return {path.removeprefix(f"{root}/"): about for path, about in found if path[-1] != "/"}
 
 
 def _mount_of(path: Path) -> Mount | None:

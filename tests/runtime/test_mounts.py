@@ -66,13 +66,14 @@ def test_pull_fetches_large_files_only_of_the_folders_that_are_asked_for(store):
         write(one, name, name)
     one.push()
     store.server.put(store.name, "run/stage1/checkpoints/5/d", b"")
-    store.server.put(store.name, "run2/config.json", b"of another run")
+    for name in ("run2/config.json", "run/", "run/stage1/"):  # of another run, and of the console
+        store.server.put(store.name, name, b"")
     other.pull()
     assert set(files_of(other)) == set(small)
     other.push()  # what was not fetched is not removed
     other.pull("samples")
     assert set(files_of(other)) == {*small, *large}
-    assert len(store.names("run/")) == 7
+    assert len(store.names("run/")) == 9
 
 
 def test_a_failed_push_names_the_bucket_and_is_repeated(store):
