@@ -248,17 +248,19 @@ def test_join_waits_for_processes_and_names_the_missing():
             "OMPI_COMM_WORLD_RANK": "0",
         },
         {"TPU_WORKER_HOSTNAMES": "localhost"},
+        {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_ID": "0", "CLOUD_TPU_TASK_ID": "0"},
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},  # in an allocation, but not in a step of it
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "TPU_WORKER_HOSTNAMES": "localhost"},
     ],
-    ids=["slurm", "open-mpi", "tpu", "allocation", "allocation without TPUs"],
+    ids=["slurm", "open-mpi", "colab", "kaggle", "allocation", "allocation without TPUs"],
 )
 def test_join_leaves_one_process_of_a_cluster_alone(monkeypatch, surroundings):
     asked = []
     monkeypatch.setattr(
         jax.distributed, "initialize", lambda *_, **__: asked.append(1) or {}["coordinator_address"]
     )
-    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)  # a command here may have set it
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"):
+        monkeypatch.delenv(name, raising=False)  # a command here may have set it
     for name, value in surroundings.items():
         monkeypatch.setenv(name, value)
     distributed.join("", None, None)

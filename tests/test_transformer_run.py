@@ -17,7 +17,7 @@ NETWORK = JiT(
 )
 
 
-@pytest.mark.second
+@pytest.mark.long
 def test_linear_path_hands_over_to_a_relay_of_transformers(tmp_path, caplog):
     caplog.set_level("INFO", "rdm_jax")
     write_images(tmp_path / "images")

@@ -14,8 +14,6 @@ import pytest
 
 from tests.support.paths import ROOT
 
-pytestmark = pytest.mark.second
-
 TINY = [
     f"--config.stage{number}.training.{field}={value}"
     for number in (1, 2)
@@ -72,6 +70,7 @@ def environment() -> dict[str, str]:
     }
 
 
+@pytest.mark.second
 def test_wheel_has_the_configs_and_the_marker_of_types(wheel):
     names = subprocess.run(
         [sys.executable, "-m", "zipfile", "-l", wheel], capture_output=True, text=True, check=True
@@ -81,6 +80,7 @@ def test_wheel_has_the_configs_and_the_marker_of_types(wheel):
     assert not [name for name in names if name.startswith(("configs/", "tests/", "experiments/"))]
 
 
+@pytest.mark.second
 def test_description_has_no_relative_links(wheel):
     read = "import sys, zipfile; z = zipfile.ZipFile(sys.argv[1]); "
     read += "print(z.read([n for n in z.namelist() if n.endswith('METADATA')][0]).decode())"
@@ -91,6 +91,23 @@ def test_description_has_no_relative_links(wheel):
     assert links and all(link.startswith(("https://", "http://", "#")) for link in links)
 
 
+@pytest.mark.second
+def test_wheel_runs_from_an_empty_folder(wheel, tmp_path):
+    library, empty = tmp_path / "library", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", library, wheel]
+    subprocess.run(pip, check=True, timeout=300)
+    command = [library / "bin/rdm-jax", "--config", "digits", "--mode", "plan"]
+    command += ["--classes", "10"]
+    paths = environment() | {"PYTHONPATH": str(library)}
+    run = subprocess.run(
+        command, cwd=empty, env=paths, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "stage2" in run.stdout
+
+
+@pytest.mark.long
 def test_digits_are_trained_and_sampled_from_an_empty_folder(install, tmp_path):
     commands = install("")
     command = [commands / "rdm-jax", "--config", "digits", "--workdir", "runs/digits", *TINY]

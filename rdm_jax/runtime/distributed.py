@@ -103,7 +103,9 @@ def _is_alone() -> bool:
     # Open MPI first, then SLURM, then TPUs, as in JAX: a variable that names one TPU host may come
     # from a process that found no TPU (`quiet_libtpu`) and started this one.
     tasks = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
-    tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")  # has one host on Colab, for example
+    # Colab and Kaggle name one host, which need not be an address ("local").
+    names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    tpu_hosts = next((os.environ[name] for name in names if name in os.environ), "")
     return tasks == "1" if tasks else bool(tpu_hosts and "," not in tpu_hosts)
 
 
