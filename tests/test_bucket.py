@@ -1,29 +1,32 @@
 """Runs in a bucket: killed, resumed elsewhere, sampled and evaluated as in a local folder."""
 
 import functools
-import json
-import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rdm_jax.checkpoints import folders
+from rdm_jax.data.image_sets import open_prepared
+from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.prepare import prepare
+from rdm_jax.evaluation import classifier as classifiers
 from rdm_jax.training import metric_writer
-from tests.support.checkpoints import assert_equal, state
-from tests.support.commands import STAGE, environment, error_line, run, start, stop_when, wait_for
+from tests.support.checkpoints import assert_equal, state, steps
+from tests.support.commands import STAGE, environment, error_line, run, start, wait_for
 from tests.support.configs import write_images
 from tests.support.object_store import ObjectStore, serving
 
-# The last bits of one image measured twice are the same.
-FLAGS = [
-    "--config.evaluation.features=classifier",
-    "--config.evaluation.images=samples",
-    "--config.evaluation.batch_size=8",
-    "--config.data.held_out=8",
-]
+LOAD = """
+import numpy as np, rdm_jax
+pipe = rdm_jax.load("gs://bucket/run")
+other = "gs://bucket/run/stage1/checkpoints/10"
+assert pipe.checkpoints[0]["step"] == 20 and pipe.sample(np.arange(2))[-1].shape == (2, 8, 12, 3)
+assert rdm_jax.load("gs://bucket/run", stage1={"checkpoint": other}).checkpoints[0]["step"] == 10
+"""
 
 
 @pytest.fixture(scope="module")
@@ -35,28 +38,52 @@ def server():
 
 
 class Machine:
-    """A host: its home, its temporary files and its images are its own."""
+    """A host: its home, its temporary files and its prepared images are its own."""
 
-    def __init__(self, folder: Path, server: ObjectStore, devices: int = 1):
-        self.folder, self.images = folder, folder / "images"
-        write_images(self.images, count=32)
+    def __init__(self, folder: Path, images: Path, server: ObjectStore, devices: int = 1):
+        self.folder = folder
         for name in ("home", "tmp"):
             (folder / name).mkdir()
         own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
-        env = environment(devices, **server.environment, **own)
-        self.run = functools.partial(run, self.images, env=env)
-        self.start = functools.partial(start, self.images, env=env)
+        self.env = env = environment(devices, **server.environment, **own)
+        self._prepared = f"--config.data.directory={folder}/prepared"
+        self._run = functools.partial(run, images, env=env, timeout=1200)
+        self._start = functools.partial(start, images, env=env)
+
+    def run(self, workdir: str | Path, *flags: str, **options) -> tuple[str, str]:
+        return self._run(workdir, self._prepared, *flags, **options)
+
+    def start(self, workdir: str | Path, *flags: str) -> subprocess.Popen:
+        return self._start(workdir, self._prepared, *flags)
+
+    def python(self, script: str) -> None:
+        subprocess.run([sys.executable, "-c", script], env=self.env, check=True, timeout=1200)
 
 
-@pytest.fixture
-def machine(tmp_path, server):
-    """Makes machines by name."""
-    return lambda name, **options: Machine(_made(tmp_path / name), server, **options)
+@pytest.fixture(scope="module")
+def machine(image_folder, tmp_path_factory, server):
+    """Makes machines."""
+    folder = tmp_path_factory.mktemp
+    return lambda **options: Machine(folder("machine"), image_folder, server, **options)
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """The flags of an evaluation by a small classifier, which every machine has."""
+    folder = tmp_path_factory.mktemp("classifier")
+    write_images(folder / "images", count=32)
+    learnt, held_out = open_prepared(
+        prepare(f"folder:{folder}/images", folder / "prepared", ImageSpec(8, 12))
+    ).split(8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "IMAGES_SHOWN", 300)
+        classifiers.classifier_space(learnt, held_out, folder / "network.safetensors", train=True)
+    return [
+        "--config.evaluation.features=classifier",
+        "--config.evaluation.images=samples",
+        "--config.evaluation.batch_size=8",
+        f"--config.evaluation.weights={folder}/network.safetensors",
+    ]
 
 
 def saved(
@@ -88,65 +115,73 @@ def check_equal(one: Path, other: Path, *stages: str) -> None:
         assert losses(one, stage) == losses(other, stage)
 
 
-@pytest.mark.long
-def test_run_killed_and_resumed_elsewhere_equals_a_local_one(machine, server, tmp_path):
-    here, there = machine("here"), machine("there")
-    here.run(tmp_path / "local", *FLAGS)
-    server.buckets["bucket"] = {}
-    for stage in ("stage1", "stage2"):
-        process = here.start("gs://bucket/run", *FLAGS)
-        assert (
-            stop_when(saved(server, "run", 10, stage), process, signal.SIGKILL) == -signal.SIGKILL
-        )
-    stdout, _ = there.run("gs://bucket/run", *FLAGS)
-    assert "stage1: already trained" in stdout and "stage2: resuming from" in stdout
-    assert "gs://bucket/run/samples" in stdout and str(there.folder / "tmp") not in stdout
-    assert not list((there.folder / "tmp").glob("rdm_jax-*"))  # nothing stays on the machine
+@pytest.fixture(scope="module")
+def killed(machine, server, tmp_path_factory):
+    """A run in gs://bucket/run, killed in each stage and resumed elsewhere, and one that was not.
 
-    copy = downloaded(server, "run", tmp_path / "copy")
-    check_equal(tmp_path / "local", copy, "stage1", "stage2")
-    assert [path.name for path in folders.step_folders(copy / "stage2/checkpoints")]
-    ours, theirs = (np.load(each / "samples/samples.npz") for each in (copy, tmp_path / "local"))
+    The folder of a copy of the one, that of the other, and the log of the last part.
+    """
+    here, there, folder = machine(), machine(), tmp_path_factory.mktemp("runs")
+    here.run(folder / "local")
+    for stage in ("stage1", "stage2"):
+        process = here.start("gs://bucket/run")
+        ready = saved(server, "run", 10, stage)
+        assert wait_for(ready, process, timeout=1200)
+        process.kill()
+        process.communicate()
+    stdout, _ = there.run("gs://bucket/run")
+    assert not list((there.folder / "tmp").glob("rdm_jax-*"))  # nothing stays on the machine
+    return downloaded(server, "run", folder / "copy"), folder / "local", stdout
+
+
+@pytest.mark.long
+def test_run_killed_and_resumed_elsewhere_equals_a_local_one(killed):
+    copy, local, stdout = killed
+    assert "stage1: already trained" in stdout and "stage2: resuming from" in stdout
+    assert "-> gs://bucket/run/samples" in stdout
+    check_equal(copy, local, "stage1", "stage2")
+    ours, theirs = (np.load(each / "samples/samples.npz") for each in (copy, local))
     np.testing.assert_array_equal(ours["images"], theirs["images"])
-    ours, theirs = (
-        json.loads((each / "evaluation/evaluation.json").read_text())["results"]
-        for each in (copy, tmp_path / "local")
-    )
-    assert ours == theirs
     assert (copy / "contact_sheet.png").is_file() and (copy / "stage1/loss.png").is_file()
     assert list((copy / "stage2/tensorboard").glob("events.*"))
+    for stage in ("stage1", "stage2"):  # a copy is a workdir
+        assert steps(copy, stage) == steps(local, stage)
 
-    # From the bucket alone, and a copy of it is a workdir.
-    before = set(server.names("bucket"))
-    elsewhere = machine("elsewhere")
-    more = ("--config.sampling.seeds=0-13", "--config.evaluation.seeds=0-11")
-    elsewhere.run("gs://bucket/run", *FLAGS, "--mode=sample", *more)
-    elsewhere.run("gs://bucket/run", *FLAGS, "--mode=evaluate", "--config.evaluation.name=again")
-    elsewhere.run("gs://bucket/run", *FLAGS, "--mode=report")
+
+@pytest.mark.long
+def test_a_run_in_a_bucket_is_sampled_and_evaluated(killed, machine, server, classifier):
+    before, elsewhere = set(server.names("bucket")), machine()
+    flags = [*classifier, "--config.sampling.seeds=0-13"]
+    elsewhere.run("gs://bucket/run", *flags, "--mode=sample")
+    stdout, _ = elsewhere.run("gs://bucket/run", *flags, "--mode=evaluate")
+    assert "evaluation: reusing the samples in gs://bucket/run/samples" in stdout
+    elsewhere.run("gs://bucket/run", *flags, "--mode=report")
     new = set(server.names("bucket")) - before
-    assert {"run/again/evaluation.json", "run/report/report.md", "run/samples/grid-2.png"} <= new
-    assert not any("parts" in name or "incomplete" in name for name in new)
-    stdout, _ = here.run(copy, *FLAGS)
-    assert "stage2: already trained" in stdout
+    assert {
+        "run/evaluation/evaluation.json",
+        "run/report/report.md",
+        "run/samples/grid-2.png",
+    } <= new
+    assert not any("parts" in name or "incomplete" in name or ".gathered" in name for name in new)
+    elsewhere.python(LOAD)
 
 
 @pytest.mark.long
 def test_two_runs_and_a_store_that_fails(machine, server, tmp_path):
     """The second run is refused. A save that fails is skipped, and training goes on."""
-    here, there = machine("here"), machine("there")
+    here, there = machine(), machine()
     first = here.start("gs://bucket/fails", *STAGE)
-    assert wait_for(saved(server, "fails", 5), first)
+    assert wait_for(saved(server, "fails", 5), first, timeout=1200)
     _, stderr = there.run("gs://bucket/fails", *STAGE, status=2)
     assert "--workdir='gs://bucket/fails' is in use by another run (process" in error_line(stderr)
     server.answer = lambda method, path: 403 if "/checkpoints/10/" in path else 0
-    stdout, stderr = first.communicate(timeout=300)
+    stdout, stderr = first.communicate(timeout=1200)
     server.answer = lambda method, path: 0
     assert first.returncode == 0, stderr
     assert "checkpoint gs://bucket/fails/stage1/checkpoints/10 cannot be written" in stdout
     here.run(tmp_path / "local", *STAGE)
     copy = downloaded(server, "fails", tmp_path / "copy")
     check_equal(tmp_path / "local", copy, "stage1")
-    assert [*folders.step_folders(tmp_path / "local/stage1/checkpoints")]
 
     server.answer = lambda method, path: 403
     _, stderr = there.run("gs://bucket/fails", *STAGE, status=2)
@@ -155,38 +190,34 @@ def test_two_runs_and_a_store_that_fails(machine, server, tmp_path):
 
 
 @pytest.mark.long
-def test_two_machines_share_nothing_but_the_bucket(machine, server, tmp_path):
+def test_two_machines_share_nothing_but_the_bucket(machine, server, classifier, tmp_path):
     """They are killed, and one of their size goes on; so do two, and sample and evaluate."""
-    two = [machine(name, devices=2) for name in ("first", "second")]
-    one = machine("one", devices=4)
-    weights = tmp_path / "classifier.safetensors"
-    one.run(tmp_path / "local", *FLAGS)
-    (tmp_path / "local/classifier.safetensors").rename(weights)
-    flags = [*FLAGS, f"--config.evaluation.weights={weights}"]
+    two, one = [machine(devices=2), machine(devices=2)], machine(devices=4)
+    one.run(tmp_path / "local", *STAGE)
 
     def start_all(*more: str):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             where = [f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2"]
         return [
-            each.start("gs://bucket/two", *flags, *more, *where, f"--process={number}")
+            each.start("gs://bucket/two", *classifier, *more, *where, f"--process={number}")
             for number, each in enumerate(two)
         ]
 
     pair = start_all(*STAGE)
-    assert wait_for(saved(server, "two", 10), pair[0], timeout=400)
+    assert wait_for(saved(server, "two", 10), pair[0], timeout=1200)
     for process in pair:
         process.kill()
         process.communicate()
-    stdout, _ = one.run("gs://bucket/two", *flags, *STAGE)
+    stdout, _ = one.run("gs://bucket/two", *classifier, *STAGE)
     assert "stage1: resuming from" in stdout
     pair = start_all()
-    outputs = [process.communicate(timeout=600) for process in pair]
+    outputs = [process.communicate(timeout=1200) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     assert "evaluation: reusing the samples in gs://bucket/two/samples" in outputs[0][0]
     copy = downloaded(server, "two", tmp_path / "copy")
-    for stage in ("stage1", "stage2"):
-        ours, theirs = (state(each, stage=stage) for each in (copy, tmp_path / "local"))
-        for name, value in theirs.items():
-            np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    ours, theirs = (state(each) for each in (copy, tmp_path / "local"))
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     assert len(np.load(copy / "samples/samples.npz")["images"]) == 12
+    assert (copy / "evaluation/evaluation.json").is_file()

@@ -86,11 +86,13 @@ class Mount:
                 if name in self._known or self._is_wanted(name)
                 if name not in self._known or self._known[name].generation != generation
             ]
-            for name in new:
-                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            # Elsewhere first: `push` must never see the first half of a file.
+            coming = [self.path.with_name(f"{number}{PARTIAL}") for number in range(len(new))]
             if new:
-                files().get([f"{self._root}/{n}" for n in new], [f"{self.path}/{n}" for n in new])
-            for name in new:
+                files().get([f"{self._root}/{name}" for name in new], [*map(str, coming)])
+            for name, fetched in zip(new, coming, strict=True):
+                (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+                fetched.replace(self.path / name)
                 self._known[name] = _Known(found[name], _state(self.path / name))
             for name in [name for name in self._known if name not in found]:
                 (self.path / name).unlink(missing_ok=True)
@@ -126,12 +128,9 @@ class Mount:
 
     def _listed(self) -> dict[str, str]:
         """The generations of all objects, but for those in checkpoints, by their names."""
-        found = {}
-        for path, info in files().find(self._root, detail=True).items():
-            name = path.removeprefix(f"{self._root}/")
-            if not set(PurePosixPath(name).parts) & {*IN_STORE, LOCK}:
-                found[name] = str(info["generation"])
-        return found
+        found = {name: str(about["generation"]) for name, about in _objects(self._root).items()}
+        others = {*IN_STORE, LOCK}
+        return {n: g for n, g in found.items() if not others & {*PurePosixPath(n).parts}}
 
     def _is_wanted(self, name: str) -> bool:
         first, *rest = PurePosixPath(name).parts
@@ -226,9 +225,8 @@ def file_sizes(folder: AnyPath) -> dict[str, int]:
     if isinstance(folder, Path):
         paths = [path for path in folder.rglob("*") if path.is_file()]
         return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-    root = str(folder).removeprefix(SCHEME)
-    found = files().find(root, detail=True).items()
-    return {path.removeprefix(f"{root}/"): int(info["size"]) for path, info in found}
+    found = _objects(str(folder).removeprefix(SCHEME))
+    return {name: int(about["size"]) for name, about in found.items()}
 
 
 def remove_folder(folder: AnyPath) -> None:
@@ -252,6 +250,13 @@ def talking_to(url: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(errno.ENOENT, "it does not exist", url) from error
         raise OSError(kind, reason(error), url) from error
+
+
+def _objects(root: str) -> dict[str, dict[str, Any]]:
+    """What the store says of all objects in a folder, by their names in it."""
+    found = files().find(root, detail=True).items()
+    # Other programs make empty objects 'FOLDER/' that stand for folders.
+    return {path.removeprefix(f"{root}/"): about for path, about in found if path[-1] != "/"}
 
 
 def _mount_of(path: Path) -> Mount | None:

@@ -47,12 +47,12 @@ def restored(folder, step: int) -> np.ndarray:
 
 
 def test_a_saved_state_is_restored_and_others_are_deleted(folder, store):
-    save(checkpoints := _open(folder), 1, 2, 3)
+    save(checkpoints := _open(folder), 1, 3, 30)
     checkpoints.close()
-    assert steps_in(folder) == [2, 3]
+    assert steps_in(folder) == [3, 30]
     assert not store.names(f"{STEP}/1/")
     np.testing.assert_array_equal(restored(folder, 3), np.arange(6.0) + 3)
-    assert folders.find(store.url(f"{STEP}/2"), folder.parent) == (folder, 2)
+    assert folders.find(store.url(f"{STEP}/3"), folder.parent) == (folder, 3)
 
 
 def test_what_a_killed_process_leaves_is_not_a_checkpoint(folder, store):

@@ -66,12 +66,14 @@ def test_pull_fetches_large_files_only_of_the_folders_that_are_asked_for(store):
         write(one, name, name)
     one.push()
     store.server.put(store.name, "run/stage1/checkpoints/5/d", b"")
+    for name in ("run2/config.json", "run/", "run/stage1/"):  # of another run, and of the console
+        store.server.put(store.name, name, b"")
     other.pull()
     assert set(files_of(other)) == set(small)
     other.push()  # what was not fetched is not removed
     other.pull("samples")
     assert set(files_of(other)) == {*small, *large}
-    assert len(store.names("run/")) == 7
+    assert len(store.names("run/")) == 9
 
 
 def test_a_failed_push_names_the_bucket_and_is_repeated(store):
@@ -84,6 +86,22 @@ def test_a_failed_push_names_the_bucket_and_is_repeated(store):
     store.server.answer = lambda method, path: 0
     one.push()
     assert store.names("run/") == ["run/config.json"]
+
+
+def test_a_failed_pull_leaves_nothing_that_is_uploaded(store):
+    one, other = Mount(store.url("run")), Mount(store.url("run"))
+    for name in ("a.json", "b.json"):
+        write(one, name, "whole")
+    one.push()
+    store.server.answer = lambda method, path: 403 if "b.json" in path else 0
+    with pytest.raises(OSError, match="Forbidden"):
+        other.pull()
+    store.server.answer = lambda method, path: 0
+    before = len(store.server.requests)
+    other.push()
+    assert len(store.server.requests) == before
+    other.pull()
+    assert files_of(other) == files_of(one)
 
 
 @pytest.mark.second
