@@ -19,7 +19,7 @@ from rdm_jax.runtime.lazy import import_library, lazy_import
 wandb = lazy_import("wandb", "wandb")
 
 CALLS_THAT_WAIT = 10_000  # further ones are dropped
-SECONDS_TO_CLOSE = 30
+SECONDS_TO_CLOSE = 10
 
 
 @runtime_checkable

@@ -118,7 +118,7 @@ def test_missing_library_is_refused_before_any_work(image_folder, tmp_path, monk
     run(config_of(image_folder), tmp_path / "run", mode="prepare")  # which tracks nothing
 
 
-@pytest.mark.second
+@pytest.mark.long
 def test_training_is_tracked(fake, image_folder, tmp_path):
     """In the end it has each step's metrics and the preview; a finished run opens nothing."""
     config = config_of(image_folder, images=32, checkpoint_every=16, preview_every=32)
