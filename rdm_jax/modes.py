@@ -1,8 +1,10 @@
-"""The modes of a run: prepare, train, sample, evaluate, report, import, export, or all of it.
+"""The modes of a run: prepare, train, sample, evaluate, report, import, export, or all of it; and
+the training of an autoencoder.
 
 `main` calls it for the command line; notebooks call it directly.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
@@ -12,9 +14,9 @@ import jax
 from ml_collections import ConfigDict
 
 from rdm_jax import config as configs
-from rdm_jax.checkpoints import averages
+from rdm_jax.checkpoints import averages, folders, store
 from rdm_jax.cli.run_flags import ONE_PROCESS, check_flags, check_paths, needs_run
-from rdm_jax.config import Config, Stage, changes, validate
+from rdm_jax.config import Config, Stage, changes, validate, validate_autoencoder
 from rdm_jax.config.load import load_config
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
@@ -22,6 +24,7 @@ from rdm_jax.data.text_table import TextSpec
 from rdm_jax.evaluation.evaluator import Evaluator, generates, needs_data
 from rdm_jax.evaluation.report import write_report
 from rdm_jax.evaluation.stage_probe import StageProbe
+from rdm_jax.interop import autoencoder_files
 from rdm_jax.interop.import_export import export_stage
 from rdm_jax.interop.import_stage import import_stage
 from rdm_jax.interop.share import export_relay, import_relay
@@ -39,7 +42,11 @@ from rdm_jax.sampling.prompts import check_labels, check_prompts, takes_text
 from rdm_jax.sampling.run_captions import Captions, pairs_of
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.stage_datasets import open_sets, set_for_pictures
+<<<<<<< HEAD
 from rdm_jax.training import trackers
+=======
+from rdm_jax.training.autoencoder import AutoencoderTrainer, ReconstructionProbe, measure
+>>>>>>> latent
 from rdm_jax.training.loop import Trainer
 from rdm_jax.workdir import Workdir
 
@@ -115,6 +122,8 @@ def run(
     validate.check_devices(
         config, jax.device_count(), jax.local_device_count(), evaluates=evaluates
     )
+    if mode == "autoencoder":
+        validate_autoencoder.check(config, jax.device_count())
     changes.check_names(allow_changes, config)
     with folder.locked(), StopOnSignal() as stop:
         with distributed.raise_together():
@@ -270,6 +279,7 @@ def _work(job: Job) -> None:
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
+        "autoencoder": _autoencoder,
     }
     modes[job.mode](job)
 
@@ -319,3 +329,29 @@ def _evaluate(job: Job) -> None:
     sets = job.open_sets(job.numbers[-1:] if needs_data(job.config) else [])
     evaluator = job.evaluator(sets)
     evaluator.run(job.pipeline() if generates(job.config) else None)
+
+
+def _autoencoder(job: Job) -> None:
+    """Trains the autoencoder, and writes it as published ones are."""
+    last, network = job.numbers[-1], job.config.autoencoder.network
+    images = job.open_sets([last])[last]
+    unseen = images.held_out or images.training
+    directory = job.workdir.autoencoder
+    trainer = AutoencoderTrainer(
+        job.config, images.training, directory, images.held_out, job.allow_changes
+    )
+    trainer.run(job.stop, ReconstructionProbe(network, unseen))
+    step = folders.newest_trained(directory / "checkpoints")
+    with contextlib.closing(store.Checkpoints(directory / "checkpoints", read_only=True)) as found:
+        params, _ = found.restore_ema(int(step[0].name), trainer.abstract.ema)
+    measured = measure(network, params, unseen, job.config.autoencoder.training.validation)
+    autoencoder_files.save(measured.network, params, directory)
+    log.info(
+        "autoencoder: factor %d, PSNR of reconstructions %.2f dB, latents' scale %.4g, shift %.4g "
+        "-> %s",
+        network.factor,
+        measured.psnr,
+        measured.network.scale,
+        measured.network.shift,
+        directory / autoencoder_files.WEIGHTS,
+    )

@@ -37,6 +37,7 @@ class Workdir:
       contact_sheet: images of the training sets.
       report: folder of the report on evaluations.
       classifier: the network of the classifier's features, if this run has trained one.
+      autoencoder: folder of the autoencoder, if this run has trained one.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -46,6 +47,7 @@ class Workdir:
         self.contact_sheet = self.path / "contact_sheet.png"
         self.report = self.path / "report"
         self.classifier = self.path / "classifier.safetensors"
+        self.autoencoder = self.path / "autoencoder"
         self._lock = self.path / ".lock"
 
     @classmethod

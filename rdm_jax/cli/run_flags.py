@@ -7,8 +7,11 @@ from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 from rdm_jax.runtime.mounts import is_url
 
-MODES = ("all", "prepare", "train", "sample", "evaluate", "report", "import", "export")
-ONE_PROCESS = ("report", "import", "export")
+MODES = (
+    *("all", "prepare", "train", "sample", "evaluate", "report", "import", "export"),
+    "autoencoder",
+)
+ONE_PROCESS = ("report", "import", "export", "autoencoder")
 OF_ONE_STAGE = ("import", "export")
 
 

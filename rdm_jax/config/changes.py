@@ -135,8 +135,11 @@ def _can_change(field: str) -> bool:
 
 
 def _is_one_of(field: str, patterns: Sequence[str]) -> bool:
-    """Whether a field is one of these or in one of these sections; 'stage' is any stage."""
-    plain = re.sub(r"^stage\d+", "stage", field.removeprefix("config."))
+    """Whether a field is one of these or in one of these sections.
+
+    'stage' is any stage, or the autoencoder.
+    """
+    plain = re.sub(r"^(stage\d+|autoencoder)\b", "stage", field.removeprefix("config."))
     return any(f"{plain}.".startswith(f"{pattern}.") for pattern in patterns)
 
 

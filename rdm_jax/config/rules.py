@@ -9,7 +9,7 @@ from rdm_jax.runtime.files import local_path
 FOLDER = re.compile(r"\w[\w.-]{0,99}")  # names of folders in a workdir
 RESERVED = re.compile(  # other names in a workdir
     r"stage\d+|checkpoints|report|config\.json|contact_sheet\.png|classifier\.safetensors"
-    r"|tensorboard",
+    r"|tensorboard|autoencoder",
     re.IGNORECASE,
 )
 IMAGES = ("folder", "zip", "tar")  # kinds of images that are read without preparation

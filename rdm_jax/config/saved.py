@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rdm_jax.config import Config, Stage, choices, kind_of, stage_number, to_dict, to_plain
+from rdm_jax.config.autoencoder import Autoencoder
 from rdm_jax.config.codec import field_types, item_type
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import parse_json
@@ -72,13 +73,15 @@ def about_now(about: dict[str, Any], where: str) -> dict[str, Any]:
     check_version(version, where)
     if "stage" not in about:
         return about
-    return about | {"stage": completed(Stage, about["stage"], version)}
+    trained = Autoencoder if about.get("autoencoder") else Stage
+    return about | {"stage": completed(trained, about["stage"], version)}
 
 
-def completed(cls: Any, value: Any, version: int = 1) -> Any:
+def completed(cls: Any, value: Any, version: int = 1, default: Any = None) -> Any:
     """A saved value of the type `cls` under today's names, completed by newer fields, as JSON.
 
-    Removed fields stay, for `config.parse` to refuse.
+    Removed fields stay, for `config.parse` to refuse. `default` has the fields of a dataclass whose
+    owner gives it other defaults than its own; None for these.
     """
     if isinstance(value, list | tuple) and choices(item_type(cls)):
         return [completed(item_type(cls), item, version) for item in value]
@@ -90,7 +93,9 @@ def completed(cls: Any, value: Any, version: int = 1) -> Any:
         if kind not in kinds:
             return value
         return _completed_fields(kinds[kind], value, version) | {"kind": kind}
-    return _completed_fields(cls, value, version) if dataclasses.is_dataclass(cls) else value
+    if not dataclasses.is_dataclass(cls):
+        return value
+    return _completed_fields(cls, value, version, default)
 
 
 def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -102,17 +107,25 @@ def completed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: completed(hints.get(name), value) for name, value in settings.items()}
 
 
-def _completed_fields(cls: Any, value: dict[str, Any], version: int) -> dict[str, Any]:
-    hints = field_types(cls)
+def _completed_fields(
+    cls: Any, value: dict[str, Any], version: int, defaults: Any = None
+) -> dict[str, Any]:
+    hints, sections = field_types(cls), {}
+    defaults = defaults or json.loads(json.dumps(to_plain(cls())))
     value = _with_list_of_guidance(value) if cls is Stage else value
     named = {RENAMED_FIELDS.get((cls.__name__, name), name): part for name, part in value.items()}
-    for name, default in json.loads(json.dumps(to_plain(cls()))).items():
+    for name, default in defaults.items():
+        if dataclasses.is_dataclass(hints[name]):
+            sections[name] = default
         if name not in named:
             since, meant = MEANT.get((cls.__name__, name), (0, None))
             # A missing section is completed like an empty one.
             default = {} if dataclasses.is_dataclass(hints[name]) else default
             named[name] = meant if version < since else default
-    return {name: completed(hints.get(name), part, version) for name, part in named.items()}
+    return {
+        name: completed(hints.get(name), part, version, sections.get(name))
+        for name, part in named.items()
+    }
 
 
 def _with_list_of_guidance(stage: dict[str, Any]) -> dict[str, Any]:

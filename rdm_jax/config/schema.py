@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rdm_jax.config.autoencoder import Autoencoder
 from rdm_jax.config.codec import to_plain
 from rdm_jax.config.stage import Stage
 from rdm_jax.data import captions, class_rules, postprocess
@@ -216,7 +217,11 @@ class Config:
     parallel: Parallel = Parallel()
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
+<<<<<<< HEAD
     tracker: str = one_of("", "wandb", default="")
+=======
+    autoencoder: Autoencoder = Autoencoder()
+>>>>>>> latent
 
     def __post_init__(self) -> None:
         numbered = tuple(stage._numbered(i) for i, stage in enumerate(self.stages, 1))

@@ -81,12 +81,12 @@ class AutoencoderKL:
         """Refuses images that it has no latents for. Raises InputError; `field` names them."""
         if channels != self.channels:
             raise InputError(
-                f"{field} has {channels} channels, and the autoencoder {self.channels}",
+                f"{field}, of images of {channels} channels, does not fit the autoencoder",
                 f"Use images of {self.channels} channels, or another autoencoder.",
             )
         if height % self.factor or width % self.factor:
             raise InputError(
-                f"{field} of {height} x {width} pixels does not divide into latents",
+                f"{field}, of {height} x {width} pixels, does not divide into latents",
                 f"Use a height and width divisible by {self.factor} (the autoencoder's factor).",
             )
 

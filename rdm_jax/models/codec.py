@@ -48,7 +48,7 @@ class Codec:
           InputError: the images have other channels, or do not divide.
         """
         _, height, width, channels = images.shape
-        self.config.check_images(height, width, channels, "the images")
+        self.config.check_images(height, width, channels, "image.shape")
 
         def stacked(x: np.ndarray) -> np.ndarray:
             return np.concatenate(self._over_devices(self._encode, x), -1)

@@ -29,15 +29,14 @@ from rdm_jax.training import metric_writer
 from rdm_jax.training.count import Count
 from rdm_jax.training.metric_buffer import Clock, MetricBuffer
 from rdm_jax.training.probe import Probe
-from rdm_jax.training.program import PROGRAMS, Program
+from rdm_jax.training.program import PROGRAMS, Program, Trained
 from rdm_jax.training.session import Due, Session
 from rdm_jax.training.snapshots import Snapshots
 from rdm_jax.training.start import Progress, Starter
-from rdm_jax.training.step import TrainState
+from rdm_jax.training.step import Loss, TrainState
 from rdm_jax.training.validation import Validation
 
-# Batches on their way to the devices while a step runs.
-BATCHES_AHEAD = 2
+BATCHES_AHEAD = 2  # on their way to the devices while a step runs
 # What processes exchange with every step: nothing (0), that process 0 wants to save, or
 # that one of them has received a signal.
 SAVE = 1
@@ -69,15 +68,19 @@ class Trainer:
         held_out: ImageSet | None = None,
         allow_changes: Sequence[str] = (),
     ):
-        self.stage = config.stage(number)
+        self.stage: Any = self._subject(config, number, source)
         self.name = self.stage.name
         self.training = self.stage.training
         cell = source.image_shape[0] // self.stage.resolution[0]
         self.source, held_out = as_sums(cell, source, held_out or source)
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
+<<<<<<< HEAD
         self._config, self._number, self._seed = config, number, config.seed
         check_captions(config, {number: source.text})
+=======
+        self._number, self._seed = number, config.seed
+>>>>>>> latent
         self._mode = config.parallel.mode
         self._workers = config.data.workers
         self._worker_timeout = config.data.worker_timeout
@@ -102,8 +105,17 @@ class Trainer:
             "classes": list(source.class_names),
             "seed": config.seed,
         }
-        if "text" in self.objective.condition.inputs:
+        if "text" in self._program.inputs:
             self._about["text"] = source.text._asdict()
+
+    def _subject(self, config: Config, number: int, source: ImageSet) -> Trained:
+        """What is trained."""
+        check_captions(config, {number: source.text})
+        return config.stage(number)
+
+    def _objective(self) -> Loss | None:
+        """What is trained instead of the stage's own objective."""
+        return None
 
     def run(self, stop: StopOnSignal, probe: Probe | None = None) -> None:
         """Trains to the configured number of images, resuming from the newest checkpoint.
@@ -164,8 +176,9 @@ class Trainer:
         self._compile()
         iterator = self._iterator(point.data)
         clock = Clock(60 * self.training.checkpoint_minutes)
-        writer = self._writer(point.step)
-        bar = self._bar(point.step)
+        writer = metric_writer.open_writer(self.directory, point.step)
+        total = self._count.images_at(self._last_step)
+        bar = progress(total, f"training {self.name}", self._count.images_at(point.step))
         curves = metric_writer.Curves(self.directory)
         buffer = MetricBuffer(self.training, self._count, writer, bar)
         session = Session(checkpoints, snapshots, stop, probe, writer, buffer, clock, curves)
@@ -255,6 +268,7 @@ class Trainer:
             self.mesh,
             self._count,
             self.source.cell,
+            self._objective(),
         )
 
     def _key(self, stream: RandomStream) -> Key[Array, ""]:
@@ -378,9 +392,11 @@ class Trainer:
         every = self._evaluate_every(probe)
         due = every and (self._before.is_due(point.step, every) or point.step == self._last_step)
         if point.step and due and not metric_writer.is_evaluated(self.directory, point.step):
-            with contextlib.closing(self._writer(point.step)) as writer:
+            writer = metric_writer.open_writer(self.directory, point.step)
+            with contextlib.closing(writer):
                 self._evaluate(probe, point, writer)
 
+<<<<<<< HEAD
     def _writer(self, step: int) -> metric_writer.Writer:
         return metric_writer.open_writer(self._config, self.directory, step)
 
@@ -389,6 +405,8 @@ class Trainer:
         total = self._count.images_at(self._last_step)
         return progress(total, f"training {self.name}", self._count.images_at(step))
 
+=======
+>>>>>>> latent
     def _local_ema(self, state: TrainState) -> Any:
-        """Returns the EMA parameters, replicated on this process's devices."""
+        """The EMA parameters, replicated on this process's devices."""
         return sharding.on_this_process(state.ema, sharding.local_mesh())

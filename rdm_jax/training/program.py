@@ -11,12 +11,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from rdm_jax.config import Stage
+from rdm_jax.config.autoencoder import Autoencoder
 from rdm_jax.data.augment import Augmentation
 from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import sharding
 from rdm_jax.training.count import Count
 from rdm_jax.training.optimizer import build_optimizer
-from rdm_jax.training.step import Objective, TrainState, init_state, make_step
+from rdm_jax.training.step import Loss, Objective, TrainState, init_state, make_step
+
+Trained = Stage | Autoencoder
 
 # Else the gradients of sharded kernels are computed piece by piece, to send one while the next is
 # computed; of convolutions a piece has so few channels that it takes five times as long.
@@ -49,13 +52,14 @@ class Program(ABC):
     """The step of one stage on a mesh. Arrays are made, and code is compiled, on demand.
 
     Args:
-      stage: what is trained, and how.
+      stage: what is trained, and how; of another `objective` its training alone is used.
       image_shape: (h, w, c) of the records.
       classes: of the images; 0 for none.
       key: of the training's randomness.
       mesh: of all devices that train.
       count: of images, if the batch size has changed during the training; else None.
       cell: records hold the sums of cell x cell pixels; 1 for pixels.
+      objective: what is trained instead of the stage's own objective.
 
     Attributes:
       objective: of the training.
@@ -67,17 +71,18 @@ class Program(ABC):
 
     def __init__(
         self,
-        stage: Stage,
+        stage: Trained,
         image_shape: tuple[int, ...],
         classes: int,
         key: Key[Array, ""],
         mesh: Mesh,
         count: Count | None = None,
         cell: int = 1,
+        objective: Loss | None = None,
     ):
         self.mesh, self._training = mesh, stage.training
         count = count or Count(stage.training.batch_size)
-        self.objective = build_objective(stage, image_shape, classes, cell)
+        self.objective = objective or build_objective(stage, image_shape, classes, cell)
         position = {"position": jax.ShapeDtypeStruct((), jnp.int32)}
         self.inputs = self.objective.inputs(image_shape) | position
         self._optimizer = build_optimizer(stage.training, count)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from rdm_jax.checkpoints import folders, store
-from rdm_jax.config import Stage
 from rdm_jax.config.changes import check_allowed
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.data.text_table import same_text, spec_of
@@ -19,7 +18,7 @@ from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.mounts import AnyPath
 from rdm_jax.training.count import Count
-from rdm_jax.training.program import Program
+from rdm_jax.training.program import Program, Trained
 from rdm_jax.training.step import TrainState
 
 # What a checkpoint records of the training before it, which all later ones repeat.
@@ -71,7 +70,7 @@ class Starter:
     """
 
     name: str
-    stage: Stage
+    stage: Trained
     about: dict[str, Any]
     program: Program
     key: Key[Array, ""]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
@@ -20,6 +20,26 @@ from rdm_jax.models.conditions import Condition
 from rdm_jax.models.functional import Network
 from rdm_jax.runtime import random_streams
 from rdm_jax.training.count import Count
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What `make_step` minimises; `Objective` is that of a stage."""
+
+    @property
+    def network(self) -> Network:
+        """Whose parameters are trained."""
+
+    def plain(self) -> "Loss":
+        """The same without augmentation, for the validation loss."""
+
+    def inputs(self, image_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the loss reads of a batch: shapes and dtypes for one image (h, w, c)."""
+
+    def loss(
+        self, params: dict, batch: dict[str, Array], keys: Key[Array, " b"], *, dropout: bool
+    ) -> Float[Array, " b"]:
+        """The loss per image; all of an image's randomness follows from its own key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +66,10 @@ class Objective:
     flip: bool = False
     representation: Pixels = Pixels()
     dct_quality: int = 0
+
+    def plain(self) -> "Objective":
+        """The same without augmentation."""
+        return dataclasses.replace(self, augmentation=None, flip=False)
 
     def inputs(self, image_shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         """What the loss reads of a batch: shapes and dtypes for one image (h, w, c)."""
@@ -174,7 +198,7 @@ def power_weight(images: Float[Array, ""], *, batch_size: int, width: float) -> 
 
 
 def make_step(
-    objective: Objective,
+    objective: Loss,
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
     *,

@@ -1,6 +1,5 @@
 """The loss of the EMA parameters on fixed images, which ranks checkpoints."""
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import distributed, random_streams, sharding
 from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.training.step import Objective
+from rdm_jax.training.step import Loss
 
 
 class Validation:
@@ -32,13 +31,13 @@ class Validation:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Loss,
         images: ImageSet,
         training: Training,
         key: Key[Array, ""],
         mesh: Mesh,
     ):
-        self._objective = dataclasses.replace(objective, augmentation=None, flip=False)
+        self._objective = objective.plain()
         self._images = images
         self._inputs = self._objective.inputs(images.image_shape)
         self._key = key

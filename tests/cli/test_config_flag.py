@@ -43,7 +43,7 @@ def test_whole_number_refuses(text):
 
 REFUSED = {
     "--config.stage1.training.learningrate=1": "learningrate=1 is not a field .*Use learning_rate.",
-    "--config.learning_rate=1": "Use config.stage1.training.learning_rate or config.stage2.training",
+    "--config.learning_rate=1": "Use .*config.stage1.training.learning_rate or config.stage2.training",
     "--config.stage3.guidance=1": r"guidance=1 is not a field of the config \(config has no 'stage3'\)",
     "--config.stage1.training=5": "training=5: config.stage1.training is a section. Use one of its",
     "--config.stage1.resolution[0]=9": r"cannot be set. Use --config.stage1.resolution='\(1, 2\)'",

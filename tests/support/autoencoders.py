@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rdm_jax.interop import autoencoder_files
@@ -27,7 +28,8 @@ def small_params(config: AutoencoderKL = SMALL):
                 return 1 + 0.1 * z
         return 0.1 * z
 
-    return jax.tree.map_with_path(draw, config.build().parts.abstract)
+    drawn = jax.tree.map_with_path(draw, config.build().parts.abstract)
+    return jax.tree.map(jnp.asarray, drawn)
 
 
 def published(folder: Path, config: AutoencoderKL = SMALL) -> None:
