@@ -42,11 +42,8 @@ from rdm_jax.sampling.prompts import check_labels, check_prompts, takes_text
 from rdm_jax.sampling.run_captions import Captions, pairs_of
 from rdm_jax.sampling.write_samples import sample_to_files
 from rdm_jax.stage_datasets import open_sets, set_for_pictures
-<<<<<<< HEAD
 from rdm_jax.training import trackers
-=======
 from rdm_jax.training.autoencoder import AutoencoderTrainer, ReconstructionProbe, measure
->>>>>>> latent
 from rdm_jax.training.loop import Trainer
 from rdm_jax.workdir import Workdir
 

@@ -217,11 +217,8 @@ class Config:
     parallel: Parallel = Parallel()
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
-<<<<<<< HEAD
     tracker: str = one_of("", "wandb", default="")
-=======
     autoencoder: Autoencoder = Autoencoder()
->>>>>>> latent
 
     def __post_init__(self) -> None:
         numbered = tuple(stage._numbered(i) for i, stage in enumerate(self.stages, 1))

@@ -75,12 +75,7 @@ class Trainer:
         self.source, held_out = as_sums(cell, source, held_out or source)
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
-<<<<<<< HEAD
         self._config, self._number, self._seed = config, number, config.seed
-        check_captions(config, {number: source.text})
-=======
-        self._number, self._seed = number, config.seed
->>>>>>> latent
         self._mode = config.parallel.mode
         self._workers = config.data.workers
         self._worker_timeout = config.data.worker_timeout
@@ -176,7 +171,7 @@ class Trainer:
         self._compile()
         iterator = self._iterator(point.data)
         clock = Clock(60 * self.training.checkpoint_minutes)
-        writer = metric_writer.open_writer(self.directory, point.step)
+        writer = metric_writer.open_writer(self._config, self.directory, point.step)
         total = self._count.images_at(self._last_step)
         bar = progress(total, f"training {self.name}", self._count.images_at(point.step))
         curves = metric_writer.Curves(self.directory)
@@ -392,21 +387,10 @@ class Trainer:
         every = self._evaluate_every(probe)
         due = every and (self._before.is_due(point.step, every) or point.step == self._last_step)
         if point.step and due and not metric_writer.is_evaluated(self.directory, point.step):
-            writer = metric_writer.open_writer(self.directory, point.step)
+            writer = metric_writer.open_writer(self._config, self.directory, point.step)
             with contextlib.closing(writer):
                 self._evaluate(probe, point, writer)
 
-<<<<<<< HEAD
-    def _writer(self, step: int) -> metric_writer.Writer:
-        return metric_writer.open_writer(self._config, self.directory, step)
-
-    def _bar(self, step: int) -> Any:
-        """Returns the progress bar in images."""
-        total = self._count.images_at(self._last_step)
-        return progress(total, f"training {self.name}", self._count.images_at(step))
-
-=======
->>>>>>> latent
     def _local_ema(self, state: TrainState) -> Any:
         """The EMA parameters, replicated on this process's devices."""
         return sharding.on_this_process(state.ema, sharding.local_mesh())

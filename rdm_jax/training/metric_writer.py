@@ -211,8 +211,3 @@ class Curves:
             with log_write_errors(self._directory / "loss.png"):
                 draw_losses(read(self._directory / "metrics.jsonl"), self._directory / "loss.png")
             self._due = time.monotonic() + SECONDS_BETWEEN_CURVES
-
-
-def open_writer(directory: Path, step: int) -> MetricWriter | NoWriter:
-    """What writes the metrics of a stage from a step on; only process 0 does."""
-    return MetricWriter(directory, step) if distributed.is_primary() else NoWriter()
