@@ -239,13 +239,20 @@ def remove_folder(folder: AnyPath) -> None:
 
 
 @contextlib.contextmanager
-def talking_to(url: str) -> Iterator[None]:
-    """Raises any library's error about a bucket as an OSError that names the URL."""
+def talking_to(where: str | AnyPath) -> Iterator[None]:
+    """Raises any library's error about a bucket as an OSError that names the URL.
+
+    Args:
+      where: the URL. Errors about a local path are raised as they are.
+    """
     try:
         yield
     except (InputError, InUse):
         raise
     except Exception as error:  # gcsfs, aiohttp, google-auth and fsspec each raise their own
+        url = str(where)
+        if isinstance(where, Path) or is_url(str(getattr(error, "filename", ""))):
+            raise
         kind = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(errno.ENOENT, "it does not exist", url) from error
@@ -253,10 +260,23 @@ def talking_to(url: str) -> Iterator[None]:
 
 
 def _objects(root: str) -> dict[str, dict[str, Any]]:
-    """What the store says of all objects in a folder, by their names in it."""
-    found = files().find(root, detail=True).items()
-    # Other programs make empty objects 'FOLDER/' that stand for folders.
-    return {path.removeprefix(f"{root}/"): about for path, about in found if path[-1] != "/"}
+    """What the store says of all objects in a folder, by their names in it.
+
+    Only of those whose name is that of a file inside the folder: others may write what they like
+    into a bucket ('../x'), and some programs make empty objects 'FOLDER/' that stand for folders.
+    """
+    with talking_to(f"{SCHEME}{root}"):
+        found = files().find(root, detail=True)
+    below = f"{root}/"
+    named = {
+        path.removeprefix(below): about for path, about in found.items() if path.startswith(below)
+    }
+    return {name: about for name, about in named.items() if _is_of_file(name)}
+
+
+def _is_of_file(name: str) -> bool:
+    """Whether an object's name, relative to its folder, is that of a file inside the folder."""
+    return "\0" not in name and not {"", ".", ".."} & {*name.split("/")}
 
 
 def _mount_of(path: Path) -> Mount | None:
