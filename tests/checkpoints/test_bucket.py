@@ -10,6 +10,7 @@ import pytest
 from rdm_jax.checkpoints import folders
 from rdm_jax.checkpoints.store import Checkpoints, with_sharding
 from rdm_jax.runtime import mounts, sharding
+from rdm_jax.runtime.errors import InputError
 
 STEP = "run/stage1/checkpoints"
 
@@ -68,6 +69,22 @@ def test_what_a_killed_process_leaves_is_not_a_checkpoint(folder, store):
     store.server.delete(store.name, f"{STEP}/2/ema/manifest.ocdbt")
     assert _open(folder).newest() == 1 and not store.names(f"{STEP}/2/")
     np.testing.assert_array_equal(restored(folder, 1), np.arange(6.0) + 1)
+
+
+@pytest.mark.parametrize("name", ["checksums.json", "ema/manifest.ocdbt"])
+def test_a_checkpoint_that_cannot_be_read_is_not_deleted(folder, store, name):
+    save(checkpoints := _open(folder), 1, 2)
+    checkpoints.close()
+    store.server.answer = lambda method, path: 401 * path.endswith(f"/2/{name}")
+    with pytest.raises(OSError) as error:
+        _open(folder)
+    assert error.value.filename.startswith(store.url(f"{STEP}/2"))
+    store.server.answer = lambda method, path: 0
+
+    store.server.put(store.name, f"{STEP}/2/{name}", b"{}")
+    with pytest.raises(InputError, match="2 is damaged"):
+        _open(folder)
+    assert steps_in(folder) == [1, 2]
 
 
 @pytest.mark.parametrize("part", ["ema/", "commit_success.txt", "checksums.json"])
