@@ -102,8 +102,10 @@ class Mount:
         """Uploads the files that changed here, each in one piece; removes those removed here.
 
         Raises:
+          InputError: another run has taken the folder over.
           OSError: the bucket cannot be written. The next call tries again.
         """
+        check_owned(epath.Path(self.url))
         with self._busy, talking_to(self.url):
             here = {
                 str(path.relative_to(self.path)): _state(path)
@@ -142,6 +144,7 @@ class Mount:
 
 
 _mounts: dict[str, Mount] = {}
+taken: dict[str, str] = {}  # URLs of folders that this process has lost, and who writes there now
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
@@ -192,6 +195,17 @@ def in_store(path: Path) -> AnyPath:
     return epath.Path(f"{mount.url}/{path.relative_to(mount.path)}".removesuffix("/."))
 
 
+def check_owned(path: AnyPath) -> None:
+    """Raises InputError if this process has lost the lock of the folder that a path is in."""
+    place = f"{in_store(path) if isinstance(path, Path) else path}/"
+    for url, owner in taken.items():
+        if place.startswith(f"{url}/"):
+            raise InputError(
+                f"{url} is not written any more, as this run has lost its lock to {owner}",
+                "Wait until no other run writes there, and run the same command again.",
+            )
+
+
 def named(text: str) -> str:
     """A message that names URLs instead of the local folders that stand for them."""
     for mount in _mounts.values():
@@ -205,7 +219,7 @@ def _named_record(record: logging.LogRecord) -> bool:
 
 
 def push() -> None:
-    """Uploads what this process has changed. Raises OSError if a bucket cannot be written."""
+    """Uploads what this process has changed. Raises as `Mount.push`."""
     for mount in _mounts.values():
         mount.push()
 
