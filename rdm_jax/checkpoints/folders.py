@@ -10,7 +10,7 @@ from rdm_jax.config.changes import Change, incompatible_changes
 from rdm_jax.config.saved import about_now
 from rdm_jax.runtime import distributed, mounts
 from rdm_jax.runtime.console import log
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.files import parse_json
 from rdm_jax.runtime.mounts import AnyPath
 
@@ -156,6 +156,17 @@ def unfinished(directory: AnyPath, step: int | None = None) -> list[AnyPath]:
             numbered = [child for child in directory.glob("*") if child.name.isdecimal()]
             found = [child for child in numbered if not is_committed(child)]
     return [child for child in found if step is None or child.name.split(".")[0] == str(step)]
+
+
+def unreadable(directory: AnyPath, error: Exception) -> InputError:
+    """What to raise if Orbax cannot open the checkpoints: names the first one that is damaged."""
+    problem = f"a checkpoint in {directory} cannot be read ({reason(error)})"
+    for folder in sorted(step_folders(directory)):
+        found = damage(folder, thorough=False)
+        if found:
+            problem = f"checkpoint {folder} is damaged ({found})"
+            break
+    return InputError(problem, "Move the damaged step's folder away.")
 
 
 def is_trained(directory: AnyPath) -> bool:

@@ -100,6 +100,32 @@ def test_a_save_that_the_store_refuses_is_logged_and_is_no_checkpoint(folder, st
     np.testing.assert_array_equal(restored(folder, 2), np.arange(6.0) + 2)
 
 
+def test_a_store_that_is_away_during_a_save_ends_nothing(folder, store, caplog):
+    save(checkpoints := _open(folder), 1)
+    store.server.answer = lambda method, path: 403
+    save(checkpoints, 2)
+    assert f"checkpoint {store.url(STEP)}/2 cannot be written" in caplog.text
+    with pytest.raises(OSError, match="Forbidden"):  # one may fail
+        save(checkpoints, 3)
+    store.server.answer = lambda method, path: 0
+    save(checkpoints, 4)
+    checkpoints.close()
+    assert steps_in(folder) == [1, 4] and not store.names(f"{STEP}/2/")
+
+
+def test_a_save_after_the_lock_is_lost_ends_the_run(folder, store, monkeypatch):
+    """It neither counts as failed nor removes what another run is writing."""
+    save(checkpoints := _open(folder), 1)
+    store.server.put(store.name, f"{STEP}/9/theirs", b"")
+    monkeypatch.setitem(mounts.taken, store.url("run"), "process 1 on other")
+    with pytest.raises(InputError, match="lost its lock to process 1 on other"):
+        save(checkpoints, 2)
+    with pytest.raises(InputError, match="lost its lock"):
+        checkpoints._give_up(OSError("as the lock was lost during the save"))
+    assert store.names(f"{STEP}/9/") and steps_in(folder) == [1]
+    checkpoints.close()
+
+
 def test_a_busy_store_is_asked_again(folder, store):
     """It answers 503 to every fifth request of the save."""
     checkpoints, requests = _open(folder), iter(range(10**6))
