@@ -83,7 +83,9 @@ class Workdir:
         return f"--workdir={str(mounts.in_store(self.path))!r}"
 
     def _exists(self) -> bool:
-        return mounts.in_store(self.path).exists()
+        path = mounts.in_store(self.path)
+        with mounts.talking_to(path):
+            return path.exists()
 
     def stage(self, number: int) -> Path:
         """Returns the folder of a stage (from 1)."""
@@ -249,7 +251,8 @@ class Workdir:
                     file.flush()
                     os.fsync(file.fileno())
             else:
-                (lock / TOKEN).write_text(token)
+                with mounts.talking_to(lock):
+                    (lock / TOKEN).write_text(token)
             yield
 
     def _shows(self, token: str) -> bool:
@@ -257,7 +260,8 @@ class Workdir:
         lock = mounts.in_store(self._lock)
         lock = lock if isinstance(lock, Path) else lock / TOKEN
         for _ in range(SECONDS_TO_APPEAR):
-            if lock.exists() and lock.read_text() == token:
-                return True
+            with mounts.talking_to(lock):
+                if lock.exists() and lock.read_text() == token:
+                    return True
             time.sleep(1)
         return False

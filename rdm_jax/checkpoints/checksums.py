@@ -4,13 +4,14 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 from rdm_jax.runtime.files import parse_json, sha256
-from rdm_jax.runtime.mounts import AnyPath, file_sizes
+from rdm_jax.runtime.mounts import AnyPath, file_sizes, talking_to
 
 CHECKSUMS = "checksums.json"
 # Orbax writes these last: the time of its commit, and a marker. They hold no training state.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 SMALL = 2**20
 READERS = 8
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
 def write_checksums(folder: AnyPath) -> None:
@@ -28,15 +29,15 @@ def damage(folder: AnyPath, thorough: bool = True) -> str:
 
     Args:
       thorough: read all files; else only those below 1 MiB, and compare the sizes of the others.
+
+    Raises:
+      OSError: a file cannot be read, which does not mean that it is damaged.
     """
     try:
-        listed = parse_json((folder / CHECKSUMS).read_text())
-        expected = {
-            name: (int(about["bytes"]), str(about["sha256"])) for name, about in listed.items()
-        }
-    except FileNotFoundError:
+        expected = _expected(folder)
+    except ABSENT:
         return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{CHECKSUMS} is damaged: {error}"
     found = _sizes(folder)
     for name in sorted(expected.keys() | found.keys()):
@@ -53,12 +54,29 @@ def damage(folder: AnyPath, thorough: bool = True) -> str:
     return ""
 
 
+def is_half_deleted(folder: AnyPath) -> bool:
+    """Whether files of a damaged checkpoint are missing. Raises OSError as `damage`."""
+    try:
+        return not _expected(folder).keys() <= _sizes(folder).keys()
+    except ABSENT:
+        return True
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def _expected(folder: AnyPath) -> dict[str, tuple[int, str]]:
+    """The sizes and checksums that the files should have."""
+    with talking_to(folder / CHECKSUMS):
+        listed = parse_json((folder / CHECKSUMS).read_text())
+    return {name: (int(about["bytes"]), str(about["sha256"])) for name, about in listed.items()}
+
+
 def _sizes(folder: AnyPath) -> dict[str, int]:
     return {n: size for n, size in file_sizes(folder).items() if n not in (*LATER, CHECKSUMS)}
 
 
 def _digests(folder: AnyPath, names: list[str]) -> dict[str, str]:
     """The SHA-256 of these files, several of which are read at a time."""
-    with ThreadPoolExecutor(READERS) as pool:
+    with talking_to(folder), ThreadPoolExecutor(READERS) as pool:
         digests = pool.map(lambda name: sha256(folder / name), names)
         return dict(zip(names, digests, strict=True))

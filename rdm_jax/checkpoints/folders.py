@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rdm_jax.checkpoints.checksums import damage
+from rdm_jax.checkpoints.checksums import damage, is_half_deleted
 from rdm_jax.config.changes import Change, incompatible_changes
 from rdm_jax.config.saved import about_now
 from rdm_jax.runtime import distributed, mounts
 from rdm_jax.runtime.console import log
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.files import parse_json
 from rdm_jax.runtime.mounts import AnyPath
 
@@ -28,11 +28,13 @@ def read_about(folder: AnyPath, fix: str = RETRAIN, *, sound: bool = False) -> d
     Raises:
       InputError: it is damaged (only small files are read), or written by a newer version of this
         package.
+      OSError: it cannot be read, as its store is away.
     """
     found = "" if sound else damage(folder, thorough=False)
     try:
-        about = parse_json((folder / "about" / "metadata").read_text())
-    except (OSError, ValueError) as error:
+        with mounts.talking_to(folder):
+            about = parse_json((folder / "about" / "metadata").read_text())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
         found = found or str(error)
     if found:
         raise InputError(f"checkpoint {folder} is damaged ({found})", fix)
@@ -79,13 +81,14 @@ def is_committed(folder: AnyPath) -> bool:
 
 def is_whole(folder: AnyPath) -> bool:
     """Whether a step's folder holds a training state, not only EMA parameters."""
-    return (folder / "train").exists()
+    with mounts.talking_to(folder):
+        return (folder / "train").exists()
 
 
 def set_damaged_aside(directory: AnyPath) -> int | None:
     """Moves damaged checkpoints to `<directory>_damaged` if another one is intact.
 
-    In a bucket, whose objects do not rot, what is damaged was half deleted: it is deleted.
+    In a bucket, what was half deleted is deleted.
 
     Of the newest intact one all files are read; of those before it, large files are only measured.
 
@@ -93,7 +96,8 @@ def set_damaged_aside(directory: AnyPath) -> int | None:
       The newest intact step; None if there is no checkpoint.
 
     Raises:
-      InputError: none is intact; nothing was moved.
+      InputError: none is intact, or one in a bucket has other content; nothing was moved.
+      OSError: a file cannot be read; nothing was moved.
     """
     damaged: dict[AnyPath, str] = {}
     sound: list[AnyPath] = []
@@ -109,6 +113,8 @@ def set_damaged_aside(directory: AnyPath) -> int | None:
             raise InputError(
                 f"checkpoint {folder} is damaged ({found}), and there is no other", fix
             )
+        if not isinstance(folder, Path) and not is_half_deleted(folder):
+            raise InputError(f"checkpoint {folder} is damaged ({found})", "Move it away.")
         log.warning(
             "checkpoint %s is damaged (%s): %s; the newest is now step %s",
             folder,
@@ -132,8 +138,9 @@ def _moved_aside(directory: AnyPath, folder: AnyPath) -> str:
 
 def step_folders(directory: AnyPath) -> list[AnyPath]:
     """Returns the folders of a stage's complete checkpoints, also if it has no directory yet."""
-    children = [child for child in directory.glob("*") if child.name.isdecimal()]
-    return [child for child in children if is_committed(child)]
+    with mounts.talking_to(directory):
+        children = [child for child in directory.glob("*") if child.name.isdecimal()]
+        return [child for child in children if is_committed(child)]
 
 
 def unfinished(directory: AnyPath, step: int | None = None) -> list[AnyPath]:
@@ -145,9 +152,21 @@ def unfinished(directory: AnyPath, step: int | None = None) -> list[AnyPath]:
         # One pattern serves all steps, as Python caches every pattern that it compiles.
         found = list(directory.glob("*.orbax-checkpoint-tmp*"))
     else:
-        numbered = [child for child in directory.glob("*") if child.name.isdecimal()]
-        found = [child for child in numbered if not is_committed(child)]
+        with mounts.talking_to(directory):
+            numbered = [child for child in directory.glob("*") if child.name.isdecimal()]
+            found = [child for child in numbered if not is_committed(child)]
     return [child for child in found if step is None or child.name.split(".")[0] == str(step)]
+
+
+def unreadable(directory: AnyPath, error: Exception) -> InputError:
+    """What to raise if Orbax cannot open the checkpoints: names the first one that is damaged."""
+    problem = f"a checkpoint in {directory} cannot be read ({reason(error)})"
+    for folder in sorted(step_folders(directory)):
+        found = damage(folder, thorough=False)
+        if found:
+            problem = f"checkpoint {folder} is damaged ({found})"
+            break
+    return InputError(problem, "Move the damaged step's folder away.")
 
 
 def is_trained(directory: AnyPath) -> bool:
@@ -193,8 +212,9 @@ def _newest_first(folders: list[AnyPath]) -> list[AnyPath]:
 
 def _step_of(folder: AnyPath, field: str) -> int:
     """Returns the step whose checkpoint a folder is."""
-    if folder.name.isdecimal() and folder.is_dir():
-        return int(folder.name)
+    with mounts.talking_to(folder):
+        if folder.name.isdecimal() and folder.is_dir():
+            return int(folder.name)
     raise InputError(
         f"{field}={str(folder)!r} is not a checkpoint",
         "Use the folder of a step, such as runs/digits/stage1/checkpoints/700.",

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +26,8 @@ from rdm_jax.checkpoints.folders import (
     rank,
     read_about,
     set_damaged_aside,
-    step_folders,
     unfinished,
+    unreadable,
 )
 from rdm_jax.checkpoints.retention import DELETED, manager_options
 from rdm_jax.config.saved import about_now
@@ -118,13 +118,7 @@ class Checkpoints:
                     absolute(self.directory), options=options, item_handlers=handlers
                 )
         except Exception as error:
-            problem = f"a checkpoint in {self.directory} cannot be read ({reason(error)})"
-            for folder in sorted(step_folders(self.directory)):
-                found = damage(folder, thorough=False)
-                if found:
-                    problem = f"checkpoint {folder} is damaged ({found})"
-                    break
-            raise InputError(problem, "Move the damaged step's folder away.") from error
+            raise unreadable(self.directory, error) from error
 
     def steps(self) -> list[int]:
         """Returns the steps of all complete checkpoints, oldest first."""
@@ -255,8 +249,11 @@ class Checkpoints:
         self._saving = step
         self._validated_on = about.get("validated_on")
         metrics = {"validation_loss": rank(about), "validated_on": self._validated_on}
+        mounts.check_owned(self.directory)
         try:
             self._check_directory()
+            if self._failed:  # the store may have been away
+                self._remove_unfinished()
             self._manager.save(step, args=args, metrics=metrics)
         except Exception as error:
             self._give_up(error)
@@ -287,10 +284,9 @@ class Checkpoints:
         """Removes and logs a save that failed. Raises OSError if no more may fail."""
         if distributed.is_lost_peer(error):  # not the disk's fault
             raise error
-        for partial in unfinished(self.directory):
-            mounts.remove_folder(partial)
-        if self.directory.is_dir():
-            self._manager.reload()
+        mounts.check_owned(self.directory)
+        with suppress(OSError):
+            self._remove_unfinished()
         lost = OSError(errno.EIO, reason(error), str(self.directory / str(self._saving)))
         self._saving = None
         self._lost = lost
@@ -301,6 +297,13 @@ class Checkpoints:
         log.warning(
             "checkpoint %s cannot be written: %s; training continues", lost.filename, lost.strerror
         )
+
+    def _remove_unfinished(self) -> None:
+        with mounts.talking_to(self.directory):
+            for partial in unfinished(self.directory):
+                mounts.remove_folder(partial)
+            if self.directory.is_dir():
+                self._manager.reload()
 
     def _raise_lost(self, error: Exception | None = None) -> None:
         lost, self._lost = self._lost, None

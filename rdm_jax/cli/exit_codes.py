@@ -39,6 +39,8 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
     except OSError as error:
         where, why = error.filename or workdir() or "a file", error.strerror or error
         fix = "Free space, or use another --workdir."
+        if mounts.is_url(str(where)):
+            fix = "Run the same command again once the bucket can be used."
         return _failed(f"{where} cannot be used ({why}). {fix}", BAD_INPUT)
     except Exception as error:
         if refused := backend_error(error):

@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from rdm_jax.runtime import locks
+from rdm_jax.runtime import locks, mounts
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.mounts import files, talking_to
 
@@ -28,7 +28,8 @@ def locked(folder: epath.Path) -> Iterator[epath.Path]:
     """A context that one process at a time can enter.
 
     The owner rewrites its object every few seconds. Another process takes the lock over if the
-    owner is known to have ended (on the same host), or has not done so for two minutes.
+    owner is known to have ended (on the same host), or has not done so for two minutes. An owner
+    that has lost its lock writes nothing more into the folder above (`mounts.check_owned`).
 
     Args:
       folder: of the objects.
@@ -43,12 +44,13 @@ def locked(folder: epath.Path) -> Iterator[epath.Path]:
     ours = {
         "host": locks.host(),
         "process": os.getpid(),
-        "user": getpass.getuser(),
+        "user": _user(),
         "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "id": uuid.uuid4().hex,
     }
     with talking_to(str(folder)):
         owned = _acquire(folder, ours)
+    mounts.taken.pop(str(folder.parent), None)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(folder, owned, ours, ended), daemon=True)
     heart.start()
@@ -90,8 +92,9 @@ def _has_ended(folder: epath.Path, number: int) -> bool:
     about, written = _read(folder, number), _generation(folder, number)
     if not written:  # just released
         return False
-    if about.get("host") == locks.host():
-        return not locks.is_running(int(about.get("process", 0)))
+    # A process of that number that runs need not be the owner: containers begin again at 1.
+    if about.get("host") == locks.host() and not locks.is_running(int(about.get("process", 0))):
+        return True
     log.info(
         "%s: waiting up to %d s for a heartbeat of its owner",
         folder / str(number),
@@ -109,10 +112,20 @@ def _beat(folder: epath.Path, number: int, ours: dict[str, Any], ended: threadin
     """Rewrites the object until `ended`, unless another process has taken the lock over."""
     while not ended.wait(locks.HEARTBEAT_SECONDS):
         with contextlib.suppress(Exception):  # the store is away: the next heartbeat may succeed
-            if _numbers(folder)[-1] != number or _read(folder, number).get("id") != ours["id"]:
-                log.warning("%s: another run has taken the lock; both write there", folder)
+            numbers = _numbers(folder)
+            if numbers[-1:] != [number] or _read(folder, number).get("id") != ours["id"]:
+                owner = _owner(folder, numbers[-1]) if numbers else "whoever removed it"
+                mounts.taken[str(folder.parent)] = owner
+                log.warning("%s: another run has taken the lock (%s)", folder, owner)
                 return
             files().pipe_file(_key(folder, number), json.dumps(ours).encode())
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a number that has no name
+        return str(os.getuid())
 
 
 def _owner(folder: epath.Path, number: int) -> str:

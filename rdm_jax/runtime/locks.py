@@ -108,10 +108,16 @@ def owner_file(path: Path) -> Iterator[None]:
 
 
 def host() -> str:
-    """Returns this host's name and process namespace: containers may share their host's name."""
+    """Returns this host's name, process namespace and boot, as far as it has them.
+
+    Containers may share their host's name, and those of several machines all but the boot.
+    """
+    parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    return " ".join(parts)
 
 
 def _create(path: Path, text: str) -> bool:

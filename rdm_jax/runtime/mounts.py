@@ -102,8 +102,10 @@ class Mount:
         """Uploads the files that changed here, each in one piece; removes those removed here.
 
         Raises:
+          InputError: another run has taken the folder over.
           OSError: the bucket cannot be written. The next call tries again.
         """
+        check_owned(epath.Path(self.url))
         with self._busy, talking_to(self.url):
             here = {
                 str(path.relative_to(self.path)): _state(path)
@@ -142,6 +144,7 @@ class Mount:
 
 
 _mounts: dict[str, Mount] = {}
+taken: dict[str, str] = {}  # URLs of folders that this process has lost, and who writes there now
 
 
 def is_url(text: str | os.PathLike[str]) -> bool:
@@ -192,6 +195,17 @@ def in_store(path: Path) -> AnyPath:
     return epath.Path(f"{mount.url}/{path.relative_to(mount.path)}".removesuffix("/."))
 
 
+def check_owned(path: AnyPath) -> None:
+    """Raises InputError if this process has lost the lock of the folder that a path is in."""
+    place = f"{in_store(path) if isinstance(path, Path) else path}/"
+    for url, owner in taken.items():
+        if place.startswith(f"{url}/"):
+            raise InputError(
+                f"{url} is not written any more, as this run has lost its lock to {owner}",
+                "Wait until no other run writes there, and run the same command again.",
+            )
+
+
 def named(text: str) -> str:
     """A message that names URLs instead of the local folders that stand for them."""
     for mount in _mounts.values():
@@ -205,7 +219,7 @@ def _named_record(record: logging.LogRecord) -> bool:
 
 
 def push() -> None:
-    """Uploads what this process has changed. Raises OSError if a bucket cannot be written."""
+    """Uploads what this process has changed. Raises as `Mount.push`."""
     for mount in _mounts.values():
         mount.push()
 
@@ -239,13 +253,20 @@ def remove_folder(folder: AnyPath) -> None:
 
 
 @contextlib.contextmanager
-def talking_to(url: str) -> Iterator[None]:
-    """Raises any library's error about a bucket as an OSError that names the URL."""
+def talking_to(where: str | AnyPath) -> Iterator[None]:
+    """Raises any library's error about a bucket as an OSError that names the URL.
+
+    Args:
+      where: the URL. Errors about a local path are raised as they are.
+    """
     try:
         yield
     except (InputError, InUse):
         raise
     except Exception as error:  # gcsfs, aiohttp, google-auth and fsspec each raise their own
+        url = str(where)
+        if isinstance(where, Path) or is_url(str(getattr(error, "filename", ""))):
+            raise
         kind = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(errno.ENOENT, "it does not exist", url) from error
@@ -253,10 +274,23 @@ def talking_to(url: str) -> Iterator[None]:
 
 
 def _objects(root: str) -> dict[str, dict[str, Any]]:
-    """What the store says of all objects in a folder, by their names in it."""
-    found = files().find(root, detail=True).items()
-    # Other programs make empty objects 'FOLDER/' that stand for folders.
-    return {path.removeprefix(f"{root}/"): about for path, about in found if path[-1] != "/"}
+    """What the store says of all objects in a folder, by their names in it.
+
+    Only of those whose name is that of a file inside the folder: others may write what they like
+    into a bucket ('../x'), and some programs make empty objects 'FOLDER/' that stand for folders.
+    """
+    with talking_to(f"{SCHEME}{root}"):
+        found = files().find(root, detail=True)
+    below = f"{root}/"
+    named = {
+        path.removeprefix(below): about for path, about in found.items() if path.startswith(below)
+    }
+    return {name: about for name, about in named.items() if _is_of_file(name)}
+
+
+def _is_of_file(name: str) -> bool:
+    """Whether an object's name, relative to its folder, is that of a file inside the folder."""
+    return "\0" not in name and not {"", ".", ".."} & {*name.split("/")}
 
 
 def _mount_of(path: Path) -> Mount | None:

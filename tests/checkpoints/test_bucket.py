@@ -10,6 +10,7 @@ import pytest
 from rdm_jax.checkpoints import folders
 from rdm_jax.checkpoints.store import Checkpoints, with_sharding
 from rdm_jax.runtime import mounts, sharding
+from rdm_jax.runtime.errors import InputError
 
 STEP = "run/stage1/checkpoints"
 
@@ -70,6 +71,22 @@ def test_what_a_killed_process_leaves_is_not_a_checkpoint(folder, store):
     np.testing.assert_array_equal(restored(folder, 1), np.arange(6.0) + 1)
 
 
+@pytest.mark.parametrize("name", ["checksums.json", "ema/manifest.ocdbt"])
+def test_a_checkpoint_that_cannot_be_read_is_not_deleted(folder, store, name):
+    save(checkpoints := _open(folder), 1, 2)
+    checkpoints.close()
+    store.server.answer = lambda method, path: 401 * path.endswith(f"/2/{name}")
+    with pytest.raises(OSError) as error:
+        _open(folder)
+    assert error.value.filename.startswith(store.url(f"{STEP}/2"))
+    store.server.answer = lambda method, path: 0
+
+    store.server.put(store.name, f"{STEP}/2/{name}", b"{}")
+    with pytest.raises(InputError, match="2 is damaged"):
+        _open(folder)
+    assert steps_in(folder) == [1, 2]
+
+
 @pytest.mark.parametrize("part", ["ema/", "commit_success.txt", "checksums.json"])
 def test_a_save_that_the_store_refuses_is_logged_and_is_no_checkpoint(folder, store, caplog, part):
     save(checkpoints := _open(folder), 1)
@@ -81,6 +98,32 @@ def test_a_save_that_the_store_refuses_is_logged_and_is_no_checkpoint(folder, st
     save(checkpoints, 2)
     checkpoints.close()
     np.testing.assert_array_equal(restored(folder, 2), np.arange(6.0) + 2)
+
+
+def test_a_store_that_is_away_during_a_save_ends_nothing(folder, store, caplog):
+    save(checkpoints := _open(folder), 1)
+    store.server.answer = lambda method, path: 403
+    save(checkpoints, 2)
+    assert f"checkpoint {store.url(STEP)}/2 cannot be written" in caplog.text
+    with pytest.raises(OSError, match="Forbidden"):  # one may fail
+        save(checkpoints, 3)
+    store.server.answer = lambda method, path: 0
+    save(checkpoints, 4)
+    checkpoints.close()
+    assert steps_in(folder) == [1, 4] and not store.names(f"{STEP}/2/")
+
+
+def test_a_save_after_the_lock_is_lost_ends_the_run(folder, store, monkeypatch):
+    """It neither counts as failed nor removes what another run is writing."""
+    save(checkpoints := _open(folder), 1)
+    store.server.put(store.name, f"{STEP}/9/theirs", b"")
+    monkeypatch.setitem(mounts.taken, store.url("run"), "process 1 on other")
+    with pytest.raises(InputError, match="lost its lock to process 1 on other"):
+        save(checkpoints, 2)
+    with pytest.raises(InputError, match="lost its lock"):
+        checkpoints._give_up(OSError("as the lock was lost during the save"))
+    assert store.names(f"{STEP}/9/") and steps_in(folder) == [1]
+    checkpoints.close()
 
 
 def test_a_busy_store_is_asked_again(folder, store):

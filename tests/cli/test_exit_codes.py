@@ -24,3 +24,12 @@ def test_exit_status_names_what_the_system_refuses(capsys, error, workdir, where
     assert exit_status(work, lambda: workdir) == 2
     line = f"error: {where} cannot be used (No space left on device). Free space, or use another "
     assert capsys.readouterr().err == f"{line}--workdir.\n"
+
+
+def test_exit_status_of_a_bucket_does_not_ask_for_space(capsys):
+    def work():
+        raise OSError(errno.EIO, "Forbidden", "gs://bucket/run")
+
+    assert exit_status(work, lambda: None) == 2
+    line = "error: gs://bucket/run cannot be used (Forbidden). Run the same command again once "
+    assert capsys.readouterr().err == f"{line}the bucket can be used.\n"

@@ -1,9 +1,12 @@
 """The lock of a folder of a bucket."""
 
+import getpass
 import json
+import os
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 
@@ -36,7 +39,8 @@ def ended_process() -> int:
     return process.pid
 
 
-def test_locked_excludes_names_its_owner_and_is_released(store):
+def test_locked_excludes_names_its_owner_and_is_released(store, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.1)
     workdir = Workdir(store.url("run"))
     with workdir.locked(), pytest.raises(InputError) as refusal, workdir.locked():
         pass
@@ -52,6 +56,20 @@ def test_locked_is_taken_over_from_an_ended_process(folder, store):
     left_by(folder, host=locks.host(), process=ended_process())
     with bucket_lock.locked(folder) as owned:
         assert owned == folder / "2" and store.names("run/.lock/") == ["run/.lock/2"]
+
+
+def test_locked_is_taken_over_though_another_process_has_the_number(folder, quick):
+    """As of a container that was killed and started again: its processes are the same numbers."""
+    left_by(folder, host=locks.host(), process=os.getpid())
+    with bucket_lock.locked(folder) as owned:
+        assert owned == folder / "2"
+
+
+@pytest.mark.parametrize("error", [KeyError, OSError])
+def test_locked_by_a_user_without_a_name(folder, monkeypatch, error):
+    monkeypatch.setattr(getpass, "getuser", mock.Mock(side_effect=error))
+    with bucket_lock.locked(folder) as owned:
+        assert json.loads(owned.read_text())["user"] == str(os.getuid())
 
 
 def test_locked_waits_for_the_heartbeat_of_another_host(folder, quick):
@@ -92,6 +110,31 @@ def test_a_lock_that_another_run_has_taken_is_not_rewritten(folder, quick, caplo
         while "another run has taken the lock" not in caplog.text:
             threading.Event().wait(0.05)
     assert json.loads((folder / "2").read_text())["host"] == "other"
+
+
+@pytest.mark.parametrize("number", [None, 2])
+def test_a_run_that_has_lost_its_lock_writes_nothing_more(store, quick, caplog, number):
+    """Another one has taken it, or somebody has deleted it."""
+    workdir = Workdir(store.url("run"))
+    folder = mounts.any_path(store.url("run/.lock"))
+    with pytest.raises(InputError) as refusal, workdir.locked():
+        if number:
+            left_by(folder, number)
+        else:
+            (folder / "1").unlink()
+        while "another run has taken the lock" not in caplog.text:
+            threading.Event().wait(0.05)
+        (workdir.path / "config.json").write_text("{}")
+        with pytest.raises(InputError):
+            mounts.check_owned(workdir.checkpoints(1))
+    assert f"{store.url('run')} is not written any more" in str(refusal.value)
+    assert ("process 1 on other" if number else "whoever removed it") in str(refusal.value)
+    assert "run/config.json" not in store.names("run/")
+    if number:
+        (folder / str(number)).unlink()
+    with workdir.locked():
+        pass
+    assert "run/config.json" in store.names("run/")
 
 
 def test_an_unwritable_bucket_is_refused(store):

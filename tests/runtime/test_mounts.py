@@ -76,6 +76,20 @@ def test_pull_fetches_large_files_only_of_the_folders_that_are_asked_for(store):
     assert len(store.names("run/")) == 9
 
 
+@pytest.mark.parametrize(
+    "name", ["stage1/evaluations/../../../out", "../out", "/out", "a//b", "a/.", ""]
+)
+def test_an_object_that_is_no_file_of_the_folder_is_not_fetched(store, name):
+    """Whoever may write into a bucket must not write elsewhere on the machines that read it."""
+    one = Mount(store.url("run"))
+    for each in ("config.json", name):
+        store.server.put(store.name, f"run/{each}", b"")
+    one.pull("stage1", "a")
+    assert [*one.path.parent.rglob("*")] == [one.path, one.path / "config.json"]
+    one.push()
+    assert len(store.names("run/")) == 2
+
+
 def test_a_failed_push_names_the_bucket_and_is_repeated(store):
     one = Mount(store.url("run"))
     write(one, "config.json", "{}")
