@@ -4,6 +4,7 @@ import functools
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,12 +170,20 @@ def test_a_run_in_a_bucket_is_sampled_and_evaluated(killed, machine, server, cla
 @pytest.mark.long
 def test_two_runs_and_a_store_that_fails(machine, server, tmp_path):
     """The second run is refused. A save that fails is skipped, and training goes on."""
-    here, there = machine(), machine()
+    here, there, seen = machine(), machine(), threading.Event()
+
+    def answer(method: str, path: str) -> int:
+        if "/checkpoints/10/" not in path:
+            return 0
+        seen.wait(600)  # the second run looks for a heartbeat of the first, which has not ended yet
+        return 403
+
+    server.answer = answer
     first = here.start("gs://bucket/fails", *STAGE)
     assert wait_for(saved(server, "fails", 5), first, timeout=1200)
     _, stderr = there.run("gs://bucket/fails", *STAGE, status=2)
     assert "--workdir='gs://bucket/fails' is in use by another run (process" in error_line(stderr)
-    server.answer = lambda method, path: 403 if "/checkpoints/10/" in path else 0
+    seen.set()
     stdout, stderr = first.communicate(timeout=1200)
     server.answer = lambda method, path: 0
     assert first.returncode == 0, stderr
