@@ -12,6 +12,7 @@ from rdm_jax.runtime.errors import Diverged, InputError, Interrupted, reason
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
+BUCKET_AGAIN = "Run the same command again once the bucket can be used."
 
 
 def exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) -> int:
@@ -40,11 +41,14 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
         where, why = error.filename or workdir() or "a file", error.strerror or error
         fix = "Free space, or use another --workdir."
         if mounts.is_url(str(where)):
-            fix = "Run the same command again once the bucket can be used."
+            fix = BUCKET_AGAIN
         return _failed(f"{where} cannot be used ({why}). {fix}", BAD_INPUT)
     except Exception as error:
         if refused := backend_error(error):
             return _failed(str(refused), BAD_INPUT)
+        if mounts.is_store_error(error):
+            where = workdir() or "a bucket"
+            return _failed(f"{where} cannot be used ({reason(error)}). {BUCKET_AGAIN}", BAD_INPUT)
         if not distributed.is_lost_peer(error):
             raise
         fix = "Start all of them again; they resume from the last checkpoint."

@@ -273,6 +273,11 @@ def talking_to(where: str | AnyPath) -> Iterator[None]:
         raise OSError(kind, reason(error), url) from error
 
 
+def is_store_error(error: Exception) -> bool:
+    """Whether an error comes from a library of buckets, which has errors that are no OSErrors."""
+    return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google")
+
+
 def _objects(root: str) -> dict[str, dict[str, Any]]:
     """What the store says of all objects in a folder, by their names in it.
 
