@@ -31,6 +31,7 @@ SCHEME = "gs://"
 # Folders of a stage that are written in the bucket itself, and those that are never read again.
 IN_STORE = ("checkpoints", "snapshots")
 WRITE_ONLY = ("tensorboard", "previews")
+LOCAL = "wandb"  # of a stage, which a tracker's library has open and sends itself
 LOCK = ".lock"
 ROLES = (
     "Give this account the roles roles/storage.objectAdmin and roles/storage.legacyBucketReader of "
@@ -109,6 +110,7 @@ class Mount:
                 str(path.relative_to(self.path)): _state(path)
                 for path in self.path.rglob("*")
                 if path.is_file() and not path.name.endswith(PARTIAL)
+                if path.relative_to(self.path).parts[1:2] != (LOCAL,)
             }
             new = [
                 name
