@@ -4,24 +4,29 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rdm_jax.checkpoints import shared
+from rdm_jax.checkpoints import folders, shared
 from rdm_jax.config import Config, to_dict
 from rdm_jax.config.load import load_config
 from rdm_jax.interop.import_stage import import_stage
+from rdm_jax.runtime import mounts
+from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import cache_folder, local_path, sha256
+from rdm_jax.runtime.locks import InUse
 from rdm_jax.sampling.pipeline import RelayPipeline
 from rdm_jax.workdir import Workdir
 
-AnyPath = str | os.PathLike
+Source = str | os.PathLike[str]
+SECONDS_TO_LOOK = 1.0  # between looks at what another process puts into the cache
 
 
 def load(
-    source: AnyPath | Mapping[int, AnyPath],
+    source: Source | Mapping[int, Source],
     *,
     config: str | Config | None = None,
     weights_key: str | None = None,
@@ -32,8 +37,9 @@ def load(
     Shared relays and published weights are unpacked into the user's cache folder, once.
 
     Args:
-      source: the workdir of a run; the folder of a shared relay; or a file of published weights
-        (.pkl, .pt, .pth, safetensors) of stage 1, or several by the numbers of their stages:
+      source: the workdir of a run or the folder of a shared relay, also gs://BUCKET/FOLDER; or a
+        file of published weights (.pkl, .pt, .pth, safetensors) of stage 1, or several by the
+        numbers of their stages:
         `{1: "edm.pkl", 2: "rdm.pt"}`. Stages before the first of them are not loaded: images of the
         stage before are then an argument of `sample`.
       config: of published weights: a config, or what `load_config` takes. The weights overrule
@@ -46,16 +52,24 @@ def load(
     Raises:
       InputError: there is no such run or file, or as `load_config` and `RelayPipeline` do.
     """
-    if isinstance(source, Mapping) or local_path(source, "source").is_file():
-        files = source if isinstance(source, Mapping) else {1: source}
-        return _load_files(files, config, weights_key, overrides)
-    if config is not None or weights_key is not None:
+    if isinstance(source, Mapping):
+        return _load_files(source, config, weights_key, overrides)
+    of_weights = config is not None or weights_key is not None
+    in_bucket = mounts.is_url(source) and not of_weights  # files of weights are local
+    folder = mounts.mounted(os.fspath(source)) if in_bucket else local_path(source, "source")
+    if folder.is_file():
+        return _load_files({1: source}, config, weights_key, overrides)
+    if not folder.exists():
+        raise InputError(
+            f"source={os.fspath(source)!r} does not exist",
+            "Use the folder of a trained run, or a file of weights.",
+        )
+    if of_weights:
         raise InputError(
             f"config and weights_key do not go with {os.fspath(source)!r}, which is no file of "
             "published weights",
             "Leave them out.",
         )
-    folder = local_path(source, "source")
     if shared.is_shared(folder):
         folder = _unpacked(folder)
     if not (folder / "config.json").is_file():
@@ -66,7 +80,7 @@ def load(
 
 
 def _load_files(
-    source: Mapping[int, AnyPath],
+    source: Mapping[int, Source],
     config: str | Config | None,
     key: str | None,
     overrides: dict[str, Any],
@@ -105,9 +119,18 @@ def _imported(files: Mapping[int, Path], config: Config, key: str | None) -> Pat
     made_of = [to_dict(config), key, *((number, sha256(path)) for number, path in files.items())]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     workdir = Workdir(cache_folder() / "imported" / digest[:32])
-    for number, path in files.items():
-        if number not in workdir.stages_with_checkpoints(config):
-            import_stage(config, number, path, workdir, key)
+
+    def bring() -> None:
+        for number, path in files.items():
+            directory = workdir.checkpoints(number)
+            if not folders.step_folders(directory):
+                try:
+                    import_stage(config, number, path, workdir, key)
+                except InputError:
+                    if not folders.step_folders(directory):  # else another process was faster
+                        raise
+
+    _alone(bring, workdir)
     return workdir.path
 
 
@@ -116,7 +139,26 @@ def _unpacked(folder: Path) -> Path:
     config = shared.read_config(folder)
     workdir = Workdir(cache_folder() / "shared" / sha256(folder / shared.LIST)[:32])
     workdir.path.mkdir(parents=True, exist_ok=True)
-    with workdir.locked():
-        shared.unpack(folder, config, workdir.checkpoints, workdir.captions)
-        workdir.write_config(config)
+
+    def bring() -> None:
+        with workdir.locked():
+            shared.unpack(folder, config, workdir.checkpoints, workdir.captions)
+            workdir.write_config(config)
+
+    _alone(bring, workdir)
     return workdir.path
+
+
+def _alone(bring: Callable[[], None], workdir: Workdir) -> None:
+    """Brings something into the cache, after any other process that does."""
+    announced = False
+    while True:
+        try:
+            return bring()
+        except InputError as error:
+            if not isinstance(error.__cause__, InUse):
+                raise
+        if not announced:
+            log.info("%s: waiting for another process that writes there", workdir.path)
+            announced = True
+        time.sleep(SECONDS_TO_LOOK)

@@ -144,6 +144,12 @@ class BlendHeun(RelaySteps):
                 "smallest level",
                 "Use fewer steps.",
             )
+        if 1 / self.steps < process.epsilon:
+            raise InputError(
+                f"{path}.steps={self.steps} ends at s = {1 / self.steps:.4g}, below the process's "
+                f"epsilon={process.epsilon:g}, where no network is trained",
+                f"Use {int(1 / process.epsilon)} steps or fewer.",
+            )
 
     def start(
         self, low: Float[Array, "b h w c"] | None, level: Levels, noise: Noise

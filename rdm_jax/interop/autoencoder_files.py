@@ -16,6 +16,7 @@ from rdm_jax.interop.import_export import Weights, open_weights
 from rdm_jax.interop.settings import integer, is_integer, number, unusable
 from rdm_jax.models.autoencoder import AutoencoderKL
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.fields import check_bounds
 from rdm_jax.runtime.files import atomic_write, parse_json, sha256
 from rdm_jax.runtime.lazy import lazy_import
 
@@ -95,7 +96,11 @@ def load(folder: Path, dtype: str = "float32") -> Published:
 
 
 def read_config(path: Path, dtype: str = "float32") -> AutoencoderKL:
-    """The sizes in a published config.json. Raises InputError if they are not supported."""
+    """The sizes in a published config.json.
+
+    Raises:
+      InputError: they are not supported, or the dtype is none to compute in.
+    """
     try:
         settings = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -127,6 +132,7 @@ def read_config(path: Path, dtype: str = "float32") -> AutoencoderKL:
         shift=0.0 if shift is None else number(settings, "shift_factor", 0.0, least=-1e6),
         dtype=dtype,
     )
+    check_bounds(config, "autoencoder")  # of the dtype; the others are checked above
     config.check(str(path))
     return config
 

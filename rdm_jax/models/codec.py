@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Num
 
 from rdm_jax.models.autoencoder import Autoencoder, Moments
 from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import sharding
+from rdm_jax.runtime.errors import InputError
 
 OVERLAP = 4  # neighbouring tiles share a quarter of their side, or more
 
@@ -23,15 +25,22 @@ OVERLAP = 4  # neighbouring tiles share a quarter of their side, or more
 class Codec:
     """Encodes and decodes batches of any size.
 
+    They are padded to a power of two for each device, so that few sizes are compiled.
+
     Args:
       model: the autoencoder.
       params: its parameters.
       mesh: of this process's devices (`sharding.local_mesh`).
       tile: side of tiles, in pixels of latents, at least 4; 0 for whole images. What is no larger
         than a tile is done at once.
+
+    Raises:
+      InputError: the tile is smaller.
     """
 
     def __init__(self, model: Autoencoder, params: Any, mesh: Mesh, tile: int = 0):
+        if tile and tile < OVERLAP:
+            raise InputError(f"tile={tile} cannot be used", f"Use {OVERLAP} or more, or 0.")
         self.config, self._mesh, self._tile = model.config, mesh, tile
         self._params = jax.device_put(params, sharding.replicated(mesh))
         shardings = (sharding.replicated(mesh), sharding.batched(mesh))
@@ -41,12 +50,17 @@ class Codec:
 
         self._encode, self._decode = compiled(model.encode), compiled(model.decode)
 
-    def encode(self, images: Float[np.ndarray, "b h w c"]) -> Moments:
+    def encode(self, images: Num[np.ndarray, "b h w c"]) -> Moments:
         """The latents of images in [-1, 1], as NumPy arrays of float32.
 
         Raises:
-          InputError: the images have other channels, or do not divide.
+          InputError: the images are integers, have other channels, or do not divide.
         """
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise InputError(
+                f"images.dtype={images.dtype} cannot be used",
+                "Scale the images to [-1, 1], as float32.",
+            )
         _, height, width, channels = images.shape
         self.config.check_images(height, width, channels, "image.shape")
 
@@ -58,7 +72,16 @@ class Codec:
         return Moments(*moments)
 
     def decode(self, latents: Float[np.ndarray, "b h w c"]) -> Float[np.ndarray, "b h2 w2 c2"]:
-        """The images of latents, in about [-1, 1]; float32."""
+        """The images of latents, in about [-1, 1]; float32.
+
+        Raises:
+          InputError: the latents have other channels.
+        """
+        if latents.shape[-1] != self.config.latent_channels:
+            raise InputError(
+                f"latents.shape={latents.shape} does not fit the autoencoder",
+                f"Use latents of {self.config.latent_channels} channels.",
+            )
 
         def decoded(z: np.ndarray) -> np.ndarray:
             return self._over_devices(self._decode, z)
@@ -66,9 +89,10 @@ class Codec:
         return in_tiles(decoded, latents, self._tile, 1, self.config.factor)
 
     def _over_devices(self, function: Any, x: np.ndarray) -> Any:
-        """Applies a function of (params, batch); a batch that the devices cannot share is padded"""
-        missing = -len(x) % self._mesh.size
-        padded = np.concatenate([x, np.repeat(x[-1:], missing, 0)])
+        """Applies a function of (params, batch) to the padded batch."""
+        share = max(1, -(-len(x) // self._mesh.size))
+        size = self._mesh.size * 2 ** (share - 1).bit_length()
+        padded = np.pad(x, [(0, size - len(x)), (0, 0), (0, 0), (0, 0)])
         with compiling_for(self._mesh):
             result = function(self._params, sharding.put_batch(padded, self._mesh))
         return jax.tree.map(lambda each: np.asarray(each)[: len(x)], result)

@@ -37,7 +37,8 @@ def device() -> Any:
 def per_device(function: Callable[..., Array], shared: int = 0) -> Callable[..., Array]:
     """Runs a function of arrays with leading axis b on each device's share of the images.
 
-    For kernels, which the compiler cannot partition.
+    For kernels, which the compiler cannot partition. A batch that the devices do not divide is not
+    split: each device computes all of it.
 
     Args:
       function: of one array of images, or more.
@@ -49,6 +50,8 @@ def per_device(function: Callable[..., Array], shared: int = 0) -> Callable[...,
     spec = sharding.batched(mesh).spec
 
     def run(*arrays: Array) -> Array:
+        if len(arrays[0]) % mesh.size:
+            return function(*arrays)
         specs = (spec,) * (len(arrays) - shared) + (PartitionSpec(),) * shared
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(
             *arrays

@@ -31,6 +31,7 @@ SCHEME = "gs://"
 # Folders of a stage that are written in the bucket itself, and those that are never read again.
 IN_STORE = ("checkpoints", "snapshots")
 WRITE_ONLY = ("tensorboard", "previews")
+LOCAL = "wandb"  # of a stage, which a tracker's library has open and sends itself
 LOCK = ".lock"
 ROLES = (
     "Give this account the roles roles/storage.objectAdmin and roles/storage.legacyBucketReader of "
@@ -111,6 +112,7 @@ class Mount:
                 str(path.relative_to(self.path)): _state(path)
                 for path in self.path.rglob("*")
                 if path.is_file() and not path.name.endswith(PARTIAL)
+                if path.relative_to(self.path).parts[1:2] != (LOCAL,)
             }
             new = [
                 name
@@ -153,7 +155,7 @@ def is_url(text: str | os.PathLike[str]) -> bool:
 
 
 def mounted(url: str) -> Path:
-    """The local folder that stands for 'gs://BUCKET/FOLDER', with the files that the bucket has.
+    """The local folder that stands for 'gs://BUCKET/FOLDER', with the files that are there now.
 
     Raises:
       InputError: it is not the URL of a folder, there is no such bucket, or it cannot be read.
@@ -162,21 +164,21 @@ def mounted(url: str) -> Path:
     if not bucket or not folder or "//" in folder:
         raise InputError(f"{url!r} is not a folder of a bucket", "Use gs://BUCKET/FOLDER.")
     url = f"{SCHEME}{bucket}/{folder}"
-    if url not in _mounts:
-        try:
+    mount = _mounts.get(url)
+    try:
+        if mount is None:
             with talking_to(f"{SCHEME}{bucket}"):
                 files().info(bucket)
             mount = Mount(url)
-            mount.pull()
-        except OSError as error:
-            raise InputError(
-                f"{error.filename} cannot be read ({error.strerror})",
-                f"Create the bucket. {ROLES}",
-            ) from error
-        if not _mounts:
-            log.addFilter(_named_record)
-        _mounts[url] = mount
-    return _mounts[url].path
+        mount.pull()
+    except OSError as error:
+        raise InputError(
+            f"{error.filename} cannot be read ({error.strerror})", f"Create the bucket. {ROLES}"
+        ) from error
+    if not _mounts:
+        log.addFilter(_named_record)
+    _mounts[url] = mount
+    return mount.path
 
 
 def any_path(text: str | os.PathLike[str]) -> AnyPath:

@@ -218,6 +218,11 @@ class Conditions:
             stage, small = small_asked(small, sizes, self.config.data.channels)
         texts = self._texts(numbers, prompts, has_labels=labels is not None)
         if labels is None:
+            if small is not None and len(self.classes):
+                raise InputError(
+                    "small has no classes, and those of the seeds are of other images",
+                    "Give labels, the classes of small.",
+                )
             found = self.labels(numbers)
         else:
             found = labels_asked(labels, len(numbers), self.classes)

@@ -1,7 +1,8 @@
 """The class of each image: of its seed, or as the caller asks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,26 +61,40 @@ def labels_asked(labels: Labels, count: int, classes: Classes) -> Int[np.ndarray
     Raises:
       InputError: there is no such class, or no image depends on classes.
     """
-    listed = [labels] if isinstance(labels, Label) else list(labels)
+    plain = _plain(labels)
+    is_list = isinstance(plain, Iterable) and not isinstance(plain, str)
+    listed = [_plain(label) for label in (plain if is_list else [plain])]
     if not len(classes):
         raise InputError(
             f"labels={labels!r:.60} is of no use: no image depends on classes", "Leave it out."
         )
     if count and not listed:
         raise InputError(f"labels={labels!r} has no classes", "Give one or more.")
+    for label in listed:
+        if type(label) not in (int, str):
+            raise _no_class(label, classes)
     numbers = {label: _index(label, classes) for label in dict.fromkeys(listed)}
     return np.asarray([numbers[listed[i % len(listed)]] for i in range(count)], np.int32)
 
 
-def _index(label: Label, classes: Classes) -> int:
+def _plain(value: Any) -> Any:
+    """Arrays and their scalars as Python's lists and numbers; other values as they are."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic | Array) else value
+
+
+def _index(label: int | str, classes: Classes) -> int:
     """The index of a class by its name or index."""
     if isinstance(label, str):
         found = parse_labels(json.dumps([label]), classes, "labels")
         if len(found) == 1:
             return found[0]
     elif 0 <= label < len(classes):
-        return int(label)
-    raise InputError(
+        return label
+    raise _no_class(label, classes)
+
+
+def _no_class(label: Any, classes: Classes) -> InputError:
+    return InputError(
         f"labels={label!r} is not a class",
         f"Use an index from 0 to {len(classes) - 1}, or one of the names {classes}.",
     )

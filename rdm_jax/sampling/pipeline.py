@@ -157,7 +157,8 @@ class RelayPipeline(Conditions):
           labels: classes, by their indices or names; None for those that the seeds have (`labels`).
           prompts: None for those that the seeds have (`prompts`).
           small: images of an earlier stage's resolution to continue from, in place of that stage
-            and those before: uint8, or float in [-1, 1], (h, w, c) or (m, h, w, c).
+            and those before: uint8, or float in [-1, 1], (h, w, c) or (m, h, w, c). If images
+            depend on classes, they need `labels`.
           progress: called with the number of images that are finished since the last call, as
             `tqdm.update` takes it.
 

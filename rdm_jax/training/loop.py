@@ -139,15 +139,16 @@ class Trainer:
             max_failed_saves=self.training.max_failed_saves,
         )
         snapshots, wait = Snapshots(checkpoints.directory, self.training), True
-        try:
-            self._run(checkpoints, snapshots, stop, probe)
-        except Interrupted as interruption:
-            wait = not interruption.at_once
-            raise
-        finally:
-            if wait:  # for the current saves, also if something else failed
-                with contextlib.closing(snapshots):
-                    checkpoints.close()
+        with contextlib.ExitStack() as at_end:  # for the writer, as a tracker may keep it waiting
+            try:
+                self._run(checkpoints, snapshots, stop, probe, at_end)
+            except Interrupted as interruption:
+                wait = not interruption.at_once
+                raise
+            finally:
+                if wait:  # for the current saves, also if something else failed
+                    with contextlib.closing(snapshots):
+                        checkpoints.close()
 
     def _run(
         self,
@@ -155,6 +156,7 @@ class Trainer:
         snapshots: Snapshots,
         stop: StopOnSignal,
         probe: Probe | None,
+        at_end: contextlib.ExitStack,
     ) -> None:
         point = self._start(checkpoints)
         snapshots.resume(self._before, point.state, self._about_at(point))
@@ -171,7 +173,8 @@ class Trainer:
         self._compile()
         iterator = self._iterator(point.data)
         clock = Clock(60 * self.training.checkpoint_minutes)
-        writer = metric_writer.open_writer(self._config, self.directory, point.step)
+        opened = metric_writer.open_writer(self._config, self.directory, point.step)
+        writer = at_end.enter_context(opened)
         total = self._count.images_at(self._last_step)
         bar = progress(total, f"training {self.name}", self._count.images_at(point.step))
         curves = metric_writer.Curves(self.directory)
@@ -197,7 +200,6 @@ class Trainer:
             iterator.close()
             buffer.close()
             bar.close()
-            writer.close()
         skipped = int(self._program.whole(running).skipped)
         log.info("%s: trained, %s, %d steps skipped", self.name, buffer.rates(), skipped)
 
@@ -387,8 +389,7 @@ class Trainer:
         every = self._evaluate_every(probe)
         due = every and (self._before.is_due(point.step, every) or point.step == self._last_step)
         if point.step and due and not metric_writer.is_evaluated(self.directory, point.step):
-            writer = metric_writer.open_writer(self._config, self.directory, point.step)
-            with contextlib.closing(writer):
+            with metric_writer.open_writer(self._config, self.directory, point.step) as writer:
                 self._evaluate(probe, point, writer)
 
     def _local_ema(self, state: TrainState) -> Any:

@@ -12,9 +12,10 @@ from rdm_jax.config import Config
 from rdm_jax.render.curves import draw_losses
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import Interrupted
 from rdm_jax.runtime.files import atomic_write, log_write_errors, parse_json
 from rdm_jax.runtime.lazy import is_available, lazy_import
-from rdm_jax.training.trackers import Tracker, open_tracker
+from rdm_jax.training.trackers import Background, open_tracker
 
 event_file = lazy_import("tensorboardX.event_file_writer", "tensorboard")
 protocol = lazy_import("tensorboardX.proto.event_pb2", "tensorboard")
@@ -27,7 +28,7 @@ class MetricWriter:
     """Appends metrics of one stage to `metrics.jsonl` and to TensorBoard events.
 
     Failed writes are logged and do not stop training: lines are retried with the next ones, events
-    are lost.
+    are lost. As a context it is closed at the end.
 
     Args:
       directory: of the stage.
@@ -38,7 +39,7 @@ class MetricWriter:
       OSError: the directory cannot be written to at the start.
     """
 
-    def __init__(self, directory: Path, step: int, tracker: Tracker | None = None):
+    def __init__(self, directory: Path, step: int, tracker: Background | None = None):
         self._tracker = tracker
         self._path = directory / "metrics.jsonl"
         self._waiting = ""
@@ -51,6 +52,12 @@ class MetricWriter:
                 "".join(json.dumps(line) + "\n" for line in lines if line and line["step"] <= step)
             )
         self._events = _Events(directory / "tensorboard", step)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        self.close(hurried=isinstance(error, Interrupted))
 
     def write(self, step: int, **values: float | int) -> None:
         """Appends a line: the step, and any numbers by name; null for NaN and infinity."""
@@ -81,14 +88,14 @@ class MetricWriter:
             raise
         self._waiting = ""
 
-    def close(self) -> None:
-        """Writes the waiting lines, if that is possible now."""
+    def close(self, *, hurried: bool = False) -> None:
+        """Writes the waiting lines, if that is possible now; `hurried`: see `Background.close`."""
         if self._waiting:
             with log_write_errors(self._path):
                 self._append()
         self._events.close()
         if self._tracker:
-            self._tracker.close()
+            self._tracker.close(hurried=hurried)
 
 
 class _Events:
@@ -144,13 +151,19 @@ class _Events:
 class NoWriter:
     """Takes the place of a `MetricWriter` in all processes but the first."""
 
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Does nothing."""
+
     def write(self, step: int, **values: float | int) -> None:
         """Does nothing."""
 
     def picture(self, path: Path, images: int) -> None:
         """Does nothing."""
 
-    def close(self) -> None:
+    def close(self, *, hurried: bool = False) -> None:
         """Does nothing."""
 
 

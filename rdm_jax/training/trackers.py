@@ -4,6 +4,7 @@ Nothing that happens in a tracker stops or delays the training.
 """
 
 import contextlib
+import netrc
 import os
 import queue
 import secrets
@@ -11,15 +12,19 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+from urllib.parse import urlsplit
 
 from rdm_jax.config import Config, to_dict
 from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.lazy import import_library, lazy_import
 
 wandb = lazy_import("wandb", "wandb")
 
 CALLS_THAT_WAIT = 10_000  # further ones are dropped
+OTHER_HOSTS = ("api.wandb.ai",)  # keys for it are used for other names of the same server
 SECONDS_TO_CLOSE = 10
+SECONDS_IF_HURRIED = 2
 
 
 @runtime_checkable
@@ -37,9 +42,38 @@ class Tracker(Protocol):
 
 
 def check(config: Config) -> None:
-    """Raises InputError if the library of the config's tracker is not installed."""
-    if config.tracker:
-        import_library(config.tracker, config.tracker)
+    """Refuses a tracker that would fail, or ask for an API key, once the training has begun.
+
+    Raises:
+      InputError: its library is not installed, or has no key for its server.
+    """
+    if not config.tracker:
+        return
+    import_library(config.tracker, config.tracker)
+    settings = wandb.setup().settings
+    if settings.mode == "online" and not _has_key(settings):
+        raise InputError(
+            f"config.tracker={config.tracker!r} has no API key for {settings.base_url}",
+            "Run 'wandb login', set WANDB_API_KEY, or set WANDB_MODE=offline.",
+        )
+
+
+def _has_key(settings: Any) -> bool:
+    """Whether the library finds a key without asking: in a variable, its settings or a netrc."""
+    if settings.api_key or getattr(settings, "identity_token_file", None):
+        return True
+    hosts = (urlsplit(settings.base_url).netloc, *OTHER_HOSTS)
+    named = os.environ.get("NETRC")
+    for path in [named] if named else ["~/.netrc", "~/_netrc"]:
+        try:
+            found = netrc.netrc(os.path.expanduser(path))
+        except FileNotFoundError:
+            continue
+        except (netrc.NetrcParseError, OSError):
+            return True  # the library may read it
+        if any(map(found.authenticators, hosts)):
+            return True
+    return False
 
 
 def open_tracker(config: Config, directory: Path) -> Tracker | None:
@@ -118,12 +152,17 @@ class Background:
         """Returns at once."""
         self._put("picture", path, images)
 
-    def close(self) -> None:
-        """Waits for the calls before, `SECONDS_TO_CLOSE` at most."""
+    def close(self, *, hurried: bool = False) -> None:
+        """Waits for the calls before, `SECONDS_TO_CLOSE` at most.
+
+        Args:
+          hurried: `SECONDS_IF_HURRIED` at most, as the process may be killed soon.
+        """
+        seconds = SECONDS_IF_HURRIED if hurried else SECONDS_TO_CLOSE
         self._put("close")
-        self._thread.join(SECONDS_TO_CLOSE)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            log.warning("tracker %s: not finished in %d s", self._name, SECONDS_TO_CLOSE)
+            log.warning("tracker %s: not finished in %g s", self._name, seconds)
 
     def _put(self, method: str, *arguments: Any) -> None:
         with contextlib.suppress(queue.Full):

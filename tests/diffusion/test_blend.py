@@ -211,6 +211,7 @@ def test_blend_has_its_own_sampler():
         ({"sampler": RelayHeun()}, "stage2.sampler.kind='relayheun'.*Use 'blendheun'"),
         ({"process": BlendProcess(end=2.0)}, "stage2.process.end=2.0.*from 0.01 to 1"),
         ({"precondition": "vp", "sampler": BlendHeun(steps=10**6)}, "steps=1000000 ends at sigma"),
+        ({"sampler": BlendHeun(5000)}, "ends at s = 0.0002, below .*=0.001.* Use 1000 steps or"),
         ({"precondition": "ve"}, "process.end=1.0 begins at sigma"),
     ],
 )

@@ -150,3 +150,10 @@ def test_values_must_be_finite(tmp_path):
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(InputError, match="'decoder.conv_in.bias' that are not finite"):
         autoencoder_files.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bf16", "int8"])
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    published(tmp_path)
+    with pytest.raises(InputError, match=f"autoencoder.dtype='{dtype}' cannot be used. Use"):
+        autoencoder_files.load(tmp_path, dtype=dtype)

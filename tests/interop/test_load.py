@@ -1,13 +1,17 @@
 """`rdm_jax.load` of published files: the stages that they are, without a workdir of one's own."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 import rdm_jax
 from rdm_jax import loading
-from rdm_jax.interop import pytorch_names
+from rdm_jax.interop import import_stage, pytorch_names
+from rdm_jax.runtime import mounts
 from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.locks import InUse
 from rdm_jax.sampling.pipeline import RelayPipeline
 from tests.support.jit_stages import config_with
 from tests.support.published_files import write_pth
@@ -90,7 +94,55 @@ def test_load_refuses_what_does_not_fit(imported, tmp_path):
         ({1: tmp_path / "none.pkl"}, {"config": config}, "none.pkl is not a file"),
         (tmp_path, {"config": config}, "config and weights_key do not go with"),
         (tmp_path, {"weights_key": "ema"}, "config and weights_key do not go with"),
-        (tmp_path / "none.pkl", {}, "none.pkl' has no config.json"),
+        (tmp_path, {}, "source='.*' has no config.json"),
+        (tmp_path / "none.pkl", {}, "none.pkl' does not exist"),
+        (tmp_path / "none.pkl", {"config": config}, "none.pkl' does not exist"),
+        ("gs://bucket/one.pkl", {"config": config}, "gs:// is not supported here"),
     ):
         with pytest.raises(InputError, match=message):
             rdm_jax.load(source, **given)
+
+
+@pytest.mark.second
+def test_load_repeats_an_interrupted_import(imported, monkeypatch):
+    folder, config, tensors = imported
+    config = dataclasses.replace(config, seed=1)
+
+    def interrupted(weights, fitting, number, *rest):
+        (rest[-1] / f"stage{number}/checkpoints/1.orbax-checkpoint-tmp").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(import_stage, "save_imported", interrupted)
+        rdm_jax.load(folder / "one.pkl", config=config)
+    assert_parameters(rdm_jax.load(folder / "one.pkl", config=config), 1, tensors[0])
+
+
+def test_load_waits_for_another_process_that_imports_the_same(imported, monkeypatch):
+    folder, config, tensors = imported
+    config, real, calls = dataclasses.replace(config, seed=2), loading.import_stage, []
+
+    def busy_at_first(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise InputError("in use", "Wait.") from InUse()
+        real(*arguments)
+        raise InputError("already has checkpoints", "Use another.")  # as the other one was faster
+
+    monkeypatch.setattr(loading, "SECONDS_TO_LOOK", 0)
+    monkeypatch.setattr(loading, "import_stage", busy_at_first)
+    assert_parameters(rdm_jax.load(folder / "one.pkl", config=config), 1, tensors[0])
+    assert len(calls) == 2
+
+
+@pytest.mark.second
+def test_load_of_a_run_in_a_bucket(imported, store):
+    """Also if it has been looked at before."""
+    folder, config, tensors = imported
+    with pytest.raises(InputError, match=f"source='{store.url('run')}' has no config.json"):
+        rdm_jax.load(store.url("run"))
+    mounts.files().put(f"{folder / 'run'}/", store.url("run"), recursive=True)
+    pipe = rdm_jax.load(store.url("run"))
+    assert pipe.config.data == config.data
+    for number in (1, 2):
+        assert_parameters(pipe, number, tensors[number - 1])

@@ -147,5 +147,23 @@ def test_images_that_do_not_fit_are_refused():
         InputError, match="image.shape, of images of 1 channels, does not fit.*Use images of 3"
     ):
         codec().encode(images(1, 8, 8, 1))
+    with pytest.raises(InputError, match=r"images.dtype=uint8.* Scale the images to \[-1, 1\]"):
+        codec().encode(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match=r"latents.shape=\(1, 4, 4, 3\) .* Use latents of 4"):
+        codec().decode(images(1, 4, 4, 3))
+    with pytest.raises(InputError, match="tile=3 cannot be used. Use 4 or more, or 0"):
+        codec(tile=3)
     with pytest.raises(InputError, match="config.x.groups=4 does not divide the width 6"):
         AutoencoderKL(widths=(6, 8), groups=4).check("config.x")
+
+
+def test_batches_of_any_size_are_few_programs():
+    """Each device has 1, 2, 4, ... images; none is a size too."""
+    made, traced = codec(devices=2), []
+    real = made._decode
+    made._decode = lambda params, x: (traced.append(len(x)), real(params, x))[1]
+    whole = made.decode(images(5, 2, 2, 4))
+    for count in (4, 3, 1, 0):
+        found = made.decode(images(5, 2, 2, 4)[:count])
+        np.testing.assert_allclose(found, whole[:count], atol=1e-5)
+    assert traced == [8, 4, 4, 2, 2]

@@ -1,6 +1,7 @@
 """Local folders that stand for folders of a bucket, on a server of the storage protocol."""
 
 import errno
+import shutil
 import sys
 
 import pytest
@@ -25,6 +26,7 @@ def test_what_one_process_pushes_another_pulls(store):
     for name in ("config.json", "stage1/metrics.jsonl", "samples/.parts-1/a.npz"):
         write(one, name, name)
     write(one, ".config.json.incomplete", "half")
+    write(one, "stage1/wandb/run-1/logs/debug.log", "open")
     one.push()
     other.pull("samples")
     names = {"config.json", "stage1/metrics.jsonl", "samples/.parts-1/a.npz"}
@@ -41,6 +43,7 @@ def test_what_one_process_pushes_another_pulls(store):
     assert files_of(other) == {"config.json": "changed", "stage1/metrics.jsonl": "longer"}
     assert store.names("run/") == ["run/config.json", "run/stage1/metrics.jsonl"]
     (one.path / ".config.json.incomplete").unlink()
+    shutil.rmtree(one.path / "stage1/wandb")
     assert files_of(one) == files_of(other)
 
 

@@ -387,5 +387,5 @@ def test_load_takes_a_run_in_the_home_folder(tmp_path, monkeypatch):
 
 def test_load_refuses_what_is_no_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="source='digits' has no config.json"):
+    with pytest.raises(InputError, match="source='digits' does not exist"):
         load("digits")  # a packaged config

@@ -96,8 +96,18 @@ def saves(monkeypatch):
 
 @pytest.mark.second
 def test_signal_saves_before_anything_else(tmp_path, monkeypatch, saves):
-    """Nothing is validated, drawn or compiled between a signal and its checkpoint."""
-    stop, asked = StopOnSignal(), []
+    """Nothing is validated, drawn or compiled between a signal and its checkpoint.
+
+    Metrics, whose tracker may take a while, are closed last.
+    """
+    stop, asked, closed = StopOnSignal(), [], []
+    for part in (store.Checkpoints, metric_writer.MetricWriter):
+
+        def close(self, *, real=part.close, **hurried):
+            closed.append((type(self), hurried))
+            real(self, **hurried)
+
+        monkeypatch.setattr(part, "close", close)
     program = Trainer(config(), 1, image_set(), tmp_path)
     step = type(program._program).__call__
 
@@ -111,6 +121,7 @@ def test_signal_saves_before_anything_else(tmp_path, monkeypatch, saves):
     monkeypatch.setattr(Validation, "loss", lambda *_: time.sleep(600))
     with pytest.raises(Interrupted):
         program.run(stop)
+    assert closed == [(store.Checkpoints, {}), (metric_writer.MetricWriter, {"hurried": True})]
     assert [number for number, _ in saves] == [4] and saves[0][1] - asked[3] < 1
     assert about(tmp_path, 4)["validation_loss"] is None and not (tmp_path / "loss.png").exists()
     assert max(line["images"] for line in metric_writer.read(tmp_path / "metrics.jsonl")) == 32

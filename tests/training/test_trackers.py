@@ -3,12 +3,13 @@
 import dataclasses
 import sys
 import threading
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from rdm_jax.modes import run
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import InputError, Interrupted
 from rdm_jax.training import metric_writer, trackers
 from tests.support.configs import tiny_config
 
@@ -47,6 +48,8 @@ def fake(monkeypatch):
         made.runs.append(FakeRun(made.failing))
         return made.runs[-1]
 
+    made.settings = SimpleNamespace(mode="online", api_key="0" * 40, base_url="https://host.org")
+    module.setup = lambda: made
     module.init, module.Image, module.Settings = init, lambda path: f"image {path}", dict
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.setattr("rdm_jax.runtime.console.log.propagate", True)
@@ -107,7 +110,39 @@ def test_waiting_tracker_is_left(tmp_path, caplog, monkeypatch):
     writer.close()
     answer.set()
     assert len(metric_writer.read(tmp_path / "metrics.jsonl")) == 9
-    assert "tracker slow: not finished in" in caplog.text
+    assert "tracker slow: not finished in 0.05 s" in caplog.text
+
+
+def test_interrupted_training_waits_less(tmp_path, monkeypatch):
+    """And only when its checkpoints are closed (`Trainer.run`)."""
+    monkeypatch.setattr(trackers, "SECONDS_IF_HURRIED", 0.05)
+    answer = threading.Event()
+    opened = SimpleNamespace(close=answer.wait)
+    begun = time.monotonic()
+    with (
+        pytest.raises(Interrupted),
+        metric_writer.MetricWriter(tmp_path, 0, trackers.Background(lambda: opened, "slow")),
+    ):
+        raise Interrupted(15)
+    answer.set()
+    assert time.monotonic() - begun < trackers.SECONDS_TO_CLOSE
+
+
+def test_online_tracker_without_a_key_is_refused(fake, tmp_path, monkeypatch):
+    """It would ask for one in its thread."""
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    trackers.check(config_of())
+    fake.settings.api_key = None
+    for text in ("", "machine github.com login me password 1"):
+        (tmp_path / "netrc").write_text(text)
+        with pytest.raises(InputError, match=r"no API key for https://host.org. Run 'wandb login'"):
+            trackers.check(config_of())
+    for host in ("host.org", "api.wandb.ai"):
+        (tmp_path / "netrc").write_text(f"machine {host} login user password 1")
+        trackers.check(config_of())
+    (tmp_path / "netrc").unlink()
+    fake.settings.mode = "offline"
+    trackers.check(config_of())
 
 
 def test_missing_library_is_refused_before_any_work(image_folder, tmp_path, monkeypatch):
