@@ -170,13 +170,6 @@ def test_a_run_in_a_bucket_is_sampled_and_evaluated(killed, machine, server, cla
 @pytest.mark.long
 def test_two_runs_and_a_store_that_fails(machine, server, tmp_path):
     """The second run is refused. A save that fails is skipped, and training goes on."""
-<<<<<<< HEAD
-    here, there, refused = machine(), machine(), threading.Event()
-
-    def answer(method: str, path: str) -> int:
-        """The save of step 10 waits for the other run, and fails."""
-        return 403 if "/checkpoints/10/" in path and refused.wait(600) else 0
-=======
     here, there, seen = machine(), machine(), threading.Event()
 
     def answer(method: str, path: str) -> int:
@@ -184,18 +177,13 @@ def test_two_runs_and_a_store_that_fails(machine, server, tmp_path):
             return 0
         seen.wait(600)  # the second run looks for a heartbeat of the first, which has not ended yet
         return 403
->>>>>>> mgs
 
     server.answer = answer
     first = here.start("gs://bucket/fails", *STAGE)
     assert wait_for(saved(server, "fails", 5), first, timeout=1200)
     _, stderr = there.run("gs://bucket/fails", *STAGE, status=2)
     assert "--workdir='gs://bucket/fails' is in use by another run (process" in error_line(stderr)
-<<<<<<< HEAD
-    refused.set()
-=======
     seen.set()
->>>>>>> mgs
     stdout, stderr = first.communicate(timeout=1200)
     server.answer = lambda method, path: 0
     assert first.returncode == 0, stderr
