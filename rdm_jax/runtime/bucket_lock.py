@@ -113,8 +113,9 @@ def _beat(folder: epath.Path, number: int, ours: dict[str, Any], ended: threadin
     while not ended.wait(locks.HEARTBEAT_SECONDS):
         with contextlib.suppress(Exception):  # the store is away: the next heartbeat may succeed
             numbers = _numbers(folder)
-            if numbers[-1:] != [number] or _read(folder, number).get("id") != ours["id"]:
-                owner = _owner(folder, numbers[-1]) if numbers else "whoever removed it"
+            about = _read(folder, numbers[-1]) if numbers else {}
+            if about.get("id") != ours["id"]:
+                owner = _owner(folder, numbers[-1]) if about else "whoever removed it"
                 mounts.taken[str(folder.parent)] = owner
                 log.warning("%s: another run has taken the lock (%s)", folder, owner)
                 return
