@@ -90,7 +90,8 @@ Trained on `{config.data.source}`; the licence of these images applies to what i
 ```python
 import rdm_jax
 
-images = rdm_jax.load("{name}"{labels}).sample(range(4){prompts})[-1]  # uint8 (4, h, w, c)
+pipe = rdm_jax.load("{name}"{labels})
+*_, images = pipe.sample(range(4){prompts})  # uint8 (4, h, w, c)
 ```
 """
 
