@@ -38,9 +38,10 @@ MUTANTS = [
         1,
         "a step is listed before it is complete",
         "checkpoints/store.py",
-        "        write_checksums(partial[0] if",
-        "        shutil.copytree(partial[0], self.directory / str(self._saving))\n        time.sleep(5)\n"
-        "        shutil.rmtree(self.directory / str(self._saving))\n        write_checksums(partial[0] if",
+        "        write_checksums(partial)",
+        "        import shutil\n        shutil.copytree(partial, self.directory / str(self._saving))\n"
+        "        time.sleep(5)\n        shutil.rmtree(self.directory / str(self._saving))\n"
+        "        write_checksums(partial)",
         "test_1_ and 3",
     ),
     (

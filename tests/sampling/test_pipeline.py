@@ -22,7 +22,7 @@ from rdm_jax.loading import load
 from rdm_jax.models.conditions import Nothing
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
-from rdm_jax.sampling import checkpoint_checks, pipeline, stage_sampler
+from rdm_jax.sampling import checkpoint_checks, pipeline, stage_functions, stage_sampler
 from rdm_jax.sampling.stage_preview import StagePreview
 from rdm_jax.workdir import Workdir
 from tests.support.configs import tiny_config, write_images
@@ -214,7 +214,7 @@ def test_stage_sampler_reports_infinite_images(kind):
     stage = dataclasses.replace(
         stage, guidance=1.0, sampler=dataclasses.replace(stage.sampler, order=1)
     )
-    last = stage.precondition(stage_sampler.stage_levels(stage).sigma[-1:]).c_noise
+    last = stage.precondition(stage_functions.stage_levels(stage).sigma[-1:]).c_noise
 
     def answer(value, x, c_noise, labels):
         there = (c_noise < last + 1e-3) & (jnp.arange(len(x)) > 0)  # the first image stays finite
