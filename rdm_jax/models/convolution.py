@@ -2,20 +2,27 @@
 
 XLA's CPU backend computes the kernel's gradient of a 1x1 convolution as a convolution over
 transposed images, three times slower than the matrix product that it is. In float32 on CPUs a 1x1
-convolution is that product, and so are its gradients. Everything else, and all of it on other
-platforms, is XLA's convolution: with 3x3 kernels no product over patches (im2col) is as fast there.
+convolution is that product, and so are its gradients. It computes the kernel's gradient of a larger
+convolution three times slower where the images do not fit into a core's cache, so it gets them part
+by part. Everything else, and all of it on other platforms, is XLA's convolution: with 3x3 kernels
+no product over patches (im2col) is as fast there.
 
 In bfloat16 the gradient of the bias is summed by the matrix unit, and a 3x3 convolution of an
 enlarged image does not write that image.
 """
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Padding = tuple[tuple[int, int], ...]  # before and after each axis
+
+CACHED = 2**18  # values of images whose kernel's gradient a CPU's core computes in its cache
+MOST_PARTS = 16  # of a batch, as each is compiled
 
 
 def convolved(
@@ -37,6 +44,8 @@ def convolved(
     """
     if _is_product(x, kernel, padding):
         return jax.lax.platform_dependent(x, kernel, cpu=_product, default=_product_as_convolution)
+    if x.dtype == jnp.float32 and factor == 1 and _parts(x, kernel) > 1:
+        return _in_parts(x, kernel, padding)
     return _convolution(x, kernel, padding, dtype, factor)
 
 
@@ -68,6 +77,49 @@ def _convolution(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         preferred_element_type=dtype,
     )
+
+
+def _parts(x: Array, kernel: Array) -> int:
+    """The number of parts of a batch; each has images of every device that may share it."""
+    batch, height, width, _ = x.shape
+    devices = math.gcd(batch, jax.device_count())
+    own = batch // devices
+    values = own * height * width * max(kernel.shape[2:])
+    least = min(-(-values // CACHED), own, MOST_PARTS)
+    return next((parts for parts in range(max(least, 1), own) if own % parts == 0), max(own, 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _in_parts(
+    x: Float[Array, "b h w c"], kernel: Float[Array, "kh kw c c2"], padding: Padding
+) -> Float[Array, "b h2 w2 c2"]:
+    """The convolution; on CPUs its kernel's gradient is a sum over parts of the batch."""
+    return _convolution(x, kernel, padding)
+
+
+def _in_parts_forward(x: Array, kernel: Array, padding: Padding) -> tuple[Array, Any]:
+    return _convolution(x, kernel, padding), (x, kernel)
+
+
+def _in_parts_backward(padding: Padding, residuals: Any, gradient: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    parts = _parts(x, kernel)
+
+    def whole(x: Array, gradient: Array) -> Array:
+        _, backward = jax.vjp(lambda kernel: _convolution(x, kernel, padding), kernel)
+        return backward(gradient)[0]
+
+    def in_parts(x: Array, gradient: Array) -> Array:
+        # Every so many images, not neighbours: of a batch that devices share, each has its own.
+        x, gradient = (a.reshape(-1, parts, *a.shape[1:]) for a in (x, gradient))
+        return functools.reduce(jnp.add, (whole(x[:, i], gradient[:, i]) for i in range(parts)))
+
+    _, backward = jax.vjp(lambda x: _convolution(x, kernel, padding), x)
+    of_kernel = jax.lax.platform_dependent(x, gradient, cpu=in_parts, default=whole)
+    return backward(gradient)[0], of_kernel
+
+
+_in_parts.defvjp(_in_parts_forward, _in_parts_backward)
 
 
 def convolve(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rdm_jax.models import convolution
 from rdm_jax.models.convolution import convolved
 from rdm_jax.models.functional import multiply_adds
 
@@ -87,3 +88,45 @@ def test_cpus_get_products_for_1x1_kernels_in_float32():
 
 def test_multiply_adds_are_counted_once():
     assert multiply_adds(FORMS["plain"], *arrays()) == 4 * 5 * 6 * 3 * 7
+
+
+@pytest.fixture
+def small_cache(monkeypatch):
+    """The kernel's gradient of a batch of 16 comes in parts on eight devices, and on one."""
+    monkeypatch.setattr(convolution, "CACHED", 5 * 6 * 7)
+    random = np.random.default_rng(1)
+    x, kernel = random.normal(size=(16, 5, 6, 3)), random.normal(size=(3, 3, 3, 7))
+    return jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+
+
+def gradients(x, kernel):
+    function = functools.partial(loss, lambda x, kernel: convolved(x, kernel, ONE))
+    return jax.grad(function, (0, 1))(x, kernel)
+
+
+def test_gradients_in_parts_equal_those_of_the_whole(small_cache, monkeypatch):
+    assert convolution._parts(*small_cache) == 16 // jax.device_count() > 1
+    found = jax.jit(gradients)(*small_cache)
+    text = lowered("cpu", *small_cache, ONE)
+    assert text.count("stablehlo.convolution") == 2 + 16 // jax.device_count()
+    assert lowered("tpu", *small_cache, ONE).count("stablehlo.convolution") == 3
+    monkeypatch.setattr(convolution, "CACHED", 10**9)
+    jax.clear_caches()
+    whole = jax.jit(gradients)(*small_cache)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, whole)
+
+
+def test_parts_of_a_shared_batch_move_no_images(small_cache):
+    x, kernel = small_cache
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    text = jax.jit(gradients).lower(jax.device_put(x, spec), kernel).compile().as_text()
+    assert "all-reduce" in text
+    assert not [kind for kind in ("all-to-all", "all-gather", "permute") if kind in text]
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(0, 1), (1, 1), (7, 7), (8, 1), (24, 3), (31, 31)])
+def test_parts_divide_the_batch(monkeypatch, batch, parts):
+    monkeypatch.setattr(convolution, "CACHED", 5 * 6 * 7)
+    x, kernel = jnp.zeros((batch, 5, 6, 3)), jnp.zeros((3, 3, 3, 7))
+    assert convolution._parts(x, kernel) == parts
