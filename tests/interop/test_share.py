@@ -70,7 +70,8 @@ def test_card_asks_for_classes_beside_prompts(tmp_path):
     run(config_of(classes=True), workdir, mode="export", weights=str(tmp_path / "both"))
     card = (tmp_path / "both/README.md").read_text()
     assert "embedded by fake. 2 classes.\n" in card
-    assert """load("both", sampling={"labels": "random"}).sample(range(4), prompts=["a""" in card
+    assert 'rdm_jax.load("both", sampling={"labels": "random"})\n' in card
+    assert """pipe.sample(range(4), prompts=["a""" in card
     loaded = rdm_jax.load(tmp_path / "both", sampling={"labels": "random"})
     assert loaded.sample(SEEDS, prompts="a red disc")[-1].shape == (3, 8, 8, 3)
 
