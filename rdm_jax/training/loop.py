@@ -75,10 +75,7 @@ class Trainer:
         self.source, held_out = as_sums(cell, source, held_out or source)
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
-        self._config, self._number, self._seed = config, number, config.seed
-        self._mode = config.parallel.mode
-        self._workers = config.data.workers
-        self._worker_timeout = config.data.worker_timeout
+        self._config, self._number = config, number
         self._allow_changes = tuple(allow_changes)
         # No two stages share an order of images, not even those of runs with other seeds.
         self._data_seed = config.seed * 2**8 + number
@@ -257,7 +254,7 @@ class Trainer:
         return start.progress
 
     def _build(self) -> Program:
-        return PROGRAMS[self._mode](
+        return PROGRAMS[self._config.parallel.mode](
             self.stage,
             self.source.image_shape,
             len(self.source.class_names),
@@ -269,7 +266,7 @@ class Trainer:
         )
 
     def _key(self, stream: RandomStream) -> Key[Array, ""]:
-        return random_streams.stream_key(self._seed, self._number - 1, stream)
+        return random_streams.stream_key(self._config.seed, self._number - 1, stream)
 
     def _compile(self) -> None:
         """Compiles all that runs between a signal and its checkpoint, and the validation loss."""
@@ -289,8 +286,8 @@ class Trainer:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             first=(self._count.step, self._count.images),
-            workers=self._workers,
-            worker_timeout=self._worker_timeout,
+            workers=self._config.data.workers,
+            worker_timeout=self._config.data.worker_timeout,
             text="text" in self._program.inputs,
         )
         iterator.set_state(state)

@@ -65,11 +65,14 @@ def test_sharded_batches_stay_sharded():
     np.testing.assert_allclose(result, expected(x, kernel), rtol=1e-5, atol=1e-5)
 
 
+def gradients(x, kernel, padding=ONE):
+    function = functools.partial(loss, lambda x, kernel: convolved(x, kernel, padding))
+    return jax.grad(function, (0, 1))(x, kernel)
+
+
 def lowered(platform, x, kernel, padding):
-    gradient = jax.grad(
-        functools.partial(loss, lambda x, kernel: convolved(x, kernel, padding)), (0, 1)
-    )
-    return jax.jit(gradient).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    gradient = jax.jit(functools.partial(gradients, padding=padding))
+    return gradient.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -97,11 +100,6 @@ def small_cache(monkeypatch):
     random = np.random.default_rng(1)
     x, kernel = random.normal(size=(16, 5, 6, 3)), random.normal(size=(3, 3, 3, 7))
     return jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-
-
-def gradients(x, kernel):
-    function = functools.partial(loss, lambda x, kernel: convolved(x, kernel, ONE))
-    return jax.grad(function, (0, 1))(x, kernel)
 
 
 def test_gradients_in_parts_equal_those_of_the_whole(small_cache, monkeypatch):
