@@ -18,7 +18,16 @@ from tests.support.paths import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Libraries that take long to import, or that an extra installs.
-LATE = ("array_record", "grain", "matplotlib", "mlxtend", "orbax", "safetensors", "tensorboardX")
+LATE = (
+    "array_record",
+    "grain",
+    "huggingface_hub",
+    "matplotlib",
+    "mlxtend",
+    "orbax",
+    "safetensors",
+    "tensorboardX",
+)
 LATE += ("tensorflow_datasets", "tokenizers", "wandb")
 
 IMPORTS = """
