@@ -13,7 +13,7 @@ from rdm_jax.checkpoints import folders, shared
 from rdm_jax.config import Config, to_dict
 from rdm_jax.config.load import load_config
 from rdm_jax.interop.import_stage import import_stage
-from rdm_jax.runtime import mounts
+from rdm_jax.runtime import hub, mounts
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import cache_folder, local_path, sha256
@@ -37,9 +37,10 @@ def load(
     Shared relays and published weights are unpacked into the user's cache folder, once.
 
     Args:
-      source: the workdir of a run or the folder of a shared relay, also gs://BUCKET/FOLDER; or a
-        file of published weights (.pkl, .pt, .pth, safetensors) of stage 1, or several by the
-        numbers of their stages:
+      source: the workdir of a run or the folder of a shared relay, also gs://BUCKET/FOLDER; a
+        shared relay hf://OWNER/NAME or hf://OWNER/NAME@REVISION of Hugging Face's hub; or a file of
+        published weights (.pkl, .pt, .pth, safetensors) of stage 1, or several by the numbers of
+        their stages:
         `{1: "edm.pkl", 2: "rdm.pt"}`. Stages before the first of them are not loaded: images of the
         stage before are then an argument of `sample`.
       config: of published weights: a config, or what `load_config` takes. The weights overrule
@@ -55,8 +56,7 @@ def load(
     if isinstance(source, Mapping):
         return _load_files(source, config, weights_key, overrides)
     of_weights = config is not None or weights_key is not None
-    in_bucket = mounts.is_url(source) and not of_weights  # files of weights are local
-    folder = mounts.mounted(os.fspath(source)) if in_bucket else local_path(source, "source")
+    folder = _local(source, of_weights)
     if folder.is_file():
         return _load_files({1: source}, config, weights_key, overrides)
     if not folder.exists():
@@ -77,6 +77,15 @@ def load(
             f"source={os.fspath(source)!r} has no config.json", "Use the folder of a trained run."
         )
     return RelayPipeline(load_config(str(folder), **overrides), folder)
+
+
+def _local(source: Source, of_weights: bool) -> Path:
+    """The local path of a source; files of weights are local ones."""
+    if hub.is_url(source) and not of_weights:
+        return shared.fetch(os.fspath(source), "source")
+    if mounts.is_url(source) and not of_weights:
+        return mounts.mounted(os.fspath(source))
+    return local_path(source, "source")
 
 
 def _load_files(

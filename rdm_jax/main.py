@@ -45,7 +45,8 @@ def _define_integer(
 
 
 _CONFIG = define_config(
-    help_string="Config file, config.json or a run's folder; --config.field=value overrides."
+    help_string="Config file, config.json, a run's folder or hf://OWNER/NAME; --config.field=value "
+    "overrides."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs and samples.")
 _MODE = flags.DEFINE_enum("mode", "all", (*MODES, "plan"), "What to do.")
@@ -60,7 +61,7 @@ _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
     "With --mode=import: a .pkl, .pt, .pth or safetensors; with export: file to write; without "
-    "--stage the folder of a whole relay.",
+    "--stage the folder of a whole relay, or to import it hf://OWNER/NAME[@REVISION].",
 )
 _WEIGHTS_KEY = flags.DEFINE_string(
     "weights_key",

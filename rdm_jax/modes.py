@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rdm_jax import config as configs
-from rdm_jax.checkpoints import averages, folders, store
+from rdm_jax.checkpoints import averages, folders, shared, store
 from rdm_jax.cli.run_flags import ONE_PROCESS, check_flags, check_paths, needs_run
 from rdm_jax.config import Config, Stage, changes, validate, validate_autoencoder
 from rdm_jax.config.load import load_config
@@ -29,7 +29,7 @@ from rdm_jax.interop.import_export import export_stage
 from rdm_jax.interop.import_stage import import_stage
 from rdm_jax.interop.share import export_relay, import_relay
 from rdm_jax.render import contact_sheet
-from rdm_jax.runtime import distributed, mounts
+from rdm_jax.runtime import distributed, hub, mounts
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
@@ -73,7 +73,7 @@ def run(
       stage: the stage to import or export, or with mode 'train' the only one to train, from 1.
         None to import or export a whole relay, in a folder to share.
       weights: the file to import (.pkl, .pt, .pth, safetensors) or to export to (safetensors); of a
-        whole relay, the folder.
+        whole relay, the folder, or to import it hf://OWNER/NAME[@REVISION].
       weights_key: with mode 'import', the network in the file; None for 'ema', or 'model_ema1' in
         JiT's.
       skip_bad: prepare without the images that cannot be used, and list them in the manifest,
@@ -98,7 +98,8 @@ def run(
         needed_by = f"--mode={mode}" if needed else None
         folder = Workdir.from_flag(workdir, needed_by=needed_by)
     reported = [local_path(path, "--evaluations") for path in evaluations]
-    weights_file = local_path(weights, "--weights") if weights else None
+    by_name = weights and hub.is_url(weights) and mode == "import" and stage is None
+    weights_file = local_path(weights, "--weights") if weights and not by_name else None
     if jax.process_count() > 1 and mode in ONE_PROCESS:
         raise InputError(
             f"--mode={mode} runs in a single process, but this run has {jax.process_count()}",
@@ -109,7 +110,8 @@ def run(
         return mounts.push()
     if mode == "import":
         if stage is None:
-            return import_relay(weights_file, folder)
+            relay = shared.fetch(weights, "--weights") if by_name else weights_file
+            return import_relay(relay, folder)
         return import_stage(config, stage, weights_file, folder, weights_key)
 
     evaluates = mode in ("all", "evaluate") or (

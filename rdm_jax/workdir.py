@@ -13,7 +13,7 @@ from rdm_jax.checkpoints import averages, folders
 from rdm_jax.config import Config, Stage, changes, parse, saved, to_dict
 from rdm_jax.runtime import bucket_lock, distributed, locks, mounts
 from rdm_jax.runtime.console import log
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import InputError, remedy
 from rdm_jax.runtime.files import atomic_write, local_path, log_write_errors, nearest
 
 TOKEN = "token"  # of a run, in the folder of its lock in a bucket
@@ -241,7 +241,9 @@ class Workdir:
             except OSError as error:
                 raise InputError(
                     f"{self} cannot be written ({error.strerror})",
-                    "Use another folder." if isinstance(lock, Path) else mounts.ROLES,
+                    remedy(error, "Use another folder.")
+                    if isinstance(lock, Path)
+                    else mounts.ROLES,
                 ) from error
             if isinstance(lock, Path):
                 # Written in place: a renamed file would be another lock.
@@ -260,8 +262,10 @@ class Workdir:
         lock = mounts.in_store(self._lock)
         lock = lock if isinstance(lock, Path) else lock / TOKEN
         for _ in range(SECONDS_TO_APPEAR):
-            with mounts.talking_to(lock):
-                if lock.exists() and lock.read_text() == token:
+            # Of a local file any error may pass: another host has written it a moment ago.
+            passing = (OSError,) if isinstance(lock, Path) else (FileNotFoundError,)
+            with contextlib.suppress(*passing), mounts.talking_to(lock):
+                if lock.read_text() == token:
                     return True
             time.sleep(1)
         return False

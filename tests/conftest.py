@@ -48,7 +48,11 @@ gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-pytest_plugins = ["tests.support.cpu_seconds", "tests.support.object_store"]
+pytest_plugins = [
+    "tests.support.cpu_seconds",
+    "tests.support.hub_server",
+    "tests.support.object_store",
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """The package: what is imported when, its dependencies, its public names, its one address."""
 
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -18,7 +20,16 @@ from tests.support.paths import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Libraries that take long to import, or that an extra installs.
-LATE = ("array_record", "grain", "matplotlib", "mlxtend", "orbax", "safetensors", "tensorboardX")
+LATE = (
+    "array_record",
+    "grain",
+    "huggingface_hub",
+    "matplotlib",
+    "mlxtend",
+    "orbax",
+    "safetensors",
+    "tensorboardX",
+)
 LATE += ("tensorflow_datasets", "tokenizers", "wandb")
 
 IMPORTS = """
@@ -98,6 +109,21 @@ def test_oldest_versions_are_the_lower_bounds():
     """CI tests with the lower bounds that pyproject.toml promises."""
     pins = set(re.findall(r"(?m)^\S+==\S+$", (ROOT / ".ci/oldest.txt").read_text()))
     assert {each.replace(">=", "==") for each in {*PROJECT["dependencies"], *extras("all")}} <= pins
+
+
+def test_table_of_versions_has_every_pin():
+    """What the scripts of CI print at their end."""
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci/table.py"], capture_output=True, text=True, check=True
+    )
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+    pins = re.findall(r"(?m)^(\S+)==(\S+)$", (ROOT / ".ci/oldest.txt").read_text())
+    assert list(rows) == ["Python", *(name for name, _ in pins)] and {"jaxlib", "flax"} < {*rows}
+    assert {name: oldest for name, (_, oldest) in rows.items() if name != "Python"} == dict(pins)
+    assert rows["Python"] == [platform.python_version(), PROJECT["requires-python"][2:]]
+    assert rows["jax"][0] == importlib.metadata.version("jax")
+    for script in ("run", "versions"):
+        assert re.search(r"trap '.*\.ci/table\.py.*' EXIT", (ROOT / ".ci" / script).read_text())
 
 
 def run_script(*flags: str, **variables: str) -> tuple[int, list[str]]:

@@ -1,5 +1,6 @@
 """The folders of a stage's checkpoints: which exist, which are intact, and their `about`."""
 
+import errno
 import math
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.files import parse_json
 from rdm_jax.runtime.mounts import AnyPath
 
+SECONDS_TO_APPEAR = 120  # that a network file system may take to show a new folder
 RETRAIN = "Train again in another workdir."
 COMMITTED = "commit_success.txt"  # Orbax writes it into a folder of a bucket at the end
 
@@ -156,6 +158,19 @@ def unfinished(directory: AnyPath, step: int | None = None) -> list[AnyPath]:
             numbered = [child for child in directory.glob("*") if child.name.isdecimal()]
             found = [child for child in numbered if not is_committed(child)]
     return [child for child in found if step is None or child.name.split(".")[0] == str(step)]
+
+
+def being_saved(directory: AnyPath, step: int) -> AnyPath:
+    """Returns the folder of the save of a step that has begun.
+
+    Raises:
+      OSError: after two minutes a network file system still does not list it.
+    """
+    for _ in range(SECONDS_TO_APPEAR):
+        if found := unfinished(directory, step):
+            return found[0]
+        time.sleep(1)
+    raise FileNotFoundError(errno.ENOENT, "the folder of the save is not listed", str(directory))
 
 
 def unreadable(directory: AnyPath, error: Exception) -> InputError:

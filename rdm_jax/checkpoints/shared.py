@@ -17,6 +17,7 @@ import numpy as np
 from rdm_jax.checkpoints import folders, store
 from rdm_jax.config import Config, parse
 from rdm_jax.config.saved import about_now, read_saved, save_config
+from rdm_jax.runtime import hub
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.files import atomic_write, parse_json, sha256
@@ -27,7 +28,7 @@ safetensors = lazy_import("safetensors", "weights")
 safetensors_numpy = lazy_import("safetensors.numpy", "weights")
 
 VERSION = 1
-LIST, CONFIG, CARD, CAPTIONS = "relay.json", "config.json", "README.md", "captions.json"
+LIST, CONFIG, CARD, CAPTIONS = hub.LIST, hub.CONFIG, "README.md", "captions.json"
 # What a checkpoint says of itself that whoever gets it needs; not where it was trained.
 KEPT = ("version", "stage", "classes", "text", "seed", "validation_loss", "imported")
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -50,6 +51,22 @@ class SharedStage(NamedTuple):
 def is_shared(folder: Path) -> bool:
     """Whether a folder holds a shared relay."""
     return (folder / LIST).is_file()
+
+
+def fetch(url: str, field: str) -> Path:
+    """The local folder of a shared relay 'hf://OWNER/NAME[@REVISION]', with what `unpack` reads.
+
+    Args:
+      field: that the user gave it in, for the message.
+
+    Raises:
+      InputError: as `hub.fetch`, or its config cannot be read.
+    """
+    folder = hub.fetch(url, [CONFIG, CAPTIONS], field)
+    config = parse(read_saved(folder / CONFIG))
+    files = [_file(number) for number in range(1, len(config.stages) + 1)]
+    # Of the same commit, whatever is uploaded meanwhile.
+    return hub.fetch(hub.at(url, folder.name), files, field)
 
 
 def write(
@@ -92,7 +109,7 @@ def write(
     if captions.is_file():
         shutil.copyfile(captions, made / CAPTIONS)
     (made / CARD).write_text(card, "utf-8")
-    hashes = {path.name: sha256(path) for path in sorted(made.iterdir())}
+    hashes = {p.name: sha256(p) for p in sorted(made.iterdir()) if p.name != CARD}
     with atomic_write(made / LIST) as partial:
         partial.write_text(json.dumps({"version": VERSION, "files": hashes}, indent=1))
     made.rename(folder)
@@ -108,17 +125,20 @@ def read_config(folder: Path) -> Config:
         listed = parse_json((folder / LIST).read_text())
         version, hashes = listed["version"], dict(listed["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / LIST} cannot be read ({error})", "Get it again.") from error
+        raise InputError(
+            f"{folder / LIST} cannot be read ({error})", hub.to_get_again(folder)
+        ) from error
     if version != VERSION:
         raise InputError(
             f"{folder / LIST} has version {version!r:.20}, and this rdm_jax reads {VERSION}",
             "Install a newer rdm_jax.",
         )
+    hashes.pop(CARD, None)  # which people edit, and nothing reads
     for name, digest in hashes.items():
         path = folder / name
         if Path(name).name != name or not path.is_file() or sha256(path) != digest:
             raise InputError(
-                f"{path} is missing, or differs from its hash in {LIST}", "Get it again."
+                f"{path} is missing, or differs from its hash in {LIST}", hub.to_get_again(folder)
             )
     config = parse(read_saved(folder / CONFIG))
     for number in range(1, len(config.stages) + 1):

@@ -21,7 +21,9 @@ from rdm_jax.checkpoints import trees
 from rdm_jax.checkpoints.checksums import damage, write_checksums
 from rdm_jax.checkpoints.folders import (
     RETRAIN,
+    SECONDS_TO_APPEAR,
     absolute,
+    being_saved,
     is_whole,
     rank,
     read_about,
@@ -39,8 +41,6 @@ from rdm_jax.runtime.lazy import lazy_import
 from rdm_jax.runtime.mounts import AnyPath
 
 ocp = lazy_import("orbax.checkpoint")
-
-SECONDS_TO_APPEAR = 120  # that a network file system may take to show a new folder to other hosts
 
 # A training state: a dataclass of arrays with `step`, `ema`, `averages` and a method `replace`.
 State = TypeVar("State", bound=Any)
@@ -277,8 +277,8 @@ class Checkpoints:
         """
         with log_write_errors(self.directory):
             mounts.push()
-        (partial,) = unfinished(self.directory, self._saving)
-        write_checksums(partial)
+        assert self._saving is not None
+        write_checksums(being_saved(self.directory, self._saving))
 
     def _give_up(self, error: Exception) -> None:
         """Removes and logs a save that failed. Raises OSError if no more may fail."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rdm_jax.runtime import distributed, mounts
 from rdm_jax.runtime.console import tolerate_closed_streams
 from rdm_jax.runtime.environment import backend_error
-from rdm_jax.runtime.errors import Diverged, InputError, Interrupted, reason
+from rdm_jax.runtime.errors import Diverged, InputError, Interrupted, reason, remedy
 
 DONE = 0
 FAILED = 1
@@ -39,7 +39,7 @@ def _exit_status(work: Callable[[], None], workdir: Callable[[], str | None]) ->
         return _failed(str(error), FAILED)
     except OSError as error:
         where, why = error.filename or workdir() or "a file", error.strerror or error
-        fix = "Free space, or use another --workdir."
+        fix = remedy(error, "Free space, or use another --workdir.")
         if mounts.is_url(str(where)):
             fix = BUCKET_AGAIN
         return _failed(f"{where} cannot be used ({why}). {fix}", BAD_INPUT)

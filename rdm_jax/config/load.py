@@ -20,6 +20,7 @@ from rdm_jax.config.parse import parse
 from rdm_jax.config.saved import read_saved
 from rdm_jax.config.schema import Config
 from rdm_jax.config.stage import Stage
+from rdm_jax.runtime import hub
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path, nearest
 
@@ -31,7 +32,8 @@ def load_config(given: str, **overrides: Any) -> Config:
     """The config that `--config` would take, with other values.
 
     Args:
-      given: a packaged config's name, a Python file, a config.json or a run's folder.
+      given: a packaged config's name, a Python file, a config.json, a run's folder, or a shared
+        relay hf://OWNER/NAME.
       overrides: fields by name; a section as a dict of its fields:
         `load_config("digits", seed=1, stage2={"sampler": {"steps": 8}})`. An instance of its class
         replaces a section: `stage1={"sampler": Heun(steps=8)}`.
@@ -44,13 +46,16 @@ def load_config(given: str, **overrides: Any) -> Config:
 
 def load(given: str) -> ConfigDict:
     """The config in a Python file with get_config (`FILE` or `FILE:ARGUMENT`), in a packaged one
-    (`NAME` or `NAME:ARGUMENT`), in a config.json, or in a folder that has one.
+    (`NAME` or `NAME:ARGUMENT`), in a config.json, in a folder that has one, or of a shared relay
+    `hf://OWNER/NAME[@REVISION]`.
 
     A file or a run's folder is preferred to a packaged config of the same name.
 
     Raises:
       InputError: there is no such config.
     """
+    if hub.is_url(given):
+        given = str(hub.fetch(given, [hub.CONFIG], "--config") / hub.CONFIG)
     if re.match(r"[\w+.-]+://", given) or not given.strip():
         local_path(given, "--config")  # refuses a URL
         raise InputError("--config='' names no config", f"Use {_one_of_the_packaged()}.")

@@ -13,7 +13,7 @@ from typing import Any
 from rdm_jax.config import Config, Stage, choices, kind_of, stage_number, to_dict, to_plain
 from rdm_jax.config.autoencoder import Autoencoder
 from rdm_jax.config.codec import field_types, item_type
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import InputError, remedy
 from rdm_jax.runtime.files import parse_json
 
 # 1: up to commit 46baa7f, which wrote no version. Increase it when an older release cannot read the
@@ -48,7 +48,8 @@ def read_saved(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no fields")
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} cannot be read as a config ({error})", "Use the config.json of a workdir."
+            f"{path} cannot be read as a config ({error})",
+            remedy(error, "Use the config.json of a workdir."),
         ) from error
     version = values.pop("version", 1 if path.name == "config.json" else VERSION)
     check_version(version, str(path))

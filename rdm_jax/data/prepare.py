@@ -38,7 +38,7 @@ from rdm_jax.data.text_table import verify_tables
 from rdm_jax.data.write_shards import write_shards
 from rdm_jax.data.write_sums import add_sums, write_sums
 from rdm_jax.runtime.console import log
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.errors import InputError, remedy
 from rdm_jax.runtime.files import atomic_write, local_path
 from rdm_jax.runtime.lazy import import_library, lazy_import
 from rdm_jax.text.encoders import TextEncoder
@@ -161,7 +161,7 @@ def prepare(
     except OSError as error:
         raise InputError(
             f"the data directory {directory} cannot be written ({error})",
-            "Free space, or use another directory.",
+            remedy(error, "Free space, or use another directory."),
         ) from error
     return directory
 

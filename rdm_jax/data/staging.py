@@ -65,13 +65,17 @@ def staging_folder(directory: Path) -> Iterator[Path]:
 def _is_locked(lock: Path, held: contextlib.ExitStack) -> bool:
     """Creates and locks a file; False if the lock's previous owner has removed it meanwhile."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    file = held.enter_context(lock.open("a"))
-    if not locks.try_flock(file.fileno()):
-        held.enter_context(locks.owner_file(lock.with_suffix(".owner")))
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
-    except FileNotFoundError:
-        return False
+    with contextlib.ExitStack() as ours:
+        file = ours.enter_context(lock.open("a"))
+        if not locks.try_flock(file.fileno()):
+            ours.enter_context(locks.owner_file(lock.with_suffix(".owner")))
+        try:
+            is_locked = os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except FileNotFoundError:
+            is_locked = False
+        if is_locked:
+            held.enter_context(ours.pop_all())
+        return is_locked
 
 
 def publish(made: Path, directory: Path) -> None:

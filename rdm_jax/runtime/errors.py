@@ -4,6 +4,9 @@ import errno
 import os
 import signal
 
+# Of the system's errors, those whose message says enough in whatever a library makes of them.
+KNOWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.ESTALE)
+
 
 class InputError(ValueError):
     """A user's input cannot be used: printed as one line, without a traceback; exit status 2.
@@ -56,12 +59,20 @@ class Interrupted(BaseException):
         self.status, self.at_once = 128 + number, at_once
 
 
+def remedy(error: Exception, otherwise: str) -> str:
+    """What to do about an error: what is `otherwise` right, unless a network file system has lost a
+    file, which libraries may pass on in words alone."""
+    if os.strerror(errno.ESTALE) not in str(error):
+        return otherwise
+    return "Run the same again: the file was replaced from another host, or its server restarted."
+
+
 def reason(error: Exception) -> str:
     """Returns the system's message where a library passes it on, else the error's first line.
 
     The line is cut to 200 characters, which fit into a sentence.
     """
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR):
+    for number in KNOWN:
         if os.strerror(number) in str(error):
             return os.strerror(number)
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -34,6 +34,8 @@ def local_path(text: str | os.PathLike[str], field: str) -> Path:
     scheme, separator, rest = os.fspath(text).partition("://")
     if separator:
         fix = "Use a local path, such as that of a mounted bucket."
+        if scheme == "hf":
+            fix = "Use a local path; by name a whole relay is loaded or imported, nothing else."
         if scheme == "gs":
             bucket, _, folder = rest.strip("/").partition("/")
             command = f"gcsfuse --implicit-dirs {bucket} /mnt/{bucket}"

@@ -14,11 +14,15 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from rdm_jax.runtime.console import log
 
-# flock's errors if another process holds the lock; all others mean that it is not supported.
+# flock's errors if another process holds the lock, and if the file system fails; all others mean
+# that it is not supported.
 HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+FAILURES = (errno.ESTALE, errno.EIO)
+TRIES = 3  # to open a lock that is stale: its file was replaced from another host
 HEARTBEAT_SECONDS = 10.0
 POLL_SECONDS = 15.0  # longer than a heartbeat, so that a poll sees at least one
 STALE_SECONDS = 120.0
@@ -37,12 +41,15 @@ def try_flock(descriptor: int) -> bool:
 
     Raises:
       InUse: another process holds the lock.
+      OSError: the file system fails.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
             raise InUse from error
+        if error.errno in FAILURES:
+            raise
         return False
     return True
 
@@ -53,7 +60,8 @@ def locked(path: Path) -> Iterator[None]:
 
     Without flock, the file `path` + '.owner' names the host and process, and its owner touches it
     every few seconds. Another process takes the lock over if the owner is known to have ended (on
-    the same host), or has not touched the file for two minutes.
+    the same host), or has not touched the file for two minutes. Where there is such a file, flock
+    alone does not do: another host may have mounted the file system without it.
 
     Args:
       path: a file, created if missing, and never removed: others may have it open.
@@ -62,38 +70,48 @@ def locked(path: Path) -> Iterator[None]:
       InUse: another process is in the context.
       OSError: the file cannot be written.
     """
-    with path.open("a") as file:
-        if try_flock(file.fileno()):
-            yield
-            return
-        log.warning("%s: the file system does not support flock; using an owner file instead", path)
-        with owner_file(path.with_name(f"{path.name}.owner")):
-            yield
+    owner = path.with_name(f"{path.name}.owner")
+    with contextlib.ExitStack() as held:
+        flocked = _flocked(path, held)
+        if not flocked:
+            log.warning("%s: the file system has no flock; using an owner file instead", path)
+        if not flocked or owner.exists():
+            held.enter_context(owner_file(owner))
+        yield
+
+
+def _flocked(path: Path, held: contextlib.ExitStack) -> bool:
+    """Opens a file, created if missing, and takes its lock until `held` is closed.
+
+    Returns, Raises: as `try_flock`.
+    """
+    for _ in range(TRIES - 1):
+        try:
+            return try_flock(held.enter_context(path.open("a")).fileno())
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return try_flock(held.enter_context(path.open("a")).fileno())
 
 
 @contextlib.contextmanager
 def owner_file(path: Path) -> Iterator[None]:
     """A lock without flock: `path` exists while one process is in this context.
 
-    Waits for an owner that may have ended, until a heartbeat is seen or the file is stale.
+    Waits for an owner that may have ended, until a heartbeat is seen or the file is stale: its age
+    by the file system's clock shortens the wait, but one heartbeat's time is always waited for, as
+    that clock may jump.
 
     Raises:
       InUse, OSError: as `locked`.
     """
     ours = json.dumps({"host": host(), "process": os.getpid(), "id": uuid.uuid4().hex})
-    announced = False
     while not _create(path, ours):
         with contextlib.suppress(FileNotFoundError):  # just released
-            theirs, heartbeat = path.read_text(), path.stat().st_mtime
-            if _is_stale(path, theirs):
-                _take_away(path, theirs)
-                continue
-            if not announced:
-                log.info("%s: waiting up to %d s for its owner's heartbeat", path, STALE_SECONDS)
-                announced = True
-            time.sleep(POLL_SECONDS)
-            if path.stat().st_mtime != heartbeat or path.read_text() != theirs:
-                raise InUse
+            seen = _seen(path)
+            if not _has_ended(seen.text):
+                _wait(path, seen)
+            _take_away(path, seen.text)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, ours, ended), daemon=True)
     heart.start()
@@ -120,6 +138,30 @@ def host() -> str:
     return " ".join(parts)
 
 
+class _Seen(NamedTuple):
+    """An owner file's text and the time of its last heartbeat, by the file system's clock."""
+
+    text: str
+    heartbeat: float
+
+
+def _seen(path: Path) -> _Seen:
+    """What an owner file shows. It is opened, as NFS then asks the server for its attributes."""
+    with path.open() as file:
+        return _Seen(file.read(), os.fstat(file.fileno()).st_mtime)
+
+
+def _wait(path: Path, seen: _Seen) -> None:
+    """Waits until an owner file is stale. Raises InUse if its owner shows itself."""
+    began, age = time.monotonic(), _now(path) - seen.heartbeat
+    seconds = min(max(STALE_SECONDS - age, POLL_SECONDS), STALE_SECONDS)
+    log.info("%s: waiting up to %d s for its owner's heartbeat", path, seconds)
+    while time.monotonic() - began < seconds:
+        time.sleep(POLL_SECONDS)
+        if _seen(path) != seen:
+            raise InUse
+
+
 def _create(path: Path, text: str) -> bool:
     """Creates the file atomically with this text; returns False if it exists already."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -127,6 +169,9 @@ def _create(path: Path, text: str) -> bool:
     try:
         os.link(partial, path)
     except FileExistsError:
+        with contextlib.suppress(FileNotFoundError):
+            # Ours, if the answer to a first request was lost.
+            return os.path.samestat(partial.stat(), path.stat())
         return False
     except OSError:  # a file system without hard links
         try:
@@ -153,23 +198,23 @@ def _take_away(path: Path, text: str) -> None:
             aside.unlink()
 
 
-def _is_stale(path: Path, text: str) -> bool:
-    """Whether the owner of a file has ended, or the file is too old.
-
-    Ages are measured by the file system's clock, as those of hosts may differ.
-    """
+def _now(path: Path) -> float:
+    """The time by the clock of a path's file system: those of hosts may differ."""
     probe = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     probe.touch()
     try:
-        age = probe.stat().st_mtime - path.stat().st_mtime
+        return probe.stat().st_mtime
     finally:
         probe.unlink()
+
+
+def _has_ended(text: str) -> bool:
+    """Whether the process that an owner file names is known to have ended."""
     try:
         owner = json.loads(text)
-        has_ended = owner["host"] == host() and not is_running(owner["process"])
+        return owner["host"] == host() and not is_running(owner["process"])
     except (ValueError, KeyError, TypeError):
-        has_ended = False  # a damaged file is judged by its age
-    return has_ended or age > STALE_SECONDS
+        return False  # a damaged file is judged by its heartbeat
 
 
 def is_running(process: int) -> bool:

@@ -26,6 +26,18 @@ def test_exit_status_names_what_the_system_refuses(capsys, error, workdir, where
     assert capsys.readouterr().err == f"{line}--workdir.\n"
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_exit_status_of_a_stale_file_asks_for_another_try(capsys, number):
+    """Also if it was raised again as another error, as that of a failed save."""
+
+    def work():
+        raise OSError(number, "Stale file handle", "run/5")
+
+    assert exit_status(work, lambda: None) == 2
+    line = "error: run/5 cannot be used (Stale file handle). Run the same again: the file was "
+    assert capsys.readouterr().err.startswith(line)
+
+
 class HttpError(Exception):
     """As that of gcsfs, whose import takes a second."""
 

@@ -9,6 +9,7 @@ import pytest
 
 import rdm_jax
 from rdm_jax.checkpoints import shared
+from rdm_jax.checkpoints.folders import read_about
 from rdm_jax.config.saved import read_saved
 from rdm_jax.modes import run
 from rdm_jax.runtime.errors import InputError
@@ -130,6 +131,40 @@ def test_newer_relay_is_refused(relay, tmp_path):
     (folder / "relay.json").write_text(json.dumps(listed))
     with pytest.raises(InputError, match="has version 2, and this rdm_jax reads 1"):
         rdm_jax.load(folder)
+
+
+def test_relay_by_name_is_that_of_the_folder(relay, hub, tmp_path):
+    """For --config, --weights and `load`; of what was uploaded only the relay's files are sent."""
+    hub.upload(relay, "a/relay", **{"stage3.safetensors": b"another's", "train.py": b"raise"})
+    run("hf://a/relay", tmp_path / "mine", mode="import", weights="hf://a/relay@main")
+    assert read_saved(tmp_path / "mine/config.json") == read_saved(relay / "config.json")
+    loaded = rdm_jax.load("hf://a/relay", sampling={"batch_size": 4})
+    assert loaded.captions.training == ("a red disc",)
+    for number, found in enumerate(loaded.checkpoints, 1):
+        digest = shared.sha256(relay / f"stage{number}.safetensors")
+        assert found["shared"] == {"file": f"stage{number}.safetensors", "sha256": digest}
+        about = read_about(Workdir(tmp_path / "mine").checkpoints(number) / "1")
+        assert about["shared"] == found["shared"]
+    names = {path.name for path in relay.iterdir()} - {"README.md"}
+    assert sorted(hub.fetched) == sorted(names)  # each once
+
+
+def test_damaged_relay_by_name_is_refused(relay, hub, tmp_path):
+    hub.upload(relay, "a/relay", **{"stage2.safetensors": b"torn"})
+    with pytest.raises(InputError, match=r"stage2.safetensors is missing, or differs") as refusal:
+        rdm_jax.load("hf://a/relay")
+    assert refusal.value.fix == f"Remove {tmp_path}/hub/models--a--relay, and run the same again."
+
+
+def test_weights_of_one_stage_are_no_name(hub, tmp_path):
+    with pytest.raises(InputError, match="hf:// is not supported here. Use a local path; by name"):
+        run(config_of(), tmp_path / "mine", mode="import", stage=1, weights="hf://a/relay")
+
+
+def test_card_may_be_edited(relay, tmp_path):
+    folder = copied(relay, tmp_path)
+    (folder / "README.md").write_text("another")
+    assert shared.read_config(folder).stages
 
 
 def test_import_refuses_a_folder_that_is_no_relay(tmp_path):

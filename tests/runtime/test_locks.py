@@ -102,16 +102,16 @@ def test_owner_file_of_another_host_is_judged_by_its_heartbeat(
 
 def test_owner_file_stale_is_taken_over_by_one_process(tmp_path, no_flock, monkeypatch):
     """The second judges it before, and moves it after, the first has taken it over."""
-    owner(tmp_path / "lock.owner", process=2**22 + 1)
-    is_stale, inside = locks._is_stale, contextlib.ExitStack()
+    owner(tmp_path / "lock.owner", host="another")
+    wait, inside = locks._wait, contextlib.ExitStack()
 
-    def slow(path, text):
-        found = is_stale(path, text)
-        monkeypatch.setattr(locks, "_is_stale", is_stale)
+    def slow(path, seen):
+        wait(path, seen)
+        monkeypatch.setattr(locks, "_wait", wait)
         inside.enter_context(locks.locked(tmp_path / "lock"))
-        return found
 
-    monkeypatch.setattr(locks, "_is_stale", slow)
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "_wait", slow)
     with inside, pytest.raises(locks.InUse), locks.locked(tmp_path / "lock"):
         pass
     assert [each.name for each in tmp_path.iterdir()] == ["lock"]
@@ -130,7 +130,7 @@ def test_owner_file_is_touched_regularly(tmp_path, no_flock):
 def test_run_locks_its_workdir_without_flock(image_folder, tmp_path, no_flock, caplog):
     config = tiny_config(image_folder).to_config_dict()
     run(config, str(tmp_path / "run"), mode="prepare")
-    assert "does not support flock" in caplog.text and not (tmp_path / "run/.lock.owner").exists()
+    assert "has no flock" in caplog.text and not (tmp_path / "run/.lock.owner").exists()
     with (
         beating(tmp_path / "run/.lock.owner"),
         pytest.raises(ValueError, match="in use by another run"),

@@ -1,0 +1,112 @@
+"""Shared relays by name, hf://OWNER/NAME: fetched from Hugging Face's hub into its own cache.
+
+Only data is fetched (JSON and safetensors), and nothing in it is executed.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rdm_jax.runtime.errors import InputError, reason
+from rdm_jax.runtime.lazy import lazy_import
+
+huggingface_hub = lazy_import("huggingface_hub", "hub")
+hub_errors = lazy_import("huggingface_hub.errors", "hub")
+hub_constants = lazy_import("huggingface_hub.constants", "hub")
+
+SCHEME = "hf://"
+LIST, CONFIG = "relay.json", "config.json"  # of a shared relay: its list of hashes, its config
+
+
+def is_url(text: str | os.PathLike[str]) -> bool:
+    """Whether a text is the URL of a repository."""
+    return os.fspath(text).startswith(SCHEME)
+
+
+def at(url: str, revision: str) -> str:
+    """The URL of a repository at another revision."""
+    return f"{url.partition('@')[0]}@{revision}"
+
+
+def to_get_again(folder: Path) -> str:
+    """The remedy if a relay's files are damaged: in the cache, all of the repository goes."""
+    if folder.parent.name == "snapshots":
+        return f"Remove {folder.parents[1]}, and run the same again."
+    return "Get it again."
+
+
+def fetch(url: str, names: Sequence[str], field: str) -> Path:
+    """Fetches files of a shared relay; files that are there already are not fetched again.
+
+    Args:
+      url: 'hf://OWNER/NAME', or with '@REVISION': a branch, a tag or a commit.
+      names: of the files, besides its list; the repository may lack some.
+      field: that the user gave the URL in, for the message.
+
+    Returns:
+      The local folder, named after the commit.
+
+    Raises:
+      InputError: it is no such URL, the library is not installed, there is no such repository or
+        revision, it has no list, or it is neither reachable nor in the cache.
+    """
+    given = f"{field}={url!r}"
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@(.+))?", url)
+    if not match:
+        raise InputError(
+            f"{given} is not the name of a repository", "Use hf://OWNER/NAME[@REVISION]."
+        )
+    try:
+        _ = huggingface_hub.snapshot_download, hub_errors.HfHubHTTPError
+    except InputError as error:
+        raise InputError(f"{given} cannot be fetched: {error.problem}", error.fix) from error
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                match[1], revision=match[2], allow_patterns=[LIST, *names]
+            )
+        )
+    except Exception as error:  # its own errors, of the HTTP library and of the file system
+        raise InputError(*_explained(given, match[2], error)) from error
+    if not (folder / LIST).is_file():
+        raise InputError(
+            f"{given} is not a shared relay: it has no {LIST}",
+            "Use a repository that a folder made by --mode=export without --stage was uploaded to.",
+        )
+    return folder
+
+
+def _explained(given: str, revision: str | None, error: Exception) -> tuple[str, str]:
+    """What is wrong, and the remedy."""
+    match error:
+        case hub_errors.GatedRepoError():
+            return (
+                f"{given} asks for consent to its terms",
+                "Accept them on the repository's page, and run 'hf auth login'.",
+            )
+        case hub_errors.RepositoryNotFoundError():
+            return (
+                f"{given}: there is no such repository, or no permission to read it",
+                "Correct the name; if it is private, run 'hf auth login'.",
+            )
+        case hub_errors.RevisionNotFoundError():
+            return (
+                f"{given}: the repository has no revision {revision!r}",
+                "Use a branch, a tag or a whole commit of it.",
+            )
+        case hub_errors.HFValidationError():
+            return f"{given} is not the name of a repository", "Use hf://OWNER/NAME[@REVISION]."
+        case hub_errors.LocalEntryNotFoundError() if hub_constants.HF_HUB_OFFLINE:
+            return (
+                f"{given} is not in the cache ({hub_constants.HF_HUB_CACHE}), and "
+                "HF_HUB_OFFLINE is set",
+                "Unset it, or load this once where there is a network and copy the cache.",
+            )
+        case hub_errors.LocalEntryNotFoundError():
+            return (
+                f"{given} is not in the cache ({hub_constants.HF_HUB_CACHE}), and "
+                f"{hub_constants.ENDPOINT} does not answer",
+                "Check the network, and run the same again.",
+            )
+    return f"{given} cannot be fetched ({reason(error)})", "Run the same again."

@@ -1,0 +1,117 @@
+"""Repositories by name: what is fetched, and what is refused with which remedy."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rdm_jax.runtime import hub as hubs
+from rdm_jax.runtime.errors import InputError
+from tests.support.paths import ROOT
+
+FILES = {"relay.json": b"{}", "config.json": b"1", "stage1.safetensors": b"2", "train.py": b"3"}
+
+
+@pytest.fixture
+def uploaded(hub, tmp_path):
+    """The hub with one repository, 'a/relay', whose tag 'first' has another config."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    for name, data in FILES.items():
+        (folder / name).write_bytes(data)
+    hub.upload(folder, "a/relay", "first", **{"config.json": b"old"})
+    hub.upload(folder, "a/relay")
+    return hub
+
+
+def fetch(url):
+    return hubs.fetch(url, ["config.json", "captions.json"], "source")
+
+
+def test_fetch_takes_the_named_files_alone_and_once(uploaded):
+    folder = fetch("hf://a/relay")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "relay.json"]
+    assert (folder / "config.json").read_bytes() == b"1"
+    assert fetch("hf://a/relay") == fetch(hubs.at("hf://a/relay@main", folder.name)) == folder
+    assert sorted(uploaded.fetched) == ["config.json", "relay.json"]
+
+
+def test_fetch_takes_a_revision(uploaded):
+    assert (fetch("hf://a/relay@first") / "config.json").read_bytes() == b"old"
+    commit = uploaded.commit_of("a/relay", "first")
+    assert fetch(f"hf://a/relay@{commit}").name == commit
+
+
+@pytest.mark.parametrize(
+    "url", ["hf://relay", "hf://a/b/c", "hf://a/relay@", "hf://", "hf://a/../b", "hf://a/b--c"]
+)
+def test_fetch_refuses_what_is_no_name(hub, url):
+    with pytest.raises(InputError, match=r"is not the name of a rep.*Use hf://OWNER/NAME\[@REV"):
+        fetch(url)
+    assert not hub.fetched
+
+
+@pytest.mark.parametrize(
+    "url, problem, fix",
+    [
+        ("hf://a/other", "source='hf://a/other': there is no such repository", "'hf auth login'"),
+        ("hf://a/relay@2.0", "has no revision '2.0'", "Use a branch, a tag"),
+        ("hf://a/gated", "source='hf://a/gated' asks for consent", "Accept them on"),
+        ("hf://a/model", r"is not a shared relay: it has no relay\.json", "--mode=export without"),
+    ],
+)
+def test_fetch_refuses_and_names_the_remedy(uploaded, url, problem, fix):
+    main = uploaded.repositories["a/relay"]["main"]
+    others = {name: data for name, data in main.items() if name != "relay.json"}
+    commit = "0" * 40
+    uploaded.repositories["a/model"] = {"main": others, commit: others}
+    uploaded.repositories["a/gated"] = uploaded.repositories["a/relay"]
+    uploaded.gated.add("a/gated")
+    with pytest.raises(InputError, match=problem) as refusal:
+        fetch(url)
+    assert fix in refusal.value.fix
+
+
+OFFLINE = """
+import sys
+from rdm_jax.runtime import hub
+for url in sys.argv[1:]:
+    try:
+        print(hub.fetch(url, ["config.json"], "source"))
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_fetch_without_a_network_takes_the_cache(uploaded, tmp_path):
+    """In a process of its own: the library reads the variables when it is imported."""
+    folder = fetch("hf://a/relay")
+    variables = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, "hf://a/relay", "hf://a/new", "hf://a/relay@2.0"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    cached, new, revision = done.stdout.splitlines()
+    assert cached == str(folder)
+    refused = f" is not in the cache ({tmp_path}/hub), and HF_HUB_OFFLINE is set. Unset it, or load"
+    assert new.startswith(f"source='hf://a/new'{refused}")
+    assert revision.startswith(f"source='hf://a/relay@2.0'{refused}")
+
+
+def test_fetch_names_the_hub_that_does_not_answer(uploaded, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"and http://127\.0\.0\.1:9 does not answer\. Check the"):
+        fetch("hf://a/relay")
+
+
+def test_fetch_without_the_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(
+        InputError, match="'hf://a/relay' cannot be fetched: the package huggin"
+    ) as e:
+        fetch("hf://a/relay")
+    assert e.value.fix == "Run pip install 'rdm_jax[hub]'."
