@@ -25,7 +25,7 @@ from rdm_jax.evaluation import classifier
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.errors import InputError
 from tests.support.checkpoints import read_arrays
-from tests.support.commands import STAGE, arguments_of, start, start_two
+from tests.support.commands import STAGE, arguments_of, environment, start, start_two
 from tests.support.configs import write_images
 from tests.support.paths import ROOT
 
@@ -147,7 +147,7 @@ def test_two_processes_stop_resume_and_equal_one(classified, tmp_path):
     # Both have generated a part of the images, and both read all of them back.
     assert "evaluation: reusing the samples in" in first
     # Only process 0 logs, except for the wait for it (XLA's Gloo logs in all).
-    assert not re.search(r"^\d\d:\d\d:\d\d (?!waiting up to)", second, re.MULTILINE)
+    assert not re.search(r"^\d\d:\d\d:\d\d (?!waiting )", second, re.MULTILINE)
     check_same(tmp_path / "one", tmp_path / "two")
 
 
@@ -232,6 +232,51 @@ def test_join_waits_for_processes_and_names_the_missing():
         )
 
 
+WAIT = """
+import sys, time
+from rdm_jax.cli.exit_codes import exit_status
+from rdm_jax.runtime import console, distributed, waiting
+port, number, limit = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+waiting.SECONDS_BETWEEN_LINES, waiting.SECONDS_TO_WAIT = 0.2, limit
+def work():
+    console.show_log(quiet=number > 0)
+    distributed.join(f"localhost:{port}", 2, number)
+    slow = lambda: time.sleep(1) or [number, {"a": 0.1}]
+    print(distributed.primary_alone("counts slowly", slow))
+    assert distributed.primary_first("looks", lambda: number) == number
+distributed.exit_with(lambda: exit_status(work, lambda: None))
+"""
+
+
+def two_that_wait(limit: float, status: int) -> list[tuple[str, str]]:
+    """Outputs of two processes, the first of which is slow."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    options = {"text": True, "stdout": -1, "stderr": -1, "env": environment(), "cwd": ROOT}
+    arguments = [sys.executable, "-c", WAIT, port]
+    return ended(
+        [subprocess.Popen([*arguments, str(n), str(limit)], **options) for n in range(2)], status
+    )
+
+
+@pytest.mark.second
+def test_wait_for_a_slow_first_process_is_said():
+    (first, _), (second, _) = two_that_wait(limit=100, status=0)
+    assert first.splitlines()[-1] == second.splitlines()[-1] == "[0, {'a': 0.1}]"
+    line = r"waiting for process 0, which counts slowly \(for 0 min so far\)"
+    assert re.search(line, second) and not re.search(line, first)
+
+
+@pytest.mark.second
+def test_wait_for_a_slow_first_process_has_an_end():
+    outputs = two_that_wait(limit=0.3, status=2)
+    for _, errors in outputs:
+        assert re.search(
+            r"error: waited 8.33e-05 h for process 0, which counts slowly. See the log of", errors
+        )
+
+
 @pytest.mark.parametrize(
     "surroundings",
     [
@@ -290,7 +335,7 @@ def test_join_does_nothing_alone():
     distributed.join("", None, None)
     assert jax.process_count() == 1 and distributed.is_primary()
     with distributed.raise_together():
-        assert distributed.primary_first(lambda: 3) == 3
+        assert distributed.primary_first("counts", lambda: 3) == 3
     assert distributed.allgather({"a": np.arange(3)})["a"].tolist() == [[0, 1, 2]]
     assert [int(distributed.largest(value)) for value in (0, 2, 1)] == [0, 2, 1]
 

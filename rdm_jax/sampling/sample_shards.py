@@ -89,7 +89,7 @@ def sample_in_parts(
     new = [(folder / _part_name(relay, batch), batch) for batch in batches if len(batch)]
     share = new[jax.process_index() :: jax.process_count()]
     rate = _make(relay, share, stop, before=int(finished.sum()) // jax.process_count())
-    distributed.wait_for_all("sampled all shards")
+    distributed.wait_for_all("sample")
     for path, batch in new:
         places |= {seed: (path, row) for row, seed in enumerate(batch.tolist())}
     return SampleShards(places), rate
