@@ -150,6 +150,7 @@ class Gatherer:
 
     def _request(self, timer: "_SaveTimer") -> int:
         """Returns STOP, SAVE or 0: what is to be done now, the same in all processes."""
+        distributed.hear_preemption(self._stop)
         wanted = STOP if self._stop.requested else SAVE * timer.is_due()
         if jax.process_count() == 1:
             return wanted

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,6 +16,9 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# No public API tells whether its service for preemptions runs.
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -28,6 +33,8 @@ SECONDS_TO_LEAVE = 5
 LOST_PEER = ("coordination service", "closed by peer", "reset by peer", "another task", "heartbeat")
 # Parts of JAX's messages if it finds no cluster, or is in use already.
 NO_CLUSTER = ("coordinator_address", "must be called before")
+
+_iterations = itertools.count()  # equal in all processes
 
 
 def join(
@@ -245,6 +252,20 @@ def primary_alone(does: str, function: Callable[[], Any]) -> Any:
     return json.loads(add_up({"text": text})["text"].tobytes())
 
 
+def hear_preemption(stop: StopOnSignal) -> None:
+    """Notes a preemption of any process, of which JAX's service has notice, as a SIGTERM.
+
+    All processes must call it together, in every iteration of a loop; all note it in the same one.
+    The service (`jax_enable_preemption_service`) also catches the SIGTERM of a process that leaves
+    signals to its caller, such as a thread's. It is asked about the numbers of the calls, as steps
+    begin again with each stage.
+    """
+    if jax.process_count() == 1 or global_state.preemption_sync_manager is None:
+        return
+    if multihost_utils.reached_preemption_sync_point(next(_iterations)):
+        stop.requested = stop.requested or signal.SIGTERM
+
+
 class StopOfAll:
     """Stops all processes at the same iteration of a loop when one of them receives a signal.
 
@@ -260,6 +281,7 @@ class StopOfAll:
         """To be called in each iteration. Raises `Interrupted`."""
         if jax.process_count() == 1:
             return self._stop.check()
+        hear_preemption(self._stop)
         before, self._before = self._before, largest(bool(self._stop.requested))
         if before is not None and int(before):
             raise self._stop.interruption

@@ -336,6 +336,7 @@ class Trainer:
         if jax.process_count() == 1:
             return {}
         wanted = 0
+        distributed.hear_preemption(session.stop)
         if session.stop.requested:
             wanted = STOP
         elif distributed.is_primary() and session.clock.is_over():
