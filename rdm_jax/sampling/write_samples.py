@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -152,9 +153,11 @@ def _describe_shards(shards: Path, ours: dict[str, Any]) -> str:
 def _missing(relay: RelayPipeline, existing: Earlier, asked: tuple[int, ...]) -> np.ndarray:
     """The seeds whose images do not exist, the same in every process: int64 (n,)."""
     wanted = np.asarray(existing.wanted(asked), np.int64)
-    found = existing.present(wanted, relay.config.sampling.files)
     distributed.check_same(f"what is wanted in {existing.folder}", str(wanted.tolist()))
-    return wanted[~distributed.allgather(found).all(0)]
+    found = np.zeros(len(wanted), bool)
+    mine = slice(jax.process_index(), None, jax.process_count())  # each looks at its share
+    found[mine] = existing.present(wanted[mine], relay.config.sampling.files)
+    return wanted[~distributed.allgather(found).any(0)]
 
 
 def _rows_of_grid(
