@@ -322,9 +322,8 @@ def test_reference_metrics(path, dtype):
         gaussians.append(moments.mean_and_covariance(moments.exact(sums), len(features)))
     frechet = metrics.frechet_distance(*gaussians[0], *gaussians[1])
     precision, recall = metrics.precision_and_recall(reference, sample, k=int(meta["k"]), tile=128)
-    logits = case["logits"]
-    score = metrics.InceptionScore(logits.shape[1], len(logits), int(meta["split_size"]))
-    score.add(0, logits)
+    score = metrics.InceptionScore(*case["logits"].shape[::-1], int(meta["split_size"]))
+    score.add(0, case["logits"])
     found = {
         "frechet": frechet,
         "precision": precision,
