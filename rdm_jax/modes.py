@@ -178,6 +178,7 @@ class Job:
     def open_sets(self, numbers: Iterable[int]) -> dict[int, Split]:
         """Prepares and opens the images of these stages: process 0 first, then the others."""
         sets = distributed.primary_first(
+            "prepares the images",
             lambda: open_sets(
                 self.config,
                 sorted(set(numbers)),
@@ -187,12 +188,13 @@ class Job:
                 # Once: the others then find the set as process 0 has left it.
                 update=self.update and distributed.is_primary(),
                 check_stop=self.stop.check,
-            )
+            ),
         )
-        if self.mode in ("all", "prepare") and distributed.is_primary():
-            contact_sheet.draw(
-                self.config, sets, self.workdir.contact_sheet, again=self.mode == "prepare"
-            )
+        with distributed.raise_together("process 0, which draws the contact sheet"):
+            if self.mode in ("all", "prepare") and distributed.is_primary():
+                contact_sheet.draw(
+                    self.config, sets, self.workdir.contact_sheet, again=self.mode == "prepare"
+                )
         held_out = self.config.data.held_out
         return {number: Split(images, *images.split(held_out)) for number, images in sets.items()}
 
@@ -229,7 +231,7 @@ class Job:
             trainer.run(self.stop, StageProbe(self.config, number, held_out or images, evaluator))
             if distributed.in_any_process(bool(self.stop.requested)):
                 raise self.stop.interruption
-        distributed.wait_for_all("trained")
+        distributed.wait_for_all("end their training")
 
     def write_captions(self, sets: dict[int, Split]) -> None:
         """Keeps captions that a stage is trained on in the workdir, to sample with."""

@@ -319,11 +319,11 @@ def test_reference_metrics(path, dtype):
         for first in range(0, len(features), 32):
             part = features[first : first + 32]
             sums = moments.update(sums, jnp.asarray(part), jnp.ones(len(part), dtype))
-        gaussians.append(moments.mean_and_covariance(sums, len(features)))
+        gaussians.append(moments.mean_and_covariance(moments.exact(sums), len(features)))
     frechet = metrics.frechet_distance(*gaussians[0], *gaussians[1])
     precision, recall = metrics.precision_and_recall(reference, sample, k=int(meta["k"]), tile=128)
-    score = metrics.InceptionScore(case["logits"].shape[1], int(meta["split_size"]))
-    score.add(case["logits"])
+    score = metrics.InceptionScore(*case["logits"].shape[::-1], int(meta["split_size"]))
+    score.add(0, case["logits"])
     found = {
         "frechet": frechet,
         "precision": precision,

@@ -124,7 +124,7 @@ def project_moments() -> tuple[tuple[np.ndarray, np.ndarray], float]:
             add, sums, *jax.block_until_ready((jnp.asarray(batch), jnp.float32(real)))
         )
         total += seconds
-    found, seconds = timed(moments.mean_and_covariance, sums, _FEATURES.value)
+    found, seconds = timed(moments.mean_and_covariance, moments.exact(sums), _FEATURES.value)
     return found, total + seconds
 
 

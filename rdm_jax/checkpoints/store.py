@@ -213,10 +213,10 @@ class Checkpoints:
           InputError: the checkpoint is damaged or of another network.
         """
         items = trees.items(abstract)
-        args = {name: trees.restore_args(item) for name, item in items.items()}
-        restored = self._read(step, args, items)
-        others = {name: restored[name] for name in items if name != "train"}
-        return abstract.replace(**restored.train, **others), self._about(step, restored)
+        args = {name: trees.restore_args(trees.spread(item)) for name, item in items.items()}
+        read = self._read(step, args, items)
+        restored = trees.gathered({name: read[name] for name in items}, items)
+        return abstract.replace(**restored.pop("train"), **restored), self._about(step, read)
 
     def restore_ema(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """Restores EMA parameters only, and 'about'. Raises InputError like `restore`."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.lazy import lazy_import
@@ -37,6 +38,37 @@ def restore_args(abstract: Any, *, part: bool = False) -> Any:
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
         partial_restore=part,
     )
+
+
+def spread(abstract: Any) -> Any:
+    """Returns an abstract tree whose leaves are shared out among all devices of their meshes.
+
+    So read, a checkpoint is read once by all hosts together, not once by each that is to have the
+    whole: `gathered` then sends it from device to device. Leaves without an axis that the number of
+    devices divides stay as they are.
+    """
+
+    def of_leaf(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh.size == 1:
+            return leaf
+        mesh = leaf.sharding.mesh
+        fitting = [axis for axis, length in enumerate(leaf.shape) if length % mesh.size == 0]
+        if not fitting:
+            return leaf
+        axis = max(fitting, key=lambda axis: leaf.shape[axis])
+        spec = PartitionSpec(*[None] * axis, mesh.axis_names)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(of_leaf, abstract)
+
+
+def gathered(tree: Any, abstract: Any) -> Any:
+    """Returns the arrays of a tree with the shardings of an abstract one."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if jax.tree.map(lambda x: x.sharding, tree) == shardings:
+        return tree
+    # In one program: devices could meet in several ones in another order.
+    return jax.jit(lambda t: t, out_shardings=shardings)(tree)
 
 
 def unwrapped(metadata: Any) -> Any:

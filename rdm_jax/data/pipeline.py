@@ -217,7 +217,8 @@ def _in_worker(index: int, count: int) -> None:
 
 # Of two iterators: two epochs for a batch across both, and two for prefetching.
 @functools.lru_cache(maxsize=8)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of `count` images in an epoch: int64 (count,), the same in all processes."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
@@ -257,7 +258,7 @@ class _Elements:
             position + (batch - first) * self._batch_size + self._shares[part], len(self._images)
         )
         indices = [
-            _order(self._seed, epoch, len(self._images))[positions[epochs == epoch]]
+            epoch_order(self._seed, epoch, len(self._images))[positions[epochs == epoch]]
             for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
         ]
         return self._images.batch(np.concatenate(indices), text=self._text)

@@ -30,7 +30,12 @@ from rdm_jax.evaluation.result_files import (
     same_made_with,
 )
 from rdm_jax.evaluation.retrieval import retrieval
-from rdm_jax.evaluation.statistics import Statistics, compare, kept_indices
+from rdm_jax.evaluation.statistics import (
+    Statistics,
+    StatisticsAccumulator,
+    compare,
+    kept_indices,
+)
 from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.render import pictures
 from rdm_jax.render.tables import result_table
@@ -121,7 +126,8 @@ class Evaluator:
     @functools.cached_property
     def _space(self) -> FeatureSpace:
         return self._given_space or distributed.primary_first(
-            lambda: open_space(self._config, self._sets, self._workdir, self._stop.check)
+            "opens or trains the network of the features",
+            lambda: open_space(self._config, self._sets, self._workdir, self._stop.check),
         )
 
     @functools.cached_property
@@ -170,12 +176,11 @@ class Evaluator:
     def _measure(self, streams: list[ImageStream], folder: Path) -> dict[str, Any]:
         """Measures streams, unless the folder has their results."""
         made_with = self._made_with(streams)
-        result = read_result(folder / RESULT)
-        done = bool(result) and same_made_with(result["made_with"], made_with)
-        distributed.check_same(
-            f"what is in {folder} and measured", f"{done} {json.dumps(made_with, sort_keys=True)}"
+        distributed.check_same("what is measured", json.dumps(made_with, sort_keys=True))
+        result = distributed.primary_alone(
+            "reads earlier results", lambda: read_result(folder / RESULT)
         )
-        if done:
+        if result and same_made_with(result["made_with"], made_with):
             log.info("evaluation: already in %s\n%s", folder, result_table(result["results"]))
         else:
             if (folder / RESULT).exists() and distributed.is_primary():
@@ -188,7 +193,7 @@ class Evaluator:
             log.info("evaluation: -> %s\n%s", folder / RESULT, result_table(result["results"]))
         if distributed.is_primary():
             for stream in streams:
-                self._gatherer.partial_path(stream, folder).unlink(missing_ok=True)
+                self._gatherer.remove_saved(stream, folder)
         return result
 
     def _made_with(self, streams: list[ImageStream]) -> dict[str, Any]:
@@ -212,19 +217,33 @@ class Evaluator:
         for stream in streams:
             for name, gathered in self._gatherer.gather(stream, folder).items():
                 kind = name if name in self._references else ""
-                statistics = gathered.statistics(stream.about)
-                metrics, notes = compare(self._reference(kind), statistics, self._space)
-                captions = stream.captions(gathered.kept)
-                found, more = self._retrieval(kind, statistics.features, captions)
-                results[name] = {
-                    "images": gathered.count,
-                    "metrics": metrics | found,
-                    "notes": [*notes, *more, *stream.notes],
-                }
+                reference = self._reference(kind)
+                results[name] = distributed.primary_alone(
+                    f"compares {name}",
+                    functools.partial(self._compared, stream, gathered, kind, reference),
+                )
                 if distributed.is_primary():
                     path = folder / picture_names(results)[name]
                     pictures.save_picture(_grid(gathered.pictures, stream), path)
         return results
+
+    def _compared(
+        self,
+        stream: ImageStream,
+        gathered: StatisticsAccumulator,
+        kind: str,
+        reference: Statistics | None,
+    ) -> dict[str, Any]:
+        """The row of a set in evaluation.json."""
+        statistics = gathered.statistics(stream.about)
+        metrics, notes = compare(reference, statistics, self._space)
+        captions = stream.captions(gathered.kept)
+        found, more = self._retrieval(kind, statistics.features, captions)
+        return {
+            "images": gathered.count,
+            "metrics": metrics | found,
+            "notes": [*notes, *more, *stream.notes],
+        }
 
     def _retrieval(
         self, kind: str, features: np.ndarray, captions: list[str] | None
@@ -236,26 +255,26 @@ class Evaluator:
         theirs = stream.captions(kept_indices(stream.count, self._config.evaluation.kept))
         return retrieval(reference.features, theirs, features, captions) if theirs else ({}, [])
 
-    def _reference(self, name: str) -> Statistics:
-        """The statistics of a reference, read or gathered once."""
+    def _reference(self, name: str) -> Statistics | None:
+        """The statistics of a reference, read or gathered once; maybe None but in process 0."""
         if name not in self._compared_with:
             self._compared_with[name] = self._read_or_gathered(self._references[name])
         return self._compared_with[name]
 
-    def _read_or_gathered(self, reference: Reference) -> Statistics:
-        """Statistics from a published file, from the folder, or gathered and kept in the folder."""
-        stream, path, kept = reference.stream, self._folder / reference.file, None
+    def _read_or_gathered(self, reference: Reference) -> Statistics | None:
+        """Statistics from a published file, from the folder, or gathered and kept in the folder.
+
+        Only process 0 needs them, and decides whether the folder has any; others may get None.
+        """
+        stream, path = reference.stream, self._folder / reference.file
         if stream is None:
             return reference.published
-        try:
-            kept = read_statistics(path, self._space) if path.is_file() else None
-        except InputError as error:
-            log.info("evaluation: the reference is measured again: %s", error)
-        fits = kept is not None and kept.about["images"] == reference.about
-        distributed.check_same(f"what is in {path}", str(fits))
-        if fits:
+        kept = self._kept(reference) if distributed.is_primary() else None
+        if distributed.from_primary(kept is not None):
             return kept
         (gathered,) = self._gatherer.gather(stream, self._folder).values()
+        if not distributed.is_primary():
+            return None
         statistics = gathered.statistics(reference.about)
         if reference.published:
             statistics = dataclasses.replace(
@@ -263,10 +282,19 @@ class Evaluator:
                 count=reference.published.count,
                 gaussians=reference.published.gaussians,
             )
-        if distributed.is_primary():
-            save_statistics(path, statistics, self._space)
-            self._gatherer.partial_path(stream, self._folder).unlink()
+        save_statistics(path, statistics, self._space)
+        self._gatherer.remove_saved(stream, self._folder)
         return statistics
+
+    def _kept(self, reference: Reference) -> Statistics | None:
+        """The statistics of a reference's images in the folder, if there are any."""
+        path = self._folder / reference.file
+        try:
+            kept = read_statistics(path, self._space) if path.is_file() else None
+        except InputError as error:
+            log.info("evaluation: the reference is measured again: %s", error)
+            return None
+        return kept if kept is not None and kept.about["images"] == reference.about else None
 
 
 def _grid(shown: dict[int, np.ndarray], stream: ImageStream) -> Image.Image:

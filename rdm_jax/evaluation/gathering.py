@@ -1,10 +1,13 @@
 """Gathers the statistics of streams of images: over all processes, with saves on the way."""
 
+import contextlib
 import hashlib
 import json
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,13 +25,25 @@ from rdm_jax.runtime.signals import StopOnSignal
 
 SAVE_SECONDS = 60.0  # between saves of what is gathered
 SAVE_SHARE = 1 / 20  # of the time that saves may take
+# What processes exchange after each batch: nothing (0), that process 0 wants to save, or that one
+# of them has received a signal.
+SAVE = 1
+STOP = 2
 
-# Outputs and images by the name of the set, and labels.
-Measured = tuple[dict[str, dict[str, jax.Array]], dict[str, np.ndarray], np.ndarray]
+
+class Measured(NamedTuple):
+    """A batch of a process: the index of its first image, and by the set's name what follows."""
+
+    first: int
+    outputs: dict[str, dict[str, jax.Array]]
+    images: dict[str, np.ndarray]
+    labels: np.ndarray
 
 
 class Gatherer:
     """Gathers the statistics of image streams in a feature space.
+
+    Each process measures its share of the images and keeps the sums to itself until the end.
 
     Args:
       space: of the features.
@@ -45,7 +60,8 @@ class Gatherer:
     def gather(self, stream: ImageStream, folder: Path) -> dict[str, StatisticsAccumulator]:
         """Measures every image of a stream, resuming where an earlier run was stopped.
 
-        Every process computes its share of the features and receives the rest.
+        Batches are dealt out to the processes in turn. What they gather is exchanged once, at the
+        end; until then each saves its own.
 
         Args:
           stream: the images.
@@ -57,44 +73,62 @@ class Gatherer:
         Raises:
           Interrupted: a signal came; what is gathered is saved.
         """
-        path = self.partial_path(stream, folder)
-        accumulators = self._restored(stream, path)
-        done = min(accumulator.done for accumulator in accumulators.values())
-        distributed.check_same(f"what was gathered in {path}", str(done))
-        timer, waiting = _SaveTimer(), []
+        files = _Files(folder, self._identity(stream))
+        stream.begin()
+        accumulators, done = self._restored(stream, files)
+        timer, waiting = _SaveTimer(), None
         with progress(stream.count, f"measuring {', '.join(stream.names)}", done) as bar:
             while done < stream.count:
-                batches, stopped = self._batches(stream, done)
-                # One batch late, so that the devices work while the next one is read.
-                _add(accumulators, waiting)
-                waiting = batches
-                for _, _, labels in batches:
-                    done += len(labels)
-                    bar.update(len(labels))
-                if stopped or done == stream.count or timer.is_due():
+                with distributed.raise_together("the other processes, which measure a batch"):
+                    following = self._batch(stream, done)
+                    # One batch late, so that the devices work while the next one is read.
                     _add(accumulators, waiting)
-                    waiting = []
-                    timer.save(accumulators, path)
-                    if stopped:
+                waiting, before = following, done
+                done = min(done + stream.batch_size * jax.process_count(), stream.count)
+                bar.update(done - before)
+                request = self._request(timer)
+                if request or done == stream.count:
+                    with timer.saving():
+                        with distributed.raise_together("the other processes, which save"):
+                            _add(accumulators, waiting)
+                            _save(accumulators, files.own(done))
+                            mounts.push()
+                        files.remove(all_but=done)
+                    waiting = None
+                    if request == STOP:
                         raise self._stop.interruption
-        distributed.wait_for_all("saved what was gathered")
+        for accumulator in accumulators.values():
+            accumulator.combine()
+        distributed.wait_for_all("save what was gathered")
         return accumulators
 
-    def partial_path(self, stream: ImageStream, folder: Path) -> Path:
-        """The file in which the statistics of a stream are saved while it is measured."""
-        identity = json.dumps([stream.about, self._space.digest, self._kept], sort_keys=True)
-        return folder / f".gathered-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.npz"
+    def remove_saved(self, stream: ImageStream, folder: Path) -> None:
+        """Removes what was saved while a stream was measured; for process 0."""
+        for path in _Files(folder, self._identity(stream)).found():
+            path.unlink(missing_ok=True)
 
-    def _restored(self, stream: ImageStream, path: Path) -> dict[str, StatisticsAccumulator]:
-        """What an earlier run has gathered, or nothing yet."""
+    def _identity(self, stream: ImageStream) -> str:
+        identity = json.dumps([stream.about, self._space.digest, self._kept], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    def _restored(
+        self, stream: ImageStream, files: "_Files"
+    ) -> tuple[dict[str, StatisticsAccumulator], int]:
+        """What an earlier run of any number of processes has gathered, and of how many images."""
         accumulators = self._accumulators(stream)
-        if path.is_file():
+        done, parts = distributed.primary_alone("lists what was gathered", files.newest)
+        failed = False
+        for path in files.shares(done, parts):
             try:
                 _restore(accumulators, path)
             except (InputError, KeyError, ValueError, TypeError) as error:
-                log.info("evaluation: restarts, as %s cannot be read (%s)", path, error)
-                return self._accumulators(stream)
-        return accumulators
+                log.warning("evaluation: restarts, as %s cannot be read (%s)", path, error)
+                failed = True
+        if distributed.in_any_process(failed):
+            return self._accumulators(stream), 0
+        if done:
+            log.info("evaluation: resuming after %s of %s images", f"{done:,}", f"{stream.count:,}")
+        return accumulators, done
 
     def _accumulators(self, stream: ImageStream) -> dict[str, StatisticsAccumulator]:
         return {
@@ -104,29 +138,23 @@ class Gatherer:
             for name in stream.names
         }
 
-    def _batches(self, stream: ImageStream, done: int) -> tuple[list[Measured], bool]:
-        """The next batch of every process in turn, and whether to stop."""
+    def _batch(self, stream: ImageStream, done: int) -> Measured | None:
+        """This process's batch of those that follow on `done` images; None if there is none."""
         size = stream.batch_size
-        firsts = [done + n * size for n in range(jax.process_count())]
-        counts = [min(size, stream.count - first) for first in firsts if first < stream.count]
-        # A process for which no batch is left repeats the last one.
-        turn = min(jax.process_index(), len(counts) - 1)
-        with distributed.raise_together():
-            images, labels = stream.batch(firsts[turn], counts[turn])
-            outputs = {name: self._outputs(images[name], size) for name in stream.names}
+        first = done + jax.process_index() * size
+        if first >= stream.count:
+            return None
+        images, labels = stream.batch(first, min(size, stream.count - first))
+        outputs = {name: self._outputs(images[name], size) for name in stream.names}
+        return Measured(first, outputs, images, labels)
+
+    def _request(self, timer: "_SaveTimer") -> int:
+        """Returns STOP, SAVE or 0: what is to be done now, the same in all processes."""
+        distributed.hear_preemption(self._stop)
+        wanted = STOP if self._stop.requested else SAVE * timer.is_due()
         if jax.process_count() == 1:
-            return [(outputs, images, labels)], bool(self._stop.requested)
-        padded = jax.tree.map(lambda x: np.resize(x, (size, *x.shape[1:])), (images, labels))
-        *everywhere, stopped = distributed.allgather(
-            (outputs, *padded, np.int32(bool(self._stop.requested)))
-        )
-        batches = []
-        for n, count in enumerate(counts):
-            outputs, images, labels = jax.tree.map(lambda x, n=n: x[n], tuple(everywhere))
-            outputs = sharding.put_batch(outputs, sharding.local_mesh())
-            images = {name: x[:count] for name, x in images.items()}
-            batches.append((outputs, images, labels[:count]))
-        return batches, bool(stopped.any())
+            return wanted
+        return int(distributed.largest(wanted if wanted == STOP or distributed.is_primary() else 0))
 
     def _measured(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         return self._space.apply(params, images) | {ENERGY: high_frequency_energy(images)}
@@ -138,7 +166,7 @@ class Gatherer:
 
 
 class _SaveTimer:
-    """Saves every `SAVE_SECONDS`, or more rarely if saves are slow."""
+    """Tells when to save: every `SAVE_SECONDS`, or more rarely if saves are slow."""
 
     def __init__(self):
         self._saved, self._pause = time.monotonic(), SAVE_SECONDS
@@ -146,19 +174,58 @@ class _SaveTimer:
     def is_due(self) -> bool:
         return time.monotonic() - self._saved > self._pause
 
-    def save(self, accumulators: dict[str, StatisticsAccumulator], path: Path) -> None:
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measures how long a save takes."""
         began = time.monotonic()
-        if distributed.is_primary():
-            _save(accumulators, path)
-            mounts.push()
+        yield
         self._saved = time.monotonic()
         self._pause = max(SAVE_SECONDS, (self._saved - began) / SAVE_SHARE)
 
 
-def _add(accumulators: dict[str, StatisticsAccumulator], batches: list[Measured]) -> None:
-    for outputs, images, labels in batches:
-        for name, accumulator in accumulators.items():
-            accumulator.add(outputs[name], images[name], labels)
+class _Files:
+    """The files of what is gathered of a stream: one per process, named by the images of all."""
+
+    def __init__(self, folder: Path, identity: str):
+        self._folder, self._prefix = folder, f".gathered-{identity}"
+
+    def own(self, done: int) -> Path:
+        """The file of this process when `done` images are measured."""
+        return self._path(done, jax.process_index(), jax.process_count())
+
+    def newest(self) -> tuple[int, int]:
+        """Of the newest save that all its processes have ended: images and processes; or 0, 0."""
+        names = {path.name for path in self.found()}
+        saves = {tuple(map(int, re.findall(r"\d+", name.rpartition("-at-")[2]))) for name in names}
+        whole = [
+            (done, parts)
+            for done, _, parts in saves
+            if all(self._path(done, part, parts).name in names for part in range(parts))
+        ]
+        return max(whole, default=(0, 0))
+
+    def shares(self, done: int, parts: int) -> list[Path]:
+        """This process's share of the files of a save by `parts` processes."""
+        mine = range(jax.process_index(), parts, jax.process_count())
+        return [self._path(done, part, parts) for part in mine]
+
+    def found(self) -> list[Path]:
+        return list(self._folder.glob(f"{self._prefix}-at-*.npz"))
+
+    def remove(self, all_but: int) -> None:
+        """Removes this process's files of other saves, once all have ended theirs."""
+        parts = jax.process_count()
+        for path in self._folder.glob(f"{self._prefix}-at-*-{jax.process_index()}-of-{parts}.npz"):
+            if path != self.own(all_but):
+                path.unlink(missing_ok=True)
+
+    def _path(self, done: int, part: int, parts: int) -> Path:
+        return self._folder / f"{self._prefix}-at-{done}-{part}-of-{parts}.npz"
+
+
+def _add(accumulators: dict[str, StatisticsAccumulator], batch: Measured | None) -> None:
+    for name, accumulator in accumulators.items() if batch else ():
+        accumulator.add(batch.first, batch.outputs[name], batch.images[name], batch.labels)
 
 
 def _save(accumulators: dict[str, StatisticsAccumulator], path: Path) -> None:
@@ -172,11 +239,9 @@ def _save(accumulators: dict[str, StatisticsAccumulator], path: Path) -> None:
 
 
 def _restore(accumulators: dict[str, StatisticsAccumulator], path: Path) -> None:
-    """Sets what a stopped run has gathered."""
+    """Adds what a process of a stopped run has gathered."""
     with Npz(path) as file:
         for name, accumulator in accumulators.items():
             prefix = f"{name}/"
             keys = [key for key in file.arrays if key.startswith(prefix)]
-            accumulator.set_state({key.removeprefix(prefix): file.read(key) for key in keys})
-    done, count = f"{accumulator.done:,}", f"{accumulator.count:,}"
-    log.info("evaluation: resuming after %s of %s images", done, count)
+            accumulator.add_state({key.removeprefix(prefix): file.read(key) for key in keys})

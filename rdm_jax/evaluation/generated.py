@@ -83,6 +83,9 @@ class RelayStream(ImageStream):
     def texts_below(self, indices: Int[np.ndarray, " n"]) -> list[str] | None:  # noqa: D102
         return self._relay.captions_below(self._seeds[indices])
 
+    def begin(self) -> None:  # noqa: D102
+        _ = self._saved
+
     def batch(self, first: int, count: int) -> Batch:  # noqa: D102
         seeds = self._seeds[first : first + count]
         if self._saved:
@@ -99,7 +102,7 @@ class RelayStream(ImageStream):
 
     @functools.cached_property
     def _saved(self) -> SavedSamples | None:
-        """Saved samples to use; all processes look for them together, at the first batch."""
+        """Saved samples to use; all processes look for them together."""
         if not self._saved_in:
             return None
         arrays = sorted({_array_name(name) for name in self.names})

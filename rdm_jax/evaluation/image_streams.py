@@ -42,6 +42,9 @@ class ImageStream(ABC):
     about: dict[str, Any]
     notes: tuple[str, ...] = ()
 
+    def begin(self) -> None:  # noqa: B027
+        """To be called before the first batch, by all processes together."""
+
     @abstractmethod
     def batch(self, first: int, count: int) -> Batch:
         """The images `first` to `first + count - 1`.

@@ -218,45 +218,42 @@ class InceptionScore:
 
     Args:
       classes: of the classifier.
+      count: number of images.
       split: images per split, 5,000 in ADM. The score is the mean over the splits, the last of
         which may be short.
     """
 
-    def __init__(self, classes: int, split: int = 5000):
-        self._classes, self._split = classes, split
-        # One entry per split.
-        self._counts = np.zeros(0, np.int64)  # images
-        self._sums = np.zeros((0, classes))  # of predictions p
-        self._logs = np.zeros(0)  # of p log p
+    def __init__(self, classes: int, count: int, split: int = 5000):
+        self._split, splits = split, -(-count // split)
+        self._counts = np.zeros(splits)  # images
+        self._sums = np.zeros((splits, classes))  # of predictions p
+        self._logs = np.zeros(splits)  # of p log p
 
-    def add(self, logits: Float[np.ndarray, "b classes"]) -> None:
-        """Adds the logits of the next images."""
+    def add(self, first: int, logits: Float[np.ndarray, "b classes"]) -> None:
+        """Adds the logits of images `first`, `first` + 1, ..."""
         logs = logits.astype(np.float64)
         logs = logs - logs.max(1, keepdims=True)
         logs -= np.log(np.exp(logs).sum(1, keepdims=True))
         while len(logs):
-            if not len(self._counts) or self._counts[-1] == self._split:
-                self._counts = np.append(self._counts, 0)
-                self._logs = np.append(self._logs, 0.0)
-                self._sums = np.vstack([self._sums, np.zeros(self._classes)])
-            here = logs[: self._split - self._counts[-1]]
-            self._counts[-1] += len(here)
-            self._sums[-1] += np.exp(here).sum(0)
-            self._logs[-1] += (np.exp(here) * here).sum()
-            logs = logs[len(here) :]
+            number, before = divmod(first, self._split)
+            here = logs[: self._split - before]
+            self._counts[number] += len(here)
+            self._sums[number] += np.exp(here).sum(0)
+            self._logs[number] += (np.exp(here) * here).sum()
+            logs, first = logs[len(here) :], first + len(here)
 
     def value(self) -> float:
-        """The score of all images so far, from 1 to `classes`."""
+        """The score of all images, from 1 to `classes`."""
         means = self._sums / self._counts[:, None]
         of_mean = np.sum(means * np.log(np.where(means > 0, means, 1)), axis=1)  # 0 log 0 = 0
         return float(np.exp(self._logs / self._counts - of_mean).mean())
 
     def state(self) -> dict[str, np.ndarray]:
-        """The state, as arrays by name."""
+        """The sums over images, as arrays by name; those of several sets add up."""
         return {"score.counts": self._counts, "score.sums": self._sums, "score.logs": self._logs}
 
     def set_state(self, arrays: dict[str, np.ndarray]) -> None:
-        """Continues from a state that `state` returned."""
+        """Continues from sums that `state` returned."""
         self._counts, self._sums, self._logs = (
             arrays[f"score.{name}"].copy() for name in ("counts", "sums", "logs")
         )

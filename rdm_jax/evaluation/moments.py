@@ -72,14 +72,47 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     return total, (a - (total - b_seen)) + (b - b_seen)
 
 
+class Sums(NamedTuple):
+    """The same sums in float64 on the host."""
+
+    shift: Float[np.ndarray, " d"]
+    total: Float[np.ndarray, " d"]
+    outer: Float[np.ndarray, "d d"]
+
+
+def exact(moments: Moments) -> Sums:
+    """The sums with their compensations."""
+    shift, total, total_rest, outer, outer_rest = (np.asarray(x, np.float64) for x in moments)
+    return Sums(shift, total + total_rest, outer + outer_rest)
+
+
+def rounded(sums: Sums) -> Moments:
+    """The sums on the devices, each with what float32 leaves of it as its compensation.
+
+    The shift must be one of float32.
+    """
+    total, outer = sums.total.astype(np.float32), sums.outer.astype(np.float32)
+    rests = (sums.total - total).astype(np.float32), (sums.outer - outer).astype(np.float32)
+    return Moments(
+        *map(jnp.asarray, (sums.shift.astype(np.float32), total, rests[0], outer, rests[1]))
+    )
+
+
+def about(sums: Sums, count: int, shift: Float[np.ndarray, " d"]) -> Sums:
+    """The sums of the same `count` features about another shift."""
+    by = sums.shift - shift
+    cross = np.outer(by, sums.total)
+    outer = sums.outer + cross + cross.T + count * np.outer(by, by)
+    return Sums(shift, sums.total + count * by, outer)
+
+
 def mean_and_covariance(
-    moments: Moments, count: int
+    sums: Sums, count: int
 ) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
     """float64 mean (d,) and unbiased covariance (d, d) of the `count` >= 2 features added."""
-    shift, total, total_rest, outer, outer_rest = (np.asarray(x, np.float64) for x in moments)
-    mean = (total + total_rest) / count
-    covariance = (outer + outer_rest - count * np.outer(mean, mean)) / (count - 1)
-    return shift + mean, covariance if count > len(mean) else _of_rank(covariance, count - 1)
+    mean = sums.total / count
+    covariance = (sums.outer - count * np.outer(mean, mean)) / (count - 1)
+    return sums.shift + mean, covariance if count > len(mean) else _of_rank(covariance, count - 1)
 
 
 def _of_rank(covariance: np.ndarray, rank: int) -> np.ndarray:

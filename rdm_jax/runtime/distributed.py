@@ -3,7 +3,10 @@
 import contextlib
 import functools
 import hashlib
+import itertools
+import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -13,13 +16,16 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# No public API tells whether its service for preemptions runs.
+from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rdm_jax.runtime import mounts, sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.runtime.waiting import SECONDS_TO_JOIN, waiting
+from rdm_jax.runtime.waiting import SECONDS_TO_JOIN, meet, waiting
 
 Result = TypeVar("Result")
 SECONDS_TO_LEAVE = 5
@@ -27,6 +33,8 @@ SECONDS_TO_LEAVE = 5
 LOST_PEER = ("coordination service", "closed by peer", "reset by peer", "another task", "heartbeat")
 # Parts of JAX's messages if it finds no cluster, or is in use already.
 NO_CLUSTER = ("coordinator_address", "must be called before")
+
+_iterations = itertools.count()  # equal in all processes
 
 
 def join(
@@ -165,7 +173,10 @@ def allgather(tree: Any) -> Any:
 
 
 def wait_for_all(what: str) -> None:
-    """Waits until every process has called it with the same `what`; each sees all files then.
+    """Waits until every process has called it; each sees the files of all then.
+
+    Args:
+      what: they do until then, for the log ('sample').
 
     Raises:
       InputError: it failed in another process.
@@ -173,38 +184,45 @@ def wait_for_all(what: str) -> None:
     """
     if jax.process_count() == 1:
         return mounts.push()
-    with raise_together():
+    with raise_together(f"the other processes, which {what}"):
         mounts.push()
-    multihost_utils.sync_global_devices(what)
     with raise_together():
         mounts.pull()
 
 
 @contextlib.contextmanager
-def raise_together() -> Iterator[None]:
+def raise_together(waiting_for: str = "the other processes") -> Iterator[None]:
     """A context that all processes enter: if it fails in one, it fails in all, and none hangs.
 
+    Args:
+      waiting_for: what a process that is done with it waits for, as its log says each minute.
+
     Raises:
-      InputError: it failed in another process, which prints the reason.
+      InputError: it failed in another process, which prints the reason, or did not end in time.
     """
     failed = True
     try:
         yield
         failed = False
     finally:
+        meet(waiting_for)
         any_failed = allgather(np.int32(failed)).any()
     if any_failed:
         raise InputError("another process failed", "See its error message.")
 
 
-def primary_first(function: Callable[[], Result]) -> Result:
+def primary_first(does: str, function: Callable[[], Result]) -> Result:
     """Calls `function` in process 0, then in the others, which find its files in place.
 
+    Args:
+      does: what the function does, for the log of those that wait ('prepares the images').
+      function: called once in each process.
+
     Raises:
-      InputError: it failed in another process.
+      InputError: it failed in another process, or did not end in time.
     """
     for turn in (True, False):
-        with raise_together():
+        with raise_together(f"process 0, which {does}" if turn else "the other processes"):
             if is_primary() == turn:
                 if not turn:
                     mounts.pull()
@@ -212,6 +230,40 @@ def primary_first(function: Callable[[], Result]) -> Result:
                 if turn:
                     mounts.push()
     return result
+
+
+def primary_alone(does: str, function: Callable[[], Any]) -> Any:
+    """Calls `function` in process 0 only, and returns in all processes what it returned there.
+
+    Args:
+      does: what the function does, for the log of those that wait ('compares the statistics').
+      function: returns what JSON can hold.
+
+    Raises:
+      InputError: it failed in process 0, or did not end in time.
+    """
+    with raise_together(f"process 0, which {does}"):
+        result = function() if is_primary() else None
+    if jax.process_count() == 1:
+        return result
+    text = np.frombuffer(json.dumps(result).encode(), np.uint8)
+    size = from_primary(len(text))
+    text = text if is_primary() else np.zeros(size, np.uint8)
+    return json.loads(add_up({"text": text})["text"].tobytes())
+
+
+def hear_preemption(stop: StopOnSignal) -> None:
+    """Notes a preemption of any process, of which JAX's service has notice, as a SIGTERM.
+
+    All processes must call it together, in every iteration of a loop; all note it in the same one.
+    The service (`jax_enable_preemption_service`) also catches the SIGTERM of a process that leaves
+    signals to its caller, such as a thread's. It is asked about the numbers of the calls, as steps
+    begin again with each stage.
+    """
+    if jax.process_count() == 1 or global_state.preemption_sync_manager is None:
+        return
+    if multihost_utils.reached_preemption_sync_point(next(_iterations)):
+        stop.requested = stop.requested or signal.SIGTERM
 
 
 class StopOfAll:
@@ -229,6 +281,7 @@ class StopOfAll:
         """To be called in each iteration. Raises `Interrupted`."""
         if jax.process_count() == 1:
             return self._stop.check()
+        hear_preemption(self._stop)
         before, self._before = self._before, largest(bool(self._stop.requested))
         if before is not None and int(before):
             raise self._stop.interruption
@@ -251,6 +304,53 @@ def in_any_process(flag: bool) -> bool:
 def from_primary(value: int) -> int:
     """Returns process 0's value (int32) in all processes, which must call it together."""
     return int(allgather(np.int32(value))[0])
+
+
+def add_up(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the sums over all processes of arrays, in their dtypes; no process sees the parts.
+
+    Sums of float64 are exact to 2^-45 of the largest possible one, although the devices add in
+    float32: they add multiples of a power of two that float32 holds exactly, and the rests.
+
+    Args:
+      arrays: by name, of the same shapes and dtypes in all processes, which call it together.
+    """
+    if jax.process_count() == 1:
+        return arrays
+    return {name: _sum_of(value) for name, value in arrays.items()}
+
+
+def _sum_of(value: np.ndarray) -> np.ndarray:
+    mesh, add = _one_device_each()
+    by_process = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+    def exact(x: np.ndarray) -> np.ndarray:
+        total = add(jax.make_array_from_process_local_data(by_process, x[None]))
+        return np.asarray(total.addressable_data(0))
+
+    if value.dtype != np.float64:
+        return exact(value)
+    # Rounded up, as is the exponent: the sum of all is below 2^24 units.
+    largest = np.nextafter(np.float32(np.abs(value).max(initial=0)), np.float32(np.inf))
+    bound = max(allgather(largest).sum(dtype=np.float64), np.finfo(np.float32).tiny)
+    unit = 2.0 ** (np.ceil(np.log2(bound)) - 23)
+    coarse = np.rint(value / unit) * unit
+    parts = (coarse, value - coarse)
+    sums = [exact(part.astype(np.float32)).astype(np.float64) for part in parts]
+    return sums[0] + sums[1]
+
+
+@functools.cache
+def _one_device_each() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+    firsts: dict[int, jax.Device] = {}
+    for device in sorted(jax.devices(), key=lambda device: device.id):
+        firsts.setdefault(device.process_index, device)
+    mesh = Mesh(np.asarray([firsts[n] for n in sorted(firsts)]), ("process",))
+
+    def add(x: jax.Array) -> jax.Array:
+        return x.sum(0, dtype=x.dtype)
+
+    return mesh, jax.jit(add, out_shardings=sharding.replicated(mesh))
 
 
 @functools.cache

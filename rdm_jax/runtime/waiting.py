@@ -4,18 +4,28 @@ JAX's own timeout ends in an abort by XLA.
 """
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
+
+import jax
 
 # The cluster that JAX has detected; no public API tells it.
 from jax._src.distributed import global_state
 
 from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError
 
 SECONDS_TO_ANNOUNCE = 1
 SECONDS_TO_JOIN = 120
+# Between two log lines of a wait, and until it is given up: more than preparing ImageNet takes.
+SECONDS_BETWEEN_LINES = 60
+SECONDS_TO_WAIT = 24 * 3600
+
+_meetings = itertools.count()  # equal in all processes, as all of them come to each
 
 
 @contextlib.contextmanager
@@ -56,3 +66,49 @@ def _awaited() -> str:
         f"the {global_state.num_processes} processes of this run at "
         f"{global_state.coordinator_address} (this is process {global_state.process_id})"
     )
+
+
+def meet(what: str) -> None:
+    """Waits until all processes have called it, which they do together.
+
+    Nothing waits on the devices, whose collectives have time limits of their own or none. Every
+    minute a log line says what is waited for.
+
+    Args:
+      what: the text of that line, 'process 0, which ...'.
+
+    Raises:
+      InputError: the others have not come within `SECONDS_TO_WAIT`.
+    """
+    client = global_state.client
+    if client is None or jax.process_count() == 1:
+        return
+    with _announced(what):
+        try:
+            name, milliseconds = f"rdm_jax {next(_meetings)}", int(1000 * SECONDS_TO_WAIT)
+            client.wait_at_barrier(name, milliseconds)
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise InputError(
+                f"waited {SECONDS_TO_WAIT / 3600:.3g} h for {what}",
+                "See the log of the process that is late, and start all of them again. "
+                "--mode=prepare --coordinator=none prepares images in one process before.",
+            ) from error
+
+
+@contextlib.contextmanager
+def _announced(what: str) -> Iterator[None]:
+    """Logs what is waited for, also in processes that log warnings only."""
+    over, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not over.wait(SECONDS_BETWEEN_LINES):
+            minutes = (time.monotonic() - began) / 60
+            log.warning("waiting for %s (for %.0f min so far)", what, minutes)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

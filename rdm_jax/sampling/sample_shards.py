@@ -82,14 +82,13 @@ def sample_in_parts(
       Interrupted: a signal came; the finished batches are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    places = _finished(relay, folder)
+    places = _finished(relay, folder, seeds)
     finished = np.asarray([seed in places for seed in seeds.tolist()], bool)
-    finished = distributed.allgather(finished).all(0)
     batches = in_batches(seeds[~finished], relay.config.sampling.batch_size)
     new = [(folder / _part_name(relay, batch), batch) for batch in batches if len(batch)]
     share = new[jax.process_index() :: jax.process_count()]
     rate = _make(relay, share, stop, before=int(finished.sum()) // jax.process_count())
-    distributed.wait_for_all("sampled all shards")
+    distributed.wait_for_all("sample")
     for path, batch in new:
         places |= {seed: (path, row) for row, seed in enumerate(batch.tolist())}
     return SampleShards(places), rate
@@ -104,19 +103,33 @@ def seeds_of_part(path: Path) -> Int[np.ndarray, " n"] | None:
         return None
 
 
-def _finished(relay: RelayPipeline, folder: Path) -> dict[int, tuple[Path, int]]:
-    """Files and rows that earlier runs have finished, by seed.
+def _finished(
+    relay: RelayPipeline, folder: Path, seeds: Int[np.ndarray, " n"]
+) -> dict[int, tuple[Path, int]]:
+    """Files and rows of the images of these seeds that earlier runs have finished, by seed.
 
-    Each process checks its share of the files for damage.
+    Each process reads its share of the files that process 0 lists.
     """
-    places = {}
+    files = distributed.primary_alone(
+        "lists finished samples", lambda: sorted(path.name for path in folder.glob("*.npz"))
+    )
+    index = {seed: number for number, seed in enumerate(seeds.tolist())}
+    found = np.full((len(seeds), 2), -1, np.int32)  # number of the file, and row
     names = ["seeds", *(_array_name(number) for number in range(len(relay.earlier) + 1))]
-    for number, path in enumerate(sorted(folder.glob("*.npz"))):
-        seeds = seeds_of_part(path)
-        if seeds is None or not len(seeds) or path.name != _part_name(relay, seeds):
+    for number in range(jax.process_index(), len(files), jax.process_count()):
+        path = folder / files[number]
+        made = seeds_of_part(path)
+        if made is None or not len(made) or path.name != _part_name(relay, made):
             continue
-        if number % jax.process_count() != jax.process_index() or is_whole_npz(path, names):
-            places |= {seed: (path, row) for row, seed in enumerate(seeds.tolist())}
+        if is_whole_npz(path, names):
+            for row, seed in enumerate(made.tolist()):
+                if seed in index:
+                    found[index[seed]] = number, row
+    places = {}
+    for part in distributed.allgather(found).tolist():
+        for seed, (number, row) in zip(seeds.tolist(), part, strict=True):
+            if number >= 0:
+                places[seed] = folder / files[number], row
     return places
 
 

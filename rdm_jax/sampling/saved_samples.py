@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
@@ -124,7 +125,7 @@ def _find_png(
     if len(relay.classes) and not _labels_match(relay, seeds, earlier.read_png_labels(folder)):
         return None
     shape = _shape(relay, "images")
-    for seed in seeds:
+    for seed in seeds[jax.process_index() :: jax.process_count()]:  # the others check theirs
         try:
             if _decode(folder / "images" / png_name(seed)).shape != shape:
                 return None

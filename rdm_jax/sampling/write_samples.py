@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -73,16 +74,19 @@ def sample_to_files(
     if repeated := repetition(config.sampling.seeds, "config.sampling.seeds"):
         log.info("samples: %s", repeated)
     distributed.check_same("what the samples are made with", _digest(describe(config, relay)))
-    existing = distributed.primary_first(lambda: earlier.find(relay, folder))
+    existing = distributed.primary_first(
+        "looks for earlier samples", lambda: earlier.find(relay, folder)
+    )
     missing = _missing(relay, existing, asked)
     rows = _rows_of_grid(relay, existing, missing, asked)
     shown = np.asarray([seed for _, seeds in rows for seed in seeds], np.int64)
     made = np.concatenate([missing, shown[~np.isin(shown, missing)]])
     shards = folder / f".parts-{_digest(any_seeds(describe(config, relay)))}"
     if not len(made):
-        if distributed.is_primary():
-            _complete(relay, existing, asked)
-            _remove_shards(relay, shards, existing, asked)
+        with distributed.raise_together("process 0, which completes the samples"):
+            if distributed.is_primary():
+                _complete(relay, existing, asked)
+                _remove_shards(relay, shards, existing, asked)
         log.info("samples: %d images are already in %s", len(asked), folder)
         return
     _log_work(relay, missing, made, existing)
@@ -90,11 +94,11 @@ def sample_to_files(
     _mark(relay, shards)
     parts, rate = sample_in_parts(relay, made, shards, stop)
     seconds = time.perf_counter() - began
-    with distributed.raise_together():
+    with distributed.raise_together("process 0, which writes the samples"):
         if distributed.is_primary():
             _write(relay, parts, missing, rows, source, existing, asked)
             _remove_shards(relay, shards, existing, asked)
-    distributed.wait_for_all("wrote the samples")
+    distributed.wait_for_all("see the samples")
     log.info(
         "samples: %d images in %.1f s (compilation included)%s -> %s",
         len(made),
@@ -149,9 +153,11 @@ def _describe_shards(shards: Path, ours: dict[str, Any]) -> str:
 def _missing(relay: RelayPipeline, existing: Earlier, asked: tuple[int, ...]) -> np.ndarray:
     """The seeds whose images do not exist, the same in every process: int64 (n,)."""
     wanted = np.asarray(existing.wanted(asked), np.int64)
-    found = existing.present(wanted, relay.config.sampling.files)
     distributed.check_same(f"what is wanted in {existing.folder}", str(wanted.tolist()))
-    return wanted[~distributed.allgather(found).all(0)]
+    found = np.zeros(len(wanted), bool)
+    mine = slice(jax.process_index(), None, jax.process_count())  # each looks at its share
+    found[mine] = existing.present(wanted[mine], relay.config.sampling.files)
+    return wanted[~distributed.allgather(found).any(0)]
 
 
 def _rows_of_grid(

@@ -232,6 +232,7 @@ class Trainer:
             raise Diverged(diverged)
         if due.preview:
             self._preview(session.probe, point, session.writer)
+            distributed.meet("process 0, which draws a preview")
         if due.evaluation:
             session.checkpoints.wait()  # an interrupted evaluation is resumed from this checkpoint
             self._evaluate(session.probe, point, session.writer)
@@ -335,6 +336,7 @@ class Trainer:
         if jax.process_count() == 1:
             return {}
         wanted = 0
+        distributed.hear_preemption(session.stop)
         if session.stop.requested:
             wanted = STOP
         elif distributed.is_primary() and session.clock.is_over():

@@ -69,6 +69,7 @@ class Validation:
         """Returns the mean over all images; None in all processes if a signal comes before."""
         losses = []
         for part in self._parts():
+            distributed.hear_preemption(stop)
             if distributed.in_any_process(bool(stop.requested)):
                 return None
             losses.append(np.asarray(self._compiled(ema, *part)))

@@ -15,7 +15,7 @@ import optax
 import pytest
 from absl import logging as absl_logging
 
-from rdm_jax.checkpoints import folders, space, store
+from rdm_jax.checkpoints import folders, space, store, trees
 from rdm_jax.checkpoints.checksums import CHECKSUMS, LATER
 from rdm_jax.models.functional import functional
 from rdm_jax.runtime import sharding
@@ -65,6 +65,19 @@ def test_restore_on_any_number_of_devices(tmp_path, devices):
     chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(make_state(5)))
     assert len(state.params["stem"]["kernel"].sharding.device_set) == devices
     assert known == about(0.5)
+
+
+def test_restore_shares_the_reading_out(tmp_path, monkeypatch):
+    """Every device reads an eighth of what all are to have, where eight divides an axis."""
+    save(tmp_path, {5: 0.5})
+    read, gathered = [], trees.gathered
+    monkeypatch.setattr(
+        trees, "gathered", lambda tree, wanted: read.append(tree) or gathered(tree, wanted)
+    )
+    state, _ = store.Checkpoints(tmp_path).restore(5, abstract())
+    kernel = read[0]["ema"]["stem"]["kernel"]  # (3, 3, 3, 8)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 3, 1)}
+    assert state.ema["stem"]["kernel"].sharding.is_fully_replicated
 
 
 def test_save_survives_donation(tmp_path):

@@ -30,7 +30,7 @@ def one_pass(values: np.ndarray, batch: int, devices: int = 8) -> tuple[np.ndarr
         gathered = gathered or moments.start(jnp.asarray(here.mean(0)))
         # XLA's virtual devices can wait for each other for ever once 32 programs are on their way.
         gathered = jax.block_until_ready(moments.update(gathered, filled, real))
-    return moments.mean_and_covariance(gathered, len(values))
+    return moments.mean_and_covariance(moments.exact(gathered), len(values))
 
 
 def exact(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -210,9 +210,9 @@ def test_metrics_refuse_too_few_features():
 
 
 def score(logits: np.ndarray, split: int = 5000, batch: int = 7) -> float:
-    gathered = metrics.InceptionScore(logits.shape[1], split)
+    gathered = metrics.InceptionScore(logits.shape[1], len(logits), split)
     for first in range(0, len(logits), batch):
-        gathered.add(logits[first : first + batch])
+        gathered.add(first, logits[first : first + batch])
     return gathered.value()
 
 

@@ -59,7 +59,7 @@ def gather(images, labels, batch=8, stop_at=None, kept=100) -> Statistics:
             name: sharding.put_batch(np.asarray(x), sharding.local_mesh())
             for name, x in outputs.items()
         }
-        accumulator.add(outputs, here, labels[first : first + batch])
+        accumulator.add(first, outputs, here, labels[first : first + batch])
         if stop_at == first:
             state, accumulator = {k: np.array(v) for k, v in accumulator.state().items()}, make()
             accumulator.set_state(state)
@@ -119,7 +119,7 @@ def test_accumulator_refuses_features_that_are_not_finite():
     outputs["features"] = outputs["features"].at[5, 2].set(jnp.nan)
     with pytest.raises(InputError, match="features of images 0 to 7 of test are not finite"):
         StatisticsAccumulator("test", space(), 8, kept=8, shown=np.arange(0)).add(
-            outputs, images, labels
+            0, outputs, images, labels
         )
 
 

@@ -24,7 +24,7 @@ def tables(
     """What a benchmark of the tiny config prints: for every table its rows, cells by their
     heads."""
     module = f"experiments.benchmarks.{script}"
-    timed = [] if script == "tpu" else ["--seconds=0.001"]
+    timed = [] if script in ("tpu", "hosts") else ["--seconds=0.001"]
     done = python("-m", module, f"--config={config}", *timed, *arguments, devices=2)
     assert done.returncode == 0, done.stderr
     found = []
@@ -70,6 +70,20 @@ def test_speed_with_captions(tmp_path):
     save_config(captioned_runs.config_of(classes=True), tmp_path / "config.json")
     training, sampling = tables("speed", *asked, config=tmp_path / "config.json")
     assert min(numbers(training, "images/s") + numbers(sampling, "images/s")) > 0
+
+
+@pytest.mark.long
+def test_hosts():
+    asked = ["--stage=1", "--classes=2", "--images=1024", "--fractions=1"]
+    counted, measured, saved = tables("hosts", *asked)
+    shares = {row["what"]: [row["1"], row["8"], row["64"]] for row in counted}
+    assert shares["images measured, of 50,000"] == ["50,000", "6,250", "781"]
+    assert shares["images of a batch that it reads"][:2] == ["8", "1"]
+    assert [row["memory or files"] for row in measured] == ["8.19 kB", "4 files", ""]
+    parameters = parse(get_config("nowhere")).stages[0].build(3, 2).num_parameters
+    (size,) = numbers(saved, "size")
+    assert abs(size * 1000 - 16 * parameters) < 0.01 * 16 * parameters
+    assert min(numbers(saved, "loop stands still, s", "on disk after, s", "read, s")) > 0
 
 
 @pytest.mark.long

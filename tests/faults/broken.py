@@ -22,8 +22,8 @@ import numpy as np
 from rdm_jax.checkpoints import store
 from rdm_jax.evaluation import gathering, statistics
 from rdm_jax.main import main
-from rdm_jax.runtime import distributed
-from rdm_jax.training import metric_writer, step
+from rdm_jax.runtime import distributed, signals
+from rdm_jax.training import metric_buffer, metric_writer, step
 
 SECOND = 2  # the save that a fault strikes
 
@@ -178,6 +178,24 @@ def gathered_often() -> None:
     gathering.SAVE_SECONDS = 0
 
 
+def slow_steps() -> None:
+    """Steps take a tenth of a second or more: JAX's service looks for signals once a second."""
+    add = metric_buffer.MetricBuffer.add
+
+    def slow(self, *arguments):
+        time.sleep(0.1)
+        add(self, *arguments)
+
+    metric_buffer.MetricBuffer.add = slow
+
+
+def signals_left_to_jax() -> None:
+    """As where the command runs in a thread: no handlers are installed."""
+    slow_steps()
+    signals.StopOnSignal.__enter__ = lambda self: self
+    signals.StopOnSignal.__exit__ = lambda *_: None
+
+
 OF_SAVES = (
     killed_before_commit,
     one_save_fails,
@@ -189,7 +207,16 @@ OF_SAVES = (
 OF_NUMBERS = (white_has_no_gradient, white_is_nan_in_one_host)
 FAULTS = {
     f.__name__: f
-    for f in (*OF_SAVES, *OF_NUMBERS, clock_goes_back, measured, a_batch_is_lost, gathered_often)
+    for f in (
+        *OF_SAVES,
+        *OF_NUMBERS,
+        clock_goes_back,
+        measured,
+        a_batch_is_lost,
+        gathered_often,
+        slow_steps,
+        signals_left_to_jax,
+    )
 }
 FAULTS |= {
     "white_is_nan": functools.partial(white_is, jnp.nan),

@@ -94,6 +94,28 @@ def start_two(image_folder: Path, workdir: Path, *flags: str, **options) -> list
     ]
 
 
+def two(script: str, *arguments: str, **surroundings: str) -> list[subprocess.Popen]:
+    """Starts a script in two processes; its arguments are a port, the process and `arguments`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    options = {"text": True, "stdout": -1, "stderr": -1, "cwd": ROOT}
+    options["env"] = environment(**surroundings)
+    command = [sys.executable, "-c", script, port]
+    return [subprocess.Popen([*command, str(n), *arguments], **options) for n in range(2)]
+
+
+def ended(processes: list[subprocess.Popen], status: int = 0) -> list[tuple[str, str]]:
+    """Asserts that all processes end with this status. Returns their outputs."""
+    try:
+        outputs = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [status] * len(processes), outputs
+    return outputs
+
+
 def run(
     image_folder: Path,
     workdir: Path,
