@@ -159,7 +159,7 @@ def checkpoint(stage: Stage, channels: int, fraction: float, folder: Path) -> No
 def training_state(stage: Stage, channels: int, fraction: float) -> TrainState:
     """A random state of the network's first parameters, in the host's memory on CPUs."""
     network = stage.build(channels, _CLASSES.value)
-    leaves = jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))
+    leaves = jax.tree.leaves(network.abstract)
     left, random, params = fraction * network.num_parameters, np.random.default_rng(0), {}
     for number, leaf in enumerate(leaves):
         if leaf.size <= left:
