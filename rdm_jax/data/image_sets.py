@@ -38,9 +38,10 @@ class ImageSet(Sequence):
       content: the hash of the set by `content.set_hash`; '' if unknown.
       names: of the images, from which that hash is found once they are in memory; () if unknown.
       cell: items hold the sums of cell x cell pixels, as `cell_sums.dtype_of`; 1 for pixels.
+      dtype: of the items, if they are neither pixels nor sums.
 
     Attributes:
-      image_shape, class_names, cell: as given.
+      image_shape, class_names, cell, dtype: as given.
       text: how its captions are embedded, which `add_text` adds; None without captions.
 
     A pickled set, for processes that read batches, has no captions.
@@ -54,7 +55,9 @@ class ImageSet(Sequence):
         content: str = "",
         names: Sequence[str] = (),
         cell: int = 1,
+        dtype: np.dtype | None = None,
     ):
+        self.dtype = dtype or dtype_of(cell)
         self.image_shape = image_shape
         self.class_names = class_names
         self.cell = cell
@@ -100,7 +103,7 @@ class ImageSet(Sequence):
         if self._cached:
             return {key: values[indices] for key, values in self._cached.items()} | texts
         batch = {
-            "image": np.empty((len(indices), *self.image_shape), dtype_of(self.cell)),
+            "image": np.empty((len(indices), *self.image_shape), self.dtype),
             "label": np.empty(len(indices), np.int32),
         }
         for place, index in enumerate(indices):
@@ -148,7 +151,8 @@ class ImageSet(Sequence):
         return self._part(np.setdiff1d(np.arange(len(self)), held)), self._part(held)
 
     def _part(self, chosen: np.ndarray) -> "ImageSet":
-        part = ImageSet(self._items, self.image_shape, self.class_names, cell=self.cell)
+        form = {"cell": self.cell, "dtype": self.dtype}
+        part = ImageSet(self._items, self.image_shape, self.class_names, **form)
         part._cached = self._cached
         part.text, part._texts = self.text, self._texts
         part._sums = {cell: sums._part(chosen) for cell, sums in self._sums.items()}
@@ -206,7 +210,7 @@ class ImageSet(Sequence):
 
     def image_bytes(self, *, text: bool) -> int:
         """Bytes per image of a batch, without its label."""
-        pixels = int(np.prod(self.image_shape)) * dtype_of(self.cell).itemsize
+        pixels = int(np.prod(self.image_shape)) * self.dtype.itemsize
         spec = self.text if text else None
         return pixels + (np.float16().itemsize * spec.tokens * spec.width if spec else 0)
 
@@ -230,9 +234,7 @@ class ImageSet(Sequence):
         Raises:
           InputError: an image cannot be used.
         """
-        images, labels, kept = decoded(
-            self._items, self.image_shape, dtype_of(self.cell), description, skip
-        )
+        images, labels, kept = decoded(self._items, self.image_shape, self.dtype, description, skip)
         if not kept.all():
             self._names = [name for name, keep in zip(self._names, kept, strict=True) if keep]
         self._cached = {"image": images, "label": labels}

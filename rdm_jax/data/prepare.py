@@ -19,6 +19,7 @@ from rdm_jax.data import cell_sums
 from rdm_jax.data.cell_sums import cells_in, fix_of, folder_of
 from rdm_jax.data.content import set_hash, total
 from rdm_jax.data.images import CROPS, ImageSpec
+from rdm_jax.data.latents import verify_latents
 from rdm_jax.data.left_out import by_reason, check_left_out, reasons
 from rdm_jax.data.manifest import DAMAGED, MANIFEST, VERSION, read_manifest, verify_files
 from rdm_jax.data.records import Encoding, ImageShard
@@ -173,6 +174,7 @@ def _verify(directory: Path) -> None:
         folder = folder_of(directory, cell)
         verify_files(folder, cell_sums.read_manifest(folder)["shards"], fix_of(folder))
     verify_tables(directory)
+    verify_latents(directory)
 
 
 def _settings(

@@ -110,5 +110,6 @@ def remove_leftovers(directory: Path) -> None:
                     f"{finished:,}",
                     staging,
                 )
-            elif not any(staging.glob("text_*")):  # captions are embedded further when needed
+            # Captions and latents are continued when they are needed.
+            elif not any((*staging.glob("text_*"), *staging.glob("latents_*"))):
                 shutil.rmtree(staging)

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt, UInt8
+from jaxtyping import Array, Float, Key, UInt, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,12 @@ class Pixels:
         # Clipped, as the reciprocal is rounded as well; nor can the product then become part of a
         # fused multiply-add, which some compilers make, and which rounds in another way.
         return jnp.clip(doubled.astype(jnp.float32) * np.float32(1 / (255 * pixels)), -1, 1)
+
+    def draw(
+        self, images: UInt[Array, "b h w c"], pool: int, keys: Key[Array, " b"]
+    ) -> Float[Array, "b h2 w2 c"]:
+        """What training sees: as `encode`, as nothing is random."""
+        return self.encode(images, pool)
 
     def decode(self, x: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
         """[-1, 1] to uint8, rounded; values outside are clipped."""

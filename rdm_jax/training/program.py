@@ -13,8 +13,10 @@ from jaxtyping import Array, Key
 from rdm_jax.config import Stage
 from rdm_jax.config.autoencoder import Autoencoder
 from rdm_jax.data.augment import Augmentation
+from rdm_jax.diffusion.latents import Latents
 from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import sharding
+from rdm_jax.runtime.errors import InputError
 from rdm_jax.training.count import Count
 from rdm_jax.training.optimizer import build_optimizer
 from rdm_jax.training.step import Loss, Objective, TrainState, init_state, make_step
@@ -27,15 +29,35 @@ TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def build_objective(
-    stage: Stage, image_shape: tuple[int, ...], classes: int, cell: int = 1
+    stage: Stage,
+    image_shape: tuple[int, ...],
+    classes: int,
+    cell: int = 1,
+    latents: Latents | None = None,
 ) -> Objective:
     """The stage's objective, on images (h, w, c) of its own or a later stage's size.
 
-    `cell` other than 1: on sums of cell x cell pixels.
+    Args:
+      stage: what is trained.
+      image_shape: of the records.
+      classes: of the images; 0 for none.
+      cell: other than 1: on sums of cell x cell pixels.
+      latents: how records hold moments of latents, of which c / 2 are means; None for pixels.
+
+    Raises:
+      InputError: latents are to be mirrored or transformed, which images alone can be.
     """
     training = stage.training
+    if latents:
+        for field in ("augment", "flip", "dct_quality"):
+            if given := getattr(training, field):
+                raise InputError(
+                    f"config.{stage.name}.training.{field}={given!r} is for pixels, not latents",
+                    f"Use {type(given)()!r}.",
+                )
+    channels = image_shape[-1] // 2 if latents else image_shape[-1]
     return Objective(
-        network=stage.build(image_shape[-1], classes),
+        network=stage.build(channels, classes),
         process=stage.process,
         precondition=stage.precondition,
         pool=image_shape[0] // stage.resolution[0],
@@ -43,7 +65,7 @@ def build_objective(
         label_dropout=training.label_dropout,
         augmentation=Augmentation(training.augment) if training.augment else None,
         flip=training.flip,
-        representation=dataclasses.replace(stage.representation, cell=cell),
+        representation=latents or dataclasses.replace(stage.representation, cell=cell),
         dct_quality=training.dct_quality,
     )
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from rdm_jax.checkpoints.profiles import average_names, exponent
 from rdm_jax.data.augment import Augmentation, mirror
 from rdm_jax.diffusion import dct_error, preconditioning, processes
+from rdm_jax.diffusion.latents import Latents
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Process
 from rdm_jax.models.conditions import Condition
@@ -64,7 +65,7 @@ class Objective:
     label_dropout: float
     augmentation: Augmentation | None = None
     flip: bool = False
-    representation: Pixels = Pixels()
+    representation: Pixels | Latents = Pixels()
     dct_quality: int = 0
 
     def plain(self) -> "Objective":
@@ -91,7 +92,7 @@ class Objective:
           keys: one per image; all of an image's randomness follows from its own.
           dropout: whether the network's dropout is on.
         """
-        images = self.representation.encode(batch["image"], self.pool)
+        images = self.representation.draw(batch["image"], self.pool, keys)
         process_keys, label_keys, augment_keys, dropout_keys = jax.vmap(
             lambda key: jax.random.split(key, 4), out_axes=1
         )(keys)
