@@ -24,7 +24,7 @@ from rdm_jax.data.text_table import TextSpec
 from rdm_jax.evaluation.evaluator import Evaluator, generates, needs_data
 from rdm_jax.evaluation.report import write_report
 from rdm_jax.evaluation.stage_probe import StageProbe
-from rdm_jax.interop import autoencoder_files
+from rdm_jax.interop import autoencoder_files, latent_space
 from rdm_jax.interop.import_export import export_stage
 from rdm_jax.interop.import_stage import import_stage
 from rdm_jax.interop.share import export_relay, import_relay
@@ -90,6 +90,8 @@ def run(
       Diverged, Interrupted: training stopped; finished work is saved.
     """
     config = load_config(values) if isinstance(values, str) else configs.parse(values)
+    if mode == "autoencoder":
+        config = latent_space.in_pixels(config)
     check_flags(config, mode, stage, weights, update, weights_key)
     check_paths(config)
     with distributed.raise_together():
@@ -121,6 +123,7 @@ def run(
     validate.check_devices(
         config, jax.device_count(), jax.local_device_count(), evaluates=evaluates
     )
+    latent_space.check(config)
     if mode == "autoencoder":
         validate_autoencoder.check(config, jax.device_count())
     changes.check_names(allow_changes, config)
@@ -192,11 +195,18 @@ class Job:
         )
         with distributed.raise_together("process 0, which draws the contact sheet"):
             if self.mode in ("all", "prepare") and distributed.is_primary():
-                contact_sheet.draw(
-                    self.config, sets, self.workdir.contact_sheet, again=self.mode == "prepare"
-                )
+                self.draw_contact_sheet(sets)
         held_out = self.config.data.held_out
         return {number: Split(images, *images.split(held_out)) for number, images in sets.items()}
+
+    def draw_contact_sheet(self, sets: dict[int, ImageSet]) -> None:
+        """Draws what the stages are trained on."""
+        decode, latents = None, next(iter(sets.values())).latents
+        if latents is not None:
+            codec = latent_space.open_codec(self.config)
+            decode = latent_space.decoder_on_host(codec, latents.latent_spec)
+        path, again = self.workdir.contact_sheet, self.mode == "prepare"
+        contact_sheet.draw(self.config, sets, path, again=again, decode=decode)
 
     def evaluator(self, sets: dict[int, Split]) -> Evaluator:
         """Returns what measures images, with the last stage's sets if they are open."""
@@ -243,8 +253,9 @@ class Job:
 
     def check_guides(self, classes: Classes | None = None, text: TextSpec | None = None) -> None:
         """Refuses guides that cannot guide the stages to train, whose previews need them."""
+        channels = latent_space.channels(self.config)
         for number in self.trained:
-            guides.check(self.config.stage(number), self.config.data.channels, classes, text)
+            guides.check(self.config.stage(number), channels, classes, text)
 
     def pipeline(self) -> RelayPipeline:
         """Loads the stages' checkpoints."""

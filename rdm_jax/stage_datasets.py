@@ -7,11 +7,14 @@ from rdm_jax.config import Config, validate, validate_captions
 from rdm_jax.data.classes import Classes, table
 from rdm_jax.data.image_sets import ImageSet, open_direct, open_prepared
 from rdm_jax.data.images import ImageSpec
+from rdm_jax.data.latent_spec import LatentSpec
+from rdm_jax.data.latents import add_latents, is_encoded, open_latents
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding
 from rdm_jax.data.text_table import Embedding, TextSpec
 from rdm_jax.data.write_sums import add_sums
 from rdm_jax.data.write_text import add_text, is_embedded
+from rdm_jax.interop import latent_space
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import BadImage, InputError
 from rdm_jax.text import encoders
@@ -37,7 +40,8 @@ def open_sets(
         one's set.
       workdir: of the run; sources that overlap with its outputs are refused before they are read.
       skip_bad, verify, update, check_stop: as for `prepare.prepare`.
-      embeds: embed captions that are not yet embedded; otherwise these sets have none.
+      embeds: embed captions that are not yet embedded, and encode images as latents; otherwise
+        these sets have none.
 
     Returns:
       The set of each stage, by number.
@@ -133,6 +137,8 @@ def _has_captions(place: str, embedding: Embedding) -> bool:
 
 def _cell(config: Config, number: int) -> int:
     """Returns p: a stage sees the means of p x p pixels of its set."""
+    if config.data.autoencoder:  # whose latents are averaged instead
+        return 1
     images = config.stage(_set_number(config, number)).resolution
     return images[0] // config.stage(number).resolution[0]
 
@@ -203,16 +209,17 @@ def _open(
 ) -> ImageSet:
     """Opens the set of one stage, from 1: prepared elsewhere, read directly, or prepared here.
 
-    Its `cells` are opened; those of all stages that share it are written.
+    Its `cells` are opened; those of all stages that share it are written. Latents, if it has them,
+    are in memory instead of pixels.
     """
     data, stage = config.data, config.stage(number)
     field, source = "config.data.source", data.source
     if stage.source:
         field, source = f"config.stage{number}.source", stage.source
-    spec = ImageSpec(
-        *stage.resolution, channels=data.channels, background=data.background, crop=data.crop
-    )
-    cache_bytes = int(data.cache_gib * 2**30)
+    height, width, channels = latent_space.image_shape(config, number)
+    spec = ImageSpec(height, width, channels, background=data.background, crop=data.crop)
+    encodes = bool(data.autoencoder) and embeds
+    cache_bytes = 0 if encodes else int(data.cache_gib * 2**30)
     if update and (source.startswith("prepared:") or not data.directory):
         log.info(
             "data: nothing to update for %s=%r: it is prepared elsewhere, or read at every start",
@@ -229,7 +236,10 @@ def _open(
             _try_to_add(place, lambda path: add_sums(path, written, check_stop))
         if embedding and embeds:
             _try_to_add(place, lambda path: add_text(path, embedding, check_stop))
-        return open_prepared(place, cache_bytes=cache_bytes, cells=cells, embedding=embedding)
+        if encodes:
+            _try_to_add(place, lambda path: _encode(config, path, check_stop))
+        images = open_prepared(place, cache_bytes=cache_bytes, cells=cells, embedding=embedding)
+        return _with_latents(config, images, place) if encodes else images
     listing = {
         "skin_tones": data.skin_tones if source.startswith("emoji:") else "",
         "classes": data.classes,
@@ -254,7 +264,29 @@ def _open(
     )
     if embedding and embeds:
         add_text(directory, embedding, check_stop)
-    return open_prepared(directory, cache_bytes=cache_bytes, cells=cells, embedding=embedding)
+    if encodes:
+        _encode(config, directory, check_stop)
+    images = open_prepared(directory, cache_bytes=cache_bytes, cells=cells, embedding=embedding)
+    return _with_latents(config, images, directory) if encodes else images
+
+
+def _encode(config: Config, directory: Path, check_stop: Callable[[], None]) -> None:
+    """Adds the latents of a prepared set, unless that is done."""
+    codec = None
+    if not is_encoded(directory, latent_space.digest(config) or ""):
+        codec = latent_space.open_codec(config)
+    if codec:
+        add_latents(directory, codec, check_stop)
+
+
+def _with_latents(config: Config, images: ImageSet, place: str | Path) -> ImageSet:
+    """The set with its latents, in memory if they are small enough."""
+    digest, directory = latent_space.digest(config) or "", Path(place).expanduser().resolve()
+    found = open_latents(directory, digest, images.class_names)
+    if found.images.nbytes <= config.data.cache_gib * 2**30:
+        found.images.cache(f"reading the latents of {directory.name}")
+    images.add_latents(found.images, LatentSpec(digest, found.mean, found.deviation))
+    return images
 
 
 def _try_to_add(place: str, add: Callable[[Path], None]) -> None:

@@ -17,8 +17,9 @@ ORDER = [
     {"config"},
     {"checkpoints", "render"},
     {"workdir"},
+    {"interop"},
     {"stage_datasets"},
-    {"training", "sampling", "interop"},
+    {"training", "sampling"},
     {"loading", "evaluation"},
     {"plan"},
 ]

@@ -15,6 +15,7 @@ FREE = (
     "parallel",
     "sampling",
     "tracker",
+    "data.autoencoder",  # a path; checkpoints know the weights
     "data.cache_gib",
     "data.directory",
     "data.max_left_out",

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from rdm_jax.config.schema import Config
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.files import local_path
 
@@ -29,6 +30,15 @@ def require(fine: Any, field: str, value: Any, fix: str) -> None:
     """
     if not fine:
         raise InputError(f"{field}={value!r} cannot be used", fix)
+
+
+def refuse_latents(config: Config, what: str) -> None:
+    """Refuses what is for stages of pixels only. Raises InputError."""
+    if config.data.autoencoder:
+        raise InputError(
+            f"{what} is not supported with config.data.autoencoder={config.data.autoencoder!r}",
+            "Use it for stages of pixels, with data.autoencoder=''.",
+        )
 
 
 def check_folder(name: str, field: str) -> None:

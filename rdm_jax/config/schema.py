@@ -38,6 +38,9 @@ class Data:
         (the whole image, in the middle of `background`) or 'none' (sizes are right).
       encoding: 'png', 'jpeg', or 'raw' (fast to decode in training, larger than 'png').
       quality: of 'jpeg', 1 to 100.
+      autoencoder: folder of an autoencoder as it is published, or as --mode=autoencoder writes it:
+        the stages then work on its latents, `resolution` is that of latents, and images are
+        prepared at the last one times the autoencoder's factor. '' for pixels.
       skin_tones: of emoji: 'mark' makes the skin tone the label, 'drop' leaves the variants out; ''
         for all else.
       classes: of folder:, zip: and tar: 'auto' (dataset.json; else the folders at the top; else
@@ -68,6 +71,7 @@ class Data:
     crop: str = "lanczos"
     encoding: str = "png"
     quality: int = 95
+    autoencoder: str = ""
     skin_tones: str = ""
     classes: str = one_of(*class_rules.RULES, default="auto")
     captions: str = one_of(*captions.RULES, default="none")

@@ -14,6 +14,7 @@ from rdm_jax.data.cell_sums import SumReader, cells_in, dtype_of, fix_of, folder
 from rdm_jax.data.content import image_hash, set_hash, total
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.in_memory import decoded
+from rdm_jax.data.latent_spec import LatentSpec
 from rdm_jax.data.left_out import check_left_out, reasons
 from rdm_jax.data.records import RecordReader, check_complete
 from rdm_jax.data.source import DecodedSource
@@ -42,6 +43,8 @@ class ImageSet(Sequence):
 
     Attributes:
       image_shape, class_names, cell, dtype: as given.
+      latent_spec: of a set of latents, the autoencoder and the statistics; else None.
+      latents: the same images as moments of latents (`add_latents`); None without.
       text: how its captions are embedded, which `add_text` adds; None without captions.
 
     A pickled set, for processes that read batches, has no captions.
@@ -61,6 +64,8 @@ class ImageSet(Sequence):
         self.image_shape = image_shape
         self.class_names = class_names
         self.cell = cell
+        self.latent_spec: LatentSpec | None = None
+        self.latents: ImageSet | None = None
         self.text: TextSpec | None = None
         self._texts: TextTable | None = None
         self._items = items
@@ -73,7 +78,7 @@ class ImageSet(Sequence):
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes read this set; its sums may be gigabytes in memory.
-        return self.__dict__ | {"_sums": {}}
+        return self.__dict__ | {"_sums": {}, "latents": None}
 
     def __len__(self) -> int:
         if self._chosen is not None:
@@ -156,6 +161,8 @@ class ImageSet(Sequence):
         part._cached = self._cached
         part.text, part._texts = self.text, self._texts
         part._sums = {cell: sums._part(chosen) for cell, sums in self._sums.items()}
+        part.latent_spec = self.latent_spec
+        part.latents = self.latents._part(chosen) if self.latents is not None else None
         part._chosen = chosen if self._chosen is None else self._chosen[chosen]
         part._whole = self._whole or self
         return part
@@ -163,6 +170,11 @@ class ImageSet(Sequence):
     def of_cells(self, cell: int) -> "ImageSet":
         """The same images as the sums of cell x cell pixels if it has them; else the set itself."""
         return self._sums.get(cell, self)
+
+    def add_latents(self, latents: "ImageSet", spec: LatentSpec) -> None:
+        """Adds the same images as moments of latents, with the captions that there are."""
+        latents.latent_spec, self.latents = spec, latents
+        latents.add_text(self._texts)
 
     def add_sums(self, sums: "ImageSet") -> None:
         """Adds the same images as sums of cells, for `of_cells`."""
@@ -239,12 +251,6 @@ class ImageSet(Sequence):
             self._names = [name for name, keep in zip(self._names, kept, strict=True) if keep]
         self._cached = {"image": images, "label": labels}
         self._items = ()
-
-
-def as_sums(cell: int, *sets: ImageSet) -> list[ImageSet]:
-    """Sets that are used together: all as the sums of cell x cell pixels, or none of them."""
-    sums = [images.of_cells(cell) for images in sets]
-    return sums if all(images.cell == cell for images in sums) else list(sets)
 
 
 def open_prepared(

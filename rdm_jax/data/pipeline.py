@@ -32,6 +32,18 @@ PREFETCH = 4
 IN_MEMORY = 2
 
 
+def as_trained(cell: int, *sets: ImageSet) -> list[ImageSet]:
+    """Sets that are used together: as moments of latents, or sums of cell x cell pixels, or pixels.
+
+    All have the same of these, the first that all of them have.
+    """
+    latents = [images.latents for images in sets if images.latents is not None]
+    if len(latents) == len(sets):
+        return latents
+    sums = [images.of_cells(cell) for images in sets]
+    return sums if all(images.cell == cell for images in sums) else list(sets)
+
+
 def train_iterator(
     images: ImageSet,
     *,

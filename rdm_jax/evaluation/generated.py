@@ -16,6 +16,7 @@ from rdm_jax.config.validate_evaluation import evaluated_seeds
 from rdm_jax.data.classes import Classes
 from rdm_jax.evaluation.image_streams import Batch, ImageStream, labels_by_name
 from rdm_jax.evaluation.references import NATIVE
+from rdm_jax.interop import latent_space
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.ranges import parse_numbers, repetition
@@ -93,7 +94,8 @@ class RelayStream(ImageStream):
         else:
             names = (*self._relay.earlier, "images")
             made = dict(zip(names, self._relay.sample(seeds), strict=True))
-        height = self._relay.config.stages[-1].resolution[0]
+        config = self._relay.config
+        height = latent_space.image_shape(config, len(config.stages))[0]
         sets = {}
         for name in self.names:
             images = made[_array_name(name)]
@@ -139,7 +141,8 @@ class StageStream(ImageStream):
         seeds = config.evaluation.seeds_in_training
         self.names, self.batch_size = (name,), config.sampling.batch_size
         self._alone, self._params = alone, params
-        self._height = config.stages[number - 1 if native else -1].resolution[0]
+        shown = number if native else len(config.stages)
+        self._height = latent_space.image_shape(config, shown)[0]
         self._seeds = np.asarray(
             parse_numbers(seeds, "config.evaluation.seeds_in_training"), np.int64
         )

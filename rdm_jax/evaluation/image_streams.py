@@ -15,6 +15,7 @@ from rdm_jax.data.image_sets import ImageSet, open_prepared
 from rdm_jax.data.images import ImageSpec
 from rdm_jax.data.source import DecodedSource, Source
 from rdm_jax.data.sources import cores, open_source
+from rdm_jax.interop import latent_space
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.npz import Npz
 
@@ -247,7 +248,7 @@ def open_stream(
 
 def _open(name: str, config: Config, sets: dict[str, ImageSet], classes: Classes) -> ImageStream:
     batch_size = config.evaluation.batch_size
-    image_shape = (*config.stages[-1].resolution, config.data.channels)
+    image_shape = latent_space.image_shape(config, len(config.stages))
     if name in sets:
         return SetStream(name, sets[name], batch_size, classes)
     kind, _, location = name.partition(":")
@@ -268,7 +269,7 @@ def _open(name: str, config: Config, sets: dict[str, ImageSet], classes: Classes
 
 def _open_source(name: str, config: Config, classes: Classes) -> ImageSet:
     """The images of a folder or an archive, decoded when they are read."""
-    (height, width), channels = config.stages[-1].resolution, config.data.channels
+    height, width, channels = latent_space.image_shape(config, len(config.stages))
     source = open_source(name).among(classes.names)
     modes = (source.reader.load(file).mode for file in source.names[:SHOWN])
     if channels == 3 and all(mode in ("1", "L", "LA") for mode in modes):

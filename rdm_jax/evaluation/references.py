@@ -14,6 +14,7 @@ from rdm_jax.evaluation.features import FeatureSpace
 from rdm_jax.evaluation.image_streams import ImageStream, open_stream
 from rdm_jax.evaluation.statistics import Statistics
 from rdm_jax.evaluation.statistics_files import read_statistics
+from rdm_jax.interop import latent_space
 from rdm_jax.runtime.npz import Npz
 
 NATIVE = "@native"  # suffix of a stage's set that is measured at its own resolution
@@ -52,10 +53,11 @@ def open_references(
     references = {"": _open(values.reference, config, sets, space, "reference.npz")}
     if not values.native_reference:
         return references
-    for number, stage in enumerate(config.stages[:-1], 1):
+    for number in range(1, len(config.stages)):
+        height = latent_space.image_shape(config, number)[0]
         # Images must have the size of the config's last stage.
         until_here = dataclasses.replace(config, stages=config.stages[:number])
-        means = {name: means_of(images, stage.resolution[0]) for name, images in sets.items()}
+        means = {name: means_of(images, height) for name, images in sets.items()}
         references[f"stage{number}{NATIVE}"] = _open(
             values.native_reference, until_here, means, space, f"reference_stage{number}.npz"
         )

@@ -14,6 +14,7 @@ import numpy as np
 
 from rdm_jax.checkpoints import averages, folders, store
 from rdm_jax.config import Config, to_dict
+from rdm_jax.config.rules import refuse_latents
 from rdm_jax.config.saved import VERSION
 from rdm_jax.interop import formats
 from rdm_jax.runtime import sharding
@@ -300,6 +301,7 @@ def export_stage(config: Config, number: int, workdir: Path, path: Path) -> None
       InputError: there is no such checkpoint or average, or the published code has no such network.
       OSError: the file cannot be written.
     """
+    refuse_latents(config, "the export of a stage")
     stage, published = config.stage(number), _format(config, number)
     folder, step = folders.find(
         stage.checkpoint, Workdir(workdir).checkpoints(number), f"config.stage{number}.checkpoint"

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 
 from rdm_jax.config import Config, validate
+from rdm_jax.config.rules import refuse_latents
 from rdm_jax.interop import formats
 from rdm_jax.interop.import_export import (
     check_no_checkpoints,
@@ -35,6 +36,7 @@ def import_stage(
       InputError: the file cannot be used, or the workdir has another config or checkpoints.
       Interrupted: a signal came.
     """
+    refuse_latents(config, "the import of weights")
     with open_weights(path, key) as weights, workdir.locked(), StopOnSignal() as stop:
         check_no_checkpoints(workdir.path, number)
         before = _with_imported(config, workdir)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.interop import autoencoder_files
@@ -37,6 +37,10 @@ class PixelCodec:
         """Means, then log-variances of the latents, along the last axis; float32."""
         encoded = self._codec.encode(np.asarray(Pixels().encode(jnp.asarray(images))))
         return np.concatenate(encoded, -1)
+
+    def decoded(self, latents: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 c2"]:
+        """As `decode`, of whole images on the devices; they divide the batch."""
+        return Pixels().decode(self._codec.decoded(latents))
 
     def decode(self, latents: Float[np.ndarray, "b h w c"]) -> UInt8[np.ndarray, "b h2 w2 c2"]:
         """The images of latents, which are not normalised (`Latents.decode`)."""

@@ -7,6 +7,7 @@ import jax
 
 from rdm_jax.checkpoints import averages, folders, shared, store
 from rdm_jax.config import Config
+from rdm_jax.config.rules import refuse_latents
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
 from rdm_jax.runtime.errors import InputError
@@ -20,6 +21,7 @@ def export_relay(config: Config, workdir: Workdir, folder: Path) -> None:
       InputError: a stage has no such checkpoint or average, or the folder exists.
       OSError: a file cannot be written.
     """
+    refuse_latents(config, "the export of a relay")
     stages, replicated = [], sharding.replicated(sharding.local_mesh())
     for number, stage in enumerate(config.stages, 1):
         field = f"config.stage{number}.checkpoint"

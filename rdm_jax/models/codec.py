@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Num
+from jaxtyping import Array, Float, Num
 
 from rdm_jax.models.autoencoder import Autoencoder, Moments
 from rdm_jax.models.target import compiling_for
@@ -87,6 +87,11 @@ class Codec:
             return self._over_devices(self._decode, z)
 
         return in_tiles(decoded, latents, self._tile, 1, self.config.factor)
+
+    def decoded(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """As `decode`, of arrays on the devices, whole; the result may still be computed."""
+        with compiling_for(self._mesh):
+            return self._decode(self._params, latents)
 
     def _over_devices(self, function: Any, x: np.ndarray) -> Any:
         """Applies a function of (params, batch) to the padded batch."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from rdm_jax.config import Config, Stage, kind_of, validate
+from rdm_jax.config.rules import refuse_latents
 from rdm_jax.plan.chips import CHIPS, Chip, chip_of
 from rdm_jax.plan.cost import TrainingCost, step_seconds, training_cost
 from rdm_jax.plan.tpu_compile import compiled_stage, topology
@@ -66,6 +67,7 @@ def plan(
     Raises:
       InputError: an argument, or the config's way of sharding, cannot be used.
     """
+    refuse_latents(config, "a plan")
     _check_arguments(config, utilisation, classes, stage)
     where = _parse_target(target, utilisation)
     validate.check_config(config, evaluates=False)

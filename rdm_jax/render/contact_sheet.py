@@ -1,6 +1,6 @@
 """What the stages are trained on: images of each resolution, blurred versions, statistics."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -10,9 +10,12 @@ from jaxtyping import Float
 
 from rdm_jax.config import Config, Stage
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.diffusion.latents import Latents
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.render import pictures
 from rdm_jax.runtime.console import log
 
+Decoder = Callable[[jax.Array], jax.Array | np.ndarray]
 COLUMNS = 8
 DETAIL = 64  # pixels of a larger image that are drawn as large as the image, to show its blur
 TIMES = (0.25, 0.5, 0.75, 1.0)
@@ -20,7 +23,14 @@ TIMES = (0.25, 0.5, 0.75, 1.0)
 MEASURED, AT_A_TIME = 2048, 64
 
 
-def draw(config: Config, sets: Mapping[int, ImageSet], path: Path, *, again: bool = True) -> None:
+def draw(
+    config: Config,
+    sets: Mapping[int, ImageSet],
+    path: Path,
+    *,
+    again: bool = True,
+    decode: Decoder | None = None,
+) -> None:
     """Logs the statistics of every stage's images and draws the contact sheet.
 
     Args:
@@ -28,6 +38,7 @@ def draw(config: Config, sets: Mapping[int, ImageSet], path: Path, *, again: boo
       sets: the training set of each stage, by its number.
       path: of the PNG.
       again: whether to draw over an existing PNG.
+      decode: from normalised latents to pixels, for sets with latents.
     """
     if path.exists() and not again:
         return
@@ -36,7 +47,7 @@ def draw(config: Config, sets: Mapping[int, ImageSet], path: Path, *, again: boo
     rows = [
         row
         for number, images in sets.items()
-        for row in _rows(number, config.stage(number), images)
+        for row in _rows(number, config.stage(number), images, decode)
     ]
     shown = sets[len(config.stages)]
     pictures.save_picture(pictures.labelled_rows(rows, _named(shown)), path)
@@ -48,7 +59,7 @@ def statistics(
 ) -> tuple[int, Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
     """The number of measured images, and mean and standard deviation (c,) of their channels.
 
-    Pixels are as the stage sees them, in [-1, 1].
+    Pixels are as the stage sees them, in [-1, 1], or normalised latents.
     """
     indices, sums = _evenly(images, MEASURED), 0.0
     for first in range(0, len(indices), AT_A_TIME):
@@ -80,9 +91,13 @@ def _evenly(images: ImageSet, most: int) -> np.ndarray:
 
 
 def _seen(stage: Stage, images: ImageSet, indices: np.ndarray) -> jax.Array:
-    """Images as the stage sees them: pooled to its resolution, in [-1, 1]."""
+    """Images as the stage sees them: pooled to its resolution, in [-1, 1] or latents."""
+    representation: Pixels | Latents = stage.representation
+    if images.latents is not None:
+        images = images.latents
+        representation = Latents(*images.latent_spec.statistics)
     pool = images.image_shape[0] // stage.resolution[0]
-    return stage.representation.encode(jnp.asarray(images.batch(indices)["image"]), pool)
+    return representation.encode(jnp.asarray(images.batch(indices)["image"]), pool)
 
 
 def _named(images: ImageSet) -> list[str]:
@@ -94,15 +109,18 @@ def _named(images: ImageSet) -> list[str]:
     return [names[label] if names else "" for label in images.batch(indices)["label"]]
 
 
-def _rows(number: int, stage: Stage, images: ImageSet) -> Iterator[tuple[str, np.ndarray]]:
+def _rows(
+    number: int, stage: Stage, images: ImageSet, decode: Decoder | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    decode = decode or stage.representation.decode
     seen = _seen(stage, images, _evenly(images, COLUMNS))
     height, width = stage.resolution
-    yield f"stage{number}: {height} x {width}", np.asarray(stage.representation.decode(seen))
+    yield f"stage{number}: {height} x {width}", np.asarray(decode(seen))
     if stage.process.blurs:
         detail = _detail(seen, stage.process.enlarges)
         for t in (0.0, *TIMES) if detail.shape != seen.shape else TIMES:
             blurred = stage.process.blurred(detail, jnp.full(len(seen), t, jnp.float32))
-            shown = np.asarray(stage.representation.decode(blurred))
+            shown = np.asarray(decode(blurred))
             yield f"blurred, t = {t:g}" if t else "a detail", shown
 
 

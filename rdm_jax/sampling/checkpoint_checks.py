@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rdm_jax.config import Config, to_dict
+from rdm_jax.data import latent_spec
 from rdm_jax.data.classes import Classes, matched
+from rdm_jax.data.latent_spec import LatentSpec
 from rdm_jax.data.text_table import TextSpec, same_text, spec_of
 from rdm_jax.diffusion import guidance
 from rdm_jax.runtime.errors import InputError
@@ -59,6 +61,37 @@ def common_text(config: Config, abouts: Sequence[dict[str, Any]], first: int) ->
                 "Use checkpoints of the same encoder.",
             )
     return common
+
+
+def check_latents(
+    number: int, path: AnyPath, about: dict[str, Any], digest: str | None, before: LatentSpec | None
+) -> LatentSpec | None:
+    """The latents that a checkpoint was trained on; None for pixels.
+
+    Args:
+      number: of the stage.
+      path, about: the checkpoint.
+      digest: SHA-256 of the weights of the config's autoencoder; None for pixels.
+      before: the latents of the stage before; None for the first one.
+
+    Raises:
+      InputError: they are not of this autoencoder, or normalised in another way than `before`.
+    """
+    found = latent_spec.spec_of(about)
+    if (found and found.autoencoder) != digest:
+        ours = latent_spec.shown(LatentSpec(digest, (), ()) if digest else None)
+        raise InputError(
+            f"checkpoint {path} of stage{number} was trained on {latent_spec.shown(found)}, and "
+            f"config.data.autoencoder gives {ours}",
+            "Set it to the autoencoder that the checkpoint was trained with.",
+        )
+    if before and found and before != found:
+        raise InputError(
+            f"checkpoint {path} of stage{number} has latents that are normalised in another way "
+            "than those of the stage before",
+            "Train both stages on the same prepared data.",
+        )
+    return found
 
 
 def check_guidance(config: Config, number: int, path: AnyPath, about: dict[str, Any]) -> None:

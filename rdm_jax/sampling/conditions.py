@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from rdm_jax.config import Config
+from rdm_jax.config.rules import refuse_latents
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.text_table import TextSpec
 from rdm_jax.runtime.errors import InputError
@@ -208,6 +209,7 @@ class Conditions:
             )
         numbers, stage = numbers.astype(np.int64), self.low.stage if self.low else 0
         if small is not None:
+            refuse_latents(self.config, "small")
             if self.low:
                 low = self.config.sampling.low
                 raise InputError(

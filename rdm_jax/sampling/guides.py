@@ -13,7 +13,9 @@ import numpy as np
 from rdm_jax.checkpoints import folders, store
 from rdm_jax.config import Stage, kind_of, to_plain
 from rdm_jax.config.codec import from_plain
+from rdm_jax.data import latent_spec
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
+from rdm_jax.data.latent_spec import LatentSpec
 from rdm_jax.data.text_table import TextSpec, same_text, spec_of
 from rdm_jax.models.functional import Network
 from rdm_jax.runtime import distributed, sharding
@@ -51,6 +53,7 @@ class Record:
       classes: that it knows.
       has_null: whether it may have been trained without labels; of imported weights it is unknown.
       text: how the captions that it knows are embedded; None if it knows none.
+      latents: that it was trained on; None for pixels.
     """
 
     field: str
@@ -59,6 +62,7 @@ class Record:
     classes: Classes
     has_null: bool
     text: TextSpec | None
+    latents: LatentSpec | None
 
     def network(self, channels: int) -> Network:
         """Its network for images of so many channels."""
@@ -84,7 +88,11 @@ def records(stage: Stage) -> list[Record]:
 
 
 def load(
-    stage: Stage, channels: int, classes: Classes, text: TextSpec | None = None
+    stage: Stage,
+    channels: int,
+    classes: Classes,
+    text: TextSpec | None = None,
+    latents: LatentSpec | None = None,
 ) -> list[Guide]:
     """The guides of a stage, with their EMA parameters. All processes must call it together.
 
@@ -93,6 +101,7 @@ def load(
       channels: of its images.
       classes: that its network knows.
       text: how the captions that its network knows are embedded; None for none.
+      latents: that its network was trained on; None for pixels.
 
     Raises:
       InputError: as `records` and `check` do, or a checkpoint is damaged.
@@ -101,6 +110,7 @@ def load(
     for record in records(stage):
         _check_same_classes(record, classes)
         _check_same_text(record, text)
+        _check_same_latents(record, latents)
         _check_same_channels(record, channels)
         network, step = record.network(channels), int(record.folder.name)
         everywhere = sharding.replicated(sharding.make_mesh())
@@ -191,6 +201,7 @@ def _read(checkpoint: str, field: str) -> Record:
         of_checkpoint(about),
         imported or about["stage"]["training"]["label_dropout"] > 0,
         spec_of(about),
+        latent_spec.spec_of(about),
     )
 
 
@@ -270,6 +281,15 @@ def _check_same_text(record: Record, text: TextSpec | None) -> None:
             f"{record.field}: the guide knows text of {record.text}, the stage "
             f"{f'of {text}' if text else 'none'}",
             "Use a guide of the same encoder.",
+        )
+
+
+def _check_same_latents(record: Record, latents: LatentSpec | None) -> None:
+    if record.latents != latents:
+        raise InputError(
+            f"{record.field}: the guide was trained on {latent_spec.shown(record.latents)}, the "
+            f"stage on {latent_spec.shown(latents)}, or they were normalised by another set",
+            "Use a guide of the same run.",
         )
 
 

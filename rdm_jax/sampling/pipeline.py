@@ -12,14 +12,18 @@ from jaxtyping import Array, Bool, Int, UInt8
 from rdm_jax.checkpoints import averages, folders, store
 from rdm_jax.config import Config, validate
 from rdm_jax.data.classes import Classes, of_checkpoint
+from rdm_jax.data.latent_spec import LatentSpec
 from rdm_jax.data.postprocess import postprocess
 from rdm_jax.data.text_table import spec_of
+from rdm_jax.diffusion.latents import Latents
 from rdm_jax.diffusion.pixels import Pixels
+from rdm_jax.interop import latent_space
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.sampling import guides
 from rdm_jax.sampling.checkpoint_checks import (
     check_guidance,
+    check_latents,
     check_same_stage,
     common_classes,
     common_text,
@@ -68,11 +72,12 @@ class RelayPipeline(Conditions):
       text: how the captions that the networks know are embedded; None if no stage is conditioned
         on text.
       captions: of the run; None if its workdir has none.
+      latents: that the stages work on; None for pixels.
 
     Raises:
       InputError: a checkpoint is missing, damaged or of another network, the small images cannot be
         used, there are prompts for networks that know no text or without the classes that belong to
-        them, or the encoder of text is another one.
+        them, or the encoder of text or the autoencoder is another one.
     """
 
     def __init__(self, config: Config, workdir: Path, *, first: int = 1):
@@ -82,10 +87,15 @@ class RelayPipeline(Conditions):
         self.earlier = tuple(
             f"stage{number}" for number in range(max(self.first - 1, 1), len(config.stages))
         )
+        latent_space.check(config)
+        self.latents: LatentSpec | None = None
+        codec = latent_space.open_codec(config)
         self.checkpoints, self._stages = [], []
         abouts = [
-            self._load(number, workdir) for number in range(self.first, len(config.stages) + 1)
+            self._load(number, workdir, codec and codec.digest)
+            for number in range(self.first, len(config.stages) + 1)
         ]
+        self._decoded = latent_space.decoder(codec, self.latents)
         common = common_classes(config, [of_checkpoint(about) for about in abouts], self.first)
         labelled = self.low or any(
             guides.depends_on_classes(stage, len(common))
@@ -96,24 +106,27 @@ class RelayPipeline(Conditions):
         if text := common_text(config, abouts, self.first):
             self._open_text(text, Workdir(workdir).captions)
 
-    def _load(self, number: int, workdir: Path) -> dict[str, Any]:
+    def _load(self, number: int, workdir: Path, autoencoder: str | None) -> dict[str, Any]:
         """Loads a stage's checkpoint and returns what it says about itself."""
-        stage, channels = self.config.stage(number), self.config.data.channels
+        stage, channels = self.config.stage(number), latent_space.channels(self.config)
         folder, step = folders.find(
             stage.checkpoint,
             Workdir(workdir).checkpoints(number),
             f"config.stage{number}.checkpoint",
         )
         chosen = averages.choose(stage, folder, step)
-        about = chosen.about
-        check_same_stage(self.config, number, folder / str(step), about)
-        check_guidance(self.config, number, folder / str(step), about)
+        about, path = chosen.about, folder / str(step)
+        self.latents = check_latents(number, path, about, autoencoder, self.latents)
+        check_same_stage(self.config, number, path, about)
+        check_guidance(self.config, number, path, about)
         classes = len(about["classes"])
         network = stage.build(channels, classes)
         # All processes restore together, replicated over all devices; then each takes its own copy.
         abstract = store.with_sharding(network.abstract, sharding.replicated(sharding.make_mesh()))
         params = sharding.on_this_process(chosen.read(abstract), self.mesh)
-        loaded_guides = guides.load(stage, channels, of_checkpoint(about), spec_of(about))
+        loaded_guides = guides.load(
+            stage, channels, of_checkpoint(about), spec_of(about), self.latents
+        )
         sampler = StageSampler(
             stage,
             network,
@@ -122,6 +135,7 @@ class RelayPipeline(Conditions):
             classes=classes,
             run_seed=self.config.seed,
             guides=loaded_guides,
+            representation=Latents(*self.latents.statistics) if self.latents else Pixels(),
         )
         self._stages.append((sampler, params))
         loaded = {
@@ -220,12 +234,12 @@ class RelayPipeline(Conditions):
                 images = self.low.images(padded.seeds)
             low = sharding.put_batch(images, self.mesh)
             low = low if low.dtype == jnp.float32 else _encoded(low)
-            stages.append(_decoded(low))
+            stages.append(self._decoded(low))
         for number, (sampler, params) in enumerate(self._stages, self.first):
             if number <= asked.stage:
                 continue
             made = sampler.sample(params, low, given, device_seeds, unfinished=unfinished)
-            stages.append(_decoded(made.images))
+            stages.append(self._decoded(made.images))
             low, unfinished, finite = made.handed_over, sampler.stops, finite & made.finite
         for array in (*stages, finite):
             array.copy_to_host_async()
@@ -254,8 +268,9 @@ class RelayPipeline(Conditions):
                 "a checkpoint makes images that are not finite numbers",
                 "Use an earlier checkpoint.",
             )
-        sizes = [stage.resolution for stage in self.config.stages[-len(begun.stages) :]]
-        none = [np.zeros((0, *size, self.config.data.channels), np.uint8) for size in sizes]
+        made = self.config.stages[-len(begun.stages) :]
+        shapes = [latent_space.image_shape(self.config, stage.number) for stage in made]
+        none = [np.zeros((0, *shape), np.uint8) for shape in shapes]
         images = [
             np.concatenate([empty, *stage])[: begun.count]
             for empty, stage in zip(none, begun.stages, strict=True)
@@ -265,4 +280,3 @@ class RelayPipeline(Conditions):
 
 
 _encoded = jax.jit(Pixels().encode)
-_decoded = jax.jit(Pixels().decode)

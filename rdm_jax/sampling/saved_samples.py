@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
+from rdm_jax.interop import latent_space
 from rdm_jax.runtime import distributed
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.npz import Npz
@@ -144,7 +145,7 @@ def _labels_match(
 def _shape(relay: RelayPipeline, name: str) -> tuple[int, ...]:
     """(h, w, c) of the images in an array."""
     number = len(relay.config.stages) if name == "images" else int(name.removeprefix("stage"))
-    return (*relay.config.stages[number - 1].resolution, relay.config.data.channels)
+    return latent_space.image_shape(relay.config, number)
 
 
 def _decode(path: Path) -> UInt8[np.ndarray, "h w c"]:

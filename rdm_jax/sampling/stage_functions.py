@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Integer, Key
 from rdm_jax.config import Stage
 from rdm_jax.diffusion import blurring, preconditioning
 from rdm_jax.diffusion.guidance import guided
+from rdm_jax.diffusion.latents import Latents
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import ConditionalDenoiser, Levels, Noise
 from rdm_jax.diffusion.walks import scanned_walk
 from rdm_jax.models.conditions import Condition
@@ -21,6 +23,7 @@ from rdm_jax.runtime.random_streams import RandomStream
 from rdm_jax.sampling.guides import Guide
 
 AnyArray = Array | np.ndarray
+PIXELS = Pixels()
 Given = Mapping[str, AnyArray]  # what images are conditioned on, under the names of a batch
 
 
@@ -70,9 +73,9 @@ def stage_levels(stage: Stage) -> Levels:
 class StageFunctions:
     """A stage's denoiser and sampler as pure functions.
 
-    Images and states are float32 (b, h, w, c); clean images are in [-1, 1]. Row i of what a
-    function returns depends on row i of its arguments and on the parameters alone. Nothing is
-    compiled or kept: use `jax.jit`, `jax.vmap` and `jax.grad`.
+    Images and states are float32 (b, h, w, c); clean images are in [-1, 1], or normalised latents.
+    Row i of what a function returns depends on row i of its arguments and on the parameters alone.
+    Nothing is compiled or kept: use `jax.jit`, `jax.vmap` and `jax.grad`.
 
     Args:
       config: the stage.
@@ -81,6 +84,7 @@ class StageFunctions:
       channels, classes: of the images; 0 classes for none.
       run_seed: the config's seed.
       guides: of `config.guidance` (`guides.load`).
+      representation: of the images, which are clipped to its values.
 
     Attributes:
       config: the stage: `config.sampler` and `config.process` have methods of their own.
@@ -98,8 +102,9 @@ class StageFunctions:
         classes: int,
         run_seed: int,
         guides: Sequence[Guide] = (),
+        representation: Pixels | Latents = PIXELS,
     ):
-        self.config = config
+        self.config, self._representation = config, representation
         self.shape = (*config.resolution, channels)
         self.levels = stage_levels(config)
         built = [(config, network, classes), *((g.stage, g.network, g.classes) for g in guides)]
@@ -275,5 +280,5 @@ class StageFunctions:
         self, x: Float[Array, "b h w c"], state: Float[Array, "b h w c"] | None = None
     ) -> Sampled:
         """What the stage makes of its last images; `state` is that of a stage that stops."""
-        images, finite = self.config.representation.clip(x), jnp.isfinite(x).all((1, 2, 3))
+        images, finite = self._representation.clip(x), jnp.isfinite(x).all((1, 2, 3))
         return Sampled(images, finite, images if state is None else state)

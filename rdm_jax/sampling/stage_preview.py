@@ -10,6 +10,9 @@ from jaxtyping import Int, UInt8
 from rdm_jax.config import Config
 from rdm_jax.data.classes import Classes
 from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.diffusion.latents import Latents
+from rdm_jax.diffusion.pixels import Pixels
+from rdm_jax.interop import latent_space
 from rdm_jax.render import pictures
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.console import log
@@ -39,9 +42,16 @@ class StagePreview:
     """
 
     def __init__(self, config: Config, number: int, real: ImageSet):
+        real = real if real.latents is None else real.latents
+        latents = real.latent_spec
         self._config, self._stage, self._real = config, config.stage(number), real
-        channels, classes = real.image_shape[-1], len(real.class_names)
-        loaded = guides.load(self._stage, channels, Classes(real.class_names), real.text)
+        self._representation: Pixels | Latents = self._stage.representation
+        if latents:
+            self._representation = Latents(*latents.statistics)
+        channels, classes = latent_space.channels(config), len(real.class_names)
+        loaded = guides.load(self._stage, channels, Classes(real.class_names), real.text, latents)
+        codec = latent_space.open_codec(config) if latents else None
+        self._decoded = latent_space.decoder(codec, latents)
         self._sampler = StageSampler(
             self._stage,
             self._stage.build(channels, classes),
@@ -50,6 +60,7 @@ class StagePreview:
             classes=classes,
             run_seed=config.seed,
             guides=loaded,
+            representation=self._representation,
         )
         conditioned = uses_classes(self._stage.condition_for(classes))
         self._classes = Classes(real.class_names) if conditioned else Classes()
@@ -72,9 +83,8 @@ class StagePreview:
 
         An image with values that are not finite is black.
         """
-        shape = (0, *self._stage.resolution, self._real.image_shape[-1])
-        dtype = self._stage.representation.dtype
-        made = [(np.zeros(shape, dtype), np.zeros(0, np.int32))]
+        shape = (0, *latent_space.image_shape(self._config, self._stage.number))
+        made = [(np.zeros(shape, np.uint8), np.zeros(0, np.int32))]
         for batch in in_batches(seeds, self._config.sampling.batch_size):
             made.append(self._batch(params, batch))
         images, labels = zip(*made, strict=True)
@@ -92,7 +102,7 @@ class StagePreview:
         self, params: Any, seeds: Int[np.ndarray, " b"]
     ) -> tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]:
         padded = np.resize(seeds, self._config.sampling.batch_size)
-        representation, low = self._stage.representation, None
+        low = None
         if self._stage.number == 1 and not self._has_text:
             given = {
                 "label": labels_of(
@@ -105,11 +115,11 @@ class StagePreview:
         if self._stage.number > 1:
             before = self._config.stage(self._stage.number - 1)
             pool = self._real.image_shape[0] // before.resolution[0]
-            means = representation.encode(jnp.asarray(batch["image"]), pool)
+            means = self._representation.encode(jnp.asarray(batch["image"]), pool)
             low = sharding.put_batch(np.asarray(means), self._mesh)
         device_seeds, on_devices = sharding.put_batch((padded.astype(np.uint32), given), self._mesh)
         x, finite = self._sampler(params, low, on_devices, device_seeds)
-        decoded = np.asarray(representation.decode(x))
+        decoded = np.asarray(self._decoded(x))
         images = np.where(np.asarray(finite)[:, None, None, None], decoded, decoded.dtype.type(0))
         return images[: len(seeds)], given["label"][: len(seeds)]
 

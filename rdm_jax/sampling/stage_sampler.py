@@ -8,11 +8,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
 from rdm_jax.config import Config, Stage, to_dict
+from rdm_jax.diffusion.latents import Latents
+from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.protocols import Denoiser, Noise
 from rdm_jax.diffusion.walks import walk
 from rdm_jax.models.functional import Network
 from rdm_jax.sampling.guides import Guide
 from rdm_jax.sampling.stage_functions import (
+    PIXELS,
     AnyArray,
     Given,
     Sampled,
@@ -47,6 +50,7 @@ class StageSampler:
       channels, classes: of the images; 0 classes for none.
       run_seed: the config's seed.
       guides: of `stage.guidance` (`guides.load`).
+      representation: of the images.
 
     Attributes:
       functions: what is compiled.
@@ -62,6 +66,7 @@ class StageSampler:
         classes: int,
         run_seed: int,
         guides: Sequence[Guide] = (),
+        representation: Pixels | Latents = PIXELS,
     ):
         self.functions = StageFunctions(
             stage,
@@ -71,6 +76,7 @@ class StageSampler:
             classes=classes,
             run_seed=run_seed,
             guides=guides,
+            representation=representation,
         )
         self._guides = tuple(guide.params for guide in guides)
         self._start = jax.jit(self._start, static_argnums=2)

@@ -17,8 +17,8 @@ from rdm_jax.checkpoints import space, store
 from rdm_jax.config import Config, to_dict
 from rdm_jax.config.saved import VERSION
 from rdm_jax.config.validate import check_captions
-from rdm_jax.data.image_sets import ImageSet, as_sums
-from rdm_jax.data.pipeline import TrainIterator, train_iterator
+from rdm_jax.data.image_sets import ImageSet
+from rdm_jax.data.pipeline import TrainIterator, as_trained, train_iterator
 from rdm_jax.runtime import distributed, mounts, random_streams, sharding
 from rdm_jax.runtime.console import log, progress
 from rdm_jax.runtime.errors import Diverged, Interrupted
@@ -29,7 +29,7 @@ from rdm_jax.training import metric_writer
 from rdm_jax.training.count import Count
 from rdm_jax.training.metric_buffer import Clock, MetricBuffer
 from rdm_jax.training.probe import Probe
-from rdm_jax.training.program import PROGRAMS, Program, Trained
+from rdm_jax.training.program import PROGRAMS, Program, Trained, latent_objective
 from rdm_jax.training.session import Due, Session
 from rdm_jax.training.snapshots import Snapshots
 from rdm_jax.training.start import Progress, Starter
@@ -72,7 +72,7 @@ class Trainer:
         self.name = self.stage.name
         self.training = self.stage.training
         cell = source.image_shape[0] // self.stage.resolution[0]
-        self.source, held_out = as_sums(cell, source, held_out or source)
+        self.source, held_out = as_trained(cell, source, held_out or source)
         self.directory = directory
         self.mesh = sharding.make_mesh(config.parallel.data, config.parallel.fsdp)
         self._config, self._number = config, number
@@ -97,6 +97,8 @@ class Trainer:
             "classes": list(source.class_names),
             "seed": config.seed,
         }
+        if self.source.latent_spec:
+            self._about["latents"] = self.source.latent_spec._asdict()
         if "text" in self._program.inputs:
             self._about["text"] = source.text._asdict()
 
@@ -107,7 +109,7 @@ class Trainer:
 
     def _objective(self) -> Loss | None:
         """What is trained instead of the stage's own objective."""
-        return None
+        return latent_objective(self.stage, self.source)
 
     def run(self, stop: StopOnSignal, probe: Probe | None = None) -> None:
         """Trains to the configured number of images, resuming from the newest checkpoint.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Key
 from rdm_jax.config import Stage
 from rdm_jax.config.autoencoder import Autoencoder
 from rdm_jax.data.augment import Augmentation
+from rdm_jax.data.image_sets import ImageSet
 from rdm_jax.diffusion.latents import Latents
 from rdm_jax.models.target import compiling_for
 from rdm_jax.runtime import sharding
@@ -68,6 +69,14 @@ def build_objective(
         representation=latents or dataclasses.replace(stage.representation, cell=cell),
         dct_quality=training.dct_quality,
     )
+
+
+def latent_objective(stage: Stage, images: ImageSet) -> Objective | None:
+    """The stage's objective on a set of latents; None for pixels."""
+    if images.latent_spec is None:
+        return None
+    latents = Latents(*images.latent_spec.statistics)
+    return build_objective(stage, images.image_shape, len(images.class_names), latents=latents)
 
 
 class Program(ABC):

@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 
 from rdm_jax.checkpoints import folders, store
 from rdm_jax.config.changes import check_allowed
+from rdm_jax.data import latent_spec
 from rdm_jax.data.classes import Classes, matched, of_checkpoint
 from rdm_jax.data.text_table import same_text, spec_of
 from rdm_jax.runtime import sharding
@@ -108,6 +109,7 @@ class Starter:
     def _resume(self, checkpoints: store.Checkpoints, step: int) -> Start:
         training, about = self.stage.training, checkpoints.about(step)
         self._check_text(about, checkpoints.directory / str(step))
+        self._check_latents(about, checkpoints.directory / str(step))
         before = Count(about["stage"]["training"]["batch_size"], **about.get("count", {}))
         count = before.changed(training.batch_size, step)
 
@@ -150,6 +152,7 @@ class Starter:
         """
         theirs, about = source.abstract_ema(step), source.about(step)
         self._check_text(about, source.directory / str(step))
+        self._check_latents(about, source.directory / str(step))
         wanted = dict(self.program.abstract.ema)
         names = self.stage.network.condition_parameters
         embedding = {name: theirs[name] for name in names if name in theirs}
@@ -190,6 +193,16 @@ class Starter:
                 f"{self.name} is trained with captions of {ours or 'no encoder'}, and checkpoint "
                 f"{checkpoint} knows those of {theirs}",
                 "Use images whose captions that encoder has embedded, or another checkpoint.",
+            )
+
+    def _check_latents(self, about: dict[str, Any], checkpoint: AnyPath) -> None:
+        """Refuses a checkpoint that was trained on the latents of another autoencoder."""
+        theirs, ours = (latent_spec.spec_of(each) for each in (about, self.about))
+        if "imported" not in about and (theirs and theirs[0]) != (ours and ours[0]):
+            raise InputError(
+                f"{self.name} is trained on {latent_spec.shown(ours)}, and checkpoint {checkpoint} "
+                f"was trained on {latent_spec.shown(theirs)}",
+                "Set data.autoencoder to what it was trained with, or use another checkpoint.",
             )
 
     def _same_classes(self, theirs: Any, ours: Any, about: dict[str, Any]) -> bool:

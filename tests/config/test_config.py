@@ -42,7 +42,9 @@ def test_packaged_config_is_valid_and_documented(path, tmp_path):
     assert f"python -m rdm_jax.main --config configs/{path.name}" in path.read_text()
 
 
-@pytest.mark.parametrize("name", ["emoji", "emoji_small", "emoji_text", "openclipart"])
+@pytest.mark.parametrize(
+    "name", ["emoji", "emoji_latent", "emoji_small", "emoji_text", "openclipart"]
+)
 def test_tiny_config_is_valid(name):
     full, tiny = (parse(load(CONFIGS[0].parent / f"{name}.py", *args)) for args in ((), ("tiny",)))
     validate.check_config(tiny)

@@ -171,7 +171,9 @@ def test_packaged_config_takes_argument(monkeypatch, tmp_path, saved):
     assert load("emoji:tiny") == load(f"{ROOT}/configs/emoji.py:tiny")
 
 
-@pytest.mark.parametrize("name", ["emoji", "emoji_small", "emoji_text", "openclipart"])
+@pytest.mark.parametrize(
+    "name", ["emoji", "emoji_latent", "emoji_small", "emoji_text", "openclipart"]
+)
 def test_a_packaged_config_refuses_an_unknown_argument(name):
     with pytest.raises(InputError, match=r"the size 'tny' .* unknown\. Use 'full' or 'tiny'\."):
         load(f"{name}:tny")

@@ -14,9 +14,9 @@ from PIL import Image
 from rdm_jax.data import cell_sums, write_shards
 from rdm_jax.data import prepare as prepare_lib
 from rdm_jax.data.cell_sums import dtype_of, folder_of, sums_of
-from rdm_jax.data.image_sets import as_sums, open_direct, open_prepared
+from rdm_jax.data.image_sets import open_direct, open_prepared
 from rdm_jax.data.images import ImageSpec
-from rdm_jax.data.pipeline import train_iterator
+from rdm_jax.data.pipeline import as_trained, train_iterator
 from rdm_jax.data.prepare import prepare
 from rdm_jax.data.records import Encoding, ImageShard, RecordReader
 from rdm_jax.data.write_sums import SumShard
@@ -117,7 +117,7 @@ def test_iterators_give_the_same_images(folder, tmp_path, cache_bytes):
     assert images.is_cached == (cache_bytes == 2**20)
     assert images.of_cells(2).is_cached == (cache_bytes > 0)
     for whole, part in zip(full.split(4), images.split(4), strict=True):
-        (sums,) = as_sums(2, part)
+        (sums,) = as_trained(2, part)
         assert sums.identity == whole.identity and len(sums) == len(whole)
         iterators = [train_iterator(x, batch_size=8, seed=3) for x in (whole, sums)]
         for _ in range(4):
@@ -154,8 +154,8 @@ def test_sums_in_memory_are_not_sent_to_workers(folder, tmp_path):
 def test_sets_are_used_together_as_sums_or_not_at_all(folder, tmp_path):
     path = prepared(folder, tmp_path / "set")
     full, both = open_prepared(path), open_prepared(path, cells=(2,))
-    assert as_sums(2, both, full) == [both, full]
-    assert as_sums(2, both, both) == [both.of_cells(2)] * 2
+    assert as_trained(2, both, full) == [both, full]
+    assert as_trained(2, both, both) == [both.of_cells(2)] * 2
 
 
 class Stop(BaseException):
