@@ -31,7 +31,7 @@ def at(url: str, revision: str) -> str:
 
 def to_get_again(folder: Path) -> str:
     """The remedy if a relay's files are damaged: in the cache, all of the repository goes."""
-    if folder.parent.name == "snapshots":
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
         return f"Remove {folder.parents[1]}, and run the same again."
     return "Get it again."
 

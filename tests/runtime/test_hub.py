@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +116,14 @@ def test_fetch_without_the_library_names_the_extra(monkeypatch):
     ) as e:
         fetch("hf://a/relay")
     assert e.value.fix == "Run pip install 'rdm_jax[hub]'."
+
+
+@pytest.mark.parametrize(
+    "folder, fix",
+    [
+        ("hub/models--a--relay/snapshots/1f", "Remove hub/models--a--relay, and run the same"),
+        ("runs/snapshots/relay", "Get it again"),
+    ],
+)
+def test_remedy_removes_no_other_folder_than_the_cache(folder, fix):
+    assert hubs.to_get_again(Path(folder)).startswith(fix)
