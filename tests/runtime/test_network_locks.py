@@ -99,6 +99,42 @@ def test_owner_file_excludes_who_has_flock(tmp_path, monkeypatch):
     assert not (tmp_path / "lock.owner").exists()
 
 
+def test_owner_file_left_long_ago_costs_no_wait(tmp_path, monkeypatch):
+    """On a file system that has flock meanwhile."""
+    owner(tmp_path / "lock.owner")
+    os.utime(tmp_path / "lock.owner", (0, 0))
+    monkeypatch.setattr(locks, "_wait", mock.Mock(side_effect=AssertionError("waits")))
+    with locks.locked(tmp_path / "lock"):
+        assert not (tmp_path / "lock.owner").exists()
+        with pytest.raises(locks.InUse), locks.locked(tmp_path / "lock"):
+            pass
+
+
+def test_staging_folder_is_locked_as_a_workdir(tmp_path, flock, monkeypatch):
+    """Its stale lock is opened again, and the owner file of a host without flock excludes."""
+    flock(STALE)
+    with staging_folder(tmp_path / "set"):
+        pass
+    owner(tmp_path / ".set.owner")
+    heartbeats(monkeypatch, tmp_path / ".set.owner")
+    with pytest.raises(InputError, match="by another process"), staging_folder(tmp_path / "set"):
+        pass
+
+
+def test_staging_folder_whose_lock_is_stale_is_locked_again(tmp_path, monkeypatch):
+    """It was removed from another host, after this process had locked it."""
+    stat, stale = type(tmp_path).stat, [STALE]
+
+    def failing(path, **keywords):
+        if stale and path.name == ".set.lock":
+            raise stale.pop()
+        return stat(path, **keywords)
+
+    monkeypatch.setattr(type(tmp_path), "stat", failing)
+    with staging_folder(tmp_path / "set") as staging:
+        assert staging.is_dir() and not stale
+
+
 def test_owner_file_whose_answer_was_lost_is_ours(tmp_path, no_flock, monkeypatch):
     """The request to link it was sent twice, and the second one finds the first one's file."""
     link = os.link
