@@ -180,8 +180,12 @@ class _Seen(NamedTuple):
 
 def _seen(path: Path) -> _Seen:
     """What an owner file shows. It is opened, as NFS then asks the server for its attributes."""
-    with path.open() as file:
-        return _Seen(file.read(), os.fstat(file.fileno()).st_mtime)
+
+    def read() -> _Seen:
+        with path.open() as file:
+            return _Seen(file.read(), os.fstat(file.fileno()).st_mtime)
+
+    return _retried(read)
 
 
 def _wait(path: Path, seen: _Seen) -> None:
@@ -203,8 +207,7 @@ def _create(path: Path, text: str) -> bool:
         os.link(partial, path)
     except FileExistsError:
         with contextlib.suppress(FileNotFoundError):
-            # Ours, if the answer to a first request was lost.
-            return os.path.samestat(partial.stat(), path.stat())
+            return _seen(path).text == text  # ours: the answer to a first request was lost
         return False
     except OSError:  # a file system without hard links
         try:

@@ -149,6 +149,21 @@ def test_owner_file_whose_answer_was_lost_is_ours(tmp_path, no_flock, monkeypatc
         pass
 
 
+def test_owner_file_replaced_from_another_host_is_read_again(tmp_path, no_flock, monkeypatch):
+    owner(tmp_path / "lock.owner")
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.1)
+    fstat, stale = os.fstat, [STALE] * (locks.TRIES - 1)
+
+    def failing(descriptor):
+        if stale:
+            raise stale.pop()
+        return fstat(descriptor)
+
+    monkeypatch.setattr(locks.os, "fstat", failing)
+    with locks.locked(tmp_path / "lock"):
+        assert not stale
+
+
 @pytest.mark.parametrize("jump", [-86_400, 86_400])
 def test_clock_of_the_server_jumps(tmp_path, no_flock, monkeypatch, jump):
     """A living owner keeps the lock, an ended one loses it within the same time."""
@@ -206,3 +221,15 @@ def test_workdir_waits_for_what_is_shown_late(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "read_text", read_text)
     with workdir.locked():
         assert not late
+
+
+def test_workdir_whose_lock_cannot_be_read_says_why(tmp_path, monkeypatch):
+    """It may well be the same folder for every process."""
+
+    def failing(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(type(tmp_path), "read_text", failing)
+    monkeypatch.setattr("rdm_jax.workdir.time.sleep", lambda seconds: None)
+    with pytest.raises(PermissionError), Workdir(tmp_path).locked():
+        pass
