@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rdm_jax.runtime.errors import InputError, reason
+from rdm_jax.runtime.errors import KNOWN, InputError, reason, remedy
 from rdm_jax.runtime.lazy import lazy_import
 
 huggingface_hub = lazy_import("huggingface_hub", "hub")
@@ -103,10 +103,29 @@ def _explained(given: str, revision: str | None, error: Exception) -> tuple[str,
                 "HF_HUB_OFFLINE is set",
                 "Unset it, or load this once where there is a network and copy the cache.",
             )
+        case _ if status := _status(error):
+            return (
+                f"{given} cannot be fetched: {hub_constants.ENDPOINT} answers with status {status}",
+                "Run 'hf auth login' with a token that may read it."
+                if status in (401, 403)
+                else "Run the same again later.",
+            )
         case hub_errors.LocalEntryNotFoundError():
             return (
                 f"{given} is not in the cache ({hub_constants.HF_HUB_CACHE}), and "
                 f"{hub_constants.ENDPOINT} does not answer",
                 "Check the network, and run the same again.",
             )
+        case OSError() if error.errno in KNOWN:
+            return (
+                f"{given} cannot be written to the cache ({hub_constants.HF_HUB_CACHE}): "
+                f"{reason(error)}",
+                remedy(error, "Free space, or set HF_HUB_CACHE to another folder."),
+            )
     return f"{given} cannot be fetched ({reason(error)})", "Run the same again."
+
+
+def _status(error: BaseException) -> int | None:
+    """The status of the hub's answer that an error, or its cause, comes from."""
+    answers = (getattr(each, "response", None) for each in (error, error.__cause__))
+    return next((each.status_code for each in answers if each is not None), None)

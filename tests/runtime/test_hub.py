@@ -1,9 +1,11 @@
 """Repositories by name: what is fetched, and what is refused with which remedy."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -106,6 +108,23 @@ def test_fetch_without_a_network_takes_the_cache(uploaded, tmp_path):
 def test_fetch_names_the_hub_that_does_not_answer(uploaded, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"and http://127\.0\.0\.1:9 does not answer\. Check the"):
+        fetch("hf://a/relay")
+
+
+@pytest.mark.parametrize(
+    "status, fix", [(403, "Run 'hf auth login'"), (503, "Run the same again later.")]
+)
+def test_fetch_gives_the_status_of_a_hub_in_trouble(uploaded, status, fix):
+    uploaded.status = status
+    with pytest.raises(InputError, match=rf"answers with status {status}") as refusal:
+        fetch("hf://a/relay")
+    assert refusal.value.fix.startswith(fix)
+
+
+def test_fetch_names_the_cache_that_is_full(uploaded, monkeypatch, tmp_path):
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(InputError, match=rf"cache \({tmp_path}/hub\): No space.*or set HF_HUB_C"):
         fetch("hf://a/relay")
 
 
