@@ -1,6 +1,8 @@
 """Repositories by name: what is fetched, and what is refused with which remedy."""
 
 import errno
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +15,13 @@ from rdm_jax.runtime import hub as hubs
 from rdm_jax.runtime.errors import InputError
 from tests.support.paths import ROOT
 
-FILES = {"relay.json": b"{}", "config.json": b"1", "stage1.safetensors": b"2", "train.py": b"3"}
+FILES = {"config.json": b"1", "stage1.safetensors": b"2", "train.py": b"3"}
+
+
+def listing(**files):
+    """The list of a relay of these files."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return json.dumps({"version": 1, "files": digests}).encode()
 
 
 @pytest.fixture
@@ -23,7 +31,9 @@ def uploaded(hub, tmp_path):
     folder.mkdir()
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
-    hub.upload(folder, "a/relay", "first", **{"config.json": b"old"})
+    (folder / "relay.json").write_bytes(listing(**FILES))
+    first = listing(**FILES | {"config.json": b"old"})
+    hub.upload(folder, "a/relay", "first", **{"config.json": b"old", "relay.json": first})
     hub.upload(folder, "a/relay")
     return hub
 
@@ -74,6 +84,24 @@ def test_fetch_refuses_and_names_the_remedy(uploaded, url, problem, fix):
     with pytest.raises(InputError, match=problem) as refusal:
         fetch(url)
     assert fix in refusal.value.fix
+
+
+def test_fetch_refuses_a_config_that_differs_from_its_hash(uploaded, tmp_path):
+    """Before anybody parses it."""
+    main = uploaded.repositories["a/relay"]["main"]
+    uploaded.repositories["a/torn"] = dict.fromkeys(["main", "1" * 40], main | {"config.json": b""})
+    with pytest.raises(InputError, match=r"config\.json differs from its hash") as refusal:
+        fetch("hf://a/torn")
+    assert refusal.value.fix == f"Remove {tmp_path}/hub/models--a--torn, and run the same again."
+
+
+@pytest.mark.parametrize("name", ["config.json", "stage1.safetensors"])
+def test_fetch_keeps_what_is_there_of_an_incomplete_relay(uploaded, name):
+    files = dict(uploaded.repositories["a/relay"]["main"])
+    del files[name]
+    uploaded.repositories["a/part"] = dict.fromkeys(["main", "2" * 40], files)
+    with pytest.raises(InputError, match=rf"{name} is missing\. Load it once with a network"):
+        hubs.fetch("hf://a/part", ["config.json", "stage1.safetensors"], "source")
 
 
 OFFLINE = """
