@@ -1,6 +1,7 @@
 """The working directory of a run: its lock, its config.json, and the paths of everything in it."""
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -262,10 +263,13 @@ class Workdir:
         lock = mounts.in_store(self._lock)
         lock = lock if isinstance(lock, Path) else lock / TOKEN
         for _ in range(SECONDS_TO_APPEAR):
-            # Of a local file any error may pass: another host has written it a moment ago.
-            passing = (OSError,) if isinstance(lock, Path) else (FileNotFoundError,)
-            with contextlib.suppress(*passing), mounts.talking_to(lock):
-                if lock.read_text() == token:
-                    return True
+            try:
+                with mounts.talking_to(lock):
+                    if lock.read_text() == token:
+                        return True
+            except OSError as error:
+                # These pass, if another host has written it a moment ago.
+                if not isinstance(error, FileNotFoundError) and error.errno != errno.ESTALE:
+                    raise
             time.sleep(1)
         return False

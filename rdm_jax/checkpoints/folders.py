@@ -168,7 +168,8 @@ def being_saved(directory: AnyPath, step: int) -> AnyPath:
     """
     for _ in range(SECONDS_TO_APPEAR):
         if found := unfinished(directory, step):
-            return found[0]
+            (partial,) = found
+            return partial
         time.sleep(1)
     raise FileNotFoundError(errno.ENOENT, "the folder of the save is not listed", str(directory))
 

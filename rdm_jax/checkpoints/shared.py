@@ -27,7 +27,6 @@ from rdm_jax.runtime.mounts import AnyPath
 safetensors = lazy_import("safetensors", "weights")
 safetensors_numpy = lazy_import("safetensors.numpy", "weights")
 
-VERSION = 1
 LIST, CONFIG, CARD, CAPTIONS = hub.LIST, hub.CONFIG, "README.md", "captions.json"
 # What a checkpoint says of itself that whoever gets it needs; not where it was trained.
 KEPT = ("version", "stage", "classes", "text", "seed", "validation_loss", "imported")
@@ -111,7 +110,7 @@ def write(
     (made / CARD).write_text(card, "utf-8")
     hashes = {p.name: sha256(p) for p in sorted(made.iterdir()) if p.name != CARD}
     with atomic_write(made / LIST) as partial:
-        partial.write_text(json.dumps({"version": VERSION, "files": hashes}, indent=1))
+        partial.write_text(json.dumps({"version": hub.VERSION, "files": hashes}, indent=1))
     made.rename(folder)
 
 
@@ -121,25 +120,10 @@ def read_config(folder: Path) -> Config:
     Raises:
       InputError: a file is missing, damaged, or of a newer version of this package.
     """
-    try:
-        listed = parse_json((folder / LIST).read_text())
-        version, hashes = listed["version"], dict(listed["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / LIST} cannot be read ({error})", hub.to_get_again(folder)
-        ) from error
-    if version != VERSION:
-        raise InputError(
-            f"{folder / LIST} has version {version!r:.20}, and this rdm_jax reads {VERSION}",
-            "Install a newer rdm_jax.",
-        )
+    hashes = hub.hashes(folder)
     hashes.pop(CARD, None)  # which people edit, and nothing reads
-    for name, digest in hashes.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file() or sha256(path) != digest:
-            raise InputError(
-                f"{path} is missing, or differs from its hash in {LIST}", hub.to_get_again(folder)
-            )
+    hub.check_there(folder, hashes)
+    hub.check_equal(folder, hashes)
     config = parse(read_saved(folder / CONFIG))
     for number in range(1, len(config.stages) + 1):
         if _file(number) not in hashes:

@@ -5,6 +5,7 @@ while a process prepares) and .NAME.former (the previous set, during an update).
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -66,12 +67,12 @@ def _is_locked(lock: Path, held: contextlib.ExitStack) -> bool:
     """Creates and locks a file; False if the lock's previous owner has removed it meanwhile."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as ours:
-        file = ours.enter_context(lock.open("a"))
-        if not locks.try_flock(file.fileno()):
-            ours.enter_context(locks.owner_file(lock.with_suffix(".owner")))
+        descriptor = locks.take(lock, lock.with_suffix(".owner"), ours)
         try:
-            is_locked = os.path.samestat(os.fstat(file.fileno()), lock.stat())
-        except FileNotFoundError:
+            is_locked = os.path.samestat(os.fstat(descriptor), lock.stat())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             is_locked = False
         if is_locked:
             held.enter_context(ours.pop_all())

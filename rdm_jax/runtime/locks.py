@@ -12,9 +12,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from rdm_jax.runtime.console import log
 
@@ -26,6 +26,7 @@ TRIES = 3  # to open a lock that is stale: its file was replaced from another ho
 HEARTBEAT_SECONDS = 10.0
 POLL_SECONDS = 15.0  # longer than a heartbeat, so that a poll sees at least one
 STALE_SECONDS = 120.0
+Returned = TypeVar("Returned")
 
 
 class InUse(Exception):
@@ -70,28 +71,60 @@ def locked(path: Path) -> Iterator[None]:
       InUse: another process is in the context.
       OSError: the file cannot be written.
     """
-    owner = path.with_name(f"{path.name}.owner")
     with contextlib.ExitStack() as held:
-        flocked = _flocked(path, held)
-        if not flocked:
-            log.warning("%s: the file system has no flock; using an owner file instead", path)
-        if not flocked or owner.exists():
-            held.enter_context(owner_file(owner))
+        take(path, path.with_name(f"{path.name}.owner"), held)
         yield
 
 
-def _flocked(path: Path, held: contextlib.ExitStack) -> bool:
-    """Opens a file, created if missing, and takes its lock until `held` is closed.
+def take(path: Path, owner: Path, held: contextlib.ExitStack) -> int:
+    """Takes the lock of `locked` until `held` is closed.
 
-    Returns, Raises: as `try_flock`.
+    Args:
+      path: a file, created if missing.
+      owner: the file to use where there is no flock.
+      held: what keeps the lock.
+
+    Returns:
+      The descriptor of the open file.
+
+    Raises:
+      InUse, OSError: as `locked`.
     """
+    descriptor, flocked = _retried(lambda: _flocked(path, held))
+    if not flocked:
+        log.warning("%s: the file system has no flock; using an owner file instead", path)
+    if not flocked or _is_owned(owner):
+        held.enter_context(owner_file(owner))
+    return descriptor
+
+
+def _flocked(path: Path, held: contextlib.ExitStack) -> tuple[int, bool]:
+    """The descriptor of an opened file, and whether it is locked by flock, as `try_flock` says."""
+    descriptor = held.enter_context(path.open("a")).fileno()
+    return descriptor, try_flock(descriptor)
+
+
+def _retried(call: Callable[[], Returned]) -> Returned:
+    """Calls what opens a file; again, if the file was replaced from another host meanwhile."""
     for _ in range(TRIES - 1):
         try:
-            return try_flock(held.enter_context(path.open("a")).fileno())
+            return call()
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-    return try_flock(held.enter_context(path.open("a")).fileno())
+    return call()
+
+
+def _is_owned(path: Path) -> bool:
+    """Whether there is an owner file, for who has the flock; a stale one is removed.
+
+    It needs no heartbeat's wait: it is left over, as a rule, from before the file system had flock.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        seen = _seen(path)
+        if _now(path) - seen.heartbeat > STALE_SECONDS:
+            _take_away(path, seen.text)
+    return path.exists()
 
 
 @contextlib.contextmanager
@@ -147,8 +180,12 @@ class _Seen(NamedTuple):
 
 def _seen(path: Path) -> _Seen:
     """What an owner file shows. It is opened, as NFS then asks the server for its attributes."""
-    with path.open() as file:
-        return _Seen(file.read(), os.fstat(file.fileno()).st_mtime)
+
+    def read() -> _Seen:
+        with path.open() as file:
+            return _Seen(file.read(), os.fstat(file.fileno()).st_mtime)
+
+    return _retried(read)
 
 
 def _wait(path: Path, seen: _Seen) -> None:
@@ -170,8 +207,7 @@ def _create(path: Path, text: str) -> bool:
         os.link(partial, path)
     except FileExistsError:
         with contextlib.suppress(FileNotFoundError):
-            # Ours, if the answer to a first request was lost.
-            return os.path.samestat(partial.stat(), path.stat())
+            return _seen(path).text == text  # ours: the answer to a first request was lost
         return False
     except OSError:  # a file system without hard links
         try:

@@ -1,8 +1,13 @@
 """Repositories by name: what is fetched, and what is refused with which remedy."""
 
+import errno
+import hashlib
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -10,7 +15,13 @@ from rdm_jax.runtime import hub as hubs
 from rdm_jax.runtime.errors import InputError
 from tests.support.paths import ROOT
 
-FILES = {"relay.json": b"{}", "config.json": b"1", "stage1.safetensors": b"2", "train.py": b"3"}
+FILES = {"config.json": b"1", "stage1.safetensors": b"2", "train.py": b"3"}
+
+
+def listing(**files):
+    """The list of a relay of these files."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return json.dumps({"version": 1, "files": digests}).encode()
 
 
 @pytest.fixture
@@ -20,7 +31,9 @@ def uploaded(hub, tmp_path):
     folder.mkdir()
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
-    hub.upload(folder, "a/relay", "first", **{"config.json": b"old"})
+    (folder / "relay.json").write_bytes(listing(**FILES))
+    first = listing(**FILES | {"config.json": b"old"})
+    hub.upload(folder, "a/relay", "first", **{"config.json": b"old", "relay.json": first})
     hub.upload(folder, "a/relay")
     return hub
 
@@ -73,6 +86,24 @@ def test_fetch_refuses_and_names_the_remedy(uploaded, url, problem, fix):
     assert fix in refusal.value.fix
 
 
+def test_fetch_refuses_a_config_that_differs_from_its_hash(uploaded, tmp_path):
+    """Before anybody parses it."""
+    main = uploaded.repositories["a/relay"]["main"]
+    uploaded.repositories["a/torn"] = dict.fromkeys(["main", "1" * 40], main | {"config.json": b""})
+    with pytest.raises(InputError, match=r"config\.json differs from its hash") as refusal:
+        fetch("hf://a/torn")
+    assert refusal.value.fix == f"Remove {tmp_path}/hub/models--a--torn, and run the same again."
+
+
+@pytest.mark.parametrize("name", ["config.json", "stage1.safetensors"])
+def test_fetch_keeps_what_is_there_of_an_incomplete_relay(uploaded, name):
+    files = dict(uploaded.repositories["a/relay"]["main"])
+    del files[name]
+    uploaded.repositories["a/part"] = dict.fromkeys(["main", "2" * 40], files)
+    with pytest.raises(InputError, match=rf"{name} is missing\. Load it once with a network"):
+        hubs.fetch("hf://a/part", ["config.json", "stage1.safetensors"], "source")
+
+
 OFFLINE = """
 import sys
 from rdm_jax.runtime import hub
@@ -108,6 +139,23 @@ def test_fetch_names_the_hub_that_does_not_answer(uploaded, monkeypatch):
         fetch("hf://a/relay")
 
 
+@pytest.mark.parametrize(
+    "status, fix", [(403, "Run 'hf auth login'"), (503, "Run the same again later.")]
+)
+def test_fetch_gives_the_status_of_a_hub_in_trouble(uploaded, status, fix):
+    uploaded.status = status
+    with pytest.raises(InputError, match=rf"answers with status {status}") as refusal:
+        fetch("hf://a/relay")
+    assert refusal.value.fix.startswith(fix)
+
+
+def test_fetch_names_the_cache_that_is_full(uploaded, monkeypatch, tmp_path):
+    full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(InputError, match=rf"cache \({tmp_path}/hub\): No space.*or set HF_HUB_C"):
+        fetch("hf://a/relay")
+
+
 def test_fetch_without_the_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(
@@ -115,3 +163,14 @@ def test_fetch_without_the_library_names_the_extra(monkeypatch):
     ) as e:
         fetch("hf://a/relay")
     assert e.value.fix == "Run pip install 'rdm_jax[hub]'."
+
+
+@pytest.mark.parametrize(
+    "folder, fix",
+    [
+        ("hub/models--a--relay/snapshots/1f", "Remove hub/models--a--relay, and run the same"),
+        ("runs/snapshots/relay", "Get it again"),
+    ],
+)
+def test_remedy_removes_no_other_folder_than_the_cache(folder, fix):
+    assert hubs.to_get_again(Path(folder)).startswith(fix)

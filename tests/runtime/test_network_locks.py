@@ -99,6 +99,42 @@ def test_owner_file_excludes_who_has_flock(tmp_path, monkeypatch):
     assert not (tmp_path / "lock.owner").exists()
 
 
+def test_owner_file_left_long_ago_costs_no_wait(tmp_path, monkeypatch):
+    """On a file system that has flock meanwhile."""
+    owner(tmp_path / "lock.owner")
+    os.utime(tmp_path / "lock.owner", (0, 0))
+    monkeypatch.setattr(locks, "_wait", mock.Mock(side_effect=AssertionError("waits")))
+    with locks.locked(tmp_path / "lock"):
+        assert not (tmp_path / "lock.owner").exists()
+        with pytest.raises(locks.InUse), locks.locked(tmp_path / "lock"):
+            pass
+
+
+def test_staging_folder_is_locked_as_a_workdir(tmp_path, flock, monkeypatch):
+    """Its stale lock is opened again, and the owner file of a host without flock excludes."""
+    flock(STALE)
+    with staging_folder(tmp_path / "set"):
+        pass
+    owner(tmp_path / ".set.owner")
+    heartbeats(monkeypatch, tmp_path / ".set.owner")
+    with pytest.raises(InputError, match="by another process"), staging_folder(tmp_path / "set"):
+        pass
+
+
+def test_staging_folder_whose_lock_is_stale_is_locked_again(tmp_path, monkeypatch):
+    """It was removed from another host, after this process had locked it."""
+    stat, stale = type(tmp_path).stat, [STALE]
+
+    def failing(path, **keywords):
+        if stale and path.name == ".set.lock":
+            raise stale.pop()
+        return stat(path, **keywords)
+
+    monkeypatch.setattr(type(tmp_path), "stat", failing)
+    with staging_folder(tmp_path / "set") as staging:
+        assert staging.is_dir() and not stale
+
+
 def test_owner_file_whose_answer_was_lost_is_ours(tmp_path, no_flock, monkeypatch):
     """The request to link it was sent twice, and the second one finds the first one's file."""
     link = os.link
@@ -111,6 +147,21 @@ def test_owner_file_whose_answer_was_lost_is_ours(tmp_path, no_flock, monkeypatc
     monkeypatch.setattr(locks, "_wait", mock.Mock(side_effect=locks.InUse))
     with locks.locked(tmp_path / "lock"):
         pass
+
+
+def test_owner_file_replaced_from_another_host_is_read_again(tmp_path, no_flock, monkeypatch):
+    owner(tmp_path / "lock.owner")
+    monkeypatch.setattr(locks, "STALE_SECONDS", 0.1)
+    fstat, stale = os.fstat, [STALE] * (locks.TRIES - 1)
+
+    def failing(descriptor):
+        if stale:
+            raise stale.pop()
+        return fstat(descriptor)
+
+    monkeypatch.setattr(locks.os, "fstat", failing)
+    with locks.locked(tmp_path / "lock"):
+        assert not stale
 
 
 @pytest.mark.parametrize("jump", [-86_400, 86_400])
@@ -170,3 +221,15 @@ def test_workdir_waits_for_what_is_shown_late(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "read_text", read_text)
     with workdir.locked():
         assert not late
+
+
+def test_workdir_whose_lock_cannot_be_read_says_why(tmp_path, monkeypatch):
+    """It may well be the same folder for every process."""
+
+    def failing(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(type(tmp_path), "read_text", failing)
+    monkeypatch.setattr("rdm_jax.workdir.time.sleep", lambda seconds: None)
+    with pytest.raises(PermissionError), Workdir(tmp_path).locked():
+        pass

@@ -21,6 +21,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
       repositories: name -> revision -> the files; the newest commit is that of 'main'.
       gated: names of the repositories whose terms are not accepted.
+      status: of every answer, if it is not None: of a hub in trouble.
       fetched: the files that were sent, in their order.
     """
 
@@ -32,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         """Forgets everything."""
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.gated: set[str] = set()
+        self.status: int | None = None
         self.fetched: list[str] = []
 
     @property
@@ -67,6 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        if self.server.status:
+            return self.refuse(self.server.status, "")
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             name, kind, revision = "/".join(parts[2:4]), *parts[4:6]
