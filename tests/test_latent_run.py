@@ -40,7 +40,7 @@ def latent(config, folder, **data):
     return dataclasses.replace(config, data=data, autoencoder=Autoencoder(NETWORK, training=SHORT))
 
 
-@pytest.mark.second
+@pytest.mark.long
 def test_relay_in_latents_from_training_to_pixels(tmp_path):
     """Images of 16 x 16, latents of 8 x 8, and of 4 x 4 for the first stage."""
     write_images(tmp_path / "images", size=16)
