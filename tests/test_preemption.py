@@ -4,10 +4,13 @@ import re
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from rdm_jax.checkpoints import folders
+from rdm_jax.runtime import distributed
+from rdm_jax.runtime.errors import InputError
 from tests.support.checkpoints import read_arrays
 from tests.support.commands import STAGE, ended, environment, start_two, two
 
@@ -35,12 +38,27 @@ def test_wait_for_a_slow_first_process_is_said():
     assert re.search(line, second) and not re.search(line, first)
 
 
-@pytest.mark.second
+@pytest.mark.long
 def test_wait_for_a_slow_first_process_has_an_end():
     for _, errors in ended(two(WAIT, "0.3"), 2):
         assert re.search(
             r"error: waited 8.33e-05 h for process 0, which counts slowly. See the log of", errors
         )
+
+
+def test_failed_process_says_why_before_it_waits_and_raises_its_own_error(monkeypatch, caplog):
+    """Although the others never come."""
+
+    def meet(what, seconds=None):
+        assert what == "process 0, which counts" and seconds <= 1200
+        assert "this process failed (full), and waits for process 0, which counts" in caplog.text
+        raise InputError("waited", "")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "meet", meet)
+    together = distributed.raise_together("process 0, which counts")
+    with pytest.raises(OSError, match="full"), together:
+        raise OSError("full")
 
 
 STEPS = """

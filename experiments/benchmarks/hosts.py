@@ -7,7 +7,9 @@ hosts. The others are measured in this process: the order of an epoch, opening a
 records as a set of so many images has (each with four small images), and checkpoints of a training
 state of the stage's network, of which `--fractions` are made: as many of its parameters as fit,
 float32, with Adam's moments and an EMA. 'loop stands still' is how long a save keeps the training
-loop; the rest happens in other threads while steps go on.
+loop; the rest happens in other threads while steps go on. Files are read from the page cache, and
+by one process, so that their reading is not shared out (`trees.spread`). The rows of an evaluation
+are per set of images, and for one device per process.
 """
 
 import contextlib

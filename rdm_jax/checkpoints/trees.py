@@ -46,7 +46,11 @@ def spread(abstract: Any) -> Any:
     So read, a checkpoint is read once by all hosts together, not once by each that is to have the
     whole: `gathered` then sends it from device to device. Leaves without an axis that the number of
     devices divides stay as they are.
+
+    A process that is alone reads each file once anyway: it gets `abstract` as it is.
     """
+    if jax.process_count() == 1:
+        return abstract
 
     def of_leaf(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if not isinstance(leaf.sharding, NamedSharding) or leaf.sharding.mesh.size == 1:

@@ -1,9 +1,10 @@
 """Measures sets of images: every metric of every set, with what they depend on, as JSON."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,17 +184,18 @@ class Evaluator:
         if result and same_made_with(result["made_with"], made_with):
             log.info("evaluation: already in %s\n%s", folder, result_table(result["results"]))
         else:
-            if (folder / RESULT).exists() and distributed.is_primary():
-                keep_earlier(result, made_with, folder)
+            with _by_primary("sets earlier results aside") as here:
+                if here and (folder / RESULT).exists():
+                    keep_earlier(result, made_with, folder)
             results = self._results(streams, folder)
             result = {"results": results, "made_with": made_with, **environment(self._config)}
-            if distributed.is_primary():
-                with atomic_write(folder / RESULT) as partial:
-                    partial.write_text(json.dumps(result, indent=2, allow_nan=False))
+            with _by_primary("writes the results") as here:
+                if here:
+                    with atomic_write(folder / RESULT) as partial:
+                        partial.write_text(json.dumps(result, indent=2, allow_nan=False))
             log.info("evaluation: -> %s\n%s", folder / RESULT, result_table(result["results"]))
-        if distributed.is_primary():
-            for stream in streams:
-                self._gatherer.remove_saved(stream, folder)
+        for stream in streams:
+            self._gatherer.remove_saved(stream, folder)
         return result
 
     def _made_with(self, streams: list[ImageStream]) -> dict[str, Any]:
@@ -222,9 +224,10 @@ class Evaluator:
                     f"compares {name}",
                     functools.partial(self._compared, stream, gathered, kind, reference),
                 )
-                if distributed.is_primary():
-                    path = folder / picture_names(results)[name]
-                    pictures.save_picture(_grid(gathered.pictures, stream), path)
+                with _by_primary("draws a picture") as here:
+                    if here:
+                        path = folder / picture_names(results)[name]
+                        pictures.save_picture(_grid(gathered.pictures, stream), path)
         return results
 
     def _compared(
@@ -269,20 +272,22 @@ class Evaluator:
         stream, path = reference.stream, self._folder / reference.file
         if stream is None:
             return reference.published
-        kept = self._kept(reference) if distributed.is_primary() else None
+        with _by_primary("reads a reference") as here:
+            kept = self._kept(reference) if here else None
         if distributed.from_primary(kept is not None):
             return kept
         (gathered,) = self._gatherer.gather(stream, self._folder).values()
-        if not distributed.is_primary():
-            return None
-        statistics = gathered.statistics(reference.about)
-        if reference.published:
-            statistics = dataclasses.replace(
-                statistics,
-                count=reference.published.count,
-                gaussians=reference.published.gaussians,
-            )
-        save_statistics(path, statistics, self._space)
+        statistics = None
+        with _by_primary("saves a reference") as here:
+            if here:
+                statistics = gathered.statistics(reference.about)
+                if reference.published:
+                    statistics = dataclasses.replace(
+                        statistics,
+                        count=reference.published.count,
+                        gaussians=reference.published.gaussians,
+                    )
+                save_statistics(path, statistics, self._space)
         self._gatherer.remove_saved(stream, self._folder)
         return statistics
 
@@ -295,6 +300,13 @@ class Evaluator:
             log.info("evaluation: the reference is measured again: %s", error)
             return None
         return kept if kept is not None and kept.about["images"] == reference.about else None
+
+
+@contextlib.contextmanager
+def _by_primary(does: str) -> Iterator[bool]:
+    """A context that fails in all processes if process 0 fails. Yields whether this is that."""
+    with distributed.raise_together(f"process 0, which {does}"):
+        yield distributed.is_primary()
 
 
 def _grid(shown: dict[int, np.ndarray], stream: ImageStream) -> Image.Image:

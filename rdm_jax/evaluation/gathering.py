@@ -25,6 +25,7 @@ from rdm_jax.runtime.signals import StopOnSignal
 
 SAVE_SECONDS = 60.0  # between saves of what is gathered
 SAVE_SHARE = 1 / 20  # of the time that saves may take
+SECONDS_TO_APPEAR = 120  # of a file on the network, until it is taken for lost
 # What processes exchange after each batch: nothing (0), that process 0 wants to save, or that one
 # of them has received a signal.
 SAVE = 1
@@ -81,7 +82,8 @@ class Gatherer:
             while done < stream.count:
                 with distributed.raise_together("the other processes, which measure a batch"):
                     following = self._batch(stream, done)
-                    # One batch late, so that the devices work while the next one is read.
+                    # One batch late, so that the devices of a process that is alone work while the
+                    # next one is read. Several wait for theirs twice: here at the end, and below.
                     _add(accumulators, waiting)
                 waiting, before = following, done
                 done = min(done + stream.batch_size * jax.process_count(), stream.count)
@@ -89,23 +91,18 @@ class Gatherer:
                 request = self._request(timer)
                 if request or done == stream.count:
                     with timer.saving():
-                        with distributed.raise_together("the other processes, which save"):
-                            _add(accumulators, waiting)
-                            _save(accumulators, files.own(done))
-                            mounts.push()
-                        files.remove(all_but=done)
+                        _save_all(accumulators, waiting, files, done)
                     waiting = None
-                    if request == STOP:
-                        raise self._stop.interruption
+                if request == STOP:
+                    raise self._stop.interruption
         for accumulator in accumulators.values():
             accumulator.combine()
         distributed.wait_for_all("save what was gathered")
         return accumulators
 
     def remove_saved(self, stream: ImageStream, folder: Path) -> None:
-        """Removes what was saved while a stream was measured; for process 0."""
-        for path in _Files(folder, self._identity(stream)).found():
-            path.unlink(missing_ok=True)
+        """Removes what was saved while a stream was measured."""
+        _Files(folder, self._identity(stream)).remove()
 
     def _identity(self, stream: ImageStream) -> str:
         identity = json.dumps([stream.about, self._space.digest, self._kept], sort_keys=True)
@@ -118,12 +115,14 @@ class Gatherer:
         accumulators = self._accumulators(stream)
         done, parts = distributed.primary_alone("lists what was gathered", files.newest)
         failed = False
-        for path in files.shares(done, parts):
-            try:
-                _restore(accumulators, path)
-            except (InputError, KeyError, ValueError, TypeError) as error:
-                log.warning("evaluation: restarts, as %s cannot be read (%s)", path, error)
-                failed = True
+        with distributed.raise_together("the other processes, which read what was gathered"):
+            for path in files.shares(done, parts):
+                _await(path)
+                try:
+                    _restore(accumulators, path)
+                except (InputError, KeyError, ValueError, TypeError) as error:
+                    log.warning("evaluation: restarts, as %s cannot be read (%s)", path, error)
+                    failed = True
         if distributed.in_any_process(failed):
             return self._accumulators(stream), 0
         if done:
@@ -151,10 +150,12 @@ class Gatherer:
     def _request(self, timer: "_SaveTimer") -> int:
         """Returns STOP, SAVE or 0: what is to be done now, the same in all processes."""
         distributed.hear_preemption(self._stop)
-        wanted = STOP if self._stop.requested else SAVE * timer.is_due()
-        if jax.process_count() == 1:
-            return wanted
-        return int(distributed.largest(wanted if wanted == STOP or distributed.is_primary() else 0))
+        wanted = 0
+        if self._stop.requested:
+            wanted = STOP
+        elif distributed.is_primary() and timer.is_due():
+            wanted = SAVE
+        return wanted if jax.process_count() == 1 else int(distributed.largest(wanted))
 
     def _measured(self, params: Any, images: jax.Array) -> dict[str, jax.Array]:
         return self._space.apply(params, images) | {ENERGY: high_frequency_energy(images)}
@@ -195,7 +196,7 @@ class _Files:
 
     def newest(self) -> tuple[int, int]:
         """Of the newest save that all its processes have ended: images and processes; or 0, 0."""
-        names = {path.name for path in self.found()}
+        names = {path.name for path in self._folder.glob(f"{self._prefix}-at-*.npz")}
         saves = {tuple(map(int, re.findall(r"\d+", name.rpartition("-at-")[2]))) for name in names}
         whole = [
             (done, parts)
@@ -209,23 +210,44 @@ class _Files:
         mine = range(jax.process_index(), parts, jax.process_count())
         return [self._path(done, part, parts) for part in mine]
 
-    def found(self) -> list[Path]:
-        return list(self._folder.glob(f"{self._prefix}-at-*.npz"))
+    def remove(self, all_but: int | None = None) -> None:
+        """Removes all files of what is gathered, once all processes have saved.
 
-    def remove(self, all_but: int) -> None:
-        """Removes this process's files of other saves, once all have ended theirs."""
+        Among them are files of other numbers of processes, as the newest of these could be damaged
+        and be found again at each start, and those of earlier versions. Every process removes
+        them: in a bucket it knows its own alone.
+
+        Args:
+          all_but: keep those of this many processes when so many images are measured.
+        """
         parts = jax.process_count()
-        for path in self._folder.glob(f"{self._prefix}-at-*-{jax.process_index()}-of-{parts}.npz"):
-            if path != self.own(all_but):
-                path.unlink(missing_ok=True)
+        kept = set() if all_but is None else {self._path(all_but, n, parts) for n in range(parts)}
+        for path in set(self._folder.glob(f"{self._prefix}*.npz")) - kept:
+            path.unlink(missing_ok=True)
 
     def _path(self, done: int, part: int, parts: int) -> Path:
         return self._folder / f"{self._prefix}-at-{done}-{part}-of-{parts}.npz"
 
 
 def _add(accumulators: dict[str, StatisticsAccumulator], batch: Measured | None) -> None:
-    for name, accumulator in accumulators.items() if batch else ():
+    if batch is None:
+        return
+    for name, accumulator in accumulators.items():
         accumulator.add(batch.first, batch.outputs[name], batch.images[name], batch.labels)
+
+
+def _save_all(
+    accumulators: dict[str, StatisticsAccumulator],
+    waiting: Measured | None,
+    files: _Files,
+    done: int,
+) -> None:
+    """Adds the last batch, and saves in all processes; removes earlier saves."""
+    with distributed.raise_together("the other processes, which save"):
+        _add(accumulators, waiting)
+        _save(accumulators, files.own(done))
+        mounts.push()
+    files.remove(all_but=done)
 
 
 def _save(accumulators: dict[str, StatisticsAccumulator], path: Path) -> None:
@@ -236,6 +258,15 @@ def _save(accumulators: dict[str, StatisticsAccumulator], path: Path) -> None:
     }
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
+
+
+def _await(path: Path) -> None:
+    """Waits a while for a file that process 0 has seen, and another host has perhaps written."""
+    for _ in range(SECONDS_TO_APPEAR):
+        if path.exists():
+            return
+        mounts.pull()
+        time.sleep(1)
 
 
 def _restore(accumulators: dict[str, StatisticsAccumulator], path: Path) -> None:

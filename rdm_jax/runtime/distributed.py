@@ -16,19 +16,18 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-# No public API tells whether its service for preemptions runs.
-from jax._src.distributed import global_state
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rdm_jax.runtime import mounts, sharding
-from rdm_jax.runtime.errors import InputError
+from rdm_jax.runtime.console import log
+from rdm_jax.runtime.errors import InputError, reason
 from rdm_jax.runtime.signals import StopOnSignal
-from rdm_jax.runtime.waiting import SECONDS_TO_JOIN, meet, waiting
+from rdm_jax.runtime.waiting import SECONDS_TO_JOIN, hears_preemption, meet, waiting
 
 Result = TypeVar("Result")
 SECONDS_TO_LEAVE = 5
+SECONDS_TO_WAIT_FAILED = 600  # of a process that has failed, for those that are to know it
 # Parts of the messages of JAX, Gloo and gRPC about a peer process that has ended.
 LOST_PEER = ("coordination service", "closed by peer", "reset by peer", "another task", "heartbeat")
 # Parts of JAX's messages if it finds no cluster, or is in use already.
@@ -200,15 +199,24 @@ def raise_together(waiting_for: str = "the other processes") -> Iterator[None]:
     Raises:
       InputError: it failed in another process, which prints the reason, or did not end in time.
     """
-    failed = True
     try:
         yield
-        failed = False
-    finally:
-        meet(waiting_for)
-        any_failed = allgather(np.int32(failed)).any()
-    if any_failed:
+    except BaseException as error:
+        if jax.process_count() > 1:
+            _tell_failure(error, waiting_for)
+        raise
+    meet(waiting_for)
+    if allgather(np.int32(False)).any():
         raise InputError("another process failed", "See its error message.")
+
+
+def _tell_failure(error: BaseException, waiting_for: str) -> None:
+    """Lets the others know in `raise_together`; whatever comes between, `error` is to be raised."""
+    if isinstance(error, Exception):  # said now, as the others may come late or never
+        log.error("this process failed (%s), and waits for %s", reason(error), waiting_for)
+    with contextlib.suppress(Exception):
+        meet(waiting_for, SECONDS_TO_WAIT_FAILED)
+        allgather(np.int32(True))
 
 
 def primary_first(does: str, function: Callable[[], Result]) -> Result:
@@ -260,7 +268,7 @@ def hear_preemption(stop: StopOnSignal) -> None:
     signals to its caller, such as a thread's. It is asked about the numbers of the calls, as steps
     begin again with each stage.
     """
-    if jax.process_count() == 1 or global_state.preemption_sync_manager is None:
+    if jax.process_count() == 1 or not hears_preemption():
         return
     if multihost_utils.reached_preemption_sync_point(next(_iterations)):
         stop.requested = stop.requested or signal.SIGTERM
@@ -324,19 +332,19 @@ def _sum_of(value: np.ndarray) -> np.ndarray:
     mesh, add = _one_device_each()
     by_process = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
-    def exact(x: np.ndarray) -> np.ndarray:
+    def on_devices(x: np.ndarray) -> np.ndarray:
         total = add(jax.make_array_from_process_local_data(by_process, x[None]))
         return np.asarray(total.addressable_data(0))
 
     if value.dtype != np.float64:
-        return exact(value)
+        return on_devices(value)
     # Rounded up, as is the exponent: the sum of all is below 2^24 units.
     largest = np.nextafter(np.float32(np.abs(value).max(initial=0)), np.float32(np.inf))
     bound = max(allgather(largest).sum(dtype=np.float64), np.finfo(np.float32).tiny)
     unit = 2.0 ** (np.ceil(np.log2(bound)) - 23)
     coarse = np.rint(value / unit) * unit
     parts = (coarse, value - coarse)
-    sums = [exact(part.astype(np.float32)).astype(np.float64) for part in parts]
+    sums = [on_devices(part.astype(np.float32)).astype(np.float64) for part in parts]
     return sums[0] + sums[1]
 
 

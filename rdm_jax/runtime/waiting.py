@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import jax
 
-# The cluster that JAX has detected; no public API tells it.
+# The cluster that JAX has detected, and its services; no public API tells them.
 from jax._src.distributed import global_state
 
 from rdm_jax.runtime.console import log
@@ -68,7 +68,12 @@ def _awaited() -> str:
     )
 
 
-def meet(what: str) -> None:
+def hears_preemption() -> bool:
+    """Whether JAX's service for preemptions runs in this process."""
+    return global_state.preemption_sync_manager is not None
+
+
+def meet(what: str, seconds: float | None = None) -> None:
     """Waits until all processes have called it, which they do together.
 
     Nothing waits on the devices, whose collectives have time limits of their own or none. Every
@@ -76,22 +81,24 @@ def meet(what: str) -> None:
 
     Args:
       what: the text of that line, 'process 0, which ...'.
+      seconds: to wait; None for `SECONDS_TO_WAIT`. Those of the process that comes first count.
 
     Raises:
-      InputError: the others have not come within `SECONDS_TO_WAIT`.
+      InputError: the others have not come in time.
     """
+    seconds = SECONDS_TO_WAIT if seconds is None else seconds
     client = global_state.client
     if client is None or jax.process_count() == 1:
         return
     with _announced(what):
         try:
-            name, milliseconds = f"rdm_jax {next(_meetings)}", int(1000 * SECONDS_TO_WAIT)
+            name, milliseconds = f"rdm_jax {next(_meetings)}", int(1000 * seconds)
             client.wait_at_barrier(name, milliseconds)
         except Exception as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             raise InputError(
-                f"waited {SECONDS_TO_WAIT / 3600:.3g} h for {what}",
+                f"waited {seconds / 3600:.3g} h for {what}",
                 "See the log of the process that is late, and start all of them again. "
                 "--mode=prepare --coordinator=none prepares images in one process before.",
             ) from error

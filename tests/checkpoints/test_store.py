@@ -67,16 +67,26 @@ def test_restore_on_any_number_of_devices(tmp_path, devices):
     assert known == about(0.5)
 
 
-def test_restore_shares_the_reading_out(tmp_path, monkeypatch):
-    """Every device reads an eighth of what all are to have, where eight divides an axis."""
+@pytest.mark.parametrize("processes", [1, 8])
+def test_restore_shares_the_reading_out(tmp_path, monkeypatch, processes):
+    """Of several processes every device reads an eighth of what all are to have, where eight divides
+    an axis; one process reads the whole."""
     save(tmp_path, {5: 0.5})
-    read, gathered = [], trees.gathered
+    read, gathered, spread = [], trees.gathered, trees.spread
+
+    def spread_of_several(tree):
+        with monkeypatch.context() as several:  # Orbax would wait for the others
+            several.setattr(jax, "process_count", lambda: processes)
+            return spread(tree)
+
+    monkeypatch.setattr(trees, "spread", spread_of_several)
     monkeypatch.setattr(
         trees, "gathered", lambda tree, wanted: read.append(tree) or gathered(tree, wanted)
     )
     state, _ = store.Checkpoints(tmp_path).restore(5, abstract())
     kernel = read[0]["ema"]["stem"]["kernel"]  # (3, 3, 3, 8)
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 3, 1)}
+    part = 8 if processes == 1 else 1
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 3, part)}
     assert state.ema["stem"]["kernel"].sharding.is_fully_replicated
 
 

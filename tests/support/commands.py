@@ -94,14 +94,19 @@ def start_two(image_folder: Path, workdir: Path, *flags: str, **options) -> list
     ]
 
 
-def two(script: str, *arguments: str, **surroundings: str) -> list[subprocess.Popen]:
-    """Starts a script in two processes; its arguments are a port, the process and `arguments`."""
+def two(
+    script: str, *arguments: str, devices: int = 1, **surroundings: str
+) -> list[subprocess.Popen]:
+    """Starts a script, or a module 'tests....', in two processes.
+
+    Its arguments are a port, the process and `arguments`.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     options = {"text": True, "stdout": -1, "stderr": -1, "cwd": ROOT}
-    options["env"] = environment(**surroundings)
-    command = [sys.executable, "-c", script, port]
+    options["env"] = environment(devices, **surroundings)
+    command = [sys.executable, "-m" if script.startswith("tests.") else "-c", script, port]
     return [subprocess.Popen([*command, str(n), *arguments], **options) for n in range(2)]
 
 

@@ -16,6 +16,7 @@ from rdm_jax.runtime.errors import Interrupted
 from rdm_jax.runtime.signals import StopOnSignal
 
 COUNT, BATCH, SIZE, CLASSES = 75, 8, 6, 3
+FEW = 5  # one batch, of which another process has none
 
 
 def project(params, images):
@@ -37,9 +38,10 @@ class RandomStream(ImageStream):
     """75 images, the first of which are shown. A signal comes in the batch that has image `stops`,
     which one process alone reads."""
 
-    names, count, batch_size = ("random",), COUNT, BATCH
+    names, batch_size = ("random",), BATCH
 
-    def __init__(self, stop: StopOnSignal, stops: int = COUNT):
+    def __init__(self, stop: StopOnSignal, stops: int = COUNT, count: int = COUNT):
+        self.count = count
         random = np.random.default_rng(1)
         self._images = random.integers(0, 256, (COUNT, 4, 4, 1), np.uint8)
         self._labels = random.integers(-1, CLASSES, COUNT).astype(np.int32)
@@ -54,13 +56,13 @@ class RandomStream(ImageStream):
         return {"random": self._images[here]}, self._labels[here]
 
     def shown(self):
-        return np.asarray([0, 9, 70])
+        return np.asarray([n for n in (0, 9, 70) if n < self.count])
 
 
-def gathered(folder: Path, stops: int = COUNT):
+def gathered(folder: Path, stops: int = COUNT, count: int = COUNT):
     """The accumulator of all images, and the indices of those that this process has read."""
     stop = StopOnSignal()
-    stream = RandomStream(stop, stops)
+    stream = RandomStream(stop, stops, count)
     return Gatherer(space(), 20, stop).gather(stream, folder)["random"], stream.read
 
 
@@ -78,17 +80,29 @@ def main() -> None:
             continue
         raise AssertionError("not stopped")
     resumed, more = gathered(folder / "resumed")
+    few, _ = gathered(folder / "few", count=FEW)
+    random = np.random.default_rng(number)
+    mine = random.standard_normal(1000) * 10.0 ** random.integers(-3, 4, 1000)
+    sums = {"sum": distributed.add_up({"a": mine})["a"], "parts": distributed.allgather(bits(mine))}
     if number == 0:
         arrays = {f"straight/{k}": v for k, v in as_arrays(found).items()}
         arrays |= {f"resumed/{k}": v for k, v in as_arrays(resumed).items()}
+        arrays |= {f"few/{k}": v for k, v in as_arrays(few).items()}
         np.savez(folder / "found.npz", **arrays)
+        np.savez(folder / "sums.npz", **sums)
     print(json.dumps([read, more]))
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    """The bits of float64 as uint32, as JAX would round the values to float32."""
+    return values.view(np.uint32)
 
 
 def as_arrays(accumulator) -> dict[str, np.ndarray]:
     """The statistics of an accumulator and its pictures."""
     found = accumulator.statistics({})
     arrays = {"features": found.features, "energy": np.asarray(found.energy)}
+    arrays["count"] = np.asarray(found.count)
     arrays |= {f"score {name}": np.asarray(value) for name, value in found.scores.items()}
     for name, (mean, covariance) in found.gaussians.items():
         arrays |= {f"mean {name}": mean, f"covariance {name}": covariance}
