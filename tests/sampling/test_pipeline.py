@@ -18,6 +18,7 @@ from rdm_jax.data.prepare import prepare
 from rdm_jax.diffusion.pixels import Pixels
 from rdm_jax.diffusion.processes import CascadeProcess
 from rdm_jax.diffusion.samplers import CascadeHeun
+from rdm_jax.interop import latent_space
 from rdm_jax.loading import load
 from rdm_jax.models.conditions import Nothing
 from rdm_jax.runtime import sharding
@@ -177,6 +178,7 @@ class LoadedRelay(pipeline.RelayPipeline):
         replicated = sharding.replicated(self.mesh)
         stages = [make(kind) for kind in ("gaussian", "relay")]
         self._stages = [(stage[0], jax.device_put(stage[1], replicated)) for stage in stages]
+        self._decoded = latent_space.decoder(None, None)
 
 
 @functools.cache
