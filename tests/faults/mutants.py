@@ -30,16 +30,17 @@ MUTANTS = [
         1,
         "the optimizer's state is not restored",
         "checkpoints/store.py",
-        "abstract.replace(**restored.train,",
-        "abstract.replace(**restored.train | {'opt_state': jax.tree.map(jnp.zeros_like, restored.train['opt_state'])},",
+        'abstract.replace(**restored.pop("train"),',
+        "abstract.replace(**restored['train'] | {'opt_state': jax.tree.map(jnp.zeros_like, restored.pop('train')['opt_state'])},",
         "test_1_ and 3",
     ),
     (
         1,
         "a step is listed before it is complete",
         "checkpoints/store.py",
-        "        write_checksums(partial)",
-        "        import shutil\n        shutil.copytree(partial, self.directory / str(self._saving))\n"
+        "        write_checksums(being_saved(self.directory, self._saving))",
+        "        import shutil\n        partial = being_saved(self.directory, self._saving)\n"
+        "        shutil.copytree(partial, self.directory / str(self._saving))\n"
         "        time.sleep(5)\n        shutil.rmtree(self.directory / str(self._saving))\n"
         "        write_checksums(partial)",
         "test_1_ and 3",
