@@ -7,8 +7,8 @@ convolution three times slower where the images do not fit into a core's cache, 
 by part. Everything else, and all of it on other platforms, is XLA's convolution: with 3x3 kernels
 no product over patches (im2col) is as fast there.
 
-On CPUs and in bfloat16 a 3x3 convolution of an enlarged image does not write that image. In
-bfloat16 the gradient of the bias is summed by the matrix unit.
+In bfloat16 the gradient of the bias is summed by the matrix unit, and a 3x3 convolution of an
+enlarged image does not write that image.
 """
 
 import functools
@@ -18,8 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from rdm_jax.models.resampling import upsample
 
 Padding = tuple[tuple[int, int], ...]  # before and after each axis
 
@@ -188,48 +186,17 @@ _narrow.defvjp(_narrow_forward, _narrow_backward)
 def enlarge_and_convolve(
     x: Float[Array, "b h w c"], kernel: Float[Array, "3 3 c d"], bias: Float[Array, " d"]
 ) -> Float[Array, "b h2 w2 d"]:
-    """The 3x3 convolution of x, each of whose pixels is repeated to 2x2.
+    """The 3x3 convolution of x, each of whose pixels is repeated to 2x2, which are not written.
 
     Each pixel of the result sees 2x2 pixels of x, by sums of the kernel's taps: 4 instead of 9
-    multiply-adds. CPUs, and all platforms in bfloat16, compute those.
+    multiply-adds. That is the convolution of x, with zeros between its pixels, with the kernel's
+    4x4 sums over 2x2 neighbouring taps.
 
     Args:
-      x, kernel: of the same dtype; the taps of a bfloat16 kernel are summed in float32.
+      x: bfloat16.
+      kernel: bfloat16; its taps are summed in float32.
       bias: float32.
     """
-    if x.dtype == jnp.bfloat16:
-        return _dilated(x, kernel, bias)
-    return jax.lax.platform_dependent(x, kernel, cpu=_by_parity, default=_enlarged) + bias
-
-
-def _enlarged(x: Array, kernel: Array) -> Array:
-    return convolved(upsample(x), kernel, ((1, 1), (1, 1)))
-
-
-def _by_parity(x: Array, kernel: Array) -> Array:
-    """The pixels of even and odd rows and columns, each a 2x2 convolution of x."""
-    b, h, w, _ = x.shape
-    rows = [
-        jnp.stack(
-            [convolved(x, taps, (above, left)) for taps, left in _pairs(taps_of_rows, axis=1)],
-            axis=3,
-        )
-        for taps_of_rows, above in _pairs(kernel, axis=0)
-    ]
-    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, kernel.shape[-1])
-
-
-def _pairs(kernel: Array, axis: int) -> list[tuple[Array, tuple[int, int]]]:
-    """For even and odd pixels: the three taps along an axis as two, and the padding there."""
-    first, middle, last = jnp.split(kernel, 3, axis)
-    even = jnp.concatenate([first, middle + last], axis)
-    odd = jnp.concatenate([first + middle, last], axis)
-    return [(even, (1, 0)), (odd, (0, 1))]
-
-
-def _dilated(x: Array, kernel: Array, bias: Array) -> Array:
-    """By one convolution of x, with zeros between its pixels, with the kernel's 4x4 sums over 2x2
-    neighbouring taps."""
     sums = jnp.pad(kernel.astype(jnp.float32), ((1, 1), (1, 1), (0, 0), (0, 0)))
     sums = sums[:-1] + sums[1:]
     sums = (sums[:, :-1] + sums[:, 1:]).astype(x.dtype)

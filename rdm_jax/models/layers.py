@@ -85,8 +85,9 @@ class Conv(nnx.Conv):
         bias = columns(self.bias[...])
         margins: Any = self.padding
         padding = tuple(margins)
-        if enlarge:
+        if enlarge and self.dtype == jnp.bfloat16:
             return convolution.enlarge_and_convolve(x, kernel, bias)
+        x = resampling.upsample(x) if enlarge else x
         return convolution.convolve(x, kernel, bias, padding, wide=wide)
 
 

@@ -301,18 +301,12 @@ def test_resampling_is_that_of_float32_rounded_once(resample):
     chex.assert_trees_all_close(gradient.astype(FLOAT32), wanted, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", [convolution.enlarge_and_convolve, convolution._dilated])
-def test_convolution_of_enlarged_images_is_that_of_the_images_written_out(function):
+def test_convolution_of_enlarged_images_is_that_of_float32():
     random = np.random.default_rng(0)
     x, kernel, bias = (
         jnp.asarray(random.standard_normal(shape), FLOAT32)
         for shape in ((2, 5, 6, 4), (3, 3, 4, 7), (7,))
     )
-
-    def written(x, kernel, bias):
-        return convolution.convolve(resampling.upsample(x), kernel, bias, ((1, 1), (1, 1)))
-
-    exact, backward_exact = jax.vjp(written, x, kernel, bias)
-    found, backward = jax.vjp(function, x, kernel, bias)
+    exact = convolution.convolve(resampling.upsample(x), kernel, bias, ((1, 1), (1, 1)))
+    found = convolution.enlarge_and_convolve(x, kernel, bias)
     chex.assert_trees_all_close(found, exact, atol=1e-5)
-    chex.assert_trees_all_close(backward(exact), backward_exact(exact), rtol=1e-4, atol=1e-3)
