@@ -16,17 +16,7 @@ from rdm_jax.evaluation.statistics_files import read_statistics, save_statistics
 from rdm_jax.runtime import sharding
 from rdm_jax.runtime.errors import InputError
 from rdm_jax.runtime.npz import Npz
-
-SIZE, CLASSES = 6, 3
-
-
-def project(params, images):
-    flat = images.reshape(len(images), -1) / 255.0
-    return {
-        "features": flat @ params[:, :SIZE],
-        "spatial": flat @ params[:, 3:7],
-        "logits": flat @ params[:, -CLASSES:],
-    }
+from tests.support.measured_images import CLASSES, SIZE, project
 
 
 def space(name: str = "projection", digest: str = "0" * 64) -> FeatureSpace:
